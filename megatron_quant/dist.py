@@ -1,0 +1,90 @@
+"""The few collectives that this library needs; each works without a process group.
+
+One rule keeps ranks from waiting for one another: whatever one rank raises between two of these
+calls, it raises through :func:`raise_together`, so every rank leaves at the same place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_quant.errors import QuantError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The ranks that hold one model together.
+
+    model: process group of all of them; None is the default group, or a single process where
+        torch.distributed is not initialized.
+    device: where tensors must live for a collective (``cuda`` for NCCL, ``cpu`` for gloo).
+    """
+
+    model: Any = None
+    device: str = "cpu"
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the model's group."""
+        return dist.get_rank(self.model) if dist.is_initialized() else 0
+
+    @property
+    def size(self) -> int:
+        """How many ranks hold the model."""
+        return dist.get_world_size(self.model) if dist.is_initialized() else 1
+
+
+def _all_reduce(flat: torch.Tensor, op: Any, groups: Groups) -> torch.Tensor:
+    if groups.size == 1:
+        return flat
+    on_device = flat.to(groups.device)
+    dist.all_reduce(on_device, op=op, group=groups.model)
+    return on_device.to(flat.device)
+
+
+def max_reduce(flat: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Elementwise maximum over the model's ranks; ``flat`` has the same length on all."""
+    return _all_reduce(flat, dist.ReduceOp.MAX, groups)
+
+
+def sum_reduce(flat: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Elementwise sum over the model's ranks; ``flat`` has the same length on all."""
+    return _all_reduce(flat, dist.ReduceOp.SUM, groups)
+
+
+def gather(value: T, groups: Groups) -> list[T]:
+    """``value`` of every rank, in rank order, on every rank. For small picklable values."""
+    if groups.size == 1:
+        return [value]
+    values: list[Any] = [None] * groups.size
+    dist.all_gather_object(values, value, group=groups.model)
+    return values
+
+
+def raise_together(error: QuantError | None, groups: Groups) -> None:
+    """Raise on every rank the error of the lowest rank that has one; nothing where none has."""
+    errors = gather(error, groups)
+    first = next((e for e in errors if e is not None), None)
+    if first is not None:
+        raise first
+
+
+def together(groups: Groups, work: Callable[[], T]) -> T:
+    """``work()`` on every rank; a QuantError or OSError of one rank is raised on all.
+
+    ``work`` must not wait for other ranks itself.
+    """
+    error: QuantError | None = None
+    try:
+        result = work()
+    except QuantError as e:
+        error = e
+    except OSError as e:
+        error = QuantError(f"{e.strerror or e}: {e.filename or ''}".rstrip(": "))
+    raise_together(error, groups)
+    return result

@@ -1,0 +1,98 @@
+"""Logical parameters: what a Megatron model holds, in terms of the Hugging Face tensors.
+
+A :class:`Param` is one *unsharded* Megatron parameter under its global name (global layer, global
+expert). It says of which Hugging Face tensors it is made and how tensor parallelism cuts it, so
+that loading and exporting are the same list of :class:`Copy` read in opposite directions.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Parallel(Enum):
+    """How a parameter is cut over its tensor-parallel group."""
+
+    COLUMN = "column"  # along dim 0, the output features
+    ROW = "row"  # along dim 1, the input features
+    REPLICATED = "replicated"
+
+
+class Domain(Enum):
+    """Whose process groups hold the parameter."""
+
+    DENSE = "dense"  # tensor parallel (tp), replicated over data parallel
+    EXPERT = "expert"  # expert parallel (ep) x expert tensor parallel (etp)
+
+
+class Role(Enum):
+    """What the parameter is; only ``LINEAR`` ones are ever quantized."""
+
+    LINEAR = "linear"
+    BIAS = "bias"
+    NORM = "norm"
+    ROUTER = "router"
+    EMBEDDING = "embedding"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a tensor: ``start`` and ``size`` per dim (1-D or 2-D)."""
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """For ``tensor[box.index]``."""
+        return tuple(slice(o, o + n) for o, n in zip(self.start, self.size, strict=True))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face tensor: its full name (``...q_proj.weight``) and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def module(self) -> str:
+        """The name without its last part (``...q_proj``): what recipes and engines name."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """``local[dst.index] <-> hf[src.index]``: one rectangle that a rank holds of ``source``."""
+
+    source: Source
+    src: Box
+    dst: Box
+
+
+@dataclass(frozen=True)
+class Param:
+    """One logical Megatron parameter.
+
+    name: global Megatron name, e.g. ``decoder.layers.0.mlp.experts.linear_fc1.weight5``.
+    sources: the Hugging Face tensors that it is made of, in Megatron's order of rows. With more
+        than one, rows are interleaved: within each of ``groups`` groups the sources follow one
+        another (q, k, v per query group; gate, up per rank: ``groups`` is 0 for one a rank).
+    shape: logical (unsharded) shape, without vocabulary padding.
+    layer, expert: global indices; None where there is none.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    shape: tuple[int, ...]
+    role: Role
+    parallel: Parallel
+    domain: Domain = Domain.DENSE
+    groups: int = 0
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def module(self) -> str:
+        """The Megatron module that owns the parameter (the name without its last part)."""
+        return self.name.rpartition(".")[0]

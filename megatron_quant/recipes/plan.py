@@ -1,0 +1,65 @@
+"""Slots and the plan: which logical weight is quantized, how, and by which rule."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_quant.formats.spec import Format
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One logical weight that a recipe decides on; equal on every rank and at every layout.
+
+    name: global Megatron parameter name (``decoder.layers.0.mlp.experts.linear_fc1.weight5``).
+    sources: Hugging Face module names that are fused in it (``model.layers.0...gate_proj``, ...);
+        one format serves them all.
+    shape: [N, K] of the fused weight.
+    fixed: why the weight is never quantized (``"router"``, ``"norm"``, ...); empty for a linear.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    fixed: str = ""
+
+    @property
+    def module(self) -> str:
+        """Global Megatron module name."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to a slot: quantized (``weights`` is a format) or left as it is.
+
+    inputs: format of the activations that the weight multiplies; None for weight-only.
+    rule: the rule's label, as the coverage audit prints it.
+    """
+
+    slot: Slot
+    rule: str
+    weights: Format | None = None
+    inputs: Format | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is stored in a quantized format."""
+        return self.weights is not None
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Every slot's decision, in the order of the model's parameters."""
+
+    recipe: str
+    decisions: tuple[Decision, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, Decision]:
+        """Slot name -> decision."""
+        return {d.slot.name: d for d in self.decisions}
+
+    @property
+    def quantized(self) -> tuple[Decision, ...]:
+        """The decisions that quantize."""
+        return tuple(d for d in self.decisions if d.quantized)

@@ -1,0 +1,21 @@
+from megatron_quant.models.architecture import Architecture
+from megatron_quant.models.layout import check_layout, copies, local_shape, padded_vocab
+from megatron_quant.models.registry import ARCHITECTURES, lookup
+from megatron_quant.models.spec import Box, Copy, Domain, Parallel, Param, Role, Source
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Box",
+    "Copy",
+    "Domain",
+    "Parallel",
+    "Param",
+    "Role",
+    "Source",
+    "check_layout",
+    "copies",
+    "local_shape",
+    "lookup",
+    "padded_vocab",
+]

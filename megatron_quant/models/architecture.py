@@ -1,0 +1,87 @@
+"""An architecture: one Hugging Face class, and what Megatron-Core needs to know of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_quant.models.blocks import parameters
+from megatron_quant.models.config import Config
+from megatron_quant.models.decoder import Decoder, Experts
+from megatron_quant.models.spec import Param
+
+
+def _routing(decoder: Decoder, experts: Experts) -> dict[str, object]:
+    # softmax over the chosen logits alone equals softmax over all, renormalized
+    freq = 1 if all(experts.layers) else [int(has) for has in experts.layers]
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_layer_freq": freq,
+        "moe_router_topk": experts.topk,
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_score_function": "softmax",
+        "moe_router_load_balancing_type": "none",
+    }
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model class of transformers.
+
+    name: as ``architectures`` of config.json gives it.
+    decoder: reads the facts out of config.json; ArchitectureError for what no table describes.
+    """
+
+    name: str
+    decoder: Callable[[Config], Decoder]
+
+    def params(self, hf_config: Config) -> tuple[Param, ...]:
+        """Every logical parameter of the GPTModel (Transformer Engine layer spec), in its order."""
+        return tuple(parameters(self.decoder(hf_config)))
+
+    def megatron_config(self, hf_config: Config) -> dict[str, object]:
+        """Keyword arguments of megatron-core's TransformerConfig that describe the model.
+
+        Dropout is 0, and no load-balancing loss is set. How the model runs (parallel sizes,
+        dtype, grouped GEMM, dispatcher) is the caller's. Where only some layers have experts,
+        ``moe_layer_freq`` is a list, which ``get_gpt_decoder_block_spec`` reads.
+        """
+        import torch.nn.functional as F
+
+        decoder = self.decoder(hf_config)
+        return {
+            "num_layers": decoder.layers,
+            "hidden_size": decoder.hidden,
+            "num_attention_heads": decoder.heads,
+            "num_query_groups": decoder.query_groups,
+            "kv_channels": decoder.head_dim,
+            "ffn_hidden_size": decoder.ffn,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": decoder.epsilon,
+            "qk_layernorm": decoder.qk_norm,
+            "add_bias_linear": False,
+            "add_qkv_bias": False,
+            "gated_linear_unit": True,
+            "activation_func": F.silu,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+            **(_routing(decoder, decoder.experts) if decoder.experts else {}),
+        }
+
+    def gpt_config(self, hf_config: Config) -> dict[str, object]:
+        """Keyword arguments of megatron-core's GPTModel that describe the model.
+
+        ``vocab_size`` is the checkpoint's; at tp > 1 pass ``padded_vocab`` of it instead.
+        """
+        decoder = self.decoder(hf_config)
+        rope = decoder.rope
+        scaling = {} if rope.llama3_factor is None else {"rope_scaling_factor": rope.llama3_factor}
+        return {
+            "vocab_size": decoder.vocab,
+            "max_sequence_length": decoder.positions,
+            "position_embedding_type": "rope",
+            "rotary_base": rope.base,
+            "rope_scaling": rope.llama3_factor is not None,
+            "seq_len_interpolation_factor": rope.interpolation,
+            "share_embeddings_and_output_weights": decoder.tied,
+            **scaling,
+        }

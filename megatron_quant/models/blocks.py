@@ -1,0 +1,112 @@
+"""Parameters of the parts that all architectures share, in Megatron's order.
+
+Names are those of megatron-core's GPTModel with the Transformer Engine layer spec, where the
+norm before a dense linear is fused into it, and those of transformers' checkpoints.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from megatron_quant.models.decoder import Decoder, Experts
+from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source
+
+
+def _linear(name: str, modules: tuple[str, ...], shapes: tuple[tuple[int, int], ...]) -> Param:
+    """A column-parallel linear made of ``modules`` of ``shapes`` [N, K]."""
+    sources = tuple(Source(f"{m}.weight", s) for m, s in zip(modules, shapes, strict=True))
+    shape = (sum(n for n, _ in shapes), shapes[0][1])
+    return Param(name, sources, shape, Role.LINEAR, Parallel.COLUMN)
+
+
+def _row_linear(name: str, module: str, shape: tuple[int, int]) -> Param:
+    return replace(_linear(name, (module,), (shape,)), parallel=Parallel.ROW)
+
+
+def _norm(name: str, module: str, size: int) -> Param:
+    source = Source(f"{module}.weight", (size,))
+    return Param(name, (source,), (size,), Role.NORM, Parallel.REPLICATED)
+
+
+def embedding(decoder: Decoder) -> Param:
+    """Token embedding, [vocab, hidden], cut by vocabulary rows."""
+    shape = (decoder.vocab, decoder.hidden)
+    source = Source("model.embed_tokens.weight", shape)
+    name = "embedding.word_embeddings.weight"
+    return Param(name, (source,), shape, Role.EMBEDDING, Parallel.COLUMN)
+
+
+def attention(decoder: Decoder, layer: int) -> Iterator[Param]:
+    """Self-attention of one layer, with the norm before it."""
+    ours, theirs = f"decoder.layers.{layer}.self_attention", f"model.layers.{layer}"
+    q = (decoder.heads * decoder.head_dim, decoder.hidden)
+    kv = (decoder.query_groups * decoder.head_dim, decoder.hidden)
+    qkv = tuple(f"{theirs}.self_attn.{p}_proj" for p in "qkv")
+    yield _row_linear(f"{ours}.linear_proj.weight", f"{theirs}.self_attn.o_proj", q[::-1])
+    name = f"{ours}.linear_qkv.layer_norm_weight"
+    yield _norm(name, f"{theirs}.input_layernorm", decoder.hidden)
+    fused = _linear(f"{ours}.linear_qkv.weight", qkv, (q, kv, kv))
+    yield replace(fused, groups=decoder.query_groups)
+    if decoder.qk_norm:
+        for p in "qk":
+            name = f"{ours}.{p}_layernorm.weight"
+            yield _norm(name, f"{theirs}.self_attn.{p}_norm", decoder.head_dim)
+
+
+def dense_mlp(decoder: Decoder, layer: int) -> Iterator[Param]:
+    """Gated MLP of one layer, with the norm before it."""
+    ours, theirs = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}"
+    fc1 = (decoder.ffn, decoder.hidden)
+    gate_up = (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
+    name = f"{ours}.linear_fc1.layer_norm_weight"
+    yield _norm(name, f"{theirs}.post_attention_layernorm", decoder.hidden)
+    yield _linear(f"{ours}.linear_fc1.weight", gate_up, (fc1, fc1))
+    yield _row_linear(f"{ours}.linear_fc2.weight", f"{theirs}.mlp.down_proj", fc1[::-1])
+
+
+def moe_mlp(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
+    """Router and experts of one layer, with the norm before them (it is not fused)."""
+    ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    name = f"{ours}.pre_mlp_layernorm.weight"
+    yield _norm(name, f"{theirs}.post_attention_layernorm", decoder.hidden)
+    router = (experts.count, decoder.hidden)
+    source = Source(f"{theirs}.{experts.names.router}.weight", router)
+    name = f"{ours}.mlp.router.weight"
+    yield Param(name, (source,), router, Role.ROUTER, Parallel.REPLICATED)
+    fc1 = (experts.ffn, decoder.hidden)
+    for expert in range(experts.count):
+        name = f"{ours}.mlp.experts.linear_fc1.weight{expert}"
+        gate_up = (experts.names.gate, experts.names.up)
+        modules = tuple(f"{theirs}.{m.format(expert=expert)}" for m in gate_up)
+        yield _of_expert(_linear(name, modules, (fc1, fc1)), expert)
+    for expert in range(experts.count):
+        name = f"{ours}.mlp.experts.linear_fc2.weight{expert}"
+        module = f"{theirs}.{experts.names.down.format(expert=expert)}"
+        yield _of_expert(_row_linear(name, module, fc1[::-1]), expert)
+
+
+def _of_expert(param: Param, expert: int) -> Param:
+    return replace(param, domain=Domain.EXPERT, expert=expert)
+
+
+def head(decoder: Decoder) -> Iterator[Param]:
+    """Last norm, and the output layer [vocab, hidden] unless it is the embedding."""
+    yield _norm("decoder.final_layernorm.weight", "model.norm", decoder.hidden)
+    if not decoder.tied:
+        shape = (decoder.vocab, decoder.hidden)
+        sources = (Source("lm_head.weight", shape),)
+        yield Param("output_layer.weight", sources, shape, Role.OUTPUT, Parallel.COLUMN)
+
+
+def parameters(decoder: Decoder) -> Iterator[Param]:
+    """Every parameter of the model, in Megatron's order."""
+    yield embedding(decoder)
+    for layer in range(decoder.layers):
+        for param in attention(decoder, layer):
+            yield replace(param, layer=layer)
+        if decoder.experts is not None and decoder.has_experts(layer):
+            mlp = moe_mlp(decoder, decoder.experts, layer)
+        else:
+            mlp = dense_mlp(decoder, layer)
+        for param in mlp:
+            yield replace(param, layer=layer)
+    yield from head(decoder)

@@ -1,0 +1,163 @@
+"""Reading a Hugging Face ``config.json``: typed keys, and one-line refusals."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_quant.errors import ArchitectureError
+from megatron_quant.models.decoder import Decoder, Experts, Rope
+
+Config = Mapping[str, Any]
+
+
+def positive(config: Config, key: str) -> int:
+    """``config[key]``, a whole number above zero; ArchitectureError otherwise."""
+    value = config.get(key)
+    if value is None:
+        raise ArchitectureError(f"config.json has no {key!r}; add it, as transformers writes it")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArchitectureError(f"{key}={value!r} in config.json must be a whole number above 0")
+    return value
+
+
+def positive_or(config: Config, key: str, default: int) -> int:
+    """As :func:`positive`, but ``default`` where the key is absent or null."""
+    return default if config.get(key) is None else positive(config, key)
+
+
+def number(config: Config, key: str) -> float:
+    """``config[key]`` as a number above zero; ArchitectureError otherwise."""
+    value = config.get(key)
+    if value is None:
+        raise ArchitectureError(f"config.json has no {key!r}; add it, as transformers writes it")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ArchitectureError(f"{key}={value!r} in config.json must be a number above 0")
+    return float(value)
+
+
+def flag(config: Config, key: str) -> bool:
+    """``config[key]``, false where absent or null; ArchitectureError where it is no boolean."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ArchitectureError(f"{key}={value!r} in config.json must be true or false")
+    return bool(value)
+
+
+def only(config: Config, key: str, allowed: tuple[object, ...]) -> None:
+    """ArchitectureError where ``config[key]`` is given and is none of ``allowed``."""
+    value = config.get(key)
+    if value is not None and value not in allowed:
+        known = " or ".join(repr(a) for a in allowed)
+        raise ArchitectureError(
+            f"{key}={value!r} in config.json is not supported, only {known} is; "
+            "use a model without it"
+        )
+
+
+def full_attention(config: Config, window: int | None) -> None:
+    """ArchitectureError where a sliding ``window`` (in tokens) hides any position of the model."""
+    if window is not None and window < positive(config, "max_position_embeddings"):
+        raise ArchitectureError(
+            f"sliding_window={window} in config.json is not supported; set it to null (attention "
+            f"then differs beyond {window} tokens) or use a model without it"
+        )
+
+
+def _rope_dict(config: Config) -> dict[str, Any]:
+    # transformers >= 5 writes rope_parameters; older versions rope_scaling beside rope_theta
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+        raise ArchitectureError(
+            f"rope_parameters={rope!r} in config.json must be one object for all layers"
+        )
+    top = {k: config[k] for k in ("rope_theta", "partial_rotary_factor") if k in config}
+    return {**top, **{k: v for k, v in rope.items() if v is not None}}
+
+
+def _llama3(rope: dict[str, Any]) -> Rope:
+    fixed = {
+        "low_freq_factor": 1,
+        "high_freq_factor": 4,
+        "original_max_position_embeddings": 8192,
+    }
+    for key, value in fixed.items():
+        if rope.get(key) != value:
+            raise ArchitectureError(
+                f"{key}={rope.get(key)!r} of rope_type 'llama3' in config.json is not supported, "
+                f"Megatron-Core only has {value}; use a model without it"
+            )
+    return Rope(number(rope, "rope_theta"), llama3_factor=number(rope, "factor"))
+
+
+def read_rope(config: Config) -> Rope:
+    """The rotary embedding, from ``rope_parameters`` or ``rope_theta`` and ``rope_scaling``."""
+    rope = _rope_dict(config)
+    only(rope, "partial_rotary_factor", (1,))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return Rope(number(rope, "rope_theta"))
+    if kind == "linear":
+        return Rope(number(rope, "rope_theta"), interpolation=number(rope, "factor"))
+    if kind == "llama3":
+        return _llama3(rope)
+    raise ArchitectureError(
+        f"rope_type={kind!r} in config.json is not supported, only 'default', 'linear' and "
+        "'llama3' are; use a model without it, or remove rope_scaling to stay within the "
+        "original context length"
+    )
+
+
+def _heads(config: Config) -> tuple[int, int, int]:
+    heads = positive(config, "num_attention_heads")
+    groups = positive_or(config, "num_key_value_heads", heads)
+    if heads % groups:
+        raise ArchitectureError(
+            f"num_key_value_heads={groups} in config.json does not divide "
+            f"num_attention_heads={heads}"
+        )
+    hidden = positive(config, "hidden_size")
+    if config.get("head_dim") is None and hidden % heads:
+        raise ArchitectureError(
+            f"num_attention_heads={heads} in config.json does not divide hidden_size={hidden}; "
+            "give head_dim"
+        )
+    return heads, groups, positive_or(config, "head_dim", hidden // heads)
+
+
+def read_decoder(config: Config, *, qk_norm: bool) -> Decoder:
+    """The part of a :class:`Decoder` that all known configs spell alike (no experts).
+
+    Raises ArchitectureError naming the key that is missing, malformed or not supported.
+    """
+    only(config, "hidden_act", ("silu",))
+    only(config, "attention_bias", (False,))
+    only(config, "mlp_bias", (False,))
+    heads, groups, head_dim = _heads(config)
+    return Decoder(
+        layers=positive(config, "num_hidden_layers"),
+        hidden=positive(config, "hidden_size"),
+        heads=heads,
+        query_groups=groups,
+        head_dim=head_dim,
+        ffn=positive(config, "intermediate_size"),
+        vocab=positive(config, "vocab_size"),
+        positions=positive(config, "max_position_embeddings"),
+        epsilon=number(config, "rms_norm_eps"),
+        qk_norm=qk_norm,
+        tied=flag(config, "tie_word_embeddings"),
+        rope=read_rope(config),
+    )
+
+
+def check_routing(experts: Experts) -> None:
+    """ArchitectureError for a choice of experts that Megatron-Core's router cannot make."""
+    if experts.topk > experts.count:
+        raise ArchitectureError(
+            f"num_experts_per_tok={experts.topk} in config.json exceeds the {experts.count} "
+            "experts of a layer; correct one of them"
+        )
+    if experts.topk == 1 and experts.normalized:
+        # its softmax over a single chosen expert is refused, as it has no gradient
+        raise ArchitectureError(
+            "num_experts_per_tok=1 in config.json with normalized probabilities is not supported "
+            "by Megatron-Core's router; use a model that visits 2 experts or more"
+        )

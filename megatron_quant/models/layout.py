@@ -1,0 +1,95 @@
+"""How tensor parallelism cuts a parameter: slices of Hugging Face tensors, both directions."""
+
+from megatron_quant.errors import LayoutError
+from megatron_quant.models.config import Config
+from megatron_quant.models.registry import lookup
+from megatron_quant.models.spec import Box, Copy, Domain, Parallel, Param, Role, Source
+
+_FLAGS = {Domain.DENSE: "--tp", Domain.EXPERT: "--etp"}
+
+
+def padded_vocab(vocab_size: int, tp: int) -> int:
+    """The smallest multiple of ``tp`` that is at least ``vocab_size``: rows of the embedding."""
+    return -(-vocab_size // tp) * tp
+
+
+def _require(flag: str, size: int, count: int, what: str) -> None:
+    """LayoutError unless ``size``, the value of ``flag``, divides ``count``."""
+    if size < 1:
+        raise LayoutError(f"{flag} {size} is below 1")
+    if count % size:
+        choices = ", ".join(str(n) for n in range(1, min(count, 64) + 1) if count % n == 0)
+        raise LayoutError(f"{flag} {size} does not divide {what} ({count}); use one of {choices}")
+
+
+def check_layout(hf_config: Config, tp: int, ep: int, etp: int) -> None:
+    """LayoutError unless the model can be cut over ``tp``, ``ep`` and ``etp`` ranks."""
+    architecture = lookup(hf_config)
+    decoder = architecture.decoder(hf_config)
+    _require("--tp", tp, decoder.heads, "the attention heads")
+    _require("--tp", tp, decoder.query_groups, "the key-value heads")
+    if decoder.has_dense_mlp:
+        _require("--tp", tp, decoder.ffn, "the intermediate size")
+    if decoder.experts is not None:
+        _require("--ep", ep, decoder.experts.count, "the experts of a layer")
+        _require("--etp", etp, decoder.experts.ffn, "the intermediate size of an expert")
+    elif (ep, etp) != (1, 1):
+        raise LayoutError(
+            f"--ep {ep} --etp {etp}: {architecture.name} has no experts; leave both at 1"
+        )
+
+
+def local_shape(param: Param, rank: int, size: int) -> tuple[int, ...]:
+    """Shape of what shard ``rank`` of ``size`` holds, vocabulary padding included."""
+    assert 0 <= rank < size, (param.name, rank, size)
+    if param.parallel is Parallel.REPLICATED:
+        return param.shape
+    if param.parallel is Parallel.ROW:
+        _require(_FLAGS[param.domain], size, param.shape[1], f"the columns of {param.name}")
+        return (param.shape[0], param.shape[1] // size)
+    if param.role in (Role.EMBEDDING, Role.OUTPUT):
+        return (padded_vocab(param.shape[0], size) // size, *param.shape[1:])
+    for source in param.sources:
+        rows = param.groups or source.shape[0]
+        what = f"the query groups of {param.name}" if param.groups else f"the rows of {source.name}"
+        _require(_FLAGS[param.domain], size, rows, what)
+    return (param.shape[0] // size, *param.shape[1:])
+
+
+def copies(param: Param, rank: int, size: int) -> tuple[Copy, ...]:
+    """The rectangles of Hugging Face tensors that shard ``rank`` of ``size`` holds.
+
+    ``size`` is that of the group which cuts the parameter: tp for the dense domain, etp for the
+    expert one. Rows of vocabulary padding are in no rectangle. Raises LayoutError where ``size``
+    does not divide what it cuts.
+    """
+    shape = local_shape(param, rank, size)
+    if param.parallel is Parallel.REPLICATED:
+        return (_rows(param.sources[0], 0, 0, shape[0]),)
+    if param.parallel is Parallel.ROW:
+        (source,) = param.sources
+        return (Copy(source, Box((0, rank * shape[1]), shape), Box((0, 0), shape)),)
+    if param.role in (Role.EMBEDDING, Role.OUTPUT):
+        start = rank * shape[0]
+        real = min(shape[0], param.shape[0] - start)
+        return (_rows(param.sources[0], start, 0, real),) if real > 0 else ()
+    return _interleaved(param, rank, size)
+
+
+def _interleaved(param: Param, rank: int, size: int) -> tuple[Copy, ...]:
+    groups = param.groups or size
+    per_rank = groups // size
+    found: list[Copy] = []
+    at = 0
+    for group in range(rank * per_rank, (rank + 1) * per_rank):
+        for source in param.sources:
+            rows = source.shape[0] // groups
+            found.append(_rows(source, group * rows, at, rows))
+            at += rows
+    return tuple(found)
+
+
+def _rows(source: Source, src: int, dst: int, rows: int) -> Copy:
+    rest = source.shape[1:]
+    zeros, size = (0,) * len(rest), (rows, *rest)
+    return Copy(source, Box((src, *zeros), size), Box((dst, *zeros), size))

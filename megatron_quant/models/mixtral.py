@@ -1,0 +1,42 @@
+"""Mixtral: transformers' MixtralForCausalLM."""
+
+from dataclasses import replace
+
+from megatron_quant.models.architecture import Architecture
+from megatron_quant.models.config import (
+    Config,
+    check_routing,
+    full_attention,
+    positive,
+    read_decoder,
+)
+from megatron_quant.models.decoder import Decoder, ExpertNames, Experts
+
+# what MixtralConfig gives to keys that config.json lacks
+_DEFAULTS = {"rope_theta": 1000000.0}
+
+_NAMES = ExpertNames(
+    router="block_sparse_moe.gate",
+    gate="block_sparse_moe.experts.{expert}.w1",
+    up="block_sparse_moe.experts.{expert}.w3",
+    down="block_sparse_moe.experts.{expert}.w2",
+)
+
+
+def _decoder(config: Config) -> Decoder:
+    config = {**_DEFAULTS, **config}
+    decoder = read_decoder(config, qk_norm=False)
+    full_attention(config, config.get("sliding_window"))
+    experts = Experts(
+        count=positive(config, "num_local_experts"),
+        topk=positive(config, "num_experts_per_tok"),
+        ffn=decoder.ffn,
+        layers=(True,) * decoder.layers,
+        normalized=True,
+        names=_NAMES,
+    )
+    check_routing(experts)
+    return replace(decoder, experts=experts)
+
+
+MIXTRAL = Architecture("MixtralForCausalLM", _decoder)

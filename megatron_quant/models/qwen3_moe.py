@@ -1,0 +1,64 @@
+"""Qwen3-MoE: transformers' Qwen3MoeForCausalLM."""
+
+from dataclasses import replace
+
+from megatron_quant.errors import ArchitectureError
+from megatron_quant.models.architecture import Architecture
+from megatron_quant.models.config import (
+    Config,
+    check_routing,
+    flag,
+    full_attention,
+    positive,
+    positive_or,
+    read_decoder,
+)
+from megatron_quant.models.decoder import Decoder, ExpertNames, Experts
+
+# what Qwen3MoeConfig gives to keys that config.json lacks
+_DEFAULTS = {"rope_theta": 10000.0, "sliding_window": 4096}
+
+_NAMES = ExpertNames(
+    router="mlp.gate",
+    gate="mlp.experts.{expert}.gate_proj",
+    up="mlp.experts.{expert}.up_proj",
+    down="mlp.experts.{expert}.down_proj",
+)
+
+
+def _expert_layers(config: Config, layers: int) -> tuple[bool, ...]:
+    step = positive_or(config, "decoder_sparse_step", 1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
+        raise ArchitectureError(
+            f"mlp_only_layers={dense!r} in config.json must be a list of layer numbers"
+        )
+    chosen = tuple((i + 1) % step == 0 and i not in dense for i in range(layers))
+    if not any(chosen):
+        raise ArchitectureError(
+            f"decoder_sparse_step={step} and mlp_only_layers={dense!r} in config.json leave no "
+            "layer with experts; convert the model to Qwen3ForCausalLM"
+        )
+    return chosen
+
+
+def _decoder(config: Config) -> Decoder:
+    config = {**_DEFAULTS, **config}
+    decoder = read_decoder(config, qk_norm=True)
+    if flag(config, "use_sliding_window"):
+        full_attention(config, config["sliding_window"])
+    # transformers >= 5 saves the number under Mixtral's name
+    count = positive(config, "num_experts" if "num_experts" in config else "num_local_experts")
+    experts = Experts(
+        count=count,
+        topk=positive(config, "num_experts_per_tok"),
+        ffn=positive(config, "moe_intermediate_size"),
+        layers=_expert_layers(config, decoder.layers),
+        normalized=flag(config, "norm_topk_prob"),
+        names=_NAMES,
+    )
+    check_routing(experts)
+    return replace(decoder, experts=experts)
+
+
+QWEN3_MOE = Architecture("Qwen3MoeForCausalLM", _decoder)

@@ -1,0 +1,25 @@
+"""The architectures that have a table."""
+
+from megatron_quant.errors import ArchitectureError
+from megatron_quant.models.architecture import Architecture
+from megatron_quant.models.config import Config
+from megatron_quant.models.llama import LLAMA
+from megatron_quant.models.mixtral import MIXTRAL
+from megatron_quant.models.qwen3 import QWEN3
+from megatron_quant.models.qwen3_moe import QWEN3_MOE
+
+ARCHITECTURES = {a.name: a for a in (QWEN3_MOE, MIXTRAL, QWEN3, LLAMA)}
+
+
+def lookup(hf_config: Config) -> Architecture:
+    """The architecture that ``hf_config`` (config.json's content) names in ``architectures``.
+
+    Raises ArchitectureError, which lists the known ones, where it names none or another.
+    """
+    names = hf_config.get("architectures")
+    if isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES:
+        return ARCHITECTURES[names[0]]
+    raise ArchitectureError(
+        f"architectures={names!r} in config.json is not known; use a model of "
+        f"{', '.join(ARCHITECTURES)}"
+    )

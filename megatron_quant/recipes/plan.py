@@ -15,12 +15,14 @@ class Slot:
         one format serves them all.
     shape: [N, K] of the fused weight.
     fixed: why the weight is never quantized (``"router"``, ``"norm"``, ...); empty for a linear.
+    expert: global index of the routed expert; None for a weight that every token meets.
     """
 
     name: str
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     fixed: str = ""
+    expert: int | None = None
 
     @property
     def module(self) -> str:

@@ -1,0 +1,52 @@
+"""Where recipes come from: the shipped files, a user's YAML file, or a ModelOpt preset."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from megatron_quant.errors import RecipeError
+from megatron_quant.recipes.schema import Recipe, parse_recipe
+
+_CONFIGS = Path(__file__).parent.parent / "configs"
+_PRESET = re.compile(r"[A-Z0-9_]+_(CFG|CONFIG)")
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """The recipe called ``name_or_path``.
+
+    A shipped name (``nvfp4``), the path of a YAML file, or the name of a ModelOpt preset
+    (``NVFP4_DEFAULT_CFG``; ModelOpt is imported only then). Raises RecipeError, which lists the
+    choices, for any other string, and for a recipe that is malformed.
+    """
+    if name_or_path in recipe_names():
+        return _load_file(name_or_path, _CONFIGS / f"{name_or_path}.yaml")
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return _load_file(name_or_path, path)
+    if _PRESET.fullmatch(name_or_path):
+        from megatron_quant.recipes import modelopt_presets
+
+        return modelopt_presets.load_preset(name_or_path)
+    raise RecipeError(
+        f"unknown quantization config {name_or_path!r}; choose one of {', '.join(recipe_names())}, "
+        "the path of a .yaml file, or a ModelOpt preset such as NVFP4_DEFAULT_CFG"
+    )
+
+
+def _load_file(name: str, path: Path) -> Recipe:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise RecipeError(f"cannot read recipe {str(path)!r}: {e.strerror or e}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        reason = " ".join(str(e).split())
+        raise RecipeError(
+            f'recipe {name!r} is not valid YAML: {reason} (patterns need quotes: "*mlp*")'
+        ) from None
+    return parse_recipe(name, document)

@@ -55,9 +55,13 @@ class ModuleFormat:
 
 
 class Dialect(Protocol):
-    """One on-disk convention, in both directions."""
+    """One on-disk convention, in both directions.
+
+    extra_names: JSON files that a checkpoint of the dialect has beside config.json.
+    """
 
     name: str
+    extra_names: tuple[str, ...]
 
     def stored(self, weights: Format, inputs: Format | None) -> tuple[Stored, ...]:
         """Tensors of a module in these formats; FormatError where the dialect has none."""
@@ -69,6 +73,15 @@ class Dialect(Protocol):
 
     def extra_files(self, plan: QuantPlan) -> dict[str, dict[str, Any]]:
         """Other JSON files of the dialect: file name -> content."""
+        ...
+
+    def check_extra_files(
+        self, config: Mapping[str, Any], files: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        """What the dialect's other JSON files say otherwise than ``quantization_config``.
+
+        files: content of ``extra_names``, by name.
+        """
         ...
 
     def read_config(

@@ -1,0 +1,58 @@
+"""Writing to a disk that may be full, and saying so in one line."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_quant.errors import ExportError
+
+_WAYS_OUT = {
+    errno.ENOSPC: "free some space or choose another --export-dir",
+    errno.EDQUOT: "free some of the quota or choose another --export-dir",
+    errno.EFBIG: "choose a smaller --max-shard-size, or raise the file size limit (ulimit -f)",
+    errno.EACCES: "choose an --export-dir that you may write",
+    errno.EPERM: "choose an --export-dir that you may write",
+    errno.EROFS: "choose an --export-dir that you may write",
+    errno.ENOTDIR: "choose an --export-dir that is a directory",
+    errno.EEXIST: "choose an --export-dir that is a directory",
+    errno.ENOENT: "choose an --export-dir that all ranks see",
+}
+
+
+@contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn an OSError of the block into an ExportError that names the file and the way out.
+
+    path: named where the OSError names none.
+    """
+    try:
+        yield
+    except OSError as error:
+        way_out = _WAYS_OUT.get(error.errno or 0, "choose another --export-dir")
+        named = error.filename or path
+        raise ExportError(f"{named}: {doing}: {error.strerror or error}; {way_out}") from error
+
+
+def allocate(fd: int, size: int) -> None:
+    """Give the file ``size`` bytes, claimed from the disk where the system can."""
+    os.ftruncate(fd, size)
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """All of ``data`` at ``offset``, however few bytes the system takes at a time."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in ``directory`` survive a power cut."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,122 @@
+"""Tensors to files: the order, the offsets and the headers of a sharded safetensors checkpoint.
+
+Format: https://github.com/huggingface/safetensors#format (8 bytes of header length, a JSON header
+padded with spaces to 8 bytes, the tensors without holes).
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.float64: "F64",
+}
+"""torch dtype -> its name in a safetensors header."""
+INDEX = "model.safetensors.index.json"
+"""File that says in which file each tensor is."""
+MAX_HEADER = 100_000_000
+"""Bytes of header that safetensors' readers accept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A tensor of ``nbytes`` that has no place yet."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor on disk: ``nbytes`` at ``offset`` of ``file``, row-major, little-endian."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """One safetensors file; ``header`` are its first bytes, the entries fill the rest."""
+
+    name: str
+    header: bytes
+    size: int
+    entries: tuple[TensorEntry, ...]
+
+
+def lay_out(units: Iterable[Sequence[Draft]], max_shard_bytes: int) -> tuple[OutFile, ...]:
+    """Files of at most ``max_shard_bytes`` of tensors that hold ``units`` in their order.
+
+    The drafts of a unit share a file; a unit that is larger than the limit gets its own. Within a
+    file tensors are sorted by item size, largest first and otherwise in the given order, so that
+    every tensor is aligned to its item size without the holes that the format forbids.
+    """
+    shards = _split(units, max_shard_bytes)
+    return tuple(
+        _file(_name(i, len(shards)), sorted(shard, key=lambda d: -d.dtype.itemsize))
+        for i, shard in enumerate(shards)
+    )
+
+
+def _split(units: Iterable[Sequence[Draft]], limit: int) -> list[list[Draft]]:
+    shards: list[list[Draft]] = [[]]
+    filled = 0
+    for unit in units:
+        size = sum(draft.nbytes for draft in unit)
+        if filled and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].extend(unit)
+        filled += size
+    return shards
+
+
+def _name(index: int, count: int) -> str:
+    return (
+        "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+    )
+
+
+def _file(name: str, drafts: Sequence[Draft]) -> OutFile:
+    header = header_bytes(drafts)
+    assert len(header) <= MAX_HEADER, f"{name}: a header of {len(header)} bytes"
+    entries = []
+    offset = len(header)
+    for d in drafts:
+        entries.append(TensorEntry(d.name, d.dtype, d.shape, name, offset, d.nbytes))
+        offset += d.nbytes
+    return OutFile(name, header, offset, tuple(entries))
+
+
+def header_bytes(drafts: Sequence[Draft]) -> bytes:
+    """Length and JSON of the header of a file that holds ``drafts`` in this order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for d in drafts:
+        span = [offset, offset + d.nbytes]
+        header[d.name] = {"dtype": DTYPES[d.dtype], "shape": d.shape, "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,73 @@
+"""The index of a sharded checkpoint against the files beside it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from megatron_quant.ckpt.reader import INDEX, WEIGHTS
+from megatron_quant.ckpt.source import read_json
+from megatron_quant.errors import CheckpointError
+
+
+def index_problems(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint's files, one line each; reads headers alone.
+
+    Every tensor must be in exactly one file, where the index has it; every safetensors file must
+    be named by the index; a stated total size must be that of the tensors. A checkpoint of one
+    file needs no index.
+    """
+    files = sorted(p.name for p in directory.glob("*.safetensors"))
+    if not (directory / INDEX).exists():
+        if files == [WEIGHTS]:
+            return _file_problems(directory, {}, [WEIGHTS])
+        return [f"{INDEX} is missing; an export without it was interrupted, export again"]
+    try:
+        index = read_json(directory / INDEX)
+    except CheckpointError as error:
+        return [str(error)]
+    where = index.get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
+        return [f"{INDEX} has no weight_map from tensor to file"]
+    named = sorted(set(where.values()))
+    stray = [f"{f}: {INDEX} does not name this file" for f in files if f not in named]
+    problems = _file_problems(directory, where, named)
+    return problems + stray + ([] if problems else _size_problems(directory, index, named))
+
+
+def _file_problems(directory: Path, where: Mapping[str, str], files: list[str]) -> list[str]:
+    problems = []
+    for file in files:
+        try:
+            held = set(_sizes(directory / file))
+        except FileNotFoundError:
+            problems.append(f"{file}: file is missing, though {INDEX} names it")
+            continue
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{file}: no whole safetensors file: {error}")
+            continue
+        expected = {name for name, f in where.items() if f == file} if where else held
+        problems += [f"{n}: missing from {file}, where {INDEX} has it" for n in expected - held]
+        problems += [
+            f"{n}: in {file}, but {INDEX} has it in {where.get(n, 'none')}" for n in held - expected
+        ]
+    return sorted(problems)
+
+
+def _size_problems(directory: Path, index: Mapping[str, Any], files: list[str]) -> list[str]:
+    stated = (index.get("metadata") or {}).get("total_size")
+    size = sum(sum(_sizes(directory / file).values()) for file in files)
+    if stated is None or stated == size:
+        return []
+    return [f"{INDEX}: total_size is {stated}, but the tensors have {size} bytes"]
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes of each tensor in a file; SafetensorError where the file is not whole."""
+    with safe_open(path, "pt"), path.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    header.pop("__metadata__", None)
+    spans = {name: tensor["data_offsets"] for name, tensor in header.items()}
+    return {name: stop - start for name, (start, stop) in spans.items()}

@@ -1,0 +1,216 @@
+"""The export as a value: every tensor of every file, and which rank writes which part of it."""
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+
+from megatron_quant.ckpt.dialects.base import Dialect, Stored
+from megatron_quant.ckpt.files import Draft, OutFile, TensorEntry, lay_out
+from megatron_quant.ckpt.layout import Layout
+from megatron_quant.ckpt.pieces import Scheme, Schemes, boxes, check_shape, crossed, nbytes
+from megatron_quant.errors import ExportError, LayoutError
+from megatron_quant.models import copies
+from megatron_quant.models.spec import Box, Copy, Domain, Param, Source
+from megatron_quant.recipes.plan import QuantPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The box of one file tensor that a part fills."""
+
+    entry: TensorEntry
+    stored: Stored
+    box: Box
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A Hugging Face tensor and the file tensors that store it (parallel to ``scheme.stored``)."""
+
+    param: Param
+    source: Source
+    scheme: Scheme
+    entries: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A rectangle of a Hugging Face tensor that one rank writes, from what it holds itself.
+
+    copy: the rectangle in the Hugging Face tensor (``src``) and in the rank's parameter (``dst``).
+    owner: the rank that writes it.
+    """
+
+    target: Target
+    copy: Copy
+    owner: int
+
+    @property
+    def param(self) -> Param:
+        """The logical parameter that holds it."""
+        return self.target.param
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """What it fills in the files."""
+        target = self.target
+        filled = boxes(target.scheme, target.source.shape, self.copy.src)
+        for entry, stored, box in zip(target.entries, target.scheme.stored, filled, strict=True):
+            if box is not None:
+                yield Piece(entry, stored, box)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it fills."""
+        return nbytes(self.target.scheme, self.target.source.shape, self.copy.src)
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything about an export but the tensors' values.
+
+    files, and the entries in them, do not depend on the layout; ``parts`` do.
+    bytes_before: bytes of the weights if none were quantized; bytes_after: as they are stored.
+    """
+
+    files: tuple[OutFile, ...]
+    targets: tuple[Target, ...]
+    parts: tuple[Part, ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """Every tensor, file by file."""
+        return tuple(entry for file in self.files for entry in file.entries)
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """Content of ``model.safetensors.index.json``."""
+        return {
+            "metadata": {"total_size": self.bytes_after},
+            "weight_map": {entry.name: entry.file for entry in self.entries},
+        }
+
+    @cached_property
+    def _by_rank(self) -> dict[int, tuple[Part, ...]]:
+        parts: dict[int, list[Part]] = {}
+        for part in self.parts:
+            parts.setdefault(part.owner, []).append(part)
+        return {rank: tuple(found) for rank, found in parts.items()}
+
+    def parts_of(self, rank: int) -> tuple[Part, ...]:
+        """What ``rank`` writes, in the order of the model."""
+        return self._by_rank.get(rank, ())
+
+
+def plan_export(
+    params: Sequence[Param],
+    quant: QuantPlan,
+    dialect: Dialect,
+    layout: Layout,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> ExportPlan:
+    """Plan the files of ``params`` as ``quant`` decides and ``dialect`` spells them.
+
+    dtype: of whatever is not quantized. max_shard_bytes: tensor bytes per file.
+
+    Raises FormatError where a shape does not suit its format and LayoutError where a shard's edge
+    cuts a quantization block.
+    """
+    if max_shard_bytes < 1:
+        raise ExportError(f"--max-shard-size is {max_shard_bytes} bytes; give a positive size")
+    files, targets = _place(params, quant, Schemes(dialect, dtype), max_shard_bytes)
+    before = sum(prod(target.source.shape) for target in targets) * dtype.itemsize
+    after = sum(entry.nbytes for file in files for entry in file.entries)
+    return ExportPlan(files, targets, _own(_rectangles(targets, layout)), before, after)
+
+
+def _place(
+    params: Sequence[Param], quant: QuantPlan, schemes: Schemes, max_shard_bytes: int
+) -> tuple[tuple[OutFile, ...], tuple[Target, ...]]:
+    wanted: list[tuple[Param, Source, Scheme]] = []
+    for param in params:
+        decision = quant.by_name[param.name]
+        scheme = schemes.of(decision.weights, decision.inputs)
+        wanted += [(param, source, scheme) for source in param.sources]
+    units = [_drafts(source, scheme) for _, source, scheme in wanted]
+    files = lay_out(units, max_shard_bytes)
+    entry_of = {entry.name: entry for file in files for entry in file.entries}
+    targets = (
+        Target(*item, tuple(entry_of[draft.name] for draft in unit))
+        for item, unit in zip(wanted, units, strict=True)
+    )
+    return files, tuple(targets)
+
+
+def _drafts(source: Source, scheme: Scheme) -> list[Draft]:
+    check_shape(scheme, source)
+    described = zip(scheme.names(source), scheme.stored, scheme.shapes(source.shape), strict=True)
+    return [
+        Draft(name, stored.dtype, shape, prod(shape) * stored.dtype.itemsize)
+        for name, stored, shape in described
+    ]
+
+
+_Rectangle = tuple[Target, Copy, tuple[int, ...]]
+
+
+def _rectangles(targets: Sequence[Target], layout: Layout) -> Iterator[_Rectangle]:
+    """Every rectangle of every target, with the ranks that hold it, in the order of the model."""
+    by_param: dict[str, dict[str, Target]] = {}
+    for target in targets:
+        by_param.setdefault(target.param.name, {})[target.source.name] = target
+    for of_source in by_param.values():
+        param = next(iter(of_source.values())).param
+        holders = layout.holders(param)
+        for shard, ranks in enumerate(holders):
+            for copy in copies(param, shard, len(holders)):
+                target = of_source[copy.source.name]
+                _check_cut(target, copy, len(holders))
+                yield target, copy, ranks
+
+
+def _check_cut(target: Target, copy: Copy, size: int) -> None:
+    cut = crossed(target.scheme, target.source.shape, copy.src)
+    if cut is None:
+        return
+    dim, block = cut
+    axis = "tp" if target.param.domain is Domain.DENSE else "etp"
+    assert target.scheme.weights is not None
+    raise LayoutError(
+        f"{target.source.name}: --{axis} {size} cuts its {target.source.shape[dim]}"
+        f" {('outputs', 'inputs')[dim]} inside a block of {block} that {target.scheme.weights.name}"
+        f" scales together; choose a smaller group_size, another --{axis}, or exclude the weight"
+    )
+
+
+def _own(rectangles: Iterator[_Rectangle]) -> tuple[Part, ...]:
+    """One owner per rectangle: largest first, to the holder with the fewest bytes so far."""
+    found = list(rectangles)
+    sizes = [nbytes(t.scheme, t.source.shape, copy.src) for t, copy, _ in found]
+    owners = [0] * len(found)
+    load: dict[int, int] = defaultdict(int)
+    heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for i in sorted(range(len(found)), key=lambda i: -sizes[i]):
+        ranks = found[i][2]
+        if ranks not in heaps:
+            heaps[ranks] = [(0, rank) for rank in ranks]
+        owners[i] = _lightest(heaps[ranks], load)
+        load[owners[i]] += sizes[i]
+    return tuple(Part(t, copy, own) for (t, copy, _), own in zip(found, owners, strict=True))
+
+
+def _lightest(heap: list[tuple[int, int]], load: dict[int, int]) -> int:
+    """The rank of least load; the heap's loads may be out of date, but only ever too small."""
+    while heap[0][0] != load[heap[0][1]]:
+        rank = heap[0][1]
+        heapq.heapreplace(heap, (load[rank], rank))
+    return heap[0][1]

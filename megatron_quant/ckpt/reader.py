@@ -1,0 +1,203 @@
+"""Reading a Hugging Face checkpoint slice by slice: what a rank does not hold it does not read."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_quant.ckpt.source import read_config, read_json, refuse_quantized
+from megatron_quant.errors import CheckpointError
+from megatron_quant.models.spec import Box, Copy, Param, Role
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attention\.masked_bias")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor; ``file`` is a name in the directory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint directory: its config, and where each tensor lies.
+
+    config: content of config.json. tensors: by name. Files are mapped into memory, so that only
+    what is read is loaded; the maps live as long as this object.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: dict[str, Any] = field(repr=False)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The rectangle ``box`` of tensor ``name``, in its stored dtype; nothing else is read."""
+        file = self.tensors[name].file
+        try:
+            part = self.files[file].get_slice(name)[box.index]
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{self.path / file}: {name} cannot be read: {e}") from e
+        assert tuple(part.shape) == box.size, (name, box, tuple(part.shape))
+        return part
+
+    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
+        """Every source of ``params`` is there in its shape, and every tensor is a source of one.
+
+        Returns the names of tensors that are rightly unused: buffers that old versions of
+        transformers stored, and ``lm_head.weight`` where the embedding takes its place. Raises
+        CheckpointError naming the first tensor that is missing, misshapen, not in bf16, fp16 or
+        fp32, or unexpected.
+        """
+        params = tuple(params)
+        sources = {s.name: s.shape for p in params for s in p.sources}
+        for name, shape in sources.items():
+            self._check_tensor(name, shape)
+        rest = [name for name in self.tensors if name not in sources]
+        tied = all(p.role is not Role.OUTPUT for p in params)
+        ignored = {n for n in rest if _BUFFERS.fullmatch(n) or (tied and n == "lm_head.weight")}
+        unexpected = [name for name in rest if name not in ignored]
+        if unexpected:
+            raise CheckpointError(
+                f"{self.path}: {unexpected[0]} ({len(unexpected)} such) is no tensor of the "
+                "architecture in config.json; correct config.json or remove the tensor"
+            )
+        return tuple(n for n in rest if n in ignored)
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is missing; fetch the checkpoint again, "
+                "or correct config.json"
+            )
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{self.path / info.file}: {name} has shape {list(info.shape)} where config.json "
+                f"asks for {list(shape)}; correct config.json"
+            )
+        if info.dtype not in _WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{self.path / info.file}: {name} is stored as {info.dtype}; "
+                "give a checkpoint in bf16, fp16 or fp32"
+            )
+
+
+def fill(local: torch.Tensor, copies: Sequence[Copy], checkpoint: Checkpoint) -> None:
+    """Copy each rectangle of the checkpoint into ``local``, in ``local``'s dtype and device.
+
+    Elements that are in no rectangle (vocabulary padding) keep their value.
+    """
+    with torch.no_grad():
+        for copy in copies:
+            local[copy.dst.index].copy_(checkpoint.read(copy.source.name, copy.src))
+
+
+def open_directory(path: Path) -> Checkpoint:
+    """Open a checkpoint of whatever dtypes, quantized ones included.
+
+    Raises CheckpointError where the directory, its config or its weights are missing, pickled,
+    truncated or inconsistent.
+    """
+    config = read_config(path)
+    where = _weight_map(path)
+    names = sorted(set(where.values())) if where else [_single_file(path)]
+    files = {name: _open(path / name) for name in names}
+    tensors: dict[str, TensorInfo] = {}
+    for file, handle in files.items():
+        for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
+            if where.get(name, file) == file:
+                tensors[name] = _info(path / file, handle, name)
+    for name, file in where.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{path / file}: tensor {name} is missing, though {INDEX} names it; "
+                "fetch the checkpoint again"
+            )
+    return Checkpoint(path, config, tensors, files)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint to be quantized; as :func:`open_directory`, but not a quantized one."""
+    refuse_quantized(read_config(path), path)
+    return open_directory(path)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file name of the index; empty where one file holds all (it then wins)."""
+    if (path / WEIGHTS).exists() or not (path / INDEX).exists():
+        return {}
+    where = read_json(path / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise CheckpointError(f"{path / INDEX} has no weight_map; fetch it again")
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(
+                f"{path / INDEX}: {file!r} of {name} is no file name in its directory"
+            )
+        if not (path / file).is_file():
+            raise CheckpointError(
+                f"{path / file} is missing, though {INDEX} names it; fetch the checkpoint again"
+            )
+    return where
+
+
+def _single_file(path: Path) -> str:
+    found = sorted(p.name for p in path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"{path} has {len(found)} safetensors files and no {INDEX}; fetch the index too"
+        )
+    pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{path} has only pickled weights ({pickles[0]}), which can run code; convert it: "
+            "load it in transformers and save_pretrained(directory, safe_serialization=True)"
+        )
+    raise CheckpointError(f"{path} has no {WEIGHTS}; give a checkpoint with safetensors weights")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(
+            f"{file} is truncated or no safetensors file ({e}); fetch it again"
+        ) from e
+
+
+def _info(file: Path, handle: Any, name: str) -> TensorInfo:
+    part = handle.get_slice(name)
+    dtype = part.get_dtype()
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{file}: {name} has dtype {dtype}, which is not known here")
+    return TensorInfo(_DTYPES[dtype], tuple(part.get_shape()), file.name)

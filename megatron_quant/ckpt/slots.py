@@ -1,0 +1,20 @@
+"""From logical parameters to the slots that a recipe decides on."""
+
+from collections.abc import Sequence
+
+from megatron_quant.models.spec import Param, Role
+from megatron_quant.recipes.plan import Slot
+
+
+def slots(params: Sequence[Param]) -> tuple[Slot, ...]:
+    """One slot per parameter, in order; whatever is no linear weight is ``fixed`` as its role."""
+    return tuple(
+        Slot(
+            name=param.name,
+            sources=tuple(source.module for source in param.sources),
+            shape=param.shape,
+            fixed="" if param.role is Role.LINEAR else param.role.value,
+            expert=param.expert,
+        )
+        for param in params
+    )

@@ -1,0 +1,105 @@
+"""Where a Hugging Face checkpoint is: its directory, its config, the files beside its weights."""
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+
+from megatron_quant.errors import CheckpointError
+
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab*", "merges*", "tokenizer*")
+_UNWANTED = ("*/*", "consolidated*", "*.py", "*.bin", "*.pt", "*.pth", "*.gguf")
+_CARRIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*",
+    "*.model",
+    "*processor*.json",
+)
+_CARRIED_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+def resolve_source(path_or_hub_id: str) -> Path:
+    """The local directory of a checkpoint, downloaded where it is a hub id (``owner/name``).
+
+    Of a hub repository only safetensors, JSON and tokenizer files are fetched, never code or
+    pickles. Raises CheckpointError where there is neither a directory nor a repository.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path_or_hub_id} is a file; give the checkpoint's directory")
+    if path.is_absolute() or path_or_hub_id.startswith((".", "~")) or len(path.parts) != 2:
+        raise CheckpointError(
+            f"{path_or_hub_id} does not exist; give a checkpoint directory or a hub id (owner/name)"
+        )
+    return _download(path_or_hub_id)
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        found = huggingface_hub.snapshot_download(
+            hub_id, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+        )
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise CheckpointError(
+            f"{hub_id} is no local directory and cannot be fetched from the hub: {reason}"
+        ) from e
+    return Path(found)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the JSON file ``path``; CheckpointError where it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist; give a checkpoint directory as save_pretrained writes it"
+        ) from None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read as JSON: {e}; fetch it again") from e
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object but {type(content).__name__}")
+    return content
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint directory; CheckpointError where there is none."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} does not exist; give a checkpoint directory")
+    return read_json(directory / "config.json")
+
+
+def refuse_quantized(config: Mapping[str, Any], directory: Path) -> None:
+    """CheckpointError where the checkpoint's weights are quantized already."""
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise CheckpointError(
+            f"{directory} is quantized already (quantization_config.quant_method={method!r}); "
+            "give the bf16, fp16 or fp32 checkpoint that it was made from"
+        )
+
+
+def carry_over(directory: Path) -> list[Path]:
+    """Files that an export takes along unchanged: tokenizer, chat template, generation, processor.
+
+    Neither config.json, nor weights and their index, nor code; in the order of their names.
+    """
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+        and path.suffix in _CARRIED_SUFFIXES
+        and any(fnmatch(path.name, pattern) for pattern in _CARRIED)
+    ]

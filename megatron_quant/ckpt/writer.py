@@ -1,0 +1,200 @@
+"""Files from an export plan: every rank writes its own bytes, and the index comes last.
+
+Three phases, between which all ranks meet: :func:`prepare` and :func:`commit` on one rank,
+:func:`write_parts` on all. Until the commit every file carries a temporary name, so whatever
+stops an export leaves no index behind.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from enum import Enum
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from megatron_quant.ckpt.check import check_plan
+from megatron_quant.ckpt.companions import CONFIG, Companions
+from megatron_quant.ckpt.dialects.modelopt import HF_QUANT_CONFIG
+from megatron_quant.ckpt.disk import allocate, explained, sync_directory, write_at
+from megatron_quant.ckpt.files import INDEX, OutFile, TensorEntry
+from megatron_quant.ckpt.plan import ExportPlan, Part
+from megatron_quant.ckpt.produce import Produced
+from megatron_quant.dist import Groups, together
+from megatron_quant.errors import ExportError
+from megatron_quant.models.spec import Box
+
+Produce = Callable[[Part], Iterable[Produced]]
+"""For one part what :func:`megatron_quant.ckpt.produce.produce` yields of it."""
+Progress = Callable[[int], None]
+"""Called on every rank with the bytes that it has written since the last call."""
+
+
+class Existing(Enum):
+    """What to do with a directory that is not empty."""
+
+    REFUSE = "refuse"
+    REPLACE = "replace"
+
+
+def quiet(nbytes: int) -> None:
+    """Report no progress."""
+
+
+def export(
+    plan: ExportPlan,
+    groups: Groups,
+    produce: Produce,
+    directory: Path,
+    companions: Companions,
+    existing: Existing = Existing.REFUSE,
+    progress: Progress = quiet,
+) -> None:
+    """Write the checkpoint; call it on every rank with the same plan.
+
+    Raises, on every rank, what any rank met: ExportError from the disk, or whatever QuantError
+    ``produce`` raises. Then nothing is left in ``directory`` but what was there, less an older
+    checkpoint's files under ``Existing.REPLACE``.
+    """
+    check_plan(plan)
+    first = groups.rank == 0
+    together(groups, lambda: prepare(plan, directory, companions, existing) if first else None)
+    try:
+        together(groups, lambda: write_parts(plan, groups.rank, produce, directory, progress))
+        together(groups, lambda: commit(plan, directory, companions) if first else None)
+    except BaseException:
+        if first:
+            discard(directory)
+        raise
+
+
+def check_target(directory: Path, companions: Companions, existing: Existing) -> None:
+    """Raise ExportError unless an export may go to ``directory``. Changes nothing."""
+    with explained(directory, "cannot be used"):
+        if not directory.exists() or not any(directory.iterdir()):
+            return
+        if existing is Existing.REFUSE:
+            raise ExportError(
+                f"{directory} is not empty; pass --overwrite or choose another --export-dir"
+            )
+        if any(directory.samefile(path.parent) for path in companions.carried):
+            raise ExportError(
+                f"{directory} holds the source checkpoint; choose another --export-dir"
+            )
+
+
+def prepare(plan: ExportPlan, directory: Path, companions: Companions, existing: Existing) -> None:
+    """On one rank: empty the way, claim the space of every file, write the headers.
+
+    An older checkpoint's index goes first, so that it never lies beside new files.
+    """
+    names = [*companions.names, INDEX, *(file.name for file in plan.files)]
+    assert len(set(names)) == len(names), f"two files of one name: {names}"
+    check_target(directory, companions, existing)
+    with explained(directory, "cannot be used"):
+        directory.mkdir(parents=True, exist_ok=True)
+        _clear(directory)
+    try:
+        for file in plan.files:
+            _create(directory, file)
+    except BaseException:
+        discard(directory)
+        raise
+
+
+def _clear(directory: Path) -> None:
+    (directory / INDEX).unlink(missing_ok=True)
+    sync_directory(directory)
+    for old in (CONFIG, HF_QUANT_CONFIG):
+        (directory / old).unlink(missing_ok=True)
+    for path in (*directory.glob("*.safetensors"), *directory.glob(".*.partial")):
+        path.unlink()
+
+
+def _partial(directory: Path, name: str) -> Path:
+    return directory / f".{name}.partial"
+
+
+def _create(directory: Path, file: OutFile) -> None:
+    path = _partial(directory, file.name)
+    with explained(path, f"cannot take {file.size} bytes"), path.open("xb") as stream:
+        allocate(stream.fileno(), file.size)
+        write_at(stream.fileno(), memoryview(file.header), 0)
+
+
+def write_parts(
+    plan: ExportPlan, rank: int, produce: Produce, directory: Path, progress: Progress = quiet
+) -> None:
+    """On every rank: encode and write the parts that ``rank`` owns, one at a time."""
+    for name, parts in groupby(plan.parts_of(rank), lambda part: part.target.entries[0].file):
+        path = _partial(directory, name)
+        with explained(path, "cannot be opened"):
+            fd = os.open(path, os.O_WRONLY)
+        try:
+            for part in parts:
+                _write_part(fd, path, part, produce)
+                progress(part.nbytes)
+            with explained(path, "cannot be written"):
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _write_part(fd: int, path: Path, part: Part, produce: Produce) -> None:
+    planned = {piece.entry.name: piece.box for piece in part.pieces}
+    for entry, box, tensor in produce(part):
+        assert planned.pop(entry.name) == box, f"{entry.name}: {box} is not the plan's"
+        assert tensor.dtype == entry.dtype, f"{entry.name}: {tensor.dtype}"
+        assert tuple(tensor.shape) == box.size, f"{entry.name}: {tuple(tensor.shape)}"
+        with explained(path, "cannot be written"):
+            _write_box(fd, entry, box, tensor)
+    assert not planned, f"{part.target.source.name} lacks {', '.join(planned)}"
+
+
+def _write_box(fd: int, entry: TensorEntry, box: Box, tensor: torch.Tensor) -> None:
+    """``tensor`` into ``box`` of the entry: one write, or one per row where columns are cut."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    item = entry.dtype.itemsize
+    if box.size[1:] == entry.shape[1:]:
+        pitch = entry.nbytes // max(1, entry.shape[0]) if entry.shape else 0
+        write_at(fd, data, entry.offset + (box.start[0] * pitch if box.start else 0))
+        return
+    assert len(entry.shape) == 2, f"{entry.name}: columns of {entry.shape}"
+    pitch, width = entry.shape[1] * item, box.size[1] * item
+    start = entry.offset + box.start[0] * pitch + box.start[1] * item
+    for row in range(box.size[0]):
+        write_at(fd, data[row * width : (row + 1) * width], start + row * pitch)
+
+
+def commit(plan: ExportPlan, directory: Path, companions: Companions) -> None:
+    """On one rank, when all have written: add the other files and give every file its name.
+
+    Everything is on disk under a temporary name before the first rename. The index is renamed
+    last: where it is, the checkpoint is complete.
+    """
+    with explained(directory, "cannot be completed"):
+        for source in companions.carried:
+            _stage(directory, source.name, source.read_bytes())
+        for name, content in {**companions.documents, INDEX: plan.index}.items():
+            _stage(directory, name, (json.dumps(content, indent=2) + "\n").encode())
+        for name in [*(file.name for file in plan.files), *companions.names]:
+            _partial(directory, name).rename(directory / name)
+        sync_directory(directory)
+        _partial(directory, INDEX).rename(directory / INDEX)
+        sync_directory(directory)
+
+
+def _stage(directory: Path, name: str, content: bytes) -> None:
+    with _partial(directory, name).open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def discard(directory: Path) -> None:
+    """Remove what an unfinished export left, and nothing else."""
+    for path in directory.glob(".*.partial"):
+        with suppress(OSError):
+            path.unlink()

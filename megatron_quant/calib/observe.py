@@ -1,0 +1,82 @@
+"""What a forward is watched for: every layer's largest input, and the tokens of every expert."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_quant.formats import amax
+from megatron_quant.layers.grouped import QuantGroupedLinear
+from megatron_quant.layers.install import QuantLayer
+
+
+class InputAmax:
+    """Running amax of what a quantizer is given: fp32 [], None until it saw a token."""
+
+    def __init__(self) -> None:
+        self.value: torch.Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """A forward pre-hook of the input quantizer."""
+        if args[0].numel():
+            seen = amax(args[0])
+            self.value = seen if self.value is None else torch.maximum(self.value, seen)
+
+
+class TokenCount:
+    """Tokens that each local expert of a grouped linear was given, int64 [E]."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.tokens = torch.zeros(num_experts, dtype=torch.int64)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook of the linear, whose arguments are ``(x, m_splits)``."""
+        self.tokens += torch.as_tensor(args[1]).cpu()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one rank saw of its layers, by slot name; a slot that saw nothing has no amax."""
+
+    input_amax: dict[str, torch.Tensor]
+    tokens: dict[str, torch.Tensor]
+
+
+def observe(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], None]]) -> Observed:
+    """Run ``forwards`` with the model unquantized and watched."""
+    watched = [layer for layer in layers if layer.module.input_quantizer.is_enabled]
+    grouped = [layer for layer in watched if isinstance(layer.module, QuantGroupedLinear)]
+    inputs = [(layer, InputAmax()) for layer in watched]
+    counts = [(layer, TokenCount(layer.module.num_gemms)) for layer in grouped]
+    hooks = [x.module.input_quantizer.register_forward_pre_hook(hook) for x, hook in inputs]
+    hooks += [x.module.register_forward_pre_hook(count) for x, count in counts]
+    try:
+        with torch.no_grad(), _unquantized(layers):
+            for forward in forwards:
+                forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Observed(
+        {d.slot.name: h.value for x, h in inputs if h.value is not None for d in x.decisions},
+        {d.slot.name: n for x, c in counts for d, n in zip(x.decisions, c.tokens, strict=True)},
+    )
+
+
+@contextmanager
+def _unquantized(layers: Sequence[QuantLayer]) -> Iterator[None]:
+    watched = [x.module.input_quantizer for x in layers if x.module.input_quantizer.is_enabled]
+    for layer in layers:
+        layer.module.weight_quantizer.disable()
+    for quantizer in watched:
+        quantizer.disable_quant()  # still called, so that its hook sees the layer's input
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.module.weight_quantizer.enable()
+        for quantizer in watched:
+            quantizer.enable_quant()

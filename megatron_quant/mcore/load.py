@@ -1,0 +1,78 @@
+"""A Megatron model filled from a Hugging Face checkpoint: every rank reads the slices it owns."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from megatron_quant.ckpt.layout import Layout
+from megatron_quant.ckpt.reader import Checkpoint, fill
+from megatron_quant.dist import Groups, together
+from megatron_quant.mcore.build import build_model
+from megatron_quant.mcore.locate import LocalParam, check_model, local_params
+from megatron_quant.mcore.parallel import megatron_layout, start_megatron
+from megatron_quant.models import Architecture, copies
+from megatron_quant.models.spec import Param
+
+
+@dataclass(frozen=True)
+class Model:
+    """A live Megatron model with the meaning of its parameters.
+
+    params: the logical parameters of the whole model; local: this rank's shards of them.
+    """
+
+    module: GPTModel
+    params: tuple[Param, ...]
+    local: tuple[LocalParam, ...]
+    layout: Layout
+    groups: Groups
+
+
+def wrap_model(
+    module: GPTModel, architecture: Architecture, hf_config: Mapping[str, Any], groups: Groups
+) -> Model:
+    """A GPTModel that lives in Megatron's present process groups, as this library sees it.
+
+    Collective. Raises ArchitectureError where the model's parameters are not the table's.
+    """
+    params = architecture.params(hf_config)
+    layout = megatron_layout(groups, num_experts(params))
+    local = local_params(params, layout, groups.rank)
+    together(groups, lambda: check_model(module, local))
+    return Model(module, params, tuple(local), layout, groups)
+
+
+def num_experts(params: tuple[Param, ...]) -> int:
+    """Routed experts a layer; 0 for a dense model."""
+    return max((p.expert + 1 for p in params if p.expert is not None), default=0)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    layout: Layout,
+    groups: Groups,
+    dtype: torch.dtype,
+    progress: Callable[[int], None],
+) -> Model:
+    """Build the model at ``layout`` and fill it. Collective.
+
+    progress: called with 1 for each parameter that this rank has read.
+    """
+    start_megatron(layout)
+    module = build_model(architecture, checkpoint.config, layout, dtype)
+    model = wrap_model(module, architecture, checkpoint.config, groups)
+    together(groups, lambda: _fill(model, checkpoint, progress))
+    return model
+
+
+@torch.no_grad()
+def _fill(model: Model, checkpoint: Checkpoint, progress: Callable[[int], None]) -> None:
+    for local in model.local:
+        tensor = local.tensor(model.module)
+        tensor.zero_()  # rows that pad the vocabulary stay zero
+        fill(tensor, copies(local.param, local.shard_rank, local.shard_size), checkpoint)
+        progress(1)

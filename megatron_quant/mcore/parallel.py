@@ -1,0 +1,56 @@
+"""Process groups: starting torch.distributed, Megatron's groups, and what every rank holds."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from megatron_quant.ckpt.layout import Coord, Layout
+from megatron_quant.dist import Groups, gather
+
+
+def start_distributed() -> Groups:
+    """Join the ranks that ``torchrun`` started (one rank where it did not); idempotent.
+
+    NCCL with one GPU a local rank where CUDA is available, else gloo.
+    """
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Groups(None, "cuda" if cuda else "cpu")
+
+
+def start_megatron(layout: Layout) -> None:
+    """Make Megatron's process groups at the sizes of ``layout``, in place of any there are."""
+    mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp_size,
+        expert_model_parallel_size=layout.ep_size,
+        expert_tensor_parallel_size=layout.etp_size,
+    )
+
+
+def megatron_layout(groups: Groups, experts: int) -> Layout:
+    """The layout that Megatron's groups have: every rank says where it is. Collective.
+
+    experts: experts a layer, 0 for a model without.
+    """
+    here = Coord(
+        tp=mpu.get_tensor_model_parallel_rank(),
+        ep=mpu.get_expert_model_parallel_rank(),
+        etp=mpu.get_expert_tensor_parallel_rank(),
+    )
+    return Layout(
+        tp_size=mpu.get_tensor_model_parallel_world_size(),
+        ep_size=mpu.get_expert_model_parallel_world_size(),
+        etp_size=mpu.get_expert_tensor_parallel_world_size(),
+        coords=tuple(gather(here, groups)),
+        experts=experts,
+    )

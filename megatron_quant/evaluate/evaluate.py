@@ -1,0 +1,108 @@
+"""How good a checkpoint is on a text: perplexity, and divergence from a reference."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from megatron_quant.errors import CheckpointError, QuantError
+from megatron_quant.evaluate.load import Load, Logits, decoded
+from megatron_quant.evaluate.metrics import NOTHING, Sums, nll_and_kl, windows
+
+Progress = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
+"""Wraps a list that is gone through once, to show how far it is."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a checkpoint scores on a text.
+
+    kl: mean KL(reference || model) per token, in nats; None without a reference.
+    tokens: how many were predicted.
+    """
+
+    perplexity: float
+    kl: float | None
+    tokens: int
+
+
+def evaluate(
+    directory: Path,
+    text_file: Path,
+    against: Path | None = None,
+    seq_length: int = 512,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    load: Load = decoded,
+    progress: Progress = iter,
+) -> Result:
+    """Perplexity of a bf16 or quantized checkpoint over a text, in windows that do not overlap.
+
+    against: a reference checkpoint with the same vocabulary, for the KL. dtype: of weights and
+    arithmetic, in both. load: :func:`~megatron_quant.evaluate.load.decoded` by our codecs or
+    :func:`~megatron_quant.evaluate.load.native` by transformers alone; the reference is always
+    decoded. Raises QuantError for a text, CheckpointError for a checkpoint that cannot be used.
+    """
+    cut = read_windows(directory, text_file, seq_length, max_tokens)
+    model = load(directory, dtype)
+    reference = decoded(against, dtype) if against else None
+    total = score(model, progress(cut), reference)
+    return Result(total.perplexity, total.mean_kl if reference else None, total.tokens)
+
+
+def score(model: Logits, cut: Iterable[torch.Tensor], reference: Logits | None = None) -> Sums:
+    """What windows (each int64 [seq_length + 1]) add up to under a model and its reference.
+
+    Raises CheckpointError where the two do not have the same vocabulary.
+    """
+    total = NOTHING
+    for window in cut:
+        ids_T, labels_T = window[:-1], window[1:]
+        logits_TV, ref_TV = model(ids_T), reference(ids_T) if reference else None
+        if ref_TV is not None and ref_TV.shape != logits_TV.shape:
+            raise CheckpointError(
+                f"the model's vocabulary is {logits_TV.shape[-1]}, the reference's "
+                f"{ref_TV.shape[-1]}; compare with the checkpoint that was quantized"
+            )
+        total += nll_and_kl(logits_TV, ref_TV, labels_T)
+    return total
+
+
+def read_windows(
+    directory: Path, text_file: Path, seq_length: int, max_tokens: int | None = None
+) -> list[torch.Tensor]:
+    """The windows of a text file under a checkpoint's tokenizer: each int64 [seq_length + 1].
+
+    max_tokens: how many tokens are predicted at most; None for the whole text. Raises QuantError
+    where the text cannot be read or does not fill one window.
+    """
+    try:
+        text = text_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise QuantError(f"{text_file}: not a readable UTF-8 text file ({e})") from e
+    ids = _tokenize(directory, text)
+    cut = list(windows(ids if max_tokens is None else ids[: max_tokens + 1], seq_length))
+    if not cut:
+        raise QuantError(
+            f"{text_file}: {len(ids)} tokens do not fill a window of {seq_length} and its label; "
+            "give a longer text or a smaller sequence length"
+        )
+    return cut
+
+
+def _tokenize(directory: Path, text: str) -> list[int]:
+    """The text's ids under the checkpoint's tokenizer, without special tokens."""
+    refused = CheckpointError(f"{directory}: no tokenizer that transformers can read")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError) as e:
+        raise refused from e
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # Where the files are missing transformers may hand out a tokenizer with an empty vocabulary.
+    if text and not ids:
+        raise refused
+    return ids

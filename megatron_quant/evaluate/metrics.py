@@ -1,0 +1,66 @@
+"""Perplexity and divergence of a language model, as pure functions over ids and logits.
+
+Every judge of a model (transformers on one process, Megatron on many) cuts the text and adds up
+the figures here, so their numbers differ only by what the models compute.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What windows add up to; sums over tokens, in nats."""
+
+    nll: float
+    kl: float
+    tokens: int
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.nll + other.nll, self.kl + other.kl, self.tokens + other.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log likelihood per predicted token."""
+        return math.exp(self.nll / self.tokens)
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL(reference || model) per predicted token."""
+        return self.kl / self.tokens
+
+
+NOTHING = Sums(0.0, 0.0, 0)
+
+
+def windows(ids: Sequence[int], seq_length: int) -> Iterator[torch.Tensor]:
+    """Non-overlapping windows of ``ids``: int64 [seq_length + 1], inputs and shifted labels.
+
+    ``w[:-1]`` are a forward's ``seq_length`` inputs and ``w[1:]`` its labels. Consecutive windows
+    share one id, so every id but the first is predicted once; a shorter tail is dropped.
+    """
+    assert seq_length > 0
+    stream = torch.as_tensor(ids, dtype=torch.int64)
+    for start in range(0, len(stream) - seq_length, seq_length):
+        yield stream[start : start + seq_length + 1]
+
+
+def nll_and_kl(
+    logits_TV: torch.Tensor, ref_logits_TV: torch.Tensor | None, labels_T: torch.Tensor
+) -> Sums:
+    """Sums over tokens of -log p(label) and of KL(reference || model), 0 without a reference.
+
+    Logits [tokens, vocabulary] of any float type; the log-softmax is taken in fp32 and the sums
+    in fp64.
+    """
+    logp_TV = F.log_softmax(logits_TV.float(), dim=-1)
+    nll = F.nll_loss(logp_TV.double(), labels_T, reduction="sum")
+    kl = 0.0
+    if ref_logits_TV is not None:
+        ref_TV = F.log_softmax(ref_logits_TV.float(), dim=-1)
+        kl = (ref_TV.exp() * (ref_TV - logp_TV)).sum(dtype=torch.float64).item()
+    return Sums(nll.item(), kl, len(labels_T))

@@ -1,0 +1,65 @@
+"""Everything that is decided before a weight is read: from config.json and the flags alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_quant.api.options import DTYPES, QuantizeOptions, parse_size
+from megatron_quant.ckpt.dialects import get_dialect
+from megatron_quant.ckpt.dialects.base import Dialect
+from megatron_quant.ckpt.layout import Layout
+from megatron_quant.ckpt.plan import ExportPlan, plan_export
+from megatron_quant.ckpt.slots import slots
+from megatron_quant.ckpt.source import read_config, resolve_source
+from megatron_quant.models import Architecture, Param, check_layout, lookup
+from megatron_quant.recipes.load import load_recipe
+from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.recipes.resolve import resolve
+from megatron_quant.recipes.schema import Recipe, weight_only
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that passed every check that needs no weights.
+
+    layout: as Megatron's default rank order gives it; export: the files, owners at that layout.
+    """
+
+    source: Path
+    hf_config: Mapping[str, Any]
+    architecture: Architecture
+    params: tuple[Param, ...]
+    recipe: Recipe
+    quant: QuantPlan
+    dialect: Dialect
+    layout: Layout
+    dtype: torch.dtype
+    export: ExportPlan
+
+
+def prepare(options: QuantizeOptions, world: int) -> Job:
+    """Check the flags against the model's config for ``world`` ranks; reads config.json only.
+
+    Raises the QuantError of whatever does not fit.
+    """
+    source = resolve_source(options.hf_model_id)
+    hf_config = read_config(source)
+    architecture = lookup(hf_config)
+    params = architecture.params(hf_config)
+    check_layout(hf_config, options.tp, options.ep, options.etp)
+    experts = max((p.expert + 1 for p in params if p.expert is not None), default=0)
+    layout = Layout.simulate(world, options.tp, options.ep, options.etp, experts)
+    recipe = load_recipe(options.export_quant_cfg)
+    if options.weight_only:
+        recipe = weight_only(recipe)
+    quant = resolve(recipe, slots(params))
+    dialect = get_dialect(options.export_format)
+    dtype = DTYPES[options.dtype]
+    shard_bytes = parse_size(options.max_shard_size)
+    export = plan_export(params, quant, dialect, layout, dtype, shard_bytes)
+    return Job(
+        source, hf_config, architecture, params, recipe, quant, dialect, layout, dtype, export
+    )

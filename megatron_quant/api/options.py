@@ -1,0 +1,58 @@
+"""What a user asks for: the flags of ``quantize``, as values."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_quant.errors import ExportError, QuantError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``5GB``, ``200MB`` or a plain number; ExportError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B)?", text.strip(), re.IGNORECASE)
+    unit = (match.group(2) or "").upper() if match else None
+    if match is None or unit not in (*_UNITS, "B"):
+        raise ExportError(f"--max-shard-size {text!r} is no size: write it as 5GB or 200MB")
+    size = int(float(match.group(1)) * _UNITS.get(unit, 1))
+    if size < 1:
+        raise ExportError(f"--max-shard-size {text!r} is nothing: give at least a few MB")
+    return size
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """One run of ``quantize``; every field is the flag of the same name.
+
+    Sizes of calibration are in samples and tokens. ``export_dir`` may be None for a dry run.
+    """
+
+    hf_model_id: str
+    export_quant_cfg: str
+    export_dir: Path | None = None
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+    weight_only: bool = False
+    expert_scales: str = "shared"
+    calib_size: int = 512
+    calib_seq_length: int = 512
+    calib_batch_size: int = 4
+    calib_dataset: str = "stdlib"
+    cold_experts: str = "error"
+    export_format: str = "modelopt"
+    max_shard_size: str = "5GB"
+    overwrite: bool = False
+    dtype: str = "bf16"
+    eval_text: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse counts below one; names are checked where they are resolved."""
+        for flag in ("tp", "ep", "etp", "calib_size", "calib_seq_length", "calib_batch_size"):
+            if getattr(self, flag) < 1:
+                name = flag.replace("_", "-")
+                raise QuantError(f"--{name} is {getattr(self, flag)}: give at least 1")

@@ -1,0 +1,181 @@
+"""The run itself: load, attach, calibrate, export, verify. Every rank calls :func:`quantize`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from megatron.core import parallel_state as mpu
+
+from megatron_quant.api.inputs import Inputs, open_inputs
+from megatron_quant.api.job import Job
+from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
+from megatron_quant.calib.data import shard
+from megatron_quant.ckpt.plan import Part
+from megatron_quant.ckpt.produce import Produced, produce
+from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.ckpt.writer import export
+from megatron_quant.dist import Groups, together
+from megatron_quant.evaluate.metrics import Sums
+from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
+from megatron_quant.mcore.evaluate import evaluate_model
+from megatron_quant.mcore.load import Model, load_model
+from megatron_quant.mcore.locate import local_params
+from megatron_quant.mcore.run import forward
+
+
+class Phases(Protocol):
+    """Where progress is shown; ``megatron_quant.cli.console.Phases`` is one."""
+
+    def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A phase of ``total`` steps; what it yields is called with steps done."""
+        ...
+
+    def time(self, name: str) -> AbstractContextManager[None]:
+        """A phase without steps."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found.
+
+    statistics: (quantizer's state name, shape, largest value) of this rank's quantizers.
+    fake_quant: sums over the evaluation text, of the quantized model in Megatron; None without one.
+    verified: what verifying the export found, on rank 0; None on the others.
+    """
+
+    job: Job
+    calibration: CalibrationReport
+    statistics: list[tuple[str, tuple[int, ...], float]]
+    fake_quant: Sums | None
+    verified: Report | None
+
+
+def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcome:
+    """Quantize a Hugging Face checkpoint into ``options.export_dir``.
+
+    Collective. Raises a QuantError, the same on every rank, before anything is written or with
+    what was written removed.
+    """
+    with phases.time("plan"):
+        inputs = together(groups, lambda: open_inputs(options, groups.size))
+    job = inputs.job
+    held = len(local_params(job.params, job.layout, groups.rank))
+    with phases.bar("load", held) as progress:
+        model = load_model(
+            inputs.checkpoint, job.architecture, job.layout, groups, job.dtype, progress
+        )
+    assert model.layout == job.layout, "the plan's owners are not where Megatron put the ranks"
+    with phases.time("attach"):
+        layers = together(groups, lambda: _attach(options, job, model))
+    calibration = _calibrate(options, inputs, model, layers, phases)
+    fake_quant = _evaluate(inputs, model, layers, phases) if inputs.windows else None
+    _export(options, inputs, model, layers, phases)
+    with phases.time("verify"):
+        verified = together(groups, lambda: _verify(options, job, groups))
+    return Outcome(job, calibration, statistics(model.module), fake_quant, verified)
+
+
+def statistics(module: torch.nn.Module) -> list[tuple[str, tuple[int, ...], float]]:
+    """State name, shape and largest value of every amax in the module."""
+    return [
+        (name, tuple(amax.shape), float(amax.max()))
+        for name, amax in module.named_buffers()
+        if name.endswith("_amax")
+    ]
+
+
+def _attach(options: QuantizeOptions, job: Job, model: Model) -> list[QuantLayer]:
+    weights = [local.weight for local in model.local]
+    return attach(model.module, job.quant, weights, ExpertScales(options.expert_scales))
+
+
+def _calibrate(
+    options: QuantizeOptions,
+    inputs: Inputs,
+    model: Model,
+    layers: list[QuantLayer],
+    phases: Phases,
+) -> CalibrationReport:
+    batches: list[torch.Tensor] = []
+    if inputs.batches:
+        size = mpu.get_data_parallel_world_size()
+        batches = shard(inputs.batches, mpu.get_data_parallel_rank(), size)
+    with phases.bar("calibrate", len(batches)) as progress:
+
+        def forwards() -> Iterator[Callable[[], None]]:
+            for batch in batches:
+                yield partial(forward, model.module, batch)
+                progress(1)
+
+        return calibrate(
+            layers,
+            inputs.job.quant,
+            model.groups,
+            forwards(),
+            ColdExperts(options.cold_experts),
+            token_replicas=model.layout.etp_size,
+        )
+
+
+def _evaluate(inputs: Inputs, model: Model, layers: list[QuantLayer], phases: Phases) -> Sums:
+    size = mpu.get_data_parallel_world_size()
+    vocab_size = inputs.job.hf_config["vocab_size"]
+    with phases.bar("evaluate", -(-len(inputs.windows) // size)) as progress:
+        return evaluate_model(
+            model.module, layers, inputs.windows, vocab_size, model.groups, progress
+        )
+
+
+def _export(
+    options: QuantizeOptions,
+    inputs: Inputs,
+    model: Model,
+    layers: list[QuantLayer],
+    phases: Phases,
+) -> None:
+    plan = inputs.job.export
+    own = sum(part.nbytes for part in plan.parts_of(model.groups.rank))
+    with phases.bar("export", own) as progress:
+        export(
+            plan,
+            model.groups,
+            producer(model, layers),
+            Path(options.export_dir or ""),
+            inputs.companions,
+            inputs.existing,
+            progress,
+        )
+
+
+def producer(model: Model, layers: list[QuantLayer]) -> Callable[[Part], Iterator[Produced]]:
+    """What the export asks for each part: the live weight with its quantizers' amaxes."""
+    tensors = {local.param.name: local for local in model.local}
+    amaxes = {
+        decision.slot.name: (layer, index)
+        for layer in layers
+        for index, decision in enumerate(layer.decisions)
+    }
+
+    def of_part(part: Part) -> Iterator[Produced]:
+        local = tensors[part.param.name].tensor(model.module)
+        if part.param.name not in amaxes:
+            return produce(part, local)
+        layer, index = amaxes[part.param.name]
+        return produce(part, local, layer.weight_amax(index), layer.input_amax())
+
+    return of_part
+
+
+def _verify(options: QuantizeOptions, job: Job, groups: Groups) -> Report | None:
+    if groups.rank:
+        return None
+    assert options.export_dir is not None
+    report = verify(options.export_dir, job.source)
+    report.raise_for_problems()
+    return report

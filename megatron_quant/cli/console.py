@@ -1,0 +1,81 @@
+"""What the user sees: progress, tables and one-line errors. Rank 0 talks; errors are everyone's."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_FILE_WIDTH = 160  # columns where the output is no terminal, so that no name is cut
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def rank() -> int:
+    """This process's rank as ``torchrun`` gives it, 0 without."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def console() -> Console:
+    """Standard output on rank 0; nothing on the others."""
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    return Console(quiet=rank() != 0, width=width)
+
+
+def print_error(error: Exception) -> None:
+    """One line on standard error, from every rank that has the error."""
+    where = f"[rank {rank()}] " if "RANK" in os.environ else ""
+    message = " ".join(str(error).split())
+    print(f"{where}megatron-quant: error: {message}", file=sys.stderr, flush=True)
+
+
+def size(nbytes: float) -> str:
+    """``nbytes`` for people, in powers of 1000."""
+    for unit in _UNITS:
+        if nbytes < 1000 or unit == _UNITS[-1]:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+class Phases:
+    """Progress bars and the time of every phase."""
+
+    def __init__(self, out: Console) -> None:
+        self.out = out
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A phase whose work is ``total`` steps; yields what to call with steps done."""
+        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn())
+        progress = Progress(
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.out,
+            disable=rank() != 0 or not self.out.is_terminal,
+        )
+        with self.time(name), progress:
+            task: TaskID = progress.add_task(escape(name), total=total)
+            yield lambda steps: progress.advance(task, steps)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """A phase without a bar."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - start

@@ -1,0 +1,60 @@
+"""The ``eval`` verb."""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.progress import track
+
+from megatron_quant.api.options import DTYPES
+from megatron_quant.cli.console import console
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the top parser."""
+    p = verbs.add_parser(
+        "eval",
+        help="perplexity on a text, and KL divergence from the original",
+        description="Perplexity of a bf16 or an exported quantized checkpoint, and the mean KL per "
+        "token to a reference, the figure that moves first. The checkpoint is decoded into the "
+        "transformers model; quantized activations are simulated with the stored scales.",
+    )
+    p.add_argument("directory", type=Path, metavar="DIR", help="the checkpoint")
+    p.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    p.add_argument("--against", type=Path, metavar="HF_DIR", help="reference for the KL")
+    p.add_argument("--seq-length", type=int, default=512, help="tokens a window (default 512)")
+    p.add_argument("--max-tokens", type=int, help="stop after so many tokens (default: all)")
+    p.add_argument("--dtype", choices=DTYPES, default="bf16", help="default bf16")
+    p.add_argument(
+        "--native",
+        dest="load",
+        action="store_const",
+        const="native",
+        default="decoded",
+        help="let transformers read the quantized format itself; it reads compressed-tensors "
+        "(NVFP4 experts wrongly) and no modelopt",
+    )
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and print."""
+    from megatron_quant.evaluate import decoded, evaluate, native
+
+    out = console()
+    result = evaluate(
+        args.directory,
+        args.text,
+        args.against,
+        args.seq_length,
+        args.max_tokens,
+        DTYPES[args.dtype],
+        {"decoded": decoded, "native": native}[args.load],
+        lambda windows: track(windows, "evaluate", console=out, disable=not out.is_terminal),
+    )
+    kl = "" if result.kl is None else f", KL {result.kl:.5f}"
+    out.print(f"perplexity {result.perplexity:.4f}{kl} ({result.tokens} tokens)")
+    if args.json:
+        figures = {"perplexity": result.perplexity, "kl": result.kl, "tokens": result.tokens}
+        args.json.write_text(json.dumps(figures) + "\n")

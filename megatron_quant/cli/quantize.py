@@ -1,0 +1,182 @@
+"""The ``quantize`` verb: flags as Megatron-Bridge's quantize.py names them."""
+
+import argparse
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from megatron_quant import cpu
+from megatron_quant.api.options import DTYPES, QuantizeOptions
+from megatron_quant.ckpt.dialects import DIALECTS
+from megatron_quant.cli.console import Phases, console, rank
+from megatron_quant.cli.report import as_json, summary
+from megatron_quant.cli.tables import (
+    files_table,
+    rules_table,
+    sizes_line,
+    statistics_table,
+    weights_table,
+)
+from megatron_quant.errors import ExportError
+from megatron_quant.recipes.load import recipe_names
+
+_EPILOG = """\
+examples:
+  # weights only, no forward, 4 ranks
+  torchrun --nproc-per-node 4 examples/quantize.py --hf-model-id Qwen/Qwen3-30B-A3B \\
+      --export-quant-cfg w4a16_nvfp4 --tp 2 --ep 2 --export-dir OUT
+  # weights and activations (W4A4), calibrated on a text file
+  torchrun --nproc-per-node 8 examples/quantize.py --hf-model-id PATH \\
+      --export-quant-cfg nvfp4 --tp 2 --ep 4 --calib-dataset corpus.jsonl --export-dir OUT
+  # what would happen, from config.json alone
+  megatron-quant quantize --hf-model-id PATH --export-quant-cfg nvfp4 --dry-run
+
+The result does not depend on --tp, --ep and --etp: the same bytes come out at every layout.
+Ranks that tensor parallelism does not use are data parallel: they share the calibration data.
+"""
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the top parser."""
+    p = verbs.add_parser(
+        "quantize",
+        help="a Hugging Face checkpoint in, a serving-ready quantized checkpoint out",
+        description="Quantize a Hugging Face checkpoint through Megatron. Run under torchrun for "
+        "more than one rank.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _model_flags(p)
+    _calibration_flags(p)
+    _export_flags(p)
+    p.set_defaults(run=run)
+
+
+def _model_flags(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("model and layout")
+    group.add_argument(
+        "--hf-model-id", required=True, help="checkpoint directory or hub id (safetensors only)"
+    )
+    group.add_argument(
+        "--export-quant-cfg",
+        required=True,
+        metavar="CFG",
+        help=f"recipe: {', '.join(recipe_names())}; a YAML path; or a ModelOpt preset name such as "
+        "NVFP4_DEFAULT_CFG",
+    )
+    group.add_argument("--tp", type=int, default=1, help="tensor-parallel size (default 1)")
+    group.add_argument("--ep", type=int, default=1, help="expert-parallel size (default 1)")
+    group.add_argument(
+        "--etp", type=int, default=1, help="tensor-parallel size of the experts (default 1)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bf16",
+        help="of the model, and of what stays unquantized in the export (default bf16)",
+    )
+
+
+def _calibration_flags(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("calibration")
+    group.add_argument(
+        "--weight-only",
+        action="store_true",
+        help="quantize no activations, whatever the recipe says; needs no forward",
+    )
+    group.add_argument(
+        "--expert-scales",
+        choices=("shared", "per_expert"),
+        default="shared",
+        help="one weight scale for all experts of a layer, or one each (default shared); scales "
+        "of groups and blocks always belong to their own weights",
+    )
+    group.add_argument("--calib-size", type=int, default=512, help="samples (default 512)")
+    group.add_argument(
+        "--calib-seq-length", type=int, default=512, help="tokens a sample (default 512)"
+    )
+    group.add_argument(
+        "--calib-batch-size", type=int, default=4, help="samples a forward (default 4)"
+    )
+    group.add_argument(
+        "--calib-dataset",
+        default="stdlib",
+        help="text file, .jsonl with 'text', folder of them, or hub id (default: the Python "
+        "standard library's sources)",
+    )
+    group.add_argument(
+        "--cold-experts",
+        choices=("error", "layer-max"),
+        default="error",
+        help="an expert that saw no token: stop, or take the layer's largest amax (default error)",
+    )
+
+
+def _export_flags(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("export")
+    group.add_argument("--export-dir", type=Path, help="where the checkpoint goes")
+    group.add_argument(
+        "--export-format",
+        choices=DIALECTS,
+        default="modelopt",
+        help="modelopt is read by vLLM, SGLang and TensorRT-LLM (int4 in it by TensorRT-LLM "
+        "alone); compressed-tensors by vLLM, SGLang and transformers (default modelopt)",
+    )
+    group.add_argument(
+        "--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint in --export-dir"
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would happen to every weight, from config.json alone; writes nothing",
+    )
+    group.add_argument(
+        "--eval-text",
+        type=Path,
+        help="also report perplexity and KL to bf16 of the fake-quantized model on this text",
+    )
+    group.add_argument("--report", type=Path, help="write what was found to this JSON file")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Quantize, or print the plan."""
+    options = QuantizeOptions(**{f.name: getattr(args, f.name) for f in fields(QuantizeOptions)})
+    if not torch.cuda.is_available():
+        cpu.activate()  # before anything imports Megatron
+    if args.dry_run:
+        _dry_run(options)
+    elif options.export_dir is None:
+        raise ExportError("--export-dir is missing: say where the checkpoint goes, or --dry-run")
+    else:
+        _quantize(options, args.report)
+
+
+def _dry_run(options: QuantizeOptions) -> None:
+    from megatron_quant.api.job import prepare
+
+    job = prepare(options, math.lcm(options.tp, options.ep * options.etp))
+    out = console()
+    out.print(weights_table(job))
+    out.print(rules_table(job))
+    out.print(files_table(job.export))
+    out.print(sizes_line(job.export))
+
+
+def _quantize(options: QuantizeOptions, report: Path | None) -> None:
+    from megatron_quant.api.quantize import quantize
+    from megatron_quant.mcore.parallel import start_distributed
+
+    out = console()
+    phases = Phases(out)
+    outcome = quantize(options, start_distributed(), phases)
+    out.print(statistics_table(outcome.statistics))
+    for line in summary(outcome, phases.seconds):
+        out.print(line)
+    if report and rank() == 0:
+        report.write_text(json.dumps(as_json(outcome, phases.seconds), indent=2) + "\n")

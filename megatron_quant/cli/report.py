@@ -1,0 +1,56 @@
+"""What a run of ``quantize`` found, as lines for people and as JSON for programs."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from megatron_quant.cli.tables import sizes_line
+
+if TYPE_CHECKING:  # it imports Megatron, which a host without a GPU must be readied for
+    from megatron_quant.api.quantize import Outcome
+
+_COLD_SHOWN = 5
+
+
+def summary(outcome: "Outcome", seconds: Mapping[str, float]) -> Iterator[str]:
+    """Lines: cold experts, quality, sizes, time of every phase."""
+    calibration = outcome.calibration
+    if calibration.tokens:
+        tokens = sorted(calibration.tokens.values())
+        low, median, high = tokens[0], tokens[len(tokens) // 2], tokens[-1]
+        yield f"tokens an expert saw: {low} to {high}, median {median}"
+    if calibration.cold:
+        shown = ", ".join(calibration.cold[:_COLD_SHOWN])
+        yield (
+            f"{len(calibration.cold)} expert weights saw no token and took their layer's largest "
+            f"input amax: {shown}{', ...' if len(calibration.cold) > _COLD_SHOWN else ''}"
+        )
+    if outcome.fake_quant:
+        sums = outcome.fake_quant
+        yield f"fake-quantized model: perplexity {sums.perplexity:.4f}, KL {sums.mean_kl:.5f}"
+    if outcome.verified:
+        yield f"verified: {len(outcome.verified.tensors)} tensors"
+    yield sizes_line(outcome.job.export)
+    yield "time: " + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
+
+
+def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The same, and every amax and token count by slot name."""
+    calibration, plan = outcome.calibration, outcome.job.export
+    report: dict[str, Any] = {
+        "recipe": outcome.job.quant.recipe,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "seconds": dict(seconds),
+        "weight_amax": dict(calibration.weight_amax),
+        "input_amax": dict(calibration.input_amax),
+        "expert_tokens": dict(calibration.tokens),
+        "cold_experts": list(calibration.cold),
+    }
+    if outcome.fake_quant:
+        sums = outcome.fake_quant
+        report["fake_quant"] = {
+            "perplexity": sums.perplexity,
+            "kl": sums.mean_kl,
+            "tokens": sums.tokens,
+        }
+    return report

@@ -1,0 +1,106 @@
+"""Tables: the coverage audit, the files of a plan, and the quantization statistics."""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from math import prod
+
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_quant.api.job import Job
+from megatron_quant.ckpt.plan import ExportPlan, Target
+from megatron_quant.cli.console import size
+from megatron_quant.recipes.audit import audit
+
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+
+
+def weights_table(job: Job) -> Table:
+    """Every weight: its bucket, its rule, its bytes before and after. Like experts share a row."""
+    table = Table(title="Weights")
+    table.add_column("Weight", overflow="fold")
+    for name in ("Count", "Shape", "Bucket", "Rule", "Before", "After"):
+        table.add_column(name, no_wrap=True)
+    for members in _alike(job):
+        first = members[0]
+        decision = job.quant.by_name[first.param.name]
+        before = prod(first.source.shape) * job.dtype.itemsize * len(members)
+        after = sum(entry.nbytes for t in members for entry in t.entries)
+        table.add_row(
+            escape(_name(members)),
+            str(len(members)),
+            "x".join(map(str, first.source.shape)),
+            _bucket(first),
+            escape(decision.rule.partition(":")[0]),
+            size(before),
+            size(after),
+        )
+    return table
+
+
+def _bucket(target: Target) -> str:
+    scheme = target.scheme
+    if scheme.weights is None:
+        return "excluded"
+    group = f" g{scheme.weights.group_size}" if scheme.weights.group_size else ""
+    inputs = f" x {scheme.inputs.name}" if scheme.inputs else ""
+    return f"{scheme.weights.name}{group}{inputs}"
+
+
+def _alike(job: Job) -> Iterator[list[Target]]:
+    """Targets in the order of the model, those that differ in the expert alone together."""
+
+    def key(target: Target) -> tuple[object, ...]:
+        rule = job.quant.by_name[target.param.name].rule
+        return (_EXPERT.sub("*", target.source.name), target.scheme, rule)
+
+    layers = groupby(job.export.targets, lambda t: (t.param.layer, t.param.module))
+    for _, of_module in layers:
+        rows: dict[tuple[object, ...], list[Target]] = {}
+        for target in of_module:
+            rows.setdefault(key(target), []).append(target)
+        yield from rows.values()
+
+
+def _name(members: Sequence[Target]) -> str:
+    name = members[0].source.name
+    if len(members) == 1:
+        return name
+    experts = sorted(t.param.expert or 0 for t in members)
+    whole = experts == list(range(experts[0], experts[-1] + 1))
+    spelled = (
+        f"{{{experts[0]}..{experts[-1]}}}" if whole else "{" + ",".join(map(str, experts)) + "}"
+    )
+    return _EXPERT.sub(spelled, name)
+
+
+def rules_table(job: Job) -> Table:
+    """How many weights each rule, and each of its patterns, decided on."""
+    table = Table("Rule", "Action", "Weights", "Of each pattern", title="Coverage")
+    for row in audit(job.quant, job.recipe):
+        patterns = ", ".join(f"{pattern}: {count}" for pattern, count in row.patterns)
+        table.add_row(escape(row.rule), row.action, str(row.weights), escape(patterns))
+    return table
+
+
+def files_table(plan: ExportPlan) -> Table:
+    """The files that an export writes."""
+    table = Table("File", "Tensors", "Size", title="Files")
+    for file in plan.files:
+        table.add_row(file.name, str(len(file.entries)), size(file.size))
+    return table
+
+
+def sizes_line(plan: ExportPlan) -> str:
+    """Bytes before and after."""
+    ratio = plan.bytes_before / plan.bytes_after
+    return f"size: {size(plan.bytes_before)} -> {size(plan.bytes_after)} ({ratio:.2f}x smaller)"
+
+
+def statistics_table(statistics: Sequence[tuple[str, tuple[int, ...], float]]) -> Table:
+    """Quantizer state as Megatron-Bridge's quantize.py shows it."""
+    table = Table("Parameter Name", "Shape", "Max Value", title="Quantization Statistics")
+    for name, shape, value in statistics:
+        table.add_row(escape(name), str(shape), f"{value:.4e}")
+    return table

@@ -1,0 +1,51 @@
+"""The ``verify`` verb."""
+
+import argparse
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.cli.console import console
+
+_WORST = 10
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the top parser."""
+    p = verbs.add_parser(
+        "verify",
+        help="prove that a checkpoint is complete and what its own config says",
+        description="Reopen a checkpoint with safetensors alone: every weight has its scales or is "
+        "on the exclude list, shapes and dtypes are right, scales finite and positive, the index "
+        "complete, the config consistent. Exits non-zero and names the tensors where not.",
+    )
+    p.add_argument("directory", type=Path, metavar="DIR", help="the exported checkpoint")
+    p.add_argument(
+        "--against",
+        type=Path,
+        metavar="HF_DIR",
+        help="the original: also bound the dequantized error of every tensor",
+    )
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Verify and print."""
+    report = verify(args.directory, args.against)
+    out = console()
+    for problem in report.problems:
+        out.print(f"problem: {escape(str(problem))}")
+    if args.against:
+        out.print(_errors(report))
+    report.raise_for_problems()
+    out.print(f"{args.directory}: {len(report.tensors)} tensors, no problem found")
+
+
+def _errors(report: Report) -> Table:
+    table = Table("Tensor", "Format", "Relative error", title=f"Largest {_WORST} errors")
+    measured = [t for t in report.tensors if t.error is not None]
+    for tensor in sorted(measured, key=lambda t: -t.error)[:_WORST]:
+        table.add_row(escape(tensor.name), tensor.format, f"{tensor.error:.4f}")
+    return table

@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all the set-up on a fresh machine (git, make, python3 >= 3.10).
+
+# Python 3.11 where there is one: registries that mirror a CPU build of torch have it for 3.11.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Another torch than the registry's, e.g. TORCH="torch==2.13.0 --index-url URL".
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: env test lint format demo clean
+
+env: $(READY)
+
+# torch first and alone: pip then takes a CPU build where there is one. Asked for together with the
+# rest, it prefers the newest torch, gigabytes of CUDA libraries.
+$(READY): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	    "python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	touch $@
+
+test: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: env
+	$(BIN)/python examples/demo.py --work-dir out/demo
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

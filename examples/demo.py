@@ -1,0 +1,87 @@
+"""The whole way on one machine without a GPU: train, quantize, export, verify, compare.
+
+    python examples/demo.py --work-dir out/demo
+
+trains a small Qwen3-MoE (kept for the next run), quantizes it in Megatron at TP=2 EP=2 on four
+CPU ranks, exports and verifies it, and prints the perplexity and the KL to bf16 of the
+fake-quantized model in Megatron and of the exported checkpoint read back from disk. Exits with 1
+where those two perplexities differ by more than one part in a thousand.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_quant.evaluate import Result, evaluate
+
+HERE = Path(__file__).parent
+TOLERANCE = 1e-3
+RANKS = 4
+
+
+def run(*command: str | Path) -> None:
+    """One step as a process of its own; the demo ends where a step fails."""
+    words = [sys.executable, *map(str, command)]
+    print("\n$ python", *words[1:], flush=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    code = subprocess.run(words, env=env).returncode
+    if code:
+        sys.exit(f"demo: {words[1]} failed with exit status {code}")
+
+
+def quantize(args: argparse.Namespace, model: Path, export: Path, report: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(RANKS))
+    layout = ("--tp", "2", "--ep", "2", "--export-quant-cfg", args.quant_cfg)
+    texts = ("--calib-dataset", args.work_dir / "calibration.txt")
+    measured = ("--eval-text", args.work_dir / "heldout.txt", "--report", report)
+    weight_only = ("--weight-only",) if args.weight_only else ()
+    paths = ("--hf-model-id", model, "--export-dir", export, "--overwrite")
+    run(*torchrun, HERE / "quantize.py", *paths, *layout, *texts, *weight_only, *measured)
+
+
+def show(bf16: Result, fake: Result, exported: Result) -> None:
+    table = Table(title="Held-out text")
+    table.add_column("Model")
+    for column in ("Perplexity", "KL to bf16 (nats/token)"):
+        table.add_column(column, justify="right")
+    table.add_row("bf16, transformers", f"{bf16.perplexity:.4f}", "-")
+    table.add_row("fake-quantized, Megatron", f"{fake.perplexity:.4f}", f"{fake.kl:.6f}")
+    table.add_row("exported checkpoint", f"{exported.perplexity:.4f}", f"{exported.kl:.6f}")
+    Console().print(table)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--quant-cfg", default="nvfp4", help="recipe (default: nvfp4)")
+    parser.add_argument("--weight-only", action="store_true", help="leave activations as they are")
+    parser.add_argument("--steps", type=int, default=850, help="training steps (default: 850)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    model, export = args.work_dir / "small-moe", args.work_dir / f"small-moe-{args.quant_cfg}"
+    report, text = args.work_dir / "report.json", args.work_dir / "heldout.txt"
+    if not (model / "config.json").is_file():
+        run(HERE / "make_small_moe.py", "--output-dir", model, "--steps", str(args.steps))
+    quantize(args, model, export, report)
+    run("-m", "megatron_quant", "verify", export, "--against", model)
+    fake = json.loads(report.read_text())["fake_quant"]
+    exported = evaluate(export, text, against=model)
+    fake_result = Result(fake["perplexity"], fake["kl"], exported.tokens)
+    show(evaluate(model, text), fake_result, exported)
+    off = abs(fake_result.perplexity / exported.perplexity - 1)
+    print(f"Megatron and the exported checkpoint differ by {off:.2e} in perplexity")
+    if off > TOLERANCE:
+        sys.exit(f"demo: more than {TOLERANCE:.0e}: the export is not what was calibrated")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Train a small Qwen3-MoE on this host's own Python sources: a real checkpoint, made offline.
+
+It stands in for a large model in the demo and in the tests: the same architecture, a tokenizer,
+learned weights with learned outliers, experts that the router uses unevenly. About three minutes
+on two CPU cores.
+
+    python examples/make_small_moe.py --output-dir out/small-moe
+
+writes the Hugging Face checkpoint and, beside it, two texts that the model has not seen:
+heldout.txt to measure on and calibration.txt to calibrate with.
+"""
+
+import argparse
+import random
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_quant.evaluate.metrics import NOTHING, nll_and_kl, windows
+
+EOS = "<|endoftext|>"
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is trained on, measured on and calibrated with: disjoint sets of source files."""
+
+    train: list[str]
+    heldout: str
+    calibration: str
+
+
+def source_files() -> list[Path]:
+    """The standard library's modules, in an order that does not depend on the file system."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
+    return sorted(files, key=lambda p: p.relative_to(root).as_posix())
+
+
+def take(files: Iterator[Path], characters: int) -> list[str]:
+    """Whole files until ``characters`` are reached, or until there are no more."""
+    texts: list[str] = []
+    while sum(map(len, texts)) < characters:
+        path = next(files, None)
+        if path is None:
+            break
+        texts.append(path.read_text(encoding="utf-8", errors="ignore"))
+    return texts
+
+
+def read_texts(args: argparse.Namespace) -> Texts:
+    files = source_files()
+    random.Random(args.seed).shuffle(files)
+    rest = iter(files)
+    heldout, calibration = ("\n".join(take(rest, args.heldout_chars)) for _ in range(2))
+    return Texts(take(rest, args.train_chars), heldout, calibration)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every text has ids, and ids give back the same text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOS],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
+
+
+def build_model(args: argparse.Namespace) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(args.seed)
+    config = Qwen3MoeConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        num_experts=args.experts,
+        num_experts_per_tok=args.top_k,
+        moe_intermediate_size=args.moe_intermediate_size,
+        intermediate_size=4 * args.hidden_size,
+        max_position_embeddings=4096,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def batches(ids: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Random windows [batch, seq] of one long stream of ids; the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(args.seed)
+    offsets = torch.arange(args.seq_length)
+    while True:
+        starts = torch.randint(
+            len(ids) - args.seq_length, (args.batch_size, 1), generator=generator
+        )
+        yield ids[starts + offsets]
+
+
+def train(model: Qwen3MoeForCausalLM, ids: torch.Tensor, args: argparse.Namespace) -> None:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=args.steps, pct_start=0.1, cycle_momentum=False
+    )
+    started = time.monotonic()
+    for step, batch in zip(range(1, args.steps + 1), batches(ids, args), strict=False):
+        out = model(batch, labels=batch, output_router_logits=True)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % args.log_every == 0 or step == args.steps:
+            # out.loss includes the router's balance term, the figure that users know does not.
+            loss = out.loss - model.router_aux_loss_coef * out.aux_loss
+            seconds = time.monotonic() - started
+            print(
+                f"step {step:4d}/{args.steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True
+            )
+
+
+@torch.no_grad()
+def measure(model: Qwen3MoeForCausalLM, ids: list[int], seq_length: int) -> float:
+    """Perplexity over non-overlapping windows."""
+    total = NOTHING
+    for window in windows(ids, seq_length):
+        total += nll_and_kl(model(window[None, :-1]).logits[0], None, window[1:])
+    return total.perplexity
+
+
+def save(
+    model: Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Texts,
+    args: argparse.Namespace,
+) -> None:
+    """bf16 weights, tokenizer, and the two texts."""
+    model.to(torch.bfloat16).save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    args.heldout.write_text(texts.heldout, encoding="utf-8")
+    args.calibration.write_text(texts.calibration, encoding="utf-8")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--heldout", type=Path, help="default: heldout.txt beside the output")
+    parser.add_argument("--calibration", type=Path, help="default: calibration.txt, likewise")
+    for flag, default in {
+        "steps": 850,
+        "seed": 0,
+        "threads": 2,
+        "batch-size": 4,
+        "seq-length": 128,
+        "vocab-size": 4096,
+        "hidden-size": 256,
+        "layers": 4,
+        "heads": 8,
+        "kv-heads": 4,
+        "head-dim": 64,
+        "experts": 16,
+        "top-k": 2,
+        "moe-intermediate-size": 256,
+        "train-chars": 4_000_000,
+        "heldout-chars": 150_000,
+        "log-every": 50,
+    }.items():
+        parser.add_argument(f"--{flag}", type=int, default=default, help=" ")
+    parser.add_argument("--lr", type=float, default=2e-3, help=" ")
+    args = parser.parse_args(argv)
+    args.heldout = args.heldout or args.output_dir.absolute().parent / "heldout.txt"
+    args.calibration = args.calibration or args.output_dir.absolute().parent / "calibration.txt"
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True)
+    texts = read_texts(args)
+    tokenizer = train_tokenizer(texts.train, args.vocab_size)
+    ids = torch.tensor([i for t in texts.train for i in tokenizer.encode(t + EOS)])
+    model = build_model(args)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.1f} M parameters, {len(ids)} tokens of text", flush=True)
+    train(model, ids, args)
+    model.eval()
+    held = tokenizer.encode(texts.heldout)
+    print(f"held-out perplexity {measure(model, held, args.seq_length):.2f}, {len(held)} tokens")
+    save(model, tokenizer, texts, args)
+    print(f"saved {args.output_dir}, {args.heldout}, {args.calibration}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Small checkpoints whose sizes every format takes at tp 4, ep 4 and etp 2, with a tokenizer."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+_SIZES = {
+    "vocab_size": 258,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "eos_token_id": 257,
+}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+_CONFIGS = {
+    "qwen3_moe": (transformers.Qwen3MoeConfig, {**_SIZES, **_EXPERTS}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {**_SIZES, "num_local_experts": 4, "intermediate_size": 256},
+    ),
+    "qwen3": (transformers.Qwen3Config, _SIZES),
+    "llama": (transformers.LlamaConfig, _SIZES),
+}
+
+
+def save(name: str, directory: Path, **changes: object) -> Path:
+    """A seeded random bf16 checkpoint of architecture ``name``; ``changes`` are config values."""
+    transformers.utils.logging.disable_progress_bar()
+    kind, settings = _CONFIGS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(kind(**{**settings, **changes}))
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a byte, and two special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<unk>", "<eos>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<eos>", unk_token="<unk>"
+    )

@@ -1,0 +1,161 @@
+"""Exported checkpoints made by hand: one layer of a Qwen3-MoE with two experts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_quant.ckpt.dialects import get_dialect
+from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE, Stored
+from megatron_quant.ckpt.slots import slots
+from megatron_quant.formats import amax, encode, get_format, tensor_scale
+from megatron_quant.formats.spec import Format
+from megatron_quant.models.registry import lookup
+from megatron_quant.recipes.plan import Decision, QuantPlan
+
+Tensors = dict[str, torch.Tensor]
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 2,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+PARAMS = lookup(CONFIG).params(CONFIG)
+INDEX = "model.safetensors.index.json"
+CHOICES = {
+    "fp8": ("fp8", "fp8"),
+    "fp8 weights": ("fp8", None),
+    "nvfp4": ("nvfp4", "nvfp4"),
+    "nvfp4 weights": ("nvfp4", None),
+    "int4": ("int4", None),
+}
+WRITTEN = [
+    (dialect, choice)
+    for dialect in ("modelopt", "compressed-tensors")
+    for choice in CHOICES
+    if (dialect, choice) != ("modelopt", "fp8 weights")
+]
+INPUT_AMAX = torch.tensor(3.0)
+
+
+def formats(choice: str) -> tuple[Format, Format | None]:
+    weights, inputs = CHOICES[choice]
+    return get_format(weights), get_format(inputs) if inputs else None
+
+
+def plan(choice: str, keep: Callable[[str], bool] = lambda module: False) -> QuantPlan:
+    """All linears in one format, but those with a source that ``keep`` names."""
+    weights, inputs = formats(choice)
+    decisions = [
+        Decision(slot, "test")
+        if slot.fixed or any(map(keep, slot.sources))
+        else Decision(slot, "test", weights, inputs)
+        for slot in slots(PARAMS)
+    ]
+    return QuantPlan("test", tuple(decisions))
+
+
+def source_weights() -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        s.name: (torch.randn(s.shape, generator=generator) * (1 + i)).bfloat16()
+        for i, s in enumerate(s for p in PARAMS for s in p.sources)
+    }
+
+
+def stored_tensors(
+    w_NK: torch.Tensor,
+    fmt: Format,
+    dscale: torch.Tensor | None,
+    input_dscale: torch.Tensor | None,
+    stored: tuple[Stored, ...],
+) -> Tensors:
+    """What a module has on disk, by suffix."""
+    values = encode(w_NK, fmt, dscale) | {SHAPE: torch.tensor(w_NK.shape)}
+    if input_dscale is not None:
+        values[INPUT_SCALE] = input_dscale
+    return {s.suffix: s.to_disk(values[s.field]).clone() for s in stored}
+
+
+def export_tensors(dialect: str, quant: QuantPlan, weights: Tensors) -> Tensors:
+    out: Tensors = {}
+    for param, decision in zip(PARAMS, quant.decisions, strict=True):
+        group = {s: weights[s.name] for s in param.sources}
+        if not decision.quantized:
+            out |= {s.name: w for s, w in group.items()}
+            continue
+        fmt, inputs = decision.weights, decision.inputs
+        largest = torch.stack([amax(w) for w in group.values()]).max()
+        dscale = tensor_scale(largest, fmt) if fmt.tensor_scale else None
+        input_dscale = tensor_scale(INPUT_AMAX, inputs) if inputs else None
+        stored = get_dialect(dialect).stored(fmt, inputs)
+        for source, w in group.items():
+            made = stored_tensors(w, fmt, dscale, input_dscale, stored)
+            out |= {f"{source.module}.{suffix}": t for suffix, t in made.items()}
+    return out
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content))
+
+
+def write(directory: Path, tensors: Tensors, config: dict[str, Any] = CONFIG) -> Path:
+    """Two files, an index and config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = list(tensors)
+    weight_map = {n: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, n in enumerate(names)}
+    for file in sorted(set(weight_map.values())):
+        held = {n: tensors[n].contiguous() for n in names if weight_map[n] == file}
+        save_file(held, directory / file, metadata={"format": "pt"})
+    size = sum(t.nbytes for t in tensors.values())
+    write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(directory / "config.json", config)
+    return directory
+
+
+def export(directory: Path, dialect: str, quant: QuantPlan, weights: Tensors) -> Path:
+    chosen = get_dialect(dialect)
+    config = CONFIG | {"quantization_config": chosen.quantization_config(quant)}
+    write(directory, export_tensors(dialect, quant, weights), config)
+    for name, content in chosen.extra_files(quant).items():
+        write_json(directory / name, content)
+    return directory
+
+
+def read(directory: Path) -> Tensors:
+    tensors: Tensors = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def edit(directory: Path, change: Callable[[Tensors], object]) -> None:
+    """``change`` the tensors in place, and write them with an index that fits."""
+    tensors = read(directory)
+    change(tensors)
+    write(directory, tensors, json.loads((directory / "config.json").read_text()))
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    write_json(path, content)

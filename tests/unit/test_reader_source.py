@@ -1,0 +1,65 @@
+"""Finding a checkpoint, and the files that an export takes along."""
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import transformers
+from tokenizers import Tokenizer, models
+
+from megatron_quant.ckpt.source import carry_over, resolve_source
+from megatron_quant.errors import CheckpointError
+from tests.unit import tiny
+
+
+def test_a_directory_is_itself(tmp_path: Path) -> None:
+    assert resolve_source(str(tmp_path)) == tmp_path
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_source("~") == tmp_path
+
+
+@pytest.mark.parametrize("path", ["/no/where", "./model", "../a/b", "~/absent", "a/b/c", "model"])
+def test_a_path_that_does_not_exist(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"^{path} does not exist; give a checkpoint dir"):
+        resolve_source(path)
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(CheckpointError, match="is a file; give the checkpoint's directory"):
+        resolve_source(str(file))
+
+
+@pytest.mark.parametrize("hub_id", ["nobody/nothing", "no body/nothing", "a--b/c"])
+def test_a_hub_id_that_cannot_be_fetched(
+    hub_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="is no local directory and cannot") as caught:
+        resolve_source(hub_id)
+    assert "\n" not in str(caught.value)
+
+
+def test_carried_files_are_the_tokenizer_s_and_generation_s(tmp_path: Path) -> None:
+    tiny.save("mixtral", tmp_path, max_shard_size="20KB")
+    words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages }}"
+    made = {path.name for path in tmp_path.iterdir() if path.name == "generation_config.json"}
+    made |= {Path(file).name for file in tokenizer.save_pretrained(tmp_path)}
+    others = ("vocab.txt", "merges.txt", "tokenizer.model", "preprocessor_config.json")
+    unwanted = ("tokenization_x.py", "tokenizer.py", "README.md", "tokenizer.bin", "x.safetensors")
+    for name in (*others, *unwanted):
+        (tmp_path / name).touch()
+    carried = carry_over(tmp_path)
+    assert {path.name for path in carried} == made | set(others)
+    assert "chat_template.jinja" in made and "generation_config.json" in made
+    assert carried == sorted(carried)

@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.verify import relative_error
+from megatron_quant.errors import CheckpointError
+from megatron_quant.formats import tensor_scale
+from tests.unit import exported
+from tests.unit.exported import CHOICES, INPUT_AMAX, WRITTEN
+
+DOWN = "model.layers.0.mlp.experts.1.down_proj"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return exported.source_weights()
+
+
+@pytest.fixture
+def nvfp4(tmp_path, weights):
+    return exported.export(tmp_path, "modelopt", exported.plan("nvfp4"), weights)
+
+
+@pytest.mark.parametrize(("dialect", "choice"), WRITTEN)
+def test_decodes_what_was_exported(tmp_path, weights, dialect, choice):
+    checkpoint = QuantizedCheckpoint(
+        exported.export(tmp_path, dialect, exported.plan(choice), weights)
+    )
+    assert sorted(checkpoint) == sorted(weights)
+    linears = {m for d in exported.plan(choice).quantized for m in d.slot.sources}
+    assert set(checkpoint.modules) == linears
+    fmt, inputs = exported.formats(choice)
+    assert {(f.weights, f.inputs) for f in checkpoint.modules.values()} == {(fmt, inputs)}
+    for name, w in weights.items():
+        decoded = checkpoint.weight(name, torch.float32)
+        error = relative_error(w.float(), decoded)
+        assert error < 0.15 if name.removesuffix(".weight") in linears else error == 0
+        assert torch.equal(checkpoint.weight(name, torch.bfloat16), decoded.bfloat16())
+
+
+@pytest.mark.parametrize(("dialect", "choice"), WRITTEN)
+def test_input_scales(tmp_path, weights, dialect, choice):
+    checkpoint = QuantizedCheckpoint(
+        exported.export(tmp_path, dialect, exported.plan(choice), weights)
+    )
+    inputs = CHOICES[choice][1]
+    scale = checkpoint.input_scale(DOWN)
+    if inputs is None:
+        assert scale is None
+    else:
+        expected = tensor_scale(INPUT_AMAX, exported.formats(choice)[1]).item()
+        assert scale == pytest.approx(expected, rel=2**-23)
+    assert checkpoint.input_scale("lm_head") is None
+
+
+def test_dialects_decode_the_same(tmp_path, weights):
+    """The divisors of compressed-tensors cost at most the rounding of a reciprocal."""
+    both = [
+        QuantizedCheckpoint(exported.export(tmp_path / d, d, exported.plan("nvfp4"), weights))
+        for d in ("modelopt", "compressed-tensors")
+    ]
+    ours, theirs = (c.weight(f"{DOWN}.weight", torch.float32) for c in both)
+    torch.testing.assert_close(ours, theirs, rtol=2**-22, atol=0)
+
+
+def test_plain_checkpoint(tmp_path, weights):
+    checkpoint = QuantizedCheckpoint(exported.write(tmp_path, weights))
+    assert checkpoint.dialect is None and checkpoint.modules == {}
+    assert sorted(checkpoint) == sorted(weights)
+    for name, w in weights.items():
+        assert torch.equal(checkpoint.weight(name, torch.bfloat16), w)
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        QuantizedCheckpoint(tmp_path / "nowhere")
+
+
+def test_unknown_method(nvfp4):
+    exported.edit_json(
+        nvfp4 / "config.json", lambda c: c["quantization_config"].update(quant_method="awq")
+    )
+    with pytest.raises(CheckpointError, match=r"'awq'.*known: modelopt, compressed-tensors"):
+        QuantizedCheckpoint(nvfp4)
+
+
+def test_missing_tensor(nvfp4):
+    exported.edit(nvfp4, lambda t: t.pop(f"{DOWN}.weight_scale"))
+    with pytest.raises(CheckpointError, match=f"no tensor {DOWN}.weight_scale"):
+        QuantizedCheckpoint(nvfp4).weight(f"{DOWN}.weight", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change"),
+    [
+        ("weight_scale", lambda t: t[:, :-1]),
+        ("weight_scale", torch.Tensor.float),
+        ("weight_scale_2", lambda t: t.reshape(1)),
+        ("weight", torch.Tensor.float),
+    ],
+)
+def test_malformed_tensor(nvfp4, suffix, change):
+    name = f"{DOWN}.{suffix}"
+    exported.edit(nvfp4, lambda t: t.update({name: change(t[name])}))
+    with pytest.raises(CheckpointError, match=f"{name} is .* but the config means"):
+        QuantizedCheckpoint(nvfp4).weight(f"{DOWN}.weight", torch.bfloat16)
+
+
+def test_folded_input_scale_is_refused(nvfp4):
+    name = f"{DOWN}.pre_quant_scale"
+    exported.edit(nvfp4, lambda t: t.update({name: torch.ones(128)}))
+    with pytest.raises(CheckpointError, match=f"{name} is not read"):
+        QuantizedCheckpoint(nvfp4).weight(f"{DOWN}.weight", torch.bfloat16)
+
+
+def test_plain_name_of_packed_bytes_is_refused(nvfp4):
+    exported.edit_json(
+        nvfp4 / "config.json", lambda c: c["quantization_config"]["ignore"].append(DOWN)
+    )
+    with pytest.raises(CheckpointError, match=f"{DOWN}.weight is torch.uint8"):
+        QuantizedCheckpoint(nvfp4).weight(f"{DOWN}.weight", torch.bfloat16)

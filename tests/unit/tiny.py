@@ -1,0 +1,74 @@
+"""Tiny checkpoints of every known architecture, made by transformers' own classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+_SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "head_dim": 8,
+}
+_QWEN3_MOE = (transformers.Qwen3MoeConfig, {**_SIZES, **_EXPERTS, "norm_topk_prob": True})
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+MODELS: dict[str, tuple[type, dict[str, Any]]] = {
+    "qwen3_moe": _QWEN3_MOE,
+    "qwen3_moe_raw": (_QWEN3_MOE[0], {**_QWEN3_MOE[1], "norm_topk_prob": False}),
+    "qwen3_moe_mixed": (_QWEN3_MOE[0], {**_QWEN3_MOE[1], "mlp_only_layers": [0]}),
+    "mixtral": (transformers.MixtralConfig, {**_SIZES, "num_local_experts": 4}),
+    "qwen3": (transformers.Qwen3Config, {**_SIZES, "head_dim": 16}),
+    "qwen3_tied": (transformers.Qwen3Config, {**_SIZES, "tie_word_embeddings": True}),
+    "llama": (transformers.LlamaConfig, _SIZES),
+    "llama3": (transformers.LlamaConfig, {**_SIZES, "rope_parameters": _LLAMA3}),
+    "llama_linear": (transformers.LlamaConfig, {**_SIZES, "rope_parameters": _LINEAR}),
+}
+
+
+def model(name: str) -> transformers.PreTrainedModel:
+    """The transformers model in fp32, with seeded random weights, norms not all one."""
+    kind, settings = MODELS[name]
+    torch.manual_seed(0)
+    built = transformers.AutoModelForCausalLM.from_config(kind(**settings)).float().eval()
+    with torch.no_grad():
+        for key, parameter in built.named_parameters():
+            if "norm" in key:
+                parameter.uniform_(0.5, 1.5)
+    return built
+
+
+def save(name: str, directory: Path, **settings: Any) -> Path:
+    """``model(name)`` as save_pretrained writes it (``settings`` are its arguments)."""
+    transformers.utils.logging.disable_progress_bar()
+    model(name).save_pretrained(directory, **settings)
+    return directory
+
+
+def config(name: str) -> dict[str, Any]:
+    """config.json of ``name``, without its weights."""
+    kind, settings = MODELS[name]
+    made = kind(**settings)
+    made.architectures = [kind.__name__.replace("Config", "ForCausalLM")]
+    return json.loads(made.to_json_string())

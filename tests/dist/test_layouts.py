@@ -1,0 +1,140 @@
+"""The promise: whatever the layout, the exported files are the same, byte for byte."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.dist import checkpoints
+
+# (ranks, tp, ep, etp)
+LAYOUTS = [
+    (2, 2, 1, 1),
+    (2, 1, 2, 1),
+    (4, 4, 1, 1),
+    (4, 1, 4, 1),
+    (4, 2, 2, 1),
+    (8, 2, 4, 1),
+    (4, 2, 2, 2),
+    (2, 1, 1, 2),
+]
+RECIPES = ["fp8", "nvfp4", "w4a16_nvfp4", "int4"]
+SCALES = ["shared", "per_expert"]
+
+
+def export_all(source: Path, out: Path, tp: int, ep: int, etp: int, cases: list[dict]) -> None:
+    """Every case (options of a run) at one layout, each into its own folder of ``out``."""
+    from megatron_quant.api.options import QuantizeOptions
+    from megatron_quant.api.quantize import quantize
+    from megatron_quant.cli.console import Phases, console
+    from megatron_quant.mcore.parallel import start_distributed
+
+    groups = start_distributed()
+    for case in cases:
+        options = QuantizeOptions(
+            hf_model_id=str(source),
+            export_dir=out / folder(case),
+            tp=tp,
+            ep=ep,
+            etp=etp,
+            calib_size=16,
+            calib_seq_length=48,
+            calib_batch_size=2,
+            max_shard_size="300KB",
+            **case,
+        )
+        quantize(options, groups, Phases(console()))
+
+
+def folder(case: dict) -> str:
+    return "-".join(map(str, case.values()))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        p.name: hashlib.blake2b(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir())
+    }
+
+
+def weight_only_cases() -> list[dict]:
+    # An fp8 checkpoint in ModelOpt's dialect always states input scales.
+    return [
+        {
+            "export_quant_cfg": recipe,
+            "expert_scales": scales,
+            "weight_only": True,
+            "export_format": "compressed-tensors" if recipe == "fp8" else "modelopt",
+        }
+        for recipe in RECIPES
+        for scales in SCALES
+    ]
+
+
+@pytest.fixture(scope="module")
+def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"))
+
+
+def test_weight_only_exports_are_byte_equal(qwen3_moe: Path, tmp_path: Path, ranks) -> None:
+    cases = weight_only_cases()
+    ranks(1, export_all, qwen3_moe, tmp_path / "one", 1, 1, 1, cases)
+    expected = {folder(c): digests(tmp_path / "one" / folder(c)) for c in cases}
+    assert all(len(files) > 6 for files in expected.values()), "several shards are wanted"
+    for world, tp, ep, etp in LAYOUTS:
+        out = tmp_path / f"{world}-{tp}-{ep}-{etp}"
+        ranks(world, export_all, qwen3_moe, out, tp, ep, etp, cases)
+        for case in cases:
+            assert digests(out / folder(case)) == expected[folder(case)], (out.name, case)
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return found
+
+
+def test_calibrated_exports_agree(qwen3_moe: Path, tmp_path: Path, ranks) -> None:
+    """Weights and their scales are byte-equal; input scales, which come from a bf16 forward whose
+    last bits depend on the layout, agree to 2%."""
+    cases = [
+        {"export_quant_cfg": recipe, "expert_scales": scales, "cold_experts": "layer-max"}
+        for recipe in ("fp8", "nvfp4")
+        for scales in SCALES
+    ]
+    ranks(1, export_all, qwen3_moe, tmp_path / "one", 1, 1, 1, cases)
+    for world, tp, ep, etp in LAYOUTS:
+        out = tmp_path / f"{world}-{tp}-{ep}-{etp}"
+        ranks(world, export_all, qwen3_moe, out, tp, ep, etp, cases)
+        for case in cases:
+            assert_agree(tensors(out / folder(case)), tensors(tmp_path / "one" / folder(case)))
+
+
+def assert_agree(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert any(name.endswith("input_scale") for name in found)
+    for name, tensor in expected.items():
+        if name.endswith("input_scale"):
+            torch.testing.assert_close(found[name], tensor, rtol=0.02, atol=0)
+        else:
+            assert same_bytes(found[name], tensor), name
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    flat = [t.reshape(-1).view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*flat)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3", "llama"])
+def test_other_architectures(name: str, tmp_path: Path, ranks) -> None:
+    source = checkpoints.save(name, tmp_path / "source")
+    cases = [{"export_quant_cfg": r, "weight_only": True} for r in ("nvfp4", "int4")]
+    ranks(1, export_all, source, tmp_path / "one", 1, 1, 1, cases)
+    ep = 2 if name == "mixtral" else 1
+    ranks(4, export_all, source, tmp_path / "four", 2, ep, 1, cases)
+    for case in cases:
+        files = digests(tmp_path / "four" / folder(case))
+        assert files == digests(tmp_path / "one" / folder(case))

@@ -1,11 +1,9 @@
 """The run itself: load, attach, calibrate, export, verify. Every rank calls :func:`quantize`."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -13,6 +11,7 @@ from megatron.core import parallel_state as mpu
 from megatron_quant.api.inputs import Inputs, open_inputs
 from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.api.phases import Phases
 from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
 from megatron_quant.ckpt.plan import Part
@@ -26,18 +25,6 @@ from megatron_quant.mcore.evaluate import evaluate_model
 from megatron_quant.mcore.load import Model, load_model
 from megatron_quant.mcore.locate import local_params
 from megatron_quant.mcore.run import forward
-
-
-class Phases(Protocol):
-    """Where progress is shown; ``megatron_quant.cli.console.Phases`` is one."""
-
-    def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A phase of ``total`` steps; what it yields is called with steps done."""
-        ...
-
-    def time(self, name: str) -> AbstractContextManager[None]:
-        """A phase without steps."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ every rank.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import isfinite
 
 import torch
 
-from megatron_quant.calib.observe import Observed, observe
+from megatron_quant.calib.observe import observe
 from megatron_quant.calib.sync import merge_max, merge_sum
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError
@@ -33,8 +34,11 @@ class ColdExperts(Enum):
 class CalibrationReport:
     """What calibration found, by slot name; equal on every rank.
 
-    tokens: how many tokens an expert was given (empty for weight-only plans).
-    cold: the experts that saw none and took the layer's largest amax.
+    weight_amax: of each weight alone, also where its layer's experts share the largest.
+    tokens: how many tokens an expert was given, once for each of its weights (empty for weight-only
+        plans). What is run twice counts twice: padding, and a batch that data-parallel ranks repeat
+        so that all run equally many.
+    cold: the weights of experts that saw none and took the layer's largest amax.
     """
 
     weight_amax: Mapping[str, float]
@@ -59,98 +63,110 @@ def calibrate(
     Raises CalibrationError, on every rank alike, for a weight or input that is not finite, a layer
     that no token reached, or a cold expert.
     """
-    slots = [d.slot.name for d in plan.quantized]
-    observed = Observed({}, {})
-    if any(d.inputs for d in plan.quantized):
-        observed = observe(layers, forwards)
-    weights, inputs = merge_max(slots, [_weight_amaxes(layers), observed.input_amax], groups)
-    tokens = merge_sum(slots, observed.tokens, groups)
-    _check_finite("weight", weights)
-    _check_finite("input of", inputs)
-    _check_complete(plan, weights, inputs)
+    weights = _merge_weights(layers, plan, groups)
+    inputs, tokens = _merge_inputs(layers, plan, groups, forwards)
     cold = _cold_experts(plan, tokens, cold_experts)
     _load(layers, plan, weights, inputs)
-    counted = [d.slot.name for d in _observed_experts(plan)]
-    return CalibrationReport(
-        _numbers(weights),
-        _numbers(inputs),
-        {slot: int(tokens[slot]) // token_replicas for slot in counted},
-        cold,
-    )
+    counts = {slot: count // token_replicas for slot, count in tokens.items()}
+    return CalibrationReport(weights, inputs, counts, cold)
 
 
-def _observed_experts(plan: QuantPlan) -> list[Decision]:
-    return [d for d in plan.quantized if d.inputs and d.slot.expert is not None]
+def _merge_weights(
+    layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups
+) -> dict[str, float]:
+    slots = _names(plan.quantized)
+    found = {
+        decision.slot.name: amax(weight.detach())
+        for layer in layers
+        for decision, weight in zip(layer.decisions, layer.weights(), strict=True)
+    }
+    merged = merge_max(slots, found, groups)
+    assert merged.keys() == set(slots), f"no rank holds {set(slots) - merged.keys()}"
+    _check_finite("weight", merged)
+    return merged
 
 
-def _weight_amaxes(layers: Sequence[QuantLayer]) -> dict[str, torch.Tensor]:
-    found = {}
-    for layer in layers:
-        for decision, weight in zip(layer.decisions, layer.weights(), strict=True):
-            found[decision.slot.name] = amax(weight.detach())
-    return found
+def _merge_inputs(
+    layers: Sequence[QuantLayer],
+    plan: QuantPlan,
+    groups: Groups,
+    forwards: Iterable[Callable[[], None]],
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Input amaxes, and token counts of the experts; both empty where no input is quantized."""
+    watched = [d for d in plan.quantized if d.inputs]
+    if not watched:
+        return {}, {}
+    observed = observe(layers, forwards)
+    inputs = merge_max(_names(watched), observed.input_amax, groups)
+    experts = [d for d in watched if d.slot.expert is not None]
+    tokens = merge_sum(_names(experts), observed.tokens, groups) if experts else {}
+    _check_finite("input of", inputs)
+    _check_reached(plan, watched, inputs)
+    return inputs, tokens
 
 
-def _check_finite(what: str, values: Mapping[str, torch.Tensor]) -> None:
-    for slot, value in values.items():
-        if not torch.isfinite(value):
+def _names(decisions: Iterable[Decision]) -> list[str]:
+    return [d.slot.name for d in decisions]
+
+
+def _check_finite(what: str, amaxes: Mapping[str, float]) -> None:
+    for slot, value in amaxes.items():
+        if not isfinite(value):
             raise CalibrationError(
                 f"{what} {slot} contains NaN or Inf: repair the checkpoint, or exclude the weight"
             )
 
 
-def _check_complete(
-    plan: QuantPlan, weights: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
+def _check_reached(
+    plan: QuantPlan, watched: Sequence[Decision], inputs: Mapping[str, float]
 ) -> None:
-    layers_seen = {plan.by_name[slot].slot.module for slot in inputs}
-    for decision in plan.quantized:
-        slot = decision.slot
-        assert slot.name in weights, f"no rank holds {slot.name}"
-        if decision.inputs and slot.module not in layers_seen:
+    reached = _module_max(plan, inputs).keys()
+    for decision in watched:
+        if decision.slot.module not in reached:
             raise CalibrationError(
-                f"no calibration token reached {slot.module}: give more data with --calib-size"
+                f"no calibration token reached {decision.slot.module}: "
+                "give more data with --calib-size"
             )
 
 
 def _cold_experts(
-    plan: QuantPlan, tokens: Mapping[str, torch.Tensor], policy: ColdExperts
+    plan: QuantPlan, tokens: Mapping[str, int], policy: ColdExperts
 ) -> tuple[str, ...]:
-    cold = [d.slot for d in _observed_experts(plan) if not tokens[d.slot.name]]
+    cold = [slot for slot, count in tokens.items() if not count]
     if cold and policy is ColdExperts.ERROR:
+        slots = [plan.by_name[name].slot for name in cold]
+        experts = list(dict.fromkeys((s.module.rpartition(".")[0], s.expert) for s in slots))
+        (module, expert), others = experts[0], len(experts) - 1
         raise CalibrationError(
-            f"expert {cold[0].expert} of {cold[0].module} saw no calibration token"
-            f"{f' ({len(cold) - 1} more experts too)' if len(cold) > 1 else ''}: raise "
-            "--calib-size, or take the layer's largest amax with --cold-experts layer-max"
+            f"expert {expert} of {module} saw no calibration token"
+            f"{f' (and {others} more experts)' if others else ''}: raise --calib-size, or take "
+            "the layer's largest amax with --cold-experts layer-max"
         )
-    return tuple(slot.name for slot in cold)
+    return tuple(cold)
 
 
 def _load(
     layers: Sequence[QuantLayer],
     plan: QuantPlan,
-    weights: Mapping[str, torch.Tensor],
-    inputs: Mapping[str, torch.Tensor],
+    weights: Mapping[str, float],
+    inputs: Mapping[str, float],
 ) -> None:
     shared_weights, shared_inputs = _module_max(plan, weights), _module_max(plan, inputs)
     for layer in layers:
-        device = layer.weights()[0].device
-        weight_amax = shared_weights[layer.name]
+        weight_amax = torch.tensor(shared_weights[layer.name])
         if isinstance(layer.module, QuantGroupedLinear) and layer.module.per_expert:
-            own = [weights[d.slot.name] for d in layer.decisions]
-            weight_amax = torch.stack(own).view(-1, 1, 1)
+            own = [weights[name] for name in _names(layer.decisions)]
+            weight_amax = torch.tensor(own).view(-1, 1, 1)
+        device = layer.weights()[0].device
         layer.module.weight_quantizer.amax = weight_amax.to(device)
         if layer.decisions[0].inputs:
-            layer.module.input_quantizer.amax = shared_inputs[layer.name].to(device)
+            layer.module.input_quantizer.amax = torch.tensor(shared_inputs[layer.name]).to(device)
 
 
-def _module_max(plan: QuantPlan, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _module_max(plan: QuantPlan, amaxes: Mapping[str, float]) -> dict[str, float]:
     """The largest value of each module's slots: over all experts, whoever holds them."""
-    largest: dict[str, torch.Tensor] = {}
-    for slot, value in values.items():
+    largest: dict[str, float] = {}
+    for slot, value in amaxes.items():
         module = plan.by_name[slot].slot.module
-        largest[module] = torch.maximum(largest.get(module, value), value)
+        largest[module] = max(largest.get(module, 0.0), value)
     return largest
-
-
-def _numbers(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    return {slot: float(value) for slot, value in values.items()}

@@ -46,15 +46,15 @@ class Observed:
 
 
 def observe(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], None]]) -> Observed:
-    """Run ``forwards`` with the model unquantized and watched."""
-    watched = [layer for layer in layers if layer.module.input_quantizer.is_enabled]
+    """Run ``forwards`` with the model unquantized and its quantized inputs watched."""
+    watched = [layer for layer in layers if layer.decisions[0].inputs]
     grouped = [layer for layer in watched if isinstance(layer.module, QuantGroupedLinear)]
     inputs = [(layer, InputAmax()) for layer in watched]
     counts = [(layer, TokenCount(layer.module.num_gemms)) for layer in grouped]
     hooks = [x.module.input_quantizer.register_forward_pre_hook(hook) for x, hook in inputs]
     hooks += [x.module.register_forward_pre_hook(count) for x, count in counts]
     try:
-        with torch.no_grad(), _unquantized(layers):
+        with torch.no_grad(), unquantized(layers):
             for forward in forwards:
                 forward()
     finally:
@@ -67,16 +67,17 @@ def observe(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], None]]
 
 
 @contextmanager
-def _unquantized(layers: Sequence[QuantLayer]) -> Iterator[None]:
-    watched = [x.module.input_quantizer for x in layers if x.module.input_quantizer.is_enabled]
-    for layer in layers:
-        layer.module.weight_quantizer.disable()
-    for quantizer in watched:
-        quantizer.disable_quant()  # still called, so that its hook sees the layer's input
+def unquantized(layers: Sequence[QuantLayer]) -> Iterator[None]:
+    """The model computes in its own precision while the context lasts.
+
+    A layer still calls the quantizers that are off, so hooks on those see what it is given.
+    """
+    pairs = ((x.module.weight_quantizer, x.module.input_quantizer) for x in layers)
+    enabled = [quantizer for pair in pairs for quantizer in pair if quantizer.is_enabled]
+    for quantizer in enabled:
+        quantizer.disable()
     try:
         yield
     finally:
-        for layer in layers:
-            layer.module.weight_quantizer.enable()
-        for quantizer in watched:
-            quantizer.enable_quant()
+        for quantizer in enabled:
+            quantizer.enable()

@@ -7,7 +7,7 @@ stops an export leaves no index behind.
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from enum import Enum
 from itertools import groupby
@@ -56,17 +56,17 @@ def export(
 
     Raises, on every rank, what any rank met: ExportError from the disk, or whatever QuantError
     ``produce`` raises. Then nothing is left in ``directory`` but what was there, less an older
-    checkpoint's files under ``Existing.REPLACE``.
+    checkpoint's files under ``Existing.REPLACE``; a directory that was made for it is gone.
     """
     check_plan(plan)
     first = groups.rank == 0
-    together(groups, lambda: prepare(plan, directory, companions, existing) if first else None)
+    made = together(groups, lambda: prepare(plan, directory, companions, existing) if first else [])
     try:
         together(groups, lambda: write_parts(plan, groups.rank, produce, directory, progress))
         together(groups, lambda: commit(plan, directory, companions) if first else None)
     except BaseException:
         if first:
-            discard(directory)
+            discard(directory, made)
         raise
 
 
@@ -85,23 +85,28 @@ def check_target(directory: Path, companions: Companions, existing: Existing) ->
             )
 
 
-def prepare(plan: ExportPlan, directory: Path, companions: Companions, existing: Existing) -> None:
+def prepare(
+    plan: ExportPlan, directory: Path, companions: Companions, existing: Existing
+) -> list[Path]:
     """On one rank: empty the way, claim the space of every file, write the headers.
 
-    An older checkpoint's index goes first, so that it never lies beside new files.
+    An older checkpoint's index goes first, so that it never lies beside new files. Returns the
+    directories that had to be made, the deepest first.
     """
     names = [*companions.names, INDEX, *(file.name for file in plan.files)]
     assert len(set(names)) == len(names), f"two files of one name: {names}"
     check_target(directory, companions, existing)
     with explained(directory, "cannot be used"):
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         _clear(directory)
     try:
         for file in plan.files:
             _create(directory, file)
     except BaseException:
-        discard(directory)
+        discard(directory, made)
         raise
+    return made
 
 
 def _clear(directory: Path) -> None:
@@ -193,8 +198,14 @@ def _stage(directory: Path, name: str, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def discard(directory: Path) -> None:
-    """Remove what an unfinished export left, and nothing else."""
+def discard(directory: Path, made: Sequence[Path] = ()) -> None:
+    """Remove what an unfinished export left, and nothing else.
+
+    made: directories that it made, the deepest first; one in which other files appeared stays.
+    """
     for path in directory.glob(".*.partial"):
         with suppress(OSError):
             path.unlink()
+    for path in made:
+        with suppress(OSError):
+            path.rmdir()

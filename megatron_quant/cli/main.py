@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megatron_quant.cli import evaluate, quantize, verify
+from megatron_quant.cli import evaluate, export, quantize, verify
 from megatron_quant.cli.console import print_error
 from megatron_quant.errors import QuantError
 
@@ -13,6 +13,7 @@ _DESCRIPTION = """\
 Quantize Megatron-Core / Transformer Engine models, mixture-of-experts first.
 
   quantize   a Hugging Face checkpoint in, a serving-ready quantized checkpoint out
+  export     a quantized checkpoint in another engine's format, bit for bit
   verify     prove that a checkpoint is complete and what its own config says
   eval       perplexity on a text, and KL divergence from the original
 """
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (quantize, verify, evaluate):
+    for module in (quantize, export, verify, evaluate):
         module.add_parser(verbs)
     return top
 

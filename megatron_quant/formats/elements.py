@@ -32,10 +32,13 @@ def _low_byte(rounded: Tensor) -> Tensor:
     return rounded.view(torch.int32).to(torch.uint8)
 
 
-def e4m3(quotient: Tensor) -> Tensor:
-    """Float [...] -> float8_e4m3fn [...], saturating at +-448; NaN stays NaN."""
+def e4m3(quotient: Tensor, through: torch.dtype = torch.float32) -> Tensor:
+    """fp32 [...] (overwritten) -> float8_e4m3fn [...], saturating at +-448; NaN stays NaN.
+
+    through: dtype that the quotient is rounded to on the way.
+    """
     # The cast alone gives NaN above 464 in some torch versions and 448 in others.
-    return quotient.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(through).to(torch.float8_e4m3fn)
 
 
 @cache

@@ -51,7 +51,7 @@ class Fp8:
     def encode(self, x_RK: Tensor, dscale_R1: Tensor) -> tuple[Tensor, ...]:
         """-> (elements e4m3 [R, K],)."""
         quotient = x_RK.to(torch.float32, copy=True).div_(dscale_R1)
-        return (e4m3(quotient.to(x_RK.dtype)),)
+        return (e4m3(quotient, through=x_RK.dtype),)
 
     def decode(self, fields: tuple[Tensor, ...], dscale_R1: Tensor) -> Tensor:
         """Elements * dscale."""

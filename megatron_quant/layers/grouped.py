@@ -13,33 +13,34 @@ import torch
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 
 from megatron_quant.errors import LayoutError
+from megatron_quant.layers.backend import BACKEND
 
 
 class ExpertQuantizer:
-    """One expert's place in a quantizer that keeps an amax per expert of a stack.
+    """One expert's place in a weight quantizer whose amax tells the experts apart.
 
-    Called with that expert's weight it has the stack's quantizer observe (or quantize) it, which is
+    Called with that expert's weight it has the layer's quantizer observe (or quantize) it, which is
     all that a calibration loop over ``(weight, quantizer)`` pairs does.
     """
 
-    def __init__(self, stack_quantizer: TensorQuantizer, expert: int, num_experts: int) -> None:
-        self.stack_quantizer = stack_quantizer
+    def __init__(self, layer: "QuantGroupedLinear", expert: int) -> None:
+        self.layer = layer
         self.expert = expert
-        self.num_experts = num_experts
 
     def __call__(self, w_NK: torch.Tensor) -> torch.Tensor:
         """``w_NK`` [N, K] -> the same shape."""
         # Other experts' rows are zero: a running maximum does not see them.
-        stack = w_NK.new_zeros(self.num_experts, *w_NK.shape)
-        stack[self.expert] = w_NK
-        return self.stack_quantizer(stack)[self.expert]
+        w_ENK = w_NK.new_zeros(self.layer.num_gemms, *w_NK.shape)
+        w_ENK[self.expert] = w_NK
+        return self.layer.quantize(w_ENK)[self.expert]
 
 
 class QuantGroupedLinear(QuantModule):
     """A grouped linear with an input quantizer and one weight quantizer for its experts.
 
-    ``weight_quantizer`` sees the stack [E, N, K] of the rank's experts. With ``axis=None`` it holds
-    one amax for all of them (shared scales), with ``axis=0`` one each ([E, 1, 1]).
+    With this library's attributes ``weight_quantizer`` holds one amax for the rank's experts
+    (``axis=None``, shared scales) or one each (``axis=0``, [E, 1, 1]). With ModelOpt's own it does
+    what it does on a plain linear: it is given the experts' rows under one another, [E * N, K].
     """
 
     def _setup(self) -> None:
@@ -60,24 +61,26 @@ class QuantGroupedLinear(QuantModule):
     @property
     def per_expert(self) -> bool:
         """Whether every expert has a weight amax of its own."""
-        return self.weight_quantizer.axis == 0
+        return self.weight_quantizer.axis == 0 and self.weight_quantizer.backend == BACKEND
+
+    def quantize(self, w_ENK: torch.Tensor) -> torch.Tensor:
+        """The weights [E, N, K] of all experts of the rank, quantized in one call."""
+        if self.per_expert:
+            return self.weight_quantizer(w_ENK)
+        return self.weight_quantizer(w_ENK.flatten(0, 1)).view_as(w_ENK)
 
     def iter_weights_for_calibration(self) -> Iterator[tuple[torch.Tensor, Any]]:
         """Yield ``(weight_i, quantizer)`` of every local expert (ModelOpt's calibration seam)."""
+        quantizer = self.weight_quantizer
+        one_amax = quantizer.axis is None and not quantizer.is_static_block_quant
         for i, weight in enumerate(self.weights()):
-            quantizer = self.weight_quantizer
-            yield (
-                weight,
-                ExpertQuantizer(quantizer, i, self.num_gemms) if self.per_expert else quantizer,
-            )
+            yield weight, quantizer if one_amax else ExpertQuantizer(self, i)
 
     @torch.no_grad()
     def fold_weight(self, keep_attrs: bool = False) -> None:
         """Replace the weights by their quantized values and turn the quantizer off."""
         weights = self.weights()
-        for weight, folded in zip(
-            weights, self.weight_quantizer(torch.stack(weights)), strict=True
-        ):
+        for weight, folded in zip(weights, self.quantize(torch.stack(weights)), strict=True):
             weight.copy_(folded)
         self.weight_quantizer.disable()
         if not keep_attrs:
@@ -89,7 +92,7 @@ class QuantGroupedLinear(QuantModule):
             yield
             return
         originals = {f"weight{i}": w for i, w in enumerate(self.weights())}
-        quantized = self.weight_quantizer(torch.stack(list(originals.values())))
+        quantized = self.quantize(torch.stack(list(originals.values())))
         try:
             self._parameters.update(zip(originals, quantized.unbind(0), strict=True))
             yield

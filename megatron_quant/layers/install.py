@@ -118,13 +118,16 @@ def _check_shard(decision: Decision, weight: torch.Tensor) -> None:
 
 
 def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> QuantLayer:
-    decision = members[0][0]
-    per_expert = scales is ExpertScales.PER_EXPERT and isinstance(module, QuantGroupedLinear)
+    decisions, attributes = zip(*members, strict=True)
+    grouped = isinstance(module, QuantGroupedLinear)
+    if grouped:
+        expected = tuple(f"weight{i}" for i in range(module.num_gemms))
+        assert attributes == expected, f"{decisions[0].slot.module} has {attributes}"
+    decision, per_expert = decisions[0], grouped and scales is ExpertScales.PER_EXPERT
     assert decision.weights is not None
     module.weight_quantizer.set_from_attribute_config(
         quantizer_attributes(decision.weights, axis=0 if per_expert else None)
     )
     if decision.inputs is not None:
         module.input_quantizer.set_from_attribute_config(quantizer_attributes(decision.inputs))
-    decisions, attributes = zip(*members, strict=True)
     return QuantLayer(module, decisions, attributes)

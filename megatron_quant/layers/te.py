@@ -12,15 +12,20 @@ from megatron.core.extensions.transformer_engine import (
 )
 from modelopt.torch.quantization.nn import QuantModuleRegistry
 from modelopt.torch.utils.distributed import ParallelState
+from torch import nn
 
+from megatron_quant.errors import QuantError
 from megatron_quant.layers.backend import register_backend
 from megatron_quant.layers.grouped import QuantGroupedLinear
 
 
 class _QuantTEGroupedLinear(QuantGroupedLinear):
-    """Tells ModelOpt's own calibration over which ranks an expert linear's amaxes merge."""
+    """What Transformer Engine's options and ModelOpt's own calibration need of a grouped linear."""
 
     def _setup(self) -> None:
+        _check_options(self)
+        # It would write into main_grad of the weights that stand in for the call.
+        self.fuse_wgrad_accumulation = False
         if self.parallel_state is None:
             self.parallel_state = ParallelState(
                 mpu.get_expert_data_parallel_group(),
@@ -28,6 +33,30 @@ class _QuantTEGroupedLinear(QuantGroupedLinear):
                 expert_model_parallel_group=mpu.get_expert_model_parallel_group(),
             )
         super()._setup()
+
+    def layer_sync_moe_local_experts_amax(self, sync_weight_amax: bool) -> None:
+        """ModelOpt's ``max_calibrate`` calls it before it merges the other amaxes over ranks.
+
+        It merges an expert's weight amax over data and tensor parallelism only; a shared one is of
+        all experts of the layer, hence of the expert-parallel ranks too.
+        """
+        amax = self.weight_quantizer.amax
+        if amax is not None and amax.numel() == 1 and not self.per_expert:
+            group = self.parallel_state.expert_model_parallel_group
+            self.weight_quantizer.sync_amax_across_distributed_group(group)
+
+
+def _check_options(module: nn.Module) -> None:
+    if module.wgrad_store.delay_wgrad_compute():
+        raise QuantError(
+            "delay_wgrad_compute=True gives a quantized grouped linear no weight gradients: "
+            "set it to False in the TransformerConfig"
+        )
+    if getattr(module, "single_grouped_weight", False):
+        raise QuantError(
+            "single_grouped_weight=True leaves a grouped linear no weight of each expert: "
+            "build the model without it"
+        )
 
 
 class _Column(_QuantTEGroupedLinear):

@@ -1,0 +1,53 @@
+"""Rewriting a quantized checkpoint in another dialect, without a model."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_quant.api.options import parse_size
+from megatron_quant.api.phases import Phases
+from megatron_quant.ckpt.companions import companions
+from megatron_quant.ckpt.dialects import get_dialect
+from megatron_quant.ckpt.layout import Layout
+from megatron_quant.ckpt.plan import ExportPlan, plan_export
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.source import carry_over
+from megatron_quant.ckpt.transcode import plan_of, transcode, whole_tensors
+from megatron_quant.ckpt.verify import verify
+from megatron_quant.ckpt.writer import Existing, export
+from megatron_quant.dist import Groups, together
+from megatron_quant.models import lookup
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """One run of ``export``; every field is the flag of the same name."""
+
+    source: Path
+    export_dir: Path
+    export_format: str
+    max_shard_size: str = "5GB"
+    overwrite: bool = False
+
+
+def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> ExportPlan:
+    """Write ``options.source`` in ``options.export_format``; the ranks share the work.
+
+    Collective. Raises a QuantError, the same on every rank; an unfinished export is removed.
+    """
+    checkpoint = together(groups, lambda: QuantizedCheckpoint(options.source))
+    params = whole_tensors(lookup(checkpoint.config).params(checkpoint.config))
+    quant = together(groups, lambda: plan_of(checkpoint, params))
+    dialect = get_dialect(options.export_format)
+    layout = Layout.simulate(groups.size, 1, 1, 1)
+    dtype = checkpoint.tensors[params[0].name].dtype
+    plan = plan_export(params, quant, dialect, layout, dtype, parse_size(options.max_shard_size))
+    files = companions(checkpoint.config, quant, dialect, dtype, carry_over(options.source))
+    existing = Existing.REPLACE if options.overwrite else Existing.REFUSE
+    own = sum(part.nbytes for part in plan.parts_of(groups.rank))
+    with phases.bar("export", own) as progress:
+        produce = partial(transcode, checkpoint=checkpoint)
+        export(plan, groups, produce, options.export_dir, files, existing, progress)
+    if groups.rank == 0:
+        verify(options.export_dir).raise_for_problems()
+    return plan

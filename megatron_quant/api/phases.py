@@ -1,0 +1,17 @@
+"""How a run shows its progress."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+
+class Phases(Protocol):
+    """Where progress is shown; ``megatron_quant.cli.console.Phases`` is one."""
+
+    def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A phase of ``total`` steps; what it yields is called with steps done."""
+        ...
+
+    def time(self, name: str) -> AbstractContextManager[None]:
+        """A phase without steps."""
+        ...

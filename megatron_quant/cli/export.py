@@ -1,0 +1,42 @@
+"""The ``export`` verb."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_quant.api.export import ExportOptions, reexport
+from megatron_quant.ckpt.dialects import DIALECTS
+from megatron_quant.cli.console import Phases, console
+from megatron_quant.cli.tables import files_table
+from megatron_quant.dist import Groups
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the top parser."""
+    p = verbs.add_parser(
+        "export",
+        help="rewrite a quantized checkpoint in another engine's format",
+        description="Write a checkpoint that quantize made in another dialect, with the same codes "
+        "and scales: no model, no calibration, no second rounding. Under torchrun the ranks share "
+        "the work.",
+    )
+    p.add_argument("source", type=Path, metavar="DIR", help="the quantized checkpoint")
+    p.add_argument("--export-dir", type=Path, required=True, help="where the new one goes")
+    p.add_argument("--export-format", choices=DIALECTS, required=True, help="its dialect")
+    p.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)")
+    p.add_argument("--overwrite", action="store_true", help="replace what is in --export-dir")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Rewrite and print the files."""
+    out = console()
+    options = ExportOptions(
+        args.source, args.export_dir, args.export_format, args.max_shard_size, args.overwrite
+    )
+    if not dist.is_initialized() and "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    plan = reexport(options, Groups(), Phases(out))
+    out.print(files_table(plan))

@@ -182,10 +182,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heldout", type=Path, help="default: heldout.txt beside the output")
     parser.add_argument("--calibration", type=Path, help="default: calibration.txt, likewise")
     for flag, default in {
-        "steps": 650,
+        "steps": 420,
         "seed": 0,
         "threads": 2,
-        "batch-size": 4,
+        "batch-size": 8,
         "seq-length": 128,
         "vocab-size": 4096,
         "hidden-size": 256,
@@ -197,11 +197,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "top-k": 2,
         "moe-intermediate-size": 256,
         "train-chars": 4_000_000,
-        "heldout-chars": 150_000,
-        "log-every": 50,
+        "heldout-chars": 60_000,
+        "log-every": 30,
     }.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=" ")
-    parser.add_argument("--lr", type=float, default=2e-3, help=" ")
+    parser.add_argument("--lr", type=float, default=3e-3, help=" ")
     args = parser.parse_args(argv)
     args.heldout = args.heldout or args.output_dir.absolute().parent / "heldout.txt"
     args.calibration = args.calibration or args.output_dir.absolute().parent / "calibration.txt"

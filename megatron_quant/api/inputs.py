@@ -1,9 +1,10 @@
 """What a run reads besides weights: the open checkpoint, calibration batches, evaluation text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from megatron_quant.api.job import Job, prepare
 from megatron_quant.api.options import QuantizeOptions
@@ -12,8 +13,9 @@ from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
 from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.writer import Existing, check_target
-from megatron_quant.errors import CheckpointError
+from megatron_quant.errors import CheckpointError, ExportError
 from megatron_quant.evaluate.evaluate import read_windows
+from megatron_quant.evaluate.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,40 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
     checkpoint.check(job.params)
     files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carry_over(job.source))
     existing = Existing.REPLACE if options.overwrite else Existing.REFUSE
+    _check_not_source(options.export_dir, job.source)
     check_target(options.export_dir, files, existing)
     windows = []
     if options.eval_text:
         windows = read_windows(job.source, options.eval_text, options.calib_seq_length)
-    return Inputs(job, checkpoint, files, existing, _batches(options, job), windows)
+    batches = _batches(options, job)
+    _check_ids([*batches, *windows], job)
+    return Inputs(job, checkpoint, files, existing, batches, windows)
+
+
+def _check_not_source(export_dir: Path, source: Path) -> None:
+    if export_dir.is_dir() and export_dir.samefile(source):
+        raise ExportError(
+            f"--export-dir {export_dir} is the source checkpoint; choose another directory"
+        )
+
+
+def _check_ids(tokens: Sequence[torch.Tensor], job: Job) -> None:
+    vocab_size = job.hf_config["vocab_size"]
+    largest = max((int(ids.max()) for ids in tokens), default=0)
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{job.source}: the tokenizer gives token {largest}, but vocab_size in config.json is "
+            f"{vocab_size}; put the tokenizer there that the model was trained with"
+        )
 
 
 def _batches(options: QuantizeOptions, job: Job) -> list[torch.Tensor]:
     if not any(decision.inputs for decision in job.quant.quantized):
         return []
     try:
-        tokenizer = AutoTokenizer.from_pretrained(job.source, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise CheckpointError(
-            f"{job.source} has no tokenizer that transformers can read, which calibration needs: "
-            "add it, or quantize with --weight-only"
-        ) from e
+        tokenizer = load_tokenizer(job.source)
+    except CheckpointError as e:
+        raise CheckpointError(f"{e}, or quantize with --weight-only") from None
     texts = load_texts(options.calib_dataset)
     return token_batches(
         texts, tokenizer, options.calib_size, options.calib_seq_length, options.calib_batch_size

@@ -19,6 +19,8 @@ def index_problems(directory: Path) -> list[str]:
     be named by the index; a stated total size must be that of the tensors. A checkpoint of one
     file needs no index.
     """
+    if not directory.is_dir():
+        return ["no such directory; give an exported checkpoint"]
     files = sorted(p.name for p in directory.glob("*.safetensors"))
     if not (directory / INDEX).exists():
         if files == [WEIGHTS]:

@@ -53,7 +53,8 @@ def _download(hub_id: str) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise CheckpointError(
-            f"{hub_id} is no local directory and cannot be fetched from the hub: {reason}"
+            f"{hub_id} is no local directory and cannot be fetched from the hub ({reason}); "
+            "give a checkpoint directory or another hub id"
         ) from e
     return Path(found)
 

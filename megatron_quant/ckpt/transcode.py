@@ -1,7 +1,7 @@
 """A quantized checkpoint in another dialect: the same codes and scales under other names.
 
-Nothing is decoded and rounded again: elements and block scales keep their bytes. A tensor scale that
-the other dialect stores as its inverse may move by one unit in the last place.
+Nothing is decoded and rounded again: elements and block scales keep their bytes. A tensor scale
+that the other dialect stores as its inverse may move by one unit in the last place.
 """
 
 from collections.abc import Iterator

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from megatron_quant.errors import QuantError
 
 _FILE_WIDTH = 160  # columns where the output is no terminal, so that no name is cut
 _UNITS = ("B", "KB", "MB", "GB", "TB")
@@ -38,6 +41,13 @@ def print_error(error: Exception) -> None:
     where = f"[rank {rank()}] " if "RANK" in os.environ else ""
     message = " ".join(str(error).split())
     print(f"{where}megatron-quant: error: {message}", file=sys.stderr, flush=True)
+
+
+def check_file(flag: str, path: Path | None) -> None:
+    """Refuse, before the work, a file of ``flag`` that could not be written after it."""
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        reason = "is a directory" if path.is_dir() else "is in a directory that does not exist"
+        raise QuantError(f"{flag} {path} {reason}; choose another file")
 
 
 def size(nbytes: float) -> str:

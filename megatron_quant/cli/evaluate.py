@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.progress import track
 
 from megatron_quant.api.options import DTYPES
-from megatron_quant.cli.console import console
+from megatron_quant.cli.console import check_file, console
+from megatron_quant.errors import QuantError
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,11 +39,23 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     p.set_defaults(run=run)
 
 
+def _check(args: argparse.Namespace) -> None:
+    for flag, value in (("--seq-length", args.seq_length), ("--max-tokens", args.max_tokens)):
+        if value is not None and value < 1:
+            raise QuantError(f"{flag} is {value}: give at least 1")
+    check_file("--json", args.json)
+
+
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
+    from transformers.utils import logging
+
     from megatron_quant.evaluate import decoded, evaluate, native
 
+    _check(args)
     out = console()
+    if not out.is_terminal:
+        logging.disable_progress_bar()
     result = evaluate(
         args.directory,
         args.text,

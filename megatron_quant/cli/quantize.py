@@ -11,7 +11,7 @@ import torch
 from megatron_quant import cpu
 from megatron_quant.api.options import DTYPES, QuantizeOptions
 from megatron_quant.ckpt.dialects import DIALECTS
-from megatron_quant.cli.console import Phases, console, rank
+from megatron_quant.cli.console import Phases, check_file, console, rank
 from megatron_quant.cli.report import as_json, summary
 from megatron_quant.cli.tables import (
     files_table,
@@ -20,6 +20,7 @@ from megatron_quant.cli.tables import (
     statistics_table,
     weights_table,
 )
+from megatron_quant.dist import together
 from megatron_quant.errors import ExportError
 from megatron_quant.recipes.load import recipe_names
 
@@ -174,7 +175,9 @@ def _quantize(options: QuantizeOptions, report: Path | None) -> None:
 
     out = console()
     phases = Phases(out)
-    outcome = quantize(options, start_distributed(), phases)
+    groups = start_distributed()
+    together(groups, lambda: check_file("--report", report) if rank() == 0 else None)
+    outcome = quantize(options, groups, phases)
     out.print(statistics_table(outcome.statistics))
     for line in summary(outcome, phases.seconds):
         out.print(line)

@@ -45,7 +45,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _errors(report: Report) -> Table:
     table = Table("Tensor", "Format", "Relative error", title=f"Largest {_WORST} errors")
-    measured = [t for t in report.tensors if t.error is not None]
-    for tensor in sorted(measured, key=lambda t: -t.error)[:_WORST]:
+    for tensor in report.worst(_WORST):
         table.add_row(escape(tensor.name), tensor.format, f"{tensor.error:.4f}")
     return table

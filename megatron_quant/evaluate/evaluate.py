@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from megatron_quant.errors import CheckpointError, QuantError
 from megatron_quant.evaluate.load import Load, Logits, decoded
 from megatron_quant.evaluate.metrics import NOTHING, Sums, nll_and_kl, windows
+from megatron_quant.evaluate.tokenizer import load_tokenizer
 
 Progress = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
 """Wraps a list that is gone through once, to show how far it is."""
@@ -81,28 +81,15 @@ def read_windows(
     try:
         text = text_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise QuantError(f"{text_file}: not a readable UTF-8 text file ({e})") from e
-    ids = _tokenize(directory, text)
-    cut = list(windows(ids if max_tokens is None else ids[: max_tokens + 1], seq_length))
+        raise QuantError(f"{text_file}: not a readable UTF-8 text file ({e}); give another") from e
+    tokenizer = load_tokenizer(directory)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if max_tokens is not None:
+        ids = ids[: max_tokens + 1]
+    cut = list(windows(ids, seq_length))
     if not cut:
         raise QuantError(
             f"{text_file}: {len(ids)} tokens do not fill a window of {seq_length} and its label; "
             "give a longer text or a smaller sequence length"
         )
     return cut
-
-
-def _tokenize(directory: Path, text: str) -> list[int]:
-    """The text's ids under the checkpoint's tokenizer, without special tokens."""
-    refused = CheckpointError(f"{directory}: no tokenizer that transformers can read")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError) as e:
-        raise refused from e
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    # Where the files are missing transformers may hand out a tokenizer with an empty vocabulary.
-    if text and not ids:
-        raise refused
-    return ids

@@ -1,8 +1,8 @@
 """A Megatron model filled from a Hugging Face checkpoint: every rank reads the slices it owns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -10,11 +10,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.reader import Checkpoint, fill
 from megatron_quant.dist import Groups, together
+from megatron_quant.errors import CheckpointError
+from megatron_quant.formats import amax
 from megatron_quant.mcore.build import build_model
 from megatron_quant.mcore.locate import LocalParam, check_model, local_params
 from megatron_quant.mcore.parallel import megatron_layout, start_megatron
 from megatron_quant.models import Architecture, copies
-from megatron_quant.models.spec import Param
+from megatron_quant.models.spec import Copy, Param
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def load_model(
     """Build the model at ``layout`` and fill it. Collective.
 
     progress: called with 1 for each parameter that this rank has read.
+    Raises CheckpointError, on every rank alike, for a weight that is not finite in ``dtype``.
     """
     start_megatron(layout)
     module = build_model(architecture, checkpoint.config, layout, dtype)
@@ -74,5 +77,25 @@ def _fill(model: Model, checkpoint: Checkpoint, progress: Callable[[int], None])
     for local in model.local:
         tensor = local.tensor(model.module)
         tensor.zero_()  # rows that pad the vocabulary stay zero
-        fill(tensor, copies(local.param, local.shard_rank, local.shard_size), checkpoint)
+        pieces = copies(local.param, local.shard_rank, local.shard_size)
+        fill(tensor, pieces, checkpoint)
+        if not torch.isfinite(amax(tensor)):
+            _explain_not_finite(tensor.dtype, pieces, checkpoint)
         progress(1)
+
+
+def _explain_not_finite(
+    dtype: torch.dtype, pieces: Sequence[Copy], checkpoint: Checkpoint
+) -> NoReturn:
+    """Raise CheckpointError for the source of a parameter that holds NaN or Inf in ``dtype``."""
+    for piece in pieces:
+        name, stored = piece.source.name, checkpoint.read(piece.source.name, piece.src)
+        if not torch.isfinite(amax(stored)):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has NaN or Inf; repair the checkpoint or fetch it again"
+            )
+        if not torch.isfinite(amax(stored.to(dtype))):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has values beyond {dtype}; choose a wider --dtype"
+            )
+    raise AssertionError("every piece is finite, their parameter is not")

@@ -43,7 +43,10 @@ def _load_file(name: str, path: Path) -> Recipe:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise RecipeError(f"cannot read recipe {str(path)!r}: {e.strerror or e}") from None
+        raise RecipeError(
+            f"cannot read recipe {str(path)!r}: {e.strerror or e}; give the path of a .yaml file, "
+            f"or one of {', '.join(recipe_names())}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         reason = " ".join(str(e).split())
         raise RecipeError(

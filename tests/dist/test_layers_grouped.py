@@ -134,8 +134,8 @@ def _switched_off_and_folded() -> None:
         assert layer.weight_quantizer.amax.numel() == (1 if axis is None else len(SPLITS))
 
 
-def _quantizer_calls() -> dict[tuple[int, int | None], int]:
-    """(experts, axis) -> Python-level quantizations in one forward."""
+def _quantizer_calls() -> dict[tuple[int, int | None], tuple[int, int]]:
+    """(experts, axis) -> quantizers called, and codecs run, in one forward."""
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     from tests.dist import grouped, tiny
@@ -238,8 +238,8 @@ def test_a_layer(ranks: Ranks, check: object) -> None:
 
 def test_python_calls_do_not_grow_with_the_experts(ranks: Ranks) -> None:
     (calls,) = ranks(1, _quantizer_calls)
-    # The weights' and the inputs' quantizer, once each.
-    assert set(calls.values()) == {(2, 2)}
+    # Quantizers: weights, inputs, and the output's, which is off.
+    assert set(calls.values()) == {(3, 2)}
 
 
 def test_refusals(ranks: Ranks) -> None:

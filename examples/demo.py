@@ -38,7 +38,7 @@ def run(*command: str | Path) -> None:
 def quantize(args: argparse.Namespace, model: Path, export: Path, report: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(RANKS))
     layout = ("--tp", "2", "--ep", "2", "--export-quant-cfg", args.quant_cfg)
-    texts = ("--calib-dataset", args.work_dir / "calibration.txt")
+    texts = ("--calib-dataset", args.work_dir / "calibration.txt", "--calib-size", "32")
     measured = ("--eval-text", args.work_dir / "heldout.txt", "--report", report)
     weight_only = ("--weight-only",) if args.weight_only else ()
     paths = ("--hf-model-id", model, "--export-dir", export, "--overwrite")

@@ -24,8 +24,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from megatron_quant.evaluate.metrics import NOTHING, nll_and_kl, windows
 
@@ -104,7 +106,6 @@ def build_model(args: argparse.Namespace) -> Qwen3MoeForCausalLM:
         intermediate_size=4 * args.hidden_size,
         max_position_embeddings=4096,
         norm_topk_prob=True,
-        router_aux_loss_coef=0.01,
         tie_word_embeddings=False,
         eos_token_id=0,
         pad_token_id=0,
@@ -123,6 +124,16 @@ def batches(ids: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tenso
         yield ids[starts + offsets]
 
 
+def imbalance(model: Qwen3MoeForCausalLM, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Sum over layers of the Switch Transformer's balance loss; keeps every expert in use.
+
+    transformers' own total takes all layers for one: an expert may be idle in a layer that way.
+    """
+    experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
+    per_layer = [load_balancing_loss_func((r,), experts, top_k) for r in router_logits]
+    return torch.stack(per_layer).sum()
+
+
 def train(model: Qwen3MoeForCausalLM, ids: torch.Tensor, args: argparse.Namespace) -> None:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -136,15 +147,14 @@ def train(model: Qwen3MoeForCausalLM, ids: torch.Tensor, args: argparse.Namespac
     )
     started = time.monotonic()
     for step, batch in zip(range(1, args.steps + 1), batches(ids, args), strict=False):
-        out = model(batch, labels=batch, output_router_logits=True)
-        out.loss.backward()
+        out = model(batch, output_router_logits=True)
+        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        (loss + args.balance * imbalance(model, out.router_logits)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % args.log_every == 0 or step == args.steps:
-            # out.loss includes the router's balance term, the figure that users know does not.
-            loss = out.loss - model.router_aux_loss_coef * out.aux_loss
             seconds = time.monotonic() - started
             print(
                 f"step {step:4d}/{args.steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True
@@ -202,6 +212,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     }.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=" ")
     parser.add_argument("--lr", type=float, default=3e-3, help=" ")
+    parser.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss")
     args = parser.parse_args(argv)
     args.heldout = args.heldout or args.output_dir.absolute().parent / "heldout.txt"
     args.calibration = args.calibration or args.output_dir.absolute().parent / "calibration.txt"

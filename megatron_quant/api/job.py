@@ -14,7 +14,8 @@ from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
-from megatron_quant.models import Architecture, Param, check_layout, lookup
+from megatron_quant.errors import LayoutError
+from megatron_quant.models import Architecture, Param, check_layout, lookup, num_experts
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan
 from megatron_quant.recipes.resolve import resolve
@@ -50,12 +51,12 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     architecture = lookup(hf_config)
     params = architecture.params(hf_config)
     check_layout(hf_config, options.tp, options.ep, options.etp)
-    experts = max((p.expert + 1 for p in params if p.expert is not None), default=0)
-    layout = Layout.simulate(world, options.tp, options.ep, options.etp, experts)
+    layout = Layout.simulate(world, options.tp, options.ep, options.etp, num_experts(params))
     recipe = load_recipe(options.export_quant_cfg)
     if options.weight_only:
         recipe = weight_only(recipe)
     quant = resolve(recipe, slots(params))
+    _check_samples(options, quant)
     dialect = get_dialect(options.export_format)
     dtype = DTYPES[options.dtype]
     shard_bytes = parse_size(options.max_shard_size)
@@ -63,3 +64,13 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     return Job(
         source, hf_config, architecture, params, recipe, quant, dialect, layout, dtype, export
     )
+
+
+def _check_samples(options: QuantizeOptions, quant: QuantPlan) -> None:
+    """Padding would be routed and observed, and so make the statistics depend on the layout."""
+    calibrated = options.eval_text or any(decision.inputs for decision in quant.quantized)
+    if calibrated and options.calib_seq_length % options.tp:
+        raise LayoutError(
+            f"--tp {options.tp} does not divide --calib-seq-length {options.calib_seq_length}: "
+            "choose a multiple"
+        )

@@ -36,8 +36,8 @@ class CalibrationReport:
 
     weight_amax: of each weight alone, also where its layer's experts share the largest.
     tokens: how many tokens an expert was given, once for each of its weights (empty for weight-only
-        plans). What is run twice counts twice: padding, and a batch that data-parallel ranks repeat
-        so that all run equally many.
+        plans). All that was run is counted, hence padding too, and a batch as often as
+        data-parallel ranks ran it so that all run equally many.
     cold: the weights of experts that saw none and took the layer's largest amax.
     """
 

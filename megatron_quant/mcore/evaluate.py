@@ -1,34 +1,16 @@
 """Perplexity of a live Megatron model, quantized as it is, and its divergence from unquantized."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 
+from megatron_quant.calib.observe import unquantized
 from megatron_quant.dist import Groups, sum_reduce
 from megatron_quant.evaluate.metrics import NOTHING, Sums, nll_and_kl
 from megatron_quant.layers.install import QuantLayer
 from megatron_quant.mcore.run import full_logits
-
-
-@contextmanager
-def unquantized(layers: Sequence[QuantLayer]) -> Iterator[None]:
-    """The model computes in its own precision while the context lasts."""
-    enabled = [
-        quantizer
-        for layer in layers
-        for quantizer in (layer.module.weight_quantizer, layer.module.input_quantizer)
-        if quantizer.is_enabled
-    ]
-    for quantizer in enabled:
-        quantizer.disable()
-    try:
-        yield
-    finally:
-        for quantizer in enabled:
-            quantizer.enable()
 
 
 @torch.no_grad()

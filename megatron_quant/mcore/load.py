@@ -15,7 +15,7 @@ from megatron_quant.formats import amax
 from megatron_quant.mcore.build import build_model
 from megatron_quant.mcore.locate import LocalParam, check_model, local_params
 from megatron_quant.mcore.parallel import megatron_layout, start_megatron
-from megatron_quant.models import Architecture, copies
+from megatron_quant.models import Architecture, copies, num_experts
 from megatron_quant.models.spec import Copy, Param
 
 
@@ -45,11 +45,6 @@ def wrap_model(
     local = local_params(params, layout, groups.rank)
     together(groups, lambda: check_model(module, local))
     return Model(module, params, tuple(local), layout, groups)
-
-
-def num_experts(params: tuple[Param, ...]) -> int:
-    """Routed experts a layer; 0 for a dense model."""
-    return max((p.expert + 1 for p in params if p.expert is not None), default=0)
 
 
 def load_model(

@@ -1,7 +1,7 @@
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.layout import check_layout, copies, local_shape, padded_vocab
 from megatron_quant.models.registry import ARCHITECTURES, lookup
-from megatron_quant.models.spec import Box, Copy, Domain, Parallel, Param, Role, Source
+from megatron_quant.models.spec import Box, Copy, Domain, Parallel, Param, Role, Source, num_experts
 
 __all__ = [
     "ARCHITECTURES",
@@ -17,5 +17,6 @@ __all__ = [
     "copies",
     "local_shape",
     "lookup",
+    "num_experts",
     "padded_vocab",
 ]

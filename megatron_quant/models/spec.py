@@ -5,6 +5,7 @@ expert). It says of which Hugging Face tensors it is made and how tensor paralle
 that loading and exporting are the same list of :class:`Copy` read in opposite directions.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -96,3 +97,8 @@ class Param:
     def module(self) -> str:
         """The Megatron module that owns the parameter (the name without its last part)."""
         return self.name.rpartition(".")[0]
+
+
+def num_experts(params: Iterable[Param]) -> int:
+    """Routed experts a layer; 0 for a dense model."""
+    return max((p.expert + 1 for p in params if p.expert is not None), default=0)

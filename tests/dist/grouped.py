@@ -11,6 +11,7 @@ from megatron.core.extensions.transformer_engine import (
     TEColumnParallelGroupedLinear,
     TERowParallelGroupedLinear,
 )
+from megatron.core.transformer import TransformerConfig
 from modelopt.torch.quantization.nn import QuantModuleRegistry
 
 from megatron_quant.formats import Format, amax, fake_quant, tensor_scale
@@ -23,9 +24,14 @@ CLASSES = {"column": TEColumnParallelGroupedLinear, "row": TERowParallelGroupedL
 N, K = 48, 128
 
 
-def plain(kind: str, experts: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def plain(
+    kind: str,
+    experts: int,
+    dtype: torch.dtype = torch.float32,
+    config: TransformerConfig | None = None,
+) -> torch.nn.Module:
     """Megatron's grouped linear [N, K] with seeded random weights, some experts' much larger."""
-    config = tiny.config(max(experts, 2), params_dtype=dtype)
+    config = config or tiny.config(max(experts, 2), params_dtype=dtype)
     layer = CLASSES[kind](
         experts,
         K,

@@ -176,16 +176,9 @@ def _convert_with_delayed_gradients() -> None:
     from tests.dist import grouped, tiny
 
     tiny.start()
-    layer = grouped.CLASSES["row"](
-        1,
-        8,
-        8,
-        config=tiny.config(2, delay_wgrad_compute=True),
-        init_method=torch.nn.init.normal_,
-        bias=False,
-        skip_bias_add=False,
-        is_expert=True,
-    )
+    config = tiny.config(2)
+    config.delay_wgrad_compute = True
+    layer = grouped.plain("row", 2, config=config)
     QuantModuleRegistry.convert(layer)
 
 

@@ -15,10 +15,10 @@ def megatron_logits(path: Path, tp: int, ep: int, dtype: torch.dtype) -> torch.T
 
     from megatron_quant.ckpt.layout import Layout
     from megatron_quant.ckpt.reader import open_checkpoint
-    from megatron_quant.mcore.load import load_model, num_experts
+    from megatron_quant.mcore.load import load_model
     from megatron_quant.mcore.parallel import start_distributed
     from megatron_quant.mcore.run import full_logits
-    from megatron_quant.models import lookup
+    from megatron_quant.models import lookup, num_experts
 
     checkpoint = open_checkpoint(path)
     architecture = lookup(checkpoint.config)

@@ -18,10 +18,10 @@ from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.reader import open_checkpoint
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
-from megatron_quant.mcore.load import Model, load_model, num_experts
+from megatron_quant.mcore.load import Model, load_model
 from megatron_quant.mcore.parallel import start_distributed
 from megatron_quant.mcore.run import forward
-from megatron_quant.models import lookup
+from megatron_quant.models import lookup, num_experts
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan
 from megatron_quant.recipes.resolve import resolve

@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--quant-cfg", default="nvfp4", help="recipe (default: nvfp4)")
     parser.add_argument("--weight-only", action="store_true", help="leave activations as they are")
-    parser.add_argument("--steps", type=int, default=420, help="training steps (default: 420)")
+    parser.add_argument("--steps", type=int, default=560, help="training steps (default: 560)")
     return parser.parse_args()
 
 

@@ -192,10 +192,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heldout", type=Path, help="default: heldout.txt beside the output")
     parser.add_argument("--calibration", type=Path, help="default: calibration.txt, likewise")
     for flag, default in {
-        "steps": 420,
+        "steps": 560,
         "seed": 0,
         "threads": 2,
-        "batch-size": 8,
+        "batch-size": 4,
         "seq-length": 128,
         "vocab-size": 4096,
         "hidden-size": 256,
@@ -208,10 +208,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "moe-intermediate-size": 256,
         "train-chars": 4_000_000,
         "heldout-chars": 60_000,
-        "log-every": 30,
+        "log-every": 40,
     }.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=" ")
-    parser.add_argument("--lr", type=float, default=3e-3, help=" ")
+    parser.add_argument("--lr", type=float, default=1e-3, help=" ")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss")
     args = parser.parse_args(argv)
     args.heldout = args.heldout or args.output_dir.absolute().parent / "heldout.txt"

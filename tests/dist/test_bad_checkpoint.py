@@ -101,11 +101,11 @@ def with_small_files(full: tuple[int, ...], nbytes: int, argv: list[str]) -> End
     import torch.distributed as dist
 
     if dist.get_rank() in full:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))  # of this fork
     return command(*argv)
 
 
-@pytest.mark.parametrize("nbytes", [0, 300_000])
+@pytest.mark.parametrize("nbytes", [20_000, 300_000])
 @pytest.mark.parametrize("full", [(0,), (1,), (0, 1)])
 def test_a_full_disk(
     full: tuple[int, ...], nbytes: int, source: Path, ranks: Ranks, tmp_path: Path

@@ -4,6 +4,7 @@ Each refusal names the value and the way out, and leaves the file system as it w
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from tests.dist import checkpoints
 from tests.dist.command import command, copy, message, quantize_argv, refused, tree
 from tests.dist.pool import Ranks
 
-CALIBRATE = {"weight_only": None, "calib_size": 4, "calib_seq_length": 32}
+CALIBRATE: dict[str, Any] = {
+    "weight_only": None,
+    "calib_dataset": __file__,
+    "calib_size": 4,
+    "calib_seq_length": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +59,7 @@ def config_of(source: Path, to: Path, **changes: object) -> Path:
         ({"report": "/no/such/r.json"}, ["--report /no/such/r.json is in", "choose another file"]),
         ({"export_dir": "/dev/null/x"}, ["/dev/null/x: cannot be used: Not a directory; choose"]),
     ],
-    ids=lambda value: (
-        "-".join(f"{k}={v}" for k, v in value.items()) if "keys" in dir(value) else ""
-    ),
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
 )
 def test_flags(
     flags: dict[str, Any], words: list[str], source: Path, ranks: Ranks, tmp_path: Path
@@ -181,13 +185,13 @@ def test_a_broken_tokenizer(source: Path, ranks: Ranks, tmp_path: Path) -> None:
 def test_a_tokenizer_of_another_model(ranks: Ranks, tmp_path: Path) -> None:
     small = checkpoints.save("qwen3_moe", tmp_path / "small", vocab_size=64, eos_token_id=0)
     said = refused(ranks, tmp_path, quantize_argv(small, tmp_path / "out", **CALIBRATE))
-    assert "the tokenizer gives token 257, but vocab_size in config.json is 64; put the" in said
+    assert re.search(r"tokenizer gives token \d+, but vocab_size in config.json is 64; put", said)
 
 
 def test_too_little_text(source: Path, ranks: Ranks, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short " * 10)
-    argv = quantize_argv(source, tmp_path / "out", calib_dataset=text, **CALIBRATE)
+    argv = quantize_argv(source, tmp_path / "out", **{**CALIBRATE, "calib_dataset": text})
     said = refused(ranks, tmp_path, argv)
     assert "has 3 samples of 32 tokens, 4 are asked for: give more text" in said
     argv = quantize_argv(source, tmp_path / "out", eval_text=text)
@@ -195,15 +199,15 @@ def test_too_little_text(source: Path, ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_calibration_text_that_is_not_there(source: Path, ranks: Ranks, tmp_path: Path) -> None:
-    argv = quantize_argv(source, tmp_path / "out", calib_dataset="/no/such.txt", **CALIBRATE)
-    said = refused(ranks, tmp_path, argv)
+    flags = {**CALIBRATE, "calib_dataset": "/no/such.txt"}
+    said = refused(ranks, tmp_path, quantize_argv(source, tmp_path / "out", **flags))
     assert said == "no calibration text file or folder '/no/such.txt': check the path"
 
 
 def test_a_cold_expert(source: Path, ranks: Ranks, tmp_path: Path) -> None:
     few = {**CALIBRATE, "calib_size": 1, "calib_seq_length": 2}  # 2 tokens x top 2 of 8 experts
     said = refused(ranks, tmp_path, quantize_argv(source, tmp_path / "out", **few))
-    assert "of decoder.layers.0.mlp.experts.linear_fc1 saw no calibration token (" in said
+    assert re.match(r"expert \d of decoder\.layers\.0\.mlp\.experts saw no calibration", said)
     assert "raise --calib-size, or take the layer's largest amax with --cold-experts" in said
 
 

@@ -1,0 +1,100 @@
+"""``quantize --dry-run``: the whole plan from config.json alone, and nothing written."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_quant.models.registry import lookup
+from tests.dist.command import Ended, command, tree
+from tests.unit import tiny
+
+MODEL = {**tiny.config("qwen3_moe"), "hidden_size": 128, "moe_intermediate_size": 128}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A directory with config.json and nothing else."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
+    return tmp_path / "model"
+
+
+def dry_run(model: Path, *flags: str) -> Ended:
+    argv = ["quantize", "--hf-model-id", str(model), "--export-quant-cfg", "nvfp4", "--dry-run"]
+    return command(*argv, *flags)
+
+
+def rows(out: str) -> list[list[str]]:
+    """The cells of every table row."""
+    lines = [line for line in out.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def spelled_out(name: str) -> list[str]:
+    """``experts.{0..3}.w`` -> the four names."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", name)
+    if not found:
+        return [name]
+    numbers = range(int(found[1]), int(found[2]) + 1)
+    return [name.replace(found[0], str(n)) for n in numbers]
+
+
+def test_every_weight_once_with_bucket_rule_and_bytes(model: Path, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    ended = dry_run(model)
+    assert (ended.status, ended.err) == (0, "")
+    weights = [row for row in rows(ended.out) if len(row) == 7]
+    names = [name for row in weights for name in spelled_out(row[0])]
+    expected = [s.name for p in lookup(MODEL).params(MODEL) for s in p.sources]
+    assert sorted(names) == sorted(expected)
+    by_name = {row[0]: row[1:] for row in weights}
+    experts = by_name["model.layers.1.mlp.experts.{0..3}.down_proj.weight"]
+    # nvfp4: half a byte an element, a byte for 16 of them, and fp32 scales of weight and input
+    elements = 4 * 128 * 128
+    assert (elements * 2, elements // 2 + elements // 16 + 4 * 8) == (131_072, 36_896)
+    assert experts == ["4", "128x128", "nvfp4 g16 x nvfp4", "rule 1", "131.1 KB", "36.9 KB"]
+    assert by_name["model.norm.weight"][2:4] == ["excluded", "norm"]
+    assert by_name["lm_head.weight"][2:4] == ["excluded", "output"]
+    assert tree(tmp_path) == before
+
+
+def test_rules_files_and_sizes(model: Path) -> None:
+    out = dry_run(model, "--max-shard-size", "200KB").out
+    titles = [line.strip() for line in out.splitlines()]
+    assert {"Weights", "Coverage", "Files"} <= set(titles)
+    files = [row[0] for row in rows(out) if row[0].startswith("model-")]
+    assert len(files) > 1
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in _from_one(files)]
+    assert re.search(r"^size: [\d.]+ KB -> [\d.]+ KB \([\d.]+x smaller\)$", out, re.MULTILINE)
+
+
+def _from_one(items: list[str]) -> range:
+    return range(1, len(items) + 1)
+
+
+def test_weight_only_drops_the_inputs(model: Path) -> None:
+    out = dry_run(model, "--weight-only").out
+    assert "nvfp4 g16 " in out and "x nvfp4" not in out
+
+
+def test_any_layout_without_its_ranks(model: Path) -> None:
+    one = dry_run(model).out
+    assert dry_run(model, "--tp", "4", "--ep", "2").out == one
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tp", "3"], "--tp 3 does not divide the attention heads (8); use one of 1, 2, 4, 8"),
+        (["--export-quant-cfg", "fp9"], "choose one of fp8, int4, nvfp4"),
+        (["--hf-model-id", "/no/such"], "/no/such does not exist; give a checkpoint directory"),
+        (["--max-shard-size", "big"], "--max-shard-size 'big' is no size: write it as 5GB"),
+    ],
+)
+def test_what_cannot_run_is_refused(flags: list[str], words: str, model: Path) -> None:
+    ended = dry_run(model, *flags)
+    assert ended.status == 1
+    assert ended.err.startswith("megatron-quant: error: ") and ended.err.count("\n") == 1
+    assert words in ended.err

@@ -1,0 +1,66 @@
+"""What ``--help`` teaches, and how a command line that cannot be parsed ends."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.dist.command import command
+
+FLAGS = (
+    *("hf-model-id", "export-quant-cfg", "tp", "ep", "etp", "dtype", "weight-only"),
+    *("expert-scales", "calib-size", "calib-seq-length", "calib-batch-size", "calib-dataset"),
+    *("cold-experts", "export-dir", "export-format", "max-shard-size", "overwrite", "dry-run"),
+    *("eval-text", "report"),
+)
+RECIPES = ("fp8", "nvfp4_mlp_only", "w4a16_nvfp4", "int4", "a YAML path", "ModelOpt preset")
+
+
+def test_the_top_names_the_verbs() -> None:
+    ended = command("--help")
+    assert ended.status == 0
+    assert all(f"\n  {verb} " in ended.out for verb in ("quantize", "export", "verify", "eval"))
+
+
+def test_quantize_names_every_flag_and_recipe_and_gives_examples() -> None:
+    ended = command("quantize", "--help")
+    assert ended.status == 0
+    assert [flag for flag in FLAGS if not re.search(rf"^  --{flag}\b", ended.out, re.M)] == []
+    words = " ".join(ended.out.split())
+    assert [recipe for recipe in RECIPES if recipe not in words] == []
+    examples = ended.out.partition("examples:")[2]
+    assert "torchrun --nproc-per-node 4 examples/quantize.py --hf-model-id" in examples
+    assert "--dry-run" in examples
+
+
+@pytest.mark.parametrize("verb", ["verify", "eval", "export"])
+def test_other_verbs_say_what_they_do(verb: str) -> None:
+    ended = command(verb, "--help")
+    assert ended.status == 0
+    assert "DIR" in ended.out and len(ended.out.splitlines()) > 8
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "the following arguments are required: VERB"),
+        (["quantise"], "invalid choice: 'quantise'"),
+        (["quantize"], "are required: --hf-model-id, --export-quant-cfg"),
+        (["quantize", "--tp", "two"], "argument --tp: invalid int value: 'two'"),
+        (["verify"], "are required: DIR"),
+        (["eval", "x"], "are required: --text"),
+    ],
+)
+def test_a_command_line_that_cannot_be_parsed(argv: list[str], words: str) -> None:
+    ended = command(*argv)
+    assert ended.status == 2
+    assert words in ended.err.splitlines()[-1]
+
+
+def test_the_module_is_the_command() -> None:
+    argv = [sys.executable, "-m", "megatron_quant", "verify", "/no/such"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    line = "megatron-quant: error: /no/such: no such directory; give an exported checkpoint\n"
+    assert done.stderr == line

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_quant.errors import CoverageError, LayoutError
+from megatron_quant.errors import CoverageError
 from tests.dist import checkpoints
 from tests.dist.pool import Ranks
 
@@ -94,25 +94,6 @@ def test_attach_converts_linears_and_turns_on_what_the_plan_names(ranks: Ranks, 
         "router": "TopKRouter",
         "output": classes["output"],
     }
-
-
-def _attach_where_a_group_is_cut(path: Path) -> list[str]:
-    """What the model's classes are after attach refused it."""
-    from tests.dist import live
-
-    model = live.load(path, live.Parallelism(etp=2))
-    before = [type(m) for m in model.module.modules()]
-    try:
-        live.with_quantizers(model, "int4")
-    finally:
-        assert [type(m) for m in model.module.modules()] == before, "it changed half of the model"
-
-
-def test_a_cut_group_is_refused_before_anything_changes(ranks: Ranks, tmp_path: Path) -> None:
-    path = checkpoints.save("qwen3_moe", tmp_path, moe_intermediate_size=128, num_hidden_layers=1)
-    for error in ranks.errors(2, _attach_where_a_group_is_cut, path):
-        assert isinstance(error, LayoutError), error
-        assert "64 of 128 input features do not end at a int4 group of 128" in str(error)
 
 
 def _attach_to_a_plain_module(path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Runs under vLLM's own Python: what it makes of a checkpoint, as JSON on the last line.
+"""Runs under vLLM's own Python: what it makes of a checkpoint, as a JSON file.
 
-    python serve.py DIR '[[token ids], ...]'
+    python serve.py DIR '[token ids]' OUT.json
 
-For each directory's prompt: the greedy continuation, and the log-probabilities of the whole
+The greedy continuation of the prompt, and the log-probabilities of the whole
 vocabulary at every position of the prompt but the first.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
         "tokens": list(output.outputs[0].token_ids),
         "log_probs": log_probs(output, vocab_size),
     }
-    print("\n" + json.dumps(found))
+    Path(sys.argv[3]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -42,10 +42,11 @@ def served(directory: Path) -> tuple[list[int], torch.Tensor]:
     """vLLM's greedy continuation of PROMPT, and its log-probabilities [T - 1, V]."""
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     env.pop("PYTHONPATH", None)
-    command = [PYTHON, SERVE, directory, json.dumps(PROMPT)]
+    out = directory.with_suffix(".json")
+    command = [PYTHON, SERVE, directory, json.dumps(PROMPT), out]
     ended = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    found = json.loads(ended.stdout.strip().splitlines()[-1])
+    found = json.loads(out.read_text())
     return found["tokens"], torch.tensor(found["log_probs"])
 
 

@@ -15,13 +15,11 @@ from megatron_quant.ckpt.dialects.base import (
     Stored,
     layer_of,
 )
-from megatron_quant.ckpt.reader import Checkpoint, TensorInfo, open_directory
+from megatron_quant.ckpt.reader import PLAIN_DTYPES, Checkpoint, TensorInfo, open_directory
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats import decode
 from megatron_quant.models.spec import Box
 
-PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""In which a tensor that is not quantized may be stored."""
 _WEIGHTS = ("weight", "weight_packed", "qweight")
 _UNREAD = ("pre_quant_scale", "weight_zero_point", "weight_g_idx", "activation_scale")
 """Tensors of which a module's values depend where they are, but not in any format known here."""

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
-from megatron_quant.ckpt.quantized import PLAIN_DTYPES, QuantizedCheckpoint
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.reader import PLAIN_DTYPES
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.models.spec import Param, Source
 from megatron_quant.recipes.kv_cache import attention_of

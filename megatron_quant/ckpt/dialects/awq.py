@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_quant.ckpt.dialects.base import FLOATS, SHAPE, Dialect, Layer, ModuleFormat, Stored
+from megatron_quant.ckpt.dialects.base import SHAPE, Dialect, Layer, ModuleFormat, Stored
 from megatron_quant.ckpt.dialects.common import (
     LM_HEAD,
     describe,
@@ -20,14 +20,13 @@ from megatron_quant.ckpt.dialects.common import (
     refuse_cache,
     refuse_substrings,
 )
-from megatron_quant.ckpt.dialects.gptq import integer_format
+from megatron_quant.ckpt.dialects.gptq import group_scales, integer_format
 from megatron_quant.ckpt.dialects.packing import (
     awq_words,
     awq_zeros,
     constant_zeros,
     from_awq_words,
     from_awq_zeros,
-    transposed,
 )
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats.spec import WHOLE, Format
@@ -39,22 +38,10 @@ _INT32 = torch.int32
 @lru_cache
 def awq_tensors(weights: Format) -> tuple[Stored, ...]:
     """Tensors of a module in INT4 groups."""
-    scale = weights.field("scale")
     return (
         Stored("qweight", "elements", _INT32, (8, 1), (), awq_words, from_awq_words, (1, 0)),
         _zeros(weights),
-        Stored(
-            "scales",
-            "scale",
-            scale.dtype,
-            scale.block,
-            (),
-            transposed,
-            transposed,
-            (1, 0),
-            1,
-            FLOATS,
-        ),
+        group_scales(weights),
     )
 
 

@@ -52,26 +52,22 @@ _ZEROS = {1: (gptq_zeros_v1, from_gptq_zeros_v1), 2: (gptq_zeros_v2, from_gptq_z
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
+def group_scales(weights: Format) -> Stored:
+    """``scales`` [K / group, N], of GPTQ and AWQ alike."""
+    scale = weights.field("scale")
+    both = (transposed, transposed)
+    return Stored("scales", "scale", scale.dtype, scale.block, (), *both, (1, 0), 1, FLOATS)
+
+
 @lru_cache
 def gptq_tensors(weights: Format, version: int) -> tuple[Stored, ...]:
     """Tensors of a module in an integer format with groups."""
-    words, scale = weights.fields[0].block[1], weights.field("scale")
+    words = weights.fields[0].block[1]
     group = weights.group_size
     return (
         Stored("qweight", "elements", torch.int32, (1, words), (), transposed, transposed, (1, 0)),
         _zeros(weights, version),
-        Stored(
-            "scales",
-            "scale",
-            scale.dtype,
-            scale.block,
-            (),
-            transposed,
-            transposed,
-            (1, 0),
-            1,
-            FLOATS,
-        ),
+        group_scales(weights),
         Stored(
             "g_idx",
             SHAPE,

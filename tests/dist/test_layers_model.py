@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_quant.errors import CoverageError
+from megatron_quant.errors import CoverageError, QuantError
 from tests.dist import checkpoints
 from tests.dist.pool import Ranks
 
@@ -110,3 +110,43 @@ def test_a_layer_without_a_quantized_class_is_refused(ranks: Ranks, moe: Path) -
     (error,) = ranks.errors(1, _attach_to_a_plain_module, moe)
     assert isinstance(error, CoverageError), error
     assert "0 is a Bilinear, which has no quantized class" in str(error)
+
+
+def _moved_by_attaching(path: Path, probs_on_input: bool, tp: int, ep: int) -> float:
+    """Largest change of the logits when quantizers that are off are attached."""
+    from megatron_quant.calib.observe import unquantized
+    from megatron_quant.mcore.run import full_logits
+    from tests.dist import live
+
+    model = live.load(path, live.Parallelism(tp, ep), torch.float32)
+    for block in model.module.decoder.layers:
+        block.mlp.experts.config.moe_apply_probs_on_input = probs_on_input
+    with torch.no_grad():
+        before = full_logits(model.module, IDS, 258)
+        with unquantized(live.with_quantizers(model, "fp8").layers):
+            after = full_logits(model.module, IDS, 258)
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def test_weighing_the_outputs_of_experts_changes_no_result(ranks: Ranks, moe: Path) -> None:
+    for moved in ranks(4, _moved_by_attaching, moe, False, 2, 2):
+        assert 0 < moved < 1e-5  # it rounds otherwise
+
+
+def test_weights_on_the_inputs_stay_there(ranks: Ranks, tmp_path: Path) -> None:
+    path = checkpoints.save("qwen3_moe", tmp_path, num_experts_per_tok=1)
+    assert ranks(1, _moved_by_attaching, path, True, 1, 1) == [0]
+
+
+def _attach_to_fused_experts(path: Path) -> None:
+    from tests.dist import live
+
+    model = live.load(path)
+    model.module.decoder.layers[1].mlp.experts._with_fused_impl = True  # as megatron-core sets it
+    live.with_quantizers(model, "fp8")
+
+
+def test_experts_that_do_not_call_their_linears_are_refused(ranks: Ranks, moe: Path) -> None:
+    (error,) = ranks.errors(1, _attach_to_fused_experts, moe)
+    assert isinstance(error, QuantError), error
+    assert "use_transformer_engine_op_fuser=True" in str(error)

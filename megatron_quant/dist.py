@@ -23,10 +23,12 @@ class Groups:
     model: process group of all of them; None is the default group, or a single process where
         torch.distributed is not initialized.
     device: where tensors must live for a collective (``cuda`` for NCCL, ``cpu`` for gloo).
+    shards: those of them with whom this rank shares tensors; None where no tensor is cut.
     """
 
     model: Any = None
     device: str = "cpu"
+    shards: "Shards | None" = None
 
     @property
     def rank(self) -> int:
@@ -37,6 +39,18 @@ class Groups:
     def size(self) -> int:
         """How many ranks hold the model."""
         return dist.get_world_size(self.model) if dist.is_initialized() else 1
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The ranks among which a rank's tensors are cut, each of which holds another shard.
+
+    dense: of the layers that every token meets (tensor parallel). experts: of experts (expert
+    tensor parallel).
+    """
+
+    dense: Groups
+    experts: Groups
 
 
 def _all_reduce(flat: torch.Tensor, op: Any, groups: Groups) -> torch.Tensor:

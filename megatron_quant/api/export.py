@@ -11,6 +11,7 @@ from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.transcode import plan_of, transcode, whole_tensors
 from megatron_quant.ckpt.verify import verify
@@ -28,6 +29,8 @@ class ExportOptions:
     export_format: str
     max_shard_size: str = "5GB"
     overwrite: bool = False
+    serve_engine: str | None = None
+    serve_tp: int | None = None
 
 
 def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> ExportPlan:
@@ -36,9 +39,11 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> ExportPl
     Collective. Raises a QuantError, the same on every rank; an unfinished export is removed.
     """
     checkpoint = together(groups, lambda: QuantizedCheckpoint(options.source))
-    params = whole_tensors(lookup(checkpoint.config).params(checkpoint.config))
+    fused = lookup(checkpoint.config).params(checkpoint.config)
+    params = whole_tensors(fused)
     quant = together(groups, lambda: plan_of(checkpoint, params))
     dialect = get_dialect(options.export_format)
+    check_serving(quant, fused, dialect.name, options.serve_engine, options.serve_tp)
     layout = Layout.simulate(groups.size, 1, 1, 1)
     dtype = checkpoint.tensors[params[0].name].dtype
     plan = plan_export(params, quant, dialect, layout, dtype, parse_size(options.max_shard_size))

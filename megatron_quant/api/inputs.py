@@ -73,7 +73,7 @@ def _check_ids(tokens: Sequence[torch.Tensor], job: Job) -> None:
 
 
 def _batches(options: QuantizeOptions, job: Job) -> list[torch.Tensor]:
-    if not any(decision.inputs for decision in job.quant.quantized):
+    if not job.quant.needs_data:
         return []
     try:
         tokenizer = load_tokenizer(job.source)

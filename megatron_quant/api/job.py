@@ -12,14 +12,15 @@ from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import Dialect
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
+from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
-from megatron_quant.errors import LayoutError
+from megatron_quant.errors import LayoutError, RecipeError
 from megatron_quant.models import Architecture, Param, check_layout, lookup, num_experts
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan
 from megatron_quant.recipes.resolve import resolve
-from megatron_quant.recipes.schema import Recipe, weight_only
+from megatron_quant.recipes.schema import Recipe, weight_only, with_algorithm, with_kv_cache
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     params = architecture.params(hf_config)
     check_layout(hf_config, options.tp, options.ep, options.etp)
     layout = Layout.simulate(world, options.tp, options.ep, options.etp, num_experts(params))
-    recipe = load_recipe(options.export_quant_cfg)
-    if options.weight_only:
-        recipe = weight_only(recipe)
+    recipe = _recipe(options)
     quant = resolve(recipe, slots(params))
     _check_samples(options, quant)
     dialect = get_dialect(options.export_format)
+    check_serving(quant, params, dialect.name, options.serve_engine, options.serve_tp)
+    dialect.quantization_config(quant)  # refuses what it cannot say
     dtype = DTYPES[options.dtype]
     shard_bytes = parse_size(options.max_shard_size)
     export = plan_export(params, quant, dialect, layout, dtype, shard_bytes)
@@ -66,10 +67,26 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     )
 
 
+def _recipe(options: QuantizeOptions) -> Recipe:
+    """The recipe as the other flags change it."""
+    recipe = load_recipe(options.export_quant_cfg)
+    if options.weight_only:
+        recipe = weight_only(recipe)
+    if options.algorithm is not None:
+        recipe = with_algorithm(recipe, options.algorithm)
+    if options.export_kv_cache_quant is not None:
+        recipe = with_kv_cache(recipe, options.export_kv_cache_quant)
+    if options.weight_only and recipe.kv_cache == "fp8":
+        raise RecipeError(
+            "--export-kv-cache-quant fp8 is calibrated, but --weight-only runs no data: "
+            "take fp8_cast, or leave out --weight-only"
+        )
+    return recipe
+
+
 def _check_samples(options: QuantizeOptions, quant: QuantPlan) -> None:
     """Padding would be routed and observed, and so make the statistics depend on the layout."""
-    calibrated = options.eval_text or any(decision.inputs for decision in quant.quantized)
-    if calibrated and options.calib_seq_length % options.tp:
+    if (options.eval_text or quant.needs_data) and options.calib_seq_length % options.tp:
         raise LayoutError(
             f"--tp {options.tp} does not divide --calib-seq-length {options.calib_seq_length}: "
             "choose a multiple"

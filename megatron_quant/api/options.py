@@ -29,6 +29,7 @@ class QuantizeOptions:
     """One run of ``quantize``; every field is the flag of the same name.
 
     Sizes of calibration are in samples and tokens. ``export_dir`` may be None for a dry run.
+    ``algorithm`` and ``export_kv_cache_quant`` replace what the recipe says; None leaves it.
     """
 
     hf_model_id: str
@@ -49,6 +50,11 @@ class QuantizeOptions:
     overwrite: bool = False
     dtype: str = "bf16"
     eval_text: Path | None = None
+    algorithm: str | None = None
+    act_percentile: float = 100.0
+    export_kv_cache_quant: str | None = None
+    serve_engine: str | None = None
+    serve_tp: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts below one; names are checked where they are resolved."""
@@ -56,3 +62,8 @@ class QuantizeOptions:
             if getattr(self, flag) < 1:
                 name = flag.replace("_", "-")
                 raise QuantError(f"--{name} is {getattr(self, flag)}: give at least 1")
+        if not 0 < self.act_percentile <= 100:
+            raise QuantError(
+                f"--act-percentile is {self.act_percentile:g}: give a percentage above 0, such as "
+                "99.9; 100 clips nothing"
+            )

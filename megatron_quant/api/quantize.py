@@ -1,6 +1,6 @@
 """The run itself: load, attach, calibrate, export, verify. Every rank calls :func:`quantize`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,16 @@ from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
 from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
+from megatron_quant.calib.kv_cache import calibrate_kv_cache, run_rest, watch
 from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.produce import Produced, produce
+from megatron_quant.ckpt.produce_cache import produce_cache_scale
 from megatron_quant.ckpt.verify import Report, verify
 from megatron_quant.ckpt.writer import export
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluate.metrics import Sums
 from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
+from megatron_quant.layers.kv_cache import CachedTensor, attach_kv_cache
 from megatron_quant.mcore.evaluate import evaluate_model
 from megatron_quant.mcore.load import Model, load_model
 from megatron_quant.mcore.locate import local_params
@@ -31,6 +34,7 @@ from megatron_quant.mcore.run import forward
 class Outcome:
     """What a run found.
 
+    kv_amax: of the keys and values of each attention, where the KV cache was calibrated.
     statistics: (quantizer's state name, shape, largest value) of this rank's quantizers.
     fake_quant: sums over the evaluation text, of the quantized model in Megatron; None without one.
     verified: what verifying the export found, on rank 0; None on the others.
@@ -38,6 +42,7 @@ class Outcome:
 
     job: Job
     calibration: CalibrationReport
+    kv_amax: Mapping[str, float]
     statistics: list[tuple[str, tuple[int, ...], float]]
     fake_quant: Sums | None
     verified: Report | None
@@ -59,13 +64,14 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
         )
     assert model.layout == job.layout, "the plan's owners are not where Megatron put the ranks"
     with phases.time("attach"):
-        layers = together(groups, lambda: _attach(options, job, model))
-    calibration = _calibrate(options, inputs, model, layers, phases)
-    fake_quant = _evaluate(inputs, model, layers, phases) if inputs.windows else None
-    _export(options, inputs, model, layers, phases)
+        layers, cached = together(groups, lambda: _attach(options, job, model))
+    calibration, kv_amax = _calibrate(options, inputs, model, layers, cached, phases)
+    quantized = [*layers, *cached]
+    fake_quant = _evaluate(inputs, model, quantized, phases) if inputs.windows else None
+    _export(options, inputs, model, layers, cached, phases)
     with phases.time("verify"):
         verified = together(groups, lambda: _verify(options, job, groups))
-    return Outcome(job, calibration, statistics(model.module), fake_quant, verified)
+    return Outcome(job, calibration, kv_amax, statistics(model.module), fake_quant, verified)
 
 
 def statistics(module: torch.nn.Module) -> list[tuple[str, tuple[int, ...], float]]:
@@ -77,9 +83,12 @@ def statistics(module: torch.nn.Module) -> list[tuple[str, tuple[int, ...], floa
     ]
 
 
-def _attach(options: QuantizeOptions, job: Job, model: Model) -> list[QuantLayer]:
+def _attach(
+    options: QuantizeOptions, job: Job, model: Model
+) -> tuple[list[QuantLayer], list[CachedTensor]]:
     weights = [local.weight for local in model.local]
-    return attach(model.module, job.quant, weights, ExpertScales(options.expert_scales))
+    layers = attach(model.module, job.quant, weights, ExpertScales(options.expert_scales))
+    return layers, attach_kv_cache(model.module, job.quant, weights)
 
 
 def _calibrate(
@@ -87,8 +96,9 @@ def _calibrate(
     inputs: Inputs,
     model: Model,
     layers: list[QuantLayer],
+    cached: list[CachedTensor],
     phases: Phases,
-) -> CalibrationReport:
+) -> tuple[CalibrationReport, dict[str, float]]:
     batches: list[torch.Tensor] = []
     if inputs.batches:
         size = mpu.get_data_parallel_world_size()
@@ -100,17 +110,24 @@ def _calibrate(
                 yield partial(forward, model.module, batch)
                 progress(1)
 
-        return calibrate(
-            layers,
-            inputs.job.quant,
-            model.groups,
-            forwards(),
-            ColdExperts(options.cold_experts),
-            token_replicas=model.layout.etp_size,
-        )
+        steps = forwards()
+        with watch(cached) as seen:
+            report = calibrate(
+                layers,
+                inputs.job.quant,
+                model.groups,
+                steps,
+                ColdExperts(options.cold_experts),
+                token_replicas=model.layout.etp_size,
+                act_percentile=options.act_percentile,
+            )
+            run_rest(layers, steps)
+        return report, calibrate_kv_cache(cached, inputs.job.quant, model.groups, seen)
 
 
-def _evaluate(inputs: Inputs, model: Model, layers: list[QuantLayer], phases: Phases) -> Sums:
+def _evaluate(
+    inputs: Inputs, model: Model, layers: list[QuantLayer | CachedTensor], phases: Phases
+) -> Sums:
     size = mpu.get_data_parallel_world_size()
     vocab_size = inputs.job.hf_config["vocab_size"]
     with phases.bar("evaluate", -(-len(inputs.windows) // size)) as progress:
@@ -124,6 +141,7 @@ def _export(
     inputs: Inputs,
     model: Model,
     layers: list[QuantLayer],
+    cached: list[CachedTensor],
     phases: Phases,
 ) -> None:
     plan = inputs.job.export
@@ -132,7 +150,7 @@ def _export(
         export(
             plan,
             model.groups,
-            producer(model, layers),
+            producer(model, layers, cached),
             Path(options.export_dir or ""),
             inputs.companions,
             inputs.existing,
@@ -140,7 +158,9 @@ def _export(
         )
 
 
-def producer(model: Model, layers: list[QuantLayer]) -> Callable[[Part], Iterator[Produced]]:
+def producer(
+    model: Model, layers: Sequence[QuantLayer], cached: Sequence[CachedTensor] = ()
+) -> Callable[[Part], Iterable[Produced]]:
     """What the export asks for each part: the live weight with its quantizers' amaxes."""
     tensors = {local.param.name: local for local in model.local}
     amaxes = {
@@ -149,12 +169,17 @@ def producer(model: Model, layers: list[QuantLayer]) -> Callable[[Part], Iterato
         for index, decision in enumerate(layer.decisions)
     }
 
-    def of_part(part: Part) -> Iterator[Produced]:
+    scales = {tensor.slot.name: tensor for tensor in cached}
+
+    def of_part(part: Part) -> Iterable[Produced]:
+        if part.param.name in scales:
+            return produce_cache_scale(part, scales[part.param.name].amax())
         local = tensors[part.param.name].tensor(model.module)
         if part.param.name not in amaxes:
             return produce(part, local)
         layer, index = amaxes[part.param.name]
-        return produce(part, local, layer.weight_amax(index), layer.input_amax())
+        stat = layer.block_stat(index, part.region)
+        return produce(part, local, layer.weight_amax(index), layer.input_amax(), stat)
 
     return of_part
 

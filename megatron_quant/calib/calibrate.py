@@ -1,4 +1,4 @@
-"""Max calibration: amaxes of the logical tensors into the quantizers of every rank.
+"""Calibration: statistics of the logical tensors into the quantizers of every rank.
 
 The amax of a slot is the largest magnitude over all its shards and replicas. Layer inputs are
 observed by a forward; what an expert layer's experts share (their input scale, and their weight
@@ -13,7 +13,9 @@ from math import isfinite
 
 import torch
 
+from megatron_quant.calib.histogram import clip, histograms
 from megatron_quant.calib.observe import observe
+from megatron_quant.calib.search import find_scales
 from megatron_quant.calib.sync import merge_max, merge_sum
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError
@@ -35,6 +37,7 @@ class CalibrationReport:
     """What calibration found, by slot name; equal on every rank.
 
     weight_amax: of each weight alone, also where its layer's experts share the largest.
+    input_amax: of each weight's inputs, also where a percentile clips them.
     tokens: how many tokens an expert was given, once for each of its weights (empty for weight-only
         plans). All that was run is counted, hence padding too, and a batch as often as
         data-parallel ranks ran it so that all run equally many.
@@ -54,19 +57,27 @@ def calibrate(
     forwards: Iterable[Callable[[], None]] = (),
     cold_experts: ColdExperts = ColdExperts.ERROR,
     token_replicas: int = 1,
+    act_percentile: float = 100.0,
 ) -> CalibrationReport:
     """Fill the quantizers of ``layers``; every rank of ``groups`` calls it.
 
-    forwards: each runs one batch through the model; used only where the plan quantizes inputs.
+    forwards: each runs one batch through the model; used only where inputs have a static scale.
     token_replicas: how many ranks are given the same expert's tokens (the expert tensor-parallel
         size), so that the report counts each token once.
+    act_percentile: how many percent of a layer's input values its scale covers; what is above is
+        clipped. 100 clips nothing.
     Raises CalibrationError, on every rank alike, for a weight or input that is not finite, a layer
     that no token reached, or a cold expert.
     """
     weights = _merge_weights(layers, plan, groups)
-    inputs, tokens = _merge_inputs(layers, plan, groups, forwards)
+    with histograms(layers if act_percentile < 100 else ()) as seen:
+        inputs, tokens = _merge_inputs(layers, plan, groups, forwards)
+    scaled = inputs
+    if act_percentile < 100 and inputs:
+        scaled = clip(plan, inputs, seen, act_percentile, groups)
     cold = _cold_experts(plan, tokens, cold_experts)
-    _load(layers, plan, weights, inputs)
+    _load(layers, plan, weights, scaled)
+    find_scales(layers, plan, groups)
     counts = {slot: count // token_replicas for slot, count in tokens.items()}
     return CalibrationReport(weights, inputs, counts, cold)
 
@@ -92,8 +103,8 @@ def _merge_inputs(
     groups: Groups,
     forwards: Iterable[Callable[[], None]],
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Input amaxes, and token counts of the experts; both empty where no input is quantized."""
-    watched = [d for d in plan.quantized if d.inputs]
+    """Input amaxes, and token counts of the experts; both empty without static input scales."""
+    watched = [d for d in plan.quantized if d.inputs and d.inputs.tensor_scale]
     if not watched:
         return {}, {}
     observed = observe(layers, forwards)
@@ -159,7 +170,7 @@ def _load(
             weight_amax = torch.tensor(own).view(-1, 1, 1)
         device = layer.weights()[0].device
         layer.module.weight_quantizer.amax = weight_amax.to(device)
-        if layer.decisions[0].inputs:
+        if layer.static_inputs:
             layer.module.input_quantizer.amax = torch.tensor(shared_inputs[layer.name]).to(device)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from megatron_quant.formats import amax
 from megatron_quant.layers.grouped import QuantGroupedLinear
 from megatron_quant.layers.install import QuantLayer
+from megatron_quant.layers.kv_cache import CachedTensor
 
 
 class InputAmax:
@@ -46,8 +47,8 @@ class Observed:
 
 
 def observe(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], None]]) -> Observed:
-    """Run ``forwards`` with the model unquantized and its quantized inputs watched."""
-    watched = [layer for layer in layers if layer.decisions[0].inputs]
+    """Run ``forwards`` with the model unquantized and the inputs of static scale watched."""
+    watched = [layer for layer in layers if layer.static_inputs]
     grouped = [layer for layer in watched if isinstance(layer.module, QuantGroupedLinear)]
     inputs = [(layer, InputAmax()) for layer in watched]
     counts = [(layer, TokenCount(layer.module.num_gemms)) for layer in grouped]
@@ -67,13 +68,12 @@ def observe(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], None]]
 
 
 @contextmanager
-def unquantized(layers: Sequence[QuantLayer]) -> Iterator[None]:
+def unquantized(layers: Sequence[QuantLayer | CachedTensor]) -> Iterator[None]:
     """The model computes in its own precision while the context lasts.
 
     A layer still calls the quantizers that are off, so hooks on those see what it is given.
     """
-    pairs = ((x.module.weight_quantizer, x.module.input_quantizer) for x in layers)
-    enabled = [quantizer for pair in pairs for quantizer in pair if quantizer.is_enabled]
+    enabled = [q for layer in layers for q in layer.quantizers if q.is_enabled]
     for quantizer in enabled:
         quantizer.disable()
     try:

@@ -22,7 +22,7 @@ def check_plan(plan: ExportPlan) -> None:
     assert sum(len(t.entries) for t in plan.targets) == len(names), "a tensor without a target"
     cuts: dict[str, list[Box]] = {target.source.name: [] for target in plan.targets}
     for part in plan.parts:
-        cuts[part.target.source.name].append(part.copy.src)
+        cuts[part.target.source.name].append(part.src)
     proven: set[tuple[Scheme, Shape, tuple[Box, ...]]] = set()
     for target in plan.targets:
         key = (target.scheme, target.source.shape, tuple(cuts[target.source.name]))

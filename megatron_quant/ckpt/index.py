@@ -7,7 +7,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_quant.ckpt.reader import INDEX, WEIGHTS
+from megatron_quant.ckpt.files import INDEX
+from megatron_quant.ckpt.reader import WEIGHTS
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.errors import CheckpointError
 

@@ -1,12 +1,13 @@
 """How one Hugging Face tensor is stored, and which cells of that a rectangle of it fills."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import lcm, prod
 
 import torch
 
-from megatron_quant.ckpt.dialects.base import Dialect, Stored
+from megatron_quant.ckpt.dialects.base import SHAPE, Dialect, Layer, Stored
 from megatron_quant.errors import FormatError
 from megatron_quant.formats.spec import WHOLE, Format
 from megatron_quant.models.spec import Box, Source
@@ -30,30 +31,37 @@ class Scheme:
             return [source.name]
         return [f"{source.module}.{s.suffix}" for s in self.stored]
 
-    def shapes(self, shape: Shape) -> list[Shape]:
+    def shapes(self, shape: Shape) -> tuple[Shape, ...]:
         """Their shapes, for a weight of ``shape``."""
-        if self.weights is None:
-            return [shape]
-        rows, cols = shape
-        return [s.shape(rows, cols) for s in self.stored]
+        return _shapes(self, shape)
+
+
+@lru_cache(maxsize=16384)
+def _shapes(scheme: Scheme, shape: Shape) -> tuple[Shape, ...]:
+    if scheme.weights is None:
+        return (shape,)
+    rows, cols = shape
+    return tuple(s.shape(rows, cols) for s in scheme.stored)
 
 
 class Schemes:
-    """One :class:`Scheme` per pair of formats, so that equal ones are the same object."""
+    """One :class:`Scheme` per pair of formats and kind of layer: equal ones are the same object."""
 
     def __init__(self, dialect: Dialect, dtype: torch.dtype):
         """``dtype``: in which tensors that are not quantized are stored."""
-        self._dialect = dialect
+        self.dialect = dialect
         self._plain = Scheme((Stored("", PLAIN, dtype, (1, 1)),))
-        self._made: dict[tuple[Format, Format | None], Scheme] = {}
+        self._made: dict[tuple[Format, Format | None, Layer], Scheme] = {}
 
-    def of(self, weights: Format | None, inputs: Format | None) -> Scheme:
+    def of(
+        self, weights: Format | None, inputs: Format | None, layer: Layer = Layer.DENSE
+    ) -> Scheme:
         """The scheme of these formats; FormatError where the dialect has none."""
         if weights is None:
             return self._plain
-        key = (weights, inputs)
+        key = (weights, inputs, layer)
         if key not in self._made:
-            self._made[key] = Scheme(self._dialect.stored(*key), *key)
+            self._made[key] = Scheme(self.dialect.stored(*key), weights, inputs)
         return self._made[key]
 
 
@@ -68,16 +76,23 @@ def boxes(scheme: Scheme, shape: Shape, src: Box) -> tuple[Box | None, ...]:
 
 
 def _box(stored: Stored, shape: Shape, src: Box) -> Box | None:
-    if stored.field == PLAIN:
+    if stored.field == PLAIN or len(shape) != 2:  # a scale of the KV cache is no matrix
         return src
-    if stored.block == (WHOLE, WHOLE):
-        first = not any(src.start)
-        return Box((0,) * len(stored.scalar_shape), stored.scalar_shape) if first else None
+    if stored.field == SHAPE or stored.block == (WHOLE, WHOLE):
+        whole = stored.shape(*shape)
+        return Box((0,) * len(whole), whole) if not any(src.start) else None
+    own = cells(stored, shape, src)
+    if not all(own.size):
+        return None
+    return Box(stored.on_disk(own.start, 0), stored.on_disk(own.size, 1))
+
+
+def cells(stored: Stored, shape: Shape, src: Box) -> Box:
+    """The stored elements that rectangle ``src`` fills, by blocks of rows and of columns."""
     steps = _steps(stored.block, shape)
     start = tuple(-(-o // b) for o, b in zip(src.start, steps, strict=True))
     stop = tuple(-(-(o + n) // b) for o, n, b in zip(src.start, src.size, steps, strict=True))
-    size = tuple(e - o for o, e in zip(start, stop, strict=True))
-    return Box(start, size) if all(size) else None
+    return Box(start, tuple(e - o for o, e in zip(start, stop, strict=True)))
 
 
 @lru_cache(maxsize=16384)
@@ -87,21 +102,37 @@ def nbytes(scheme: Scheme, shape: Shape, src: Box) -> int:
     return sum(prod(box.size) * stored.dtype.itemsize for stored, box in cells if box)
 
 
+@dataclass(frozen=True)
+class Split:
+    """An edge between two shards inside elements that one stored element packs.
+
+    dim: along which the edge cuts. count: how many elements are packed along it. suffix: in what.
+    """
+
+    dim: int
+    count: int
+    suffix: str
+
+
 @lru_cache(maxsize=16384)
-def crossed(scheme: Scheme, shape: Shape, src: Box) -> tuple[int, int] | None:
-    """``(dim, block)`` of the first block that an edge of ``src`` inside the weight cuts."""
-    for steps in _blocks(scheme, shape):
-        for dim, step in enumerate(steps):
-            start, stop = src.start[dim], src.start[dim] + src.size[dim]
-            if start % step or (stop % step and stop != shape[dim]):
-                return dim, step
+def split(scheme: Scheme, shape: Shape, src: Box) -> Split | None:
+    """The first packing that an edge of ``src`` inside the weight splits.
+
+    Blocks that share a scale may be cut: their scales follow from statistics that the shards
+    merged, and one of them writes each. Packed elements can be written together only.
+    """
+    for stored, packing in _packings(scheme, shape):
+        for dim, step in enumerate(packing):
+            edges = (src.start[dim], src.start[dim] + src.size[dim])
+            if any(edge % step and edge != shape[dim] for edge in edges):
+                return Split(dim, step, stored.suffix)
     return None
 
 
 def check_shape(scheme: Scheme, source: Source) -> None:
     """Raise FormatError unless ``source`` can be stored so.
 
-    Blocks divide the inputs of the weight; only those of scales may be ragged along the outputs.
+    The last group of a row may be shorter than the others, but for formats that have no such.
     """
     unfit = _unfit(scheme, source.shape)
     if unfit:
@@ -115,27 +146,48 @@ def _unfit(scheme: Scheme, shape: Shape) -> str:
     fmt = scheme.weights.name
     if len(shape) != 2:
         return f"{fmt} needs a matrix, not {shape}; exclude the weight in the recipe"
-    for _, step in _blocks(scheme, shape):
-        if shape[1] % step:
-            return (
-                f"its {shape[1]} inputs are not a multiple of {step}, as {fmt} needs;"
-                " choose a smaller group_size, or exclude the weight in the recipe"
-            )
-    elements = next(s for s in scheme.stored if s.field == scheme.weights.fields[0].name)
-    if shape[0] % (elements.block[0] or 1):
+    if fmt in _FULL_BLOCKS and shape[1] % scheme.weights.group_size:
         return (
-            f"its {shape[0]} outputs are not a multiple of {elements.block[0]}, as"
-            f" {elements.suffix} packs them; exclude the weight or choose another export format"
+            f"its {shape[1]} inputs are not a multiple of {scheme.weights.group_size}, as {fmt}"
+            " needs; exclude the weight in the recipe"
         )
+    for stored in scheme.stored:
+        if shape[0] % stored.rows:
+            return (
+                f"its {shape[0]} outputs are not a multiple of {stored.rows}, as {stored.suffix}"
+                " packs them; exclude the weight or choose another export format"
+            )
+    for stored, packing in _packings(scheme, shape):
+        for count, step, what in zip(shape, packing, ("outputs", "inputs"), strict=True):
+            if count % step:
+                return (
+                    f"its {count} {what} are not a multiple of {step}, as {stored.suffix} packs"
+                    " them; exclude the weight or choose another export format"
+                )
     return ""
 
 
-def _blocks(scheme: Scheme, shape: Shape) -> list[Shape]:
-    """Blocks of the codec's fields and of the stored tensors, but those of scalars."""
+_FULL_BLOCKS = ("nvfp4", "mxfp8", "mxfp4")
+"""Formats whose matrix instructions read full blocks alone."""
+
+
+def _packings(scheme: Scheme, shape: Shape) -> Iterator[tuple[Stored, Shape]]:
+    """Stored tensors with the box of weight elements that one of their elements packs.
+
+    Of elements that is all that it stands for; of scales, it is that where several are packed.
+    """
     if scheme.weights is None:
-        return []
-    blocks = [f.block for f in scheme.weights.fields] + [s.block for s in scheme.stored]
-    return [_steps(block, shape) for block in blocks if block != (WHOLE, WHOLE)]
+        return
+    for stored in scheme.stored:
+        field = next((f for f in scheme.weights.fields if f.name == stored.field), None)
+        if field is None or stored.block == (WHOLE, WHOLE):
+            continue
+        cells = _steps(field.block, shape)
+        packed = tuple(map(lcm, _steps(stored.block, shape), cells))
+        if field is scheme.weights.fields[0]:
+            yield stored, packed
+        else:
+            yield stored, tuple(1 if p == c else p for p, c in zip(packed, cells, strict=True))
 
 
 def _steps(block: tuple[int, int], shape: Shape) -> Shape:

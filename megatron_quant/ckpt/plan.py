@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from megatron_quant.ckpt.dialects.base import Dialect, Stored
+from megatron_quant.ckpt.cache_scales import cache_tensors
+from megatron_quant.ckpt.dialects.base import Dialect, Stored, layer_of
 from megatron_quant.ckpt.files import Draft, OutFile, TensorEntry, lay_out
 from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.pieces import Scheme, Schemes, boxes, check_shape, crossed, nbytes
+from megatron_quant.ckpt.pieces import Scheme, Schemes, boxes, check_shape, nbytes, split
+from megatron_quant.ckpt.regions import regions
 from megatron_quant.errors import ExportError, LayoutError
-from megatron_quant.models import copies
-from megatron_quant.models.spec import Box, Copy, Domain, Param, Source
+from megatron_quant.formats.region import Region
+from megatron_quant.models.spec import Box, Domain, Param, Source
 from megatron_quant.recipes.plan import QuantPlan
 
 
@@ -43,12 +45,12 @@ class Target:
 class Part:
     """A rectangle of a Hugging Face tensor that one rank writes, from what it holds itself.
 
-    copy: the rectangle in the Hugging Face tensor (``src``) and in the rank's parameter (``dst``).
+    region: the rectangle, and where the rank's parameter has it.
     owner: the rank that writes it.
     """
 
     target: Target
-    copy: Copy
+    region: Region
     owner: int
 
     @property
@@ -57,10 +59,15 @@ class Part:
         return self.target.param
 
     @property
+    def src(self) -> Box:
+        """The rectangle in the Hugging Face tensor."""
+        return _box(self.region)
+
+    @property
     def pieces(self) -> Iterator[Piece]:
         """What it fills in the files."""
         target = self.target
-        filled = boxes(target.scheme, target.source.shape, self.copy.src)
+        filled = boxes(target.scheme, target.source.shape, self.src)
         for entry, stored, box in zip(target.entries, target.scheme.stored, filled, strict=True):
             if box is not None:
                 yield Piece(entry, stored, box)
@@ -68,7 +75,7 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Bytes that it fills."""
-        return nbytes(self.target.scheme, self.target.source.shape, self.copy.src)
+        return nbytes(self.target.scheme, self.target.source.shape, self.src)
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,12 @@ def plan_export(
     dtype: of whatever is not quantized. max_shard_bytes: tensor bytes per file.
 
     Raises FormatError where a shape does not suit its format and LayoutError where a shard's edge
-    cuts a quantization block.
+    splits elements that are stored together.
     """
     if max_shard_bytes < 1:
         raise ExportError(f"--max-shard-size is {max_shard_bytes} bytes; give a positive size")
     files, targets = _place(params, quant, Schemes(dialect, dtype), max_shard_bytes)
-    before = sum(prod(target.source.shape) for target in targets) * dtype.itemsize
+    before = sum(prod(source.shape) for p in params for source in p.sources) * dtype.itemsize
     after = sum(entry.nbytes for file in files for entry in file.entries)
     return ExportPlan(files, targets, _own(_rectangles(targets, layout)), before, after)
 
@@ -139,8 +146,10 @@ def _place(
     wanted: list[tuple[Param, Source, Scheme]] = []
     for param in params:
         decision = quant.by_name[param.name]
-        scheme = schemes.of(decision.weights, decision.inputs)
-        wanted += [(param, source, scheme) for source in param.sources]
+        for source in param.sources:
+            layer = layer_of(source.module)
+            wanted.append((param, source, schemes.of(decision.weights, decision.inputs, layer)))
+    wanted += cache_tensors(quant, schemes.dialect)
     units = [_drafts(source, scheme) for _, source, scheme in wanted]
     files = lay_out(units, max_shard_bytes)
     entry_of = {entry.name: entry for file in files for entry in file.entries}
@@ -160,10 +169,14 @@ def _drafts(source: Source, scheme: Scheme) -> list[Draft]:
     ]
 
 
-_Rectangle = tuple[Target, Copy, tuple[int, ...]]
+def _box(region: Region) -> Box:
+    return Box(region.start, region.size)
 
 
-def _rectangles(targets: Sequence[Target], layout: Layout) -> Iterator[_Rectangle]:
+_Held = tuple[Target, Region, tuple[int, ...]]
+
+
+def _rectangles(targets: Sequence[Target], layout: Layout) -> Iterator[_Held]:
     """Every rectangle of every target, with the ranks that hold it, in the order of the model."""
     by_param: dict[str, dict[str, Target]] = {}
     for target in targets:
@@ -172,30 +185,29 @@ def _rectangles(targets: Sequence[Target], layout: Layout) -> Iterator[_Rectangl
         param = next(iter(of_source.values())).param
         holders = layout.holders(param)
         for shard, ranks in enumerate(holders):
-            for copy in copies(param, shard, len(holders)):
-                target = of_source[copy.source.name]
-                _check_cut(target, copy, len(holders))
-                yield target, copy, ranks
+            for source, region in regions(param, shard, len(holders)):
+                target = of_source[source.name]
+                _check_split(target, region, len(holders))
+                yield target, region, ranks
 
 
-def _check_cut(target: Target, copy: Copy, size: int) -> None:
-    cut = crossed(target.scheme, target.source.shape, copy.src)
-    if cut is None:
+def _check_split(target: Target, region: Region, size: int) -> None:
+    found = split(target.scheme, target.source.shape, _box(region))
+    if found is None:
         return
-    dim, block = cut
     axis = "tp" if target.param.domain is Domain.DENSE else "etp"
-    assert target.scheme.weights is not None
+    what = ("outputs", "inputs")[found.dim]
     raise LayoutError(
-        f"{target.source.name}: --{axis} {size} cuts its {target.source.shape[dim]}"
-        f" {('outputs', 'inputs')[dim]} inside a block of {block} that {target.scheme.weights.name}"
-        f" scales together; choose a smaller group_size, another --{axis}, or exclude the weight"
+        f"{target.source.name}: --{axis} {size} cuts its {target.source.shape[found.dim]} {what}"
+        f" among {found.count} that {found.suffix} stores in one element; choose another --{axis},"
+        " or exclude the weight"
     )
 
 
-def _own(rectangles: Iterator[_Rectangle]) -> tuple[Part, ...]:
+def _own(rectangles: Iterator[_Held]) -> tuple[Part, ...]:
     """One owner per rectangle: largest first, to the holder with the fewest bytes so far."""
     found = list(rectangles)
-    sizes = [nbytes(t.scheme, t.source.shape, copy.src) for t, copy, _ in found]
+    sizes = [nbytes(t.scheme, t.source.shape, _box(region)) for t, region, _ in found]
     owners = [0] * len(found)
     load: dict[int, int] = defaultdict(int)
     heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
@@ -205,7 +217,7 @@ def _own(rectangles: Iterator[_Rectangle]) -> tuple[Part, ...]:
             heaps[ranks] = [(0, rank) for rank in ranks]
         owners[i] = _lightest(heaps[ranks], load)
         load[owners[i]] += sizes[i]
-    return tuple(Part(t, copy, own) for (t, copy, _), own in zip(found, owners, strict=True))
+    return tuple(Part(t, region, own) for (t, region, _), own in zip(found, owners, strict=True))
 
 
 def _lightest(heap: list[tuple[int, int]], load: dict[int, int]) -> int:

@@ -5,14 +5,14 @@ from math import isfinite
 
 import torch
 
-from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE
+from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
 from megatron_quant.ckpt.files import TensorEntry
-from megatron_quant.ckpt.pieces import PLAIN
+from megatron_quant.ckpt.pieces import PLAIN, cells
 from megatron_quant.ckpt.plan import Part, Piece
 from megatron_quant.errors import CalibrationError, FormatError
 from megatron_quant.formats.amax import amax, tensor_scale
 from megatron_quant.formats.codec import encode
-from megatron_quant.formats.spec import Format
+from megatron_quant.formats.spec import WHOLE, Field, Format, get_format
 from megatron_quant.models.spec import Box
 
 Produced = tuple[TensorEntry, Box, torch.Tensor]
@@ -25,18 +25,21 @@ def produce(
     local: torch.Tensor,
     weight_amax: torch.Tensor | None = None,
     input_amax: torch.Tensor | None = None,
+    block_stat: torch.Tensor | None = None,
 ) -> Iterator[Produced]:
     """What ``part`` stores, from the live parameter ``local`` of the rank that owns it.
 
     local: the rank's shard of ``part.param``, bf16, fp16 or fp32 on any device.
     weight_amax: one element, the largest magnitude of the whole parameter (all that it fuses),
-        where the format has a tensor scale. input_amax: the same of its inputs, where those are
-        quantized.
+        where the format or the dialect has a tensor scale. input_amax: the same of its inputs,
+        where their format has one.
+    block_stat: statistics of the blocks that the part touches, as ``formats.block_stat`` has them;
+        None where they follow from the part alone, which they do not where a shard cuts a block.
 
     Raises FormatError for a weight or a scale that is not finite (or a scale that is 0), and
-    CalibrationError for an amax that is missing or not finite; both name the tensor.
+    CalibrationError for a statistic that is missing or not finite; both name the tensor.
     """
-    w = local.detach()[part.copy.dst.index]
+    w = part.region.take(local.detach())
     name = part.target.source.name
     if not torch.isfinite(amax(w)):
         raise FormatError(f"{name} has NaN or Inf; repair the source checkpoint")
@@ -44,9 +47,10 @@ def produce(
     if weights is None:
         yield _plain(part, w)
         return
-    fields = _fields(part, w, weight_amax, input_amax)
+    fields = _fields(part, w, weight_amax, input_amax, block_stat)
     for piece in part.pieces:
-        value = piece.stored.to_disk(fields[piece.stored.field]).reshape(piece.box.size)
+        field = _own_cells(part, piece.stored, fields[piece.stored.field])
+        value = piece.stored.to_disk(field).reshape(piece.box.size)
         _check_scale(piece, value, weights)
         yield piece.entry, piece.box, value
 
@@ -65,17 +69,63 @@ def _fields(
     w_NK: torch.Tensor,
     weight_amax: torch.Tensor | None,
     input_amax: torch.Tensor | None,
+    block_stat: torch.Tensor | None,
 ) -> Fields:
+    """Fields of the part's weight; those of scales cover every block that it touches."""
     source, scheme = part.target.source, part.target.scheme
-    assert scheme.weights is not None
+    weights = scheme.weights
+    assert weights is not None
     dscale = None
-    if scheme.weights.tensor_scale:
-        dscale = _dscale(weight_amax, scheme.weights, f"the weight {source.name}")
-    fields = encode(w_NK, scheme.weights, None if dscale is None else dscale.to(w_NK.device))
+    if weights.tensor_scale:
+        dscale = _dscale(weight_amax, weights, f"the weight {source.name}").to(w_NK.device)
+    _check_stat(part, weights, block_stat)
+    start = part.region.start
+    fields = encode(w_NK, weights, dscale, block_stat, (start[0], start[1]))
     fields[SHAPE] = torch.tensor(source.shape)
-    if scheme.inputs is not None:
+    if any(stored.field == WEIGHT_SCALE for stored in scheme.stored):
+        fields[WEIGHT_SCALE] = _dscale(weight_amax, get_format("fp8"), f"the weight {source.name}")
+    if scheme.inputs is not None and scheme.inputs.tensor_scale:
         fields[INPUT_SCALE] = _dscale(input_amax, scheme.inputs, f"the inputs of {source.module}")
     return fields
+
+
+def _check_stat(part: Part, fmt: Format, block_stat: torch.Tensor | None) -> None:
+    """Raise CalibrationError where blocks need a statistic that only several shards have."""
+    block = fmt.stat_block
+    if block_stat is None and block is not None and any(part.region.cut(block)):
+        raise CalibrationError(
+            f"{part.target.source.name}: shards cut its {fmt.name} blocks, whose statistics no"
+            " calibration has merged; calibrate first"
+        )
+
+
+def _own_cells(part: Part, stored: Stored, value: torch.Tensor) -> torch.Tensor:
+    """Of a codec's scales, which are of all blocks that the part touches, those that it writes.
+
+    Elements it writes all: no edge splits what they are packed in.
+    """
+    fmt = part.target.scheme.weights
+    assert fmt is not None
+    field = next((f for f in fmt.fields[1:] if f.name == stored.field), None)
+    if field is None or field.block == (WHOLE, WHOLE):
+        return value
+    shape, touched = part.target.source.shape, part.region.touched(field.block)
+    own, counts = cells(stored, shape, part.src), _cells_each(stored, field, shape)
+    return value[tuple(map(_slice, own.start, own.size, counts, touched))]
+
+
+def _slice(start: int, size: int, count: int, touched: range) -> slice:
+    """Stored elements ``start`` and on, of ``count`` cells each, in what covers ``touched``."""
+    stop = min((start + size) * count, touched.stop)
+    return slice(start * count - touched.start, stop - touched.start)
+
+
+def _cells_each(stored: Stored, field: Field, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """By dim how many of the codec's cells one stored element holds."""
+    extents = zip(stored.block, field.block, shape, strict=True)
+    counts = [divmod(s or n, b or n) for s, b, n in extents]
+    assert not any(remainder for _, remainder in counts), (stored, field)
+    return tuple(count for count, _ in counts)
 
 
 def _dscale(amax: torch.Tensor | None, fmt: Format, what: str) -> torch.Tensor:

@@ -1,19 +1,28 @@
 """A Hugging Face checkpoint with its weights decoded, read with safetensors alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from megatron_quant.ckpt.dialects import DIALECTS
-from megatron_quant.ckpt.dialects.base import INPUT_SCALE, Dialect, ModuleFormat, Stored
-from megatron_quant.ckpt.reader import Checkpoint, open_directory
-from megatron_quant.errors import CheckpointError
+from megatron_quant.ckpt.dialects.base import (
+    INPUT_SCALE,
+    SHAPE,
+    Dialect,
+    ModuleFormat,
+    Stored,
+    layer_of,
+)
+from megatron_quant.ckpt.reader import PLAIN_DTYPES, Checkpoint, TensorInfo, open_directory
+from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats import decode
 from megatron_quant.models.spec import Box
 
-PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""In which a tensor that is not quantized may be stored."""
+_WEIGHTS = ("weight", "weight_packed", "qweight")
+_UNREAD = ("pre_quant_scale", "weight_zero_point", "weight_g_idx", "activation_scale")
+"""Tensors of which a module's values depend where they are, but not in any format known here."""
 
 
 class QuantizedCheckpoint:
@@ -21,6 +30,7 @@ class QuantizedCheckpoint:
 
     modules: what the checkpoint's own config says of each quantized module (Hugging Face name).
     dialect: the convention that it is in; None where nothing is quantized.
+    kv_cache: ``fp8`` where it has scales of an FP8 KV cache, else empty.
 
     Iterating yields the tensor names of the unquantized model. Tensors are read when asked for,
     one at a time.
@@ -33,7 +43,7 @@ class QuantizedCheckpoint:
         """
         files = open_directory(directory)
         weights = [n.rpartition(".") for n, t in files.tensors.items() if len(t.shape) == 2]
-        modules = [module for module, _, leaf in weights if leaf in ("weight", "weight_packed")]
+        modules = [module for module, _, leaf in weights if leaf in _WEIGHTS]
         self._open(files, modules)
 
     @classmethod
@@ -50,23 +60,30 @@ class QuantizedCheckpoint:
         self.directory = files.path
         self.config = files.config
         self.tensors = files.tensors
-        self.dialect, self.modules = _read_config(files, tuple(modules))
+        self.dialect, self.kv_cache = _read_dialect(files)
+        self.modules = _read_modules(files, self.dialect, tuple(modules))
         self._files = files
 
     def stored(self, module: str) -> tuple[Stored, ...]:
         """The tensors that a quantized module should have on disk."""
         assert self.dialect is not None
         fmt = self.modules[module]
-        return self.dialect.stored(fmt.weights, fmt.inputs)
+        return self.dialect.stored(fmt.weights, fmt.inputs, layer_of(module))
 
     def __iter__(self) -> Iterator[str]:
+        cache = tuple(f".{s.suffix}" for s in self.cache_scales)
         for name in self.tensors:
             module, _, suffix = name.rpartition(".")
             suffixes = [s.suffix for s in self.stored(module)] if module in self.modules else []
-            if suffix not in suffixes:
-                yield name
-            elif suffix == suffixes[0]:
+            if suffixes and suffix == suffixes[0]:
                 yield f"{module}.weight"
+            elif suffix not in suffixes and not name.endswith(cache):
+                yield name
+
+    @property
+    def cache_scales(self) -> tuple[Stored, ...]:
+        """What every attention module has beside its weights; empty without an FP8 KV cache."""
+        return self.dialect.cache_scales if self.dialect and self.kv_cache else ()
 
     def raw(self, name: str) -> torch.Tensor:
         """A tensor as it is stored. Raises CheckpointError where there is none of that name."""
@@ -86,11 +103,20 @@ class QuantizedCheckpoint:
             return self._plain(name).to(dtype)
         self._refuse_companions(module)
         weights = self.modules[module].weights
-        known = {field.name for field in weights.fields}
-        parts = {s: self.raw(f"{module}.{s.suffix}") for s in self.stored(module)}
+        return decode(self.fields(module), weights, dtype)
+
+    def fields(self, module: str) -> dict[str, torch.Tensor]:
+        """A quantized module's fields and pseudo fields by name, but ``SHAPE``.
+
+        Raises CheckpointError where a tensor is missing or does not fit the others.
+        """
+        parts = {
+            s: self.raw(f"{module}.{s.suffix}")
+            for s in self.stored(module)
+            if not s.optional or f"{module}.{s.suffix}" in self.tensors
+        }
         self._check_parts(module, parts)
-        fields = {s.field: s.from_disk(part) for s, part in parts.items() if s.field in known}
-        return decode(fields, weights, dtype)
+        return {s.field: s.from_disk(part) for s, part in parts.items() if s.field != SHAPE}
 
     def input_scale(self, module: str) -> float | None:
         """Tensor scale of a module's inputs (multiply to dequantize); None where it has none."""
@@ -110,36 +136,77 @@ class QuantizedCheckpoint:
             )
         return tensor
 
-    def _check_parts(self, module: str, parts: dict[Stored, torch.Tensor]) -> None:
+    def _check_parts(self, module: str, parts: Mapping[Stored, torch.Tensor]) -> None:
         """Raise CheckpointError unless the tensors of a module fit one another and its format."""
         elements, first = next(iter(parts.items()))
-        blocks = elements.block if first.dim() == 2 else (0, 0)
-        rows, cols = (n * b for n, b in zip(first.shape, blocks, strict=False))
+        rows, cols = elements.weight_shape(tuple(first.shape)) if first.dim() == 2 else (0, 0)
         for stored, part in parts.items():
-            wanted = stored.dtype, stored.shape(rows, cols)
-            if (part.dtype, tuple(part.shape)) != wanted:
+            name = f"{self.directory}: {module}.{stored.suffix}"
+            wanted = stored.shape(rows, cols)
+            if part.dtype not in (stored.dtype, *stored.also) or tuple(part.shape) != wanted:
                 raise CheckpointError(
-                    f"{self.directory}: {module}.{stored.suffix} is {part.dtype} "
-                    f"{list(part.shape)}, but the config means {wanted[0]} {list(wanted[1])}"
+                    f"{name} is {part.dtype} {list(part.shape)}, but the config means "
+                    f"{stored.dtype} {list(wanted)}"
+                )
+            if stored.field == SHAPE and not torch.equal(
+                part, stored.to_disk(torch.tensor((rows, cols))).to(part.dtype)
+            ):
+                raise CheckpointError(
+                    f"{name} is not what the config and the weight's shape mean (columns in their "
+                    "natural order, a symmetric weight)"
                 )
 
     def _refuse_companions(self, module: str) -> None:
-        for suffix in ("pre_quant_scale", "weight_zero_point", "weight_g_idx"):
-            if f"{module}.{suffix}" in self.tensors:
+        known = [s.suffix for s in self.stored(module)]
+        for suffix in _UNREAD:
+            if suffix not in known and f"{module}.{suffix}" in self.tensors:
                 raise CheckpointError(f"{self.directory}: {module}.{suffix} is not read")
 
 
-def _read_config(
-    files: Checkpoint, modules: tuple[str, ...]
-) -> tuple[Dialect | None, dict[str, ModuleFormat]]:
+def _read_dialect(files: Checkpoint) -> tuple[Dialect | None, str]:
+    """The dialect as the config spells it, and what the KV cache is."""
     quantization = files.config.get("quantization_config")
     if quantization is None:
-        return None, {}
+        return None, ""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in DIALECTS:
         raise CheckpointError(
             f"{files.path}: quant_method {method!r} in config.json is not read; "
             f"known: {', '.join(DIALECTS)}"
         )
-    dialect = DIALECTS[method]
-    return dialect, dialect.read_config(quantization, modules)
+    dialect = DIALECTS[method].variant(quantization)
+    return dialect, dialect.read_kv_cache(quantization)
+
+
+def _read_modules(
+    files: Checkpoint, dialect: Dialect | None, modules: tuple[str, ...]
+) -> dict[str, ModuleFormat]:
+    if dialect is None:
+        return {}
+    if dialect.by_tensors:
+        modules = tuple(m for m in modules if not _is_plain(files.tensors.get(f"{m}.weight")))
+    found = dialect.read_config(files.config["quantization_config"], modules)
+    return {m: _as_found(files, dialect, m, fmt) for m, fmt in found.items()}
+
+
+def _is_plain(info: TensorInfo | None) -> bool:
+    return info is not None and info.dtype in PLAIN_DTYPES
+
+
+def _as_found(files: Checkpoint, dialect: Dialect, module: str, fmt: ModuleFormat) -> ModuleFormat:
+    """``fmt`` with the dtype in which the module's group scales are stored, where that is another.
+
+    Producers round them to fp16 or bf16, before the codes: neither dtype holds the other's.
+    """
+    try:
+        stored = dialect.stored(fmt.weights, fmt.inputs, layer_of(module))
+    except FormatError as error:
+        raise CheckpointError(f"{files.path}: {module}: {error}") from None
+    for scale in (s for s in stored if s.field == "scale" and s.also):
+        info = files.tensors.get(f"{module}.{scale.suffix}")
+        if info is not None and info.dtype in scale.also and info.dtype != scale.dtype:
+            fields = (
+                replace(f, dtype=info.dtype) if f.name == "scale" else f for f in fmt.weights.fields
+            )
+            return replace(fmt, weights=replace(fmt.weights, fields=tuple(fields)))
+    return fmt

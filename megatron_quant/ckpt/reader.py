@@ -9,29 +9,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_quant.ckpt.files import DTYPES, INDEX
 from megatron_quant.ckpt.source import read_config, read_json, refuse_quantized
 from megatron_quant.errors import CheckpointError
 from megatron_quant.models.spec import Box, Copy, Param, Role
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""In which a tensor that is not quantized may be stored."""
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attention\.masked_bias")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
@@ -103,7 +90,7 @@ class Checkpoint:
                 f"{self.path / info.file}: {name} has shape {list(info.shape)} where config.json "
                 f"asks for {list(shape)}; correct config.json"
             )
-        if info.dtype not in _WEIGHT_DTYPES:
+        if info.dtype not in PLAIN_DTYPES:
             raise CheckpointError(
                 f"{self.path / info.file}: {name} is stored as {info.dtype}; "
                 "give a checkpoint in bf16, fp16 or fp32"

@@ -1,7 +1,7 @@
 """A quantized checkpoint in another dialect: the same codes and scales under other names.
 
-Nothing is decoded and rounded again: elements and block scales keep their bytes. A tensor scale
-that the other dialect stores as its inverse may move by one unit in the last place.
+Nothing is decoded and rounded again: elements, zero points and block scales keep their values. A
+tensor scale that the other dialect stores as its inverse may move by one unit in the last place.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from megatron_quant.ckpt.dialects.base import SHAPE
-from megatron_quant.ckpt.plan import Part
+from megatron_quant.ckpt.pieces import PLAIN
+from megatron_quant.ckpt.plan import Part, Piece
 from megatron_quant.ckpt.produce import Produced
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.errors import CheckpointError
@@ -54,19 +55,41 @@ def plan_of(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> Quant
         stored = None if fixed else checkpoint.modules.get(source.module)
         weights, inputs = (stored.weights, stored.inputs) if stored else (None, None)
         decisions.append(Decision(slot, checkpoint.dialect.name, weights, inputs))
-    return QuantPlan(checkpoint.dialect.name, tuple(decisions))
+    return QuantPlan(checkpoint.dialect.name, tuple(decisions), checkpoint.kv_cache)
 
 
 def transcode(part: Part, checkpoint: QuantizedCheckpoint) -> Iterator[Produced]:
     """What ``part`` (a whole tensor) stores, from how ``checkpoint`` stores it."""
-    source = part.target.source
-    fields: dict[str, torch.Tensor] = {SHAPE: torch.tensor(source.shape)}
-    if part.target.scheme.weights is None:
-        fields = {piece.stored.field: checkpoint.raw(source.name) for piece in part.pieces}
-    else:
-        for stored in checkpoint.stored(source.module):
-            value = checkpoint.raw(f"{source.module}.{stored.suffix}")
-            fields[stored.field] = stored.from_disk(value)
+    fields = _fields(part, checkpoint)
     for piece in part.pieces:
-        value = piece.stored.to_disk(fields[piece.stored.field]).to(piece.entry.dtype)
-        yield piece.entry, piece.box, value.reshape(piece.box.size)
+        if piece.stored.field not in fields:
+            raise CheckpointError(
+                f"{checkpoint.directory} has nothing to make {piece.entry.name} of; quantize the "
+                "source checkpoint instead"
+            )
+        value = piece.stored.to_disk(fields[piece.stored.field])
+        yield piece.entry, piece.box, _cast(value, piece).reshape(piece.box.size)
+
+
+def _fields(part: Part, checkpoint: QuantizedCheckpoint) -> dict[str, torch.Tensor]:
+    source = part.target.source
+    if part.param.role is Role.CACHE:
+        attention = part.param.name.rpartition(".")[0]
+        stored = {f"{attention}.{s.suffix}": s for s in checkpoint.cache_scales}
+        return {s.field: s.from_disk(checkpoint.raw(name)) for name, s in stored.items()}
+    if part.target.scheme.weights is None:
+        return {PLAIN: checkpoint.raw(source.name)}
+    return {SHAPE: torch.tensor(source.shape), **checkpoint.fields(source.module)}
+
+
+def _cast(value: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """``value`` in the dtype of its entry; CheckpointError where that would round it."""
+    cast = value.to(piece.entry.dtype)
+    if piece.stored.field == PLAIN or cast.dtype == value.dtype:
+        return cast
+    if not torch.equal(cast.to(value.dtype), value):
+        raise CheckpointError(
+            f"{piece.entry.name} would be {cast.dtype}, which does not hold the {value.dtype} "
+            "scales of the source; quantize the source checkpoint instead"
+        )
+    return cast

@@ -1,25 +1,30 @@
 """Is a written checkpoint what its own config says? Read with safetensors alone."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE
 from megatron_quant.ckpt.index import index_problems
-from megatron_quant.ckpt.quantized import PLAIN_DTYPES, QuantizedCheckpoint
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import open_directory
 from megatron_quant.ckpt.source import read_json
+from megatron_quant.ckpt.verify_tensors import (
+    cache_problems,
+    cache_tensors,
+    form_problems,
+    fusion_problems,
+    is_quantized,
+    stray_problems,
+    value_problems,
+)
 from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
 from megatron_quant.models.registry import lookup
 from megatron_quant.models.spec import Param, Source
 
-BOUNDS = {"fp8": 0.25, "nvfp4": 0.5, "int4": 0.5}
-"""Format -> largest ||w - decoded|| / ||w|| that is no mistake. Gaussian weights have about 0.03,
-0.1 and 0.1; a wrong scale or packing gives 1 and more."""
-SHARED = ("tensor_scale", INPUT_SCALE)
-"""Fields that the members of a fused group must share: engines take one member's for all."""
+BOUNDS = {8: 0.25, 4: 0.5}
+"""Bits -> largest ||w - decoded|| / ||w|| that is no mistake. Gaussian weights have at most 0.03
+and 0.2; a wrong scale or packing gives 1 and more."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,12 @@ def verify(directory: Path, against: Path | None = None) -> Report:
         checkpoint, params = _open(directory)
     except (CheckpointError, ArchitectureError) as error:
         return Report(directory, (str(error),), ())
-    problems = [*_config_problems(checkpoint), *_stray_problems(checkpoint, params)]
+    cache = cache_tensors(checkpoint, params)
+    problems = [
+        *_config_problems(checkpoint),
+        *stray_problems(checkpoint, params, cache),
+        *cache_problems(checkpoint, cache),
+    ]
     checks = []
     for param in params:
         found, checked = _check(checkpoint, param, source)
@@ -97,111 +107,21 @@ def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
     return dialect.check_extra_files(checkpoint.config["quantization_config"], extra)
 
 
-def _stray_problems(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> list[str]:
-    expected = {name for p in params for s in p.sources for name, _, _ in _stored(checkpoint, s)}
-    return [
-        f"{name}: config.json knows no such tensor (its module is not quantized, or not in the "
-        "model)"
-        for name in checkpoint.tensors
-        if name not in expected and not _stands_for_weight(checkpoint, name)
-    ]
-
-
-def _stands_for_weight(checkpoint: QuantizedCheckpoint, name: str) -> bool:
-    """Whether a plain weight takes the place of quantized tensors (reported as that)."""
-    module, _, leaf = name.rpartition(".")
-    return module in checkpoint.modules and leaf == "weight"
-
-
-def _is_quantized(checkpoint: QuantizedCheckpoint, source: Source) -> bool:
-    return source.module in checkpoint.modules and source.name.endswith(".weight")
-
-
-def _stored(
-    checkpoint: QuantizedCheckpoint, source: Source
-) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
-    """Name, possible dtypes and shape of each tensor that stores ``source``."""
-    if not _is_quantized(checkpoint, source):
-        yield source.name, PLAIN_DTYPES, source.shape
-        return
-    rows, cols = source.shape
-    for stored in checkpoint.stored(source.module):
-        yield f"{source.module}.{stored.suffix}", (stored.dtype,), stored.shape(rows, cols)
-
-
 def _check(
     checkpoint: QuantizedCheckpoint, param: Param, against: QuantizedCheckpoint | None
 ) -> tuple[list[str], list[TensorCheck]]:
     problems: list[str] = []
     checks: list[TensorCheck] = []
     for source in param.sources:
-        found = _form_problems(checkpoint, source) or _value_problems(checkpoint, source)
+        found = form_problems(checkpoint, source) or value_problems(checkpoint, source)
         error = None
         if against is not None and not found:
             error, found = _compare(checkpoint, source, against)
         problems += found
-        quantized = _is_quantized(checkpoint, source)
+        quantized = is_quantized(checkpoint, source)
         fmt = checkpoint.modules[source.module].weights.name if quantized else ""
         checks.append(TensorCheck(source.name, fmt, error))
-    return problems or _fusion_problems(checkpoint, param), checks
-
-
-def _form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
-    """Tensors that are missing, or of another dtype or shape than the config says."""
-    info = checkpoint.tensors.get(source.name)
-    if _is_quantized(checkpoint, source) and info and info.dtype in PLAIN_DTYPES:
-        return [f"{source.name}: neither quantized nor in the ignore list of config.json"]
-    problems = []
-    for name, dtypes, shape in _stored(checkpoint, source):
-        info = checkpoint.tensors.get(name)
-        if info is None:
-            problems.append(f"{name}: missing")
-        elif info.dtype not in dtypes:
-            wanted = " or ".join(map(str, dtypes))
-            problems.append(f"{name}: dtype is {info.dtype}, config.json means {wanted}")
-        elif info.shape != shape:
-            problems.append(f"{name}: shape is {info.shape}, config.json means {shape}")
-    return problems
-
-
-def _value_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
-    """Elements and scales that are not finite, scales that are not positive, a wrong shape."""
-    if not _is_quantized(checkpoint, source):
-        return []
-    problems = []
-    elements = checkpoint.modules[source.module].weights.fields[0].name
-    for stored in checkpoint.stored(source.module):
-        name = f"{source.module}.{stored.suffix}"
-        tensor = checkpoint.raw(name)
-        if stored.field == SHAPE:
-            if tuple(tensor.tolist()) != source.shape:
-                problems.append(f"{name}: {tensor.tolist()} is not {list(source.shape)}")
-        elif tensor.is_floating_point():
-            values = tensor.float()
-            if not values.isfinite().all():
-                problems.append(f"{name}: holds NaN or infinity")
-            elif stored.field != elements and not (values > 0).all():
-                problems.append(f"{name}: holds a scale that is not positive")
-    return problems
-
-
-def _fusion_problems(checkpoint: QuantizedCheckpoint, param: Param) -> list[str]:
-    """Members of a fused group of which some are not quantized, or whose scales differ."""
-    members = [s.module for s in param.sources if _is_quantized(checkpoint, s)]
-    if not members or len(param.sources) == 1:
-        return []
-    if len(members) < len(param.sources):
-        rest = [s.module for s in param.sources if s.module not in members]
-        return [f"{members[0]}: quantized, but {rest[0]}, which engines fuse with it, is not"]
-    if len({checkpoint.modules[m] for m in members}) > 1:
-        return [f"{members[0]}: its format is not that of {members[1]}, fused with it"]
-    shared = [s.suffix for s in checkpoint.stored(members[0]) if s.field in SHARED]
-    return [
-        f"{members[0]}.{suffix}: not equal to that of {', '.join(members[1:])}, "
-        "though engines use one scale for all"
-        for suffix in shared
-        if len({checkpoint.raw(f"{m}.{suffix}").item() for m in members}) > 1
-    ]
+    return problems or fusion_problems(checkpoint, param), checks
 
 
 def _compare(
@@ -211,13 +131,13 @@ def _compare(
     name = source.name
     if source.name not in against.tensors or against.tensors[name].shape != source.shape:
         return None, [f"{name}: {against.directory} has no such tensor of shape {source.shape}"]
-    if not _is_quantized(checkpoint, source):
+    if not is_quantized(checkpoint, source):
         tensor = checkpoint.raw(name)
         same = torch.equal(tensor, against.weight(name, tensor.dtype))
         return None, [] if same else [f"{name}: differs from {against.directory}, unquantized"]
     w_NK = against.weight(name, torch.float32)
     error = relative_error(w_NK, checkpoint.weight(name, torch.float32))
-    bound = BOUNDS[checkpoint.modules[source.module].weights.name]
+    bound = BOUNDS[checkpoint.modules[source.module].weights.bits]
     if error <= bound:
         return error, []
     return error, [f"{name}: relative error {error:.3g} against the source is above {bound}"]

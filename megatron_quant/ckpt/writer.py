@@ -10,7 +10,9 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from enum import Enum
-from itertools import groupby
+from itertools import groupby, product
+from math import prod
+from operator import mul
 from pathlib import Path
 
 import torch
@@ -159,18 +161,16 @@ def _write_part(fd: int, path: Path, part: Part, produce: Produce) -> None:
 
 
 def _write_box(fd: int, entry: TensorEntry, box: Box, tensor: torch.Tensor) -> None:
-    """``tensor`` into ``box`` of the entry: one write, or one per row where columns are cut."""
+    """``tensor`` into ``box`` of the entry, in as few writes as the box has contiguous runs."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    item = entry.dtype.itemsize
-    if box.size[1:] == entry.shape[1:]:
-        pitch = entry.nbytes // max(1, entry.shape[0]) if entry.shape else 0
-        write_at(fd, data, entry.offset + (box.start[0] * pitch if box.start else 0))
-        return
-    assert len(entry.shape) == 2, f"{entry.name}: columns of {entry.shape}"
-    pitch, width = entry.shape[1] * item, box.size[1] * item
-    start = entry.offset + box.start[0] * pitch + box.start[1] * item
-    for row in range(box.size[0]):
-        write_at(fd, data[row * width : (row + 1) * width], start + row * pitch)
+    shape, item = entry.shape, entry.dtype.itemsize
+    strides = [prod(shape[dim + 1 :]) * item for dim in range(len(shape))]
+    cut = max((dim for dim, n in enumerate(shape) if n != box.size[dim]), default=0)
+    start = entry.offset + sum(map(mul, box.start, strides))
+    width = prod(box.size[cut:]) * item
+    for run, index in enumerate(product(*map(range, box.size[:cut]))):
+        at = start + sum(map(mul, index, strides))
+        write_at(fd, data[run * width : (run + 1) * width], at)
 
 
 def commit(plan: ExportPlan, directory: Path, companions: Companions) -> None:

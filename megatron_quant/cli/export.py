@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_quant.api.export import ExportOptions, reexport
-from megatron_quant.ckpt.dialects import DIALECTS
 from megatron_quant.cli.console import Phases, console
+from megatron_quant.cli.serving import add_dialect, add_serving
 from megatron_quant.cli.tables import files_table
 from megatron_quant.dist import Groups
 
@@ -24,7 +24,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     p.add_argument("source", type=Path, metavar="DIR", help="the quantized checkpoint")
     p.add_argument("--export-dir", type=Path, required=True, help="where the new one goes")
-    p.add_argument("--export-format", choices=DIALECTS, required=True, help="its dialect")
+    add_dialect(p, None)
+    add_serving(p)
     p.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)")
     p.add_argument("--overwrite", action="store_true", help="replace what is in --export-dir")
     p.set_defaults(run=run)
@@ -34,7 +35,13 @@ def run(args: argparse.Namespace) -> None:
     """Rewrite and print the files."""
     out = console()
     options = ExportOptions(
-        args.source, args.export_dir, args.export_format, args.max_shard_size, args.overwrite
+        args.source,
+        args.export_dir,
+        args.export_format,
+        args.max_shard_size,
+        args.overwrite,
+        args.serve_engine,
+        args.serve_tp,
     )
     if not dist.is_initialized() and "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")

@@ -10,11 +10,13 @@ import torch
 
 from megatron_quant import cpu
 from megatron_quant.api.options import DTYPES, QuantizeOptions
-from megatron_quant.ckpt.dialects import DIALECTS
 from megatron_quant.cli.console import Phases, check_file, console, rank
 from megatron_quant.cli.report import as_json, summary
+from megatron_quant.cli.serving import add_dialect, add_serving
 from megatron_quant.cli.tables import (
+    engines_table,
     files_table,
+    needs,
     rules_table,
     sizes_line,
     statistics_table,
@@ -23,6 +25,7 @@ from megatron_quant.cli.tables import (
 from megatron_quant.dist import together
 from megatron_quant.errors import ExportError
 from megatron_quant.recipes.load import recipe_names
+from megatron_quant.recipes.schema import KV_CACHES
 
 _EPILOG = """\
 examples:
@@ -66,7 +69,7 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
         required=True,
         metavar="CFG",
         help=f"recipe: {', '.join(recipe_names())}; a YAML path; or a ModelOpt preset name such as "
-        "NVFP4_DEFAULT_CFG",
+        "NVFP4_DEFAULT_CFG or NVFP4_DEFAULT_CFG+FP8_KV_CFG",
     )
     group.add_argument("--tp", type=int, default=1, help="tensor-parallel size (default 1)")
     group.add_argument("--ep", type=int, default=1, help="expert-parallel size (default 1)")
@@ -95,6 +98,20 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         help="one weight scale for all experts of a layer, or one each (default shared); scales "
         "of groups and blocks always belong to their own weights",
     )
+    group.add_argument(
+        "--algorithm",
+        choices=("max", "mse"),
+        help="how the scales of weights are found, in place of what the recipe says: max takes the "
+        "largest magnitude, mse searches the scale of least squared error",
+    )
+    group.add_argument(
+        "--act-percentile",
+        type=float,
+        default=100.0,
+        metavar="P",
+        help="clip each layer's calibrated inputs above their P-th percentile, such as 99.9 "
+        "(default 100: no clipping)",
+    )
     group.add_argument("--calib-size", type=int, default=512, help="samples (default 512)")
     group.add_argument(
         "--calib-seq-length", type=int, default=512, help="tokens a sample (default 512)"
@@ -119,12 +136,14 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
 def _export_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("export")
     group.add_argument("--export-dir", type=Path, help="where the checkpoint goes")
+    add_dialect(group, "modelopt")
+    add_serving(group)
     group.add_argument(
-        "--export-format",
-        choices=DIALECTS,
-        default="modelopt",
-        help="modelopt is read by vLLM, SGLang and TensorRT-LLM (int4 in it by TensorRT-LLM "
-        "alone); compressed-tensors by vLLM, SGLang and transformers (default modelopt)",
+        "--export-kv-cache-quant",
+        choices=("none", *KV_CACHES),
+        help="FP8 KV cache: fp8 calibrates one scale for the keys and one for the values of each "
+        "layer, fp8_cast takes scale 1 and needs no data; in modelopt and compressed-tensors "
+        "(default: as the recipe says)",
     )
     group.add_argument(
         "--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)"
@@ -166,6 +185,9 @@ def _dry_run(options: QuantizeOptions) -> None:
     out.print(weights_table(job))
     out.print(rules_table(job))
     out.print(files_table(job.export))
+    out.print(engines_table(job, options.serve_tp))
+    for line in needs(job):
+        out.print(line)
     out.print(sizes_line(job.export))
 
 

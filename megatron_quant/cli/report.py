@@ -43,6 +43,7 @@ def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
         "seconds": dict(seconds),
         "weight_amax": dict(calibration.weight_amax),
         "input_amax": dict(calibration.input_amax),
+        "kv_amax": dict(outcome.kv_amax),
         "expert_tokens": dict(calibration.tokens),
         "cold_experts": list(calibration.cold),
     }

@@ -10,8 +10,12 @@ from rich.table import Table
 
 from megatron_quant.api.job import Job
 from megatron_quant.ckpt.plan import ExportPlan, Target
+from megatron_quant.ckpt.serving import obstacle
+from megatron_quant.ckpt.serving_facts import ENGINES
 from megatron_quant.cli.console import size
+from megatron_quant.formats.spec import GROUP_SIZES
 from megatron_quant.recipes.audit import audit
+from megatron_quant.recipes.kv_cache import cache_slots
 
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
@@ -43,9 +47,13 @@ def _bucket(target: Target) -> str:
     scheme = target.scheme
     if scheme.weights is None:
         return "excluded"
-    group = f" g{scheme.weights.group_size}" if scheme.weights.group_size else ""
+    weights, group = scheme.weights, ""
+    if weights.group_size > 0:
+        group = f" g{weights.group_size}"
+    elif weights.name in GROUP_SIZES:
+        group = " channel"
     inputs = f" x {scheme.inputs.name}" if scheme.inputs else ""
-    return f"{scheme.weights.name}{group}{inputs}"
+    return f"{weights.name}{group}{inputs}"
 
 
 def _alike(job: Job) -> Iterator[list[Target]]:
@@ -55,7 +63,8 @@ def _alike(job: Job) -> Iterator[list[Target]]:
         rule = job.quant.by_name[target.param.name].rule
         return (_EXPERT.sub("*", target.source.name), target.scheme, rule)
 
-    layers = groupby(job.export.targets, lambda t: (t.param.layer, t.param.module))
+    weights = (t for t in job.export.targets if t.param.name in job.quant.by_name)
+    layers = groupby(weights, lambda t: (t.param.layer, t.param.module))
     for _, of_module in layers:
         rows: dict[tuple[object, ...], list[Target]] = {}
         for target in of_module:
@@ -90,6 +99,26 @@ def files_table(plan: ExportPlan) -> Table:
     for file in plan.files:
         table.add_row(file.name, str(len(file.entries)), size(file.size))
     return table
+
+
+def engines_table(job: Job, serve_tp: int | None) -> Table:
+    """Which engines can serve the export at ``serve_tp`` (1 where it is not given), and why not."""
+    tp = serve_tp or 1
+    table = Table("Engine", "Serves it", "Why not", title=f"Engines, tensor-parallel size {tp}")
+    for engine in ENGINES:
+        found = obstacle(job.quant, job.params, job.dialect.name, engine, tp)
+        why = f"{found.what}; take {found.instead}" if found else ""
+        table.add_row(engine, "no" if found else "as far as known", escape(why))
+    return table
+
+
+def needs(job: Job) -> Iterator[str]:
+    """Lines: what is stored of the KV cache, and whether calibration data is needed."""
+    slots = cache_slots(job.quant)
+    if slots:
+        how = "calibrated" if job.quant.kv_cache == "fp8" else "all 1"
+        yield f"KV cache: FP8, {len(slots)} scales ({how})"
+    yield "calibration data: " + ("needed" if job.quant.needs_data else "not needed")
 
 
 def sizes_line(plan: ExportPlan) -> str:

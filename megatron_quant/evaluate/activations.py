@@ -24,14 +24,18 @@ _TAG_ROWS = 12
 
 @dataclass(frozen=True)
 class Activations:
-    """How a linear's input is stored: its format, and the tensor scale (multiply to decode)."""
+    """How a linear's input is stored.
+
+    dscale: the scale of the whole tensor (multiply to decode), where the format has one.
+    """
 
     fmt: Format
-    dscale: float
+    dscale: float | None
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` rounded to the format, in its own dtype."""
-        return fake_quant(x, self.fmt, torch.tensor(self.dscale, device=x.device))
+        dscale = None if self.dscale is None else torch.tensor(self.dscale, device=x.device)
+        return fake_quant(x, self.fmt, dscale)
 
 
 def _tag(number: int, parameter: torch.Tensor) -> torch.Tensor:
@@ -72,7 +76,7 @@ def _merge(module: str, one: Activations | None, two: Activations) -> Activation
             f"{module}: its input is {two.fmt.name}, {one.fmt.name} for another part of the same "
             "fused weight; quantize both alike"
         )
-    return max(one, two, key=lambda a: a.dscale)
+    return max(one, two, key=lambda a: a.dscale or 0.0)
 
 
 class QuantizedInputs(TorchFunctionMode):

@@ -101,7 +101,7 @@ def _inputs(checkpoint: QuantizedCheckpoint) -> dict[str, Activations]:
         if form.inputs is None:
             continue
         dscale = checkpoint.input_scale(module)
-        if dscale is None:
+        if dscale is None and form.inputs.tensor_scale:
             raise CheckpointError(
                 f"{module}: {form.inputs.name} activations without an input scale"
             )

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from megatron_quant.errors import FormatError
-from megatron_quant.formats.chunks import as_rows, row_chunks
+from megatron_quant.formats import native
+from megatron_quant.formats.chunks import as_rows, chunks_to_read
 from megatron_quant.formats.elements import E2M1_MAX, E4M3_MAX
 from megatron_quant.formats.spec import Format
 
@@ -13,7 +14,7 @@ _BITS = {
     torch.float16: (torch.int16, 0x7FFF),
     torch.float32: (torch.int32, 0x7FFFFFFF),
 }
-_RANGE = {"fp8": E4M3_MAX, "nvfp4": E2M1_MAX * E4M3_MAX}
+_RANGE = {"fp8": E4M3_MAX, "nvfp4": E2M1_MAX * E4M3_MAX, "int8_tensor": 127.5}
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -46,10 +47,12 @@ def amax(x: Tensor) -> Tensor:
 
 
 def last_dim_amax(x: Tensor) -> Tensor:
-    """max |x| over the last dim, [..., B] -> [...] in x.dtype; NaN and Inf propagate."""
+    """max |x| over the last dim, [..., B] -> fp32 [...]; NaN and Inf propagate."""
+    if native.serves(x):
+        return native.block_amax(x.view(x.shape[0], -1), x.shape[-1]).view(x.shape[:-1])
     # Magnitudes order like their bit patterns, and torch reduces integers 2-10x faster.
     integer, mask = _BITS[x.dtype]
-    return (x.view(integer) & mask).amax(-1).view(x.dtype)
+    return (x.view(integer) & mask).amax(-1).view(x.dtype).float()
 
 
 @torch.no_grad()
@@ -59,17 +62,18 @@ def stack_amax(w_ENK: Tensor) -> Tensor:
     if w_ENK.numel() == 0:
         return torch.zeros(experts, 1, 1, device=w_ENK.device)
     w_RK = as_rows(w_ENK)
-    amax_R = torch.cat([last_dim_amax(w_RK[chunk]) for chunk in row_chunks(w_RK)])
-    return last_dim_amax(amax_R.view(experts, 1, rows)).float().unsqueeze(-1)
+    amax_R = torch.cat([last_dim_amax(w_RK[chunk]) for chunk in chunks_to_read(w_RK)])
+    return last_dim_amax(amax_R.view(experts, 1, rows)).unsqueeze(-1)
 
 
 def tensor_scale(amax: Tensor, fmt: Format) -> Tensor:
     """Amax of whole tensors -> their dscale (multiply to decode), fp32, same shape.
 
-    fp8: amax / 448. nvfp4: amax / (6 * 448). As ModelOpt's exporters have it. An amax of 0
-    gives 1.0: every element is zero then, which any positive scale decodes exactly. Subnormal
-    quotients become 2^-126, fp32's smallest normal, which kernels that flush subnormals still
-    read. NaN and Inf propagate. ``fmt`` is one with ``tensor_scale``.
+    fp8: amax / 448. nvfp4: amax / (6 * 448). As ModelOpt's exporters have it. int8_tensor:
+    amax / 127.5, as compressed-tensors. An amax of 0 gives 1.0: every element is zero then, which
+    any positive scale decodes exactly. Subnormal quotients become 2^-126, fp32's smallest normal,
+    which kernels that flush subnormals still read. NaN and Inf propagate. ``fmt`` is one with
+    ``tensor_scale``.
     """
     scale = true_div(amax.float(), _RANGE[fmt.name]).clamp(min=_SMALLEST)
     return torch.where(amax == 0, torch.ones_like(scale), scale)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megatron_quant.formats import native
+
 _ELEMENTS = 1 << 18
 """Per CPU thread: small enough for the cache, large enough that a call into torch costs little."""
 
@@ -22,3 +24,8 @@ def row_chunks(x_RK: Tensor) -> Iterator[slice]:
         step = _ELEMENTS * torch.get_num_threads() // max(cols, 1)
     step = max(step, 1)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def chunks_to_read(x_RK: Tensor) -> Iterator[slice]:
+    """``row_chunks`` for a statistic of values: all rows at once where the native code takes it."""
+    return iter([slice(None)]) if native.serves(x_RK) else row_chunks(x_RK)

@@ -4,15 +4,20 @@ All rounding is to nearest, ties to the even code. On the way every function see
 ``value / scale`` and none of them knows what a scale is.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from megatron_quant.formats.pack import nibble_values, pack_nibbles
+
 E4M3_MAX = 448.0
 E4M3_MIN = 2.0**-9
 E2M1_MAX = 6.0
 INT4_MIN, INT4_MAX = -8.0, 7.0
+INT8_MIN, INT8_MAX = -128.0, 127.0
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_VALUES = _E2M1 + tuple(-v for v in _E2M1)
@@ -32,13 +37,10 @@ def _low_byte(rounded: Tensor) -> Tensor:
     return rounded.view(torch.int32).to(torch.uint8)
 
 
-def e4m3(quotient: Tensor, through: torch.dtype = torch.float32) -> Tensor:
-    """fp32 [...] (overwritten) -> float8_e4m3fn [...], saturating at +-448; NaN stays NaN.
-
-    through: dtype that the quotient is rounded to on the way.
-    """
+def e4m3(quotient: Tensor) -> Tensor:
+    """Floats [...] (overwritten) -> float8_e4m3fn [...], saturating at +-448; NaN stays NaN."""
     # The cast alone gives NaN above 464 in some torch versions and 448 in others.
-    return quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(through).to(torch.float8_e4m3fn)
+    return quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 @cache
@@ -71,3 +73,40 @@ def e2m1_codes(quotient: Tensor) -> Tensor:
 def int4_codes(quotient: Tensor) -> Tensor:
     """fp32 [...] (overwritten) -> INT4 codes (value + 8) 0..15, uint8 [...], saturating."""
     return _low_byte(quotient.clamp_(INT4_MIN, INT4_MAX).add_(_ROUND + 8))
+
+
+def int8_codes(quotient: Tensor) -> Tensor:
+    """Floats [...] (overwritten) -> int8 [...], saturating. The code of a NaN is arbitrary."""
+    return quotient.clamp_(INT8_MIN, INT8_MAX).round_().to(torch.int8)
+
+
+@dataclass(frozen=True)
+class Element:
+    """How elements are stored along K: rounding and packing, and reading back.
+
+    packed: elements to a stored one. store: quotients [R, K] (overwritten), K a multiple of
+    packed, -> [R, K / packed]; load: its values, fp32 [R, K].
+    """
+
+    packed: int
+    store: Callable[[Tensor], Tensor]
+    load: Callable[[Tensor], Tensor]
+
+
+E4M3 = Element(1, e4m3, e4m3_values)
+INT8 = Element(1, int8_codes, Tensor.float)
+E2M1 = Element(
+    2,
+    lambda q: pack_nibbles(e2m1_codes(q.float())),
+    lambda bytes_: nibble_values(bytes_, E2M1_VALUES),
+)
+INT4 = Element(
+    8,
+    lambda q: pack_nibbles(int4_codes(q.float())).view(torch.int32),
+    lambda words: nibble_values(words.view(torch.uint8), INT4_VALUES),
+)
+INT8_WORDS = Element(
+    4,
+    lambda q: (int8_codes(q).view(torch.uint8) ^ 128).view(torch.int32),
+    lambda words: (words.view(torch.uint8) ^ 128).view(torch.int8).float(),
+)

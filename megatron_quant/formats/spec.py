@@ -13,6 +13,8 @@ from megatron_quant.errors import FormatError
 
 WHOLE = 0
 """In :attr:`Field.block`: the block spans the whole dimension."""
+CHANNEL = -1
+"""As a group size: one group the length of K."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,22 @@ class Field:
         """Shape of the field for a weight of ``rows`` x ``cols``."""
         if self.block == (WHOLE, WHOLE):
             return ()
-        block_rows, block_cols = (b or n for b, n in zip(self.block, (rows, cols), strict=True))
-        return (-(-rows // block_rows), -(-cols // block_cols))
+        sizes = zip(self.block, (rows, cols), strict=True)
+        return tuple(-(-n // block) if block else 1 for block, n in sizes)
 
 
 @dataclass(frozen=True)
 class Format:
-    """How the elements of a tensor are stored.
+    """How the elements of a tensor are stored; weights [N, K] and activations [tokens, K] alike.
 
     name: the term that recipes use.
     bits: bits per element, scales not counted.
-    group_size: elements along K that share a scale; 0 where only the tensor has one.
+    group_size: elements along K that share a scale (``CHANNEL``: all of K); 0 where no scale is
+        finer than the tensor's.
     fields: what ``encode`` returns, in order; the first one holds the elements.
     tensor_scale: whether ``encode`` needs the amax of the whole (fused) tensor. Where it does
-        not, scales follow from the weight alone and an amax that is passed is ignored.
+        not, scales follow from the statistic of the blocks alone.
+    zero_point: whether a block has a zero point beside its scale.
     """
 
     name: str
@@ -52,52 +56,135 @@ class Format:
     group_size: int
     fields: tuple[Field, ...]
     tensor_scale: bool
+    zero_point: bool = False
 
     def field(self, name: str) -> Field:
         """The field called ``name``."""
         return next(f for f in self.fields if f.name == name)
 
+    @property
+    def stat_block(self) -> tuple[int, int] | None:
+        """The block of which ``block_stat`` keeps a statistic; None with a tensor scale alone."""
+        scales = [f.block for f in self.fields[1:] if f.block != (WHOLE, WHOLE)]
+        return scales[0] if scales else None
+
+    @property
+    def stat_parts(self) -> int:
+        """Numbers in the statistic of a block: its amax, or both ends with a zero point."""
+        return 2 if self.zero_point else 1
+
 
 _SCALAR = (WHOLE, WHOLE)
+_ROW = (1, WHOLE)
+_E4M3, _U8 = torch.float8_e4m3fn, torch.uint8
+
+
+def _format(
+    name: str, bits: int, group: int, fields: list[Field], zero_point: bool = False
+) -> Format:
+    tensor_scale = any(f.block == _SCALAR for f in fields)
+    return Format(name, bits, group, tuple(fields), tensor_scale, zero_point)
+
 
 FORMATS: dict[str, Format] = {
-    # E4M3 with one scale: weight = elements * scale, scale = amax / 448.
-    "fp8": Format(
-        "fp8",
-        8,
-        0,
-        (
-            Field("elements", torch.float8_e4m3fn, (1, 1)),
-            Field("scale", torch.float32, _SCALAR),
+    f.name: f
+    for f in [
+        # E4M3 with one scale: weight = elements * scale, scale = amax / 448.
+        _format(
+            "fp8",
+            8,
+            0,
+            [Field("elements", _E4M3, (1, 1)), Field("scale", torch.float32, _SCALAR)],
         ),
-        tensor_scale=True,
-    ),
-    # NVFP4: two E2M1 codes a byte (low nibble first), E4M3 scale per 16, fp32 scale per tensor.
-    "nvfp4": Format(
-        "nvfp4",
-        4,
-        16,
-        (
-            Field("elements", torch.uint8, (1, 2)),
-            Field("block_scale", torch.float8_e4m3fn, (1, 16)),
-            Field("tensor_scale", torch.float32, _SCALAR),
+        # The same with a scale per row: output channel of a weight, token of an activation.
+        _format(
+            "fp8_channel",
+            8,
+            CHANNEL,
+            [Field("elements", _E4M3, (1, 1)), Field("scale", torch.float32, _ROW)],
         ),
-        tensor_scale=True,
-    ),
-    # Symmetric INT4 in groups along K: eight codes (value + 8) an int32, bf16 scale per group.
-    "int4": Format(
-        "int4",
-        4,
-        128,
-        (
-            Field("elements", torch.int32, (1, 8)),
-            Field("scale", torch.bfloat16, (1, 128)),
+        # The same with a scale per 128 x 128 block (DeepSeek-V3).
+        _format(
+            "fp8_block",
+            8,
+            128,
+            [Field("elements", _E4M3, (1, 1)), Field("scale", torch.float32, (128, 128))],
         ),
-        tensor_scale=False,
-    ),
+        # The same with a scale per 1 x 128: the activations that go with fp8_block.
+        _format(
+            "fp8_group",
+            8,
+            128,
+            [Field("elements", _E4M3, (1, 1)), Field("scale", torch.float32, (1, 128))],
+        ),
+        # INT8 with a scale per row, scale = amax / 127.5 (compressed-tensors).
+        _format(
+            "int8",
+            8,
+            CHANNEL,
+            [Field("elements", torch.int8, (1, 1)), Field("scale", torch.float32, _ROW)],
+        ),
+        # INT8 with one scale: static activations.
+        _format(
+            "int8_tensor",
+            8,
+            0,
+            [Field("elements", torch.int8, (1, 1)), Field("scale", torch.float32, _SCALAR)],
+        ),
+        # Symmetric INT4 in groups along K: eight codes (value + 8) an int32, bf16 scale per group.
+        _format(
+            "int4",
+            4,
+            128,
+            [Field("elements", torch.int32, (1, 8)), Field("scale", torch.bfloat16, (1, 128))],
+        ),
+        # Asymmetric: value = (code - zero) * scale, zero a code in 0..15.
+        _format(
+            "int4_asym",
+            4,
+            128,
+            [
+                Field("elements", torch.int32, (1, 8)),
+                Field("scale", torch.bfloat16, (1, 128)),
+                Field("zero", _U8, (1, 128)),
+            ],
+            zero_point=True,
+        ),
+        # Symmetric INT8 in groups: four codes (value + 128) an int32.
+        _format(
+            "int8_group",
+            8,
+            128,
+            [Field("elements", torch.int32, (1, 4)), Field("scale", torch.bfloat16, (1, 128))],
+        ),
+        # NVFP4: two E2M1 codes a byte (low nibble first), E4M3 scale per 16, fp32 scale per tensor.
+        _format(
+            "nvfp4",
+            4,
+            16,
+            [
+                Field("elements", _U8, (1, 2)),
+                Field("block_scale", _E4M3, (1, 16)),
+                Field("tensor_scale", torch.float32, _SCALAR),
+            ],
+        ),
+        # OCP microscaling: E8M0 scale (exponent + 127) per 32; E4M3 and E2M1 elements.
+        _format(
+            "mxfp8",
+            8,
+            32,
+            [Field("elements", _E4M3, (1, 1)), Field("scale", _U8, (1, 32))],
+        ),
+        _format(
+            "mxfp4",
+            4,
+            32,
+            [Field("elements", _U8, (1, 2)), Field("scale", _U8, (1, 32))],
+        ),
+    ]
 }
 
-GROUP_SIZES = {"int4": (32, 64, 128)}
+GROUP_SIZES = dict.fromkeys(("int4", "int4_asym", "int8_group"), (32, 64, 128, CHANNEL))
 """Formats whose group size a recipe may choose, and the sizes that engines read."""
 
 
@@ -113,11 +200,9 @@ def get_format(name: str, group_size: int | None = None) -> Format:
         return fmt
     allowed = GROUP_SIZES.get(name, (fmt.group_size,))
     if group_size not in allowed:
-        raise FormatError(
-            f"group_size {group_size} is not one of {name}'s: {', '.join(map(str, allowed))}"
-        )
-    fields = tuple(
-        replace(f, block=(1, group_size)) if f.block == (1, fmt.group_size) else f
-        for f in fmt.fields
-    )
+        spelled = ", ".join("channel" if g == CHANNEL else str(g) for g in allowed)
+        raise FormatError(f"group_size {group_size} is not one of {name}'s: {spelled}")
+    block = _ROW if group_size == CHANNEL else (1, group_size)
+    elements, *scales = fmt.fields
+    fields = (elements, *(replace(f, block=block) for f in scales))
     return replace(fmt, group_size=group_size, fields=fields)

@@ -3,8 +3,14 @@
 ModelOpt owns the quantizer object (what is on, its amax, its name in state dicts); the numbers come
 from :mod:`megatron_quant.formats` through ModelOpt's public backend seam, so that what a forward
 sees is what an export stores, on every device.
+
+A weight quantizer knows which regions of logical tensors its weight holds, and may have a buffer
+``_block_amax``: the statistics of all blocks that those touch, fp32 [N_b, K_b, P], or with the
+experts of a stack before them, the regions' blocks under one another. Without it block scales
+follow from the values.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,17 +18,25 @@ from modelopt.torch.quantization.nn import TensorQuantizer, register_quant_backe
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
 
 from megatron_quant.errors import CalibrationError
-from megatron_quant.formats import fake_quant, tensor_scale
-from megatron_quant.formats.spec import Format, get_format
+from megatron_quant.formats import block_stat, fake_quant, tensor_scale
+from megatron_quant.formats.region import Region, put_together
+from megatron_quant.formats.spec import CHANNEL, Format, get_format
 
 BACKEND = "megatron_quant"
+BLOCK_AMAX = "_block_amax"
 
 # The attributes by which ModelOpt's summaries describe a format; the backend computes by its name.
-_ATTRIBUTES: dict[str, dict[str, Any]] = {
-    "fp8": {"num_bits": (4, 3)},
-    "nvfp4": {"num_bits": (2, 1), "block_sizes": {"type": "dynamic", "scale_bits": (4, 3)}},
-    "int4": {"num_bits": 4, "block_sizes": {"type": "dynamic"}},
+_E4M3, _E2M1, _E8M0 = (4, 3), (2, 1), (8, 0)
+_NUM_BITS: dict[str, int | tuple[int, int]] = {
+    "fp8": _E4M3,
+    "fp8_channel": _E4M3,
+    "fp8_block": _E4M3,
+    "fp8_group": _E4M3,
+    "mxfp8": _E4M3,
+    "nvfp4": _E2M1,
+    "mxfp4": _E2M1,
 }
+_SCALE_BITS = {"nvfp4": _E4M3, "mxfp8": _E8M0, "mxfp4": _E8M0}
 
 
 def quantizer_attributes(fmt: Format, axis: int | None = None) -> dict[str, Any]:
@@ -31,16 +45,23 @@ def quantizer_attributes(fmt: Format, axis: int | None = None) -> dict[str, Any]
     ``axis``: the dim that has one amax an index (0 for one an expert of a stack); None for one
     amax over all. Block formats say ``dynamic``: their block scales follow from the values.
     """
-    attributes = dict(_ATTRIBUTES[fmt.name])
-    if fmt.group_size:
-        attributes["block_sizes"] = {-1: fmt.group_size, **attributes["block_sizes"]}
     return {
-        **attributes,
+        "num_bits": _NUM_BITS.get(fmt.name, fmt.bits),
+        "block_sizes": _block_sizes(fmt),
         "enable": True,
         "axis": axis,
         "backend": BACKEND,
         "backend_extra_args": {"format": fmt.name, "group_size": fmt.group_size},
     }
+
+
+def _block_sizes(fmt: Format) -> dict[Any, Any] | None:
+    if fmt.group_size in (0, CHANNEL):
+        return None
+    sizes: dict[Any, Any] = {-1: fmt.group_size, "type": "dynamic"}
+    if fmt.name in _SCALE_BITS:
+        sizes["scale_bits"] = _SCALE_BITS[fmt.name]
+    return sizes
 
 
 def quantizer_format(quantizer: TensorQuantizer) -> Format:
@@ -49,15 +70,79 @@ def quantizer_format(quantizer: TensorQuantizer) -> Format:
     return get_format(args["format"], args["group_size"])
 
 
+def set_regions(quantizer: TensorQuantizer, regions: Sequence[Region]) -> None:
+    """Tell a weight quantizer what its weight holds, as ``formats.region.grids`` has it.
+
+    It is this rank's layout, hence in no state dict (ModelOpt keeps the attribute for backends).
+    """
+    quantizer._quantizer_cache = tuple(regions)
+
+
+def regions_of(quantizer: TensorQuantizer) -> tuple[Region, ...]:
+    """What :func:`set_regions` said; empty for inputs."""
+    return quantizer._quantizer_cache or ()
+
+
+def set_block_amax(quantizer: TensorQuantizer, stat: torch.Tensor) -> None:
+    """Give a weight quantizer the statistics of its blocks; they replace any there are.
+
+    They are of this rank's layout, hence in no state dict.
+    """
+    quantizer.register_buffer(BLOCK_AMAX, stat, persistent=False)
+
+
+def block_amax(quantizer: TensorQuantizer) -> torch.Tensor | None:
+    """The statistics of its blocks; None where they follow from the weight."""
+    return getattr(quantizer, BLOCK_AMAX, None)
+
+
+def reset_block_amax(quantizer: TensorQuantizer) -> None:
+    """Have the statistics of its blocks follow from the weight again."""
+    if block_amax(quantizer) is not None:
+        delattr(quantizer, BLOCK_AMAX)
+
+
+def split_stat(stat: torch.Tensor, regions: Sequence[Region], fmt: Format) -> list[torch.Tensor]:
+    """Statistics [..., N_b, K_b, P] of all regions -> those of each."""
+    assert fmt.stat_block is not None
+    counts = [len(region.touched(fmt.stat_block)[0]) for region in regions]
+    return [own.contiguous() for own in stat.split(counts, dim=-3)]
+
+
 def _fake_quantize(inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     fmt = quantizer_format(quantizer)
-    if not fmt.tensor_scale:
-        return fake_quant(inputs, fmt, None)
+    dscale = _dscale(quantizer, fmt) if fmt.tensor_scale else None
+    regions = regions_of(quantizer)
+    if not regions:
+        return fake_quant(inputs, fmt, dscale, _short_blocks(inputs, fmt))
+    stat = block_amax(quantizer)
+    stats = [None] * len(regions) if stat is None else split_stat(stat, regions, fmt)
+    parts = [
+        fake_quant(region.take(inputs), fmt, dscale, stat, _origin(region))
+        for region, stat in zip(regions, stats, strict=True)
+    ]
+    return put_together(parts, regions)
+
+
+def _short_blocks(x: torch.Tensor, fmt: Format) -> torch.Tensor | None:
+    """Statistics of a layer's inputs whose last block is short; None where all blocks are full.
+
+    Every rank scales what it multiplies by itself, as engines do: blocks start at its first column.
+    """
+    short = fmt.group_size > 0 and x.shape[-1] % fmt.group_size
+    return block_stat(x, fmt) if short else None
+
+
+def _origin(region: Region) -> tuple[int, int]:
+    return region.start[0], region.start[1]
+
+
+def _dscale(quantizer: TensorQuantizer, fmt: Format) -> torch.Tensor:
     if quantizer.amax is None:
         raise CalibrationError(
             f"a {fmt.name} quantizer was used before it has an amax: calibrate the model first"
         )
-    return fake_quant(inputs, fmt, tensor_scale(quantizer.amax.float(), fmt))
+    return tensor_scale(quantizer.amax.float(), fmt)
 
 
 def register_backend() -> None:

@@ -13,7 +13,7 @@ import torch
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 
 from megatron_quant.errors import LayoutError
-from megatron_quant.layers.backend import BACKEND
+from megatron_quant.layers.backend import BACKEND, reset_block_amax
 
 
 class ExpertQuantizer:
@@ -39,8 +39,9 @@ class QuantGroupedLinear(QuantModule):
     """A grouped linear with an input quantizer and one weight quantizer for its experts.
 
     With this library's attributes ``weight_quantizer`` holds one amax for the rank's experts
-    (``axis=None``, shared scales) or one each (``axis=0``, [E, 1, 1]). With ModelOpt's own it does
-    what it does on a plain linear: it is given the experts' rows under one another, [E * N, K].
+    (``axis=None``, shared scales) or one each (``axis=0``, [E, 1, 1]), and is given the experts as
+    a stack, [E, N, K]. With ModelOpt's own it does what it does on a plain linear: it is given
+    their rows under one another, [E * N, K].
     """
 
     def _setup(self) -> None:
@@ -65,7 +66,7 @@ class QuantGroupedLinear(QuantModule):
 
     def quantize(self, w_ENK: torch.Tensor) -> torch.Tensor:
         """The weights [E, N, K] of all experts of the rank, quantized in one call."""
-        if self.per_expert:
+        if self.weight_quantizer.backend == BACKEND:
             return self.weight_quantizer(w_ENK)
         return self.weight_quantizer(w_ENK.flatten(0, 1)).view_as(w_ENK)
 
@@ -85,6 +86,7 @@ class QuantGroupedLinear(QuantModule):
         self.weight_quantizer.disable()
         if not keep_attrs:
             self.weight_quantizer.reset_amax()
+            reset_block_amax(self.weight_quantizer)
 
     @contextmanager
     def _quantized_weights(self) -> Iterator[None]:

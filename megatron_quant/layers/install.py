@@ -8,12 +8,20 @@ from io import StringIO
 
 import modelopt.torch.quantization as mtq
 import torch
-from modelopt.torch.quantization.nn import QuantModuleRegistry
+from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
 from torch import nn
 
-from megatron_quant.errors import CoverageError, LayoutError
-from megatron_quant.layers import te  # noqa: F401  (registers the grouped classes)
-from megatron_quant.layers.backend import quantizer_attributes
+from megatron_quant.errors import CoverageError
+from megatron_quant.formats.region import Region, grids, whole_matrix
+from megatron_quant.formats.spec import Format
+from megatron_quant.layers import experts, te  # noqa: F401  (they register their classes)
+from megatron_quant.layers.backend import (
+    block_amax,
+    quantizer_attributes,
+    regions_of,
+    set_regions,
+    split_stat,
+)
 from megatron_quant.layers.grouped import QuantGroupedLinear
 from megatron_quant.recipes.plan import Decision, QuantPlan
 
@@ -29,11 +37,16 @@ class ExpertScales(Enum):
 
 @dataclass(frozen=True)
 class LocalWeight:
-    """Where this rank keeps (its shard of) a slot: ``model.get_submodule(module).attribute``."""
+    """Where this rank keeps (its shard of) a slot: ``model.get_submodule(module).attribute``.
+
+    regions: what it holds of the slot's logical tensors, in the order of its rows; empty for a
+        weight that is one logical tensor, whole.
+    """
 
     slot: str
     module: str
     attribute: str
+    regions: tuple[Region, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,19 +62,70 @@ class QuantLayer:
         """Global Megatron module name."""
         return self.decisions[0].slot.module
 
+    @property
+    def weight_format(self) -> Format:
+        """Format of the weights."""
+        fmt = self.decisions[0].weights
+        assert fmt is not None
+        return fmt
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether the inputs' scale is calibrated; others follow from the inputs of each call."""
+        inputs = self.decisions[0].inputs
+        return inputs is not None and inputs.tensor_scale
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the weights are experts'."""
+        return isinstance(self.module, QuantGroupedLinear)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """What each weight holds of its logical tensors, each with a block grid of its own."""
+        return regions_of(self.module.weight_quantizer)
+
+    @property
+    def quantizers(self) -> tuple[TensorQuantizer, ...]:
+        """The quantizers that a forward calls."""
+        return (self.module.weight_quantizer, self.module.input_quantizer)
+
     def weights(self) -> list[torch.Tensor]:
         """The rank's shards [N, K], one a decision."""
         return [getattr(self.module, attribute) for attribute in self.attributes]
 
-    def weight_amax(self, index: int) -> torch.Tensor:
-        """The calibrated amax of the ``index``-th weight's logical tensor, fp32 []."""
-        amax = self.module.weight_quantizer.amax.float()
-        return amax[index].reshape(()) if amax.numel() > 1 else amax.reshape(())
+    def weight_amax(self, index: int) -> torch.Tensor | None:
+        """The calibrated amax of the ``index``-th weight's logical tensor, fp32 [].
+
+        None for microscaling formats, whose quantizers have none (ModelOpt).
+        """
+        amax = self.module.weight_quantizer.amax
+        if amax is None:
+            return None
+        return amax.float()[index if amax.numel() > 1 else ...].reshape(())
+
+    def amax_of_stack(self) -> torch.Tensor:
+        """The calibrated amaxes of the weights as codecs take them: fp32 [] or [E, 1, 1]."""
+        return self.module.weight_quantizer.amax.float()
 
     def input_amax(self) -> torch.Tensor | None:
-        """The calibrated amax of the inputs, fp32 []; None for weight-only layers."""
+        """The calibrated amax of the inputs, fp32 []; None where they have no static scale."""
         quantizer = self.module.input_quantizer
-        return quantizer.amax.float().reshape(()) if quantizer.is_enabled else None
+        return quantizer.amax.float().reshape(()) if self.static_inputs else None
+
+    def block_stat(self, index: int, region: Region) -> torch.Tensor | None:
+        """Statistics of the blocks that a region of the ``index``-th weight touches.
+
+        fp32 [N_b, K_b, P]; None where they follow from the region alone.
+        """
+        stat = block_amax(self.module.weight_quantizer)
+        if stat is None:
+            return None
+        own = stat[index] if self.grouped else stat
+        if region in self.regions:
+            found = split_stat(own, self.regions, self.weight_format)
+            return found[self.regions.index(region)]
+        return torch.cat([own[start:stop] for start, stop in region.rows])  # a block has one row
 
 
 def attach(
@@ -73,18 +137,17 @@ def attach(
     """Convert ``model`` in place; return its quantized layers in the model's order.
 
     ``weights``: this rank's share of the plan's slots. Everything is checked before the first
-    layer changes. Raises CoverageError for a layer that cannot carry what the plan asks of it,
-    LayoutError where a shard ends inside a quantization group.
+    layer changes. Raises CoverageError for a layer that cannot carry what the plan asks of it.
     """
     chosen = _by_module(plan, weights)
-    for name, members in chosen.items():
-        _check(name, model.get_submodule(name), members)
+    for name in chosen:
+        _check(name, model.get_submodule(name))
     with redirect_stdout(StringIO()):  # ModelOpt prints how many quantizers, on every rank
         mtq.quantize(model, _ALL_OFF)
     return [_configure(model.get_submodule(n), m, expert_scales) for n, m in chosen.items()]
 
 
-_Members = list[tuple[Decision, str]]
+_Members = list[tuple[Decision, LocalWeight]]
 
 
 def _by_module(plan: QuantPlan, weights: Sequence[LocalWeight]) -> dict[str, _Members]:
@@ -92,42 +155,40 @@ def _by_module(plan: QuantPlan, weights: Sequence[LocalWeight]) -> dict[str, _Me
     for weight in weights:
         decision = plan.by_name[weight.slot]
         if decision.quantized:
-            chosen.setdefault(weight.module, []).append((decision, weight.attribute))
+            chosen.setdefault(weight.module, []).append((decision, weight))
     return chosen
 
 
-def _check(name: str, module: nn.Module, members: _Members) -> None:
+def _check(name: str, module: nn.Module) -> None:
     if type(module) not in QuantModuleRegistry:
         raise CoverageError(
             f"{name} is a {type(module).__name__}, which has no quantized class: "
             "build the model with the Transformer Engine layer spec, or exclude the weight"
         )
-    for decision, attribute in members:
-        _check_shard(decision, getattr(module, attribute))
-
-
-def _check_shard(decision: Decision, weight: torch.Tensor) -> None:
-    fmt = decision.weights
-    assert fmt is not None
-    if fmt.group_size and weight.shape[-1] % fmt.group_size:
-        raise LayoutError(
-            f"{decision.slot.name}: a rank's {weight.shape[-1]} of {decision.slot.shape[-1]} input "
-            f"features do not end at a {fmt.name} group of {fmt.group_size}: choose a smaller "
-            "group_size or a smaller tensor-parallel size"
-        )
 
 
 def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> QuantLayer:
-    decisions, attributes = zip(*members, strict=True)
-    grouped = isinstance(module, QuantGroupedLinear)
-    if grouped:
+    decisions, weights = zip(*members, strict=True)
+    layer = QuantLayer(module, decisions, tuple(weight.attribute for weight in weights))
+    if layer.grouped:
         expected = tuple(f"weight{i}" for i in range(module.num_gemms))
-        assert attributes == expected, f"{decisions[0].slot.module} has {attributes}"
-    decision, per_expert = decisions[0], grouped and scales is ExpertScales.PER_EXPERT
-    assert decision.weights is not None
-    module.weight_quantizer.set_from_attribute_config(
-        quantizer_attributes(decision.weights, axis=0 if per_expert else None)
-    )
-    if decision.inputs is not None:
-        module.input_quantizer.set_from_attribute_config(quantizer_attributes(decision.inputs))
-    return QuantLayer(module, decisions, attributes)
+        assert layer.attributes == expected, f"{layer.name} has {layer.attributes}"
+    axis = 0 if layer.grouped and scales is ExpertScales.PER_EXPERT else None
+    quantizer, fmt = module.weight_quantizer, layer.weight_format
+    quantizer.set_from_attribute_config(quantizer_attributes(fmt, axis))
+    set_regions(quantizer, grids(_regions(weights[0], layer), fmt))
+    inputs = decisions[0].inputs
+    if inputs is not None:
+        module.input_quantizer.set_from_attribute_config(quantizer_attributes(inputs))
+    return layer
+
+
+def _regions(weight: LocalWeight, layer: QuantLayer) -> tuple[Region, ...]:
+    """Of the first weight; the experts of a layer are all cut alike."""
+    rows, cols = layer.weights()[0].shape
+    if weight.regions:
+        assert sum(region.size[0] for region in weight.regions) == rows, weight
+        return weight.regions
+    whole = tuple(layer.decisions[0].slot.shape)
+    assert whole == (rows, cols), f"a shard of {weight.slot} without its regions"
+    return (whole_matrix(rows, cols),)

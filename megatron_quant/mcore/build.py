@@ -32,11 +32,8 @@ def transformer_config(
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
         "perform_initialization": False,  # every weight comes from the checkpoint
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_router_load_balancing_type": "none",
         **host,
         **architecture.megatron_config(hf_config),
     }

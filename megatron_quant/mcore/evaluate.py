@@ -10,19 +10,22 @@ from megatron_quant.calib.observe import unquantized
 from megatron_quant.dist import Groups, sum_reduce
 from megatron_quant.evaluate.metrics import NOTHING, Sums, nll_and_kl
 from megatron_quant.layers.install import QuantLayer
+from megatron_quant.layers.kv_cache import CachedTensor
 from megatron_quant.mcore.run import full_logits
 
 
 @torch.no_grad()
 def evaluate_model(
     model: GPTModel,
-    layers: Sequence[QuantLayer],
+    layers: Sequence[QuantLayer | CachedTensor],
     windows: Sequence[torch.Tensor],
     vocab_size: int,
     groups: Groups,
     progress: Callable[[int], None],
 ) -> Sums:
     """Sums over ``windows`` (int64 [T + 1] each) of the quantized model against its own bf16 self.
+
+    layers: all that is quantized, and so is off for the latter; cached keys and values too.
 
     Collective: data-parallel ranks share the windows, and each runs equally many forwards, as the
     dispatch of experts needs. The result is equal on all ranks.
@@ -42,7 +45,10 @@ def evaluate_model(
 
 
 def _window(
-    model: GPTModel, layers: Sequence[QuantLayer], window: torch.Tensor, vocab_size: int
+    model: GPTModel,
+    layers: Sequence[QuantLayer | CachedTensor],
+    window: torch.Tensor,
+    vocab_size: int,
 ) -> Sums:
     ids, labels = window[None, :-1], window[1:]
     logits = full_logits(model, ids, vocab_size)[0]

@@ -1,7 +1,7 @@
 """A Megatron model filled from a Hugging Face checkpoint: every rank reads the slices it owns."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +14,7 @@ from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import amax
 from megatron_quant.mcore.build import build_model
 from megatron_quant.mcore.locate import LocalParam, check_model, local_params
-from megatron_quant.mcore.parallel import megatron_layout, start_megatron
+from megatron_quant.mcore.parallel import megatron_layout, shards, start_megatron
 from megatron_quant.models import Architecture, copies, num_experts
 from megatron_quant.models.spec import Copy, Param
 
@@ -44,7 +44,9 @@ def wrap_model(
     layout = megatron_layout(groups, num_experts(params))
     local = local_params(params, layout, groups.rank)
     together(groups, lambda: check_model(module, local))
-    return Model(module, params, tuple(local), layout, groups)
+    return Model(
+        module, params, tuple(local), layout, replace(groups, shards=shards(groups.device))
+    )
 
 
 def load_model(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron_quant.ckpt.layout import Layout
+from megatron_quant.ckpt.regions import regions
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.layers.install import LocalWeight
 from megatron_quant.models.spec import Domain, Param
@@ -30,7 +31,8 @@ class LocalParam:
     def weight(self) -> LocalWeight:
         """The same place, as the quantized layers are told it."""
         module, _, attribute = self.name.rpartition(".")
-        return LocalWeight(self.param.name, module, attribute)
+        held = regions(self.param, self.shard_rank, self.shard_size)
+        return LocalWeight(self.param.name, module, attribute, tuple(region for _, region in held))
 
 
 def local_params(params: Sequence[Param], layout: Layout, rank: int) -> list[LocalParam]:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_quant.ckpt.layout import Coord, Layout
-from megatron_quant.dist import Groups, gather
+from megatron_quant.dist import Groups, Shards, gather
 
 
 def start_distributed() -> Groups:
@@ -28,12 +28,42 @@ def start_distributed() -> Groups:
 
 
 def start_megatron(layout: Layout) -> None:
-    """Make Megatron's process groups at the sizes of ``layout``, in place of any there are."""
+    """Make Megatron's process groups at the sizes of ``layout``, in place of others there may be.
+
+    Groups of these sizes stay: Megatron never closes what it replaces, and each of its some twenty
+    groups keeps a thread and a socket for each of its ranks.
+    """
+    if _runs_at(layout):
+        return
     mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp_size,
         expert_model_parallel_size=layout.ep_size,
         expert_tensor_parallel_size=layout.etp_size,
+    )
+
+
+def _runs_at(layout: Layout) -> bool:
+    return mpu.model_parallel_is_initialized() and (
+        layout.tp_size,
+        layout.ep_size,
+        layout.etp_size,
+        1,
+        1,
+    ) == (
+        mpu.get_tensor_model_parallel_world_size(),
+        mpu.get_expert_model_parallel_world_size(),
+        mpu.get_expert_tensor_parallel_world_size(),
+        mpu.get_pipeline_model_parallel_world_size(),
+        mpu.get_context_parallel_world_size(),
+    )
+
+
+def shards(device: str) -> Shards:
+    """The ranks among which Megatron's present groups cut this rank's tensors."""
+    return Shards(
+        Groups(mpu.get_tensor_model_parallel_group(), device),
+        Groups(mpu.get_expert_tensor_parallel_group(), device),
     )
 
 

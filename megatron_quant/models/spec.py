@@ -34,6 +34,7 @@ class Role(Enum):
     ROUTER = "router"
     EMBEDDING = "embedding"
     OUTPUT = "output"
+    CACHE = "kv cache"  # a scale of cached keys or values
 
 
 @dataclass(frozen=True)

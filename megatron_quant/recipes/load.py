@@ -6,10 +6,11 @@ from pathlib import Path
 import yaml
 
 from megatron_quant.errors import RecipeError
-from megatron_quant.recipes.schema import Recipe, parse_recipe
+from megatron_quant.recipes.parse import parse_recipe
+from megatron_quant.recipes.schema import Recipe
 
 _CONFIGS = Path(__file__).parent.parent / "configs"
-_PRESET = re.compile(r"[A-Z0-9_]+_(CFG|CONFIG)")
+_PRESET = re.compile(r"[A-Z0-9_]+_(CFG|CONFIG)(\+[A-Z0-9_]+_(CFG|CONFIG))?")
 
 
 def recipe_names() -> list[str]:
@@ -21,7 +22,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     """The recipe called ``name_or_path``.
 
     A shipped name (``nvfp4``), the path of a YAML file, or the name of a ModelOpt preset
-    (``NVFP4_DEFAULT_CFG``; ModelOpt is imported only then). Raises RecipeError, which lists the
+    (``NVFP4_DEFAULT_CFG``, or ``NVFP4_DEFAULT_CFG+FP8_KV_CFG`` with one for the KV cache; ModelOpt
+    is imported only then). Raises RecipeError, which lists the
     choices, for any other string, and for a recipe that is malformed.
     """
     if name_or_path in recipe_names():

@@ -5,7 +5,7 @@ last match wins, for weights and for inputs apart. See ``QuantizeConfig`` in
 modelopt/torch/quantization/config.py (0.47).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -13,12 +13,41 @@ from typing import Any
 from modelopt.torch.quantization import config as modelopt_config
 
 from megatron_quant.errors import RecipeError
-from megatron_quant.formats.spec import Format
+from megatron_quant.formats.spec import CHANNEL, Format, get_format
 from megatron_quant.recipes.schema import Recipe, Rule, checked_format, checked_rule
 
 _SIDES = {"weight_quantizer": "weights", "input_quantizer": "inputs"}
-_NVFP4_BLOCKS = {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}
+_KV_CACHE = "*[kv]_bmm_quantizer"
+_KV_CACHES = {"fp8": {"num_bits": (4, 3)}, "fp8_cast": {"num_bits": (4, 3), "use_constant_amax": 1}}
 _MAX = ("max", {"method": "max"}, None)
+_SWEEP = {"method": "mse", "fp8_scale_sweep": True}
+_FOUR_OVER_SIX = {
+    "method": "mse",
+    "fp8_scale_sweep": False,
+    "start_multiplier": 1.0,
+    "stop_multiplier": 1.5,
+    "step_size": 0.5,
+}
+_NVFP4 = {-1: 16, "scale_bits": (4, 3)}
+_MX = {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}
+# (format, side, what ModelOpt sets); without a side the attributes mean the same on both.
+_FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("fp8", "", {"num_bits": (4, 3)}),
+    ("fp8_channel", "weights", {"num_bits": (4, 3), "axis": 0}),
+    ("fp8_channel", "inputs", {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}}),
+    ("fp8_block", "weights", {"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 128}}),
+    ("int8", "weights", {"axis": 0}),
+    ("int8_tensor", "inputs", {}),
+    ("nvfp4", "", {"num_bits": (2, 1), "block_sizes": {**_NVFP4, "type": "dynamic"}}),
+    ("nvfp4", "weights", {"num_bits": (2, 1), "block_sizes": {**_NVFP4, "type": "static"}}),
+    (
+        "nvfp4",
+        "weights",
+        {"num_bits": (2, 1), "block_sizes": {**_NVFP4, "type": "static", "four_over_six": 1}},
+    ),
+    ("mxfp8", "", {"num_bits": (4, 3), "block_sizes": _MX}),
+    ("mxfp4", "", {"num_bits": (2, 1), "block_sizes": _MX}),
+)
 
 
 @dataclass(frozen=True)
@@ -33,33 +62,84 @@ class _Entry:
 def load_preset(name: str) -> Recipe:
     """The ModelOpt preset called ``name`` (``mtq.config.choices``) as a recipe.
 
+    ``A+B`` is A with the entries of B after its own, as ModelOpt adds a preset of the KV cache.
+
     Raises RecipeError for an unknown name, and for a preset that needs what this library does
-    not do: another algorithm than max, other number formats, attention or KV-cache quantizers.
+    not do: another algorithm than those of recipes, other number formats, attention quantizers.
     """
-    preset = getattr(modelopt_config, name, None) if name in modelopt_config.choices else None
-    if preset is None:
+    base, *others = name.split("+")
+    where = f"ModelOpt preset {name}"
+    algorithm = _algorithm(_preset(base), where)
+    for other in others:
+        if _preset(other).get("algorithm") not in _MAX:
+            raise RecipeError(f"{where}: {other} has an algorithm of its own, only {base}'s counts")
+    raw = [e for part in (base, *others) for e in _raw_entries(part)]
+    entries = [entry for e in raw if (entry := _read(e, where)) is not None]
+    kv_cache = _kv_cache(raw, where)
+    rules = _rules(entries, algorithm, where)
+    if not rules:
+        raise RecipeError(
+            f"{where} quantizes no weight: add it to one that does, as in NVFP4_DEFAULT_CFG+{name}"
+        )
+    return Recipe(name, rules, f"ModelOpt's {name}.", kv_cache)
+
+
+def _preset(name: str) -> Mapping[str, Any]:
+    if name not in modelopt_config.choices:
         known = ", ".join(sorted(modelopt_config.choices))
         raise RecipeError(f"ModelOpt has no preset {name!r}; it has {known}")
-    where = f"ModelOpt preset {name}"
+    return getattr(modelopt_config, name)
+
+
+def _raw_entries(name: str) -> list[Any]:
+    return list(modelopt_config.normalize_quant_cfg_list(_preset(name)["quant_cfg"]))
+
+
+def _algorithm(preset: Mapping[str, Any], where: str) -> str:
     algorithm = preset.get("algorithm")
-    if algorithm not in _MAX:
-        raise RecipeError(f"{where}: algorithm {algorithm!r} is not supported, only 'max' is")
-    raw = modelopt_config.normalize_quant_cfg_list(preset["quant_cfg"])
-    entries = [entry for e in raw if (entry := _read(e, where)) is not None]
-    return Recipe(name, _rules(entries, where), f"ModelOpt's {name}.")
+    if algorithm in _MAX:
+        return "max"
+    if algorithm == _SWEEP:
+        return "mse"
+    if algorithm == _FOUR_OVER_SIX:
+        return "four_over_six"
+    raise RecipeError(
+        f"{where}: algorithm {algorithm!r} is not supported, only max, mse and four_over_six are"
+    )
+
+
+def _kv_cache(raw: Sequence[Any], where: str) -> str:
+    """What the last entry for keys and values says."""
+    found = ""
+    for entry in raw:
+        if entry.quantizer_name == _KV_CACHE and entry.enable:
+            found = _kv_format(entry.cfg, where)
+    return found
+
+
+def _kv_format(cfg: Any, where: str) -> str:
+    attributes = _set_values(cfg, where)
+    for name, known in _KV_CACHES.items():
+        if attributes == known:
+            return name
+    raise RecipeError(f"{where}: a KV cache of {attributes} is not supported, only FP8")
 
 
 def _read(entry: Any, where: str) -> _Entry | None:
-    """The entry in terms of modules; None for one that concerns nothing that a recipe decides."""
+    """The entry in terms of modules; None for one that concerns nothing that a rule decides."""
     name = entry.quantizer_name
     side = next((s for s in _SIDES if name.endswith(s)), None)
     if not entry.enable:
         return _read_disabled(name, side, entry.parent_class, where)
+    if name == _KV_CACHE:
+        return None
     # A glob such as *proj_weight_quantizer names quantizers that a linear does not have.
     stem = name.removesuffix(side) if side else ""
     if entry.parent_class or not side or stem[-1:] not in ("*", "."):
-        raise RecipeError(f"{where}: quantizers {name} are not supported, only those of linears")
-    fmt = _format(entry.cfg, f"{where}, {name}")
+        raise RecipeError(
+            f"{where}: quantizers {name} are not supported, only those of linears and {_KV_CACHE}"
+        )
+    fmt = _format(entry.cfg, _SIDES[side], f"{where}, {name}")
     return _Entry((stem.removesuffix("."),), (_SIDES[side],), fmt)
 
 
@@ -77,27 +157,33 @@ def _read_disabled(
     return _Entry(patterns, tuple(_SIDES.values()), None)
 
 
-def _format(cfg: Any, where: str) -> Format:
-    unsupported = f"{where}: this number format is not supported"
+def _format(cfg: Any, side: str, where: str) -> Format:
+    attributes = _set_values(cfg, where)
+    for name, of_side, known in _FORMATS:
+        if attributes == known and of_side in ("", side):
+            return get_format(name)
+    blocks = attributes.get("block_sizes") or {}
+    group = {"num_bits": 4, "block_sizes": {-1: blocks.get(-1), "type": "static"}}
+    if attributes == group and side == "weights":
+        return checked_format("int4", blocks[-1], where)
+    raise RecipeError(f"{where}: this number format is not supported: {attributes}")
+
+
+def _set_values(cfg: Any, where: str) -> dict[str, Any]:
+    """Attributes that are not ModelOpt's defaults."""
     if not isinstance(cfg, modelopt_config.QuantizerAttributeConfig):
-        raise RecipeError(f"{unsupported} (several in sequence, or none): {cfg!r}")
+        raise RecipeError(
+            f"{where}: this number format is not supported (several in sequence, or none): {cfg!r}"
+        )
     defaults = modelopt_config.QuantizerAttributeConfig().model_dump()
     # effective_bits only feeds ModelOpt's search for mixed precision.
     defaults["effective_bits"] = cfg.effective_bits
-    set_values = {k: v for k, v in cfg.model_dump().items() if v != defaults[k]}
-    blocks = set_values.get("block_sizes") or {}
-    if set_values == {"num_bits": (4, 3)}:
-        return checked_format("fp8", None, where)
-    if set_values == {"num_bits": (2, 1), "block_sizes": _NVFP4_BLOCKS}:
-        return checked_format("nvfp4", None, where)
-    if set_values == {"num_bits": 4, "block_sizes": {"type": "static", **blocks}} and -1 in blocks:
-        return checked_format("int4", blocks[-1], where)
-    raise RecipeError(f"{unsupported}: {set_values}")
+    return {k: v for k, v in cfg.model_dump().items() if v != defaults[k]}
 
 
-def _rules(entries: Sequence[_Entry], where: str) -> tuple[Rule, ...]:
+def _rules(entries: Sequence[_Entry], algorithm: str, where: str) -> tuple[Rule, ...]:
     """First match wins here and the last one there: the order turns round."""
-    merged = _merge_sides(entries, where)[::-1]
+    merged = _merge_sides(entries, algorithm, where)[::-1]
     rules = []
     for _, same in groupby(merged, key=lambda rule: (rule.weights, rule.inputs)):
         group = list(same)
@@ -108,7 +194,7 @@ def _rules(entries: Sequence[_Entry], where: str) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _merge_sides(entries: Sequence[_Entry], where: str) -> list[Rule]:
+def _merge_sides(entries: Sequence[_Entry], algorithm: str, where: str) -> list[Rule]:
     """One rule for adjacent entries on the same modules, in the preset's order."""
     rules: list[Rule] = []
     for patterns, group in groupby(entries, key=lambda e: e.patterns):
@@ -121,9 +207,17 @@ def _merge_sides(entries: Sequence[_Entry], where: str) -> list[Rule]:
                 )
         weights, inputs = formats.get("weights"), formats.get("inputs")
         if weights is not None:
-            rules.append(checked_rule(patterns, weights, inputs, where))
+            rules.append(_rule(patterns, weights, inputs, algorithm, where))
         elif inputs is None:
             rules.append(Rule(patterns, optional=True))
         else:
             raise RecipeError(f"{where}: quantizes the inputs of {patterns[0]} but not its weights")
     return rules
+
+
+def _rule(
+    patterns: tuple[str, ...], weights: Format, inputs: Format | None, algorithm: str, where: str
+) -> Rule:
+    if weights.name == "int8" and inputs is None:  # one scale per row: a group as long as the row
+        weights = get_format("int8_group", CHANNEL)
+    return checked_rule(patterns, weights, inputs, where, algorithm)

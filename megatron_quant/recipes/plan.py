@@ -36,12 +36,14 @@ class Decision:
 
     inputs: format of the activations that the weight multiplies; None for weight-only.
     rule: the rule's label, as the coverage audit prints it.
+    algorithm: how the weight's scales are found, one of ``schema.ALGORITHMS``.
     """
 
     slot: Slot
     rule: str
     weights: Format | None = None
     inputs: Format | None = None
+    algorithm: str = "max"
 
     @property
     def quantized(self) -> bool:
@@ -51,10 +53,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """Every slot's decision, in the order of the model's parameters."""
+    """Every slot's decision, in the order of the model's parameters.
+
+    kv_cache: how engines store keys and values, one of ``schema.KV_CACHES``; empty for as they are.
+    """
 
     recipe: str
     decisions: tuple[Decision, ...]
+    kv_cache: str = ""
 
     @cached_property
     def by_name(self) -> dict[str, Decision]:
@@ -65,3 +71,9 @@ class QuantPlan:
     def quantized(self) -> tuple[Decision, ...]:
         """The decisions that quantize."""
         return tuple(d for d in self.decisions if d.quantized)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a scale of inputs, keys or values is found by running data."""
+        static = any(d.inputs is not None and d.inputs.tensor_scale for d in self.quantized)
+        return static or self.kv_cache == "fp8"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_quant.errors import CoverageError, RecipeError
+from megatron_quant.formats.spec import Format
 from megatron_quant.recipes.match import Matcher
 from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
 from megatron_quant.recipes.schema import Recipe
@@ -27,7 +28,7 @@ def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
     _check_unclaimed(recipe, slots, claims)
     decisions = tuple(_decide(recipe, s, i) for s, i in zip(slots, claims, strict=True))
     _check_experts(decisions)
-    plan = QuantPlan(recipe.name, decisions)
+    plan = QuantPlan(recipe.name, decisions, recipe.kv_cache)
     if not plan.quantized:
         raise RecipeError(f"recipe {recipe.name!r} excludes every weight: add a quantize rule")
     return plan
@@ -53,7 +54,7 @@ def _decide(recipe: Recipe, slot: Slot, index: int | None) -> Decision:
     if index is None:
         return Decision(slot, f"{slot.fixed}: never quantized")
     rule = recipe.rules[index]
-    return Decision(slot, recipe.label(index), rule.weights, rule.inputs)
+    return Decision(slot, recipe.label(index), rule.weights, rule.inputs, rule.algorithm)
 
 
 def _check_idle(
@@ -98,8 +99,12 @@ def _check_experts(decisions: Sequence[Decision]) -> None:
         if not is_expert or d.slot.fixed:
             continue
         other = first.setdefault(layer, d)
-        if (d.weights, d.inputs) != (other.weights, other.inputs):
+        if _treatment(d) != _treatment(other):
             raise CoverageError(
                 f"{other.slot.name} ({other.rule}) and {d.slot.name} ({d.rule}) are experts of one "
                 "layer but differ: give all experts of a layer the same formats"
             )
+
+
+def _treatment(decision: Decision) -> tuple[Format | None, Format | None, str]:
+    return decision.weights, decision.inputs, decision.algorithm

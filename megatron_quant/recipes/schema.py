@@ -1,14 +1,33 @@
 """What a recipe is: an ordered list of rules, each a set of patterns and what to do with them."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from megatron_quant.errors import FormatError, RecipeError
-from megatron_quant.formats.spec import FORMATS, Format, get_format
+from megatron_quant.formats.spec import Format, get_format
 
-SUPPORTED = (("fp8", None), ("fp8", "fp8"), ("nvfp4", None), ("nvfp4", "nvfp4"), ("int4", None))
-"""Pairs (weights, inputs) that the layers run and the dialects write; None is weight-only."""
+SUPPORTED: dict[str, tuple[str | None, ...]] = {
+    "fp8": ("fp8", None),
+    "fp8_channel": ("fp8_channel", None),
+    "fp8_block": ("fp8_group", None),
+    "int8": ("int8", "int8_tensor"),
+    "int4": (None, "fp8"),
+    "int4_asym": (None, "fp8"),
+    "int8_group": (None,),
+    "nvfp4": ("nvfp4", None),
+    "mxfp8": ("mxfp8", None),
+    "mxfp4": (None, "mxfp4"),
+}
+"""Format of the weights -> formats that their inputs may have; None is weight-only."""
+ALGORITHMS: dict[str, tuple[str, ...]] = {
+    "max": tuple(SUPPORTED),
+    "mse": ("fp8", "fp8_channel", "fp8_block", "int8", "int4", "int4_asym", "int8_group", "nvfp4"),
+    "four_over_six": ("nvfp4",),
+}
+"""How the scales of weights are found -> the formats whose scales it finds. ``max``: the largest
+magnitude is the largest code. ``mse``: the scale of least squared error. ``four_over_six``: the
+largest magnitude of a block is code 6 or code 4, whichever errs less."""
+KV_CACHES = ("fp8", "fp8_cast")
+"""``fp8``: scales from calibrated keys and values. ``fp8_cast``: scale 1, no calibration."""
 
 _SHOWN_PATTERNS = 3
 
@@ -21,28 +40,36 @@ class Rule:
     weights: format of the weights; None excludes them from quantization.
     inputs: format of the activations that they multiply; None for weight-only.
     optional: whether the rule may claim nothing, as the catch-all lists of presets do.
+    algorithm: how the weights' scales are found, a key of :data:`ALGORITHMS`.
     """
 
     patterns: tuple[str, ...]
     weights: Format | None = None
     inputs: Format | None = None
     optional: bool = False
+    algorithm: str = "max"
 
     @property
     def action(self) -> str:
         """``exclude``, or the formats: ``nvfp4`` (weight-only), ``nvfp4+nvfp4`` (with inputs)."""
         if self.weights is None:
             return "exclude"
-        return f"{self.weights.name}+{self.inputs.name}" if self.inputs else self.weights.name
+        inputs = f"+{self.inputs.name}" if self.inputs else ""
+        algorithm = f" ({self.algorithm})" if self.algorithm != "max" else ""
+        return f"{self.weights.name}{inputs}{algorithm}"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules in order; the first one that matches a weight decides on it."""
+    """Rules in order; the first one that matches a weight decides on it.
+
+    kv_cache: one of :data:`KV_CACHES`; empty where keys and values are stored as they are.
+    """
 
     name: str
     rules: tuple[Rule, ...]
     description: str = ""
+    kv_cache: str = ""
 
     def label(self, index: int) -> str:
         """How messages and the coverage audit call rule ``index`` (0-based)."""
@@ -53,19 +80,90 @@ class Recipe:
 
 
 def weight_only(recipe: Recipe) -> Recipe:
-    """The recipe without its input formats: nothing of it needs calibration data."""
-    return replace(recipe, rules=tuple(replace(r, inputs=None) for r in recipe.rules))
+    """The recipe without its input formats and KV cache: nothing of it needs calibration data.
+
+    Raises RecipeError where a rule's weights are run with quantized inputs only.
+    """
+    rules = (_without_inputs(recipe, i) for i in range(len(recipe.rules)))
+    return replace(recipe, rules=tuple(rules), kv_cache="")
+
+
+def _without_inputs(recipe: Recipe, index: int) -> Rule:
+    rule = recipe.rules[index]
+    if rule.weights is not None:
+        where = f"recipe {recipe.name!r} with --weight-only, {recipe.label(index)}"
+        checked_pair(rule.weights, None, where)
+    return replace(rule, inputs=None)
+
+
+def with_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
+    """The recipe with ``algorithm`` in every rule that quantizes.
+
+    Raises RecipeError for a rule whose format it does not search.
+    """
+    rules = []
+    for index, rule in enumerate(recipe.rules):
+        if rule.weights is not None:
+            where = f"recipe {recipe.name!r}, {recipe.label(index)}"
+            checked_algorithm(algorithm, rule.weights, where)
+            rule = replace(rule, algorithm=algorithm)
+        rules.append(rule)
+    return replace(recipe, rules=tuple(rules))
+
+
+def with_kv_cache(recipe: Recipe, kv_cache: str) -> Recipe:
+    """The recipe with another ``kv_cache``: one of :data:`KV_CACHES`, or ``none``."""
+    name = "" if kv_cache == "none" else kv_cache
+    return replace(recipe, kv_cache=checked_kv_cache(name, f"recipe {recipe.name!r}"))
 
 
 def checked_rule(
-    patterns: tuple[str, ...], weights: Format, inputs: Format | None, where: str
+    patterns: tuple[str, ...],
+    weights: Format,
+    inputs: Format | None,
+    where: str,
+    algorithm: str = "max",
 ) -> Rule:
-    """A rule that quantizes; RecipeError names ``where`` for a pair that is not SUPPORTED."""
-    pair = (weights.name, inputs.name if inputs else None)
-    if pair not in SUPPORTED:
-        known = "; ".join(f"{w} with {i or 'no'} inputs" for w, i in SUPPORTED)
-        raise RecipeError(f"{where}: {pair[0]} weights with {pair[1]} inputs; supported: {known}")
-    return Rule(patterns, weights, inputs)
+    """A rule that quantizes; RecipeError names ``where`` for what is not supported."""
+    checked_pair(weights, inputs, where)
+    checked_algorithm(algorithm, weights, where)
+    return Rule(patterns, weights, inputs, algorithm=algorithm)
+
+
+def checked_pair(weights: Format, inputs: Format | None, where: str) -> None:
+    """Raise RecipeError, which names ``where``, for a pair that is not :data:`SUPPORTED`."""
+    name, given = weights.name, inputs.name if inputs else None
+    if name not in SUPPORTED:
+        known = ", ".join(SUPPORTED)
+        raise RecipeError(f"{where}: {name} is a format of inputs; weights may be {known}")
+    if given not in SUPPORTED[name]:
+        known = " or ".join(f"{i or 'no'} inputs" for i in SUPPORTED[name])
+        way_out = "; weight-only INT8 is int8_group" if name == "int8" and not given else ""
+        raise RecipeError(
+            f"{where}: {name} weights with {given or 'no'} inputs; "
+            f"{name} weights go with {known}{way_out}"
+        )
+
+
+def checked_algorithm(algorithm: str, weights: Format, where: str) -> None:
+    """Raise RecipeError, which names ``where``, for an algorithm that does not suit ``weights``."""
+    if algorithm not in tuple(ALGORITHMS):
+        known = ", ".join(ALGORITHMS)
+        raise RecipeError(f"{where}: algorithm must be one of {known}, got {algorithm!r}")
+    if weights.name not in ALGORITHMS[algorithm]:
+        suitable = ", ".join(ALGORITHMS[algorithm])
+        raise RecipeError(
+            f"{where}: algorithm {algorithm} does not search the scales of {weights.name}, only "
+            f"of {suitable}"
+        )
+
+
+def checked_kv_cache(name: str, where: str) -> str:
+    """``name``, empty or one of :data:`KV_CACHES`; RecipeError names ``where`` for another."""
+    if name not in ("", *KV_CACHES):
+        known = ", ".join(KV_CACHES)
+        raise RecipeError(f"{where}: kv_cache must be one of {known}, got {name!r}")
+    return name
 
 
 def checked_format(name: str, group_size: int | None, where: str) -> Format:
@@ -74,72 +172,3 @@ def checked_format(name: str, group_size: int | None, where: str) -> Format:
         return get_format(name, group_size)
     except FormatError as e:
         raise RecipeError(f"{where}: {e}") from None
-
-
-def parse_recipe(name: str, document: Any) -> Recipe:
-    """The recipe that a YAML document describes.
-
-    Raises RecipeError for an unknown key, a wrong type, no rules, a format that does not exist,
-    and a pair of formats that nothing runs.
-    """
-    where = f"recipe {name!r}"
-    top = _mapping(document, ("description", "rules"), where)
-    description = top.get("description", "")
-    if not isinstance(description, str):
-        raise RecipeError(f"{where}: description must be a string, got {description!r}")
-    rules = top.get("rules")
-    if not isinstance(rules, list) or not rules:
-        raise RecipeError(f"{where}: rules must be a list of at least one rule, got {rules!r}")
-    parsed = (_parse_rule(r, f"{where}, rule {i}") for i, r in enumerate(rules, start=1))
-    return Recipe(name, tuple(parsed), description.strip())
-
-
-def _parse_rule(value: Any, where: str) -> Rule:
-    rule = _mapping(value, ("quantize", "exclude", "weights", "inputs"), where)
-    if ("quantize" in rule) == ("exclude" in rule):
-        raise RecipeError(f"{where}: needs either quantize or exclude, a list of patterns")
-    if "exclude" in rule:
-        if len(rule) > 1:
-            raise RecipeError(f"{where}: weights and inputs belong to quantize, not to exclude")
-        return Rule(_parse_patterns(rule["exclude"], f"{where}, exclude"))
-    if "weights" not in rule:
-        raise RecipeError(f"{where}: weights is missing; known formats: {', '.join(FORMATS)}")
-    patterns = _parse_patterns(rule["quantize"], f"{where}, quantize")
-    weights = _parse_format(rule["weights"], f"{where}, weights")
-    inputs = rule.get("inputs")
-    return checked_rule(
-        patterns,
-        weights,
-        None if inputs is None else _parse_format(inputs, f"{where}, inputs"),
-        where,
-    )
-
-
-def _parse_patterns(value: Any, where: str) -> tuple[str, ...]:
-    ok = isinstance(value, list) and value and all(isinstance(p, str) and p for p in value)
-    if not ok:
-        raise RecipeError(f"{where}: must be a list of at least one pattern, got {value!r}")
-    return tuple(value)
-
-
-def _parse_format(value: Any, where: str) -> Format:
-    if isinstance(value, str):
-        return checked_format(value, None, where)
-    keys = _mapping(value, ("format", "group_size"), where)
-    name, group_size = keys.get("format"), keys.get("group_size")
-    if not isinstance(name, str):
-        raise RecipeError(f"{where}: format must be one of {', '.join(FORMATS)}, got {name!r}")
-    if group_size is not None and type(group_size) is not int:
-        raise RecipeError(f"{where}: group_size must be an integer, got {group_size!r}")
-    return checked_format(name, group_size, where)
-
-
-def _mapping(value: Any, allowed: Sequence[str], where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise RecipeError(f"{where}: must be a mapping of {', '.join(allowed)}, got {value!r}")
-    unknown = [str(key) for key in value if key not in allowed]
-    if unknown:
-        raise RecipeError(
-            f"{where}: unknown key {', '.join(unknown)}; allowed: {', '.join(allowed)}"
-        )
-    return value

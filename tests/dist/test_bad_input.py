@@ -93,14 +93,15 @@ def test_expert_parallelism_without_experts(ranks: Ranks, tmp_path: Path) -> Non
     assert said == "--ep 1 --etp 2: Qwen3ForCausalLM has no experts; leave both at 1"
 
 
-def test_an_int4_group_that_tensor_parallelism_cuts(
+def test_an_int4_word_that_tensor_parallelism_cuts(
     source: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    narrow = config_of(source, tmp_path / "narrow", head_dim=16)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6}
+    narrow = config_of(source, tmp_path / "narrow", **heads)
     argv = quantize_argv(narrow, tmp_path / "out", export_quant_cfg="int4")
     said = refused(ranks, tmp_path, argv)
-    assert "o_proj.weight: --tp 2 cuts its 128 inputs inside a block of 128 that int4" in said
-    assert "choose a smaller group_size, another --tp" in said
+    assert "o_proj.weight: --tp 2 cuts its 24 inputs among 8" in said
+    assert "choose another --tp, or exclude the weight" in said
 
 
 ALL = 'quantize: ["*mlp*", "*self_attn*"]'

@@ -166,6 +166,37 @@ def test_input_amaxes_are_those_of_transformers(
     assert {name: ours[name] for name in seen} == pytest.approx(seen, rel=0.02)
 
 
+def _down_proj_input(experts: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> float:
+    """The largest input of any expert's ``down_proj``; the routing weight comes after it."""
+    x_TH, chosen_TK = args[0], args[1]
+    found = []
+    for e in range(EXPERTS):
+        tokens_TH = x_TH[(chosen_TK == e).any(-1)]
+        gate, up = (tokens_TH @ experts.gate_up_proj[e].T).chunk(2, -1)
+        found.append((experts.act_fn(gate) * up).abs().max().item())
+    return max(found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_of_down_proj_are_those_of_transformers(
+    found: dict[str, list[tuple[Found, Found]]], checkpoint: Path, layout: str
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(258, (BATCHES, 2, 32), generator=generator).view(-1, 32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    seen: dict[str, float] = {}
+    for i, layer in enumerate(model.model.layers):
+        name = f"decoder.layers.{i}.mlp.experts.linear_fc2"
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: _down_proj_input(module, args)})
+        )
+    with torch.no_grad():
+        model(ids)
+    of_module = largest_of_module(found[layout][0][0].input_amax)
+    ours = {slot.rpartition(".")[0]: value for slot, value in of_module.items()}
+    assert {name: ours[name] for name in seen} == pytest.approx(seen, rel=0.02)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_token_is_counted_topk_times_in_every_layer(
     found: dict[str, list[tuple[Found, Found]]], layout: str

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_quant.errors import CoverageError, LayoutError
+from megatron_quant.errors import CoverageError, QuantError
 from tests.dist import checkpoints
 from tests.dist.pool import Ranks
 
@@ -96,25 +96,6 @@ def test_attach_converts_linears_and_turns_on_what_the_plan_names(ranks: Ranks, 
     }
 
 
-def _attach_where_a_group_is_cut(path: Path) -> list[str]:
-    """What the model's classes are after attach refused it."""
-    from tests.dist import live
-
-    model = live.load(path, live.Parallelism(etp=2))
-    before = [type(m) for m in model.module.modules()]
-    try:
-        live.with_quantizers(model, "int4")
-    finally:
-        assert [type(m) for m in model.module.modules()] == before, "it changed half of the model"
-
-
-def test_a_cut_group_is_refused_before_anything_changes(ranks: Ranks, tmp_path: Path) -> None:
-    path = checkpoints.save("qwen3_moe", tmp_path, moe_intermediate_size=128, num_hidden_layers=1)
-    for error in ranks.errors(2, _attach_where_a_group_is_cut, path):
-        assert isinstance(error, LayoutError), error
-        assert "64 of 128 input features do not end at a int4 group of 128" in str(error)
-
-
 def _attach_to_a_plain_module(path: Path) -> None:
     from megatron_quant.layers.install import LocalWeight, attach
     from tests.dist import live
@@ -129,3 +110,43 @@ def test_a_layer_without_a_quantized_class_is_refused(ranks: Ranks, moe: Path) -
     (error,) = ranks.errors(1, _attach_to_a_plain_module, moe)
     assert isinstance(error, CoverageError), error
     assert "0 is a Bilinear, which has no quantized class" in str(error)
+
+
+def _moved_by_attaching(path: Path, probs_on_input: bool, tp: int, ep: int) -> float:
+    """Largest change of the logits when quantizers that are off are attached."""
+    from megatron_quant.calib.observe import unquantized
+    from megatron_quant.mcore.run import full_logits
+    from tests.dist import live
+
+    model = live.load(path, live.Parallelism(tp, ep), torch.float32)
+    for block in model.module.decoder.layers:
+        block.mlp.experts.config.moe_apply_probs_on_input = probs_on_input
+    with torch.no_grad():
+        before = full_logits(model.module, IDS, 258)
+        with unquantized(live.with_quantizers(model, "fp8").layers):
+            after = full_logits(model.module, IDS, 258)
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def test_weighing_the_outputs_of_experts_changes_no_result(ranks: Ranks, moe: Path) -> None:
+    for moved in ranks(4, _moved_by_attaching, moe, False, 2, 2):
+        assert 0 < moved < 1e-5  # it rounds otherwise
+
+
+def test_weights_on_the_inputs_stay_there(ranks: Ranks, tmp_path: Path) -> None:
+    path = checkpoints.save("qwen3_moe", tmp_path, num_experts_per_tok=1)
+    assert ranks(1, _moved_by_attaching, path, True, 1, 1) == [0]
+
+
+def _attach_to_fused_experts(path: Path) -> None:
+    from tests.dist import live
+
+    model = live.load(path)
+    model.module.decoder.layers[1].mlp.experts._with_fused_impl = True  # as megatron-core sets it
+    live.with_quantizers(model, "fp8")
+
+
+def test_experts_that_do_not_call_their_linears_are_refused(ranks: Ranks, moe: Path) -> None:
+    (error,) = ranks.errors(1, _attach_to_fused_experts, moe)
+    assert isinstance(error, QuantError), error
+    assert "use_transformer_engine_op_fuser=True" in str(error)

@@ -20,8 +20,24 @@ LAYOUTS = [
     (4, 2, 2, 2),
     (2, 1, 1, 2),
 ]
-RECIPES = ["fp8", "nvfp4", "w4a16_nvfp4", "int4"]
+# Each kind of cut once, for what all formats share.
+FEW = [(8, 2, 4, 1), (4, 2, 2, 2), (4, 4, 1, 1)]
+RECIPES = ["fp8", "w4a16_nvfp4", "int4"]
 SCALES = ["shared", "per_expert"]
+PATIENCE_S = 600.0  # many runs in one call
+# (recipe, dialect, algorithm); what these quantize of inputs is dynamic, and needs no data.
+FORMATS = [
+    ("fp8_channel", "compressed-tensors", "max"),
+    ("fp8_block", "fp8", "mse"),
+    ("int8", "compressed-tensors", "max"),
+    ("int4", "gptq", "max"),
+    ("int4", "auto-round", "mse"),
+    ("int4_asym", "awq", "max"),
+    ("int4_asym", "compressed-tensors", "mse"),
+    ("int8_group", "compressed-tensors", "max"),
+    ("mxfp8", "modelopt", "max"),
+    ("mxfp4", "compressed-tensors", "max"),
+]
 
 
 def export_all(source: Path, out: Path, tp: int, ep: int, etp: int, cases: list[dict]) -> None:
@@ -72,21 +88,46 @@ def weight_only_cases() -> list[dict]:
     ]
 
 
+def format_cases() -> list[dict]:
+    """Every other format, dialect and algorithm."""
+    cases = [
+        {"export_quant_cfg": recipe, "export_format": dialect, "algorithm": algorithm}
+        for recipe, dialect, algorithm in FORMATS
+    ]
+    cases += [
+        {"export_quant_cfg": recipe, "expert_scales": scales, "weight_only": True}
+        for recipe in ("nvfp4_mse", "nvfp4_four_over_six")
+        for scales in SCALES
+    ]
+    fp8 = {"export_quant_cfg": "fp8", "weight_only": True, "algorithm": "mse"}
+    fp8["export_format"] = "compressed-tensors"
+    return cases + [fp8 | {"expert_scales": scales} for scales in SCALES]
+
+
 @pytest.fixture(scope="module")
 def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"))
 
 
 def test_weight_only_exports_are_byte_equal(qwen3_moe: Path, tmp_path: Path, ranks) -> None:
-    cases = weight_only_cases()
-    ranks(1, export_all, qwen3_moe, tmp_path / "one", 1, 1, 1, cases)
-    expected = {folder(c): digests(tmp_path / "one" / folder(c)) for c in cases}
+    assert_byte_equal(qwen3_moe, tmp_path, ranks, LAYOUTS, weight_only_cases())
+
+
+def test_every_format_and_algorithm_is_byte_equal(qwen3_moe: Path, tmp_path: Path, ranks) -> None:
+    assert_byte_equal(qwen3_moe, tmp_path, ranks, FEW, format_cases())
+
+
+def assert_byte_equal(
+    source: Path, out: Path, ranks, layouts: list[tuple[int, ...]], cases: list[dict]
+) -> None:
+    ranks(1, export_all, source, out / "one", 1, 1, 1, cases, timeout=PATIENCE_S)
+    expected = {folder(c): digests(out / "one" / folder(c)) for c in cases}
     assert all(len(files) > 6 for files in expected.values()), "several shards are wanted"
-    for world, tp, ep, etp in LAYOUTS:
-        out = tmp_path / f"{world}-{tp}-{ep}-{etp}"
-        ranks(world, export_all, qwen3_moe, out, tp, ep, etp, cases)
+    for world, *sizes in layouts:
+        directory = out / "-".join(map(str, (world, *sizes)))
+        ranks(world, export_all, source, directory, *sizes, cases, timeout=PATIENCE_S)
         for case in cases:
-            assert digests(out / folder(case)) == expected[folder(case)], (out.name, case)
+            assert digests(directory / folder(case)) == expected[folder(case)], (sizes, case)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -105,12 +146,32 @@ def test_calibrated_exports_agree(qwen3_moe: Path, tmp_path: Path, ranks) -> Non
         for recipe in ("fp8", "nvfp4")
         for scales in SCALES
     ]
-    ranks(1, export_all, qwen3_moe, tmp_path / "one", 1, 1, 1, cases)
-    for world, tp, ep, etp in LAYOUTS:
-        out = tmp_path / f"{world}-{tp}-{ep}-{etp}"
-        ranks(world, export_all, qwen3_moe, out, tp, ep, etp, cases)
+    assert_all_agree(qwen3_moe, tmp_path, ranks, LAYOUTS, cases)
+
+
+def test_other_calibrated_exports_agree(qwen3_moe: Path, tmp_path: Path, ranks) -> None:
+    cases = [
+        {
+            "export_quant_cfg": recipe,
+            "export_format": "compressed-tensors",
+            "cold_experts": "layer-max",
+        }
+        for recipe in ("w4a8",)
+    ]
+    cases.append({"export_quant_cfg": "fp8", "act_percentile": 99.0, "cold_experts": "layer-max"})
+    assert_all_agree(qwen3_moe, tmp_path, ranks, FEW, cases)
+
+
+def assert_all_agree(
+    source: Path, out: Path, ranks, layouts: list[tuple[int, ...]], cases: list[dict]
+) -> None:
+    ranks(1, export_all, source, out / "one", 1, 1, 1, cases, timeout=PATIENCE_S)
+    for world, *sizes in layouts:
+        directory = out / "-".join(map(str, (world, *sizes)))
+        ranks(world, export_all, source, directory, *sizes, cases, timeout=PATIENCE_S)
         for case in cases:
-            assert_agree(tensors(out / folder(case)), tensors(tmp_path / "one" / folder(case)))
+            found, expected = (tensors(d / folder(case)) for d in (directory, out / "one"))
+            assert_agree(found, expected)
 
 
 def assert_agree(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -102,25 +102,32 @@ def matrix(shape: tuple[int, int], parallel: Parallel, expert: int | None = None
 
 
 @pytest.mark.parametrize(("expert", "axis"), [(None, "--tp 2"), (1, "--etp 2")])
-def test_a_group_that_crosses_a_shard(expert, axis):
-    params = (matrix((8, 96), Parallel.ROW, expert),)
-    with pytest.raises(LayoutError, match=r"a\.b\.weight: .* cuts its 96 inputs") as caught:
+def test_a_shard_that_splits_packed_elements(expert, axis):
+    params = (matrix((8, 72), Parallel.ROW, expert),)
+    with pytest.raises(LayoutError, match=r"a\.b\.weight: .* cuts its 72 inputs among 8") as caught:
         world.plan("int4", "tp2-etp2", params)
     assert axis in str(caught.value)
-    assert "block of 32 that int4" in str(caught.value)
-    assert "group_size" in str(caught.value)
+    assert "weight_packed stores in one element" in str(caught.value)
     check_plan(world.plan("int4", "tp1", params))
 
 
 def test_a_row_pair_that_crosses_a_shard():
-    with pytest.raises(LayoutError, match="cuts its 6 outputs inside a block of 2"):
+    with pytest.raises(LayoutError, match="cuts its 6 outputs among 2"):
         world.plan("int4-awq", "tp2", (matrix((6, 64), Parallel.COLUMN),))
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp4"])
+def test_a_group_that_crosses_a_shard_is_written_once(layout):
+    params = (matrix((8, 96), Parallel.ROW),)
+    plan = world.plan("int4", layout, params)
+    check_plan(plan)
+    assert plan.files == world.plan("int4", "tp1", params).files
 
 
 @pytest.mark.parametrize(
     ("recipe", "shape", "words"),
     [
-        ("int4", (8, 80), "its 80 inputs are not a multiple of 32, as int4 needs"),
+        ("int4", (8, 84), "its 84 inputs are not a multiple of 8, as weight_packed packs them"),
         ("nvfp4", (8, 24), "its 24 inputs are not a multiple of 16, as nvfp4 needs"),
         ("int4-awq", (7, 64), "its 7 outputs are not a multiple of 2"),
     ],

@@ -225,7 +225,7 @@ def test_the_smallest_amax_has_a_scale_that_can_be_inverted():
 
 def test_a_value_beyond_the_dtype_of_the_export():
     part = world.plan("none", "tp1", dtype=torch.float16).parts[0]
-    held = torch.full(part.copy.src.size, 1e6)
+    held = torch.full(part.src.size, 1e6)
     with pytest.raises(FormatError, match=r"exceeds torch\.float16; choose --dtype bfloat16"):
         list(produce(part, held))
 

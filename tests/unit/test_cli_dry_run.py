@@ -88,7 +88,7 @@ def test_any_layout_without_its_ranks(model: Path) -> None:
     ("flags", "words"),
     [
         (["--tp", "3"], "--tp 3 does not divide the attention heads (8); use one of 1, 2, 4, 8"),
-        (["--export-quant-cfg", "fp9"], "choose one of fp8, int4, nvfp4"),
+        (["--export-quant-cfg", "fp9"], "choose one of fp8, fp8_attention_nvfp4_mlp"),
         (["--hf-model-id", "/no/such"], "/no/such does not exist; give a checkpoint directory"),
         (["--max-shard-size", "big"], "--max-shard-size 'big' is no size: write it as 5GB"),
     ],

@@ -4,7 +4,7 @@ import torch
 from megatron_quant.formats import amax, get_format, stack_amax, tensor_scale
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-FP8, NVFP4 = get_format("fp8"), get_format("nvfp4")
+FP8, NVFP4, INT8 = (get_format(name) for name in ("fp8", "nvfp4", "int8_tensor"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,9 +46,10 @@ def test_tensor_scale_keeps_the_shape_of_amax():
         largest = torch.full(shape, 5.0)
         assert torch.equal(tensor_scale(largest, FP8), largest / 448)
         assert torch.equal(tensor_scale(largest, NVFP4), largest / 2688)
+        assert torch.equal(tensor_scale(largest, INT8), largest / 127.5)
 
 
-@pytest.mark.parametrize("fmt", [FP8, NVFP4])
+@pytest.mark.parametrize("fmt", [FP8, NVFP4, INT8], ids=lambda f: f.name)
 def test_tensor_scale_is_positive_and_normal_for_any_finite_amax(fmt):
     scale = tensor_scale(torch.tensor([0.0, 1e-45, 1e-37, 3e38]), fmt)
     assert scale[0] == 1.0

@@ -6,12 +6,15 @@ import torch
 from megatron_quant.formats.elements import (
     E2M1_VALUES,
     INT4_VALUES,
+    INT8_WORDS,
     e2m1_codes,
     e4m3,
     e4m3_values,
     int4_codes,
+    int8_codes,
 )
 from megatron_quant.formats.pack import nibble_values, pack_nibbles
+from megatron_quant.formats.scales import e8m0_values
 
 ALL_BF16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 FINITE = ALL_BF16[ALL_BF16.isfinite()].float()
@@ -43,6 +46,25 @@ def test_int4_codes_of_every_bf16_and_beside_ties():
     x = torch.cat([FINITE, neighbours(torch.arange(-8.5, 9))])
     want = nearest_even(x.clamp(-8, 7), INT4_VALUES)
     assert torch.equal(int4_codes(x.clone()), want.to(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_codes_of_every_bf16_and_beside_ties(dtype):
+    x = torch.cat([FINITE, neighbours(torch.arange(-128.5, 129))]).to(dtype)
+    want = nearest_even(x.float().clamp(-128, 127), tuple(map(float, range(-128, 128)))) - 128
+    assert torch.equal(int8_codes(x.clone()), want.to(torch.int8))
+
+
+def test_int8_words_hold_element_i_at_byte_i_offset_by_128():
+    words = INT8_WORDS.store(torch.tensor([[-128.0, -127, 0, 127]]))
+    assert words.view(torch.uint8).tolist() == [[0, 1, 128, 255]]
+    assert INT8_WORDS.load(words).tolist() == [[-128, -127, 0, 127]]
+
+
+def test_e8m0_values_are_powers_of_two():
+    codes = torch.tensor([[0, 1, 127, 128], [200, 254, 255, 126]], dtype=torch.uint8)
+    want = [[2.0**-127, 2.0**-126, 1.0, 2.0], [2.0**73, 2.0**127, torch.nan, 0.5]]
+    assert torch.equal(e8m0_values(codes).nan_to_num(-1), torch.tensor(want).nan_to_num(-1))
 
 
 def test_e4m3_of_every_bf16():

@@ -5,6 +5,7 @@ import torch
 
 from megatron_quant.formats import (
     amax,
+    block_stat,
     decode,
     encode,
     fake_quant,
@@ -12,16 +13,13 @@ from megatron_quant.formats import (
     stack_amax,
     tensor_scale,
 )
+from tests.unit.formats_world import ALL, bits, every_dtype, every_format
 
-FORMATS = [get_format("fp8"), get_format("nvfp4"), get_format("int4"), get_format("int4", 64)]
-SHAPES = [(1, 16), (7, 208), (3, 5, 160), (2, 600, 512), (0, 32), (2, 0, 32)]
-
-formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f"{f.name}-{f.group_size}")
+SHAPES = [(1, 32), (7, 224), (3, 5, 160), (2, 600, 512), (0, 32), (2, 0, 32)]
 
 
 def same_bits(a, b):
-    a, b = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(a, b)
+    return torch.equal(bits(a), bits(b))
 
 
 def inputs(shape, dtype):
@@ -32,21 +30,23 @@ def inputs(shape, dtype):
     return x.to(dtype)
 
 
-@formats
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@every_format
+@every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_decoded_encoding(fmt, dtype, shape):
     x = inputs(shape, dtype)
     scales = [tensor_scale(amax(x), fmt) if fmt.tensor_scale else None]
     if len(shape) == 3 and fmt.tensor_scale:
         scales.append(tensor_scale(stack_amax(x), fmt))
+    stats = [None] if fmt.stat_block is None else [None, 0.7 * block_stat(x, fmt)]
     for dscale in scales:
-        got = fake_quant(x, fmt, dscale)
-        assert got.dtype == dtype and got.shape == x.shape
-        assert same_bits(got, decode(encode(x, fmt, dscale), fmt, dtype))
+        for stat in stats:
+            got = fake_quant(x, fmt, dscale, stat)
+            assert got.dtype == dtype and got.shape == x.shape
+            assert same_bits(got, decode(encode(x, fmt, dscale, stat), fmt, dtype))
 
 
-@formats
+@pytest.mark.parametrize("fmt", [f for f in ALL if f.name != "fp8_block"], ids=lambda f: f.name)
 def test_activations_of_any_rank(fmt):
     x = inputs((4, 6, 32), torch.bfloat16)
     dscale = torch.tensor(0.01)
@@ -59,7 +59,7 @@ def test_activations_of_any_rank(fmt):
     assert same_bits(fake_quant(x[0, 0], fmt, dscale), want[0])
 
 
-@formats
+@every_format
 def test_gradient_passes_straight_through(fmt):
     x = inputs((2, 4, 128), torch.float32).requires_grad_()
     dscale = torch.tensor(1e-4)  # most values saturate
@@ -68,17 +68,19 @@ def test_gradient_passes_straight_through(fmt):
     assert torch.equal(x.grad, grad)
 
 
-@pytest.mark.parametrize("fmt", FORMATS[:2], ids=lambda f: f.name)
-def test_nan_stays_visible(fmt):
+@pytest.mark.parametrize("name", ["fp8", "nvfp4", "fp8_channel", "mxfp8"])
+def test_nan_stays_visible(name):
     x = torch.ones(1, 32)
     x[0, 3] = torch.nan
-    assert fake_quant(x, fmt, torch.tensor(1.0))[0, 3].isnan()
+    assert fake_quant(x, get_format(name), torch.tensor(1.0))[0, 3].isnan()
 
 
-def test_input_is_left_alone():
-    for fmt in FORMATS:
-        x = inputs((4, 128), torch.float32)
-        before = x.clone()
-        fake_quant(x, fmt, torch.tensor(0.1))
-        encode(x, fmt, torch.tensor(0.1))
-        assert same_bits(x, before)
+@every_format
+def test_input_is_left_alone(fmt):
+    x = inputs((4, 128), torch.float32)
+    stat = block_stat(x, fmt) if fmt.stat_block else None
+    before = x.clone()
+    fake_quant(x, fmt, torch.tensor(0.1), stat)
+    encode(x, fmt, torch.tensor(0.1), stat)
+    assert same_bits(x, before)
+    assert stat is None or same_bits(stat, block_stat(x, fmt))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_quant.errors import RecipeError
+from megatron_quant.formats.spec import CHANNEL
 from megatron_quant.recipes.audit import audit
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.resolve import resolve
@@ -21,10 +22,10 @@ def host() -> None:
     ready()
 
 
-def decided(name: str, architecture: str) -> dict[str, tuple[str | None, str | None]]:
+def decided(name: str, architecture: str) -> dict[str, tuple[str | None, str | None, str]]:
     plan = resolve(load_recipe(name), model(architecture))
     return {
-        d.slot.name: (d.weights and d.weights.name, d.inputs and d.inputs.name)
+        d.slot.name: (d.weights and d.weights.name, d.inputs and d.inputs.name, d.algorithm)
         for d in plan.decisions
     }
 
@@ -38,6 +39,11 @@ def decided(name: str, architecture: str) -> dict[str, tuple[str | None, str | N
         ("NVFP4_MLP_ONLY_CFG", "nvfp4_mlp_only"),
         ("W4A16_NVFP4_CFG", "w4a16_nvfp4"),
         ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "int4"),
+        ("FP8_PER_CHANNEL_PER_TOKEN_CFG", "fp8_channel"),
+        ("INT8_DEFAULT_CFG", "int8_static"),
+        ("MXFP8_DEFAULT_CFG", "mxfp8"),
+        ("NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG", "nvfp4_mse"),
+        ("NVFP4_FOUR_OVER_SIX_CFG", "nvfp4_four_over_six"),
     ],
 )
 def test_preset_decides_as_our_recipe(preset: str, ours: str, architecture: str) -> None:
@@ -50,6 +56,29 @@ def test_experts_only(architecture: str) -> None:
     assert decided("NVFP4_EXPERTS_ONLY_CFG", architecture) == ours
 
 
+@pytest.mark.parametrize(
+    ("preset", "weights", "inputs", "group_size"),
+    [
+        ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "fp8_block", None, 128),
+        ("INT8_WEIGHT_ONLY_CFG", "int8_group", None, CHANNEL),
+        ("MXFP4_DEFAULT_CFG", "mxfp4", "mxfp4", 32),
+        ("MXFP4_MLP_WEIGHT_ONLY_CFG", "mxfp4", None, 32),
+    ],
+)
+def test_presets_without_a_recipe_of_ours(
+    preset: str, weights: str, inputs: str | None, group_size: int
+) -> None:
+    (rule,) = [r for r in load_recipe(preset).rules if r.weights]
+    assert (rule.weights.name, rule.inputs and rule.inputs.name) == (weights, inputs)
+    assert rule.weights.group_size == group_size
+
+
+def test_cache_preset_added_to_another() -> None:
+    both, alone = load_recipe("NVFP4_DEFAULT_CFG+FP8_KV_CFG"), load_recipe("NVFP4_DEFAULT_CFG")
+    assert (both.name, both.kv_cache) == ("NVFP4_DEFAULT_CFG+FP8_KV_CFG", "fp8")
+    assert (both.rules, alone.kv_cache) == (alone.rules, "")
+
+
 def test_experts_only_refuses_a_dense_model() -> None:
     with pytest.raises(RecipeError, match=r"\*\.experts\.\*\): matches no weight of this model"):
         decided("NVFP4_EXPERTS_ONLY_CFG", "llama")
@@ -58,14 +87,18 @@ def test_experts_only_refuses_a_dense_model() -> None:
 def test_patterns_that_name_fused_members_apart() -> None:
     """q_proj, k_proj and v_proj are disabled by three entries: one rule has to hold them."""
     formats = decided("MAMBA_MOE_NVFP4_AGGRESSIVE_CFG", "qwen3_moe")
-    assert formats["decoder.layers.0.self_attention.linear_qkv.weight"] == (None, None)
-    assert formats["decoder.layers.0.mlp.experts.linear_fc1.weight0"] == ("nvfp4", "nvfp4")
+    assert formats["decoder.layers.0.self_attention.linear_qkv.weight"] == (None, None, "max")
+    assert formats["decoder.layers.0.mlp.experts.linear_fc1.weight0"] == ("nvfp4", "nvfp4", "max")
 
 
 def test_output_projection_and_mlp() -> None:
     formats = decided("NVFP4_OMLP_ONLY_CFG", "qwen3")
-    assert formats["decoder.layers.0.self_attention.linear_qkv.weight"] == (None, None)
-    assert formats["decoder.layers.0.self_attention.linear_proj.weight"] == ("nvfp4", "nvfp4")
+    assert formats["decoder.layers.0.self_attention.linear_qkv.weight"] == (None, None, "max")
+    assert formats["decoder.layers.0.self_attention.linear_proj.weight"] == (
+        "nvfp4",
+        "nvfp4",
+        "max",
+    )
 
 
 def test_default_excludes_name_the_router_but_not_gate_proj() -> None:
@@ -78,16 +111,22 @@ def test_default_excludes_name_the_router_but_not_gate_proj() -> None:
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ("INT4_AWQ_CFG", "INT4_AWQ_CFG: algorithm .*awq_lite.* is not supported, only 'max'"),
-        ("NVFP4_KV_CFG", r"NVFP4_KV_CFG: quantizers \*\[kv\]_bmm_quantizer are not supported"),
-        ("NVFP4_FP8_MHA_CONFIG", "quantizers .*bmm_quantizer are not supported, only those of lin"),
+        ("INT4_AWQ_CFG", "INT4_AWQ_CFG: algorithm .*awq_lite.* is not supported, only max, mse"),
+        ("W4A8_AWQ_BETA_CFG", "W4A8_AWQ_BETA_CFG: algorithm 'awq_lite' is not supported"),
+        ("FP8_KV_CFG", r"FP8_KV_CFG quantizes no weight: .* as in NVFP4_DEFAULT_CFG\+FP8_KV_CFG"),
+        ("NVFP4_KV_CFG", r"NVFP4_KV_CFG: a KV cache of .*\(2, 1\).* is not supported, only FP8"),
+        ("FP8_AFFINE_KV_CFG", "a KV cache of .*bias.* is not supported, only FP8"),
+        ("FP8_DEFAULT_CFG+NVFP4_KV_CFG", "a KV cache of .* is not supported, only FP8"),
         (
-            "INT8_DEFAULT_CFG",
-            r"INT8_DEFAULT_CFG, \*weight_quantizer: .* not supported: .*'axis': 0",
+            "FP8_DEFAULT_CFG+INT8_SMOOTHQUANT_CFG",
+            "INT8_SMOOTHQUANT_CFG has an algorithm of its own",
         ),
-        ("MXFP4_DEFAULT_CFG", "this number format is not supported: .*-1: 32"),
-        ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "number format is not supported: .*-2: 128"),
-        ("FP8_PER_CHANNEL_PER_TOKEN_CFG", "number format is not supported: .*'axis': 0"),
+        ("FP8_DEFAULT_CFG+FP9_KV_CFG", "ModelOpt has no preset 'FP9_KV_CFG'"),
+        ("NVFP4_KV_ROTATE_CFG", r"quantizers \*k_bmm_quantizer are not supported"),
+        ("NVFP4_FP8_MHA_CONFIG", "quantizers .*bmm_quantizer are not supported, only those of lin"),
+        ("MXFP6_DEFAULT_CFG", "this number format is not supported: .*\\(3, 2\\)"),
+        ("MXINT8_DEFAULT_CFG", "this number format is not supported: .*-1: 32"),
+        ("W4A8_MXFP4_FP8_CFG", "mxfp4 weights with fp8 inputs; mxfp4 weights go with no inputs or"),
         ("W4A8_NVFP4_FP8_CFG", "number format is not supported: .*-1: 32"),
         ("NVFP5_DEFAULT_CFG", "ModelOpt has no preset 'NVFP5_DEFAULT_CFG'; it has .*FP8_DEFAULT"),
     ],
@@ -111,7 +150,13 @@ def test_every_preset_is_a_recipe_or_a_recipe_error() -> None:
 
 
 LOADED = [
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
     "FP8_DEFAULT_CFG",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "INT8_DEFAULT_CFG",
+    "INT8_WEIGHT_ONLY_CFG",
+    "MXFP4_MLP_WEIGHT_ONLY_CFG",
+    "NVFP4_FOUR_OVER_SIX_CFG",
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
     "MAMBA_MOE_FP8_CONSERVATIVE_CFG",
     "MAMBA_MOE_NVFP4_AGGRESSIVE_CFG",

@@ -1,20 +1,24 @@
 """From a recipe and slots to a plan: every weight in one bucket, or an error that says why."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_quant.errors import CoverageError, RecipeError
 from megatron_quant.recipes.audit import AuditRow, audit
+from megatron_quant.recipes.kv_cache import cache_slots
 from megatron_quant.recipes.load import load_recipe, recipe_names
+from megatron_quant.recipes.parse import parse_recipe
 from megatron_quant.recipes.plan import QuantPlan, Slot
 from megatron_quant.recipes.resolve import resolve
-from megatron_quant.recipes.schema import Recipe, parse_recipe
+from megatron_quant.recipes.schema import Recipe, with_kv_cache
 
 from .recipe_models import EXPERTS, LAYERS, model, shared_experts
 
 ARCHITECTURES = ["qwen3_moe", "mixtral", "qwen3", "llama"]
 MOE = ["qwen3_moe", "mixtral"]
 ATTENTION, EXPERT = 2 * LAYERS, 2 * LAYERS * EXPERTS
-LINEARS = {"*self_attn*", "*mlp*", "*block_sparse_moe*"}
+EVERY_LINEAR = sorted(set(recipe_names()) - {"nvfp4_mlp_only", "nvfp4_experts_only"})
 
 
 def recipe(*rules: dict) -> Recipe:
@@ -34,7 +38,7 @@ def quantized(plan: QuantPlan) -> set[str]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["fp8", "nvfp4", "w4a16_nvfp4", "int4"])
+@pytest.mark.parametrize("name", EVERY_LINEAR)
 @pytest.mark.parametrize("tied", [False, True])
 def test_shipped_recipes_quantize_every_linear(architecture: str, name: str, tied: bool) -> None:
     slots = model(architecture, tied)
@@ -75,6 +79,63 @@ def test_decisions_carry_formats_and_rules() -> None:
     router = plan.by_name["decoder.layers.0.mlp.router.weight"]
     assert (router.weights, router.inputs) == (None, None)
     assert router.rule == "router: never quantized"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mixed_precision(architecture: str) -> None:
+    plan = resolve(load_recipe("fp8_attention_nvfp4_mlp"), model(architecture))
+    formats = {
+        (".self_attention." in d.slot.name, d.weights.name, d.inputs.name) for d in plan.quantized
+    }
+    assert formats == {(True, "fp8", "fp8"), (False, "nvfp4", "nvfp4")}
+
+
+def test_a_layer_stays_by_patterns() -> None:
+    rules = recipe(
+        exclude("model.layers.0.*"), quantize("*self_attn*", weights="fp8"), quantize("*.experts.*")
+    )
+    plan = resolve(rules, model("mixtral"))
+    assert {d.slot.name.split(".")[2] for d in plan.quantized} == {"1"}
+    assert {d.weights.name for d in plan.quantized} == {"fp8", "nvfp4"}
+
+
+def test_algorithm_and_cache_reach_the_plan() -> None:
+    plan = resolve(load_recipe("nvfp4_four_over_six"), model("qwen3_moe"))
+    assert {d.algorithm for d in plan.quantized} == {"four_over_six"}
+    assert {d.algorithm for d in plan.decisions if not d.quantized} == {"max"}
+    assert plan.quantized[0].rule.startswith("rule 1: nvfp4+nvfp4 (four_over_six) ")
+    assert plan.kv_cache == ""
+    cached = resolve(with_kv_cache(load_recipe("int4"), "fp8_cast"), model("llama"))
+    assert cached.kv_cache == "fp8_cast"
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_cache", "needed"),
+    [
+        ("fp8", "", True),
+        ("nvfp4", "", True),
+        ("int8_static", "", True),
+        ("w4a8", "", True),
+        ("fp8_channel", "", False),
+        ("fp8_block", "", False),
+        ("int8", "", False),
+        ("mxfp8", "", False),
+        ("int4", "", False),
+        ("int4", "fp8_cast", False),
+        ("int4", "fp8", True),
+    ],
+)
+def test_what_needs_calibration_data(name: str, kv_cache: str, needed: bool) -> None:
+    chosen = replace(load_recipe(name), kv_cache=kv_cache)
+    assert resolve(chosen, model("llama")).needs_data is needed
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_attention_is_cached(architecture: str) -> None:
+    chosen = with_kv_cache(load_recipe("nvfp4_mlp_only"), "fp8")
+    names = [s.name for s in cache_slots(resolve(chosen, model(architecture)))]
+    assert names == [f"model.layers.{i}.self_attn.{p}" for i in range(LAYERS) for p in "kv"]
+    assert cache_slots(resolve(load_recipe("fp8"), model(architecture))) == ()
 
 
 def test_first_matching_rule_wins() -> None:
@@ -175,6 +236,7 @@ def test_nothing_quantized() -> None:
             quantize("*.down_proj", weights={"format": "int4", "group_size": 32}),
             quantize("*", weights="int4"),
         ],
+        [{**quantize("*.experts.3.*"), "algorithm": "mse"}, quantize("*")],
     ],
 )
 def test_experts_of_a_layer_that_differ(rules: list[dict]) -> None:

@@ -6,11 +6,39 @@ import pytest
 
 import megatron_quant
 from megatron_quant.errors import RecipeError
-from megatron_quant.formats.spec import get_format
+from megatron_quant.formats.spec import CHANNEL, get_format
 from megatron_quant.recipes.load import load_recipe, recipe_names
-from megatron_quant.recipes.schema import Recipe, Rule, parse_recipe, weight_only
+from megatron_quant.recipes.parse import parse_recipe
+from megatron_quant.recipes.schema import (
+    SUPPORTED,
+    Recipe,
+    Rule,
+    weight_only,
+    with_algorithm,
+    with_kv_cache,
+)
 
-SHIPPED = ["fp8", "int4", "nvfp4", "nvfp4_experts_only", "nvfp4_mlp_only", "w4a16_nvfp4"]
+# name -> (weights, inputs, algorithm) of its first rule
+SHIPPED = {
+    "fp8": ("fp8", "fp8", "max"),
+    "fp8_attention_nvfp4_mlp": ("fp8", "fp8", "max"),
+    "fp8_block": ("fp8_block", "fp8_group", "max"),
+    "fp8_channel": ("fp8_channel", "fp8_channel", "max"),
+    "int4": ("int4", None, "max"),
+    "int4_asym": ("int4_asym", None, "max"),
+    "int8": ("int8", "int8", "max"),
+    "int8_group": ("int8_group", None, "max"),
+    "int8_static": ("int8", "int8_tensor", "max"),
+    "mxfp4": ("mxfp4", None, "max"),
+    "mxfp8": ("mxfp8", "mxfp8", "max"),
+    "nvfp4": ("nvfp4", "nvfp4", "max"),
+    "nvfp4_experts_only": ("nvfp4", "nvfp4", "max"),
+    "nvfp4_four_over_six": ("nvfp4", "nvfp4", "four_over_six"),
+    "nvfp4_mlp_only": ("nvfp4", "nvfp4", "max"),
+    "nvfp4_mse": ("nvfp4", "nvfp4", "mse"),
+    "w4a16_nvfp4": ("nvfp4", None, "max"),
+    "w4a8": ("int4", "fp8", "max"),
+}
 NVFP4 = {"quantize": ["*"], "weights": "nvfp4"}
 
 
@@ -19,7 +47,7 @@ def parse(*rules: object) -> Recipe:
 
 
 def test_shipped_names() -> None:
-    assert recipe_names() == SHIPPED
+    assert recipe_names() == list(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -32,22 +60,16 @@ def test_shipped_recipes_say_what_they_are(name: str) -> None:
 
 def test_configs_are_package_data() -> None:
     package = Path(megatron_quant.__file__).parent
-    assert sorted(p.stem for p in (package / "configs").glob("*.yaml")) == SHIPPED
+    assert sorted(p.stem for p in (package / "configs").glob("*.yaml")) == list(SHIPPED)
 
 
-@pytest.mark.parametrize(
-    ("name", "weights", "inputs"),
-    [
-        ("fp8", "fp8", "fp8"),
-        ("nvfp4", "nvfp4", "nvfp4"),
-        ("w4a16_nvfp4", "nvfp4", None),
-        ("int4", "int4", None),
-    ],
-)
-def test_shipped_formats(name: str, weights: str, inputs: str | None) -> None:
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_formats(name: str) -> None:
+    weights, inputs, algorithm = SHIPPED[name]
     rule = load_recipe(name).rules[0]
     assert rule.weights == get_format(weights)
     assert rule.inputs == (get_format(inputs) if inputs else None)
+    assert rule.algorithm == algorithm
 
 
 def test_file_by_path(tmp_path: Path) -> None:
@@ -74,6 +96,60 @@ def test_weight_only_drops_inputs_from_every_rule() -> None:
     assert [r.weights for r in weight_only(recipe).rules] == [r.weights for r in recipe.rules]
 
 
+def test_weight_only_drops_the_cache() -> None:
+    recipe = parse_recipe("mine", {"rules": [NVFP4], "kv_cache": "fp8"})
+    assert recipe.kv_cache == "fp8"
+    assert weight_only(recipe).kv_cache == ""
+
+
+def test_weight_only_refuses_what_needs_inputs() -> None:
+    message = (
+        r"recipe .int8. with --weight-only, rule 1: .*: int8 weights with no inputs; int8 "
+        "weights go with int8 inputs or int8_tensor inputs; weight-only INT8 is int8_group"
+    )
+    with pytest.raises(RecipeError, match=message):
+        weight_only(load_recipe("int8"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs"), [(w, i) for w, allowed in SUPPORTED.items() for i in allowed]
+)
+def test_supported_pairs(weights: str, inputs: str | None) -> None:
+    rule = parse({"quantize": ["*"], "weights": weights, "inputs": inputs}).rules[0]
+    assert (rule.weights.name, rule.inputs and rule.inputs.name) == (weights, inputs)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, "channel"])
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8_group"])
+def test_group_sizes(name: str, group_size: object) -> None:
+    weights = {"format": name, "group_size": group_size}
+    rule = parse({"quantize": ["*"], "weights": weights}).rules[0]
+    assert rule.weights.group_size == (CHANNEL if group_size == "channel" else group_size)
+
+
+def test_algorithm_of_a_rule() -> None:
+    recipe = parse(NVFP4 | {"algorithm": "mse"}, {"exclude": ["a"]})
+    assert [r.algorithm for r in recipe.rules] == ["mse", "max"]
+    assert recipe.label(0) == "rule 1: nvfp4 (mse) *"
+    assert [r.algorithm for r in with_algorithm(recipe, "max").rules] == ["max", "max"]
+    searched = with_algorithm(load_recipe("nvfp4_four_over_six"), "mse")
+    assert searched.rules == load_recipe("nvfp4_mse").rules
+
+
+def test_algorithm_that_does_not_suit_a_rule() -> None:
+    message = r"recipe 'mxfp8', rule 1: .*: algorithm mse does not search the scales of mxfp8, only"
+    with pytest.raises(RecipeError, match=message):
+        with_algorithm(load_recipe("mxfp8"), "mse")
+
+
+def test_cache_of_a_recipe() -> None:
+    recipe = load_recipe("int4")
+    assert with_kv_cache(recipe, "fp8").kv_cache == "fp8"
+    assert with_kv_cache(with_kv_cache(recipe, "fp8"), "none") == recipe
+    with pytest.raises(RecipeError, match="recipe 'int4': kv_cache must be one of fp8, fp8_cast"):
+        with_kv_cache(recipe, "nvfp4")
+
+
 def test_labels_are_short() -> None:
     recipe = parse(
         {"quantize": ["a", "b", "c", "d", "e"], "weights": "fp8", "inputs": "fp8"},
@@ -86,9 +162,17 @@ def test_labels_are_short() -> None:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        (["rules"], "must be a mapping of description, rules"),
-        ({"rules": [NVFP4], "format": "nvfp4"}, "unknown key format; allowed: description, rules"),
+        (["rules"], "must be a mapping of description, rules, kv_cache"),
+        (
+            {"rules": [NVFP4], "format": "nvfp4"},
+            "unknown key format; allowed: description, rules, kv",
+        ),
         ({"rules": [NVFP4], "description": 3}, "description must be a string, got 3"),
+        (
+            {"rules": [NVFP4], "kv_cache": "int8"},
+            "kv_cache must be one of fp8, fp8_cast, got 'int8'",
+        ),
+        ({"rules": [NVFP4], "kv_cache": ["fp8"]}, "kv_cache must be one of fp8, fp8_cast"),
         ({}, "rules must be a list of at least one rule, got None"),
         ({"rules": []}, r"rules must be a list of at least one rule, got \[\]"),
         ({"rules": NVFP4}, "rules must be a list of at least one rule"),
@@ -102,24 +186,41 @@ def test_malformed_document(document: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("*", "must be a mapping of quantize, exclude, weights, inputs, got '\\*'"),
+        ("*", "must be a mapping of quantize, exclude, weights, inputs, algorithm, got"),
         (NVFP4 | {"wieghts": "fp8"}, "unknown key wieghts; allowed: quantize, exclude, weights"),
         ({"weights": "fp8"}, "needs either quantize or exclude"),
         ({"quantize": ["a"], "exclude": ["b"]}, "needs either quantize or exclude"),
-        ({"exclude": ["a"], "weights": "fp8"}, "belong to quantize, not to exclude"),
-        ({"quantize": ["a"]}, "weights is missing; known formats: fp8, nvfp4, int4"),
+        (
+            {"exclude": ["a"], "weights": "fp8"},
+            "inputs and algorithm belong to quantize, not to exclude",
+        ),
+        ({"quantize": ["a"]}, "weights is missing; known formats: fp8, fp8_channel, fp8_block"),
         ({"exclude": []}, r"exclude: must be a list of at least one pattern, got \[\]"),
         ({"exclude": "*mlp*"}, "exclude: must be a list of at least one pattern, got '\\*mlp\\*'"),
         (NVFP4 | {"quantize": [3]}, r"quantize: must be a list of at least one pattern, got \[3\]"),
         (NVFP4 | {"quantize": [""]}, "quantize: must be a list of at least one pattern"),
-        (NVFP4 | {"weights": "fp4"}, "unknown number format 'fp4'; known: fp8, int4, nvfp4"),
+        (NVFP4 | {"weights": "fp4"}, "unknown number format 'fp4'; known: fp8, fp8_block"),
         (NVFP4 | {"weights": 8}, "must be a mapping of format, group_size, got 8"),
-        (NVFP4 | {"weights": {"group_size": 64}}, "format must be one of fp8, nvfp4, int4"),
+        (NVFP4 | {"weights": {"group_size": 64}}, "format must be one of fp8, fp8_channel"),
         (NVFP4 | {"weights": {"format": "int4", "bits": 3}}, "unknown key bits; allowed: format"),
         (NVFP4 | {"weights": {"format": "int4", "group_size": 48}}, "group_size 48 is not one of"),
-        (NVFP4 | {"weights": {"format": "int4", "group_size": "64"}}, "must be an integer"),
+        (
+            NVFP4 | {"weights": {"format": "int4", "group_size": "64"}},
+            "must be an integer or channel",
+        ),
         (NVFP4 | {"weights": {"format": "int4", "group_size": True}}, "must be an integer"),
         (NVFP4 | {"weights": {"format": "nvfp4", "group_size": 32}}, "is not one of nvfp4's: 16"),
+        (NVFP4 | {"algorithm": "gptq"}, "algorithm must be one of max, mse, four_over_six, got"),
+        (NVFP4 | {"algorithm": ["mse"]}, "algorithm must be one of max, mse, four_over_six, got"),
+        (
+            {"quantize": ["*"], "weights": "int4", "algorithm": "four_over_six"},
+            "four_over_six does not search the scales of int4, only of nvfp4",
+        ),
+        (
+            NVFP4 | {"weights": "int8_tensor"},
+            "int8_tensor is a format of inputs; weights may be fp8",
+        ),
+        (NVFP4 | {"weights": "fp8_group"}, "fp8_group is a format of inputs; weights may be fp8"),
     ],
 )
 def test_malformed_rule(rule: object, message: str) -> None:
@@ -130,17 +231,23 @@ def test_malformed_rule(rule: object, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "inputs"),
-    [("int4", "int4"), ("int4", "fp8"), ("fp8", "nvfp4"), ("nvfp4", "fp8")],
+    ("weights", "inputs", "known"),
+    [
+        ("int4", "int4", "int4 weights go with no inputs or fp8 inputs"),
+        ("int4", "fp8_channel", "int4 weights go with no inputs or fp8 inputs"),
+        ("fp8", "nvfp4", "fp8 weights go with fp8 inputs or no inputs"),
+        ("nvfp4", "fp8", "nvfp4 weights go with nvfp4 inputs or no inputs"),
+        ("fp8_block", "fp8", "fp8_block weights go with fp8_group inputs or no inputs"),
+        ("int8_group", "int8", "int8_group weights go with no inputs"),
+    ],
 )
-def test_unsupported_pair(weights: str, inputs: str) -> None:
-    message = f"{weights} weights with {inputs} inputs; supported: fp8 with no inputs; fp8 with fp8"
-    with pytest.raises(RecipeError, match=message):
+def test_unsupported_pair(weights: str, inputs: str, known: str) -> None:
+    with pytest.raises(RecipeError, match=f"{weights} weights with {inputs} inputs; {known}"):
         parse({"quantize": ["*"], "weights": weights, "inputs": inputs})
 
 
 def test_unknown_name_lists_the_choices() -> None:
-    with pytest.raises(RecipeError, match=r"'nvpf4'; choose one of fp8, int4, nvfp4, .*ModelOpt"):
+    with pytest.raises(RecipeError, match=r"'nvpf4'; choose one of fp8, .* nvfp4, .*ModelOpt"):
         load_recipe("nvpf4")
 
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,14 +6,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_quant.ckpt.dialects import get_dialect
+from megatron_quant.ckpt.dialects.base import Stored
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.verify import BOUNDS, verify
 from megatron_quant.errors import CheckpointError, VerifyError
 from tests.unit import exported
-from tests.unit.exported import CHOICES, CONFIG, INDEX, WRITTEN
+from tests.unit.exported import CONFIG, INDEX, WRITTEN
 
 ATTENTION = "model.layers.0.self_attn"
 EXPERT = "model.layers.0.mlp.experts.1"
+OUT = f"{ATTENTION}.o_proj"
+EXPERTS_DOWN = [f"mlp.experts.{e}.down_proj" for e in (0, 1)]
 ROUTER = "model.layers.0.mlp.gate"
 FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"
@@ -35,17 +39,18 @@ def nvfp4(tmp_path, weights):
 
 @pytest.mark.parametrize(("dialect", "choice"), WRITTEN)
 def test_good_export(tmp_path, weights, source, dialect, choice):
-    directory = exported.export(tmp_path / "out", dialect, exported.plan(choice), weights)
+    quant = exported.written_plan(dialect, choice)
+    directory = exported.export(tmp_path / "out", dialect, quant, weights)
     report = verify(directory, source)
     assert report.problems == ()
     report.raise_for_problems()
     assert [t.name for t in report.tensors] == list(weights)
     worst = report.worst(3)
     assert len(worst) == 3 and worst[0].error >= worst[1].error > 0
-    assert worst[0].error < BOUNDS[CHOICES[choice][0]] / 3
-    assert {t.name for t in report.tensors if not t.format} == {
-        n for n in weights if "norm" in n or n.rpartition(".")[0] in (ROUTER, "lm_head")
-    } | {"model.embed_tokens.weight"}
+    assert worst[0].error < BOUNDS[exported.formats(choice)[0].bits] / 3
+    assert {t.name.removesuffix(".weight") for t in report.tensors if t.format} == {
+        n for d in quant.quantized for n in d.slot.sources
+    }
 
 
 @pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
@@ -156,9 +161,9 @@ def test_unknown_architecture(nvfp4):
 
 def test_unknown_quant_method(nvfp4):
     exported.edit_json(
-        nvfp4 / "config.json", lambda c: c["quantization_config"].update(quant_method="gptq")
+        nvfp4 / "config.json", lambda c: c["quantization_config"].update(quant_method="hqq")
     )
-    broken(nvfp4, "gptq", "modelopt, compressed-tensors")
+    broken(nvfp4, "hqq", "modelopt, compressed-tensors")
 
 
 def test_unknown_algorithm(nvfp4):
@@ -280,7 +285,7 @@ def test_wrong_stored_shape(tmp_path, weights):
     directory = exported.export(tmp_path / "out", "compressed-tensors", plan, weights)
     name = f"{EXPERT}.down_proj.weight_shape"
     exported.edit(directory, lambda t: t[name].fill_(3))
-    broken(directory, name, "[3, 3] is not [128, 128]")
+    broken(directory, name, "is not what shape [128, 128] means")
 
 
 @pytest.mark.parametrize(
@@ -322,19 +327,99 @@ def test_unequal_weight_scales_of_fp8_are_legal(tmp_path, weights):
     assert verify(directory).problems == ()
 
 
+@pytest.mark.parametrize("suffix", ["qzeros", "g_idx"])
+def test_constants_of_gptq(tmp_path, weights, suffix):
+    directory = exported.export(tmp_path / "out", "gptq", exported.plan("int4"), weights)
+    exported.edit(directory, lambda t: t[f"{OUT}.{suffix}"][0].add_(1))
+    broken(directory, f"{OUT}.{suffix}", "is not what shape [128, 128] means")
+    with pytest.raises(CheckpointError, match=f"{suffix} is not what the config"):
+        QuantizedCheckpoint(directory).weight(f"{OUT}.weight", torch.float32)
+
+
+def test_gptq_without_group_index(tmp_path, weights, source):
+    directory = exported.export(tmp_path / "out", "gptq", exported.plan("int4"), weights)
+    exported.edit(directory, lambda t: [t.pop(n) for n in list(t) if n.endswith("g_idx")])
+    assert verify(directory, source).problems == ()
+
+
+@pytest.mark.parametrize("dialect", ["gptq", "awq", "auto-round"])
+def test_plain_weights_are_unquantized_whatever_the_config_says(tmp_path, weights, source, dialect):
+    quant = exported.plan("int4_asym" if dialect == "awq" else "int4", keep=lambda m: m == OUT)
+    directory = exported.export(tmp_path / "out", dialect, quant, weights)
+    for key in ("dynamic", "extra_config", "modules_to_not_convert"):
+        exported.edit_json(
+            directory / "config.json", lambda c, k=key: c["quantization_config"].pop(k, None)
+        )
+    report = verify(directory, source)
+    assert report.problems == ()
+    assert {t.name: t.format for t in report.tensors}[f"{OUT}.weight"] == ""
+
+
+# The KV cache
+
+
+def with_cache(directory: Path, dialect: str, weights: exported.Tensors) -> Path:
+    quant = replace(exported.plan("fp8"), kv_cache="fp8")
+    exported.export(directory, dialect, quant, weights)
+    scales = {
+        f"{ATTENTION}.{s.suffix}": s.to_disk(torch.tensor(0.5)) for s in cache_scales(dialect)
+    }
+    exported.edit(directory, lambda t: t.update(scales))
+    return directory
+
+
+def cache_scales(dialect: str) -> tuple[Stored, ...]:
+    return get_dialect(dialect).cache_scales
+
+
+@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
+def test_kv_cache(tmp_path, weights, source, dialect):
+    directory = with_cache(tmp_path / "out", dialect, weights)
+    assert verify(directory, source).problems == ()
+    checkpoint = QuantizedCheckpoint(directory)
+    assert checkpoint.kv_cache == "fp8" and sorted(checkpoint) == sorted(weights)
+
+
+@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
+def test_bad_scales_of_the_kv_cache(tmp_path, weights, dialect):
+    directory = with_cache(tmp_path / "out", dialect, weights)
+    keys, values = (f"{ATTENTION}.{s.suffix}" for s in cache_scales(dialect))
+    exported.edit(directory, lambda t: t[keys].fill_(float("nan")))
+    broken(directory, keys, "NaN or infinity")
+    exported.edit(directory, lambda t: (t.pop(keys), t[values].fill_(0)))
+    problems = verify(directory).problems
+    assert len(problems) == 2 and "missing" in problems[0] and "not positive" in problems[1]
+    exported.edit(directory, lambda t: t.update({keys: torch.ones(2), values: torch.ones(2)}))
+    assert all("torch.float32 [2], not" in p for p in verify(directory).problems)
+
+
+def test_scales_of_a_cache_that_is_not_declared(tmp_path, weights):
+    directory = with_cache(tmp_path / "out", "compressed-tensors", weights)
+    exported.edit_json(
+        directory / "config.json", lambda c: c["quantization_config"].update(kv_cache_scheme=None)
+    )
+    problems = verify(directory).problems
+    assert len(problems) == 2 and all("knows no such tensor" in p for p in problems)
+
+
 # Against the source
 
 
 @pytest.mark.parametrize(("dialect", "choice"), WRITTEN)
 def test_swapped_weights(tmp_path, weights, source, dialect, choice):
-    directory = exported.export(tmp_path / "out", dialect, exported.plan(choice), weights)
-    modules = [f"model.layers.0.mlp.experts.{e}.down_proj" for e in (0, 1)]
-    stored = get_dialect(dialect).stored(*exported.formats(choice))
+    """Every tensor of two modules in the other's place: nothing but the values is wrong."""
+    quant = exported.written_plan(dialect, choice)
+    directory = exported.export(tmp_path / "out", dialect, quant, weights)
+    dense = (dialect, choice) in exported.DENSE_ONLY
+    pair = ("self_attn.k_proj", "self_attn.v_proj") if dense else EXPERTS_DOWN
+    modules = [f"model.layers.0.{name}" for name in pair]
+    suffixes = {n.removeprefix(f"{modules[0]}.") for n in exported.read(directory)} - weights.keys()
 
     def swap(tensors):
-        for name in ([f"{m}.{s.suffix}" for m in modules] for s in stored):
-            a, b = name
-            tensors[a], tensors[b] = tensors[b], tensors[a]
+        for suffix in suffixes:
+            a, b = (f"{m}.{suffix}" for m in modules)
+            if a in tensors:
+                tensors[a], tensors[b] = tensors[b], tensors[a]
 
     exported.edit(directory, swap)
     assert verify(directory).problems == ()
@@ -343,16 +428,29 @@ def test_swapped_weights(tmp_path, weights, source, dialect, choice):
     assert all("relative error" in p for p in problems)
 
 
+def doubled(scale: torch.Tensor) -> None:
+    scale.mul_(2)
+
+
+def exponents_up(scale: torch.Tensor) -> None:
+    scale.add_(1)
+
+
 @pytest.mark.parametrize(("dialect", "choice"), WRITTEN)
 def test_doubled_scale(tmp_path, weights, source, dialect, choice):
-    directory = exported.export(tmp_path / "out", dialect, exported.plan(choice), weights)
+    quant = exported.written_plan(dialect, choice)
+    directory = exported.export(tmp_path / "out", dialect, quant, weights)
     scale = next(
         s.suffix
         for s in reversed(get_dialect(dialect).stored(*exported.formats(choice)))
         if s.field in ("scale", "tensor_scale")
     )
-    exported.edit(directory, lambda t: t[f"{EXPERT}.down_proj.{scale}"].mul_(2))
-    broken(directory, f"{EXPERT}.down_proj.weight", "relative error", against=source)
+    microscaled = choice.startswith("mx")  # a step of the exponent
+    exported.edit(
+        directory,
+        lambda t: t[f"{OUT}.{scale}"].add_(1) if microscaled else t[f"{OUT}.{scale}"].mul_(2),
+    )
+    broken(directory, f"{OUT}.weight", "relative error", against=source)
 
 
 def test_changed_plain_weight(nvfp4, source):

@@ -4,11 +4,12 @@ import torch
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.verify import relative_error
 from megatron_quant.errors import CheckpointError
-from megatron_quant.formats import tensor_scale
+from megatron_quant.formats import decode, encode, tensor_scale
 from tests.unit import exported
-from tests.unit.exported import CHOICES, INPUT_AMAX, WRITTEN
+from tests.unit.exported import INPUT_AMAX, WRITTEN
 
 DOWN = "model.layers.0.mlp.experts.1.down_proj"
+OUT = "model.layers.0.self_attn.o_proj"
 
 
 @pytest.fixture(scope="module")
@@ -23,33 +24,33 @@ def nvfp4(tmp_path, weights):
 
 @pytest.mark.parametrize(("dialect", "choice"), WRITTEN)
 def test_decodes_what_was_exported(tmp_path, weights, dialect, choice):
-    checkpoint = QuantizedCheckpoint(
-        exported.export(tmp_path, dialect, exported.plan(choice), weights)
-    )
+    quant = exported.written_plan(dialect, choice)
+    checkpoint = QuantizedCheckpoint(exported.export(tmp_path, dialect, quant, weights))
     assert sorted(checkpoint) == sorted(weights)
-    linears = {m for d in exported.plan(choice).quantized for m in d.slot.sources}
-    assert set(checkpoint.modules) == linears
-    fmt, inputs = exported.formats(choice)
-    assert {(f.weights, f.inputs) for f in checkpoint.modules.values()} == {(fmt, inputs)}
+    linears = {m for d in quant.quantized for m in d.slot.sources}
+    assert checkpoint.modules == dict.fromkeys(linears, exported.read_format(dialect, choice))
+    fmt, _ = exported.formats(choice)
     for name, w in weights.items():
         decoded = checkpoint.weight(name, torch.float32)
-        error = relative_error(w.float(), decoded)
-        assert error < 0.15 if name.removesuffix(".weight") in linears else error == 0
+        if name.removesuffix(".weight") not in linears:
+            assert torch.equal(decoded, w.float())
+        elif fmt.tensor_scale:  # shared with what the weight is fused with
+            assert relative_error(w.float(), decoded) < 0.15
+        else:
+            assert torch.equal(decoded, decode(encode(w, fmt, None), fmt, torch.float32))
         assert torch.equal(checkpoint.weight(name, torch.bfloat16), decoded.bfloat16())
 
 
 @pytest.mark.parametrize(("dialect", "choice"), WRITTEN)
 def test_input_scales(tmp_path, weights, dialect, choice):
-    checkpoint = QuantizedCheckpoint(
-        exported.export(tmp_path, dialect, exported.plan(choice), weights)
-    )
-    inputs = CHOICES[choice][1]
-    scale = checkpoint.input_scale(DOWN)
-    if inputs is None:
+    quant = exported.written_plan(dialect, choice)
+    checkpoint = QuantizedCheckpoint(exported.export(tmp_path, dialect, quant, weights))
+    _, inputs = exported.formats(choice)
+    scale = checkpoint.input_scale(OUT)
+    if inputs is None or not inputs.tensor_scale:
         assert scale is None
     else:
-        expected = tensor_scale(INPUT_AMAX, exported.formats(choice)[1]).item()
-        assert scale == pytest.approx(expected, rel=2**-23)
+        assert scale == pytest.approx(tensor_scale(INPUT_AMAX, inputs).item(), rel=2**-23)
     assert checkpoint.input_scale("lm_head") is None
 
 
@@ -78,9 +79,9 @@ def test_missing_directory(tmp_path):
 
 def test_unknown_method(nvfp4):
     exported.edit_json(
-        nvfp4 / "config.json", lambda c: c["quantization_config"].update(quant_method="awq")
+        nvfp4 / "config.json", lambda c: c["quantization_config"].update(quant_method="hqq")
     )
-    with pytest.raises(CheckpointError, match=r"'awq'.*known: modelopt, compressed-tensors"):
+    with pytest.raises(CheckpointError, match=r"'hqq'.*known: modelopt, compressed-tensors, gptq"):
         QuantizedCheckpoint(nvfp4)
 
 

@@ -1,17 +1,49 @@
 """What every dialect asks of a plan before it writes a config, and of a config when it reads."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
-from megatron_quant.ckpt.dialects.base import ModuleFormat
-from megatron_quant.errors import FormatError
+from megatron_quant.ckpt.dialects.base import Layer, ModuleFormat, layer_of
+from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.formats.spec import CHANNEL, Format
 from megatron_quant.recipes.plan import QuantPlan
 
 LM_HEAD = "lm_head"
 """Always listed as unquantized: a tied output layer is a linear to the engines, but no tensor."""
 EMBEDDING = "embed_tokens"
 """Last part of the name of a 2-D weight that is no linear, whatever a config's target says."""
-_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+"""Engines fuse these on load, and match a config's names against the fused name too."""
+_EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
+_GROUPED = ("int4", "int4_asym", "int8_group")
+
+
+def format_of_modules(plan: QuantPlan) -> dict[str, ModuleFormat]:
+    """Hugging Face module -> its format, of all that ``plan`` quantizes.
+
+    Raises FormatError where that is nothing.
+    """
+    found = {
+        module: ModuleFormat(decision.weights, decision.inputs)
+        for decision in plan.quantized
+        if decision.weights is not None
+        for module in decision.slot.sources
+    }
+    if not found:
+        raise FormatError(f"recipe {plan.recipe!r} quantizes no weight, so there is no format")
+    return found
+
+
+def formats_of(plan: QuantPlan) -> list[ModuleFormat]:
+    """The formats of ``plan``, the one of most modules first."""
+    return [f for f, _ in Counter(format_of_modules(plan).values()).most_common()]
 
 
 def only_format(plan: QuantPlan, dialect: str) -> ModuleFormat:
@@ -19,29 +51,35 @@ def only_format(plan: QuantPlan, dialect: str) -> ModuleFormat:
 
     Raises FormatError where there is none, or more than one.
     """
-    found = list(dict.fromkeys(_formats(plan)))
-    if not found:
-        raise FormatError(f"recipe {plan.recipe!r} quantizes no weight, so there is no format")
+    found = formats_of(plan)
     if len(found) > 1:
         listed = ", ".join(describe(f) for f in found)
         raise FormatError(
-            f"mixed precision needs per-layer configs, which {dialect} export does not write: "
-            f"recipe {plan.recipe!r} has {listed}; use one format and exclude the other layers"
+            f"recipe {plan.recipe!r} has {listed}, but a {dialect} checkpoint has one format: use "
+            "one and exclude the other layers, or export compressed-tensors or modelopt"
         )
     return found[0]
 
 
-def _formats(plan: QuantPlan) -> Iterable[ModuleFormat]:
-    for decision in plan.quantized:
-        assert decision.weights is not None
-        yield ModuleFormat(decision.weights, decision.inputs)
-
-
 def describe(fmt: ModuleFormat) -> str:
     """``nvfp4 weights with nvfp4 inputs``, for messages."""
-    group = f" (group {fmt.weights.group_size})" if fmt.weights.name == "int4" else ""
     inputs = f"with {fmt.inputs.name} inputs" if fmt.inputs else "without quantized inputs"
-    return f"{fmt.weights.name}{group} weights {inputs}"
+    return f"{fmt.weights.name}{_group(fmt.weights)} weights {inputs}"
+
+
+def _group(weights: Format) -> str:
+    if weights.name not in _GROUPED:
+        return ""
+    return f" (group {'channel' if weights.group_size == CHANNEL else weights.group_size})"
+
+
+def refuse_cache(plan: QuantPlan, dialect: str) -> None:
+    """Raise FormatError where ``plan`` stores keys and values in FP8: the dialect cannot say so."""
+    if plan.kv_cache:
+        raise FormatError(
+            f"a {dialect} checkpoint has no scales of a {plan.kv_cache} KV cache; export "
+            "modelopt or compressed-tensors, or leave kv_cache out"
+        )
 
 
 def excluded(plan: QuantPlan) -> list[str]:
@@ -63,7 +101,7 @@ def _refuse_partial_experts(plan: QuantPlan) -> None:
     seen: dict[str, tuple[bool, str]] = {}
     for decision in plan.decisions:
         for name in decision.slot.sources:
-            match = _EXPERT.match(name)
+            match = _EXPERTS.match(name)
             if match is None or not _is_matrix(decision.slot.shape):
                 continue
             quantized, first = seen.setdefault(match[1], (decision.quantized, name))
@@ -72,6 +110,67 @@ def _refuse_partial_experts(plan: QuantPlan) -> None:
                     f"{name} and {first} are not both quantized; engines run the experts of "
                     "a layer as one kernel: quantize all of a layer's experts or none"
                 )
+
+
+def refuse_substrings(plan: QuantPlan, names: list[str]) -> None:
+    """Raise FormatError where one of ``names`` is part of a quantized module's name.
+
+    For configs whose exclusions vLLM takes for plain substrings of the modules that it leaves
+    alone, fused names included.
+    """
+    quantized = "\n".join(
+        dict.fromkeys(p for d in plan.quantized for n in d.slot.sources for p in _prefixes(n))
+    )
+    for name in names:
+        at = quantized.find(name)
+        if at >= 0:
+            end = quantized.find("\n", at)
+            hit = quantized[quantized.rfind("\n", 0, at) + 1 : end if end >= 0 else None]
+            raise FormatError(
+                f"vLLM would leave quantized {hit} unquantized, since excluded {name} is a "
+                "substring of its name; exclude both, quantize both, or export compressed-tensors"
+            )
+
+
+def _prefixes(module: str) -> tuple[str, ...]:
+    parent, _, leaf = module.rpartition(".")
+    return (module, f"{parent}.{FUSED[leaf]}") if leaf in FUSED else (module,)
+
+
+def patterns(modules: Iterable[str]) -> list[str]:
+    """Regular expressions that match ``modules`` and the names that engines give to fused ones.
+
+    One for each parent module, or for all experts of a layer, whose projections engines rename:
+    either all experts of a layer are among ``modules`` or none.
+    """
+    parents: dict[str, list[str]] = {}
+    for module in modules:
+        if layer_of(module) is Layer.EXPERT:
+            match = _EXPERTS.match(module)
+            assert match is not None, module
+            parents.setdefault(match[1], [])
+        else:
+            parent, _, leaf = module.rpartition(".")
+            parents.setdefault(parent, []).append(leaf)
+    return [_pattern(parent, leaves) for parent, leaves in parents.items()]
+
+
+def _pattern(parent: str, leaves: list[str]) -> str:
+    if not leaves:
+        return rf"^{re.escape(parent)}(\..*)?$"
+    fused = [FUSED[leaf] for leaf in leaves if leaf in FUSED]
+    prefix = re.escape(f"{parent}.") if parent else ""
+    return f"^{prefix}({'|'.join(map(re.escape, dict.fromkeys([*leaves, *fused])))})$"
+
+
+def expression(pattern: str) -> re.Pattern[str]:
+    """A regular expression of a checkpoint's config; CheckpointError where it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise CheckpointError(
+            f"quantization_config: {pattern!r} is no regular expression: {error}"
+        ) from None
 
 
 def linears(modules: Iterable[str]) -> list[str]:

@@ -5,44 +5,40 @@ scales are DIVISORS here: the inverse of the codec's. fp8 weights without quanti
 read by transformers and, outside experts, by vLLM, which refuses them for experts by name.
 """
 
-import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE, ModuleFormat, Stored
-from megatron_quant.ckpt.dialects.common import describe, excluded, linears, only_format
-from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.formats.spec import WHOLE, Format, get_format
+from megatron_quant.ckpt.dialects import compressed_config
+from megatron_quant.ckpt.dialects.base import (
+    FLOATS,
+    INPUT_SCALE,
+    K_SCALE,
+    SHAPE,
+    V_SCALE,
+    Dialect,
+    Layer,
+    ModuleFormat,
+    Stored,
+    scalar_of_one,
+)
+from megatron_quant.ckpt.dialects.common import (
+    describe,
+    excluded,
+    expression,
+    format_of_modules,
+    formats_of,
+    linears,
+    patterns,
+)
+from megatron_quant.ckpt.dialects.packing import along_rows, from_along_rows
+from megatron_quant.errors import FormatError
+from megatron_quant.formats.spec import WHOLE, Format
 from megatron_quant.recipes.plan import QuantPlan
 
-LAYOUTS = {
-    "fp8": "float-quantized",
-    "nvfp4": "nvfp4-pack-quantized",
-    "int4": "pack-quantized",
-}
-"""Format of the weights -> ``format`` of the config."""
-_INPUTS: dict[str, tuple[str | None, ...]] = {
-    "fp8": ("fp8", None),
-    "nvfp4": ("nvfp4", None),
-    "int4": (None,),
-}
-# What identifies a format among quantization arguments; group size is read apart.
-_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "fp8": {"num_bits": 8, "type": "float", "strategy": "tensor"},
-    "nvfp4": {"num_bits": 4, "type": "float", "strategy": "tensor_group"},
-    "int4": {"num_bits": 4, "type": "int", "strategy": "group"},
-}
+_E4M3, _U8, _F32 = torch.float8_e4m3fn, torch.uint8, torch.float32
 _SCALAR = (WHOLE, WHOLE)
-
-
-def _one(scalar: torch.Tensor) -> torch.Tensor:
-    return scalar.reshape(1)
-
-
-def _zero_dim(scalar: torch.Tensor) -> torch.Tensor:
-    return scalar.reshape(())
 
 
 def _one_inverse(scalar: torch.Tensor) -> torch.Tensor:
@@ -53,119 +49,119 @@ def _zero_dim_inverse(scalar: torch.Tensor) -> torch.Tensor:
     return scalar.reshape(()).reciprocal()
 
 
-def _scale(suffix: str, field: str) -> Stored:
-    return Stored(suffix, field, torch.float32, _SCALAR, (1,), _one, _zero_dim)
-
-
 def _divisor(suffix: str, field: str) -> Stored:
-    return Stored(suffix, field, torch.float32, _SCALAR, (1,), _one_inverse, _zero_dim_inverse)
+    return Stored(suffix, field, _F32, _SCALAR, (1,), _one_inverse, _zero_dim_inverse)
+
+
+def _scales(weights: Format) -> Stored:
+    """Scales of rows, groups or blocks, in the dtype in which the codec rounds them."""
+    field = weights.field("scale")
+    return Stored("weight_scale", "scale", field.dtype, field.block, also=FLOATS)
+
+
+def _packed(weights: Format) -> tuple[Stored, ...]:
+    words = Stored("weight_packed", "elements", torch.int32, weights.fields[0].block)
+    tensors = (words, _scales(weights), Stored("weight_shape", SHAPE, torch.int64, _SCALAR))
+    if not weights.zero_point:
+        return tensors
+    block = (8, weights.field("zero").block[1])
+    zeros = ("weight_zero_point", "zero", torch.int32, block, (), along_rows, from_along_rows)
+    return (*tensors, Stored(*zeros))
 
 
 def _weight_tensors(weights: Format) -> tuple[Stored, ...]:
     group = (1, weights.group_size)
-    tables = {
-        "fp8": (
-            Stored("weight", "elements", torch.float8_e4m3fn, (1, 1)),
-            _scale("weight_scale", "scale"),
-        ),
-        "nvfp4": (
-            Stored("weight_packed", "elements", torch.uint8, (1, 2)),
-            Stored("weight_scale", "block_scale", torch.float8_e4m3fn, group),
-            _divisor("weight_global_scale", "tensor_scale"),
-        ),
-        "int4": (
-            Stored("weight_packed", "elements", torch.int32, (1, 8)),
-            Stored("weight_scale", "scale", torch.bfloat16, group),
-            Stored("weight_shape", SHAPE, torch.int64, _SCALAR, (2,)),
-        ),
-    }
-    return tables[weights.name]
+    fp8 = Stored("weight", "elements", _E4M3, (1, 1))
+    nibbles = Stored("weight_packed", "elements", _U8, (1, 2))
+    match weights.name:
+        case "fp8":
+            return fp8, scalar_of_one("weight_scale", "scale")
+        case "fp8_channel" | "fp8_block":
+            return fp8, _scales(weights)
+        case "int8":
+            return Stored("weight", "elements", torch.int8, (1, 1)), _scales(weights)
+        case "nvfp4":
+            blocks = Stored("weight_scale", "block_scale", _E4M3, group)
+            return nibbles, blocks, _divisor("weight_global_scale", "tensor_scale")
+        case "mxfp8":
+            return fp8, Stored("weight_scale", "scale", _U8, group)
+        case "mxfp4":
+            return nibbles, Stored("weight_scale", "scale", _U8, group)
+        case _:
+            return _packed(weights)
 
 
 def _input_tensors(inputs: Format | None) -> tuple[Stored, ...]:
-    if inputs is None:
+    if inputs is None or not inputs.tensor_scale:
         return ()
     if inputs.name == "nvfp4":
         return (_divisor("input_global_scale", INPUT_SCALE),)
-    return (_scale("input_scale", INPUT_SCALE),)
+    return (scalar_of_one("input_scale", INPUT_SCALE),)
 
 
-def _arguments(fmt: Format, dynamic: bool | str) -> dict[str, Any]:
+def _group_of(fmt: ModuleFormat, targets: list[str]) -> dict[str, Any]:
+    return {"targets": targets, **compressed_config.group(fmt)}
+
+
+def _groups(plan: QuantPlan) -> dict[str, Any]:
+    """One group for all linears, or one for each format, with its modules by name."""
+    formats = formats_of(plan)
+    if len(formats) == 1:
+        return {"group_0": _group_of(formats[0], ["Linear"])}
+    by_module = format_of_modules(plan)
     return {
-        **_ARGUMENTS[fmt.name],
-        "symmetric": True,
-        "group_size": fmt.group_size or None,
-        "dynamic": dynamic,
-        "actorder": None,
-        "block_structure": None,
-        "observer": "minmax",
-        "observer_kwargs": {},
+        f"group_{i}": _group_of(fmt, [f"re:{p}" for p in patterns(_modules_in(by_module, fmt))])
+        for i, fmt in enumerate(formats)
     }
 
 
-def _group(fmt: ModuleFormat) -> dict[str, Any]:
-    inputs = None
-    if fmt.inputs is not None:
-        # "local": the tensor's scale is static, the blocks' are computed as they come.
-        inputs = _arguments(fmt.inputs, "local" if fmt.inputs.name == "nvfp4" else False)
-    return {
-        "targets": ["Linear"],
-        "format": LAYOUTS[fmt.weights.name],
-        "weights": _arguments(fmt.weights, False),
-        "input_activations": inputs,
-        "output_activations": None,
-    }
+def _modules_in(formats: Mapping[str, ModuleFormat], wanted: ModuleFormat) -> list[str]:
+    return [module for module, fmt in formats.items() if fmt == wanted]
 
 
-class CompressedTensors:
+class CompressedTensors(Dialect):
     """Dialect ``compressed-tensors``; see :class:`megatron_quant.ckpt.dialects.base.Dialect`."""
 
     name = "compressed-tensors"
-    extra_names: tuple[str, ...] = ()
+    cache_scales: tuple[Stored, ...] = (
+        scalar_of_one("k_scale", K_SCALE),
+        scalar_of_one("v_scale", V_SCALE),
+    )
 
-    def stored(self, weights: Format, inputs: Format | None) -> tuple[Stored, ...]:
+    def stored(
+        self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
+    ) -> tuple[Stored, ...]:
         """Tensors of a quantized module. Raises FormatError where no engine reads the pair."""
-        if (inputs.name if inputs else None) not in _INPUTS.get(weights.name, ()):
+        fmt = ModuleFormat(weights, inputs)
+        compressed_config.layout(fmt)
+        if layer is Layer.EXPERT and fmt.inputs and fmt.inputs.name == "int8_tensor":
             raise FormatError(
-                f"compressed-tensors export has no {describe(ModuleFormat(weights, inputs))}; "
-                "it writes fp8 and nvfp4 with inputs of the same format or none, int4 with none"
+                f"no engine runs experts with {describe(fmt)}; give experts inputs: int8 "
+                "(a scale per token, no calibration)"
             )
         return (*_weight_tensors(weights), *_input_tensors(inputs))
 
     def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
-        """For config.json. Raises FormatError for a plan without one common format."""
-        fmt = only_format(plan, self.name)
-        self.stored(fmt.weights, fmt.inputs)
+        """For config.json; more than one format makes it ``mixed-precision``."""
+        layouts = list(dict.fromkeys(compressed_config.layout(f) for f in formats_of(plan)))
         return {
             "quant_method": self.name,
-            "format": LAYOUTS[fmt.weights.name],
+            "format": layouts[0] if len(layouts) == 1 else compressed_config.MIXED,
             "quantization_status": "compressed",
             "version": "0.20.0",
             "global_compression_ratio": None,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": compressed_config.kv_cache_scheme(plan.kv_cache),
             "ignore": excluded(plan),
-            "config_groups": {"group_0": _group(fmt)},
+            "config_groups": _groups(plan),
         }
-
-    def extra_files(self, plan: QuantPlan) -> dict[str, dict[str, Any]]:
-        """None: config.json says it all."""
-        return {}
-
-    def check_extra_files(
-        self, config: Mapping[str, Any], files: Mapping[str, Any]
-    ) -> tuple[str, ...]:
-        """Nothing to contradict."""
-        return ()
 
     def read_config(
         self, config: Mapping[str, Any], modules: tuple[str, ...]
     ) -> dict[str, ModuleFormat]:
-        """Inverse of :meth:`quantization_config`; also several groups, and ``re:`` names.
+        """Inverse of :meth:`quantization_config`; names may be exact, ``re:`` patterns or classes.
 
-        Raises CheckpointError for arguments or targets that are not of this dialect's formats.
+        Raises CheckpointError for arguments that are not of this dialect's formats.
         """
-        if config.get("kv_cache_scheme"):
-            raise CheckpointError("quantization_config has a kv_cache_scheme, which is not read")
         groups = [_read_group(g, config) for g in (config.get("config_groups") or {}).values()]
         ignore = _Names(config.get("ignore") or ())
         found: dict[str, ModuleFormat] = {}
@@ -179,13 +175,17 @@ class CompressedTensors:
                 found[module] = fmt
         return found
 
+    def read_kv_cache(self, config: Mapping[str, Any]) -> str:
+        """``fp8`` where the config has a kv_cache_scheme; CheckpointError for another cache."""
+        return compressed_config.read_kv_cache(config)
+
 
 class _Names:
     """Exact names and ``re:`` patterns, as compressed-tensors matches them."""
 
     def __init__(self, names: Any) -> None:
         self.exact = {n for n in names if not n.startswith("re:")}
-        self.patterns = [re.compile(n[3:]) for n in names if n.startswith("re:")]
+        self.patterns = [expression(n[3:]) for n in names if n.startswith("re:")]
 
     def match(self, module: str) -> bool:
         return module in self.exact or any(p.match(module) for p in self.patterns)
@@ -195,36 +195,5 @@ def _read_group(
     group: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[_Names, bool, ModuleFormat]:
     """Named targets, whether all linears are meant, and the format."""
-    weights = _read_arguments(group.get("weights") or {}, (False, None))
-    inputs = None
-    if group.get("input_activations"):
-        inputs = _read_arguments(group["input_activations"], (False, "local", None))
-    layout = group.get("format") or config.get("format")
-    pair = (inputs.name if inputs else None) in _INPUTS[weights.name]
-    if layout != LAYOUTS[weights.name] or not pair:
-        raise CheckpointError(
-            f"compressed-tensors format {layout!r} with "
-            f"{describe(ModuleFormat(weights, inputs))} is not read; "
-            f"known: {', '.join(LAYOUTS.values())}"
-        )
     targets = group.get("targets") or ()
-    return _Names(targets), "Linear" in targets, ModuleFormat(weights, inputs)
-
-
-def _read_arguments(arguments: Mapping[str, Any], dynamic: tuple[Any, ...]) -> Format:
-    matching = [n for n, wanted in _ARGUMENTS.items() if wanted.items() <= _plain(arguments)]
-    symmetric = arguments.get("symmetric", True)
-    try:
-        if matching and symmetric and arguments.get("dynamic") in dynamic:
-            return get_format(matching[0], arguments.get("group_size"))
-    except FormatError as error:
-        raise CheckpointError(f"quantization_config: {error}") from None
-    shown = {k: arguments.get(k) for k in ("num_bits", "type", "strategy", "symmetric", "dynamic")}
-    raise CheckpointError(
-        f"compressed-tensors arguments {shown} are not read; known: "
-        + ", ".join(f"{n} {a}" for n, a in _ARGUMENTS.items())
-    )
-
-
-def _plain(arguments: Mapping[str, Any]) -> Set[tuple[str, Any]]:
-    return {(k, arguments.get(k)) for k in ("num_bits", "type", "strategy")}
+    return _Names(targets), "Linear" in targets, compressed_config.read_group(group, config)

@@ -2,159 +2,151 @@
 
 Read by vLLM, SGLang and TensorRT-LLM; transformers has no reader for it. Names, shapes and JSON
 follow ModelOpt 0.47 (``modelopt/torch/export``). Every scale multiplies to dequantize.
-``W4A16_AWQ`` (int4) is for TensorRT-LLM only: vLLM rejects the algorithm by name.
+``W4A16_AWQ`` and ``W4A8_AWQ`` are for TensorRT-LLM only: vLLM rejects the algorithms by name.
 """
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-from megatron_quant.ckpt.dialects.base import INPUT_SCALE, ModuleFormat, Stored
-from megatron_quant.ckpt.dialects.common import describe, excluded, linears, only_format
-from megatron_quant.ckpt.dialects.row_pairs import bytes_to_int4, int4_to_bytes
-from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.formats.spec import WHOLE, Format, get_format
+from megatron_quant.ckpt.dialects import modelopt_config
+from megatron_quant.ckpt.dialects.base import (
+    INPUT_SCALE,
+    K_SCALE,
+    V_SCALE,
+    WEIGHT_SCALE,
+    Dialect,
+    Layer,
+    ModuleFormat,
+    Stored,
+    layer_of,
+    scalar,
+)
+from megatron_quant.ckpt.dialects.common import (
+    excluded,
+    format_of_modules,
+    formats_of,
+    refuse_substrings,
+)
+from megatron_quant.ckpt.dialects.modelopt_config import algorithm_of
+from megatron_quant.ckpt.dialects.packing import from_row_pairs, row_pairs
+from megatron_quant.errors import FormatError
+from megatron_quant.formats.spec import WHOLE, Format
 from megatron_quant.recipes.plan import QuantPlan
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
-ALGORITHMS: dict[str, tuple[str, str | None]] = {
-    "FP8": ("fp8", "fp8"),
-    "NVFP4": ("nvfp4", "nvfp4"),
-    "W4A16_NVFP4": ("nvfp4", None),
-    "W4A16_AWQ": ("int4", None),
+_E4M3, _U8, _F32 = torch.float8_e4m3fn, torch.uint8, torch.float32
+
+
+def _column(value: torch.Tensor) -> torch.Tensor:
+    return value[:, None]
+
+
+def _four_dims(value: torch.Tensor) -> torch.Tensor:
+    return value[:, None, :, None]
+
+
+def _two_dims(value: torch.Tensor) -> torch.Tensor:
+    return value[:, 0, :, 0]
+
+
+_CHANNEL_SCALE = Stored(
+    "weight_scale", "scale", _F32, (1, WHOLE), (), torch.Tensor.flatten, _column, (0,)
+)
+# The loader of block FP8 experts is that of DeepSeek's checkpoints; that of linears is not.
+_BLOCK = (128, 128)
+_BLOCK_SCALE = {
+    Layer.DENSE: Stored(
+        "weight_scale", "scale", _F32, _BLOCK, (), _four_dims, _two_dims, (0, -1, 1, -1)
+    ),
+    Layer.EXPERT: Stored("weight_scale_inv", "scale", _F32, _BLOCK),
 }
-"""``quant_algo`` -> formats of weights and inputs."""
-# Readers look for this producer to know the convention, whoever wrote the files.
-_PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-_SCALAR = (WHOLE, WHOLE)
-# Engines fuse these on load, and match exclusions against the fused name too.
-_FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 
-def _weight_tensors(weights: Format) -> tuple[Stored, ...]:
-    group = (1, weights.group_size)
-    tables = {
-        "fp8": (
-            Stored("weight", "elements", torch.float8_e4m3fn, (1, 1)),
-            Stored("weight_scale", "scale", torch.float32, _SCALAR),
-        ),
+def _weight_tensors(weights: Format, layer: Layer) -> tuple[Stored, ...]:
+    group = (1, weights.group_size if weights.group_size > 0 else WHOLE)
+    fp8 = Stored("weight", "elements", _E4M3, (1, 1))
+    tables: dict[str, tuple[Stored, ...]] = {
+        "fp8": (fp8, scalar("weight_scale", "scale")),
+        "fp8_channel": (fp8, _CHANNEL_SCALE),
+        "fp8_block": (fp8, _BLOCK_SCALE[layer]),
+        "mxfp8": (fp8, Stored("weight_scale", "scale", _U8, group)),
         "nvfp4": (
-            Stored("weight", "elements", torch.uint8, (1, 2)),
-            Stored("weight_scale", "block_scale", torch.float8_e4m3fn, group),
-            Stored("weight_scale_2", "tensor_scale", torch.float32, _SCALAR),
+            Stored("weight", "elements", _U8, (1, 2)),
+            Stored("weight_scale", "block_scale", _E4M3, group),
+            scalar("weight_scale_2", "tensor_scale"),
         ),
         "int4": (
-            Stored(
-                "weight",
-                "elements",
-                torch.uint8,
-                (2, 1),
-                to_disk=int4_to_bytes,
-                from_disk=bytes_to_int4,
-            ),
-            Stored(
-                "weight_scale",
-                "scale",
-                torch.float32,
-                group,
-                to_disk=torch.Tensor.float,
-                from_disk=torch.Tensor.bfloat16,
-            ),
+            Stored("weight", "elements", _U8, (2, 1), (), row_pairs, from_row_pairs),
+            Stored("weight_scale", "scale", _F32, group, to_disk=torch.Tensor.float),
         ),
     }
     return tables[weights.name]
 
 
-def _algorithm(weights: Format, inputs: Format | None) -> str:
-    pair = (weights.name, inputs.name if inputs else None)
-    for algorithm, formats in ALGORITHMS.items():
-        if formats == pair:
-            return algorithm
-    if pair == ("fp8", None):
-        raise FormatError(
-            "fp8 weights without quantized inputs: modelopt's FP8 requires an input scale for "
-            "every layer; calibrate the inputs too, or export compressed-tensors"
-        )
-    raise FormatError(
-        f"modelopt export has no {describe(ModuleFormat(weights, inputs))}; "
-        f"it writes {', '.join(ALGORITHMS)}"
+def _input_tensors(algorithm: str, inputs: Format | None) -> tuple[Stored, ...]:
+    if inputs is None or not inputs.tensor_scale:
+        return ()
+    static = scalar("input_scale", INPUT_SCALE)
+    return (
+        (scalar("weight_scale_2", WEIGHT_SCALE), static) if algorithm == "W4A8_AWQ" else (static,)
     )
 
 
-def _group(fmt: ModuleFormat) -> dict[str, Any]:
-    kind = "int" if fmt.weights.name == "int4" else "float"
-    arguments: dict[str, Any] = {"dynamic": False, "num_bits": fmt.weights.bits, "type": kind}
-    if fmt.weights.group_size:
-        arguments["group_size"] = fmt.weights.group_size
-    group: dict[str, Any] = {"targets": ["Linear"], "weights": arguments}
-    if fmt.inputs:
-        group["input_activations"] = dict(arguments)
-    return group
+def _refuse_experts(plan: QuantPlan) -> None:
+    """Block FP8 experts have a loader only where every layer says its format by name."""
+    formats = format_of_modules(plan)
+    experts = [m for m in formats if layer_of(m) is Layer.EXPERT]
+    if experts and len(formats_of(plan)) == 1 and formats[experts[0]].weights.name == "fp8_block":
+        raise FormatError(
+            f"{experts[0]}: engines load no FP8_PB_WO experts where the whole model has that "
+            "format; export fp8 or compressed-tensors, or give attention another format, such as "
+            "fp8 with fp8 inputs"
+        )
 
 
-def _refuse_substrings(plan: QuantPlan, names: list[str]) -> None:
-    """vLLM takes every listed name for a plain substring of the modules that it leaves alone."""
-    quantized = "\n".join(p for d in plan.quantized for n in d.slot.sources for p in _prefixes(n))
-    for name in names:
-        at = quantized.find(name)
-        if at >= 0:
-            end = quantized.find("\n", at)
-            hit = quantized[quantized.rfind("\n", 0, at) + 1 : end if end >= 0 else None]
-            raise FormatError(
-                f"vLLM would leave quantized {hit} unquantized, since excluded {name} is a "
-                "substring of its name; exclude both, quantize both, or export compressed-tensors"
-            )
-
-
-def _prefixes(module: str) -> tuple[str, ...]:
-    parent, _, leaf = module.rpartition(".")
-    return (module, f"{parent}.{_FUSED[leaf]}") if leaf in _FUSED else (module,)
-
-
-class ModelOpt:
+class ModelOpt(Dialect):
     """Dialect ``modelopt``; see :class:`megatron_quant.ckpt.dialects.base.Dialect`."""
 
     name = "modelopt"
     extra_names: tuple[str, ...] = (HF_QUANT_CONFIG,)
+    cache_scales: tuple[Stored, ...] = (
+        scalar("k_proj.k_scale", K_SCALE),
+        scalar("v_proj.v_scale", V_SCALE),
+    )
 
-    def stored(self, weights: Format, inputs: Format | None) -> tuple[Stored, ...]:
+    def stored(
+        self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
+    ) -> tuple[Stored, ...]:
         """Tensors of a quantized module. Raises FormatError where ModelOpt has no algorithm."""
-        _algorithm(weights, inputs)
-        tensors = _weight_tensors(weights)
-        if inputs is None:
-            return tensors
-        return (*tensors, Stored("input_scale", INPUT_SCALE, torch.float32, _SCALAR))
+        algorithm = algorithm_of(ModuleFormat(weights, inputs))
+        if layer is Layer.EXPERT and algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+            raise FormatError(
+                f"{algorithm} is for dense layers: engines read one scale a matrix of FP8 experts; "
+                "give experts fp8 with fp8 inputs, or export compressed-tensors"
+            )
+        return (*_weight_tensors(weights, layer), *_input_tensors(algorithm, inputs))
 
     def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
         """The flat form, for config.json.
 
-        Raises FormatError for a plan without one common format, and for exclusions that vLLM
-        would extend to a quantized module.
+        Raises FormatError for block FP8 experts in a model of that format alone, and for
+        exclusions that vLLM would extend to a quantized module.
         """
-        fmt = only_format(plan, self.name)
-        names = excluded(plan)
-        _refuse_substrings(plan, names)
-        return {
-            "quant_method": self.name,
-            "quant_algo": _algorithm(fmt.weights, fmt.inputs),
-            "producer": dict(_PRODUCER),
-            "ignore": names,
-            "config_groups": {"group_0": _group(fmt)},
-        }
+        return modelopt_config.flat(self._nested(plan), format_of_modules(plan))
 
     def extra_files(self, plan: QuantPlan) -> dict[str, dict[str, Any]]:
         """``hf_quant_config.json``: the nested form of the same statements."""
-        fmt = only_format(plan, self.name)
-        algorithm = _algorithm(fmt.weights, fmt.inputs)
-        quantization: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
-        if fmt.weights.group_size:
-            quantization["group_size"] = fmt.weights.group_size
-        if algorithm == "W4A16_AWQ":
-            quantization |= {"has_zero_point": False, "pre_quant_scale": False}
-        quantization["exclude_modules"] = excluded(plan)
-        return {HF_QUANT_CONFIG: {"producer": dict(_PRODUCER), "quantization": quantization}}
+        return {HF_QUANT_CONFIG: self._nested(plan)}
+
+    def _nested(self, plan: QuantPlan) -> dict[str, Any]:
+        _refuse_experts(plan)
+        names = excluded(plan)
+        if len(formats_of(plan)) > 1:
+            return modelopt_config.nested_mixed(format_of_modules(plan), plan.kv_cache)
+        refuse_substrings(plan, names)
+        return modelopt_config.nested(formats_of(plan)[0], names, plan.kv_cache)
 
     def check_extra_files(
         self, config: Mapping[str, Any], files: Mapping[str, Any]
@@ -163,16 +155,8 @@ class ModelOpt:
         quantization = files[HF_QUANT_CONFIG].get("quantization")
         if not isinstance(quantization, dict):
             return (f"{HF_QUANT_CONFIG} has no quantization section",)
-        here = {
-            "quant_algo": config.get("quant_algo"),
-            "group_size": _group_size(config),
-            "exclude_modules": sorted(config.get("ignore") or ()),
-        }
-        there = {
-            "quant_algo": quantization.get("quant_algo"),
-            "group_size": quantization.get("group_size"),
-            "exclude_modules": sorted(quantization.get("exclude_modules") or ()),
-        }
+        here = modelopt_config.statements(config)
+        there = modelopt_config.nested_statements(quantization)
         return tuple(
             f"{HF_QUANT_CONFIG}: {key} is not what config.json's quantization_config says"
             for key in here
@@ -184,34 +168,10 @@ class ModelOpt:
     ) -> dict[str, ModuleFormat]:
         """Inverse of :meth:`quantization_config`; names in ``ignore`` may hold wildcards.
 
-        Raises CheckpointError for an algorithm that is not one of :data:`ALGORITHMS`.
+        Raises CheckpointError for an algorithm that is not known.
         """
-        algorithm = str(config.get("quant_algo")).upper()
-        if algorithm not in ALGORITHMS:
-            raise CheckpointError(
-                f"modelopt quant_algo {config.get('quant_algo')!r} is not read; "
-                f"known: {', '.join(ALGORITHMS)}"
-            )
-        if config.get("kv_cache_scheme"):
-            raise CheckpointError("quantization_config has a kv_cache_scheme, which is not read")
-        weights, inputs = ALGORITHMS[algorithm]
-        try:
-            fmt = ModuleFormat(
-                get_format(weights, _group_size(config)), get_format(inputs) if inputs else None
-            )
-        except FormatError as error:
-            raise CheckpointError(f"quantization_config: {error}") from None
-        ignore = list(config.get("ignore") or ())
-        exact, patterns = set(ignore), [n for n in ignore if "*" in n]
-        return {
-            m: fmt
-            for m in linears(modules)
-            if m not in exact and not any(fnmatchcase(m, p) for p in patterns)
-        }
+        return modelopt_config.read(config, modules)
 
-
-def _group_size(config: Mapping[str, Any]) -> int | None:
-    """Group size of the weights as the config states it; None where it does not."""
-    for group in (config.get("config_groups") or {}).values():
-        return (group.get("weights") or {}).get("group_size")
-    return None
+    def read_kv_cache(self, config: Mapping[str, Any]) -> str:
+        """``fp8`` where the config has a kv_cache_scheme; CheckpointError for another cache."""
+        return modelopt_config.read_kv_cache(config)

@@ -1,0 +1,48 @@
+"""Timing in turns, and Markdown of what came out."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Row = list[str]
+Work = Callable[[], object]
+_BEGIN, _END = "<!-- measured -->", "<!-- end -->"
+
+
+def seconds(work: Sequence[Work | None], rounds: int) -> list[float | None]:
+    """Median CPU seconds of each piece of work, all of them in turns; one turn is not counted."""
+    taken: list[list[float]] = [[] for _ in work]
+    for turn in range(rounds + 1):
+        for times, run in zip(taken, work, strict=True):
+            if run is None:
+                continue
+            start = time.thread_time()
+            run()
+            if turn:
+                times.append(time.thread_time() - start)
+    return [statistics.median(times) if times else None for times in taken]
+
+
+def host() -> str:
+    """The CPU in general terms."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    widest = "AVX-512" if " avx512vl" in text else "AVX2" if " avx2" in text else "baseline"
+    return f"{names[0] if names else platform.machine()}, {widest}"
+
+
+def table(title: str, header: str, rows: list[Row]) -> str:
+    """A Markdown table under a line of text; columns of ``header`` are parted by ``|``."""
+    lines = [header.split("|"), ["---", *["---:"] * header.count("|")], *rows]
+    return f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def replace_measured(path: Path, measured: str) -> None:
+    """Put ``measured`` between the two marks of a file."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
+    _, mark, after = rest.partition(_END)
+    assert mark, f"{path} has no {_BEGIN} ... {_END}"
+    path.write_text(f"{before}{_BEGIN}\n{measured}\n{_END}{after}", encoding="utf-8")

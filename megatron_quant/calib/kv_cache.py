@@ -1,0 +1,77 @@
+"""Calibrating the KV cache: the largest keys and values of every attention, over all ranks."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import isfinite
+
+import torch
+
+from megatron_quant.calib.observe import InputAmax, unquantized
+from megatron_quant.calib.sync import merge_max
+from megatron_quant.dist import Groups
+from megatron_quant.errors import CalibrationError
+from megatron_quant.layers.install import QuantLayer
+from megatron_quant.layers.kv_cache import CachedTensor
+from megatron_quant.recipes.kv_cache import cache_slots
+from megatron_quant.recipes.plan import QuantPlan
+
+Seen = Mapping[str, InputAmax]
+"""Cache slot -> running amax of this rank's heads."""
+
+
+@contextmanager
+def watch(cached: Sequence[CachedTensor]) -> Iterator[Seen]:
+    """Watch the keys and values of forwards, unquantized while the context lasts."""
+    seen = {tensor.slot.name: InputAmax() for tensor in cached}
+    hooks = [t.quantizer.register_forward_pre_hook(seen[t.slot.name]) for t in cached]
+    try:
+        with unquantized(cached):
+            yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def run_rest(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], None]]) -> None:
+    """Run, with the model unquantized, the forwards that calibrating ``layers`` had no need of."""
+    with torch.no_grad(), unquantized(layers):
+        for forward in forwards:
+            forward()
+
+
+def calibrate_kv_cache(
+    cached: Sequence[CachedTensor], plan: QuantPlan, groups: Groups, seen: Seen
+) -> dict[str, float]:
+    """Give every cache its amax, merged over all ranks; every rank of ``groups`` calls it.
+
+    Returns the amaxes by cache slot, equal on every rank; empty where ``plan`` calibrates none.
+    Raises CalibrationError, on every rank alike, for keys or values that are not finite, all zero,
+    or never seen.
+    """
+    if plan.kv_cache != "fp8":
+        return {}
+    slots = [slot.name for slot in cache_slots(plan)]
+    found = {name: stat.value for name, stat in seen.items() if stat.value is not None}
+    merged = merge_max(slots, found, groups)
+    for name in slots:
+        _check(name, merged.get(name))
+    for tensor in cached:
+        tensor.set_amax(merged[tensor.slot.name])
+    return merged
+
+
+def _check(name: str, amax: float | None) -> None:
+    if amax is None:
+        raise CalibrationError(
+            f"no calibration token reached {name} of the KV cache: give more data with --calib-size"
+        )
+    if not isfinite(amax):
+        raise CalibrationError(
+            f"{name} of the KV cache contains NaN or Inf: repair the checkpoint, or export with "
+            "--export-kv-cache-quant none"
+        )
+    if amax == 0:
+        raise CalibrationError(
+            f"{name} of the KV cache is zero for all calibration tokens: take "
+            "--export-kv-cache-quant fp8_cast, which needs no calibration"
+        )

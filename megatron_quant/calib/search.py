@@ -1,0 +1,137 @@
+"""Scales of least error, over all the weights that share them, whoever holds those.
+
+What is merged are sums of squared errors, which ``formats.search`` counts in integers: the choice
+is the same, bit for bit, however the weights are cut. It ends as a statistic: the amax of a tensor,
+or ``_block_amax``.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_quant.calib.blocks import (
+    Held,
+    give,
+    is_cut,
+    merge,
+    merged_blocks,
+    stacked,
+)
+from megatron_quant.calib.search_tensors import search_tensors
+from megatron_quant.dist import Groups, sum_reduce
+from megatron_quant.formats import tensor_scale
+from megatron_quant.formats.search import (
+    FOUR_OVER_SIX,
+    FOUR_OVER_SIX_RANGE,
+    MSE_MULTIPLIERS,
+    choose,
+    errors,
+)
+from megatron_quant.layers.install import QuantLayer
+from megatron_quant.recipes.plan import QuantPlan
+
+_MULTIPLIERS = {"mse": MSE_MULTIPLIERS, "four_over_six": FOUR_OVER_SIX}
+_ERRORS_AT_ONCE = 1 << 23
+"""Errors (one for each block and multiplier, 8 bytes) that are held at a time."""
+
+
+def searches_blocks(layer: QuantLayer) -> bool:
+    """Whether the scales of the layer's blocks are searched."""
+    return (
+        layer.decisions[0].algorithm in _MULTIPLIERS and layer.weight_format.stat_block is not None
+    )
+
+
+def find_scales(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
+    """What the scales of weights need beyond their amaxes, which the quantizers have.
+
+    Searches, and statistics of blocks that shards cut. A constant number of collectives; every
+    rank of ``groups`` calls it.
+    """
+    widen(layers)
+    search_tensors(layers, plan, groups)
+    static = [layer for layer in layers if is_cut(layer) or searches_blocks(layer)]
+    blocks = merged_blocks(static, groups)
+    search_blocks(blocks, groups)
+    give(blocks)
+
+
+def widen(layers: Iterable[QuantLayer]) -> None:
+    """Give tensors whose blocks may map to 4 of 6 the range that their block scales then need."""
+    for layer in layers:
+        if layer.decisions[0].algorithm == "four_over_six":
+            quantizer = layer.module.weight_quantizer
+            quantizer.amax = quantizer.amax * FOUR_OVER_SIX_RANGE
+
+
+def search_blocks(held: Sequence[Held], groups: Groups) -> None:
+    """Replace, in place, the merged statistics of blocks by those of least error.
+
+    What belongs to layers that search nothing stays. One collective for each group that cuts
+    blocks; every rank of ``groups`` calls it. Tensors have their amaxes.
+    """
+    found = [_search(item) for item in held if searches_blocks(item.layer)]
+    cut = [(best, best.sums) for best in found if best.sums is not None]
+    merged = merge([(best.item, sums) for best, sums in cut], sum_reduce, groups)
+    for (best, _), sums in zip(cut, merged, strict=True):
+        best.decide(sums)
+    for best in found:
+        best.item.stat.mul_(best.multiplier.unsqueeze(-1))
+
+
+def _tried(layer: QuantLayer) -> Sequence[float]:
+    return _MULTIPLIERS[layer.decisions[0].algorithm]
+
+
+@dataclass(frozen=True, eq=False)
+class _Best:
+    """What a search found.
+
+    multiplier: of the statistic of each block, fp32 [E, N_b, K_b]; of those that shards cut only
+    once :meth:`decide` has what all of these found. sums: this shard's errors of those, packed,
+    int64 [E, N_b, K_b, M]; None where shards cut none.
+    """
+
+    item: Held
+    multiplier: Tensor
+    sums: Tensor | None
+
+    def decide(self, merged: Tensor) -> None:
+        """Choose for the blocks that shards cut, by the errors of all their shards."""
+        assert self.item.edge is not None
+        chosen = choose(merged.movedim(-1, 0), _tried(self.item.layer))
+        self.item.edge.unpack(chosen, self.multiplier)
+
+
+def _search(item: Held) -> _Best:
+    layer, fmt, edge, tried = item.layer, item.layer.weight_format, item.edge, _tried(item.layer)
+    w_ENK = item.region.take(stacked(layer))
+    dscale = tensor_scale(layer.amax_of_stack(), fmt) if fmt.tensor_scale else None
+    multiplier, packed = item.stat.new_empty(item.stat.shape[:-1]), []
+    for blocks, rows, row in _chunks(item, len(tried)):
+        origin, stat = (row, item.region.start[1]), item.stat[:, blocks].contiguous()
+        sums = errors(w_ENK[:, rows], fmt, dscale, stat, tried, origin)
+        multiplier[:, blocks] = choose(sums, tried)
+        if edge is not None:
+            packed.append(edge.pack(sums.movedim(0, -1), 0))
+    return _Best(item, multiplier, torch.cat(packed, 1) if packed else None)
+
+
+def _chunks(item: Held, tried: int) -> Iterator[tuple[slice, slice, int]]:
+    """Rows of blocks, the held rows that they touch, and the first of these in the tensor."""
+    block = item.layer.weight_format.stat_block
+    assert block is not None
+    experts, count, columns, _ = item.stat.shape
+    step = max(1, _ERRORS_AT_ONCE // (experts * columns * tried))
+    if item.edge is not None and item.edge.dim == 0:
+        step = count  # blocks of many rows: there are few
+    (start, _), (size, _) = item.region.start, item.region.size
+    first = item.region.touched(block)[0].start
+    for low in range(0, count, step):
+        high = min(low + step, count)
+        rows = slice(
+            max((first + low) * block[0] - start, 0), min((first + high) * block[0] - start, size)
+        )
+        yield slice(low, high), rows, start + rows.start

@@ -1,0 +1,198 @@
+"""The convention of AutoRound: other tools' tensors under a config of its own.
+
+``auto_round:auto_gptq`` holds symmetric integers as GPTQ version 1 has them, without ``g_idx``,
+``auto_round:auto_awq`` asymmetric ones as AWQ, ``auto_round:llm_compressor`` microscaling formats
+as compressed-tensors. A checkpoint has one packing.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_quant.ckpt.dialects.awq import awq_tensors
+from megatron_quant.ckpt.dialects.base import Dialect, Layer, ModuleFormat, Stored
+from megatron_quant.ckpt.dialects.common import (
+    LM_HEAD,
+    describe,
+    excluded,
+    expression,
+    format_of_modules,
+    formats_of,
+    linears,
+    refuse_cache,
+)
+from megatron_quant.ckpt.dialects.compressed_tensors import CompressedTensors
+from megatron_quant.ckpt.dialects.gptq import gptq_tensors, integer_format
+from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.formats.spec import Format, get_format
+from megatron_quant.recipes.plan import QuantPlan
+
+GPTQ, AWQ, MX = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:llm_compressor"
+_PACKINGS = {"int4": GPTQ, "int8_group": GPTQ, "int4_asym": AWQ, "mxfp4": MX, "mxfp8": MX}
+_INPUTS = {"mxfp4": ("mxfp4", None), "mxfp8": ("mxfp8", None)}
+_UNQUANTIZED = 16
+_REGEX = re.compile(r"[*+?^$()\[\]{}|\\]")
+
+
+@dataclass(frozen=True)
+class AutoRound(Dialect):
+    """Dialect ``auto-round``; see :class:`megatron_quant.ckpt.dialects.base.Dialect`.
+
+    packing: that of a checkpoint; empty for the one that suits each format.
+    """
+
+    packing: str = ""
+
+    name = "auto-round"
+    by_tensors = True
+
+    def stored(
+        self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
+    ) -> tuple[Stored, ...]:
+        """Tensors of a quantized module. Raises FormatError for what AutoRound has not."""
+        allowed = _INPUTS.get(weights.name, (None,))
+        if weights.name not in _PACKINGS or (inputs.name if inputs else None) not in allowed:
+            raise FormatError(
+                f"auto-round export has no {describe(ModuleFormat(weights, inputs))}; it writes "
+                "int4, int4_asym and int8_group weights alone, mxfp4 and mxfp8 with inputs of the "
+                "same format or none: take one of them, or export compressed-tensors"
+            )
+        packing = self.packing or _PACKINGS[weights.name]
+        if packing == GPTQ:
+            return tuple(s for s in gptq_tensors(weights, 1) if s.suffix != "g_idx")
+        if packing == AWQ:
+            return awq_tensors(weights)
+        return CompressedTensors().stored(weights, inputs, layer)
+
+    def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
+        """For config.json; ``extra_config`` has what differs from most modules, by name.
+
+        Raises FormatError where two packings would be needed.
+        """
+        refuse_cache(plan, self.name)
+        formats = formats_of(plan)
+        for fmt in formats:
+            self.stored(fmt.weights, fmt.inputs)
+        _refuse_mixtures(formats)
+        base = formats[0]
+        return {
+            "quant_method": self.name,
+            "packing_format": _PACKINGS[base.weights.name],
+            **_settings(base),
+            "block_name_to_quantize": ",".join(_blocks(plan)),
+            "extra_config": _extra(plan, base),
+            "autoround_version": "0.16.0",
+            "iters": 0,
+        }
+
+    def read_config(
+        self, config: Mapping[str, Any], modules: tuple[str, ...]
+    ) -> dict[str, ModuleFormat]:
+        """Inverse of :meth:`quantization_config`; ``extra_config`` by name or expression.
+
+        Raises CheckpointError for a packing or format that is not known.
+        """
+        extra = config.get("extra_config") or {}
+        found = {}
+        for module in linears(modules):
+            change = _change(extra, module)
+            if change is None and not _in_blocks(config, module):
+                continue
+            settings = {**config, **(change or {})}
+            if settings.get("bits", _UNQUANTIZED) < _UNQUANTIZED:
+                found[module] = _read(settings)
+        return found
+
+    def variant(self, config: Mapping[str, Any]) -> Dialect:
+        """The packing that the config states. CheckpointError for others."""
+        packing = config.get("packing_format") or GPTQ
+        if packing not in (GPTQ, AWQ, MX):
+            raise CheckpointError(
+                f"auto-round packing_format {packing!r} is not read; known: {GPTQ}, {AWQ}, {MX}"
+            )
+        return AutoRound(packing)
+
+
+def _settings(fmt: ModuleFormat) -> dict[str, Any]:
+    weights = fmt.weights
+    settings: dict[str, Any] = {
+        "bits": weights.bits,
+        "group_size": weights.group_size,
+        "sym": not weights.zero_point,
+        "data_type": "mx_fp" if _PACKINGS[weights.name] == MX else "int",
+    }
+    if fmt.inputs is not None:
+        settings |= {
+            "act_bits": fmt.inputs.bits,
+            "act_group_size": fmt.inputs.group_size,
+            "act_data_type": "mx_fp",
+            "act_sym": True,
+            "act_dynamic": True,
+        }
+    return settings
+
+
+def _refuse_mixtures(formats: list[ModuleFormat]) -> None:
+    base = formats[0]
+    for other in formats[1:]:
+        if _PACKINGS[other.weights.name] != _PACKINGS[base.weights.name]:
+            raise FormatError(
+                f"auto-round packs a checkpoint in one way, but {describe(base)} and "
+                f"{describe(other)} need two; use one of them, or export compressed-tensors"
+            )
+
+
+def _blocks(plan: QuantPlan) -> list[str]:
+    """Names of the lists of layers that hold what is quantized: ``model.layers``."""
+    found = (re.match(r"(.*?)\.\d+\.", m) for m in format_of_modules(plan))
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def _extra(plan: QuantPlan, base: ModuleFormat) -> dict[str, dict[str, Any]]:
+    blocks = tuple(f"{b}." for b in _blocks(plan))
+    extra: dict[str, dict[str, Any]] = {
+        name: {"bits": _UNQUANTIZED, "data_type": "float"}
+        for name in excluded(plan)
+        if name.startswith(blocks)
+    }
+    for module, fmt in format_of_modules(plan).items():
+        if fmt != base:
+            extra[module] = _settings(fmt)
+    return extra
+
+
+def _change(extra: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+    """What ``extra_config`` says of a module; None where it says nothing."""
+    if module in extra:
+        return extra[module]
+    for name, change in extra.items():
+        by_suffix = name.startswith(".") and module.endswith(name)
+        if by_suffix or (_REGEX.search(name) and expression(name).search(module)):
+            return change
+    return None
+
+
+def _in_blocks(config: Mapping[str, Any], module: str) -> bool:
+    blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names")
+    if isinstance(blocks, str):
+        blocks = blocks.split(",")
+    if not blocks:
+        return module != LM_HEAD
+    return any(module.startswith(f"{block}.") for block in blocks)
+
+
+def _read(settings: Mapping[str, Any]) -> ModuleFormat:
+    bits, packing = settings.get("bits"), settings.get("packing_format") or GPTQ
+    if packing != MX:
+        symmetric = settings.get("sym", True) and packing != AWQ
+        return integer_format(bits, settings.get("group_size"), symmetric)
+    known = {("mx_fp", 4): "mxfp4", ("mx_fp", 8): "mxfp8"}
+    name = known.get((str(settings.get("data_type")), int(bits or 0)))
+    act_bits = settings.get("act_bits") or _UNQUANTIZED
+    if name is None or act_bits not in (bits, _UNQUANTIZED):
+        raise CheckpointError(
+            f"quantization_config: bits={bits!r}, data_type={settings.get('data_type')!r}, "
+            f"act_bits={act_bits!r} is not read; known: mx_fp of 4 and 8 bits"
+        )
+    return ModuleFormat(get_format(name), get_format(name) if act_bits == bits else None)

@@ -1,0 +1,108 @@
+"""The convention of AutoAWQ (``gemm``): INT4 with zero points, transposed and interleaved.
+
+Symmetric weights are written with zero points of 8 and read as asymmetric. Scales have the
+codec's dtype, so that they are the calibrated ones exactly.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from megatron_quant.ckpt.dialects.base import SHAPE, Dialect, Layer, ModuleFormat, Stored
+from megatron_quant.ckpt.dialects.common import (
+    LM_HEAD,
+    describe,
+    excluded,
+    linears,
+    only_format,
+    refuse_cache,
+    refuse_substrings,
+)
+from megatron_quant.ckpt.dialects.gptq import group_scales, integer_format
+from megatron_quant.ckpt.dialects.packing import (
+    awq_words,
+    awq_zeros,
+    constant_zeros,
+    from_awq_words,
+    from_awq_zeros,
+)
+from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.formats.spec import WHOLE, Format
+from megatron_quant.recipes.plan import QuantPlan
+
+_INT32 = torch.int32
+
+
+@lru_cache
+def awq_tensors(weights: Format) -> tuple[Stored, ...]:
+    """Tensors of a module in INT4 groups."""
+    return (
+        Stored("qweight", "elements", _INT32, (8, 1), (), awq_words, from_awq_words, (1, 0)),
+        _zeros(weights),
+        group_scales(weights),
+    )
+
+
+def _zeros(weights: Format) -> Stored:
+    if weights.zero_point:
+        block = (8, weights.field("zero").block[1])
+        return Stored("qzeros", "zero", _INT32, block, (), awq_zeros, from_awq_zeros, (1, 0))
+    constant = partial(constant_zeros, bits=4, group_size=weights.group_size, code=8)
+    return Stored("qzeros", SHAPE, _INT32, (WHOLE, WHOLE), to_disk=constant, rows=8)
+
+
+class Awq(Dialect):
+    """Dialect ``awq``; see :class:`megatron_quant.ckpt.dialects.base.Dialect`."""
+
+    name = "awq"
+    by_tensors = True
+
+    def stored(
+        self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
+    ) -> tuple[Stored, ...]:
+        """Tensors of a quantized module. Raises FormatError for what AWQ has not."""
+        if inputs is not None or weights.name not in ("int4", "int4_asym"):
+            raise FormatError(
+                f"awq export has no {describe(ModuleFormat(weights, inputs))}; it writes int4 and "
+                "int4_asym weights alone: take one of them, or export compressed-tensors"
+            )
+        return awq_tensors(weights)
+
+    def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
+        """For config.json.
+
+        Raises FormatError for a plan without one common format, and for exclusions that vLLM
+        would extend to a quantized module.
+        """
+        refuse_cache(plan, self.name)
+        fmt = only_format(plan, self.name)
+        self.stored(fmt.weights, fmt.inputs)
+        names = excluded(plan)
+        refuse_substrings(plan, names)
+        return {
+            "quant_method": self.name,
+            "bits": fmt.weights.bits,
+            "group_size": fmt.weights.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": names,
+        }
+
+    def read_config(
+        self, config: Mapping[str, Any], modules: tuple[str, ...]
+    ) -> dict[str, ModuleFormat]:
+        """Inverse of :meth:`quantization_config`; exclusions are parts of names.
+
+        Raises CheckpointError for another packing, bits or groups that are not known.
+        """
+        version = str(config.get("version", "gemm")).lower()
+        bits = config.get("bits", config.get("w_bit"))
+        if version != "gemm" or bits != 4:
+            raise CheckpointError(
+                f"awq version {version!r} with bits={bits!r} is not read; known: 'gemm' with 4"
+            )
+        fmt = integer_format(bits, config.get("group_size", config.get("q_group_size")), False)
+        skipped = (*(config.get("modules_to_not_convert") or ()), LM_HEAD)
+        return {m: fmt for m in linears(modules) if not any(name in m for name in skipped)}

@@ -1,0 +1,202 @@
+"""The convention of AutoGPTQ and GPTQModel, version 1: integer groups, transposed.
+
+Symmetric weights only are written. Version 1 stores zero points less one; what reads asymmetric
+ones adds one to whole words, so that a zero point of 0 spoils its neighbour, and vLLM refuses
+them by name. Scales have the codec's dtype, so that they are the calibrated ones exactly. What
+is read: versions 1 and 2, symmetric or not, columns in their natural order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from megatron_quant.ckpt.dialects.base import (
+    FLOATS,
+    SHAPE,
+    Dialect,
+    Layer,
+    ModuleFormat,
+    Stored,
+)
+from megatron_quant.ckpt.dialects.common import (
+    LM_HEAD,
+    describe,
+    excluded,
+    expression,
+    format_of_modules,
+    formats_of,
+    linears,
+    patterns,
+    refuse_cache,
+)
+from megatron_quant.ckpt.dialects.packing import (
+    constant_zeros,
+    from_gptq_zeros_v1,
+    from_gptq_zeros_v2,
+    gptq_zeros_v1,
+    gptq_zeros_v2,
+    group_index,
+    transposed,
+)
+from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.formats.spec import WHOLE, Format, get_format
+from megatron_quant.recipes.plan import QuantPlan
+
+_SCALAR = (WHOLE, WHOLE)
+_SYMMETRIC = {4: "int4", 8: "int8_group"}
+_ASYMMETRIC = {4: "int4_asym"}
+_ZEROS = {1: (gptq_zeros_v1, from_gptq_zeros_v1), 2: (gptq_zeros_v2, from_gptq_zeros_v2)}
+_VERSIONS = {"gptq": 1, "gptq_v2": 2}
+
+
+def group_scales(weights: Format) -> Stored:
+    """``scales`` [K / group, N], of GPTQ and AWQ alike."""
+    scale = weights.field("scale")
+    both = (transposed, transposed)
+    return Stored("scales", "scale", scale.dtype, scale.block, (), *both, (1, 0), 1, FLOATS)
+
+
+@lru_cache
+def gptq_tensors(weights: Format, version: int) -> tuple[Stored, ...]:
+    """Tensors of a module in an integer format with groups."""
+    words = weights.fields[0].block[1]
+    group = weights.group_size
+    return (
+        Stored("qweight", "elements", torch.int32, (1, words), (), transposed, transposed, (1, 0)),
+        _zeros(weights, version),
+        group_scales(weights),
+        Stored(
+            "g_idx",
+            SHAPE,
+            torch.int32,
+            _SCALAR,
+            to_disk=partial(group_index, group_size=group),
+            optional=True,
+        ),
+    )
+
+
+def _zeros(weights: Format, version: int) -> Stored:
+    if weights.zero_point:
+        to_disk, from_disk = _ZEROS[version]
+        block = (8, weights.field("zero").block[1])
+        return Stored("qzeros", "zero", torch.int32, block, (), to_disk, from_disk, (1, 0))
+    code = 2 ** (weights.bits - 1) - (version == 1)
+    constant = partial(constant_zeros, bits=weights.bits, group_size=weights.group_size, code=code)
+    rows = 32 // weights.bits
+    return Stored("qzeros", SHAPE, torch.int32, _SCALAR, to_disk=constant, rows=rows)
+
+
+def integer_format(bits: Any, group_size: Any, symmetric: Any) -> ModuleFormat:
+    """The weight-only format of these settings; CheckpointError where there is none."""
+    name = (_SYMMETRIC if symmetric else _ASYMMETRIC).get(bits)
+    if name is None:
+        raise CheckpointError(
+            f"quantization_config: bits={bits!r} with sym={symmetric!r} is not read; known: 4 and "
+            "8 symmetric, 4 asymmetric"
+        )
+    try:
+        return ModuleFormat(get_format(name, group_size), None)
+    except FormatError as error:
+        raise CheckpointError(f"quantization_config: {error}") from None
+
+
+@dataclass(frozen=True)
+class Gptq(Dialect):
+    """Dialect ``gptq``; see :class:`megatron_quant.ckpt.dialects.base.Dialect`."""
+
+    version: int = 1
+
+    name = "gptq"
+    by_tensors = True
+
+    def stored(
+        self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
+    ) -> tuple[Stored, ...]:
+        """Tensors of a quantized module. Raises FormatError for what GPTQ has not."""
+        integers = (*_SYMMETRIC.values(), *_ASYMMETRIC.values())
+        if inputs is not None or weights.name not in integers:
+            raise FormatError(
+                f"gptq export has no {describe(ModuleFormat(weights, inputs))}; it writes int4 "
+                "and int8_group weights alone: take one of them, or export compressed-tensors"
+            )
+        return gptq_tensors(weights, self.version)
+
+    def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
+        """For config.json; bits and groups that differ from most modules' are ``dynamic``.
+
+        Raises FormatError for asymmetric weights.
+        """
+        refuse_cache(plan, self.name)
+        base, *others = formats_of(plan)
+        for fmt in (base, *others):
+            self.stored(fmt.weights, fmt.inputs)
+            _refuse_asymmetric(fmt)
+        dynamic: dict[str, dict[str, Any]] = {
+            f"-:{p}": {} for p in patterns(n for n in excluded(plan) if n != LM_HEAD)
+        }
+        by_module = format_of_modules(plan)
+        for fmt in others:
+            modules = (m for m, f in by_module.items() if f == fmt)
+            dynamic |= {f"+:{p}": _settings(fmt.weights) for p in patterns(modules)}
+        return {
+            "quant_method": self.name,
+            **_settings(base.weights),
+            "desc_act": False,
+            "lm_head": False,
+            "checkpoint_format": next(n for n, v in _VERSIONS.items() if v == self.version),
+            "dynamic": dynamic,
+        }
+
+    def read_config(
+        self, config: Mapping[str, Any], modules: tuple[str, ...]
+    ) -> dict[str, ModuleFormat]:
+        """Inverse of :meth:`quantization_config`; ``dynamic`` as GPTQModel matches it.
+
+        Raises CheckpointError for bits or groups that are not known.
+        """
+        rules = [
+            (expression(k.lstrip("+-").removeprefix(":")), k[:1] == "-", v or {})
+            for k, v in (config.get("dynamic") or {}).items()
+        ]
+        found: dict[str, ModuleFormat] = {}
+        for module in linears(modules):
+            if module == LM_HEAD and not config.get("lm_head"):
+                continue
+            skipped, change = next(
+                ((skip, v) for pattern, skip, v in rules if pattern.match(module)), (False, {})
+            )
+            if not skipped:
+                found[module] = _read({**config, **change})
+        return found
+
+    def variant(self, config: Mapping[str, Any]) -> Dialect:
+        """Version 1 or 2, as ``checkpoint_format`` says. CheckpointError for others."""
+        stated = config.get("checkpoint_format") or "gptq"
+        if stated not in _VERSIONS:
+            raise CheckpointError(
+                f"gptq checkpoint_format {stated!r} is not read; known: {', '.join(_VERSIONS)}"
+            )
+        return Gptq(_VERSIONS[stated])
+
+
+def _settings(weights: Format) -> dict[str, Any]:
+    symmetric = not weights.zero_point
+    return {"bits": weights.bits, "group_size": weights.group_size, "sym": symmetric}
+
+
+def _read(settings: Mapping[str, Any]) -> ModuleFormat:
+    return integer_format(
+        settings.get("bits"), settings.get("group_size"), settings.get("sym", True)
+    )
+
+
+def _refuse_asymmetric(fmt: ModuleFormat) -> None:
+    if fmt.weights.zero_point:
+        raise FormatError(
+            f"gptq export has no {describe(fmt)}: its engines refuse zero points, or add one to "
+            "them across words; take int4, or export awq, auto-round or compressed-tensors"
+        )

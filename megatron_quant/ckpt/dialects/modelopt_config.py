@@ -1,0 +1,228 @@
+"""ModelOpt's JSON: the nested form of hf_quant_config.json, the flat one of config.json.
+
+As ModelOpt 0.47 writes both (``quant_utils.process_layer_quant_config`` and
+``convert_hf_config.convert_hf_quant_config_format``).
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from megatron_quant.ckpt.dialects.base import ModuleFormat
+from megatron_quant.ckpt.dialects.common import describe, linears
+from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.formats.spec import CHANNEL, get_format
+
+ALGORITHMS: dict[str, tuple[str, str | None]] = {
+    "FP8": ("fp8", "fp8"),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8_channel", "fp8_channel"),
+    "FP8_PB_WO": ("fp8_block", "fp8_group"),
+    "NVFP4": ("nvfp4", "nvfp4"),
+    "W4A16_NVFP4": ("nvfp4", None),
+    "MXFP8": ("mxfp8", "mxfp8"),
+    "W4A16_AWQ": ("int4", None),
+    "W4A8_AWQ": ("int4", "fp8"),
+}
+"""``quant_algo`` -> formats of weights and inputs."""
+MIXED = "MIXED_PRECISION"
+# ModelOpt has no inputs there, but whatever reads it quantizes them as they come.
+_ALIASES: dict[tuple[str, str | None], str] = {("fp8_block", None): "FP8_PB_WO"}
+_READ_ALIASES = {"FP8_BLOCK_SCALES": "FP8_PB_WO"}
+_AWQ = ("W4A16_AWQ", "W4A8_AWQ")
+_INSTEAD: dict[tuple[str, str | None], str] = {
+    ("fp8", None): "calibrate the inputs too (inputs: fp8)",
+    ("fp8_channel", None): "add inputs: fp8_channel",
+    ("mxfp8", None): "add inputs: mxfp8",
+    ("int4", "fp8_channel"): "take inputs: fp8",
+    ("int4_asym", None): "take int4",
+    ("int4_asym", "fp8"): "take int4",
+    ("mxfp4", None): "take nvfp4",
+    ("mxfp4", "mxfp4"): "take nvfp4",
+}
+# Readers look for this producer to know the convention, whoever wrote the files.
+_PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+_KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+# Algorithms of which the flat form has a group of its own.
+_GROUPED = ("FP8", "NVFP4", "W4A16_NVFP4", *_AWQ)
+
+
+def algorithm_of(fmt: ModuleFormat) -> str:
+    """The ``quant_algo``; FormatError where there is none."""
+    pair = (fmt.weights.name, fmt.inputs.name if fmt.inputs else None)
+    found = next((a for a, formats in ALGORITHMS.items() if formats == pair), None)
+    found = found or _ALIASES.get(pair)
+    if found is None:
+        instead = _INSTEAD.get(pair)
+        raise FormatError(
+            f"modelopt export has no {describe(fmt)}; it writes {', '.join(ALGORITHMS)}: "
+            f"{f'{instead}, or ' if instead else ''}export compressed-tensors"
+        )
+    if found in _AWQ and fmt.weights.group_size == CHANNEL:
+        raise FormatError(
+            f"{found} has groups, not channels; take a group_size of 128, or export "
+            "compressed-tensors"
+        )
+    return found
+
+
+def _statement(fmt: ModuleFormat) -> dict[str, Any]:
+    """What the nested form says of a layer's format."""
+    algorithm = algorithm_of(fmt)
+    statement: dict[str, Any] = {"quant_algo": algorithm}
+    if fmt.weights.name in ("nvfp4", "mxfp8", "int4"):
+        statement["group_size"] = fmt.weights.group_size
+    if algorithm in _AWQ:
+        statement |= {"has_zero_point": False, "pre_quant_scale": False}
+    return statement
+
+
+def nested(fmt: ModuleFormat, names: list[str], kv_cache: str) -> dict[str, Any]:
+    """The content of hf_quant_config.json where all layers but ``names`` have one format."""
+    statement = _statement(fmt)
+    rest = {k: v for k, v in statement.items() if k != "quant_algo"}
+    quantization = {
+        "quant_algo": statement["quant_algo"],
+        "kv_cache_quant_algo": _cache_algorithm(kv_cache),
+        **rest,
+        "exclude_modules": names,
+    }
+    return {"producer": dict(_PRODUCER), "quantization": quantization}
+
+
+def nested_mixed(formats: Mapping[str, ModuleFormat], kv_cache: str) -> dict[str, Any]:
+    """The same where layers differ; whatever is not listed is not quantized."""
+    quantization: dict[str, Any] = {
+        "quant_algo": MIXED,
+        "kv_cache_quant_algo": _cache_algorithm(kv_cache),
+        "quantized_layers": {module: _statement(fmt) for module, fmt in formats.items()},
+        "exclude_modules": [],
+    }
+    return {"producer": dict(_PRODUCER), "quantization": quantization}
+
+
+def _cache_algorithm(kv_cache: str) -> str | None:
+    return "FP8" if kv_cache else None
+
+
+def flat(form: Mapping[str, Any], formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json that says what the nested ``form`` says.
+
+    formats: Hugging Face module -> its format, of all that is quantized.
+    """
+    quantization = form["quantization"]
+    algorithm = quantization["quant_algo"]
+    config: dict[str, Any] = {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "producer": form["producer"],
+        "ignore": quantization["exclude_modules"],
+    }
+    if algorithm == MIXED:
+        config["config_groups"] = _mixed_groups(formats)
+        config["quantized_layers"] = quantization["quantized_layers"]
+    elif algorithm in _GROUPED:
+        group = _group(next(iter(formats.values())))
+        config["config_groups"] = {"group_0": {"targets": ["Linear"], **group}}
+    if quantization["kv_cache_quant_algo"]:
+        config["kv_cache_scheme"] = dict(_KV_SCHEME)
+    return config
+
+
+def _mixed_groups(formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
+    targets: dict[ModuleFormat, list[str]] = {}
+    for module, fmt in formats.items():
+        targets.setdefault(fmt, []).append(module)
+    return {
+        f"group_{i}": {"targets": sorted(modules), **_group(fmt)}
+        for i, (fmt, modules) in enumerate(targets.items())
+    }
+
+
+def _group(fmt: ModuleFormat) -> dict[str, Any]:
+    algorithm = algorithm_of(fmt)
+    if algorithm == "FP8_PB_WO":  # of which ModelOpt repeats the name alone
+        return {"quant_algo": algorithm}
+    size = {"group_size": fmt.weights.group_size} if "group_size" in _statement(fmt) else {}
+    kind = "int" if algorithm == "W4A16_AWQ" else "float"
+    weights = {"dynamic": False, "num_bits": fmt.weights.bits, "type": kind, **size}
+    if fmt.weights.name == "fp8_channel":
+        weights["strategy"] = "channel"
+    group: dict[str, Any] = {"weights": weights}
+    if fmt.inputs:
+        inputs = {"dynamic": False, "num_bits": fmt.inputs.bits, "type": "float"}
+        group["input_activations"] = inputs | size
+    return group
+
+
+def statements(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flat form says that the nested form repeats."""
+    algorithm = config.get("quant_algo")
+    return {
+        "quant_algo": algorithm,
+        "group_size": _group_size(config) if algorithm != MIXED else None,
+        "exclude_modules": sorted(config.get("ignore") or ()),
+        "quantized_layers": config.get("quantized_layers"),
+        "kv_cache_quant_algo": "FP8" if config.get("kv_cache_scheme") else None,
+    }
+
+
+def nested_statements(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of the nested form."""
+    algorithm = quantization.get("quant_algo")
+    repeated = str(algorithm).upper() in _GROUPED
+    return {
+        "quant_algo": algorithm,
+        "group_size": quantization.get("group_size") if repeated else None,
+        "exclude_modules": sorted(quantization.get("exclude_modules") or ()),
+        "quantized_layers": quantization.get("quantized_layers"),
+        "kv_cache_quant_algo": quantization.get("kv_cache_quant_algo"),
+    }
+
+
+def read(config: Mapping[str, Any], modules: tuple[str, ...]) -> dict[str, ModuleFormat]:
+    """Of ``modules`` those that the flat form quantizes. CheckpointError for what is not known."""
+    algorithm = str(config.get("quant_algo")).upper()
+    if algorithm == MIXED:
+        listed = config.get("quantized_layers") or {}
+        return {m: _read_layer(listed[m]) for m in modules if m in listed}
+    fmt = _read_layer({"quant_algo": algorithm, "group_size": _group_size(config)})
+    ignore = list(config.get("ignore") or ())
+    exact, wildcards = set(ignore), [n for n in ignore if "*" in n]
+    return {
+        m: fmt
+        for m in linears(modules)
+        if m not in exact and not any(fnmatchcase(m, w) for w in wildcards)
+    }
+
+
+def _read_layer(statement: Mapping[str, Any]) -> ModuleFormat:
+    algorithm = str(statement.get("quant_algo")).upper()
+    algorithm = _READ_ALIASES.get(algorithm, algorithm)
+    if algorithm not in ALGORITHMS:
+        raise CheckpointError(
+            f"modelopt quant_algo {statement.get('quant_algo')!r} is not read; "
+            f"known: {', '.join([*ALGORITHMS, MIXED])}"
+        )
+    weights, inputs = ALGORITHMS[algorithm]
+    try:
+        stored = get_format(weights, statement.get("group_size"))
+    except FormatError as error:
+        raise CheckpointError(f"quantization_config: {error}") from None
+    return ModuleFormat(stored, get_format(inputs) if inputs else None)
+
+
+def _group_size(config: Mapping[str, Any]) -> int | None:
+    """Group size of the weights as the config states it; None where it does not."""
+    for group in (config.get("config_groups") or {}).values():
+        return (group.get("weights") or {}).get("group_size")
+    return config.get("group_size")
+
+
+def read_kv_cache(config: Mapping[str, Any]) -> str:
+    """``fp8`` where the flat form has that cache. CheckpointError for another one."""
+    scheme = config.get("kv_cache_scheme")
+    if not scheme:
+        return ""
+    if isinstance(scheme, dict) and (scheme.get("num_bits"), scheme.get("type")) == (8, "float"):
+        return "fp8"
+    raise CheckpointError(f"quantization_config: kv_cache_scheme {scheme!r} is not read")

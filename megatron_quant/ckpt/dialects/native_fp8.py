@@ -1,0 +1,86 @@
+"""The convention of DeepSeek's block FP8: ``weight`` and ``weight_scale_inv``.
+
+Read by transformers, vLLM, SGLang and TensorRT-LLM, experts included. The scale multiplies to
+dequantize, whatever its name says. Activations are quantized as they come, 1 x 128.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_quant.ckpt.dialects.base import FLOATS, Dialect, Layer, ModuleFormat, Stored
+from megatron_quant.ckpt.dialects.common import (
+    describe,
+    excluded,
+    expression,
+    linears,
+    only_format,
+    refuse_cache,
+)
+from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.formats.spec import Format, get_format
+from megatron_quant.recipes.plan import QuantPlan
+
+_BLOCK = [128, 128]
+_TENSORS = (
+    Stored("weight", "elements", torch.float8_e4m3fn, (1, 1)),
+    Stored("weight_scale_inv", "scale", torch.float32, (128, 128), also=FLOATS),
+)
+
+
+class NativeFp8(Dialect):
+    """Dialect ``fp8``; see :class:`megatron_quant.ckpt.dialects.base.Dialect`."""
+
+    name = "fp8"
+
+    def stored(
+        self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
+    ) -> tuple[Stored, ...]:
+        """Tensors of a quantized module. Raises FormatError for all but block FP8."""
+        if (weights.name, inputs and inputs.name) != ("fp8_block", "fp8_group"):
+            instead = "add inputs: fp8_group" if weights.name == "fp8_block" else "take that"
+            raise FormatError(
+                f"fp8 export has no {describe(ModuleFormat(weights, inputs))}; it writes fp8_block "
+                f"with fp8_group inputs: {instead}, or export compressed-tensors"
+            )
+        return _TENSORS
+
+    def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
+        """For config.json. Raises FormatError for a plan without one common format."""
+        refuse_cache(plan, self.name)
+        fmt = only_format(plan, self.name)
+        self.stored(fmt.weights, fmt.inputs)
+        return {
+            "quant_method": self.name,
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(_BLOCK),
+            "modules_to_not_convert": excluded(plan),
+        }
+
+    def read_config(
+        self, config: Mapping[str, Any], modules: tuple[str, ...]
+    ) -> dict[str, ModuleFormat]:
+        """Inverse of :meth:`quantization_config`; exclusions as transformers matches them.
+
+        Raises CheckpointError for other blocks, static activations or another element type.
+        """
+        stated = (
+            config.get("fmt", "e4m3"),
+            config.get("activation_scheme", "dynamic"),
+            config.get("weight_block_size"),
+        )
+        if stated != ("e4m3", "dynamic", _BLOCK):
+            raise CheckpointError(
+                f"fp8 with fmt, activation_scheme, weight_block_size = {stated!r} is not read; "
+                f"known: e4m3, dynamic, {_BLOCK}"
+            )
+        fmt = ModuleFormat(get_format("fp8_block"), get_format("fp8_group"))
+        names = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
+        skipped = [expression(rf"(?:{name})(?:(?<=\.)|(?=\.|$))") for name in names]
+        return {
+            m: fmt
+            for m in linears(modules)
+            if not (m.endswith(tuple(names)) or any(s.match(m) for s in skipped))
+        }

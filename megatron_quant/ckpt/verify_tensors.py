@@ -1,0 +1,150 @@
+"""What is wrong with the tensors of a checkpoint by its own config."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.reader import PLAIN_DTYPES
+from megatron_quant.ckpt.slots import slots
+from megatron_quant.models.spec import Param, Source
+from megatron_quant.recipes.kv_cache import attention_of
+
+SHARED = ("tensor_scale", INPUT_SCALE, WEIGHT_SCALE)
+"""Fields that the members of a fused group must share: engines take one member's for all."""
+
+
+def is_quantized(checkpoint: QuantizedCheckpoint, source: Source) -> bool:
+    """Whether the checkpoint's config quantizes ``source``."""
+    return source.module in checkpoint.modules and source.name.endswith(".weight")
+
+
+def _stored(
+    checkpoint: QuantizedCheckpoint, source: Source
+) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
+    """Name, possible dtypes and shape of each tensor that stores ``source``."""
+    if not is_quantized(checkpoint, source):
+        yield source.name, PLAIN_DTYPES, source.shape
+        return
+    rows, cols = source.shape
+    for stored in checkpoint.stored(source.module):
+        name = f"{source.module}.{stored.suffix}"
+        if name in checkpoint.tensors or not stored.optional:
+            yield name, (stored.dtype, *stored.also), stored.shape(rows, cols)
+
+
+def stray_problems(
+    checkpoint: QuantizedCheckpoint, params: tuple[Param, ...], cache: Mapping[str, Stored]
+) -> list[str]:
+    """Tensors that neither the model nor its quantization has; ``cache``: :func:`cache_tensors`."""
+    expected = set(cache) | {
+        name for p in params for s in p.sources for name, _, _ in _stored(checkpoint, s)
+    }
+    return [
+        f"{name}: config.json knows no such tensor (its module is not quantized, or not in the "
+        "model)"
+        for name in checkpoint.tensors
+        if name not in expected and not _stands_for_weight(checkpoint, name)
+    ]
+
+
+def _stands_for_weight(checkpoint: QuantizedCheckpoint, name: str) -> bool:
+    """Whether a plain weight takes the place of quantized tensors (reported as that)."""
+    module, _, leaf = name.rpartition(".")
+    return module in checkpoint.modules and leaf == "weight"
+
+
+def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
+    """Tensors that are missing, or of another dtype or shape than the config says."""
+    info = checkpoint.tensors.get(source.name)
+    if is_quantized(checkpoint, source) and info and info.dtype in PLAIN_DTYPES:
+        return [f"{source.name}: neither quantized nor in the ignore list of config.json"]
+    problems = []
+    for name, dtypes, shape in _stored(checkpoint, source):
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            problems.append(f"{name}: missing")
+        elif info.dtype not in dtypes:
+            wanted = " or ".join(map(str, dtypes))
+            problems.append(f"{name}: dtype is {info.dtype}, config.json means {wanted}")
+        elif info.shape != shape:
+            problems.append(f"{name}: shape is {info.shape}, config.json means {shape}")
+    return problems
+
+
+def value_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
+    """Elements and scales that are not finite, scales that are not positive, a wrong shape."""
+    if not is_quantized(checkpoint, source):
+        return []
+    problems = []
+    elements = checkpoint.modules[source.module].weights.fields[0].name
+    for stored in checkpoint.stored(source.module):
+        name = f"{source.module}.{stored.suffix}"
+        if name not in checkpoint.tensors:
+            continue  # an optional one
+        tensor = checkpoint.raw(name)
+        if stored.field == SHAPE:
+            meant = stored.to_disk(torch.tensor(source.shape))
+            if not torch.equal(tensor.to(meant.dtype), meant):
+                problems.append(f"{name}: is not what shape {list(source.shape)} means")
+        elif stored.field == elements:
+            problems += _finite_problems(name, tensor)
+        else:
+            problems += _scale_problems(name, tensor)
+    return problems
+
+
+def _finite_problems(name: str, tensor: torch.Tensor) -> list[str]:
+    if tensor.is_floating_point() and not tensor.float().isfinite().all():
+        return [f"{name}: holds NaN or infinity"]
+    return []
+
+
+def _scale_problems(name: str, tensor: torch.Tensor) -> list[str]:
+    problems = _finite_problems(name, tensor)
+    if not problems and tensor.is_floating_point() and not (tensor.float() > 0).all():
+        problems.append(f"{name}: holds a scale that is not positive")
+    return problems
+
+
+def cache_tensors(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> dict[str, Stored]:
+    """Name -> scale of the KV cache, for every attention that makes keys."""
+    attentions = [a for slot in slots(params) if (a := attention_of(slot))]
+    return {f"{a}.{s.suffix}": s for a in attentions for s in checkpoint.cache_scales}
+
+
+def cache_problems(checkpoint: QuantizedCheckpoint, cache: Mapping[str, Stored]) -> list[str]:
+    """Scales of ``cache`` that are missing, malformed, not finite or not positive."""
+    problems = []
+    for name, stored in cache.items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            problems.append(f"{name}: missing, though config.json means an FP8 KV cache")
+        elif (info.dtype, info.shape) != (stored.dtype, stored.scalar_shape):
+            problems.append(
+                f"{name}: is {info.dtype} {list(info.shape)}, not {stored.dtype} "
+                f"{list(stored.scalar_shape)}"
+            )
+        else:
+            problems += _scale_problems(name, checkpoint.raw(name))
+    return problems
+
+
+def fusion_problems(checkpoint: QuantizedCheckpoint, param: Param) -> list[str]:
+    """Members of a fused group of which some are not quantized, or whose scales differ."""
+    members = [s.module for s in param.sources if is_quantized(checkpoint, s)]
+    if not members or len(param.sources) == 1:
+        return []
+    if len(members) < len(param.sources):
+        rest = [s.module for s in param.sources if s.module not in members]
+        return [f"{members[0]}: quantized, but {rest[0]}, which engines fuse with it, is not"]
+    if len({checkpoint.modules[m] for m in members}) > 1:
+        return [f"{members[0]}: its format is not that of {members[1]}, fused with it"]
+    shared = [s.suffix for s in checkpoint.stored(members[0]) if s.field in SHARED]
+    return [
+        f"{members[0]}.{suffix}: not equal to that of {', '.join(members[1:])}, "
+        "though engines use one scale for all"
+        for suffix in shared
+        if len({checkpoint.raw(f"{m}.{suffix}").item() for m in members}) > 1
+    ]

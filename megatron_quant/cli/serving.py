@@ -1,0 +1,42 @@
+"""Flags that say which engine will read an export, shared by the verbs that write one."""
+
+import argparse
+
+from megatron_quant.ckpt.dialects import DIALECTS
+from megatron_quant.ckpt.serving_facts import ENGINES
+
+DIALECT_HELP = (
+    "modelopt: vLLM, SGLang and TensorRT-LLM (int4 and w4a8 in it by TensorRT-LLM alone). "
+    "compressed-tensors: vLLM, SGLang and transformers. gptq, awq, auto-round: INT4 weights (and "
+    "INT8 in gptq and auto-round) for vLLM and SGLang, and for transformers with their own "
+    "packages. fp8: 128 x 128 blocks as DeepSeek stores them, for all of these"
+)
+
+
+def add_dialect(group: "argparse._ActionsContainer", default: str | None) -> None:
+    """Add ``--export-format``, required where there is no default."""
+    group.add_argument(
+        "--export-format",
+        choices=DIALECTS,
+        default=default,
+        required=default is None,
+        help=f"who can read the export. {DIALECT_HELP}"
+        + (f" (default {default})" if default else ""),
+    )
+
+
+def add_serving(group: "argparse._ActionsContainer") -> None:
+    """Add ``--serve-engine`` and ``--serve-tp``."""
+    group.add_argument(
+        "--serve-engine",
+        choices=ENGINES,
+        help="refuse, before any weight is read, what this engine is known to reject or to misread "
+        "(default: refuse only what no engine can serve)",
+    )
+    group.add_argument(
+        "--serve-tp",
+        type=int,
+        metavar="N",
+        help="tensor-parallel size of the server: its ranks must hold whole groups and blocks; the "
+        "error names the largest group size that works (default 1 with --serve-engine)",
+    )

@@ -1,0 +1,232 @@
+"""The inner loops of the codecs in C, where the package was built with them.
+
+Every function here gives the bits of the torch code that it stands in for, for the tensors that
+``serves`` accepts. The library is optional (a host without a compiler has none), and off where the
+environment says ``MEGATRON_QUANT_NATIVE=0``. It is plain C over pointers: no tie to a version of
+torch, and ctypes releases the GIL while it runs.
+
+Blocks lie along the columns of contiguous rows [R, K]: ``block`` columns each, ``first`` of the
+first one before column 0.
+"""
+
+import ctypes
+import logging
+import os
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_VERSION = 1
+"""Of the signatures, as ``mq_version`` in csrc has it: a stale build is not called."""
+_FILE = Path(__file__).with_name("_native" + str(sysconfig.get_config_var("EXT_SUFFIX")))
+_SHARE = 1 << 17
+"""Elements that are worth a thread of their own: 50 microseconds of work, 20 to hand it out."""
+
+
+class Element(IntEnum):
+    """What becomes of a quotient, as csrc/elements.h lists it.
+
+    BY_BF16: the quotient is rounded to bf16 first, as torch does where value and step are both
+    bf16. ZERO: with a zero point. UINT8: INT8 + 128.
+    """
+
+    E4M3 = 0
+    E4M3_BY_BF16 = 1
+    E2M1 = 2
+    E2M1_BY_BF16 = 3
+    INT4_BY_BF16 = 4
+    INT4_ZERO_BY_BF16 = 5
+    INT8 = 6
+    UINT8_BY_BF16 = 7
+
+
+_STORED = {
+    Element.E4M3: torch.float8_e4m3fn,
+    Element.E4M3_BY_BF16: torch.float8_e4m3fn,
+    Element.E2M1: torch.uint8,
+    Element.E2M1_BY_BF16: torch.uint8,
+    Element.INT4_BY_BF16: torch.int32,
+    Element.INT4_ZERO_BY_BF16: torch.int32,
+    Element.INT8: torch.int8,
+    Element.UINT8_BY_BF16: torch.int32,
+}
+_BYTES = {Element.E4M3, Element.E4M3_BY_BF16, Element.INT8, Element.UINT8_BY_BF16}
+
+
+class _Blocks(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+    )
+
+
+class _Scales(ctypes.Structure):
+    _fields_ = (
+        ("step", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("MEGATRON_QUANT_NATIVE") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(_FILE))
+        version = library.mq_version()
+    except (OSError, AttributeError) as error:
+        logging.getLogger(__name__).debug("the codecs run in torch alone: %s", error)
+        return None
+    if version != _VERSION:
+        logging.getLogger(__name__).debug("the codecs run in torch alone: %s is stale", _FILE)
+        return None
+    return library
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the functions below take ``x``: bf16 on a CPU, not empty, with the library there."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and _library() is not None
+    )
+
+
+def block_amax(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
+    """max |x| of each block -> fp32 [R, B]; NaN and Inf propagate."""
+    out_RB = x_RK.new_empty(x_RK.shape[0], _count(x_RK, block, first), dtype=torch.float32)
+    _over_rows(x_RK, lambda lib, r: lib.mq_amax(_blocks(x_RK[r], block, first), _at(out_RB[r])))
+    return out_RB
+
+
+def block_ends(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
+    """(max(x, 0), max(-x, 0)) of each block -> fp32 [R, B, 2]. A NaN reaches one or both."""
+    out_RB2 = x_RK.new_empty(x_RK.shape[0], _count(x_RK, block, first), 2, dtype=torch.float32)
+    _over_rows(x_RK, lambda lib, r: lib.mq_ends(_blocks(x_RK[r], block, first), _at(out_RB2[r])))
+    return out_RB2
+
+
+def encode(
+    x_RK: Tensor,
+    step_RB: Tensor,
+    zero_RB: Tensor | None,
+    element: Element,
+    block: int,
+    first: int = 0,
+) -> Tensor:
+    """Elements of x / step (+ zero) as they are stored -> [R, K / packed].
+
+    step_RB, zero_RB: fp32, one for each block.
+    """
+    rows, cols = x_RK.shape
+    out = x_RK.new_empty(rows, cols if element in _BYTES else cols // 2, dtype=torch.uint8)
+
+    def call(lib: ctypes.CDLL, r: slice) -> None:
+        scales = _scales(step_RB, zero_RB, r)
+        lib.mq_encode(_blocks(x_RK[r], block, first), scales, int(element), _at(out[r]))
+
+    _over_rows(x_RK, call)
+    return out.view(_STORED[element])
+
+
+def fake_quant(
+    x_RK: Tensor,
+    step_RB: Tensor,
+    zero_RB: Tensor | None,
+    element: Element,
+    block: int,
+    first: int = 0,
+) -> Tensor:
+    """What ``encode`` stands for, (element - zero) * step -> bf16 [R, K]."""
+    out_RK = torch.empty_like(x_RK)
+
+    def call(lib: ctypes.CDLL, r: slice) -> None:
+        scales = _scales(step_RB, zero_RB, r)
+        lib.mq_fake_quant(_blocks(x_RK[r], block, first), scales, int(element), _at(out_RK[r]))
+
+    _over_rows(x_RK, call)
+    return out_RK
+
+
+def nvfp4_encode(x_RK: Tensor, dscale_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and their tensors' scales -> (elements uint8 [R, K/2], block_scale e4m3 [R, K/16])."""
+    rows, cols = x_RK.shape
+    out, scale = (x_RK.new_empty(rows, cols // n, dtype=torch.uint8) for n in (2, 16))
+
+    def call(lib: ctypes.CDLL, r: slice) -> None:
+        dscale = _scales(dscale_R1, None, r)
+        lib.mq_nvfp4_encode(_blocks(x_RK[r], 16, 0), dscale, _at(scale[r]), _at(out[r]))
+
+    _over_rows(x_RK, call)
+    return out, scale.view(torch.float8_e4m3fn)
+
+
+def nvfp4_fake_quant(x_RK: Tensor, dscale_R1: Tensor) -> Tensor:
+    """What ``nvfp4_encode`` stands for, bf16 [R, K]."""
+    out_RK = torch.empty_like(x_RK)
+
+    def call(lib: ctypes.CDLL, r: slice) -> None:
+        dscale = _scales(dscale_R1, None, r)
+        lib.mq_nvfp4_fake_quant(_blocks(x_RK[r], 16, 0), dscale, _at(out_RK[r]))
+
+    _over_rows(x_RK, call)
+    return out_RK
+
+
+def _count(x_RK: Tensor, block: int, first: int) -> int:
+    return -(-(first + x_RK.shape[1]) // block)
+
+
+def _at(t: Tensor) -> ctypes.c_void_p:
+    assert t.is_contiguous(), t.stride()
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def _blocks(x_RK: Tensor, block: int, first: int) -> object:
+    assert x_RK.is_contiguous() and 0 <= first < block, (x_RK.stride(), block, first)
+    return ctypes.byref(_Blocks(x_RK.data_ptr(), *x_RK.shape, block, first))
+
+
+def _scales(step_RB: Tensor, zero_RB: Tensor | None, rows: slice) -> object:
+    """Of some rows. Steps that are expanded along the rows are passed as they are."""
+    step_RB = step_RB[rows]
+    assert step_RB.dtype == torch.float32 and (step_RB.shape[1] < 2 or step_RB.stride(1) == 1)
+    if zero_RB is None:
+        return ctypes.byref(_Scales(step_RB.data_ptr(), None, step_RB.stride(0)))
+    zero_RB = zero_RB[rows]
+    assert zero_RB.dtype == torch.float32 and zero_RB.stride() == step_RB.stride()
+    return ctypes.byref(_Scales(step_RB.data_ptr(), zero_RB.data_ptr(), step_RB.stride(0)))
+
+
+def _over_rows(x_RK: Tensor, call: Callable[[ctypes.CDLL, slice], None]) -> None:
+    """``call`` on all rows, with as many threads as torch has."""
+    library = _library()
+    assert library is not None
+    threads = min(torch.get_num_threads(), x_RK.numel() // _SHARE, x_RK.shape[0])
+    if threads < 2:
+        call(library, slice(None))
+        return
+    edges = [x_RK.shape[0] * i // threads for i in range(threads + 1)]
+    shares = [slice(*pair) for pair in pairwise(edges)]
+    # A forked process has none of its parent's threads: each has its own pool.
+    for _ in _pool(torch.get_num_threads(), os.getpid()).map(
+        lambda share: call(library, share), shares
+    ):
+        pass
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="megatron-quant")

@@ -1,0 +1,133 @@
+"""Where a held piece lies in the block grid of its logical tensor.
+
+Blocks (groups, 128 x 128 blocks, whole channels) belong to the logical tensor: its first element
+begins the first block, whoever holds the pieces. A matrix that a rank holds is made of *regions*,
+one a logical tensor; every region has a grid of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_quant.formats.spec import Format
+
+Block = tuple[int, ...]
+"""Extent of a cell by dim, as :attr:`megatron_quant.formats.spec.Field.block`."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """What a held matrix has of one logical tensor (1-D ones too).
+
+    rows: held rows ``(start, stop)``, in the order of the logical tensor; all columns are its.
+    start, size: the box of the logical tensor, by dim. whole: shape of the logical tensor.
+    Shards are equal: where ``size`` is less than ``whole``, others begin at its multiples.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    whole: tuple[int, ...]
+
+    def take(self, held: Tensor) -> Tensor:
+        """The region of ``held``: [..., *size] of a matrix or a stack of them."""
+        dim = held.dim() - len(self.size)
+        pieces = [held.narrow(dim, start, stop - start) for start, stop in self.rows]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    def touched(self, block: Block) -> tuple[range, ...]:
+        """By dim the cells of the logical grid of which the region has an element."""
+        spans = zip(self.start, self.size, self._steps(block), strict=True)
+        return tuple(range(o // b, -(-(o + n) // b)) for o, n, b in spans)
+
+    def cut(self, block: Block) -> tuple[tuple[int, ...], ...]:
+        """By dim the cells of the logical grid that an edge between two shards cuts.
+
+        Equal for all shards of the tensor.
+        """
+        return tuple(map(_cut, self.size, self.whole, self._steps(block)))
+
+    def _steps(self, block: Block) -> tuple[int, ...]:
+        return tuple(b or n for b, n in zip(block, self.whole, strict=True))
+
+
+def _cut(size: int, whole: int, step: int) -> tuple[int, ...]:
+    assert size == whole or whole % size == 0, (size, whole)
+    return tuple(dict.fromkeys(e // step for e in range(size, whole, size) if e % step))
+
+
+def whole_matrix(rows: int, cols: int) -> Region:
+    """The region of a matrix that is a logical tensor by itself."""
+    return Region(((0, rows),), (0, 0), (rows, cols), (rows, cols))
+
+
+def grids(regions: Sequence[Region], fmt: Format) -> tuple[Region, ...]:
+    """The regions of one matrix as ``fmt`` has to tell them apart.
+
+    Where a block has one row, rows need not be: one region, in the matrix's own order.
+    """
+    if fmt.stat_block is None or fmt.stat_block[0] == 1:
+        rows = sum(region.size[0] for region in regions)
+        first = regions[0]
+        size, whole = (rows, first.size[1]), (rows, first.whole[1])
+        return (Region(((0, rows),), (0, first.start[1]), size, whole),)
+    return tuple(regions)
+
+
+def put_together(parts: Sequence[Tensor], regions: Sequence[Region]) -> Tensor:
+    """Inverse of :meth:`Region.take` for all regions of a matrix: [..., N, K]. Differentiable."""
+    if len(parts) == 1:
+        return parts[0]
+    found: list[tuple[int, Tensor]] = []
+    for part, region in zip(parts, regions, strict=True):
+        pieces = part.split([stop - start for start, stop in region.rows], dim=-2)
+        found += [(start, piece) for (start, _), piece in zip(region.rows, pieces, strict=True)]
+    return torch.cat([piece for _, piece in sorted(found, key=lambda item: item[0])], dim=-2)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The blocks of a region that shards cut.
+
+    dim: 0 where shards cut rows of blocks, 1 for columns. count: how many such blocks the logical
+    tensor has along it. slots: those of them that the region touches, and cells: where these are
+    among all that it touches.
+    """
+
+    dim: int
+    count: int
+    slots: tuple[int, ...]
+    cells: tuple[int, ...]
+
+    def pack(self, values: Tensor, neutral: float) -> Tensor:
+        """Of values [E, N_b, K_b, ...] those that are cut; of equal shape on all shards."""
+        dim, shape = self.dim + 1, list(values.shape)
+        shape[dim] = self.count
+        own = values.index_select(dim, _index(self.cells, values))
+        packed = values.new_full(shape, neutral)
+        return packed.index_copy_(dim, _index(self.slots, values), own)
+
+    def unpack(self, merged: Tensor, values: Tensor) -> None:
+        """Put what all shards merged into the values of all blocks."""
+        own = merged.index_select(self.dim + 1, _index(self.slots, values))
+        values.index_copy_(self.dim + 1, _index(self.cells, values), own)
+
+
+def _index(numbers: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=like.device)
+
+
+def edge_of(region: Region, fmt: Format) -> Edge | None:
+    """The blocks of ``fmt`` that shards cut in the region's tensor; None where they cut none."""
+    block = fmt.stat_block
+    if block is None:
+        return None
+    for dim, (cut, touched) in enumerate(
+        zip(region.cut(block), region.touched(block), strict=True)
+    ):
+        if cut:
+            slots = tuple(slot for slot, cell in enumerate(cut) if cell in touched)
+            return Edge(dim, len(cut), slots, tuple(cut[slot] - touched.start for slot in slots))
+    return None

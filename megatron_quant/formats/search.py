@@ -1,0 +1,161 @@
+"""Choosing scales by the error that they leave.
+
+A search multiplies a statistic: that of each block (``block_stat``), or the amax of a whole tensor
+where a format has no blocks. What it finds is a statistic again, so that encoding knows nothing of
+searches. Errors are integers: their sums are exact, hence the same in every order and on every
+layout, and so is the choice, where no rounded sum could break a tie differently.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_quant.formats.amax import check_dtype, tensor_scale
+from megatron_quant.formats.chunks import as_rows, row_chunks
+from megatron_quant.formats.cuts import Cuts, Origin
+from megatron_quant.formats.rows import (
+    Rows,
+    block_index,
+    check_storable,
+    flat_stat,
+    row_scale,
+    rows_of,
+)
+from megatron_quant.formats.spec import Format
+from megatron_quant.formats.stat import cuts
+
+FOUR_OVER_SIX = (1.0, 1.5)
+"""For nvfp4: a block's largest value becomes the code of 6 or that of 4."""
+FOUR_OVER_SIX_RANGE = 448 / 256
+"""By which the tensor's amax is multiplied then, so that no block scale leaves E4M3's range."""
+MSE_MULTIPLIERS = (
+    1.0,
+    *(n / 20 for n in range(19, 7, -1)),
+    *(n / 20 for n in range(21, 33)),
+)
+"""0.4 to 1.6 in steps of 0.05. Below 1 outliers are clipped; above it a block of floats moves to
+another part of their uneven grid, and a rounded scale to its neighbours."""
+
+_MOST = 2.0
+_UNITS = 2.0**32
+"""Squared errors are counted in amax^2 / 2^32, amax rounded up to a power of two."""
+
+
+@torch.no_grad()
+def errors(
+    w: Tensor,
+    fmt: Format,
+    dscale: Tensor | None,
+    stat: Tensor,
+    multipliers: Sequence[float],
+    origin: Origin = (0, 0),
+) -> Tensor:
+    """Sum of squared dequantization errors for each multiple of ``stat``, as integers.
+
+    w: finite bf16, fp16 or fp32 [N, K] or [E, N, K], a piece that starts at ``origin``.
+    dscale: as ``encode`` has it; None where ``fmt`` has no blocks.
+    stat: [..., N_b, K_b, P] as ``block_stat`` has it, merged; where ``fmt`` has no blocks the amax
+        of the tensor, [] or [E, 1, 1].
+    -> int64 [M, ..., N_b, K_b], or [M, *stat.shape] without blocks: each element's squared error
+        over the statistic's next power of two squared, rounded to a multiple of 2^-32, summed.
+        Errors of pieces of one block (with the same statistic) merge by SUM, exactly.
+    Raises FormatError as ``encode`` does.
+    """
+    check_storable(w, fmt, stat, origin)
+    tried = [_tried(w, fmt, dscale, stat, m, origin) for m in multipliers]
+    rows, columns = cuts(w.shape, fmt, origin)
+    w_RK = as_rows(w)
+    index_R = block_index(w, rows)
+    scale_RB = _inverse_unit(_amax_RB(w, fmt, stat, origin))
+    sums = w_RK.new_empty(len(tried), w_RK.shape[0], columns.count, dtype=torch.int64)
+    for chunk in row_chunks(w_RK):
+        x_RK = w_RK[chunk].float()
+        inverse = scale_RB[chunk if index_R is None else index_R[chunk]]
+        for m, how in enumerate(tried):
+            error_RK = x_RK - _values(how, chunk, w_RK[chunk])
+            sums[m, chunk] = _counted(columns.split(error_RK), inverse)
+    return _by_block(sums, w, fmt, stat, rows)
+
+
+def _tried(
+    w: Tensor, fmt: Format, dscale: Tensor | None, stat: Tensor, multiplier: float, origin: Origin
+) -> Rows:
+    if fmt.stat_block is None:
+        return rows_of(w, fmt, tensor_scale(stat * multiplier, fmt), None, origin)
+    return rows_of(w, fmt, dscale, stat * multiplier, origin)
+
+
+def _values(how: Rows, chunk: slice, x_RK: Tensor) -> Tensor:
+    stored, scales = how.encode(chunk, x_RK)
+    return how.kernel.values(stored, scales, how.dscale_R1[chunk], how.columns)
+
+
+def _amax_RB(w: Tensor, fmt: Format, stat: Tensor, origin: Origin) -> Tensor:
+    """Bound of |w| for each row of blocks, fp32."""
+    if fmt.stat_block is None:
+        return row_scale(stat, w, fmt)
+    return flat_stat(stat, w, fmt, origin).amax(-1)
+
+
+def _inverse_unit(amax: Tensor) -> Tensor:
+    """2^-e, where 2^e is the power of two above amax; e between -126 and 126."""
+    exponent = torch.frexp(amax).exponent.clamp_(-126, 126)
+    return ((127 - exponent) << 23).view(torch.float32)
+
+
+def _counted(error_RBb: Tensor, inverse_RB: Tensor) -> Tensor:
+    """Squared errors in units, each rounded, summed over the last dim: int64 [R, B]."""
+    relative = error_RBb.mul_(inverse_RB.unsqueeze(-1))
+    units = relative.square_().clamp_(max=_MOST).mul_(_UNITS).round_()
+    # Integers below 2^33, of which 2^20 add up in fp64 without rounding.
+    return units.sum(-1, dtype=torch.float64).to(torch.int64)
+
+
+def _by_block(sums_MRB: Tensor, w: Tensor, fmt: Format, stat: Tensor, rows: Cuts) -> Tensor:
+    tried, _, blocks = sums_MRB.shape
+    if fmt.stat_block is None:
+        return sums_MRB.unflatten(1, (stat.numel(), -1)).sum((2, 3)).view(tried, *stat.shape)
+    if rows.block > 1:
+        matrices = tried * w.shape[:-2].numel()
+        sums_MRB = rows.gather(sums_MRB.view(matrices, rows.length, blocks)).sum(2)
+    return sums_MRB.view(tried, *w.shape[:-2], rows.count, blocks)
+
+
+def choose(errors: Tensor, multipliers: Sequence[float]) -> Tensor:
+    """The multiplier of the least error: [M, ...] -> fp32 [...]; the earliest of equal ones.
+
+    Multipliers begin with 1, so what gains nothing keeps its statistic. To apply: ``stat *
+    chosen.unsqueeze(-1)`` for blocks, ``amax * chosen`` for tensors.
+    """
+    return torch.tensor(multipliers, device=errors.device)[errors.argmin(0)]
+
+
+@torch.no_grad()
+def histogram(x: Tensor, bins: int, limit: Tensor) -> Tensor:
+    """How many |x| lie in each of ``bins`` equal parts of [0, limit]: int64 [bins].
+
+    x: bf16, fp16 or fp32 of any shape. limit: fp32 [], the same on all ranks; what lies above it,
+    or is NaN, counts in the last bin. Histograms merge by SUM.
+    """
+    check_dtype(x)
+    per_unit = torch.where(limit > 0, bins / limit, 0.0)
+    counts = torch.zeros(bins, dtype=torch.int64, device=x.device)
+    x_RK = as_rows(x.view(1) if x.dim() == 0 else x)
+    for chunk in row_chunks(x_RK):
+        place = x_RK[chunk].float().abs().mul_(per_unit).nan_to_num_(bins).clamp_(max=bins - 1)
+        counts += torch.bincount(place.view(-1).to(torch.int64), minlength=bins)
+    return counts
+
+
+def percentile_amax(counts: Tensor, limit: Tensor, q: float) -> Tensor:
+    """Least bin edge that ``q`` percent of the counted values do not exceed, fp32 [...].
+
+    counts: int64 [..., bins] as ``histogram`` gives them, merged. limit: fp32 [...]. q: above 0,
+    at most 100 (which gives the end of the last bin with a value). 0 where nothing was counted.
+    """
+    assert 0 < q <= 100, q
+    bins, total = counts.shape[-1], counts.sum(-1)
+    needed = (total.double() * (q / 100)).ceil().clamp(min=1)
+    edge = (counts.cumsum(-1) < needed.unsqueeze(-1)).sum(-1) + 1
+    return torch.where(total > 0, limit * (edge.clamp(max=bins).float() / bins), 0.0)

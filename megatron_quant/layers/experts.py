@@ -1,0 +1,48 @@
+"""Routed experts whose second linear is given what serving engines give it.
+
+Megatron's ``TEGroupedMLP`` multiplies a token's routing probability into the activation, before
+``linear_fc2``; transformers and the engines multiply it into the output of ``down_proj``. The
+two are equal in exact arithmetic, but the inputs of ``linear_fc2``, which calibration measures and
+fake quantization rounds, are not.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry
+
+from megatron_quant.errors import QuantError
+
+
+class _Experts(QuantModule):
+    """A ``TEGroupedMLP`` that weighs its experts' outputs instead of their activations."""
+
+    def _setup(self) -> None:
+        if getattr(self, "_with_fused_impl", False):  # from megatron-core 0.17
+            raise QuantError(
+                "use_transformer_engine_op_fuser=True computes experts without calling their "
+                "linears, and so without their quantizers: set it to False in the TransformerConfig"
+            )
+
+    def forward(
+        self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, probs_T: torch.Tensor
+    ) -> tuple[torch.Tensor, Any]:
+        """As the base class: tokens sorted by expert, and the routing probability of each."""
+        if self.config.moe_apply_probs_on_input:  # as such a model is trained and served (Llama 4)
+            return super().forward(x_TH, tokens_per_expert, probs_T)
+        out_TH, bias = super().forward(x_TH, tokens_per_expert, torch.ones_like(probs_T))
+        assert bias is None, "TEGroupedMLP adds its bias itself"
+        return (out_TH * probs_T.unsqueeze(-1)).to(out_TH.dtype), None
+
+
+def _register() -> None:
+    """Put our class in the place of ModelOpt's entry."""
+    if TEGroupedMLP in QuantModuleRegistry:
+        QuantModuleRegistry.unregister(TEGroupedMLP)
+    QuantModuleRegistry.register({TEGroupedMLP: "megatron_quant_TEGroupedMLP"})(_Experts)
+
+
+_register()
+
+QuantTEGroupedMLP = QuantModuleRegistry[TEGroupedMLP]

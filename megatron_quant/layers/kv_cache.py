@@ -1,0 +1,86 @@
+"""Quantizers of cached keys and values, on the attention that ModelOpt's registry converts.
+
+Its ``k_bmm_quantizer`` and ``v_bmm_quantizer`` are given what an engine would cache: keys after the
+rotation, and values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import nn
+
+from megatron_quant.errors import CoverageError
+from megatron_quant.formats.spec import get_format
+from megatron_quant.layers.backend import quantizer_attributes
+from megatron_quant.layers.install import LocalWeight
+from megatron_quant.recipes.kv_cache import CacheSlot, attention_of, cache_slots
+from megatron_quant.recipes.plan import QuantPlan
+
+CAST_AMAX = 448.0
+"""With it an FP8 scale is 1: keys and values are cast as they are."""
+_CACHED = get_format("fp8")
+
+
+@dataclass(frozen=True)
+class CachedTensor:
+    """The quantizer of one attention's keys or values on this rank, which holds some of its heads.
+
+    device: where its amax lives.
+    """
+
+    slot: CacheSlot
+    quantizer: TensorQuantizer
+    device: torch.device
+
+    @property
+    def quantizers(self) -> tuple[TensorQuantizer, ...]:
+        """The quantizers that a forward calls, as :attr:`QuantLayer.quantizers`."""
+        return (self.quantizer,)
+
+    def set_amax(self, amax: float) -> None:
+        """Give it the largest magnitude of the keys or values of all heads."""
+        self.quantizer.amax = torch.tensor(amax, dtype=torch.float32, device=self.device)
+
+    def amax(self) -> torch.Tensor:
+        """What :meth:`set_amax` was given, fp32 []."""
+        return self.quantizer.amax.float().reshape(())
+
+
+def attach_kv_cache(
+    model: nn.Module, plan: QuantPlan, weights: Sequence[LocalWeight]
+) -> list[CachedTensor]:
+    """Turn on the quantizers that ``plan.kv_cache`` asks for; :func:`attach` came before.
+
+    weights: this rank's share of the plan's slots. Raises CoverageError for an attention that has
+    no such quantizers.
+    """
+    device = next(model.parameters()).device
+    slots: dict[str, list[CacheSlot]] = {}
+    for slot in cache_slots(plan):
+        slots.setdefault(slot.attention, []).append(slot)
+    cached = [
+        CachedTensor(slot, _quantizer(model, weight, slot), device)
+        for weight in weights
+        for slot in slots.get(attention_of(plan.by_name[weight.slot].slot) or "", ())
+    ]
+    for tensor in cached:
+        tensor.quantizer.set_from_attribute_config(quantizer_attributes(_CACHED))
+        if plan.kv_cache == "fp8_cast":
+            tensor.set_amax(CAST_AMAX)
+    return cached
+
+
+def _quantizer(model: nn.Module, weight: LocalWeight, slot: CacheSlot) -> TensorQuantizer:
+    """Of the attention that the projection ``weight`` belongs to."""
+    name = f"{weight.module.rpartition('.')[0]}.core_attention"
+    module = model.get_submodule(name)
+    quantizer = getattr(module, f"{slot.part}_bmm_quantizer", None)
+    if quantizer is None:
+        raise CoverageError(
+            f"{name} is a {type(module).__name__}, which has no quantizer of its "
+            f"{slot.part} cache: build the model with the Transformer Engine layer spec, or export "
+            "with --export-kv-cache-quant none"
+        )
+    return quantizer

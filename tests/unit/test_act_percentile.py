@@ -1,0 +1,17 @@
+"""``--act-percentile`` is a percentage."""
+
+import pytest
+
+from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.errors import QuantError
+
+
+@pytest.mark.parametrize("percentile", [0.0, -1.0, 100.1, float("nan")])
+def test_a_percentile_that_is_none(percentile: float) -> None:
+    with pytest.raises(QuantError, match=r"--act-percentile is .*: give a percentage above 0"):
+        QuantizeOptions("model", "fp8", act_percentile=percentile)
+
+
+def test_percentiles() -> None:
+    assert QuantizeOptions("model", "fp8").act_percentile == 100
+    assert QuantizeOptions("model", "fp8", act_percentile=99.9).act_percentile == 99.9

@@ -1,0 +1,47 @@
+"""Runs under vLLM's own Python: what it makes of a checkpoint, as a JSON file.
+
+    python serve.py DIR '[token ids]' OUT.json
+
+The greedy continuation of the prompt, and the log-probabilities of the whole
+vocabulary at every position of the prompt but the first.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+NEW_TOKENS = 8
+
+
+def log_probs(output, vocab_size: int) -> list[list[float]]:
+    return [[at[token].logprob for token in range(vocab_size)] for at in output.prompt_logprobs[1:]]
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    directory, prompt = sys.argv[1], json.loads(sys.argv[2])
+    vocab_size = json.loads(Path(directory, "config.json").read_text())["vocab_size"]
+    llm = LLM(
+        directory,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_seqs=2,
+        max_logprobs=vocab_size,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+    )
+    sampling = SamplingParams(
+        temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=vocab_size, detokenize=False
+    )
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    found = {
+        "tokens": list(output.outputs[0].token_ids),
+        "log_probs": log_probs(output, vocab_size),
+    }
+    Path(sys.argv[3]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env test test-vllm lint format demo clean
+.PHONY: env test test-vllm test-matrix test-te test-gpu lint format demo clean
 
 env: $(READY)
 
@@ -25,6 +25,19 @@ $(READY): setup.py constraints.txt $(wildcard megatron_quant/csrc/*)
 
 test: env
 	$(BIN)/python -m pytest
+
+# Older and newer releases of the libraries; ROWS="oldest newest" for some, ARGS=--write for README.
+test-matrix: env
+	$(BIN)/python -m tests.matrix $(ARGS) $(ROWS)
+
+# Transformer Engine compiled here, without a CUDA toolkit: the first time takes ten minutes or more.
+test-te: env
+	$(BIN)/python -m tests.matrix $(ARGS) compiled
+
+# On a host with a GPU; PYTEST_PYTHON names the Python of an environment that is there already.
+PYTEST_PYTHON ?= $(BIN)/python
+test-gpu:
+	$(PYTEST_PYTHON) -m pytest -rs tests/gpu
 
 # vLLM's CPU build in an environment of its own, kept for the next run.
 VLLM := $(or $(MEGATRON_QUANT_CACHE),$(HOME)/.cache/megatron_quant)/vllm

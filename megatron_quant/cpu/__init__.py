@@ -5,8 +5,9 @@ is done here by torch operations, for the kernels that float32, bfloat16 and flo
 backward of a Megatron model need. This room is the only one that replaces anything in another
 library, and only :func:`activate` does so: importing it changes nothing.
 
-Written for Transformer Engine 2.20.2 (the pure-Python wheel is enough; shared libraries are not
-loaded even where they are installed) and Megatron-Core 0.16.1 to 0.19.2.
+Written for Transformer Engine 2.10.0 to 2.20.2 (the pure-Python wheel is enough; shared libraries
+are loaded only where :mod:`megatron_quant.cpu.plugin` is asked for) and Megatron-Core 0.16.1 to
+0.19.2. What differs between them is in :mod:`megatron_quant.cpu.versions`.
 """
 
 import sys
@@ -15,11 +16,9 @@ from importlib import metadata
 
 import torch
 
-from megatron_quant.cpu import binary, cuda, kernels, megatron
+from megatron_quant.cpu import binary, cuda, kernels, megatron, plugin, versions
 from megatron_quant.errors import HostError
 
-TE_VERSION = "2.20.2"
-MEGATRON_VERSIONS = ("0.16.1", "0.19.2")
 _EARLIER = ("transformer_engine", "megatron.core", "modelopt.torch")
 _active = False
 
@@ -39,9 +38,10 @@ def activate() -> None:
         return
     _check_host()
     _check_versions()
-    binary.load()
+    version = metadata.version("transformer_engine")
+    (plugin if plugin.wanted() else binary).load(version)
     cuda.answer()
-    cuda.scope_transformer_engine()
+    cuda.scope_transformer_engine(version)
     megatron.replace()
     _active = True
 
@@ -85,24 +85,19 @@ def _check_host() -> None:
 
 
 def _check_versions() -> None:
-    te = _version("transformer_engine", f"transformer-engine=={TE_VERSION}")
-    core = _version("megatron-core", f"megatron-core=={MEGATRON_VERSIONS[0]}")
-    first, last = (_numbers(v) for v in MEGATRON_VERSIONS)
-    if te != TE_VERSION:
-        warnings.warn(
-            f"cpu was tested with Transformer Engine {TE_VERSION}, not {te}", stacklevel=3
-        )
-    if not first <= _numbers(core) <= last:
-        tested = " to ".join(MEGATRON_VERSIONS)
-        warnings.warn(f"cpu was tested with Megatron-Core {tested}, not {core}", stacklevel=3)
+    for library in versions.LIBRARIES:
+        found = _version(library)
+        if not library.tested(found):
+            warnings.warn(
+                f"cpu was tested with {library.title} {library.first} to {library.last},"
+                f" not {found}",
+                stacklevel=3,
+            )
 
 
-def _version(distribution: str, requirement: str) -> str:
+def _version(library: versions.Library) -> str:
+    name = library.distribution
     try:
-        return metadata.version(distribution)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        raise HostError(f"{distribution} is not installed: pip install {requirement}") from None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+        raise HostError(f"{name} is not installed: pip install {library.requirement}") from None

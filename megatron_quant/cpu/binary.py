@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_quant.cpu import kernels
+from megatron_quant.cpu import kernels, versions
 from megatron_quant.errors import HostError
 
 _STAND_IN = "transformer_engine_torch"
@@ -82,15 +82,15 @@ _NUMBERED = {
 _OPTIONAL = ("flash_attention", "get_attention_backend")
 
 
-def load() -> None:
-    """Import ``transformer_engine.pytorch`` with the stand-in for its pybind module.
+def load(version: str) -> None:
+    """Import ``transformer_engine.pytorch`` of ``version`` with the stand-in for its binary part.
 
     Raises:
         HostError: something that the package imports is missing (einops, onnxscript, triton).
     """
     spec = importlib.util.find_spec("transformer_engine")
     assert spec is not None and spec.submodule_search_locations is not None
-    sys.modules[_STAND_IN] = _stand_in()
+    sys.modules[_STAND_IN] = _stand_in(version)
     try:
         common = _import_common(list(spec.submodule_search_locations))
         package = importlib.import_module("transformer_engine")
@@ -129,13 +129,15 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _stand_in() -> types.ModuleType:
+def _stand_in(version: str) -> types.ModuleType:
     module = types.ModuleType(_STAND_IN)
     for name, members in _COUNTED.items():
         setattr(module, name, enum.IntEnum(name, members, start=0))
-    for name, values in _NUMBERED.items():
+    earlier = versions.removed_members(version)
+    for name in [*_NUMBERED, *(earlier.keys() - _NUMBERED.keys())]:
+        values = earlier.get(name, {}) | _NUMBERED.get(name, {})
         setattr(module, name, enum.IntEnum(name, values))
-    vars(module).update(kernels.table(module))
+    vars(module).update(kernels.table(module.NVTE_Fused_Attn_Backend.NVTE_No_Backend, version))
     vars(module)["__getattr__"] = _lacking
     return module
 

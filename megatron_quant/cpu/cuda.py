@@ -9,12 +9,14 @@ one of the Transformer Engine functions that insist on it is running.
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_quant.cpu import versions
 
 CPU = torch.device("cpu")
 _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
@@ -69,13 +71,15 @@ def answer() -> None:
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
 
 
-def scope_transformer_engine() -> None:
-    """Wrap the functions of Transformer Engine that take only CUDA tensors."""
+def scope_transformer_engine(version: str) -> None:
+    """Wrap the functions of Transformer Engine ``version`` that take only CUDA tensors."""
+    managers = versions.context_managers(version)
     for module, owner, methods in _SCOPED:
         cls = getattr(importlib.import_module(module), owner)
         for method in methods:
+            wrap = _scoped_entry if f"{owner}.{method}" in managers else _scoped
             is_static = isinstance(vars(cls)[method], staticmethod)
-            wrapped = _scoped(getattr(cls, method))
+            wrapped = wrap(getattr(cls, method))
             setattr(cls, method, staticmethod(wrapped) if is_static else wrapped)
 
 
@@ -110,5 +114,19 @@ def _scoped(function: Callable[..., Any]) -> Callable[..., Any]:
     def scoped(*args: Any, **kwargs: Any) -> Any:
         with pretended():
             return function(*args, **kwargs)
+
+    return scoped
+
+
+def _scoped_entry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For a function that returns a context manager: entering it is scoped, its body is not."""
+
+    @contextmanager
+    @functools.wraps(function)
+    def scoped(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with ExitStack() as stack:
+            with pretended():
+                value = stack.enter_context(function(*args, **kwargs))
+            yield value
 
     return scoped

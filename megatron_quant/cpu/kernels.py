@@ -7,12 +7,11 @@ stands for, since Transformer Engine's Python passes most of them by position.
 import functools
 from collections import Counter
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from megatron_quant.cpu import gemm, norm, softmax
+from megatron_quant.cpu import gemm, norm, softmax, versions
 from megatron_quant.errors import HostError
 
 CALLS: Counter[str] = Counter()
@@ -35,17 +34,18 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 }
 
 
-def table(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """Name to function for ``module``, the stand-in, which holds the enums already.
+def table(no_backend: Any, version: str) -> dict[str, Callable[..., Any]]:
+    """Name to function, for Transformer Engine ``version``.
 
     Besides the kernels, these are the questions that Transformer Engine asks of its libraries.
+    ``no_backend``: the member of NVTE_Fused_Attn_Backend that says that there is none.
     """
-    no_backend = module.NVTE_Fused_Attn_Backend.NVTE_No_Backend
+    attention = versions.fused_attention_answer(version, no_backend)
     answers: dict[str, Callable[..., Any]] = {
         "get_num_cublas_streams": lambda: 1,
         "get_cudnn_version": lambda: 92000,
         "get_cublasLt_version": lambda: 130100,
-        "get_fused_attn_backend": lambda *args: (no_backend, "CPU"),
+        "get_fused_attn_backend": lambda *args: attention,
     }
     return answers | {name: _counted(name, kernel) for name, kernel in _KERNELS.items()}
 

@@ -14,7 +14,7 @@ from torch import nn
 from megatron_quant.errors import CoverageError
 from megatron_quant.formats.region import Region, grids, whole_matrix
 from megatron_quant.formats.spec import Format
-from megatron_quant.layers import experts, te  # noqa: F401  (they register their classes)
+from megatron_quant.layers import te  # noqa: F401  (registers the grouped classes)
 from megatron_quant.layers.backend import (
     block_amax,
     quantizer_attributes,

@@ -15,6 +15,7 @@ from modelopt.torch.utils.distributed import ParallelState
 from torch import nn
 
 from megatron_quant.errors import QuantError
+from megatron_quant.layers import experts  # noqa: F401  (registers its class)
 from megatron_quant.layers.backend import register_backend
 from megatron_quant.layers.grouped import QuantGroupedLinear
 

@@ -54,7 +54,12 @@ def quantized(
     kind: str, experts: int, fmt: Format, axis: int | None, dtype: torch.dtype = torch.float32
 ) -> QuantGroupedLinear:
     """The same, converted and with the weight amaxes in place; inputs are not quantized."""
-    layer = QuantModuleRegistry.convert(plain(kind, experts, dtype))
+    return converted(plain(kind, experts, dtype), fmt, axis)
+
+
+def converted(layer: torch.nn.Module, fmt: Format, axis: int | None) -> QuantGroupedLinear:
+    """``layer`` with quantized weights alone, as :func:`quantized` gives it."""
+    layer = QuantModuleRegistry.convert(layer)
     layer.input_quantizer.disable()
     layer.weight_quantizer.set_from_attribute_config(quantizer_attributes(fmt, axis))
     layer.weight_quantizer.amax = weight_amax(layer.weights(), axis)

@@ -72,7 +72,8 @@ def test_what_transformer_engine_cannot_import_is_named(fresh: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("te", "core", "warning"),
     [
-        ("2.16.1", "0.16.1", "tested with Transformer Engine 2.20.2, not 2.16.1"),
+        ("2.9.0", "0.16.1", "tested with Transformer Engine 2.10.0 to 2.20.2, not 2.9.0"),
+        ("2.21.0", "0.16.1", "tested with Transformer Engine 2.10.0 to 2.20.2, not 2.21.0"),
         ("2.20.2", "0.15.0", "tested with Megatron-Core 0.16.1 to 0.19.2, not 0.15.0"),
         ("2.20.2", "0.20.0rc1", "tested with Megatron-Core 0.16.1 to 0.19.2, not 0.20.0rc1"),
     ],

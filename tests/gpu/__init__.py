@@ -1,0 +1,1 @@
+"""Tests that need a GPU: make test-gpu. What they check lives in checks.py and runs on CPU too."""

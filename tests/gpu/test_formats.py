@@ -1,0 +1,42 @@
+"""The codecs on a GPU: the CPU's bits, the golden bytes, and ModelOpt's own kernels."""
+
+import pytest
+import torch
+
+from tests.host import ready
+
+ready()
+from megatron_quant.formats import encode  # noqa: E402
+from tests.gpu import checks  # noqa: E402
+from tests.unit import test_formats_golden as goldens  # noqa: E402
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+
+
+@DTYPES
+@pytest.mark.parametrize("name", list(checks.FORMATS))
+def test_bytes_are_the_cpus(name: str, dtype: torch.dtype) -> None:
+    checks.bytes_are_the_cpus("cuda", checks.FORMATS[name], dtype)
+
+
+@pytest.mark.parametrize(("name", "case"), goldens.CASES)
+def test_encode_equals_golden_bytes(name: str, case: str) -> None:
+    want, fmt = goldens.golden(name, case), goldens.format_of(name, case)
+    on_gpu = {key: tensor.cuda() for key, tensor in want.items()}
+    fields = encode(on_gpu["input"], fmt, on_gpu.get("dscale"))
+    for field in fmt.fields:
+        if field.name in want:
+            assert checks.same_bits(fields[field.name].cpu(), want[field.name]), field.name
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+def test_packing_is_modelopts(name: str) -> None:
+    checks.packing_is_modelopts("cuda", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("fp8", torch.float32), ("nvfp4", torch.float32), ("nvfp4", torch.bfloat16)],
+)
+def test_fake_quant_is_modelopts_kernels(name: str, dtype: torch.dtype) -> None:
+    checks.fake_quant_is_modelopts("cuda", name, dtype)

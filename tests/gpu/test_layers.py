@@ -1,0 +1,54 @@
+"""The quantized grouped linears on a GPU."""
+
+import pytest
+import torch
+
+from tests.host import ready
+
+ready()
+from megatron_quant.errors import QuantError  # noqa: E402
+from tests.dist import grouped  # noqa: E402
+from tests.gpu import checks  # noqa: E402
+
+FORMATS = pytest.mark.parametrize("name", list(checks.FORMATS))
+
+
+@pytest.mark.parametrize("splits", list(checks.SPLITS))
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_a_plain_layer_computes_as_the_cpu_kernels(one_rank: str, kind: str, splits: str) -> None:
+    checks.layer_computes_as_the_kernels(one_rank, kind, checks.SPLITS[splits], None, None)
+
+
+@pytest.mark.parametrize("splits", list(checks.SPLITS))
+@pytest.mark.parametrize("axis", [None, 0])
+@FORMATS
+def test_a_quantized_layer_does_too(
+    one_rank: str, name: str, axis: int | None, splits: str
+) -> None:
+    fmt = checks.FORMATS[name]
+    checks.layer_computes_as_the_kernels(one_rank, "column", checks.SPLITS[splits], fmt, axis)
+
+
+def test_fused_accumulation_changes_no_gradient(one_rank: str) -> None:
+    checks.fused_accumulation_changes_no_gradient(one_rank)
+
+
+@FORMATS
+def test_a_captured_forward_is_replayed_or_refused(one_rank: str, name: str) -> None:
+    layer = grouped.quantized("column", 4, checks.FORMATS[name], None, torch.bfloat16)
+    layer = layer.to(one_rank).requires_grad_(False)
+    x = grouped.inputs(32, torch.bfloat16).detach().to(one_rank)
+    splits = [8, 0, 20, 4]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        want = layer(x, splits)[0].clone()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            out = layer(x, splits)[0]
+    except QuantError as e:
+        assert "CUDA graph" in str(e)
+        return
+    graph.replay()
+    assert torch.equal(out, want)

@@ -59,7 +59,7 @@ FACTS = (
         "fp8",
         EVERYWHERE,
         "W4A8_AWQ is read by TensorRT-LLM alone",
-        "--serve-engine tensorrt-llm, or the recipe int4 with --export-format compressed-tensors",
+        "--serve-engine tensorrt-llm, or w4a8_dynamic with --export-format compressed-tensors",
     ),
     Fact(
         ("tensorrt-llm",),
@@ -95,7 +95,7 @@ FACTS = (
         "fp8",
         EVERYWHERE,
         "INT4 weights run with dynamic FP8 inputs only, and these are static",
-        "the recipe int4, or --export-format modelopt for TensorRT-LLM",
+        "the recipe w4a8_dynamic, or --export-format modelopt for TensorRT-LLM",
     ),
     Fact(
         ("transformers",),

@@ -10,7 +10,7 @@ SUPPORTED: dict[str, tuple[str | None, ...]] = {
     "fp8_channel": ("fp8_channel", None),
     "fp8_block": ("fp8_group", None),
     "int8": ("int8", "int8_tensor"),
-    "int4": (None, "fp8"),
+    "int4": (None, "fp8", "fp8_channel"),
     "int4_asym": (None, "fp8"),
     "int8_group": (None,),
     "nvfp4": ("nvfp4", None),

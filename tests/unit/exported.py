@@ -60,6 +60,7 @@ CHOICES: dict[str, tuple[str, str | None]] = {
     "int4": ("int4", None),
     "int4_asym": ("int4_asym", None),
     "w4a8": ("int4", "fp8"),
+    "w4a8_dynamic": ("int4", "fp8_channel"),
     "nvfp4": ("nvfp4", "nvfp4"),
     "nvfp4 weights": ("nvfp4", None),
     "mxfp8": ("mxfp8", "mxfp8"),

@@ -33,6 +33,7 @@ DENSE_CELLS = {
     ("compressed-tensors", "int8_group"): WEIGHTS_ALONE,
     ("compressed-tensors", "int4"): WEIGHTS_ALONE,
     ("compressed-tensors", "w4a8"): CLIPPED,
+    ("compressed-tensors", "w4a8_dynamic"): INPUTS,
     ("compressed-tensors", "nvfp4"): FP4_INPUTS,
     ("compressed-tensors", "nvfp4 weights"): WEIGHTS_ALONE,
     ("compressed-tensors", "mxfp8"): INPUTS,

@@ -38,6 +38,7 @@ SHIPPED = {
     "nvfp4_mse": ("nvfp4", "nvfp4", "mse"),
     "w4a16_nvfp4": ("nvfp4", None, "max"),
     "w4a8": ("int4", "fp8", "max"),
+    "w4a8_dynamic": ("int4", "fp8_channel", "max"),
 }
 NVFP4 = {"quantize": ["*"], "weights": "nvfp4"}
 
@@ -233,8 +234,7 @@ def test_malformed_rule(rule: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("weights", "inputs", "known"),
     [
-        ("int4", "int4", "int4 weights go with no inputs or fp8 inputs"),
-        ("int4", "fp8_channel", "int4 weights go with no inputs or fp8 inputs"),
+        ("int4", "int4", "int4 weights go with no inputs or fp8 or fp8_channel inputs"),
         ("fp8", "nvfp4", "fp8 weights go with fp8 inputs or no inputs"),
         ("nvfp4", "fp8", "nvfp4 weights go with nvfp4 inputs or no inputs"),
         ("fp8_block", "fp8", "fp8_block weights go with fp8_group inputs or no inputs"),

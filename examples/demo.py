@@ -22,9 +22,8 @@ from rich.table import Table
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
 RANKS = 4
-# Megatron and transformers round bf16 in other places: then activations fall on the other side of a
-# quantization step, which on so little text moves a perplexity by a thousandth. In fp32 both compute
-# the same.
+# Megatron and transformers round bf16 in other places. Activations then fall on the other side of a
+# quantization step, which on so little text moves a perplexity by a thousandth; not so in fp32.
 DTYPE = ("--dtype", "fp32")
 
 

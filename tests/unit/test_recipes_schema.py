@@ -234,7 +234,7 @@ def test_malformed_rule(rule: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("weights", "inputs", "known"),
     [
-        ("int4", "int4", "int4 weights go with no inputs or fp8 or fp8_channel inputs"),
+        ("int4", "int4", "int4 weights go with no inputs or fp8 inputs or fp8_channel inputs"),
         ("fp8", "nvfp4", "fp8 weights go with fp8 inputs or no inputs"),
         ("nvfp4", "fp8", "nvfp4 weights go with nvfp4 inputs or no inputs"),
         ("fp8_block", "fp8", "fp8_block weights go with fp8_group inputs or no inputs"),

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -20,6 +21,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(not PYTHON, reason="make test-vllm makes vLLM's environment"),
 ]
+_NO_KERNEL = re.compile(r"'_C' object has no attribute '(\w+)'")
 SERVE = Path(__file__).with_name("serve.py")
 PROMPT = [1, 5, 9, 13, 40, 80, 33, 21, 7, 66, 120, 3, 90, 14, 200, 31]
 
@@ -45,7 +47,10 @@ def served(directory: Path) -> tuple[list[int], torch.Tensor]:
     out = directory.with_suffix(".json")
     command = [PYTHON, SERVE, directory, json.dumps(PROMPT), out]
     ended = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    if lacking := _NO_KERNEL.search(ended.stdout + ended.stderr):
+        # vLLM has a library for AVX2 and one for AVX-512, with kernels that the other lacks.
+        pytest.skip(f"vLLM's library for this CPU has no kernel {lacking[1]}")
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     found = json.loads(out.read_text())
     return found["tokens"], torch.tensor(found["log_probs"])
 

@@ -70,6 +70,9 @@ def digest_problems(directory: Path, threads: int) -> Iterator[str]:
 
     Headers first: where one is damaged, nothing is said of the tensors.
     """
+    if not (directory / MANIFEST).exists():
+        yield f"{MANIFEST} is missing; verify without --digests, or export again"
+        return
     try:
         stated = read_json(directory / MANIFEST)
         paths = sorted(directory.glob("*.safetensors"))

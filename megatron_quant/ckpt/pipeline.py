@@ -73,9 +73,9 @@ class Pipeline:
             if error is None:
                 self._finish()
         finally:
-            self._writers.shutdown(cancel_futures=True)
+            self._writers.shutdown()  # what is encoded is written and noted, whatever failed
             self._seal()
-            self._sealer.shutdown()  # what it waits for is done or cancelled: it closes the files
+            self._sealer.shutdown()
             self._journal.close()
 
     def reserve(self, nbytes: int) -> None:

@@ -72,9 +72,9 @@ def _stated(directory: Path) -> Mapping[str, str]:
     """What the export in ``directory`` is made of; empty where one had hardly begun."""
     complete, unfinished = directory / MANIFEST, partial(directory, _UNFINISHED)
     try:
-        if (directory / INDEX).exists():
+        if (directory / INDEX).exists() and complete.exists():
             return read_json(complete)
-        if unfinished.exists():
+        if not (directory / INDEX).exists() and unfinished.exists():
             return read_json(unfinished)
     except CheckpointError as error:
         raise ExportError(f"{error}; start anew with --overwrite") from None

@@ -14,11 +14,13 @@ from pathlib import Path
 from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.files import TensorEntry
 from megatron_quant.ckpt.journal import Digests, Journal
+from megatron_quant.ckpt.memory import give_back
 from megatron_quant.ckpt.runs import digest, write_box
 from megatron_quant.errors import ExportError
 from megatron_quant.models.spec import Box
 
 _SEAL_BYTES = 256 << 20  # written between two entries in the journal: what a kill may cost a rank
+_GIVE_BACK_BYTES = 64 << 20  # of memory freed, before it is given back to the system
 
 Encoded = tuple[TensorEntry, Box, memoryview]
 """A file tensor, a box of it, and the bytes of that box."""
@@ -62,7 +64,7 @@ class Pipeline:
         self._sealer = ThreadPoolExecutor(1, "seal")
         self._writing: deque[tuple[Future[Digests], int]] = deque()
         self._sealing: deque[Future[Digests]] = deque()
-        self._held = 0
+        self._held = self._freed = 0
         self._file: _File | None = None
 
     def __enter__(self) -> "Pipeline":
@@ -84,6 +86,9 @@ class Pipeline:
             self._wait_for_write()
         while self._sealing and self._sealing[0].done():
             self._wait_for_seal()
+        if self._freed >= min(_GIVE_BACK_BYTES, self._max_bytes // 2):
+            self._freed = 0
+            give_back()
 
     def write(self, path: Path, pieces: Sequence[Encoded]) -> None:
         """Hash and write what belongs into the file ``path``, later.
@@ -114,6 +119,7 @@ class Pipeline:
         future, nbytes = self._writing.popleft()
         future.result()
         self._held -= nbytes
+        self._freed += nbytes
         self._progress(nbytes)
 
     def _wait_for_seal(self) -> None:

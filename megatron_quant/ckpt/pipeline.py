@@ -6,7 +6,7 @@ reaches the disk and only then the journal. What is encoded and not yet written 
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,10 +90,11 @@ class Pipeline:
             self._freed = 0
             give_back()
 
-    def write(self, path: Path, pieces: Sequence[Encoded]) -> None:
+    def write(self, path: Path, pieces: list[Encoded]) -> None:
         """Hash and write what belongs into the file ``path``, later.
 
-        Its bytes must not change until then. Call :meth:`reserve` before they are made.
+        Its bytes must not change until then, and the list is emptied. Call :meth:`reserve` before
+        they are made.
         """
         if self._file is None or self._file.path != path:
             self._seal()
@@ -155,9 +156,11 @@ class _File:
     nbytes: int = 0
 
 
-def _write(path: Path, fd: int, pieces: Sequence[Encoded]) -> Digests:
+def _write(path: Path, fd: int, pieces: list[Encoded]) -> Digests:
+    """Takes the pieces out of the list, as the pool holds on to it for longer than this runs."""
     found: Digests = {}
-    for entry, box, data in pieces:
+    while pieces:
+        entry, box, data = pieces.pop()
         found[entry.name, box] = digest(data)
         with explained(path, "cannot be written"):
             write_box(fd, entry, box, data)

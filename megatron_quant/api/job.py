@@ -10,6 +10,7 @@ import torch
 from megatron_quant.api.options import DTYPES, QuantizeOptions, parse_size
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import Dialect
+from megatron_quant.ckpt.figures import Figures, measured
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
 from megatron_quant.ckpt.serving import check_serving
@@ -40,6 +41,7 @@ class Job:
     layout: Layout
     dtype: torch.dtype
     export: ExportPlan
+    figures: Figures
 
 
 def prepare(options: QuantizeOptions, world: int) -> Job:
@@ -61,9 +63,21 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     dialect.quantization_config(quant)  # refuses what it cannot say
     dtype = DTYPES[options.dtype]
     shard_bytes = parse_size(options.max_shard_size)
-    export = plan_export(params, quant, dialect, layout, dtype, shard_bytes)
+    export, figures = measured(
+        lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes), world
+    )
     return Job(
-        source, hf_config, architecture, params, recipe, quant, dialect, layout, dtype, export
+        source,
+        hf_config,
+        architecture,
+        params,
+        recipe,
+        quant,
+        dialect,
+        layout,
+        dtype,
+        export,
+        figures,
     )
 
 

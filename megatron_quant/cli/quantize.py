@@ -17,6 +17,7 @@ from megatron_quant.cli.tables import (
     engines_table,
     files_table,
     needs,
+    planning_lines,
     rules_table,
     sizes_line,
     statistics_table,
@@ -185,6 +186,8 @@ def _dry_run(options: QuantizeOptions) -> None:
     for line in needs(job):
         out.print(line)
     out.print(sizes_line(job.export))
+    for line in planning_lines(job.figures):
+        out.print(line)
 
 
 def _quantize(options: QuantizeOptions, report: Path | None) -> None:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_quant.api.job import Job
+from megatron_quant.ckpt.figures import Figures
 from megatron_quant.ckpt.plan import ExportPlan, Target
 from megatron_quant.ckpt.serving import obstacle
 from megatron_quant.ckpt.serving_facts import ENGINES
@@ -125,6 +126,16 @@ def sizes_line(plan: ExportPlan) -> str:
     """Bytes before and after."""
     ratio = plan.bytes_before / plan.bytes_after
     return f"size: {size(plan.bytes_before)} -> {size(plan.bytes_after)} ({ratio:.2f}x smaller)"
+
+
+def planning_lines(figures: Figures) -> Iterator[str]:
+    """What the plan took, and what each rank writes."""
+    memory = f", {size(figures.nbytes)}" if figures.nbytes is not None else ""
+    yield f"planned in {figures.seconds:.2f} s{memory}"
+    yield (
+        f"bytes a rank writes, of {figures.ranks}: {size(figures.smallest)} to "
+        f"{size(figures.largest)} (imbalance {figures.imbalance:.3f})"
+    )
 
 
 def statistics_table(statistics: Sequence[tuple[str, tuple[int, ...], float]]) -> Table:

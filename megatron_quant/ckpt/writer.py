@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from megatron_quant.ckpt.check import check_plan
 from megatron_quant.ckpt.companions import Companions
-from megatron_quant.ckpt.disk import explained, sync_directory
+from megatron_quant.ckpt.disk import explained, forget, sync_directory
 from megatron_quant.ckpt.files import INDEX, TensorEntry
 from megatron_quant.ckpt.journal import Digests, Journal, read_journals
 from megatron_quant.ckpt.manifest import MANIFEST, digests_on_disk, manifest
@@ -175,7 +175,13 @@ def _on_disk(directory: Path, part: Part) -> Digests:
     with explained(path, "cannot be read back"):
         fd = os.open(path, os.O_RDONLY)
         try:
-            return {(p.entry.name, p.box): digest_on_disk(fd, p.entry, p.box) for p in part.pieces}
+            found: Digests = {}
+            for piece in part.pieces:
+                found[piece.entry.name, piece.box] = digest_on_disk(fd, piece.entry, piece.box)
+                # A network file system would send a page that was read whole when a part of it is
+                # written, and with it old bytes of what other hosts write there.
+                forget(fd, piece.entry.offset, piece.entry.nbytes)
+            return found
         finally:
             os.close(fd)
 

@@ -14,15 +14,16 @@ import torch
 
 from benchmarks.report import host, table
 from benchmarks.shapes import EXPERTS, MODELS, params
+from megatron_quant.ckpt.check import check_plan
 from megatron_quant.ckpt.dialects import get_dialect
-from megatron_quant.ckpt.figures import measured
+from megatron_quant.ckpt.figures import measured, spread
 from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.plan import plan_export
+from megatron_quant.ckpt.plan import ExportPlan, plan_export
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.formats.spec import get_format
 from megatron_quant.recipes.plan import Decision, QuantPlan
 
-LAYOUTS = {8: (8, 1, 8, 1), 512: (512, 8, 64, 1)}
+LAYOUTS = {8: (8, 1, 8, 1), 512: (512, 4, 64, 1)}
 """Ranks -> ranks, tp, ep, etp."""
 FORMATS = ("fp8_block", "nvfp4")
 _SHARD_BYTES = 5 * 10**9
@@ -57,11 +58,16 @@ def figures(model: str, fmt: str, ranks: int) -> dict[str, float]:
     quant = QuantPlan("all", tuple(decisions))
     layout = Layout.simulate(*LAYOUTS[ranks], experts=EXPERTS[model])
     dialect = get_dialect("compressed-tensors")
-    plan, seen = measured(
-        lambda: plan_export(found, quant, dialect, layout, torch.bfloat16, _SHARD_BYTES), ranks
-    )
+
+    def proven() -> ExportPlan:
+        plan = plan_export(found, quant, dialect, layout, torch.bfloat16, _SHARD_BYTES)
+        check_plan(plan)
+        return plan
+
+    plan, cost = measured(proven)
+    shares = spread(plan, ranks)
     counts = {"tensors": len(plan.entries), "parts": len(plan.parts), "bytes": plan.bytes_after}
-    return {**asdict(seen), **counts, "imbalance": seen.imbalance}
+    return {**asdict(cost), **asdict(shares), **counts, "imbalance": shares.imbalance}
 
 
 def _apart(model: str, fmt: str, ranks: int) -> dict[str, float]:

@@ -5,23 +5,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_quant.ckpt.check import check_plan
 from megatron_quant.ckpt.plan import ExportPlan
 
 _STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a plan took and what it gives.
-
-    seconds: to plan, with the proof that every byte has one owner. nbytes: memory that the plan
-    takes, None where the system does not say. ranks: of the layout. smallest, largest: bytes that
-    a rank writes. mean: over all ranks.
-    """
+class Cost:
+    """Seconds of CPU time, and bytes of memory; None where the system does not say."""
 
     seconds: float
     nbytes: int | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Bytes that each of ``ranks`` writes: the least, the most, and the mean."""
+
     ranks: int
     smallest: int
     largest: int
@@ -33,17 +33,18 @@ class Figures:
         return self.largest / self.mean
 
 
-def measured(make: Callable[[], ExportPlan], ranks: int) -> tuple[ExportPlan, Figures]:
-    """The plan that ``make`` makes, with its figures; it is checked too."""
-    before, start = _resident(), time.perf_counter()
+def measured(make: Callable[[], ExportPlan]) -> tuple[ExportPlan, Cost]:
+    """The plan that ``make`` makes, and what it cost."""
+    before, start = _resident(), time.process_time()
     plan = make()
-    check_plan(plan)
-    seconds = time.perf_counter() - start
-    after = _resident()
-    nbytes = after - before if after and before else None
+    seconds, after = time.process_time() - start, _resident()
+    return plan, Cost(seconds, None if before is None or after is None else after - before)
+
+
+def spread(plan: ExportPlan, ranks: int) -> Spread:
+    """What each of the layout's ranks writes."""
     written = [sum(part.nbytes for part in plan.parts_of(rank)) for rank in range(ranks)]
-    mean = sum(written) / ranks
-    return plan, Figures(seconds, nbytes, ranks, min(written), max(written), mean)
+    return Spread(ranks, min(written), max(written), sum(written) / ranks)
 
 
 def _resident() -> int | None:

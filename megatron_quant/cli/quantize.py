@@ -186,7 +186,7 @@ def _dry_run(options: QuantizeOptions) -> None:
     for line in needs(job):
         out.print(line)
     out.print(sizes_line(job.export))
-    for line in planning_lines(job.figures):
+    for line in planning_lines(job):
         out.print(line)
 
 

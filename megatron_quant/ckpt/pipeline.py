@@ -15,11 +15,12 @@ from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.files import TensorEntry
 from megatron_quant.ckpt.journal import Digests, Journal
 from megatron_quant.ckpt.memory import give_back
-from megatron_quant.ckpt.runs import digest, write_box
+from megatron_quant.ckpt.runs import digests, write_box
 from megatron_quant.errors import ExportError
 from megatron_quant.models.spec import Box
 
 _SEAL_BYTES = 256 << 20  # written between two entries in the journal: what a kill may cost a rank
+_BATCH_BYTES = 32 << 20  # hashed and written by one thread at a time
 _GIVE_BACK_BYTES = 64 << 20  # of memory freed, before it is given back to the system
 
 Encoded = tuple[TensorEntry, Box, memoryview]
@@ -75,14 +76,16 @@ class Pipeline:
             if error is None:
                 self._finish()
         finally:
-            self._writers.shutdown()  # what is encoded is written and noted, whatever failed
-            self._seal()
+            self._seal()  # what is encoded is written and noted, whatever failed
+            self._writers.shutdown()
             self._sealer.shutdown()
             self._journal.close()
 
     def reserve(self, nbytes: int) -> None:
         """Wait until ``nbytes`` more may be encoded."""
-        while self._writing and self._held + nbytes > self._max_bytes:
+        while self._held and self._held + nbytes > self._max_bytes:
+            if not self._writing:
+                self._submit()
             self._wait_for_write()
         while self._sealing and self._sealing[0].done():
             self._wait_for_seal()
@@ -101,13 +104,25 @@ class Pipeline:
             with explained(path, "cannot be opened"):
                 self._file = _File(path, os.open(path, os.O_WRONLY))
         nbytes = sum(len(data) for _, _, data in pieces)
-        future = self._writers.submit(_write, self._file.path, self._file.fd, pieces)
-        self._writing.append((future, nbytes))
+        self._file.batch += pieces
+        self._file.batched += nbytes
         self._held += nbytes
-        self._file.written.append(future)
-        self._file.nbytes += nbytes
+        pieces.clear()
+        if self._file.batched >= min(_BATCH_BYTES, self._max_bytes // 4):
+            self._submit()
         if self._file.nbytes >= _SEAL_BYTES:
             self._seal()
+
+    def _submit(self) -> None:
+        """Have the batch written: pieces together, as their digests are faster so."""
+        file = self._file
+        if file is None or not file.batch:
+            return
+        future = self._writers.submit(_write, file.path, file.fd, file.batch)
+        self._writing.append((future, file.batched))
+        file.written.append(future)
+        file.nbytes += file.batched
+        file.batch, file.batched = [], 0
 
     def _finish(self) -> None:
         self._seal()
@@ -127,6 +142,7 @@ class Pipeline:
         self.digests |= self._sealing.popleft().result()
 
     def _seal(self) -> None:
+        self._submit()
         if self._file is not None:
             self._sealing.append(self._sealer.submit(self._seal_now, self._file))
             self._file = None
@@ -148,20 +164,22 @@ class Pipeline:
 
 @dataclass(eq=False)
 class _File:
-    """A file that is being written, until it is sealed."""
+    """A file that is being written, until it is sealed; ``batch`` is not under way yet."""
 
     path: Path
     fd: int
     written: list[Future[Digests]] = field(default_factory=list)
     nbytes: int = 0
+    batch: list[Encoded] = field(default_factory=list)
+    batched: int = 0
 
 
 def _write(path: Path, fd: int, pieces: list[Encoded]) -> Digests:
     """Takes the pieces out of the list, as the pool holds on to it for longer than this runs."""
-    found: Digests = {}
+    each = digests([data for _, _, data in pieces])
+    found = {(entry.name, box): it for (entry, box, _), it in zip(pieces, each, strict=True)}
     while pieces:
         entry, box, data = pieces.pop()
-        found[entry.name, box] = digest(data)
         with explained(path, "cannot be written"):
             write_box(fd, entry, box, data)
     return found

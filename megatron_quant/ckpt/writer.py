@@ -40,6 +40,8 @@ Produce = Callable[[Part], Iterable[Produced]]
 """For one part what :func:`megatron_quant.ckpt.produce.produce` yields of it."""
 K = TypeVar("K")
 DEFAULTS = WriteOptions()
+SMALL_BYTES = 128 << 20
+"""What a rank may always hold encoded, however small its parts."""
 
 
 def quiet(nbytes: int) -> None:
@@ -133,12 +135,14 @@ def write_parts(
 ) -> Digests:
     """On every rank: encode and write the parts that ``rank`` owns, but for those that are intact.
 
-    At most two of the largest part are encoded at a time. Returns the digest of every box.
+    At most two of the largest part are encoded at a time, or several of :data:`SMALL_BYTES`
+    together. Returns the digest of every box.
     """
     parts = plan.parts_of(rank)
     largest = max((part.nbytes for part in parts), default=0)
+    max_bytes = max(2 * largest, SMALL_BYTES)
     intact = _intact(parts, directory, options)
-    with Pipeline(Journal(directory, rank), options, 2 * largest, progress) as pipeline:
+    with Pipeline(Journal(directory, rank), options, max_bytes, progress) as pipeline:
         for part in parts:
             if part in intact:
                 progress(part.nbytes)

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from megatron_quant.api.job import Job, prepare
 from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.api.target import check_not_source, existing_of
 from megatron_quant.calib.data import load_texts, token_batches
 from megatron_quant.ckpt.companions import Companions, companions
+from megatron_quant.ckpt.origin import Origin, recipe_digest, source_digest
+from megatron_quant.ckpt.pipeline import WriteOptions
 from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
 from megatron_quant.ckpt.source import carry_over
-from megatron_quant.ckpt.writer import Existing, check_target
-from megatron_quant.errors import CheckpointError, ExportError
+from megatron_quant.ckpt.target import Existing, check_target
+from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluate.evaluate import read_windows
 from megatron_quant.evaluate.tokenizer import load_tokenizer
 
@@ -30,6 +32,7 @@ class Inputs:
     checkpoint: Checkpoint
     companions: Companions
     existing: Existing
+    writing: WriteOptions
     batches: list[torch.Tensor]
     windows: list[torch.Tensor]
 
@@ -40,26 +43,22 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
     Raises the QuantError of whatever is wrong; nothing has been written then.
     """
     assert options.export_dir is not None, "an export needs a directory"
+    existing = existing_of(options.overwrite, options.resume)
+    writing = WriteOptions(options.io_threads, options.fsync)
     job = prepare(options, world)
     checkpoint = open_checkpoint(job.source)
     checkpoint.check(job.params)
-    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carry_over(job.source))
-    existing = Existing.REPLACE if options.overwrite else Existing.REFUSE
-    _check_not_source(options.export_dir, job.source)
-    check_target(options.export_dir, files, existing)
+    check_not_source(options.export_dir, job.source)
+    origin = Origin(recipe_digest(job.recipe), source_digest(job.source))
+    carried = carry_over(job.source)
+    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
+    check_target(options.export_dir, files, existing, job.export)
     windows = []
     if options.eval_text:
         windows = read_windows(job.source, options.eval_text, options.calib_seq_length)
     batches = _batches(options, job)
     _check_ids([*batches, *windows], job)
-    return Inputs(job, checkpoint, files, existing, batches, windows)
-
-
-def _check_not_source(export_dir: Path, source: Path) -> None:
-    if export_dir.is_dir() and export_dir.samefile(source):
-        raise ExportError(
-            f"--export-dir {export_dir} is the source checkpoint; choose another directory"
-        )
+    return Inputs(job, checkpoint, files, existing, writing, batches, windows)
 
 
 def _check_ids(tokens: Sequence[torch.Tensor], job: Job) -> None:

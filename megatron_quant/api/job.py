@@ -10,6 +10,7 @@ import torch
 from megatron_quant.api.options import DTYPES, QuantizeOptions, parse_size
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import Dialect
+from megatron_quant.ckpt.figures import Cost, measured
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
 from megatron_quant.ckpt.serving import check_serving
@@ -27,7 +28,8 @@ from megatron_quant.recipes.schema import Recipe, weight_only, with_algorithm, w
 class Job:
     """A run that passed every check that needs no weights.
 
-    layout: as Megatron's default rank order gives it; export: the files, owners at that layout.
+    layout: as Megatron's default rank order gives it; export: the files, owners at that layout;
+    cost: of planning it.
     """
 
     source: Path
@@ -40,6 +42,7 @@ class Job:
     layout: Layout
     dtype: torch.dtype
     export: ExportPlan
+    cost: Cost
 
 
 def prepare(options: QuantizeOptions, world: int) -> Job:
@@ -61,9 +64,19 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     dialect.quantization_config(quant)  # refuses what it cannot say
     dtype = DTYPES[options.dtype]
     shard_bytes = parse_size(options.max_shard_size)
-    export = plan_export(params, quant, dialect, layout, dtype, shard_bytes)
+    export, cost = measured(lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes))
     return Job(
-        source, hf_config, architecture, params, recipe, quant, dialect, layout, dtype, export
+        source,
+        hf_config,
+        architecture,
+        params,
+        recipe,
+        quant,
+        dialect,
+        layout,
+        dtype,
+        export,
+        cost,
     )
 
 

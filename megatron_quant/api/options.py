@@ -55,6 +55,9 @@ class QuantizeOptions:
     export_kv_cache_quant: str | None = None
     serve_engine: str | None = None
     serve_tp: int | None = None
+    io_threads: int = 2
+    fsync: bool = True
+    resume: bool = False
 
     def __post_init__(self) -> None:
         """Refuse counts below one; names are checked where they are resolved."""

@@ -12,6 +12,10 @@ class Phases(Protocol):
         """A phase of ``total`` steps; what it yields is called with steps done."""
         ...
 
+    def transfer(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A phase that moves ``nbytes`` bytes; what it yields is called with bytes moved."""
+        ...
+
     def time(self, name: str) -> AbstractContextManager[None]:
         """A phase without steps."""
         ...

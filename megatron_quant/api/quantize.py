@@ -1,7 +1,7 @@
 """The run itself: load, attach, calibrate, export, verify. Every rank calls :func:`quantize`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from megatron_quant.api.phases import Phases
 from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
 from megatron_quant.calib.kv_cache import calibrate_kv_cache, run_rest, watch
+from megatron_quant.ckpt.origin import digest_of
 from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.produce import Produced, produce
 from megatron_quant.ckpt.produce_cache import produce_cache_scale
 from megatron_quant.ckpt.verify import Report, verify
-from megatron_quant.ckpt.writer import export
+from megatron_quant.ckpt.writer import Produce, export
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluate.metrics import Sums
 from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
@@ -52,7 +53,7 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     """Quantize a Hugging Face checkpoint into ``options.export_dir``.
 
     Collective. Raises a QuantError, the same on every rank, before anything is written or with
-    what was written removed.
+    what was written removed (with ``options.resume``: kept, to be continued).
     """
     with phases.time("plan"):
         inputs = together(groups, lambda: open_inputs(options, groups.size))
@@ -68,7 +69,8 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     calibration, kv_amax = _calibrate(options, inputs, model, layers, cached, phases)
     quantized = [*layers, *cached]
     fake_quant = _evaluate(inputs, model, quantized, phases) if inputs.windows else None
-    _export(options, inputs, model, layers, cached, phases)
+    scales = digest_of([calibration.weight_amax, calibration.input_amax, kv_amax])
+    _export(options, inputs, model, producer(model, layers, cached), scales, phases)
     with phases.time("verify"):
         verified = together(groups, lambda: _verify(options, job, groups))
     return Outcome(job, calibration, kv_amax, statistics(model.module), fake_quant, verified)
@@ -140,21 +142,23 @@ def _export(
     options: QuantizeOptions,
     inputs: Inputs,
     model: Model,
-    layers: list[QuantLayer],
-    cached: list[CachedTensor],
+    produced: Produce,
+    scales: str,
     phases: Phases,
 ) -> None:
-    plan = inputs.job.export
+    """Write the files; ``scales``: digest of what calibration found."""
+    plan, beside = inputs.job.export, inputs.companions
     own = sum(part.nbytes for part in plan.parts_of(model.groups.rank))
-    with phases.bar("export", own) as progress:
+    with phases.transfer("export", own) as progress:
         export(
             plan,
             model.groups,
-            producer(model, layers, cached),
+            produced,
             Path(options.export_dir or ""),
-            inputs.companions,
+            replace(beside, origin=replace(beside.origin, statistics=scales)),
             inputs.existing,
             progress,
+            inputs.writing,
         )
 
 

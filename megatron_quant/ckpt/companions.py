@@ -8,17 +8,23 @@ from typing import Any
 import torch
 
 from megatron_quant.ckpt.dialects.base import Dialect
+from megatron_quant.ckpt.origin import Origin
 from megatron_quant.recipes.plan import QuantPlan
 
 CONFIG = "config.json"
+_UNKNOWN = Origin()
 
 
 @dataclass(frozen=True)
 class Companions:
-    """documents: JSON file name -> content; carried: files to copy under their own names."""
+    """documents: JSON file name -> content; carried: files to copy under their own names.
+
+    origin: what the manifest says of where the export comes from.
+    """
 
     documents: Mapping[str, Mapping[str, Any]]
     carried: tuple[Path, ...] = ()
+    origin: Origin = _UNKNOWN
 
     @property
     def names(self) -> list[str]:
@@ -32,6 +38,7 @@ def companions(
     dialect: Dialect,
     dtype: torch.dtype,
     carried: Sequence[Path] = (),
+    origin: Origin = _UNKNOWN,
 ) -> Companions:
     """config.json with ``quantization_config``, the dialect's own files, and those to carry over.
 
@@ -42,6 +49,6 @@ def companions(
     config = {k: v for k, v in hf_config.items() if k != "quantization_config"}
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).split(".")[-1]
     if not quant.quantized:
-        return Companions({CONFIG: config}, tuple(carried))
+        return Companions({CONFIG: config}, tuple(carried), origin)
     config["quantization_config"] = dialect.quantization_config(quant)
-    return Companions({**dialect.extra_files(quant), CONFIG: config}, tuple(carried))
+    return Companions({**dialect.extra_files(quant), CONFIG: config}, tuple(carried), origin)

@@ -49,6 +49,19 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+def forget(fd: int, offset: int, nbytes: int) -> None:
+    """Drop a range of the file from the system's cache, where the system can."""
+    if nbytes and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def append(fd: int, data: bytes) -> None:
+    """All of ``data`` at the end of a file that was opened for appending."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
+
+
 def sync_directory(directory: Path) -> None:
     """Make the names in ``directory`` survive a power cut."""
     fd = os.open(directory, os.O_RDONLY)

@@ -6,7 +6,7 @@ padded with spaces to 8 bytes, the tensors without holes).
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ DTYPES = {
     torch.float64: "F64",
 }
 """torch dtype -> its name in a safetensors header."""
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 """File that says in which file each tensor is."""
 MAX_HEADER = 100_000_000
@@ -120,3 +121,16 @@ def header_bytes(drafts: Sequence[Draft]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def entries_of(file: str, header: bytes) -> Iterator[TensorEntry]:
+    """The tensors of a file by its header: inverse of :func:`header_bytes`.
+
+    Raises ValueError, KeyError or TypeError where it is no header of safetensors.
+    """
+    tensors = json.loads(header[8:])
+    tensors.pop("__metadata__", None)
+    for name, tensor in tensors.items():
+        start, stop = tensor["data_offsets"]
+        dtype, shape = _DTYPES[tensor["dtype"]], tuple(tensor["shape"])
+        yield TensorEntry(name, dtype, shape, file, len(header) + start, stop - start)

@@ -60,7 +60,7 @@ def _plain(part: Part, w: torch.Tensor) -> Produced:
     assert piece.stored.field == PLAIN
     value = w.to(piece.entry.dtype)
     if not torch.isfinite(amax(value)):
-        raise FormatError(f"{piece.entry.name} exceeds {value.dtype}; choose --dtype bfloat16")
+        raise FormatError(f"{piece.entry.name} exceeds {value.dtype}; choose --dtype bf16")
     return piece.entry, piece.box, value
 
 

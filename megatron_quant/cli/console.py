@@ -3,20 +3,23 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 from megatron_quant.errors import QuantError
@@ -66,11 +69,21 @@ class Phases:
         self.out = out
         self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """A phase whose work is ``total`` steps; yields what to call with steps done."""
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn())
+        return self._progress(name, total, (MofNCompleteColumn(),))
+
+    def transfer(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A phase that moves ``nbytes`` bytes; yields what to call with bytes moved."""
+        return self._progress(name, nbytes, (DownloadColumn(), TransferSpeedColumn()))
+
+    @contextmanager
+    def _progress(
+        self, name: str, total: int, columns: Sequence[ProgressColumn]
+    ) -> Iterator[Callable[[int], None]]:
         progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
             *columns,
             TimeElapsedColumn(),
             TimeRemainingColumn(),

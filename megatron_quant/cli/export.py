@@ -10,6 +10,7 @@ from megatron_quant.api.export import ExportOptions, reexport
 from megatron_quant.cli.console import Phases, console
 from megatron_quant.cli.serving import add_dialect, add_serving
 from megatron_quant.cli.tables import files_table
+from megatron_quant.cli.writing import add_writing
 from megatron_quant.dist import Groups
 
 
@@ -26,8 +27,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     p.add_argument("--export-dir", type=Path, required=True, help="where the new one goes")
     add_dialect(p, None)
     add_serving(p)
-    p.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)")
-    p.add_argument("--overwrite", action="store_true", help="replace what is in --export-dir")
+    add_writing(p)
     p.set_defaults(run=run)
 
 
@@ -42,6 +42,9 @@ def run(args: argparse.Namespace) -> None:
         args.overwrite,
         args.serve_engine,
         args.serve_tp,
+        args.io_threads,
+        args.fsync,
+        args.resume,
     )
     if not dist.is_initialized() and "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")

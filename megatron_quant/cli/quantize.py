@@ -17,11 +17,13 @@ from megatron_quant.cli.tables import (
     engines_table,
     files_table,
     needs,
+    planning_lines,
     rules_table,
     sizes_line,
     statistics_table,
     weights_table,
 )
+from megatron_quant.cli.writing import add_writing
 from megatron_quant.dist import together
 from megatron_quant.errors import ExportError
 from megatron_quant.recipes.load import recipe_names
@@ -145,12 +147,7 @@ def _export_flags(p: argparse.ArgumentParser) -> None:
         "layer, fp8_cast takes scale 1 and needs no data; in modelopt and compressed-tensors "
         "(default: as the recipe says)",
     )
-    group.add_argument(
-        "--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)"
-    )
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace the checkpoint in --export-dir"
-    )
+    add_writing(group)
     group.add_argument(
         "--dry-run",
         action="store_true",
@@ -189,6 +186,8 @@ def _dry_run(options: QuantizeOptions) -> None:
     for line in needs(job):
         out.print(line)
     out.print(sizes_line(job.export))
+    for line in planning_lines(job):
+        out.print(line)
 
 
 def _quantize(options: QuantizeOptions, report: Path | None) -> None:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_quant.api.job import Job
+from megatron_quant.ckpt.figures import spread
 from megatron_quant.ckpt.plan import ExportPlan, Target
 from megatron_quant.ckpt.serving import obstacle
 from megatron_quant.ckpt.serving_facts import ENGINES
@@ -125,6 +126,17 @@ def sizes_line(plan: ExportPlan) -> str:
     """Bytes before and after."""
     ratio = plan.bytes_before / plan.bytes_after
     return f"size: {size(plan.bytes_before)} -> {size(plan.bytes_after)} ({ratio:.2f}x smaller)"
+
+
+def planning_lines(job: Job) -> Iterator[str]:
+    """What the plan took, and what each rank writes."""
+    memory = f", {size(job.cost.nbytes)}" if job.cost.nbytes is not None else ""
+    yield f"planned in {job.cost.seconds:.2f} s{memory}"
+    found = spread(job.export, job.layout.world)
+    yield (
+        f"bytes a rank writes, of {found.ranks}: {size(found.smallest)} to {size(found.largest)} "
+        f"(imbalance {found.imbalance:.3f})"
+    )
 
 
 def statistics_table(statistics: Sequence[tuple[str, tuple[int, ...], float]]) -> Table:

@@ -1,15 +1,18 @@
 """The ``verify`` verb."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_quant.ckpt.manifest import MANIFEST, digest_problems
 from megatron_quant.ckpt.verify import Report, verify
 from megatron_quant.cli.console import console
 
 _WORST = 10
+_THREADS = 4  # that read and hash
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,12 +31,21 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="HF_DIR",
         help="the original: also bound the dequantized error of every tensor",
     )
+    p.add_argument(
+        "--digests",
+        action="store_true",
+        help="also read all bytes and compare them with the digests that the export noted in "
+        f"{MANIFEST}",
+    )
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Verify and print."""
     report = verify(args.directory, args.against)
+    if args.digests:
+        damaged = digest_problems(args.directory, _THREADS)
+        report = replace(report, problems=(*damaged, *report.problems))
     out = console()
     for problem in report.problems:
         out.print(f"problem: {escape(str(problem))}")

@@ -12,18 +12,20 @@ first one before column 0.
 import ctypes
 import logging
 import os
+import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_VERSION = 1
+_VERSION = 2
 """Of the signatures, as ``mq_version`` in csrc has it: a stale build is not called."""
 _FILE = Path(__file__).with_name("_native" + str(sysconfig.get_config_var("EXT_SUFFIX")))
 _SHARE = 1 << 17
@@ -183,6 +185,24 @@ def nvfp4_fake_quant(x_RK: Tensor, dscale_R1: Tensor) -> Tensor:
 
     _over_rows(x_RK, call)
     return out_RK
+
+
+def blake2b(messages: Sequence[memoryview], digest_bytes: int) -> list[bytes] | None:
+    """BLAKE2b of each message, four at a time; None without the library.
+
+    digest_bytes: 8 to 64, a multiple of 8. Of one message alone hashlib's is faster.
+    """
+    library = _library() if sys.byteorder == "little" else None
+    if library is None or not messages:
+        return None
+    arrays = [np.asarray(message) for message in messages]
+    assert all(a.dtype == np.uint8 and a.flags.c_contiguous for a in arrays)
+    data = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
+    nbytes = (ctypes.c_int64 * len(arrays))(*(a.nbytes for a in arrays))
+    out = ctypes.create_string_buffer(digest_bytes * len(arrays))
+    sizes = ctypes.c_int64(len(arrays)), ctypes.c_int64(digest_bytes)
+    library.mq_blake2b(data, nbytes, *sizes, out)
+    return [out.raw[i : i + digest_bytes] for i in range(0, len(out), digest_bytes)]
 
 
 def _count(x_RK: Tensor, block: int, first: int) -> int:

@@ -14,6 +14,7 @@ def quantize_live_model(source: Path, out: Path) -> int:
     from megatron_quant.ckpt.companions import companions
     from megatron_quant.ckpt.dialects import get_dialect
     from megatron_quant.ckpt.layout import Layout
+    from megatron_quant.ckpt.origin import Origin, recipe_digest, source_digest
     from megatron_quant.ckpt.plan import plan_export
     from megatron_quant.ckpt.reader import open_checkpoint
     from megatron_quant.ckpt.slots import slots
@@ -35,12 +36,15 @@ def quantize_live_model(source: Path, out: Path) -> int:
     )
 
     model = wrap_model(elsewhere.module, architecture, checkpoint.config, groups)
-    plan = resolve(load_recipe("w4a16_nvfp4"), slots(model.params))
+    recipe = load_recipe("w4a16_nvfp4")
+    plan = resolve(recipe, slots(model.params))
     layers = attach(model.module, plan, [p.weight for p in model.local])
     calibrate(layers, plan, model.groups)
     dialect = get_dialect("modelopt")
     files = plan_export(model.params, plan, dialect, model.layout, torch.bfloat16, 300_000)
-    beside = companions(checkpoint.config, plan, dialect, torch.bfloat16, carry_over(source))
+    origin = Origin(recipe_digest(recipe), source_digest(source))
+    carried = carry_over(source)
+    beside = companions(checkpoint.config, plan, dialect, torch.bfloat16, carried, origin)
     export(files, model.groups, producer(model, layers), out, beside)
     return len(layers)
 

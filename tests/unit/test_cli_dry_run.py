@@ -80,8 +80,14 @@ def test_weight_only_drops_the_inputs(model: Path) -> None:
 
 
 def test_any_layout_without_its_ranks(model: Path) -> None:
-    one = dry_run(model).out
-    assert dry_run(model, "--tp", "4", "--ep", "2").out == one
+    one, planned_one = dry_run(model).out.split("planned in ")
+    four, planned_four = dry_run(model, "--tp", "4", "--ep", "2").out.split("planned in ")
+    assert one == four
+    line = r"^bytes a rank writes, of {}: [\d.]+ KB to [\d.]+ KB \(imbalance ([\d.]+)\)$"
+    assert re.search(line.format(1).replace(r"([\d.]+)", "1.000"), planned_one, re.MULTILINE)
+    found = re.search(line.format(4), planned_four, re.MULTILINE)
+    assert found and 1 <= float(found[1]) < 1.5
+    assert re.match(r"[\d.]+ s", planned_four)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ FLAGS = (
     *("hf-model-id", "export-quant-cfg", "tp", "ep", "etp", "dtype", "weight-only"),
     *("expert-scales", "calib-size", "calib-seq-length", "calib-batch-size", "calib-dataset"),
     *("cold-experts", "export-dir", "export-format", "max-shard-size", "overwrite", "dry-run"),
+    *("io-threads", "fsync", "resume"),
     *("eval-text", "report"),
 )
 RECIPES = ("fp8", "nvfp4_mlp_only", "w4a16_nvfp4", "int4", "a YAML path", "ModelOpt preset")

@@ -10,7 +10,8 @@ from megatron_quant.ckpt.check import check_plan
 from megatron_quant.ckpt.companions import Companions
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.produce import produce
-from megatron_quant.ckpt.writer import Existing, commit, prepare, write_parts
+from megatron_quant.ckpt.target import Existing, prepare
+from megatron_quant.ckpt.writer import WriteOptions, commit, read_digests, write_parts
 from megatron_quant.errors import FormatError, LayoutError
 from megatron_quant.formats.spec import CHANNEL, Format, get_format
 from megatron_quant.models import Param
@@ -58,7 +59,7 @@ def written(param: Param, dialect: str, fmt: Format, size: int, directory: Path)
     prepare(plan, directory, beside, Existing.REFUSE)
     for rank in range(size):
         write_parts(plan, rank, made, directory)
-    commit(plan, directory, beside)
+    commit(plan, directory, beside, read_digests(plan.entries, directory, WriteOptions()))
     return load_file(directory / plan.files[0].name)
 
 

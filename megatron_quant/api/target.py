@@ -1,0 +1,26 @@
+"""Where an export goes, checked alike for every verb that writes one."""
+
+from pathlib import Path
+
+from megatron_quant.ckpt.target import Existing
+from megatron_quant.errors import ExportError
+
+
+def existing_of(overwrite: bool, resume: bool) -> Existing:
+    """What ``--overwrite`` and ``--resume`` mean; ExportError for both."""
+    if overwrite and resume:
+        raise ExportError(
+            "--resume continues what --overwrite would remove; give one of them, --resume to go on"
+            " with an export that --overwrite began"
+        )
+    if resume:
+        return Existing.RESUME
+    return Existing.REPLACE if overwrite else Existing.REFUSE
+
+
+def check_not_source(export_dir: Path, source: Path) -> None:
+    """Raise ExportError where an export would replace the checkpoint that it is made of."""
+    if export_dir.is_dir() and export_dir.samefile(source):
+        raise ExportError(
+            f"--export-dir {export_dir} is the source checkpoint; choose another directory"
+        )

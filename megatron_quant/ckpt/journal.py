@@ -1,0 +1,59 @@
+"""What an unfinished export has on disk: a line for each box of a file tensor, with its digest.
+
+Every rank appends to a file of its own. The lines speak of tensors and boxes, never of ranks, so
+another layout can go on with what is cut alike. A line says that its bytes were written before it,
+not that they still are there: who goes on hashes them.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_quant.ckpt.disk import append, explained
+from megatron_quant.models.spec import Box
+
+Key = tuple[str, Box]
+"""A box of the file tensor of this name."""
+Digests = dict[Key, str]
+_NAME = ".megatron_quant_journal_{}.partial"
+
+
+def read_journals(directory: Path) -> Digests:
+    """All that the journals of ``directory`` say; a line that a kill cut short says nothing."""
+    found: Digests = {}
+    for path in sorted(directory.glob(_NAME.format("*"))):
+        with explained(path, "cannot be read"):
+            lines = path.read_bytes().splitlines()
+        for line in lines:
+            try:
+                name, start, size, digest = json.loads(line)
+            except ValueError:
+                continue
+            found[name, Box(tuple(start), tuple(size))] = digest
+    return found
+
+
+class Journal:
+    """The journal of one rank, open for what it writes; ``fd`` is None until it wrote."""
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        self._path = directory / _NAME.format(rank)
+        self._fd: int | None = None
+
+    def add(self, digests: Mapping[Key, str], fsync: bool) -> None:
+        """Note what is on disk; ``fsync``: and have the note there too."""
+        lines = (json.dumps([n, b.start, b.size, digest]) for (n, b), digest in digests.items())
+        with explained(self._path, "cannot be written"):
+            if self._fd is None:
+                self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            # An earlier process may have been killed within its last line.
+            append(self._fd, ("\n" + "\n".join(lines) + "\n").encode())
+            if fsync:
+                os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None

@@ -1,0 +1,185 @@
+"""Parts to files: the next one is encoded while the last ones are hashed and written.
+
+The caller's thread encodes. A few threads hash and write; one more sees to it that what is written
+reaches the disk and only then the journal. What is encoded and not yet written is bounded.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_quant.ckpt.disk import explained
+from megatron_quant.ckpt.files import TensorEntry
+from megatron_quant.ckpt.journal import Digests, Journal
+from megatron_quant.ckpt.memory import give_back
+from megatron_quant.ckpt.runs import digests, write_box
+from megatron_quant.errors import ExportError
+from megatron_quant.models.spec import Box
+
+_SEAL_BYTES = 256 << 20  # written between two entries in the journal: what a kill may cost a rank
+_BATCH_BYTES = 32 << 20  # hashed and written by one thread at a time
+_GIVE_BACK_BYTES = 64 << 20  # of memory freed, before it is given back to the system
+
+Encoded = tuple[TensorEntry, Box, memoryview]
+"""A file tensor, a box of it, and the bytes of that box."""
+Progress = Callable[[int], None]
+"""Called on every rank with the bytes that it has written since the last call."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How files are written.
+
+    io_threads: threads of a rank that hash and write while it encodes.
+    fsync: whether all is on stable storage before the index appears, so that a power cut leaves a
+        whole checkpoint or none. A killed process loses nothing either way.
+
+    Raises ExportError for no threads.
+    """
+
+    io_threads: int = 2
+    fsync: bool = True
+
+    def __post_init__(self) -> None:
+        if self.io_threads < 1:
+            raise ExportError(f"--io-threads is {self.io_threads}: give at least 1")
+
+
+class Pipeline:
+    """What one rank writes, under way; a context in which all has reached the files at its end.
+
+    Whatever a thread raises, :meth:`reserve`, :meth:`write` or the end of the context raises.
+    """
+
+    def __init__(
+        self, journal: Journal, options: WriteOptions, max_bytes: int, progress: Progress
+    ) -> None:
+        """``max_bytes``: bound of what is encoded and not yet written."""
+        self.digests: Digests = {}
+        self._journal, self._options = journal, options
+        self._max_bytes, self._progress = max_bytes, progress
+        self._writers = ThreadPoolExecutor(options.io_threads, "write")
+        self._sealer = ThreadPoolExecutor(1, "seal")
+        self._writing: deque[tuple[Future[Digests], int]] = deque()
+        self._sealing: deque[Future[Digests]] = deque()
+        self._held = self._freed = 0
+        self._file: _File | None = None
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._seal()  # what is encoded is written and noted, whatever failed
+            self._writers.shutdown()
+            self._sealer.shutdown()
+            self._journal.close()
+
+    def reserve(self, nbytes: int) -> None:
+        """Wait until ``nbytes`` more may be encoded."""
+        while self._held and self._held + nbytes > self._max_bytes:
+            if not self._writing:
+                self._submit()
+            self._wait_for_write()
+        while self._sealing and self._sealing[0].done():
+            self._wait_for_seal()
+        if self._freed >= min(_GIVE_BACK_BYTES, self._max_bytes // 2):
+            self._freed = 0
+            give_back()
+
+    def write(self, path: Path, pieces: list[Encoded]) -> None:
+        """Hash and write what belongs into the file ``path``, later.
+
+        Its bytes must not change until then, and the list is emptied. Call :meth:`reserve` before
+        they are made.
+        """
+        if self._file is None or self._file.path != path:
+            self._seal()
+            with explained(path, "cannot be opened"):
+                self._file = _File(path, os.open(path, os.O_WRONLY))
+        nbytes = sum(len(data) for _, _, data in pieces)
+        self._file.batch += pieces
+        self._file.batched += nbytes
+        self._held += nbytes
+        pieces.clear()
+        if self._file.batched >= min(_BATCH_BYTES, self._max_bytes // 4):
+            self._submit()
+        if self._file.nbytes >= _SEAL_BYTES:
+            self._seal()
+
+    def _submit(self) -> None:
+        """Have the batch written: pieces together, as their digests are faster so."""
+        file = self._file
+        if file is None or not file.batch:
+            return
+        future = self._writers.submit(_write, file.path, file.fd, file.batch)
+        self._writing.append((future, file.batched))
+        file.written.append(future)
+        file.nbytes += file.batched
+        file.batch, file.batched = [], 0
+
+    def _finish(self) -> None:
+        self._seal()
+        while self._writing:
+            self._wait_for_write()
+        while self._sealing:
+            self._wait_for_seal()
+
+    def _wait_for_write(self) -> None:
+        future, nbytes = self._writing.popleft()
+        future.result()
+        self._held -= nbytes
+        self._freed += nbytes
+        self._progress(nbytes)
+
+    def _wait_for_seal(self) -> None:
+        self.digests |= self._sealing.popleft().result()
+
+    def _seal(self) -> None:
+        self._submit()
+        if self._file is not None:
+            self._sealing.append(self._sealer.submit(self._seal_now, self._file))
+            self._file = None
+
+    def _seal_now(self, file: "_File") -> Digests:
+        """Once all is written: to the disk first, then to the journal."""
+        digests: Digests = {}
+        try:
+            for future in file.written:
+                digests |= future.result()
+            if self._options.fsync:
+                with explained(file.path, "cannot be written"):
+                    os.fsync(file.fd)
+        finally:
+            os.close(file.fd)
+        self._journal.add(digests, self._options.fsync)
+        return digests
+
+
+@dataclass(eq=False)
+class _File:
+    """A file that is being written, until it is sealed; ``batch`` is not under way yet."""
+
+    path: Path
+    fd: int
+    written: list[Future[Digests]] = field(default_factory=list)
+    nbytes: int = 0
+    batch: list[Encoded] = field(default_factory=list)
+    batched: int = 0
+
+
+def _write(path: Path, fd: int, pieces: list[Encoded]) -> Digests:
+    """Takes the pieces out of the list, as the pool holds on to it for longer than this runs."""
+    each = digests([data for _, _, data in pieces])
+    found = {(entry.name, box): it for (entry, box, _), it in zip(pieces, each, strict=True)}
+    while pieces:
+        entry, box, data = pieces.pop()
+        with explained(path, "cannot be written"):
+            write_box(fd, entry, box, data)
+    return found

@@ -116,7 +116,8 @@ def forwards(path: Path) -> None:
     with torch.no_grad(), unquantized(attached.layers):
         quantized = full_logits(model.module, ids, 258)
         with unquantized(cached):
-            assert torch.equal(full_logits(model.module, ids, 258), plain)
+            # Experts weigh their outputs where they weighed activations: that rounds otherwise.
+            torch.testing.assert_close(full_logits(model.module, ids, 258), plain)
             hooks = [
                 tensor.quantizer.register_forward_hook(
                     lambda module, args, out, amax=amax: fake_quant(

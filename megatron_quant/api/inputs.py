@@ -10,8 +10,9 @@ from megatron_quant.api.job import Job, prepare
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.calib.data import load_texts, token_batches
 from megatron_quant.ckpt.companions import Companions, companions
-from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
+from megatron_quant.ckpt.reader import Weights
 from megatron_quant.ckpt.source import carry_over
+from megatron_quant.ckpt.sources import open_source
 from megatron_quant.ckpt.writer import Existing, check_target
 from megatron_quant.errors import CheckpointError, ExportError
 from megatron_quant.evaluate.evaluate import read_windows
@@ -27,7 +28,7 @@ class Inputs:
     """
 
     job: Job
-    checkpoint: Checkpoint
+    checkpoint: Weights
     companions: Companions
     existing: Existing
     batches: list[torch.Tensor]
@@ -41,7 +42,7 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
     """
     assert options.export_dir is not None, "an export needs a directory"
     job = prepare(options, world)
-    checkpoint = open_checkpoint(job.source)
+    checkpoint = open_source(job.source)
     checkpoint.check(job.params)
     files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carry_over(job.source))
     existing = Existing.REPLACE if options.overwrite else Existing.REFUSE

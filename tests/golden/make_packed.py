@@ -1,14 +1,14 @@
 """Golden values of packed weights, as GPTQModel, AutoRound and AutoAWQ decode them.
 
 Run from the repository's root with gptqmodel 7.7.0 and autoawq 0.2.9 (sources unpacked) and
-auto-round 0.16.1 (wheel unpacked) on PYTHONPATH, with pypcre, device-smi, tokenicer, logbar, defuser,
-threadpoolctl and py-cpuinfo (the tests read only the file):
+auto-round 0.16.1 (wheel unpacked) on PYTHONPATH, with pypcre, device-smi, tokenicer, logbar,
+defuser, threadpoolctl and py-cpuinfo (the tests read only the file):
 
     python -m tests.golden.make_packed
 
 ``packed.safetensors`` has, for each case, random tensors as they are stored (``<case>.qweight``,
-``.qzeros``, ``.scales``, ``.g_idx``) and ``<case>.weight``, what the tool makes of them: [K, N] in the
-dtype of the scales.
+``.qzeros``, ``.scales``, ``.g_idx``) and ``<case>.weight``, what the tool makes of them: [K, N] in
+the dtype of the scales.
 """
 
 import importlib.abc

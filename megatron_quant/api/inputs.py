@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_quant.api.job import Job, prepare
+from megatron_quant.api.job import Job, prepare, replanned
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.calib.data import load_texts, token_batches
 from megatron_quant.ckpt.companions import Companions, companions
+from megatron_quant.ckpt.keep import keeping
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import Weights
 from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.sources import open_source
@@ -23,12 +25,14 @@ from megatron_quant.evaluate.tokenizer import load_tokenizer
 class Inputs:
     """A run's inputs, checked.
 
+    kept: the checkpoint, where the export keeps its scales.
     batches: token ids [B, S] each, empty where no input is quantized. windows: evaluation text,
     int64 [T + 1] each.
     """
 
     job: Job
     checkpoint: Weights
+    kept: QuantizedCheckpoint | None
     companions: Companions
     existing: Existing
     batches: list[torch.Tensor]
@@ -44,6 +48,10 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
     job = prepare(options, world)
     checkpoint = open_source(job.source)
     checkpoint.check(job.params)
+    kept = None
+    if options.keep_scales:
+        quant, kept = keeping(job.quant, checkpoint)
+        job = replanned(job, quant, options)
     files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carry_over(job.source))
     existing = Existing.REPLACE if options.overwrite else Existing.REFUSE
     _check_not_source(options.export_dir, job.source)
@@ -53,7 +61,7 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
         windows = read_windows(job.source, options.eval_text, options.calib_seq_length)
     batches = _batches(options, job)
     _check_ids([*batches, *windows], job)
-    return Inputs(job, checkpoint, files, existing, batches, windows)
+    return Inputs(job, checkpoint, kept, files, existing, batches, windows)
 
 
 def _check_not_source(export_dir: Path, source: Path) -> None:

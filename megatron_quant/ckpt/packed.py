@@ -66,6 +66,24 @@ class Packed:
         self._check_constants()
         return {s.field: self._field(s, box) for s in self.stored if s.field in names}
 
+    def scales(self, box: Box) -> dict[str, Tensor]:
+        """The codec's fields but the elements, of all blocks that ``box`` touches."""
+        outer = self._aligned(box)
+        assert self.group_of_column is None, self.module
+        found = {}
+        for stored in self.stored:
+            field = next((f for f in self.fmt.fields[1:] if f.name == stored.field), None)
+            if field is None:
+                continue
+            value = self._field(stored, outer)
+            if field.block != _SCALAR:
+                extents = zip(
+                    box.start, box.size, outer.start, field.block, self.shape, strict=True
+                )
+                value = value[tuple(_within(*extent) for extent in extents)]
+            found[field.name] = value
+        return found
+
     @cached_property
     def group_of_column(self) -> Tensor | None:
         """int64 [K], where the columns' groups are not in their natural order; else None."""
@@ -222,6 +240,13 @@ def _cells(start: int, size: int, block: int) -> _Span:
 
 def _is_e8m0(part: Tensor) -> bool:
     return part.dtype == torch.float8_e8m0fnu
+
+
+def _within(start: int, size: int, outer: int, block: int, length: int) -> slice:
+    """Blocks that ``size`` elements from ``start`` on touch, counted from that of ``outer``."""
+    first, stop = _cells(start, size, block or length)
+    skipped = outer // (block or length)
+    return slice(first - skipped, stop - skipped)
 
 
 def whole(shape: tuple[int, ...]) -> Box:

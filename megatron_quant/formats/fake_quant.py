@@ -50,4 +50,9 @@ def fake_quant(
     check_storable(x, fmt, stat, origin)
     with torch.no_grad():
         rows = rows_of(x, fmt, dscale, stat, origin)
+    return straight_through(x, rows)
+
+
+def straight_through(x: Tensor, rows: Rows) -> Tensor:
+    """What ``rows`` store of ``x``, with the gradient of ``x``."""
     return _StraightThrough.apply(x, rows)

@@ -5,7 +5,7 @@ anywhere, or columns between packed elements, changes no bit once the scales are
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,4 +107,7 @@ _KERNELS = {
 
 def kernel_of(fmt: Format) -> Kernel:
     """The kernel of a format."""
-    return _KERNELS[fmt.name]
+    kernel = _KERNELS[fmt.name]
+    if kernel.quotient is by_bf16 and fmt.fields[1].dtype in (torch.float16, torch.float32):
+        return replace(kernel, quotient=exact, loop=None)  # bf16 does not hold its steps
+    return kernel

@@ -56,8 +56,8 @@ class Fp8Scale:
         return (true_div(amax_RB, E4M3_MAX),)
 
     def steps(self, fields: Fields, dscale_R1: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scale."""
-        return fields[0], None
+        """The scale in fp32."""
+        return fields[0].float(), None
 
 
 @dataclass(frozen=True)

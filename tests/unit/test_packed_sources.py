@@ -8,9 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_quant.ckpt.keep import keeping
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.sources import open_source
-from megatron_quant.models.spec import Box
+from megatron_quant.ckpt.transcode import plan_of
+from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.formats.spec import get_format
+from megatron_quant.models.spec import Box, Parallel, Param, Role, Source
+from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
 
 Tensors = dict[str, torch.Tensor]
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "packed.safetensors")
@@ -106,3 +111,113 @@ def test_group_index_in_natural_order_is_as_good_as_none(tmp_path: Path) -> None
         for d in (with_index, without)
     ]
     assert torch.equal(*found)
+
+
+# Columns that fill their last word in part, and what producers write otherwise
+
+
+def test_columns_that_fill_no_whole_word(tmp_path: Path) -> None:
+    """compressed-tensors pads them, and says the shape."""
+    codes = torch.randint(0, 16, (8, 100), dtype=torch.uint8)
+    padded = torch.nn.functional.pad(codes, (0, 4)).to(torch.int32)
+    words = (padded.unflatten(1, (-1, 8)) << (torch.arange(8, dtype=torch.int32) * 4)).sum(-1)
+    scale = torch.rand(8, 4).half() + 0.5
+    tensors = {
+        "weight_packed": words.to(torch.int32),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([8, 100]),
+    }
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    write(tmp_path, config, {f"{MODULE}.{n}": t for n, t in tensors.items()})
+    wanted = (codes.float() - 8) * scale.float()[:, torch.arange(100) // 32]
+    check_against(tmp_path, MODULE, wanted)
+    part = open_source(tmp_path).read(f"{MODULE}.weight", Box((2, 90), (3, 10)))
+    assert torch.equal(part, wanted[2:5, 90:])
+
+
+def test_a_router_that_auto_round_packed(tmp_path: Path) -> None:
+    """It is decoded like any weight; nothing of the source's config reaches the model."""
+    router = "model.layers.0.mlp.gate"
+    stored = {f"{router}.{n}": t for n, t in golden("auto_gptq_sym8").items() if n != "weight"}
+    extra = {router: {"bits": 8}, ".gate_proj": {"bits": 16, "data_type": "float"}}
+    config = {**CASES["auto_gptq_sym4"], "extra_config": extra}
+    check_against(write(tmp_path, config, stored), router, golden("auto_gptq_sym8")["weight"].t())
+
+
+# Errors that the tests of bad input on several ranks do not have
+
+
+def refused(directory: Path, match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        open_source(directory).check(())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"g_idx": torch.zeros(100, dtype=torch.int32)}, r"g_idx is torch.int32 \[100\], but the "),
+        ({"g_idx": torch.zeros(224)}, r"g_idx is torch.float32 \[224\]"),
+        ({"qzeros": None}, r"no tensor .*o_proj.qzeros, though config.json says .* is int4;"),
+        ({"scales": torch.ones(4, 16)}, r"scales is torch.float32 \[4, 16\], but the config means"),
+        ({"qweight": torch.zeros(28, 32)}, "qweight is torch.float32"),
+    ],
+)
+def test_malformed_tensors(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    refused(packed(tmp_path, "gptq_v1_sym4_act_order", **changes), message)
+
+
+def test_quantization_config_that_is_no_object(tmp_path: Path) -> None:
+    (write(tmp_path, None, golden("awq_fp16")) / "config.json").write_text(
+        '{"quantization_config": [4]}'
+    )
+    refused(tmp_path, "quantization_config in config.json is no object; fetch it again")
+
+
+def test_modelopt_file_without_its_section(tmp_path: Path) -> None:
+    write(tmp_path, None, {"a.weight": torch.zeros(2, 2)})
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    refused(tmp_path, "hf_quant_config.json has no quantization section; fetch it again")
+
+
+def test_permuted_columns_have_no_other_dialect(tmp_path: Path) -> None:
+    checkpoint = QuantizedCheckpoint(packed(tmp_path, "gptq_v1_sym4_act_order"))
+    with pytest.raises(CheckpointError, match=r"not in their natural order \(g_idx\), which no"):
+        checkpoint.fields(MODULE)
+
+
+def test_a_format_that_is_read_alone_has_no_other_dialect(tmp_path: Path) -> None:
+    checkpoint = QuantizedCheckpoint(packed(tmp_path, "gptq_v1_asym8"))
+    source = Source(f"{MODULE}.weight", (32, 224))
+    param = Param("a.weight", (source,), source.shape, Role.LINEAR, Parallel.REPLICATED)
+    with pytest.raises(FormatError, match="unknown number format 'int8_asym'"):
+        plan_of(checkpoint, (param,))
+
+
+def decision(fmt: str, *modules: str, algorithm: str = "max") -> QuantPlan:
+    slot = Slot("a.weight", modules, (32, 224))
+    return QuantPlan("test", (Decision(slot, "test", get_format(fmt, 64), None, algorithm),))
+
+
+def test_a_weight_without_scales_to_keep(tmp_path: Path) -> None:
+    source = open_source(packed(tmp_path, "gptq_v1_sym4"))
+    with pytest.raises(CheckpointError, match="other is not quantized, so it has no scales to ke"):
+        keeping(decision("int4", MODULE, "model.other"), source)
+    quant, _ = keeping(decision("int4", MODULE), source)
+    assert quant.quantized[0].weights.field("scale").dtype == torch.float16
+
+
+def test_fused_weights_whose_scales_differ_in_dtype(tmp_path: Path) -> None:
+    stored = {n: t for n, t in golden("gptq_v1_sym4").items() if n != "weight"}
+    other = stored | {"scales": stored["scales"].bfloat16()}
+    tensors = {f"{MODULE}.{n}": t for n, t in stored.items()}
+    tensors |= {f"model.other.{n}": t for n, t in other.items()}
+    source = open_source(write(tmp_path, GPTQ, tensors))
+    with pytest.raises(CheckpointError, match="have another dtype than those of the weights that"):
+        keeping(decision("int4", MODULE, "model.other"), source)

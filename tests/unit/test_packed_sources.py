@@ -51,7 +51,9 @@ def write(directory: Path, quantization: dict[str, Any] | None, tensors: Tensors
     directory.mkdir(parents=True, exist_ok=True)
     config = {"quantization_config": quantization} if quantization else {}
     (directory / "config.json").write_text(json.dumps(config))
-    save_file({n: t.contiguous() for n, t in tensors.items()}, directory / "model.safetensors")
+    save_file(
+        {n: t.clone().contiguous() for n, t in tensors.items()}, directory / "model.safetensors"
+    )
     return directory
 
 

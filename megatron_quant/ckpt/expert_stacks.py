@@ -43,6 +43,10 @@ class ExpertStacks:
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
+    def info(self, name: str) -> TensorInfo | None:
+        """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
+        return self.tensors.get(name)
+
     def read(self, name: str, box: Box) -> Tensor:
         """The rectangle ``box`` of tensor ``name``: fp32 of an expert's weight, else as stored.
 

@@ -62,7 +62,10 @@ class QuantizedCheckpoint:
         files = open_directory(directory)
         weights = [n.rpartition(".") for n, t in files.tensors.items() if len(t.shape) == 2]
         modules = [module for module, _, leaf in weights if leaf in _WEIGHTS]
-        self._open(files, modules)
+        # Whatever a config's patterns say: a plain matrix without scales is not quantized.
+        scaled = {n.rpartition(".weight_")[0] for n in files.tensors}
+        plain = {m for m in modules if _is_plain(files.tensors.get(f"{m}.weight"))} - scaled
+        self._open(files, [m for m in modules if m not in plain])
 
     @classmethod
     def over(cls, files: Checkpoint, modules: Iterable[str]) -> "QuantizedCheckpoint":

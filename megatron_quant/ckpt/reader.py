@@ -1,7 +1,7 @@
 """Reading a Hugging Face checkpoint slice by slice: what a rank does not hold it does not read."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,13 +55,25 @@ class Checkpoint:
         assert tuple(part.shape) == box.size, (name, box, tuple(part.shape))
         return part
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def info(self, name: str) -> TensorInfo | None:
+        """What the header says of tensor ``name``; None where there is none."""
+        return self.tensors.get(name)
+
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
         """As :func:`check_tensors`."""
         return check_tensors(self.path, self.tensors, params)
 
 
 class Weights(Protocol):
-    """A checkpoint as loading sees it: tensors of an unquantized model, however they are stored."""
+    """A checkpoint as loading sees it: tensors of an unquantized model, however they are stored.
+
+    Iterating yields their names.
+    """
+
+    def __iter__(self) -> Iterator[str]: ...
 
     @property
     def path(self) -> Path:
@@ -75,6 +87,10 @@ class Weights(Protocol):
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The rectangle ``box`` of tensor ``name``, in a float dtype that holds it exactly."""
+        ...
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
         ...
 
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:

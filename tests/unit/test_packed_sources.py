@@ -69,14 +69,11 @@ def packed(directory: Path, case: str, **changes: torch.Tensor | None) -> Path:
     return write(directory, CASES[case], tensors)
 
 
-def read_in_slices(source: Any, name: str, shape: tuple[int, int], tp: int) -> list[torch.Tensor]:
-    """The tensor cut into ``tp`` shards of columns and of rows, each put together again."""
-    rows, cols = shape
-    of_columns = [
-        source.read(name, Box((0, r * cols // tp), (rows, cols // tp))) for r in range(tp)
-    ]
-    of_rows = [source.read(name, Box((r * rows // tp, 0), (rows // tp, cols))) for r in range(tp)]
-    return [torch.cat(of_columns, 1), torch.cat(of_rows, 0)]
+def joined(source: Any, name: str, shape: tuple[int, int], dim: int, tp: int) -> torch.Tensor:
+    """The tensor put together of ``tp`` shards along ``dim``."""
+    size = tuple(n // tp if d == dim else n for d, n in enumerate(shape))
+    starts = [tuple(r * size[d] if d == dim else 0 for d in (0, 1)) for r in range(tp)]
+    return torch.cat([source.read(name, Box(start, size)) for start in starts], dim)
 
 
 def check_against(directory: Path, module: str, wanted: torch.Tensor) -> None:
@@ -84,9 +81,8 @@ def check_against(directory: Path, module: str, wanted: torch.Tensor) -> None:
     source = open_source(directory)
     name, shape = f"{module}.weight", tuple(wanted.shape)
     found = [source.read(name, Box((0, 0), shape))]
-    for tp in (2, 4, 7, 8):
-        if not (shape[0] % tp or shape[1] % tp):
-            found += read_in_slices(source, name, shape, tp)
+    cuts = [(dim, tp) for dim in (0, 1) for tp in (2, 3, 4, 7, 8) if shape[dim] % tp == 0]
+    found += [joined(source, name, shape, dim, tp) for dim, tp in cuts]
     for w_NK in found:
         assert torch.equal(w_NK.to(wanted.dtype), wanted)
 
@@ -148,7 +144,23 @@ def test_a_router_that_auto_round_packed(tmp_path: Path) -> None:
     stored = {f"{router}.{n}": t for n, t in golden("auto_gptq_sym8").items() if n != "weight"}
     extra = {router: {"bits": 8}, ".gate_proj": {"bits": 16, "data_type": "float"}}
     config = {**CASES["auto_gptq_sym4"], "extra_config": extra}
-    check_against(write(tmp_path, config, stored), router, golden("auto_gptq_sym8")["weight"].t())
+    directory = write(tmp_path, config, stored | {f"{MODULE}.weight": torch.ones(4, 4)})
+    check_against(directory, router, golden("auto_gptq_sym8")["weight"].t())
+    source = open_source(directory)
+    assert {name: source.info(name).dtype for name in source} == {
+        f"{router}.weight": torch.float32,
+        f"{MODULE}.weight": torch.float32,
+    }
+
+
+def test_a_plain_matrix_is_not_quantized_whatever_targets_say(tmp_path: Path) -> None:
+    """llm-compressor's target ``Linear`` has no routers, which newer models make no linears."""
+    router, w_NK = "model.layers.0.mlp.gate.weight", torch.randn(8, 32).bfloat16()
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    write(tmp_path, config | {"config_groups": groups}, {router: w_NK})
+    assert torch.equal(open_source(tmp_path).read(router, Box((0, 0), (8, 32))), w_NK)
 
 
 # Errors that the tests of bad input on several ranks do not have

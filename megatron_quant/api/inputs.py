@@ -5,15 +5,18 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_quant.api.job import Job, prepare
+from megatron_quant.api.job import Job, prepare, replanned
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.target import check_not_source, existing_of
 from megatron_quant.calib.data import load_texts, token_batches
 from megatron_quant.ckpt.companions import Companions, companions
-from megatron_quant.ckpt.origin import Origin, recipe_digest, source_digest
+from megatron_quant.ckpt.keep import keeping
+from megatron_quant.ckpt.origin import Origin, digest_of, recipe_digest, source_digest
 from megatron_quant.ckpt.pipeline import WriteOptions
-from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.reader import Weights
 from megatron_quant.ckpt.source import carry_over
+from megatron_quant.ckpt.sources import open_source
 from megatron_quant.ckpt.target import Existing, check_target
 from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluate.evaluate import read_windows
@@ -24,12 +27,14 @@ from megatron_quant.evaluate.tokenizer import load_tokenizer
 class Inputs:
     """A run's inputs, checked.
 
+    kept: the checkpoint, where the export keeps its scales.
     batches: token ids [B, S] each, empty where no input is quantized. windows: evaluation text,
     int64 [T + 1] each.
     """
 
     job: Job
-    checkpoint: Checkpoint
+    checkpoint: Weights
+    kept: QuantizedCheckpoint | None
     companions: Companions
     existing: Existing
     writing: WriteOptions
@@ -46,10 +51,16 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
     existing = existing_of(options.overwrite, options.resume)
     writing = WriteOptions(options.io_threads, options.fsync)
     job = prepare(options, world)
-    checkpoint = open_checkpoint(job.source)
+    checkpoint = open_source(job.source)
     checkpoint.check(job.params)
+    kept = None
+    if options.keep_scales:
+        quant, kept = keeping(job.quant, checkpoint)
+        job = replanned(job, quant, options)
     check_not_source(options.export_dir, job.source)
-    origin = Origin(recipe_digest(job.recipe), source_digest(job.source))
+    recipe = recipe_digest(job.recipe)
+    decided = recipe if kept is None else digest_of([recipe, "--keep-scales"])
+    origin = Origin(decided, source_digest(job.source))
     carried = carry_over(job.source)
     files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
     check_target(options.export_dir, files, existing, job.export)
@@ -58,7 +69,7 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
         windows = read_windows(job.source, options.eval_text, options.calib_seq_length)
     batches = _batches(options, job)
     _check_ids([*batches, *windows], job)
-    return Inputs(job, checkpoint, files, existing, writing, batches, windows)
+    return Inputs(job, checkpoint, kept, files, existing, writing, batches, windows)
 
 
 def _check_ids(tokens: Sequence[torch.Tensor], job: Job) -> None:

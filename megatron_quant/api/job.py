@@ -1,7 +1,7 @@
 """Everything that is decided before a weight is read: from config.json and the flags alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,13 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
         export,
         cost,
     )
+
+
+def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
+    """``job`` with ``quant`` in the place of its plan; raises as :func:`prepare`."""
+    shard_bytes = parse_size(options.max_shard_size)
+    export = plan_export(job.params, quant, job.dialect, job.layout, job.dtype, shard_bytes)
+    return replace(job, quant=quant, export=export)
 
 
 def _recipe(options: QuantizeOptions) -> Recipe:

@@ -55,6 +55,7 @@ class QuantizeOptions:
     export_kv_cache_quant: str | None = None
     serve_engine: str | None = None
     serve_tp: int | None = None
+    keep_scales: bool = False
     io_threads: int = 2
     fsync: bool = True
     resume: bool = False
@@ -65,6 +66,11 @@ class QuantizeOptions:
             if getattr(self, flag) < 1:
                 name = flag.replace("_", "-")
                 raise QuantError(f"--{name} is {getattr(self, flag)}: give at least 1")
+        if self.keep_scales and self.dtype == "fp16":
+            raise QuantError(
+                "--keep-scales goes with --dtype bf16 or fp32: fp16 does not hold small products "
+                "of a code and its scale"
+            )
         if not 0 < self.act_percentile <= 100:
             raise QuantError(
                 f"--act-percentile is {self.act_percentile:g}: give a percentage above 0, such as "

@@ -26,6 +26,7 @@ from megatron_quant.evaluate.metrics import Sums
 from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
 from megatron_quant.layers.kv_cache import CachedTensor, attach_kv_cache
 from megatron_quant.mcore.evaluate import evaluate_model
+from megatron_quant.mcore.keep import keep_scales
 from megatron_quant.mcore.load import Model, load_model
 from megatron_quant.mcore.locate import local_params
 from megatron_quant.mcore.run import forward
@@ -65,7 +66,7 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
         )
     assert model.layout == job.layout, "the plan's owners are not where Megatron put the ranks"
     with phases.time("attach"):
-        layers, cached = together(groups, lambda: _attach(options, job, model))
+        layers, cached = together(groups, lambda: _attach(options, inputs, model))
     calibration, kv_amax = _calibrate(options, inputs, model, layers, cached, phases)
     quantized = [*layers, *cached]
     fake_quant = _evaluate(inputs, model, quantized, phases) if inputs.windows else None
@@ -86,10 +87,12 @@ def statistics(module: torch.nn.Module) -> list[tuple[str, tuple[int, ...], floa
 
 
 def _attach(
-    options: QuantizeOptions, job: Job, model: Model
+    options: QuantizeOptions, inputs: Inputs, model: Model
 ) -> tuple[list[QuantLayer], list[CachedTensor]]:
-    weights = [local.weight for local in model.local]
+    job, weights = inputs.job, [local.weight for local in model.local]
     layers = attach(model.module, job.quant, weights, ExpertScales(options.expert_scales))
+    if inputs.kept is not None:
+        keep_scales(layers, model, inputs.kept)
     return layers, attach_kv_cache(model.module, job.quant, weights)
 
 
@@ -182,8 +185,11 @@ def producer(
         if part.param.name not in amaxes:
             return produce(part, local)
         layer, index = amaxes[part.param.name]
-        stat = layer.block_stat(index, part.region)
-        return produce(part, local, layer.weight_amax(index), layer.input_amax(), stat)
+        amax, inputs = layer.weight_amax(index), layer.input_amax()
+        kept = layer.scales(index, part.region)
+        if kept is not None:
+            return produce(part, local, amax, inputs, scales=kept)
+        return produce(part, local, amax, inputs, layer.block_stat(index, part.region))
 
     return of_part
 

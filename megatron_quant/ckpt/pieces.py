@@ -121,7 +121,7 @@ def split(scheme: Scheme, shape: Shape, src: Box) -> Split | None:
     Blocks that share a scale may be cut: their scales follow from statistics that the shards
     merged, and one of them writes each. Packed elements can be written together only.
     """
-    for stored, packing in _packings(scheme, shape):
+    for stored, packing in packings(scheme, shape):
         for dim, step in enumerate(packing):
             edges = (src.start[dim], src.start[dim] + src.size[dim])
             if any(edge % step and edge != shape[dim] for edge in edges):
@@ -157,7 +157,7 @@ def _unfit(scheme: Scheme, shape: Shape) -> str:
                 f"its {shape[0]} outputs are not a multiple of {stored.rows}, as {stored.suffix}"
                 " packs them; exclude the weight or choose another export format"
             )
-    for stored, packing in _packings(scheme, shape):
+    for stored, packing in packings(scheme, shape):
         for count, step, what in zip(shape, packing, ("outputs", "inputs"), strict=True):
             if count % step:
                 return (
@@ -171,7 +171,7 @@ _FULL_BLOCKS = ("nvfp4", "mxfp8", "mxfp4")
 """Formats whose matrix instructions read full blocks alone."""
 
 
-def _packings(scheme: Scheme, shape: Shape) -> Iterator[tuple[Stored, Shape]]:
+def packings(scheme: Scheme, shape: Shape) -> Iterator[tuple[Stored, Shape]]:
     """Stored tensors with the box of weight elements that one of their elements packs.
 
     Of elements that is all that it stands for; of scales, it is that where several are packed.

@@ -12,6 +12,7 @@ from megatron_quant.ckpt.plan import Part, Piece
 from megatron_quant.errors import CalibrationError, FormatError
 from megatron_quant.formats.amax import amax, tensor_scale
 from megatron_quant.formats.codec import encode
+from megatron_quant.formats.grid import encode_on
 from megatron_quant.formats.spec import WHOLE, Field, Format, get_format
 from megatron_quant.models.spec import Box
 
@@ -26,6 +27,7 @@ def produce(
     weight_amax: torch.Tensor | None = None,
     input_amax: torch.Tensor | None = None,
     block_stat: torch.Tensor | None = None,
+    scales: Fields | None = None,
 ) -> Iterator[Produced]:
     """What ``part`` stores, from the live parameter ``local`` of the rank that owns it.
 
@@ -35,6 +37,8 @@ def produce(
         where their format has one.
     block_stat: statistics of the blocks that the part touches, as ``formats.block_stat`` has them;
         None where they follow from the part alone, which they do not where a shard cuts a block.
+    scales: scales of all blocks that the part touches, and the tensor's, as ``formats.grid`` has
+        them: the part is rounded onto them. None where they follow from amax and statistics.
 
     Raises FormatError for a weight or a scale that is not finite (or a scale that is 0), and
     CalibrationError for a statistic that is missing or not finite; both name the tensor.
@@ -47,10 +51,12 @@ def produce(
     if weights is None:
         yield _plain(part, w)
         return
-    fields = _fields(part, w, weight_amax, input_amax, block_stat)
+    fields = _encoded(part, w, weight_amax, block_stat) if scales is None else _on(part, w, scales)
+    fields |= _pseudo_fields(part, weight_amax, input_amax)
     for piece in part.pieces:
         field = _own_cells(part, piece.stored, fields[piece.stored.field])
-        value = piece.stored.to_disk(field).reshape(piece.box.size)
+        stored = piece.stored.to_disk(field).to(piece.entry.dtype)  # a kept scale's may be narrower
+        value = stored.reshape(piece.box.size)
         _check_scale(piece, value, weights)
         yield piece.entry, piece.box, value
 
@@ -64,24 +70,35 @@ def _plain(part: Part, w: torch.Tensor) -> Produced:
     return piece.entry, piece.box, value
 
 
-def _fields(
+def _encoded(
     part: Part,
     w_NK: torch.Tensor,
     weight_amax: torch.Tensor | None,
-    input_amax: torch.Tensor | None,
     block_stat: torch.Tensor | None,
 ) -> Fields:
     """Fields of the part's weight; those of scales cover every block that it touches."""
-    source, scheme = part.target.source, part.target.scheme
-    weights = scheme.weights
+    source, weights = part.target.source, part.target.scheme.weights
     assert weights is not None
     dscale = None
     if weights.tensor_scale:
         dscale = _dscale(weight_amax, weights, f"the weight {source.name}").to(w_NK.device)
     _check_stat(part, weights, block_stat)
     start = part.region.start
-    fields = encode(w_NK, weights, dscale, block_stat, (start[0], start[1]))
-    fields[SHAPE] = torch.tensor(source.shape)
+    return encode(w_NK, weights, dscale, block_stat, (start[0], start[1]))
+
+
+def _on(part: Part, w_NK: torch.Tensor, scales: Fields) -> Fields:
+    """The same with these scales."""
+    weights, start = part.target.scheme.weights, part.region.start
+    assert weights is not None
+    return encode_on(w_NK, weights, scales, (start[0], start[1]))
+
+
+def _pseudo_fields(
+    part: Part, weight_amax: torch.Tensor | None, input_amax: torch.Tensor | None
+) -> Fields:
+    source, scheme = part.target.source, part.target.scheme
+    fields = {SHAPE: torch.tensor(source.shape)}
     if any(stored.field == WEIGHT_SCALE for stored in scheme.stored):
         fields[WEIGHT_SCALE] = _dscale(weight_amax, get_format("fp8"), f"the weight {source.name}")
     if scheme.inputs is not None and scheme.inputs.tensor_scale:

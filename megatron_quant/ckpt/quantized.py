@@ -1,12 +1,11 @@
 """A Hugging Face checkpoint with its weights decoded, read with safetensors alone."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_quant.ckpt.dialects import DIALECTS
 from megatron_quant.ckpt.dialects.base import (
     INPUT_SCALE,
     SHAPE,
@@ -15,14 +14,33 @@ from megatron_quant.ckpt.dialects.base import (
     Stored,
     layer_of,
 )
-from megatron_quant.ckpt.reader import PLAIN_DTYPES, Checkpoint, TensorInfo, open_directory
+from megatron_quant.ckpt.packed import GROUP_INDEX, Packed, open_packed, whole, with_scale_dtype
+from megatron_quant.ckpt.quantization import dialect_of, quantization_of
+from megatron_quant.ckpt.reader import (
+    PLAIN_DTYPES,
+    Checkpoint,
+    TensorInfo,
+    check_tensors,
+    open_directory,
+)
 from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.formats import decode
-from megatron_quant.models.spec import Box
+from megatron_quant.models.spec import Box, Param
 
 _WEIGHTS = ("weight", "weight_packed", "qweight")
-_UNREAD = ("pre_quant_scale", "weight_zero_point", "weight_g_idx", "activation_scale")
+_UNREAD = ("pre_quant_scale", "weight_zero_point")
 """Tensors of which a module's values depend where they are, but not in any format known here."""
+_OF_ACTIVATIONS = (
+    "input_scale",
+    "input_global_scale",
+    "input_zero_point",
+    "output_scale",
+    "activation_scale",
+    "q_scale",
+    "k_scale",
+    "v_scale",
+    "prob_scale",
+)
+"""Last parts of names of tensors of which no weight depends."""
 
 
 class QuantizedCheckpoint:
@@ -44,7 +62,10 @@ class QuantizedCheckpoint:
         files = open_directory(directory)
         weights = [n.rpartition(".") for n, t in files.tensors.items() if len(t.shape) == 2]
         modules = [module for module, _, leaf in weights if leaf in _WEIGHTS]
-        self._open(files, modules)
+        # Whatever a config's patterns say: a plain matrix without scales is not quantized.
+        scaled = {n.rpartition(".weight_")[0] for n in files.tensors}
+        plain = {m for m in modules if _is_plain(files.tensors.get(f"{m}.weight"))} - scaled
+        self._open(files, [m for m in modules if m not in plain])
 
     @classmethod
     def over(cls, files: Checkpoint, modules: Iterable[str]) -> "QuantizedCheckpoint":
@@ -57,11 +78,15 @@ class QuantizedCheckpoint:
         return checkpoint
 
     def _open(self, files: Checkpoint, modules: Iterable[str]) -> None:
-        self.directory = files.path
+        self.path = files.path
         self.config = files.config
         self.tensors = files.tensors
-        self.dialect, self.kv_cache = _read_dialect(files)
-        self.modules = _read_modules(files, self.dialect, tuple(modules))
+        self.dialect, self.kv_cache, self.modules = None, "", {}
+        quantization = quantization_of(files.config, files.path)
+        if quantization is not None:
+            self.dialect = dialect_of(quantization, files.path)
+            self.kv_cache = self.dialect.read_kv_cache(quantization)
+            self.modules = _read_modules(files, self.dialect, quantization, tuple(modules))
         self._files = files
 
     def stored(self, module: str) -> tuple[Stored, ...]:
@@ -77,7 +102,10 @@ class QuantizedCheckpoint:
             suffixes = [s.suffix for s in self.stored(module)] if module in self.modules else []
             if suffixes and suffix == suffixes[0]:
                 yield f"{module}.weight"
-            elif suffix not in suffixes and not name.endswith(cache):
+            elif suffix not in (
+                *suffixes,
+                *(GROUP_INDEX if suffixes else ()),
+            ) and not name.endswith(cache):
                 yield name
 
     @property
@@ -88,35 +116,81 @@ class QuantizedCheckpoint:
     def raw(self, name: str) -> torch.Tensor:
         """A tensor as it is stored. Raises CheckpointError where there is none of that name."""
         if name not in self.tensors:
-            raise CheckpointError(f"{self.directory}: no tensor {name}")
-        shape = self.tensors[name].shape
-        return self._files.read(name, Box((0,) * len(shape), shape))
+            raise CheckpointError(f"{self.path}: no tensor {name}")
+        return self._files.read(name, whole(self.tensors[name].shape))
 
     def weight(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The tensor that the unquantized model calls ``name``, decoded, in ``dtype``.
 
-        Raises CheckpointError where one of its stored tensors is missing, or has a companion that
-        this library does not know (such as a scale of the inputs folded into the weight).
+        Raises CheckpointError where one of its stored tensors is missing or malformed, or has a
+        companion that this library does not know (such as a scale of the inputs folded into it).
         """
-        module, _, leaf = name.rpartition(".")
-        if leaf != "weight" or module not in self.modules:
+        if not self._is_packed(name):
             return self._plain(name).to(dtype)
-        self._refuse_companions(module)
-        weights = self.modules[module].weights
-        return decode(self.fields(module), weights, dtype)
+        return self.packed(name.rpartition(".")[0]).whole().to(dtype)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The rectangle ``box`` of :meth:`weight`: fp32 of a quantized one, else as it is stored.
+
+        Nothing else of it is read, but for tensors with a few numbers a row or column.
+        """
+        if not self._is_packed(name):
+            return self._files.read(name, box)
+        return self.packed(name.rpartition(".")[0]).read(box)
+
+    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
+        """As :meth:`megatron_quant.ckpt.reader.Checkpoint.check`, of the decoded tensors.
+
+        What is stored of activations is rightly unused, and so are biases of zeros, which some
+        packers add.
+        """
+        needed = (name for name in self if not self._is_needless(name))
+        logical = {name: info for name in needed if (info := self.info(name)) is not None}
+        return check_tensors(self.path, logical, params)
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
+        if not self._is_packed(name):
+            return self.tensors.get(name)
+        packed = self.packed(name.rpartition(".")[0])
+        file = self.tensors[f"{packed.module}.{packed.stored[0].suffix}"].file
+        return TensorInfo(torch.float32, packed.shape, file)
 
     def fields(self, module: str) -> dict[str, torch.Tensor]:
         """A quantized module's fields and pseudo fields by name, but ``SHAPE``.
 
-        Raises CheckpointError where a tensor is missing or does not fit the others.
+        Raises CheckpointError where a tensor is missing or does not fit the others, or where the
+        columns are not in their natural order.
         """
-        parts = {
-            s: self.raw(f"{module}.{s.suffix}")
-            for s in self.stored(module)
-            if not s.optional or f"{module}.{s.suffix}" in self.tensors
-        }
-        self._check_parts(module, parts)
-        return {s.field: s.from_disk(part) for s, part in parts.items() if s.field != SHAPE}
+        packed = self.packed(module)
+        if packed.group_of_column is not None:
+            raise CheckpointError(
+                f"{self.path}: the columns of {module} are not in their natural order (g_idx), "
+                "which no other dialect can say; quantize this checkpoint instead"
+            )
+        found = packed.fields(whole(packed.shape))
+        for stored in self.stored(module):
+            if stored.field not in found and stored.field != SHAPE:
+                found[stored.field] = stored.from_disk(self.raw(f"{module}.{stored.suffix}"))
+        return found
+
+    def packed(self, module: str) -> Packed:
+        """The weight of a quantized module; CheckpointError where its tensors do not fit."""
+        known = [s.suffix for s in self.stored(module)]
+        for suffix in _UNREAD:
+            if suffix not in known and f"{module}.{suffix}" in self.tensors:
+                raise CheckpointError(f"{self.path}: {module}.{suffix} is not read")
+        return open_packed(self._files, module, self.modules[module].weights, self.stored(module))
+
+    def _is_packed(self, name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        return leaf == "weight" and module in self.modules
+
+    def _is_needless(self, name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        if module in self.modules and leaf == "bias":
+            return not self.raw(name).any()
+        return leaf in _OF_ACTIVATIONS
 
     def input_scale(self, module: str) -> float | None:
         """Tensor scale of a module's inputs (multiply to dequantize); None where it has none."""
@@ -131,61 +205,21 @@ class QuantizedCheckpoint:
         tensor = self.raw(name)
         if tensor.dtype not in PLAIN_DTYPES:
             raise CheckpointError(
-                f"{self.directory}: {name} is {tensor.dtype}, but its quantization_config "
+                f"{self.path}: {name} is {tensor.dtype}, but its quantization_config "
                 "does not say that it is quantized"
             )
         return tensor
 
-    def _check_parts(self, module: str, parts: Mapping[Stored, torch.Tensor]) -> None:
-        """Raise CheckpointError unless the tensors of a module fit one another and its format."""
-        elements, first = next(iter(parts.items()))
-        rows, cols = elements.weight_shape(tuple(first.shape)) if first.dim() == 2 else (0, 0)
-        for stored, part in parts.items():
-            name = f"{self.directory}: {module}.{stored.suffix}"
-            wanted = stored.shape(rows, cols)
-            if part.dtype not in (stored.dtype, *stored.also) or tuple(part.shape) != wanted:
-                raise CheckpointError(
-                    f"{name} is {part.dtype} {list(part.shape)}, but the config means "
-                    f"{stored.dtype} {list(wanted)}"
-                )
-            if stored.field == SHAPE and not torch.equal(
-                part, stored.to_disk(torch.tensor((rows, cols))).to(part.dtype)
-            ):
-                raise CheckpointError(
-                    f"{name} is not what the config and the weight's shape mean (columns in their "
-                    "natural order, a symmetric weight)"
-                )
-
-    def _refuse_companions(self, module: str) -> None:
-        known = [s.suffix for s in self.stored(module)]
-        for suffix in _UNREAD:
-            if suffix not in known and f"{module}.{suffix}" in self.tensors:
-                raise CheckpointError(f"{self.directory}: {module}.{suffix} is not read")
-
-
-def _read_dialect(files: Checkpoint) -> tuple[Dialect | None, str]:
-    """The dialect as the config spells it, and what the KV cache is."""
-    quantization = files.config.get("quantization_config")
-    if quantization is None:
-        return None, ""
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method not in DIALECTS:
-        raise CheckpointError(
-            f"{files.path}: quant_method {method!r} in config.json is not read; "
-            f"known: {', '.join(DIALECTS)}"
-        )
-    dialect = DIALECTS[method].variant(quantization)
-    return dialect, dialect.read_kv_cache(quantization)
-
 
 def _read_modules(
-    files: Checkpoint, dialect: Dialect | None, modules: tuple[str, ...]
+    files: Checkpoint,
+    dialect: Dialect,
+    quantization: Mapping[str, Any],
+    modules: tuple[str, ...],
 ) -> dict[str, ModuleFormat]:
-    if dialect is None:
-        return {}
     if dialect.by_tensors:
         modules = tuple(m for m in modules if not _is_plain(files.tensors.get(f"{m}.weight")))
-    found = dialect.read_config(files.config["quantization_config"], modules)
+    found = dialect.read_config(quantization, modules)
     return {m: _as_found(files, dialect, m, fmt) for m, fmt in found.items()}
 
 
@@ -205,8 +239,5 @@ def _as_found(files: Checkpoint, dialect: Dialect, module: str, fmt: ModuleForma
     for scale in (s for s in stored if s.field == "scale" and s.also):
         info = files.tensors.get(f"{module}.{scale.suffix}")
         if info is not None and info.dtype in scale.also and info.dtype != scale.dtype:
-            fields = (
-                replace(f, dtype=info.dtype) if f.name == "scale" else f for f in fmt.weights.fields
-            )
-            return replace(fmt, weights=replace(fmt.weights, fields=tuple(fields)))
+            return ModuleFormat(with_scale_dtype(fmt.weights, info.dtype), fmt.inputs)
     return fmt

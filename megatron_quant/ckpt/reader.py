@@ -1,10 +1,10 @@
 """Reading a Hugging Face checkpoint slice by slice: what a rank does not hold it does not read."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,49 +55,96 @@ class Checkpoint:
         assert tuple(part.shape) == box.size, (name, box, tuple(part.shape))
         return part
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def info(self, name: str) -> TensorInfo | None:
+        """What the header says of tensor ``name``; None where there is none."""
+        return self.tensors.get(name)
+
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """Every source of ``params`` is there in its shape, and every tensor is a source of one.
-
-        Returns the names of tensors that are rightly unused: buffers that old versions of
-        transformers stored, and ``lm_head.weight`` where the embedding takes its place. Raises
-        CheckpointError naming the first tensor that is missing, misshapen, not in bf16, fp16 or
-        fp32, or unexpected.
-        """
-        params = tuple(params)
-        sources = {s.name: s.shape for p in params for s in p.sources}
-        for name, shape in sources.items():
-            self._check_tensor(name, shape)
-        rest = [name for name in self.tensors if name not in sources]
-        tied = all(p.role is not Role.OUTPUT for p in params)
-        ignored = {n for n in rest if _BUFFERS.fullmatch(n) or (tied and n == "lm_head.weight")}
-        unexpected = [name for name in rest if name not in ignored]
-        if unexpected:
-            raise CheckpointError(
-                f"{self.path}: {unexpected[0]} ({len(unexpected)} such) is no tensor of the "
-                "architecture in config.json; correct config.json or remove the tensor"
-            )
-        return tuple(n for n in rest if n in ignored)
-
-    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
-        info = self.tensors.get(name)
-        if info is None:
-            raise CheckpointError(
-                f"{self.path}: tensor {name} is missing; fetch the checkpoint again, "
-                "or correct config.json"
-            )
-        if info.shape != shape:
-            raise CheckpointError(
-                f"{self.path / info.file}: {name} has shape {list(info.shape)} where config.json "
-                f"asks for {list(shape)}; correct config.json"
-            )
-        if info.dtype not in PLAIN_DTYPES:
-            raise CheckpointError(
-                f"{self.path / info.file}: {name} is stored as {info.dtype}; "
-                "give a checkpoint in bf16, fp16 or fp32"
-            )
+        """As :func:`check_tensors`."""
+        return check_tensors(self.path, self.tensors, params)
 
 
-def fill(local: torch.Tensor, copies: Sequence[Copy], checkpoint: Checkpoint) -> None:
+class Weights(Protocol):
+    """A checkpoint as loading sees it: tensors of an unquantized model, however they are stored.
+
+    Iterating yields their names.
+    """
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of config.json."""
+        ...
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The rectangle ``box`` of tensor ``name``, in a float dtype that holds it exactly."""
+        ...
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
+        ...
+
+    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
+        """As :func:`check_tensors`, of the tensors that :meth:`read` knows."""
+        ...
+
+
+def check_tensors(
+    path: Path, tensors: Mapping[str, TensorInfo], params: Iterable[Param]
+) -> tuple[str, ...]:
+    """Every source of ``params`` is in ``tensors`` in its shape, and these are all such sources.
+
+    Returns the names of tensors that are rightly unused: buffers that old versions of
+    transformers stored, and ``lm_head.weight`` where the embedding takes its place. Raises
+    CheckpointError naming the first tensor that is missing, misshapen, not in bf16, fp16 or
+    fp32, or unexpected.
+    """
+    params = tuple(params)
+    sources = {s.name: s.shape for p in params for s in p.sources}
+    for name, shape in sources.items():
+        _check_tensor(path, tensors, name, shape)
+    rest = [name for name in tensors if name not in sources]
+    tied = all(p.role is not Role.OUTPUT for p in params)
+    ignored = {n for n in rest if _BUFFERS.fullmatch(n) or (tied and n == "lm_head.weight")}
+    unexpected = [name for name in rest if name not in ignored]
+    if unexpected:
+        raise CheckpointError(
+            f"{path}: {unexpected[0]} ({len(unexpected)} such) is no tensor of the "
+            "architecture in config.json; correct config.json or remove the tensor"
+        )
+    return tuple(n for n in rest if n in ignored)
+
+
+def _check_tensor(
+    path: Path, tensors: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]
+) -> None:
+    info = tensors.get(name)
+    if info is None:
+        raise CheckpointError(
+            f"{path}: tensor {name} is missing; fetch the checkpoint again, or correct config.json"
+        )
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{path / info.file}: {name} has shape {list(info.shape)} where config.json "
+            f"asks for {list(shape)}; correct config.json"
+        )
+    if info.dtype not in PLAIN_DTYPES:
+        raise CheckpointError(
+            f"{path / info.file}: {name} is stored as {info.dtype}; "
+            "give a checkpoint in bf16, fp16 or fp32"
+        )
+
+
+def fill(local: torch.Tensor, copies: Sequence[Copy], checkpoint: Weights) -> None:
     """Copy each rectangle of the checkpoint into ``local``, in ``local``'s dtype and device.
 
     Elements that are in no rectangle (vocabulary padding) keep their value.
@@ -132,7 +179,10 @@ def open_directory(path: Path) -> Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint to be quantized; as :func:`open_directory`, but not a quantized one."""
+    """Open a checkpoint that is not quantized; CheckpointError for one that is.
+
+    ``ckpt.sources.open_source`` takes both.
+    """
     refuse_quantized(read_config(path), path)
     return open_directory(path)
 

@@ -15,6 +15,7 @@ from megatron_quant.ckpt.plan import Part, Piece
 from megatron_quant.ckpt.produce import Produced
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.errors import CheckpointError
+from megatron_quant.formats.spec import get_format
 from megatron_quant.models.spec import Domain, Parallel, Param, Role
 from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
 
@@ -40,11 +41,12 @@ def whole_tensors(params: tuple[Param, ...]) -> tuple[Param, ...]:
 def plan_of(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> QuantPlan:
     """What the checkpoint's own config decided on each of ``params`` (whole tensors).
 
-    Raises CheckpointError where nothing in it is quantized.
+    Raises CheckpointError where nothing in it is quantized, and FormatError for a format that is
+    read alone.
     """
     if checkpoint.dialect is None:
         raise CheckpointError(
-            f"{checkpoint.directory} is not quantized: quantize it first, "
+            f"{checkpoint.path} is not quantized: quantize it first, "
             "or give the directory of an export"
         )
     decisions = []
@@ -53,6 +55,8 @@ def plan_of(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> Quant
         fixed = "" if param.role is Role.LINEAR else param.role.value
         slot = Slot(param.name, (source.module,), param.shape, fixed)
         stored = None if fixed else checkpoint.modules.get(source.module)
+        if stored is not None:  # engines run no other
+            get_format(stored.weights.name, stored.weights.group_size)
         weights, inputs = (stored.weights, stored.inputs) if stored else (None, None)
         decisions.append(Decision(slot, checkpoint.dialect.name, weights, inputs))
     return QuantPlan(checkpoint.dialect.name, tuple(decisions), checkpoint.kv_cache)
@@ -64,7 +68,7 @@ def transcode(part: Part, checkpoint: QuantizedCheckpoint) -> Iterator[Produced]
     for piece in part.pieces:
         if piece.stored.field not in fields:
             raise CheckpointError(
-                f"{checkpoint.directory} has nothing to make {piece.entry.name} of; quantize the "
+                f"{checkpoint.path} has nothing to make {piece.entry.name} of; quantize the "
                 "source checkpoint instead"
             )
         value = piece.stored.to_disk(fields[piece.stored.field])

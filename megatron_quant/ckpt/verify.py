@@ -96,15 +96,15 @@ def _open(directory: Path) -> tuple[QuantizedCheckpoint, tuple[Param, ...]]:
 
 
 def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
-    dialect = checkpoint.dialect
-    if dialect is None:
+    dialect, quantization = checkpoint.dialect, checkpoint.config.get("quantization_config")
+    if dialect is None or quantization is None:
         return ()
-    paths = [checkpoint.directory / name for name in dialect.extra_names]
+    paths = [checkpoint.path / name for name in dialect.extra_names]
     try:
         extra = {path.name: read_json(path) for path in paths}
     except CheckpointError as error:
         return (str(error),)
-    return dialect.check_extra_files(checkpoint.config["quantization_config"], extra)
+    return dialect.check_extra_files(quantization, extra)
 
 
 def _check(
@@ -129,12 +129,13 @@ def _compare(
 ) -> tuple[float | None, list[str]]:
     """The error against the source's tensor, and whether it is beyond what the format explains."""
     name = source.name
-    if source.name not in against.tensors or against.tensors[name].shape != source.shape:
-        return None, [f"{name}: {against.directory} has no such tensor of shape {source.shape}"]
+    info = against.info(name)
+    if info is None or info.shape != source.shape:
+        return None, [f"{name}: {against.path} has no such tensor of shape {source.shape}"]
     if not is_quantized(checkpoint, source):
         tensor = checkpoint.raw(name)
         same = torch.equal(tensor, against.weight(name, tensor.dtype))
-        return None, [] if same else [f"{name}: differs from {against.directory}, unquantized"]
+        return None, [] if same else [f"{name}: differs from {against.path}, unquantized"]
     w_NK = against.weight(name, torch.float32)
     error = relative_error(w_NK, checkpoint.weight(name, torch.float32))
     bound = BOUNDS[checkpoint.modules[source.module].weights.bits]

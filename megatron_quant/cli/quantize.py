@@ -94,6 +94,12 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         help="quantize no activations, whatever the recipe says; needs no forward",
     )
     group.add_argument(
+        "--keep-scales",
+        action="store_true",
+        help="of a source that is quantized already: keep its scales, hence its codes, where its "
+        "format and groups are the recipe's; refuse where they are not",
+    )
+    group.add_argument(
         "--expert-scales",
         choices=("shared", "per_expert"),
         default="shared",

@@ -21,14 +21,10 @@ from megatron_quant.formats import native
 from megatron_quant.formats.chunks import as_rows, row_chunks
 from megatron_quant.formats.cuts import Origin
 from megatron_quant.formats.kernels import kernel_of
-from megatron_quant.formats.rows import Rows, block_index, check_storable, row_scale, rows_of
+from megatron_quant.formats.rows import Rows, check_storable, rows_of, rows_on, scale_fields
 from megatron_quant.formats.scales import Fields
-from megatron_quant.formats.spec import WHOLE, Field, Format
+from megatron_quant.formats.spec import Format
 from megatron_quant.formats.stat import cuts
-
-
-def _scale_fields(fmt: Format) -> list[Field]:
-    return [f for f in fmt.fields[1:] if f.block != (WHOLE, WHOLE)]
 
 
 @torch.no_grad()
@@ -53,17 +49,17 @@ def encode(
     assert w.dim() in (2, 3), w.shape
     check_storable(w, fmt, stat, origin)
     w_RK, rows = as_rows(w), rows_of(w, fmt, dscale, stat, origin)
-    elements, scales = _encode(w_RK, rows)
+    elements, scales = encode_rows(w_RK, rows)
     fields = {fmt.fields[0].name: elements.view(*w.shape[:-1], elements.shape[-1])}
     blocks = cuts(w.shape, fmt, origin)[0].count
-    for field, value in zip(_scale_fields(fmt), scales, strict=True):
+    for field, value in zip(scale_fields(fmt), scales, strict=True):
         fields[field.name] = value.view(*w.shape[:-2], blocks, value.shape[-1])
     if dscale is not None and fmt.tensor_scale:
         fields[fmt.fields[-1].name] = dscale
     return fields
 
 
-def _encode(w_RK: Tensor, rows: Rows) -> tuple[Tensor, Fields]:
+def encode_rows(w_RK: Tensor, rows: Rows) -> tuple[Tensor, Fields]:
     """Elements [R, K / packed], and the scale fields of all rows of blocks."""
     if native.serves(w_RK):  # cuts the rows by itself
         elements, own = rows.encode(slice(None), w_RK)
@@ -73,7 +69,7 @@ def _encode(w_RK: Tensor, rows: Rows) -> tuple[Tensor, Fields]:
     elements = w_RK.new_empty(number, cols // first.block[1], dtype=first.dtype)
     shape = (number, rows.columns.count)
     scales = rows.scales or tuple(
-        w_RK.new_empty(shape, dtype=f.dtype) for f in _scale_fields(rows.fmt)
+        w_RK.new_empty(shape, dtype=f.dtype) for f in scale_fields(rows.fmt)
     )
     for chunk in row_chunks(w_RK):
         elements[chunk], own = rows.encode(chunk, w_RK[chunk])
@@ -95,10 +91,7 @@ def decode(
     elements = fields[fmt.fields[0].name]
     packed = kernel_of(fmt).element.packed
     w = elements.new_empty(*elements.shape[:-1], elements.shape[-1] * packed, dtype=dtype)
-    row_cuts, columns = cuts(w.shape, fmt, origin)
-    dscale_R1 = row_scale(fields[fmt.fields[-1].name], w, fmt)
-    scales = tuple(as_rows(fields[f.name]) for f in _scale_fields(fmt))
-    rows = Rows(fmt, dscale_R1, columns, scales, block_index(w, row_cuts))
+    rows = rows_on(w, fmt, fields, origin)
     w_RK, elements_RK = as_rows(w), as_rows(elements)
     for chunk in row_chunks(w_RK):
         w_RK[chunk] = rows.decode(chunk, elements_RK[chunk])

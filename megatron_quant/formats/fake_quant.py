@@ -15,7 +15,7 @@ from megatron_quant.formats.spec import Format
 def _quantized(x: Tensor, rows: Rows) -> Tensor:
     x_RK = as_rows(x)
     if native.serves(x_RK):  # cuts the rows by itself
-        return rows.requantize(slice(None), x_RK).view(x.shape)
+        return rows.requantize(slice(None), x_RK).to(x.dtype).view(x.shape)
     out_RK = torch.empty_like(x_RK)
     for chunk in row_chunks(x_RK):
         out_RK[chunk] = rows.requantize(chunk, x_RK[chunk])
@@ -50,4 +50,9 @@ def fake_quant(
     check_storable(x, fmt, stat, origin)
     with torch.no_grad():
         rows = rows_of(x, fmt, dscale, stat, origin)
+    return straight_through(x, rows)
+
+
+def straight_through(x: Tensor, rows: Rows) -> Tensor:
+    """What ``rows`` store of ``x``, with the gradient of ``x``."""
     return _StraightThrough.apply(x, rows)

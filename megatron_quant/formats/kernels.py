@@ -5,7 +5,7 @@ anywhere, or columns between packed elements, changes no bit once the scales are
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from megatron_quant.formats.elements import E2M1, E4M3, INT4, INT8, INT8_WORDS, 
 from megatron_quant.formats.scales import (
     Fields,
     Fp8Scale,
-    Int4AsymScale,
+    IntAsymScale,
     IntScale,
     Mxfp4Scale,
     Mxfp8Scale,
@@ -48,17 +48,20 @@ def by_bf16(x: Tensor, step: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a format does to rows [R, K] whose columns lie in blocks as ``columns`` says."""
+    """What a format does to rows [R, K] whose columns lie in blocks as ``columns`` says.
+
+    loop: in C; None where there is no such.
+    """
 
     scale: ScaleRule
     quotient: Callable[[Tensor, Tensor], Tensor]
     element: Element
-    loop: native.Element
+    loop: native.Element | None
 
     def elements(self, x_RK: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts) -> Tensor:
         """The stored elements of the rows, given the scale fields of their blocks."""
         step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
-        if native.serves(x_RK):
+        if self.loop is not None and native.serves(x_RK):
             return native.encode(x_RK, step_RB, zero_RB, self.loop, columns.block, columns.first)
         quotient = self.quotient(columns.split(x_RK), step_RB.unsqueeze(-1))
         if zero_RB is not None:
@@ -67,7 +70,7 @@ class Kernel:
 
     def requantized(self, x_RK: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts) -> Tensor:
         """``values`` of ``elements``, fp32 or rounded to the dtype of ``x_RK``."""
-        if native.serves(x_RK):
+        if self.loop is not None and native.serves(x_RK):
             step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
             return native.fake_quant(
                 x_RK, step_RB, zero_RB, self.loop, columns.block, columns.first
@@ -93,8 +96,9 @@ _KERNELS = {
     "int8": Kernel(IntScale(127.5, torch.float32), exact, INT8, native.Element.INT8),
     "int8_tensor": Kernel(TensorScale(), exact, INT8, native.Element.INT8),
     "int4": Kernel(IntScale(7.5, _BF16), by_bf16, INT4, native.Element.INT4_BY_BF16),
-    "int4_asym": Kernel(Int4AsymScale(), by_bf16, INT4, native.Element.INT4_ZERO_BY_BF16),
+    "int4_asym": Kernel(IntAsymScale(8), by_bf16, INT4, native.Element.INT4_ZERO_BY_BF16),
     "int8_group": Kernel(IntScale(127.5, _BF16), by_bf16, INT8_WORDS, native.Element.UINT8_BY_BF16),
+    "int8_asym": Kernel(IntAsymScale(128), by_bf16, INT8_WORDS, None),
     "nvfp4": Kernel(Nvfp4Scale(), exact, E2M1, native.Element.E2M1),
     "mxfp8": Kernel(Mxfp8Scale(), exact, E4M3, native.Element.E4M3),
     "mxfp4": Kernel(Mxfp4Scale(), by_bf16, E2M1, native.Element.E2M1_BY_BF16),
@@ -103,4 +107,7 @@ _KERNELS = {
 
 def kernel_of(fmt: Format) -> Kernel:
     """The kernel of a format."""
-    return _KERNELS[fmt.name]
+    kernel = _KERNELS[fmt.name]
+    if kernel.quotient is by_bf16 and fmt.fields[1].dtype in (torch.float16, torch.float32):
+        return replace(kernel, quotient=exact, loop=None)  # bf16 does not hold its steps
+    return kernel

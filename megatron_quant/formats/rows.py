@@ -1,5 +1,6 @@
 """A tensor as rows, with all that encoding or decoding any slice of them takes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -9,10 +10,11 @@ from torch import Tensor
 from megatron_quant.errors import FormatError
 from megatron_quant.formats import native
 from megatron_quant.formats.amax import check_dtype
+from megatron_quant.formats.chunks import as_rows
 from megatron_quant.formats.cuts import Cuts, Origin
 from megatron_quant.formats.kernels import Kernel, kernel_of
 from megatron_quant.formats.scales import Fields
-from megatron_quant.formats.spec import Format
+from megatron_quant.formats.spec import WHOLE, Field, Format
 from megatron_quant.formats.stat import block_stat, cuts, row_stat
 
 # Blocks along K that cannot be short: the scales of a row lie in the engines' tiles.
@@ -109,6 +111,19 @@ class Rows:
 
     def _in_one_pass(self, x_RK: Tensor) -> bool:
         return self.fmt.name == "nvfp4" and self.scales is None and native.serves(x_RK)
+
+
+def scale_fields(fmt: Format) -> list[Field]:
+    """The fields of scales and zero points that blocks have."""
+    return [f for f in fmt.fields[1:] if f.block != (WHOLE, WHOLE)]
+
+
+def rows_on(x: Tensor, fmt: Format, fields: Mapping[str, Tensor], origin: Origin) -> Rows:
+    """How values ``x`` [..., K] are stored whose scales are among ``fields``."""
+    row_cuts, columns = cuts(x.shape, fmt, origin)
+    dscale_R1 = row_scale(fields.get(fmt.fields[-1].name), x, fmt)
+    scales = tuple(as_rows(fields[f.name]) for f in scale_fields(fmt))
+    return Rows(fmt, dscale_R1, columns, scales, block_index(x, row_cuts))
 
 
 def rows_of(

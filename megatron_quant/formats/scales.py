@@ -56,8 +56,8 @@ class Fp8Scale:
         return (true_div(amax_RB, E4M3_MAX),)
 
     def steps(self, fields: Fields, dscale_R1: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scale."""
-        return fields[0], None
+        """The scale in fp32."""
+        return fields[0].float(), None
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,11 @@ def positive(scale: Tensor) -> Tensor:
     return scale.masked_fill_(scale == 0, torch.finfo(scale.dtype).eps)
 
 
-class Int4AsymScale:
+@dataclass(frozen=True)
+class IntAsymScale:
     """scale = bf16((max - min) / 15), zero = clamp(round(-8 - min / scale), -8, 7) + 8.
+
+    Of 4 bits; of others with 2^b - 1 for 15 and ``half`` = 2^(b-1) for 8.
 
     As compressed-tensors' ``calculate_qparams``, which keeps to the dtype of the values: every
     step is rounded to bf16 where those are bf16. The zero point follows from the scale before
@@ -93,17 +96,20 @@ class Int4AsymScale:
     and bf16's epsilon as its scale.
     """
 
+    half: int
+
     def fields(self, stat_RBP: Tensor, dscale_R1: Tensor, dtype: torch.dtype) -> Fields:
         """-> (scale bf16, zero uint8)."""
         high, low = stat_RBP.to(grid_dtype(dtype)).unbind(-1)
-        scale = true_div(high + low, 15.0)
-        zero = (low / scale - 8).clamp_(-8, 7).nan_to_num_(0.0).round_()
+        scale = true_div(high + low, 2.0 * self.half - 1)
+        zero = (low / scale - self.half).clamp_(-self.half, self.half - 1)
+        zero = zero.nan_to_num_(0.0).round_()
         scale = positive(scale.clamp(max=_BF16_MAX).to(torch.bfloat16))
-        return scale, (zero + 8).to(torch.uint8)
+        return scale, (zero + self.half).to(torch.uint8)
 
     def steps(self, fields: Fields, dscale_R1: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Elements count from -8, so the zero point does."""
-        return fields[0].float(), fields[1].float().sub_(8)
+        """Elements count from -half, so the zero point does."""
+        return fields[0].float(), fields[1].float().sub_(self.half)
 
 
 def grid_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -184,7 +184,28 @@ FORMATS: dict[str, Format] = {
     ]
 }
 
-GROUP_SIZES = dict.fromkeys(("int4", "int4_asym", "int8_group"), (32, 64, 128, CHANNEL))
+_READ_ONLY: dict[str, Format] = {
+    f.name: f
+    for f in [
+        # value = (code - zero) * scale, zero a code in 0..255.
+        _format(
+            "int8_asym",
+            8,
+            128,
+            [
+                Field("elements", torch.int32, (1, 4)),
+                Field("scale", torch.bfloat16, (1, 128)),
+                Field("zero", _U8, (1, 128)),
+            ],
+            zero_point=True,
+        ),
+    ]
+}
+"""What other tools write and engines hardly run: no recipe may choose it."""
+
+GROUP_SIZES = dict.fromkeys(
+    ("int4", "int4_asym", "int8_group", "int8_asym"), (32, 64, 128, CHANNEL)
+)
 """Formats whose group size a recipe may choose, and the sizes that engines read."""
 
 
@@ -195,13 +216,26 @@ def get_format(name: str, group_size: int | None = None) -> Format:
     """
     if name not in FORMATS:
         raise FormatError(f"unknown number format {name!r}; known: {', '.join(sorted(FORMATS))}")
-    fmt = FORMATS[name]
+    return _in_groups(FORMATS[name], group_size)
+
+
+def stored_format(name: str, group_size: int | None = None) -> Format:
+    """As :func:`get_format`, for what a checkpoint has: formats that no recipe may choose too."""
+    return _in_groups(_READ_ONLY.get(name) or FORMATS[name], group_size)
+
+
+def _in_groups(fmt: Format, group_size: int | None) -> Format:
     if group_size is None or group_size == fmt.group_size:
         return fmt
-    allowed = GROUP_SIZES.get(name, (fmt.group_size,))
+    allowed = GROUP_SIZES.get(fmt.name, (fmt.group_size,))
     if group_size not in allowed:
         spelled = ", ".join("channel" if g == CHANNEL else str(g) for g in allowed)
-        raise FormatError(f"group_size {group_size} is not one of {name}'s: {spelled}")
+        raise FormatError(f"group_size {group_size} is not one of {fmt.name}'s: {spelled}")
+    return regrouped(fmt, group_size)
+
+
+def regrouped(fmt: Format, group_size: int) -> Format:
+    """An integer format with groups of any size, 1 included."""
     block = _ROW if group_size == CHANNEL else (1, group_size)
     elements, *scales = fmt.fields
     fields = (elements, *(replace(f, block=block) for f in scales))

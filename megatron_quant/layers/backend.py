@@ -10,7 +10,8 @@ experts of a stack before them, the regions' blocks under one another. Without i
 follow from the values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registere
 
 from megatron_quant.errors import CalibrationError
 from megatron_quant.formats import block_stat, fake_quant, tensor_scale
+from megatron_quant.formats.grid import fake_quant_on
 from megatron_quant.formats.region import Region, put_together
 from megatron_quant.formats.spec import CHANNEL, Format, get_format
 
@@ -70,17 +72,60 @@ def quantizer_format(quantizer: TensorQuantizer) -> Format:
     return get_format(args["format"], args["group_size"])
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Scales that a weight quantizer was given, as ``formats.grid`` has them.
+
+    regions: what the weight holds of its logical tensors, in the order of its rows. scales: of
+    each region, by field; those of a stack of experts have their number as the first dim.
+    """
+
+    fmt: Format
+    regions: tuple[Region, ...]
+    scales: tuple[Mapping[str, torch.Tensor], ...]
+
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """The nearest values to ``weight`` [N, K] or [E, N, K] on the grid."""
+        parts = [
+            fake_quant_on(region.take(weight), self.fmt, scales, _origin(region))
+            for region, scales in zip(self.regions, self.scales, strict=True)
+        ]
+        return put_together(parts, self.regions)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a weight quantizer knows of this rank's share; in no state dict."""
+
+    regions: tuple[Region, ...] = ()
+    grid: Grid | None = None
+
+
 def set_regions(quantizer: TensorQuantizer, regions: Sequence[Region]) -> None:
     """Tell a weight quantizer what its weight holds, as ``formats.region.grids`` has it.
 
     It is this rank's layout, hence in no state dict (ModelOpt keeps the attribute for backends).
     """
-    quantizer._quantizer_cache = tuple(regions)
+    quantizer._quantizer_cache = _Layout(tuple(regions))
 
 
 def regions_of(quantizer: TensorQuantizer) -> tuple[Region, ...]:
     """What :func:`set_regions` said; empty for inputs."""
-    return quantizer._quantizer_cache or ()
+    return _layout_of(quantizer).regions
+
+
+def set_grid(quantizer: TensorQuantizer, grid: Grid) -> None:
+    """Have a weight quantizer round onto ``grid``, whatever its statistics."""
+    quantizer._quantizer_cache = replace(_layout_of(quantizer), grid=grid)
+
+
+def grid_of(quantizer: TensorQuantizer) -> Grid | None:
+    """What :func:`set_grid` gave; None where scales follow from statistics."""
+    return _layout_of(quantizer).grid
+
+
+def _layout_of(quantizer: TensorQuantizer) -> _Layout:
+    return quantizer._quantizer_cache or _Layout()
 
 
 def set_block_amax(quantizer: TensorQuantizer, stat: torch.Tensor) -> None:
@@ -110,6 +155,9 @@ def split_stat(stat: torch.Tensor, regions: Sequence[Region], fmt: Format) -> li
 
 
 def _fake_quantize(inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
+    grid = grid_of(quantizer)
+    if grid is not None:
+        return grid.rounded(inputs)
     fmt = quantizer_format(quantizer)
     dscale = _dscale(quantizer, fmt) if fmt.tensor_scale else None
     regions = regions_of(quantizer)

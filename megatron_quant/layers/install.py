@@ -13,12 +13,15 @@ from torch import nn
 
 from megatron_quant.errors import CoverageError
 from megatron_quant.formats.region import Region, grids, whole_matrix
-from megatron_quant.formats.spec import Format
+from megatron_quant.formats.spec import WHOLE, Format
 from megatron_quant.layers import te  # noqa: F401  (registers the grouped classes)
 from megatron_quant.layers.backend import (
+    Grid,
     block_amax,
+    grid_of,
     quantizer_attributes,
     regions_of,
+    set_grid,
     set_regions,
     split_stat,
 )
@@ -126,6 +129,21 @@ class QuantLayer:
             found = split_stat(own, self.regions, self.weight_format)
             return found[self.regions.index(region)]
         return torch.cat([own[start:stop] for start, stop in region.rows])  # a block has one row
+
+    def keep(self, grid: Grid) -> None:
+        """Have the weights rounded onto ``grid``."""
+        set_grid(self.module.weight_quantizer, grid)
+
+    def scales(self, index: int, region: Region) -> dict[str, torch.Tensor] | None:
+        """Scales that a region of the ``index``-th weight keeps; None where it keeps none."""
+        grid = grid_of(self.module.weight_quantizer)
+        if grid is None:
+            return None
+        kept = grid.scales[grid.regions.index(region)]
+        if not self.grouped:
+            return dict(kept)
+        shape = {f.name: () for f in grid.fmt.fields if f.block == (WHOLE, WHOLE)}
+        return {n: t[index].reshape(shape.get(n, t.shape[1:])) for n, t in kept.items()}
 
 
 def attach(

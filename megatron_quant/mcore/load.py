@@ -8,7 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.reader import Checkpoint, fill
+from megatron_quant.ckpt.reader import Weights, fill
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import amax
@@ -50,7 +50,7 @@ def wrap_model(
 
 
 def load_model(
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     architecture: Architecture,
     layout: Layout,
     groups: Groups,
@@ -70,7 +70,7 @@ def load_model(
 
 
 @torch.no_grad()
-def _fill(model: Model, checkpoint: Checkpoint, progress: Callable[[int], None]) -> None:
+def _fill(model: Model, checkpoint: Weights, progress: Callable[[int], None]) -> None:
     for local in model.local:
         tensor = local.tensor(model.module)
         tensor.zero_()  # rows that pad the vocabulary stay zero
@@ -82,7 +82,7 @@ def _fill(model: Model, checkpoint: Checkpoint, progress: Callable[[int], None])
 
 
 def _explain_not_finite(
-    dtype: torch.dtype, pieces: Sequence[Copy], checkpoint: Checkpoint
+    dtype: torch.dtype, pieces: Sequence[Copy], checkpoint: Weights
 ) -> NoReturn:
     """Raise CheckpointError for the source of a parameter that holds NaN or Inf in ``dtype``."""
     for piece in pieces:

@@ -15,7 +15,7 @@ from megatron.core import parallel_state as mpu
 from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
 from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.reader import open_checkpoint
+from megatron_quant.ckpt.sources import open_source
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
 from megatron_quant.mcore.load import Model, load_model
@@ -73,7 +73,7 @@ def load(
     path: Path, parallelism: Parallelism = Parallelism(), dtype: torch.dtype = torch.bfloat16
 ) -> Model:
     """The checkpoint's model at ``parallelism``."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_source(path)
     architecture = lookup(checkpoint.config)
     experts = num_experts(architecture.params(checkpoint.config))
     p = parallelism

@@ -14,13 +14,13 @@ def megatron_logits(path: Path, tp: int, ep: int, dtype: torch.dtype) -> torch.T
     import torch.distributed as dist
 
     from megatron_quant.ckpt.layout import Layout
-    from megatron_quant.ckpt.reader import open_checkpoint
+    from megatron_quant.ckpt.sources import open_source
     from megatron_quant.mcore.load import load_model
     from megatron_quant.mcore.parallel import start_distributed
     from megatron_quant.mcore.run import full_logits
     from megatron_quant.models import lookup, num_experts
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_source(path)
     architecture = lookup(checkpoint.config)
     experts = num_experts(architecture.params(checkpoint.config))
     layout = Layout.simulate(dist.get_world_size(), tp, ep, 1, experts)

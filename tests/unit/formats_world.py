@@ -5,12 +5,12 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from megatron_quant.formats import FORMATS, get_format, stack_amax, tensor_scale
+from megatron_quant.formats import FORMATS, stack_amax, tensor_scale
 from megatron_quant.formats.kernels import kernel_of
-from megatron_quant.formats.spec import CHANNEL, GROUP_SIZES
+from megatron_quant.formats.spec import CHANNEL, GROUP_SIZES, stored_format
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-GROUPED = [get_format(name, size) for name, sizes in GROUP_SIZES.items() for size in sizes]
+GROUPED = [stored_format(name, size) for name, sizes in GROUP_SIZES.items() for size in sizes]
 ALL = [fmt for name, fmt in FORMATS.items() if name not in GROUP_SIZES] + GROUPED
 BLOCKED = [fmt for fmt in ALL if fmt.stat_block]
 

@@ -257,7 +257,7 @@ def test_auto_rounds_own_config_is_read():
     ("dialect", "config", "message"),
     [
         (GPTQ, {"bits": 3, "group_size": 128}, "bits=3 with sym=True is not read"),
-        (GPTQ, {"bits": 8, "group_size": 128, "sym": False}, "bits=8 with sym=False"),
+        (GPTQ, {"bits": 2, "group_size": 128, "sym": False}, "bits=2 with sym=False"),
         (GPTQ, {"bits": 4, "group_size": 48}, "group_size 48"),
         (GPTQ, {"bits": 4, "group_size": 32, "dynamic": {"+:(": {}}}, "no regular expression"),
         (AWQ, {"bits": 4, "group_size": 128, "version": "gemv"}, "'gemv' with bits=4"),

@@ -1,5 +1,6 @@
 """The bytes of transposed packings against AutoRound's packers (tests/golden/make_packing.py)."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,8 @@ def test_hand_packed_words():
     assert torch.equal(packing.packed(codes[None], 4), in_order)
     zeros_N1 = codes[:, None]
     assert torch.equal(packing.along_rows(zeros_N1), in_order)
-    assert torch.equal(packing.gptq_zeros_v2(zeros_N1), in_order)
-    assert packing.gptq_zeros_v1(zeros_N1).item() == 0x6543210F
+    assert torch.equal(packing.gptq_zeros(zeros_N1, 0), in_order)
+    assert packing.gptq_zeros(zeros_N1, 1).item() == 0x6543210F
     assert packing.awq_zeros(zeros_N1).item() == 0x75316420
 
 
@@ -87,10 +88,15 @@ def test_symmetric_zeros_and_group_index():
 
 WORDS = torch.randint(-(2**31), 2**31, (16, 8), dtype=torch.int64).to(torch.int32)
 CODES = torch.randint(0, 16, (16, 6), dtype=torch.uint8)
+V1, FROM_V1 = partial(packing.gptq_zeros, offset=1), partial(packing.from_gptq_zeros, offset=1)
+V2, FROM_V2 = partial(packing.gptq_zeros, offset=0), partial(packing.from_gptq_zeros, offset=0)
+WIDE, FROM_WIDE = (partial(f, bits=8) for f in (V1, FROM_V1))
 PAIRS = {
+    "gptq 1, 8 bits": (WIDE, FROM_WIDE, CODES),
+    "rows, 8 bits": (packing.along_rows_8, packing.from_along_rows_8, CODES),
     "rows": (packing.along_rows, packing.from_along_rows, CODES),
-    "gptq 1": (packing.gptq_zeros_v1, packing.from_gptq_zeros_v1, CODES),
-    "gptq 2": (packing.gptq_zeros_v2, packing.from_gptq_zeros_v2, CODES),
+    "gptq 1": (V1, FROM_V1, CODES),
+    "gptq 2": (V2, FROM_V2, CODES),
     "awq words": (packing.awq_words, packing.from_awq_words, WORDS),
     "awq zeros": (packing.awq_zeros, packing.from_awq_zeros, CODES),
     "row pairs": (packing.row_pairs, packing.from_row_pairs, WORDS),

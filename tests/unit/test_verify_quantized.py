@@ -96,7 +96,7 @@ def test_missing_tensor(nvfp4):
     [
         ("weight_scale", lambda t: t[:, :-1]),
         ("weight_scale", torch.Tensor.float),
-        ("weight_scale_2", lambda t: t.reshape(1)),
+        ("weight_scale_2", lambda t: t.repeat(2)),
         ("weight", torch.Tensor.float),
     ],
 )

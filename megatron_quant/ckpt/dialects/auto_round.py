@@ -31,6 +31,7 @@ from megatron_quant.recipes.plan import QuantPlan
 GPTQ, AWQ, MX = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:llm_compressor"
 _PACKINGS = {"int4": GPTQ, "int8_group": GPTQ, "int4_asym": AWQ, "mxfp4": MX, "mxfp8": MX}
 _INPUTS = {"mxfp4": ("mxfp4", None), "mxfp8": ("mxfp8", None)}
+_ZERO_POINTS = ("int4_asym", "int8_asym")
 _UNQUANTIZED = 16
 _REGEX = re.compile(r"[*+?^$()\[\]{}|\\]")
 
@@ -51,6 +52,8 @@ class AutoRound(Dialect):
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
     ) -> tuple[Stored, ...]:
         """Tensors of a quantized module. Raises FormatError for what AutoRound has not."""
+        if self.packing == GPTQ and weights.name in _ZERO_POINTS and inputs is None:
+            return _as_gptq(weights)  # read alone
         allowed = _INPUTS.get(weights.name, (None,))
         if weights.name not in _PACKINGS or (inputs.name if inputs else None) not in allowed:
             raise FormatError(
@@ -60,7 +63,7 @@ class AutoRound(Dialect):
             )
         packing = self.packing or _PACKINGS[weights.name]
         if packing == GPTQ:
-            return tuple(s for s in gptq_tensors(weights, 1) if s.suffix != "g_idx")
+            return _as_gptq(weights)
         if packing == AWQ:
             return awq_tensors(weights)
         return CompressedTensors().stored(weights, inputs, layer)
@@ -112,6 +115,10 @@ class AutoRound(Dialect):
                 f"auto-round packing_format {packing!r} is not read; known: {GPTQ}, {AWQ}, {MX}"
             )
         return AutoRound(packing)
+
+
+def _as_gptq(weights: Format) -> tuple[Stored, ...]:
+    return tuple(s for s in gptq_tensors(weights, 1) if s.suffix != "g_idx")
 
 
 def _settings(fmt: ModuleFormat) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_quant.ckpt.dialects.base import ModuleFormat
 from megatron_quant.ckpt.dialects.common import describe
 from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.formats.spec import CHANNEL, Format, get_format
+from megatron_quant.formats.spec import CHANNEL, GROUP_SIZES, Format, get_format, stored_format
 
 MIXED = "mixed-precision"
 """``format`` of a config whose groups have several."""
@@ -22,6 +22,7 @@ _LAYOUTS: dict[tuple[str, bool], str] = {
     ("int4", False): "pack-quantized",
     ("int4_asym", False): "pack-quantized",
     ("int8_group", False): "pack-quantized",
+    ("int8_asym", False): "pack-quantized",
     ("nvfp4", True): "nvfp4-pack-quantized",
     ("nvfp4", False): "nvfp4-pack-quantized",
     ("mxfp8", True): "mxfp8-quantized",
@@ -60,6 +61,8 @@ _WEIGHTS: dict[_Key, str] = {
     (4, "int", "channel", True): "int4",
     (4, "int", "group", False): "int4_asym",
     (4, "int", "channel", False): "int4_asym",
+    (8, "int", "group", False): "int8_asym",
+    (8, "int", "channel", False): "int8_asym",
     (4, "float", "tensor_group", True): "nvfp4",
     (4, "float", "group", True): "mxfp4",
 }
@@ -164,10 +167,11 @@ def _read_weights(arguments: Mapping[str, Any], quantized_inputs: bool) -> Forma
     if name == "fp8_block" and arguments.get("block_structure") != _BLOCK:
         raise _unread(arguments)
     size = arguments.get("group_size")
-    if name in ("int4", "int4_asym", "int8_group") and arguments.get("strategy") == "channel":
+    if name in GROUP_SIZES and arguments.get("strategy") == "channel":
         size = CHANNEL
     try:
-        return get_format(name, size if name not in ("fp8_channel", "int8", "fp8_block") else None)
+        sized = name not in ("fp8_channel", "int8", "fp8_block")
+        return stored_format(name, size if sized else None)
     except FormatError as error:
         raise CheckpointError(f"quantization_config: {error}") from None
 

@@ -5,7 +5,7 @@ scales are DIVISORS here: the inverse of the codec's. fp8 weights without quanti
 read by transformers and, outside experts, by vLLM, which refuses them for experts by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,13 +32,23 @@ from megatron_quant.ckpt.dialects.common import (
     linears,
     patterns,
 )
-from megatron_quant.ckpt.dialects.packing import along_rows, from_along_rows
+from megatron_quant.ckpt.dialects.packing import (
+    along_rows,
+    along_rows_8,
+    from_along_rows,
+    from_along_rows_8,
+)
 from megatron_quant.errors import FormatError
 from megatron_quant.formats.spec import WHOLE, Format
 from megatron_quant.recipes.plan import QuantPlan
 
 _E4M3, _U8, _F32 = torch.float8_e4m3fn, torch.uint8, torch.float32
 _SCALAR = (WHOLE, WHOLE)
+_Along = Callable[[torch.Tensor], torch.Tensor]
+_ZEROS: dict[int, tuple[_Along, _Along]] = {
+    4: (along_rows, from_along_rows),
+    8: (along_rows_8, from_along_rows_8),
+}
 
 
 def _one_inverse(scalar: torch.Tensor) -> torch.Tensor:
@@ -64,9 +74,10 @@ def _packed(weights: Format) -> tuple[Stored, ...]:
     tensors = (words, _scales(weights), Stored("weight_shape", SHAPE, torch.int64, _SCALAR))
     if not weights.zero_point:
         return tensors
-    block = (8, weights.field("zero").block[1])
-    zeros = ("weight_zero_point", "zero", torch.int32, block, (), along_rows, from_along_rows)
-    return (*tensors, Stored(*zeros))
+    block = (32 // weights.bits, weights.field("zero").block[1])
+    to_disk, from_disk = _ZEROS[weights.bits]
+    zeros = Stored("weight_zero_point", "zero", torch.int32, block, (), to_disk, from_disk)
+    return (*tensors, zeros)
 
 
 def _weight_tensors(weights: Format) -> tuple[Stored, ...]:

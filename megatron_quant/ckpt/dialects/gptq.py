@@ -34,21 +34,18 @@ from megatron_quant.ckpt.dialects.common import (
 )
 from megatron_quant.ckpt.dialects.packing import (
     constant_zeros,
-    from_gptq_zeros_v1,
-    from_gptq_zeros_v2,
-    gptq_zeros_v1,
-    gptq_zeros_v2,
+    from_gptq_zeros,
+    gptq_zeros,
     group_index,
     transposed,
 )
 from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.formats.spec import WHOLE, Format, get_format
+from megatron_quant.formats.spec import WHOLE, Format, stored_format
 from megatron_quant.recipes.plan import QuantPlan
 
 _SCALAR = (WHOLE, WHOLE)
 _SYMMETRIC = {4: "int4", 8: "int8_group"}
-_ASYMMETRIC = {4: "int4_asym"}
-_ZEROS = {1: (gptq_zeros_v1, from_gptq_zeros_v1), 2: (gptq_zeros_v2, from_gptq_zeros_v2)}
+_ASYMMETRIC = {4: "int4_asym", 8: "int8_asym"}
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
@@ -81,8 +78,10 @@ def gptq_tensors(weights: Format, version: int) -> tuple[Stored, ...]:
 
 def _zeros(weights: Format, version: int) -> Stored:
     if weights.zero_point:
-        to_disk, from_disk = _ZEROS[version]
-        block = (8, weights.field("zero").block[1])
+        offset, bits = 2 - version, weights.bits
+        to_disk = partial(gptq_zeros, offset=offset, bits=bits)
+        from_disk = partial(from_gptq_zeros, offset=offset, bits=bits)
+        block = (32 // weights.bits, weights.field("zero").block[1])
         return Stored("qzeros", "zero", torch.int32, block, (), to_disk, from_disk, (1, 0))
     code = 2 ** (weights.bits - 1) - (version == 1)
     constant = partial(constant_zeros, bits=weights.bits, group_size=weights.group_size, code=code)
@@ -95,11 +94,11 @@ def integer_format(bits: Any, group_size: Any, symmetric: Any) -> ModuleFormat:
     name = (_SYMMETRIC if symmetric else _ASYMMETRIC).get(bits)
     if name is None:
         raise CheckpointError(
-            f"quantization_config: bits={bits!r} with sym={symmetric!r} is not read; known: 4 and "
-            "8 symmetric, 4 asymmetric"
+            f"quantization_config: bits={bits!r} with sym={symmetric!r} is not read; known: "
+            "4 and 8 bits"
         )
     try:
-        return ModuleFormat(get_format(name, group_size), None)
+        return ModuleFormat(stored_format(name, group_size), None)
     except FormatError as error:
         raise CheckpointError(f"quantization_config: {error}") from None
 

@@ -6,6 +6,7 @@ As ModelOpt 0.47 writes both (``quant_utils.process_layer_quant_config`` and
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from megatron_quant.ckpt.dialects.base import ModuleFormat
@@ -152,6 +153,25 @@ def _group(fmt: ModuleFormat) -> dict[str, Any]:
         inputs = {"dynamic": False, "num_bits": fmt.inputs.bits, "type": "float"}
         group["input_activations"] = inputs | size
     return group
+
+
+def from_nested(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What the nested form in file ``path`` says, as far as :func:`read` needs it.
+
+    Raises CheckpointError where it has no quantization section.
+    """
+    quantization = document.get("quantization")
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path} has no quantization section; fetch it again")
+    cache = quantization.get("kv_cache_quant_algo")
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": quantization.get("quant_algo"),
+        "group_size": quantization.get("group_size"),
+        "ignore": quantization.get("exclude_modules"),
+        "quantized_layers": quantization.get("quantized_layers"),
+        "kv_cache_scheme": dict(_KV_SCHEME) if cache == "FP8" else cache,
+    }
 
 
 def statements(config: Mapping[str, Any]) -> dict[str, Any]:

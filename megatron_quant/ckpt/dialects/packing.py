@@ -35,24 +35,24 @@ def transposed(stored: Tensor) -> Tensor:
     return stored.t().clone(memory_format=torch.contiguous_format)
 
 
-def along_rows(codes_NG: Tensor) -> Tensor:
-    """Zeros uint8 [N, G] -> int32 [N/8, G], eight rows a word (compressed-tensors)."""
-    return transposed(packed(transposed(codes_NG), 4))
+def along_rows(codes_NG: Tensor, bits: int = 4) -> Tensor:
+    """Zeros uint8 [N, G] -> int32 [N * bits / 32, G], a word for rows (compressed-tensors)."""
+    return transposed(packed(transposed(codes_NG), bits))
 
 
-def from_along_rows(words: Tensor) -> Tensor:
+def from_along_rows(words: Tensor, bits: int = 4) -> Tensor:
     """Inverse of :func:`along_rows`."""
-    return transposed(unpacked(transposed(words), 4))
+    return transposed(unpacked(transposed(words), bits))
 
 
-def gptq_zeros(codes_NG: Tensor, offset: int) -> Tensor:
-    """Zeros uint8 [N, G] -> int32 [G, N/8]; what is stored is ``zero - offset``, in four bits."""
-    return packed((transposed(codes_NG) - offset) & 15, 4)
+def gptq_zeros(codes_NG: Tensor, offset: int, bits: int = 4) -> Tensor:
+    """Zeros uint8 [N, G] -> int32 [G, N * bits / 32]; what is stored is ``zero - offset``."""
+    return packed((transposed(codes_NG) - offset) & (2**bits - 1), bits)
 
 
-def from_gptq_zeros(words: Tensor, offset: int) -> Tensor:
+def from_gptq_zeros(words: Tensor, offset: int, bits: int = 4) -> Tensor:
     """Inverse of :func:`gptq_zeros`."""
-    return transposed((unpacked(words, 4) + offset) & 15)
+    return transposed((unpacked(words, bits) + offset) & (2**bits - 1))
 
 
 def constant_zeros(shape: Tensor, bits: int, group_size: int, code: int) -> Tensor:
@@ -109,7 +109,5 @@ def from_row_pairs(stored: Tensor) -> Tensor:
 
 
 # One object per meaning, so that equal tensors of a dialect are equal values.
-gptq_zeros_v1 = partial(gptq_zeros, offset=1)
-from_gptq_zeros_v1 = partial(from_gptq_zeros, offset=1)
-gptq_zeros_v2 = partial(gptq_zeros, offset=0)
-from_gptq_zeros_v2 = partial(from_gptq_zeros, offset=0)
+along_rows_8 = partial(along_rows, bits=8)
+from_along_rows_8 = partial(from_along_rows, bits=8)

@@ -1,0 +1,22 @@
+"""Opening a source: a checkpoint to be quantized, which may be quantized already."""
+
+from pathlib import Path
+
+from megatron_quant.ckpt.expert_stacks import ExpertStacks
+from megatron_quant.ckpt.quantization import GPT_OSS, quantization_of
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.reader import Weights, open_directory
+from megatron_quant.ckpt.source import read_config
+
+
+def open_source(path: Path) -> Weights:
+    """The checkpoint in directory ``path`` as loading sees it: names and values of the dense model.
+
+    Raises CheckpointError where it is broken, or quantized in a way that is not known.
+    """
+    quantization = quantization_of(read_config(path), path)
+    if quantization is None:
+        return open_directory(path)
+    if quantization.get("quant_method") == GPT_OSS:
+        return ExpertStacks(path)
+    return QuantizedCheckpoint(path)

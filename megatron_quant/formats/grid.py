@@ -1,0 +1,53 @@
+"""Rounding onto a given grid: one whose scales come from elsewhere, such as a released checkpoint.
+
+``scales`` are the fields of a format but its elements, as ``encode`` returns them: of every block
+that the piece touches, the tensor's scale [] or [E, 1, 1].
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_quant.formats.chunks import as_rows
+from megatron_quant.formats.codec import encode_rows
+from megatron_quant.formats.cuts import Origin
+from megatron_quant.formats.elements import E2M1
+from megatron_quant.formats.fake_quant import straight_through
+from megatron_quant.formats.kernels import kernel_of
+from megatron_quant.formats.pack import pack_nibbles
+from megatron_quant.formats.rows import rows_on
+from megatron_quant.formats.spec import Format
+
+
+@torch.no_grad()
+def encode_on(
+    w: Tensor, fmt: Format, scales: Mapping[str, Tensor], origin: Origin = (0, 0)
+) -> dict[str, Tensor]:
+    """As ``encode``, with these scales: of a value on the grid the code that it came from.
+
+    w: bf16, fp16 or fp32, [N, K] or [E, N, K]. A negative zero keeps its sign where codes have one.
+    """
+    w_RK = as_rows(w)
+    elements, _ = encode_rows(w_RK, rows_on(w, fmt, scales, origin))
+    if kernel_of(fmt).element is E2M1:
+        elements = elements | _negative_zeros(w_RK)
+    return {fmt.fields[0].name: elements.view(*w.shape[:-1], elements.shape[-1]), **scales}
+
+
+def fake_quant_on(
+    x: Tensor, fmt: Format, scales: Mapping[str, Tensor], origin: Origin = (0, 0)
+) -> Tensor:
+    """The nearest values on the grid, in the shape and dtype of ``x`` [N, K] or [E, N, K].
+
+    The gradient of ``x`` passes unchanged; scales get none.
+    """
+    with torch.no_grad():
+        rows = rows_on(x, fmt, scales, origin)
+    return straight_through(x, rows)
+
+
+def _negative_zeros(w_RK: Tensor) -> Tensor:
+    """Sign bits of the elements that are -0.0, two codes a byte."""
+    signs = (torch.signbit(w_RK) & (w_RK == 0)).to(torch.uint8) * 8
+    return pack_nibbles(signs)

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from megatron_quant.api.job import Job, prepare
 from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.api.target import check_not_source
 from megatron_quant.calib.data import load_texts, token_batches
 from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
 from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.writer import Existing, check_target
-from megatron_quant.errors import CheckpointError, ExportError
+from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluate.evaluate import read_windows
 from megatron_quant.evaluate.tokenizer import load_tokenizer
 
@@ -45,7 +45,7 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
     checkpoint.check(job.params)
     files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carry_over(job.source))
     existing = Existing.REPLACE if options.overwrite else Existing.REFUSE
-    _check_not_source(options.export_dir, job.source)
+    check_not_source(options.export_dir, job.source)
     check_target(options.export_dir, files, existing)
     windows = []
     if options.eval_text:
@@ -53,13 +53,6 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
     batches = _batches(options, job)
     _check_ids([*batches, *windows], job)
     return Inputs(job, checkpoint, files, existing, batches, windows)
-
-
-def _check_not_source(export_dir: Path, source: Path) -> None:
-    if export_dir.is_dir() and export_dir.samefile(source):
-        raise ExportError(
-            f"--export-dir {export_dir} is the source checkpoint; choose another directory"
-        )
 
 
 def _check_ids(tokens: Sequence[torch.Tensor], job: Job) -> None:

@@ -1,7 +1,7 @@
 """Everything that is decided before a weight is read: from config.json and the flags alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from megatron_quant.recipes.schema import Recipe, weight_only, with_algorithm, w
 class Job:
     """A run that passed every check that needs no weights.
 
+    architecture: None where the checkpoint is streamed, which needs no model.
     layout: as Megatron's default rank order gives it; export: the files, owners at that layout.
     """
 
     source: Path
     hf_config: Mapping[str, Any]
-    architecture: Architecture
+    architecture: Architecture | None
     params: tuple[Param, ...]
     recipe: Recipe
     quant: QuantPlan
@@ -53,7 +54,29 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     params = architecture.params(hf_config)
     check_layout(hf_config, options.tp, options.ep, options.etp)
     layout = Layout.simulate(world, options.tp, options.ep, options.etp, num_experts(params))
-    recipe = _recipe(options)
+    return decide(options, Model(source, hf_config, architecture, params), layout)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is quantized: where it lies, its config and its logical parameters.
+
+    kept: dtypes of Hugging Face tensors that keep theirs, whatever the export's is.
+    """
+
+    source: Path
+    hf_config: Mapping[str, Any]
+    architecture: Architecture | None
+    params: tuple[Param, ...]
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+
+def decide(options: QuantizeOptions, model: Model, layout: Layout) -> Job:
+    """The recipe's decisions on ``model`` and the files of its export.
+
+    Raises the QuantError of whatever does not fit.
+    """
+    recipe, params = _recipe(options), model.params
     quant = resolve(recipe, slots(params))
     _check_samples(options, quant)
     dialect = get_dialect(options.export_format)
@@ -61,9 +84,18 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     dialect.quantization_config(quant)  # refuses what it cannot say
     dtype = DTYPES[options.dtype]
     shard_bytes = parse_size(options.max_shard_size)
-    export = plan_export(params, quant, dialect, layout, dtype, shard_bytes)
+    export = plan_export(params, quant, dialect, layout, dtype, shard_bytes, model.kept)
     return Job(
-        source, hf_config, architecture, params, recipe, quant, dialect, layout, dtype, export
+        model.source,
+        model.hf_config,
+        model.architecture,
+        params,
+        recipe,
+        quant,
+        dialect,
+        layout,
+        dtype,
+        export,
     )
 
 

@@ -55,6 +55,7 @@ class QuantizeOptions:
     export_kv_cache_quant: str | None = None
     serve_engine: str | None = None
     serve_tp: int | None = None
+    stream: bool = False
 
     def __post_init__(self) -> None:
         """Refuse counts below one; names are checked where they are resolved."""

@@ -1,0 +1,113 @@
+"""Quantizing file to file: no Megatron model, memory independent of the model's size."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from megatron_quant.api.job import Job, Model, decide
+from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.api.phases import Phases
+from megatron_quant.api.target import check_not_source
+from megatron_quant.ckpt.companions import companions
+from megatron_quant.ckpt.layout import Layout
+from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
+from megatron_quant.ckpt.source import carry_over, resolve_source
+from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.ckpt.writer import Existing, check_target, export
+from megatron_quant.dist import Groups, together
+from megatron_quant.errors import LayoutError, QuantError, RecipeError
+from megatron_quant.models import lookup
+from megatron_quant.stream.produce import Producer
+from megatron_quant.stream.scales import (
+    Sharing,
+    per_expert,
+    searched_amaxes,
+    shared,
+    shared_amaxes,
+    slot_amaxes,
+)
+from megatron_quant.stream.source import Source, scaled
+from megatron_quant.stream.split import split
+
+_SHARING: dict[str, Sharing] = {"shared": shared, "per_expert": per_expert}
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What a run found.
+
+    weight_amax: of each slot that has a tensor scale. verified: on rank 0; None on the others.
+    """
+
+    job: Job
+    weight_amax: Mapping[str, float]
+    verified: Report | None
+
+
+def plan_stream(options: QuantizeOptions, world: int) -> tuple[Job, Checkpoint]:
+    """Check everything that needs no weights, from config.json and the headers of the weights.
+
+    Raises the QuantError of whatever does not fit; nothing has been written then.
+    """
+    _check_flags(options)
+    checkpoint = open_checkpoint(resolve_source(options.hf_model_id))
+    params = lookup(checkpoint.config).params(checkpoint.config)
+    checkpoint.check(params)
+    model = Model(checkpoint.path, checkpoint.config, None, params)
+    job = decide(options, model, Layout.simulate(world, 1, 1, 1))
+    if job.quant.needs_data:
+        raise RecipeError(
+            f"recipe {job.recipe.name!r} has static input scales, which --stream does not find: "
+            "pass --weight-only, or leave --stream out"
+        )
+    return replace(job, export=split(job.export)), checkpoint
+
+
+def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed:
+    """Quantize a Hugging Face checkpoint into ``options.export_dir``, file to file.
+
+    Collective; the ranks share the tensors. Raises a QuantError, the same on every rank, before
+    anything is written or with what was written removed.
+    """
+    with phases.time("plan"):
+        job, checkpoint = together(groups, lambda: plan_stream(options, groups.size))
+        files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carry_over(job.source))
+        existing = Existing.REPLACE if options.overwrite else Existing.REFUSE
+        assert options.export_dir is not None, "an export needs a directory"
+        out = options.export_dir
+        together(groups, lambda: check_not_source(out, job.source))
+        together(groups, lambda: check_target(out, files, existing))
+    source = Source(checkpoint, job.dtype)
+    own = job.export.parts_of(groups.rank)
+    with phases.bar("amax", sum(part.nbytes for part in scaled(own))) as progress:
+        found = slot_amaxes(source, job.quant, own, groups, progress)
+    sharing = _SHARING[options.expert_scales]
+    amaxes = shared_amaxes(job.quant, found, sharing)
+    with phases.time("search"):
+        amaxes = searched_amaxes(source, job.quant, own, amaxes, sharing, groups)
+    with phases.bar("export", sum(part.nbytes for part in own)) as progress:
+        producer = Producer(source, job.quant, amaxes)
+        export(job.export, groups, producer, out, files, existing, progress)
+    with phases.time("verify"):
+        verified = together(groups, lambda: _verify(options, job, groups))
+    return Streamed(job, found, verified)
+
+
+def _check_flags(options: QuantizeOptions) -> None:
+    if (options.tp, options.ep, options.etp) != (1, 1, 1):
+        raise LayoutError(
+            f"--tp {options.tp} --ep {options.ep} --etp {options.etp} with --stream: there is no "
+            "model to cut, the ranks share its tensors; leave the three out"
+        )
+    if options.eval_text:
+        raise QuantError("--eval-text needs a model, which --stream has not: use the verb eval")
+    if options.act_percentile < 100:
+        raise QuantError("--act-percentile is not measured by --stream: leave one of them out")
+
+
+def _verify(options: QuantizeOptions, job: Job, groups: Groups) -> Report | None:
+    if groups.rank:
+        return None
+    assert options.export_dir is not None
+    report = verify(options.export_dir, job.source)
+    report.raise_for_problems()
+    return report

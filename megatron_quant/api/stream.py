@@ -12,10 +12,11 @@ from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
 from megatron_quant.ckpt.source import carry_over, resolve_source
 from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.ckpt.views import kept_dtypes, logical
 from megatron_quant.ckpt.writer import Existing, check_target, export
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
-from megatron_quant.models import lookup
+from megatron_quant.models.structure import has_table
 from megatron_quant.stream.produce import Producer
 from megatron_quant.stream.scales import (
     Sharing,
@@ -49,10 +50,10 @@ def plan_stream(options: QuantizeOptions, world: int) -> tuple[Job, Checkpoint]:
     Raises the QuantError of whatever does not fit; nothing has been written then.
     """
     _check_flags(options)
-    checkpoint = open_checkpoint(resolve_source(options.hf_model_id))
-    params = lookup(checkpoint.config).params(checkpoint.config)
-    checkpoint.check(params)
-    model = Model(checkpoint.path, checkpoint.config, None, params)
+    checkpoint, structure = logical(open_checkpoint(resolve_source(options.hf_model_id)))
+    checkpoint.check(structure.params)
+    kept = {} if has_table(checkpoint.config) else kept_dtypes(checkpoint)
+    model = Model(checkpoint.path, checkpoint.config, None, structure.params, kept)
     job = decide(options, model, Layout.simulate(world, 1, 1, 1))
     if job.quant.needs_data:
         raise RecipeError(

@@ -42,9 +42,7 @@ class QuantizedCheckpoint:
         Raises CheckpointError where a file is missing or broken, or the config is not known.
         """
         files = open_directory(directory)
-        weights = [n.rpartition(".") for n, t in files.tensors.items() if len(t.shape) == 2]
-        modules = [module for module, _, leaf in weights if leaf in _WEIGHTS]
-        self._open(files, modules)
+        self._open(files, matrices(files))
 
     @classmethod
     def over(cls, files: Checkpoint, modules: Iterable[str]) -> "QuantizedCheckpoint":
@@ -79,6 +77,17 @@ class QuantizedCheckpoint:
                 yield f"{module}.weight"
             elif suffix not in suffixes and not name.endswith(cache):
                 yield name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor that the unquantized model calls ``name``, one of those iterated."""
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or module not in self.modules:
+            return self.tensors[name].shape
+        elements = self.stored(module)[0]
+        info = self.tensors[f"{module}.{elements.suffix}"]
+        if info.dtype in PLAIN_DTYPES:  # by mistake, which verifying reports
+            return info.shape
+        return elements.weight_shape(info.shape)
 
     @property
     def cache_scales(self) -> tuple[Stored, ...]:
@@ -161,6 +170,12 @@ class QuantizedCheckpoint:
         for suffix in _UNREAD:
             if suffix not in known and f"{module}.{suffix}" in self.tensors:
                 raise CheckpointError(f"{self.directory}: {module}.{suffix} is not read")
+
+
+def matrices(files: Checkpoint) -> list[str]:
+    """Modules that have a 2-D weight, packed or not."""
+    weights = [n.rpartition(".") for n, t in files.tensors.items() if len(t.shape) == 2]
+    return [module for module, _, leaf in weights if leaf in _WEIGHTS]
 
 
 def _read_dialect(files: Checkpoint) -> tuple[Dialect | None, str]:

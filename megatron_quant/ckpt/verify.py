@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_quant.ckpt.index import index_problems
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint, matrices
 from megatron_quant.ckpt.reader import open_directory
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.ckpt.verify_tensors import (
@@ -18,8 +18,8 @@ from megatron_quant.ckpt.verify_tensors import (
     stray_problems,
     value_problems,
 )
+from megatron_quant.ckpt.views import open_source, params_of
 from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
-from megatron_quant.models.registry import lookup
 from megatron_quant.models.spec import Param, Source
 
 BOUNDS = {8: 0.25, 4: 0.5}
@@ -66,7 +66,7 @@ def verify(directory: Path, against: Path | None = None) -> Report:
     against: the checkpoint that was quantized. Tensors are read one at a time. Raises
     CheckpointError where ``against`` cannot be read; what is wrong with ``directory`` is reported.
     """
-    source = QuantizedCheckpoint(against) if against is not None else None
+    source = open_source(against) if against is not None else None
     problems = index_problems(directory)
     if problems:
         return Report(directory, tuple(problems), ())
@@ -90,9 +90,9 @@ def verify(directory: Path, against: Path | None = None) -> Report:
 
 def _open(directory: Path) -> tuple[QuantizedCheckpoint, tuple[Param, ...]]:
     files = open_directory(directory)
-    params = lookup(files.config).params(files.config)
-    matrices = [s.module for p in params for s in p.sources if len(s.shape) == 2]
-    return QuantizedCheckpoint.over(files, matrices), params
+    params = params_of(QuantizedCheckpoint.over(files, matrices(files)))
+    modules = [s.module for p in params for s in p.sources if len(s.shape) == 2]
+    return QuantizedCheckpoint.over(files, modules), params
 
 
 def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:

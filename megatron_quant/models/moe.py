@@ -93,7 +93,7 @@ def _checked(
     for expert in range(count):
         own = {leaf: shapes[full] for leaf, full in experts[expert].items()}
         if own != first:
-            odd = next(iter(dict(own.items() ^ first.items())))
+            odd = min(leaf for leaf, _ in own.items() ^ first.items())
             raise ArchitectureError(
                 f"{name}.experts.{expert}.{odd} is not as that of expert 0: the experts of a layer "
                 "must be alike; fetch the checkpoint again"

@@ -204,17 +204,25 @@ def _groups(param: Param, config: Config) -> int:
 
 
 def _experts(block: Block, shapes: Shapes, config: Config) -> Iterator[Param]:
+    """Each linear of all experts after another, as the tables have them."""
+    found: dict[str, list[Param]] = {}
     for expert, names in enumerate(block.experts):
-        weights = {n: shapes[n] for n in names if n.endswith(".weight")}
-        for param in _fuse(weights, config):
-            leaf = param.module.rpartition(".")[2]
-            yield replace(
-                param,
-                name=f"{block.name}.experts.{leaf}.weight{expert}",
-                domain=Domain.EXPERT,
-                expert=expert,
+        for param in _of_expert(block, names, shapes, config):
+            found.setdefault(param.module.rpartition(".")[2], []).append(
+                replace(param, domain=Domain.EXPERT, expert=expert)
             )
-        for name in names:
-            if name not in weights:
-                bias = _alone(name, shapes[name], Role.BIAS)
-                yield replace(bias, domain=Domain.EXPERT, expert=expert)
+    for params in found.values():
+        yield from params
+
+
+def _of_expert(
+    block: Block, names: tuple[str, ...], shapes: Shapes, config: Config
+) -> Iterator[Param]:
+    weights = {n: shapes[n] for n in names if n.endswith(".weight")}
+    number = names[0].removeprefix(f"{block.name}.experts.").partition(".")[0]
+    for param in _fuse(weights, config):
+        leaf = param.module.rpartition(".")[2]
+        yield replace(param, name=f"{block.name}.experts.{leaf}.weight{number}")
+    for name in names:
+        if name not in weights:
+            yield _alone(name, shapes[name], Role.BIAS)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_quant.ckpt.plan import Part
-from megatron_quant.ckpt.produce import Produced, produce
+from megatron_quant.ckpt.produce import Produced, produce, produce_finite
 from megatron_quant.ckpt.produce_cache import produce_cache_scale
 from megatron_quant.formats.elements import E4M3_MAX
 from megatron_quant.models.spec import Role
@@ -34,4 +34,5 @@ class Producer:
         w, name = self.source.read(part), part.param.name
         weight_amax, decision = self.weight_amax.get(name), self.quant.by_name[name]
         stat = searched_stat(w, decision, weight_amax, part.src.start)
-        return produce(by_itself(part), w, weight_amax, self.input_amax.get(name), stat)
+        make = produce if weight_amax is None else produce_finite  # it was found in all of them
+        return make(by_itself(part), w, weight_amax, self.input_amax.get(name), stat)

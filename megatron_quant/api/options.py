@@ -56,6 +56,7 @@ class QuantizeOptions:
     serve_engine: str | None = None
     serve_tp: int | None = None
     stream: bool = False
+    amax_file: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts below one; names are checked where they are resolved."""

@@ -1,14 +1,18 @@
 """Quantizing file to file: no Megatron model, memory independent of the model's size."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+
+import torch
 
 from megatron_quant.api.job import Job, Model, decide
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
+from megatron_quant.api.stream_inputs import calibrate_inputs, save_amaxes
 from megatron_quant.api.target import check_not_source
-from megatron_quant.ckpt.companions import companions
+from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.layout import Layout
+from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
 from megatron_quant.ckpt.source import carry_over, resolve_source
 from megatron_quant.ckpt.verify import Report, verify
@@ -17,6 +21,7 @@ from megatron_quant.ckpt.writer import Existing, check_target, export
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
 from megatron_quant.models.structure import has_table
+from megatron_quant.stream.inputs import InputAmaxes
 from megatron_quant.stream.produce import Producer
 from megatron_quant.stream.scales import (
     Sharing,
@@ -36,11 +41,13 @@ _SHARING: dict[str, Sharing] = {"shared": shared, "per_expert": per_expert}
 class Streamed:
     """What a run found.
 
-    weight_amax: of each slot that has a tensor scale. verified: on rank 0; None on the others.
+    weight_amax: of each slot that has a tensor scale. inputs: None where none was measured.
+    verified: on rank 0; None on the others.
     """
 
     job: Job
     weight_amax: Mapping[str, float]
+    inputs: InputAmaxes | None
     verified: Report | None
 
 
@@ -55,10 +62,10 @@ def plan_stream(options: QuantizeOptions, world: int) -> tuple[Job, Checkpoint]:
     kept = {} if has_table(checkpoint.config) else kept_dtypes(checkpoint)
     model = Model(checkpoint.path, checkpoint.config, None, structure.params, kept)
     job = decide(options, model, Layout.simulate(world, 1, 1, 1))
-    if job.quant.needs_data:
+    if job.quant.kv_cache == "fp8":
         raise RecipeError(
-            f"recipe {job.recipe.name!r} has static input scales, which --stream does not find: "
-            "pass --weight-only, or leave --stream out"
+            "--export-kv-cache-quant fp8 is not calibrated by --stream: take fp8_cast, or leave "
+            "--stream out"
         )
     return replace(job, export=split(job.export)), checkpoint
 
@@ -69,28 +76,51 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
     Collective; the ranks share the tensors. Raises a QuantError, the same on every rank, before
     anything is written or with what was written removed.
     """
+    assert options.export_dir is not None, "an export needs a directory"
     with phases.time("plan"):
         job, checkpoint = together(groups, lambda: plan_stream(options, groups.size))
-        files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carry_over(job.source))
-        existing = Existing.REPLACE if options.overwrite else Existing.REFUSE
-        assert options.export_dir is not None, "an export needs a directory"
-        out = options.export_dir
-        together(groups, lambda: check_not_source(out, job.source))
-        together(groups, lambda: check_target(out, files, existing))
+        files = together(groups, lambda: _companions(options, job))
+    inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
     source = Source(checkpoint, job.dtype)
-    own = job.export.parts_of(groups.rank)
-    with phases.bar("amax", sum(part.nbytes for part in scaled(own))) as progress:
-        found = slot_amaxes(source, job.quant, own, groups, progress)
-    sharing = _SHARING[options.expert_scales]
-    amaxes = shared_amaxes(job.quant, found, sharing)
-    with phases.time("search"):
-        amaxes = searched_amaxes(source, job.quant, own, amaxes, sharing, groups)
-    with phases.bar("export", sum(part.nbytes for part in own)) as progress:
-        producer = Producer(source, job.quant, amaxes)
-        export(job.export, groups, producer, out, files, existing, progress)
+    found, amaxes = _weight_amaxes(options, job, source, groups, phases)
+    producer = Producer(source, job.quant, amaxes, inputs.scales if inputs else {})
+    with phases.bar("export", _nbytes(job.export.parts_of(groups.rank))) as progress:
+        existing = _existing(options)
+        export(job.export, groups, producer, options.export_dir, files, existing, progress)
     with phases.time("verify"):
         verified = together(groups, lambda: _verify(options, job, groups))
-    return Streamed(job, found, verified)
+    if inputs is not None and groups.rank == 0:
+        save_amaxes(options, job, inputs)
+    return Streamed(job, found, inputs, verified)
+
+
+def _companions(options: QuantizeOptions, job: Job) -> Companions:
+    """The files beside the weights; the target is checked."""
+    assert options.export_dir is not None
+    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carry_over(job.source))
+    check_not_source(options.export_dir, job.source)
+    check_target(options.export_dir, files, _existing(options))
+    return files
+
+
+def _existing(options: QuantizeOptions) -> Existing:
+    return Existing.REPLACE if options.overwrite else Existing.REFUSE
+
+
+def _weight_amaxes(
+    options: QuantizeOptions, job: Job, source: Source, groups: Groups, phases: Phases
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """What was found of each slot, and what its scale follows from."""
+    own, sharing = job.export.parts_of(groups.rank), _SHARING[options.expert_scales]
+    with phases.bar("amax", _nbytes(scaled(own))) as progress:
+        found = slot_amaxes(source, job.quant, own, groups, progress)
+    amaxes = shared_amaxes(job.quant, found, sharing)
+    with phases.time("search"):
+        return found, searched_amaxes(source, job.quant, own, amaxes, sharing, groups)
+
+
+def _nbytes(parts: Iterable[Part]) -> int:
+    return sum(part.nbytes for part in parts)
 
 
 def _check_flags(options: QuantizeOptions) -> None:

@@ -110,6 +110,13 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         "size; the ranks share the tensors",
     )
     group.add_argument(
+        "--amax-file",
+        type=Path,
+        metavar="FILE",
+        help="with --stream: where the largest inputs that were measured are kept, as safetensors "
+        "(default: beside --export-dir, with the suffix .amax.safetensors)",
+    )
+    group.add_argument(
         "--expert-scales",
         choices=("shared", "per_expert"),
         default="shared",

@@ -63,7 +63,7 @@ def has_table(config: Config) -> bool:
 
 def recognise(config: Config, shapes: Shapes) -> Structure:
     """The same, without the tables."""
-    prefix = _decoder_of(shapes)
+    prefix = decoder_of(shapes)
     layers = _layers(config, prefix, shapes)
     views = unstack(config, {n: s for n, s in shapes.items() if _layer_of(n, prefix) in layers})
     stacked = {view.stored for view in views.values()}
@@ -83,7 +83,7 @@ def recognise(config: Config, shapes: Shapes) -> Structure:
     return Structure(tuple(found.values()), views)
 
 
-def _decoder_of(shapes: Shapes) -> str:
+def decoder_of(shapes: Shapes) -> str:
     """What the names of the text decoder begin with, such as ``model.language_model.``."""
     found = sorted((n for n in shapes if n.endswith(_EMBEDDING)), key=len)
     if not found:

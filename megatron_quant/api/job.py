@@ -15,7 +15,7 @@ from megatron_quant.ckpt.plan import ExportPlan, plan_export
 from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
-from megatron_quant.errors import LayoutError, RecipeError
+from megatron_quant.errors import LayoutError, QuantError, RecipeError
 from megatron_quant.models import Architecture, Param, check_layout, lookup, num_experts
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan
@@ -48,6 +48,8 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
 
     Raises the QuantError of whatever does not fit.
     """
+    if options.amax_file is not None:
+        raise QuantError("--amax-file is written by --stream: pass that too, or leave it out")
     source = resolve_source(options.hf_model_id)
     hf_config = read_config(source)
     architecture = lookup(hf_config)

@@ -1,5 +1,7 @@
 """Input scales from a forward of the transformers model itself."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from megatron_quant.api.job import Job
@@ -8,6 +10,9 @@ from megatron_quant.api.phases import Phases
 from megatron_quant.dist import Groups, together
 from megatron_quant.models.stacks import text_config
 from megatron_quant.stream.inputs import InputAmaxes, merge, save, static_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def calibrate_inputs(
@@ -20,13 +25,13 @@ def calibrate_inputs(
     # Only here: transformers takes seconds to import.
     from megatron_quant.api.batches import calibration_batches, check_ids
     from megatron_quant.calib.data import shard
-    from megatron_quant.stream.model import keys_of, load, watched
+    from megatron_quant.stream.model import keys_of, load, run, watched
     from megatron_quant.stream.observe import InputAmax
 
     params = static_inputs(job.quant, job.params)
     with phases.time("load"):
 
-        def start() -> tuple[list[torch.Tensor], torch.nn.Module, InputAmax]:
+        def start() -> tuple[list[torch.Tensor], "PreTrainedModel", InputAmax]:
             batches = calibration_batches(options, job.source)
             check_ids(batches, job.source, text_config(job.hf_config)["vocab_size"])
             model = load(job.source, job.dtype)
@@ -38,7 +43,7 @@ def calibrate_inputs(
     def forward() -> None:
         with phases.bar("calibrate", len(own)) as progress, torch.no_grad(), seen:
             for batch in own:
-                model(input_ids=batch, use_cache=False)
+                run(model, batch)
                 progress(1)
 
     together(groups, forward)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from megatron_quant.errors import CheckpointError
+from megatron_quant.errors import CalibrationError, CheckpointError
 from megatron_quant.models.spec import Parallel, Param
 from megatron_quant.models.structure import decoder_of
 from megatron_quant.stream.observe import Watched
@@ -45,6 +45,17 @@ def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             "such); fetch the checkpoint again, or pass --weight-only"
         )
     return model.eval()
+
+
+def run(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """A forward of token ids [B, S] whose output nobody wants; CalibrationError where it fails."""
+    try:
+        model(input_ids=ids, use_cache=False)
+    except Exception as e:  # a model's code may need what a checkpoint has not
+        reason = " ".join(str(e).split())[:200]
+        raise CalibrationError(
+            f"transformers' forward of the model failed ({reason}); pass --weight-only"
+        ) from e
 
 
 def keys_of(param: Param) -> tuple[str, ...]:

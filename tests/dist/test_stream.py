@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.dist import checkpoints
+from tests.dist.command import quantize_argv, refused, spoiled
 from tests.dist.test_layouts import FORMATS, SCALES, digests, export_all, folder
+from tests.unit import hf_models
 
 CASES: list[dict[str, object]] = [
     {"export_quant_cfg": recipe, "export_format": dialect, "algorithm": algorithm}
@@ -31,16 +34,8 @@ def weight_only(case: dict) -> dict:
 
 
 def stream_all(source: Path, out: Path, cases: list[dict]) -> None:
-    from megatron_quant.api.options import QuantizeOptions
-    from megatron_quant.api.stream import stream
-    from megatron_quant.cli.console import Phases, console
-    from megatron_quant.dist import Groups
-
     for case in cases:
-        options = QuantizeOptions(
-            hf_model_id=str(source), export_dir=out / folder(case), max_shard_size="300KB", **case
-        )
-        stream(options, Groups(), Phases(console()))
+        stream_case(source, out / folder(case), {**case, "max_shard_size": "300KB"})
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
@@ -77,3 +72,39 @@ def test_fp32_sources_and_other_dtypes(tmp_path: Path, ranks) -> None:
     for case in cases:
         live = digests(tmp_path / "live" / folder(case))
         assert digests(tmp_path / "streamed" / folder(case)) == live
+
+
+def test_ranks_share_the_calibration_data(tmp_path: Path, ranks) -> None:
+    source = hf_models.save("gemma4", tmp_path / "source")
+    data = {"calib_dataset": __file__, "calib_size": 7, "calib_batch_size": 1}
+    case = {"export_quant_cfg": "nvfp4_mlp_only", "cold_experts": "layer-max"}
+    case |= {"calib_seq_length": 16, **data}
+    for world in (1, 2):
+        ranks(world, stream_case, source, tmp_path / str(world), case)
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+    kept = [(tmp_path / f"{world}.amax.safetensors").read_bytes() for world in (1, 2)]
+    assert kept[0] == kept[1]
+
+
+def stream_case(source: Path, out: Path, case: dict) -> None:
+    from megatron_quant.api.options import QuantizeOptions
+    from megatron_quant.api.stream import stream
+    from megatron_quant.cli.console import Phases, console
+    from megatron_quant.dist import Groups
+
+    options = QuantizeOptions(hf_model_id=str(source), export_dir=out, **case)
+    stream(options, Groups(), Phases(console()))
+
+
+def test_one_ranks_error_is_every_ranks_and_leaves_nothing(tmp_path: Path, ranks) -> None:
+    source = checkpoints.save("qwen3", tmp_path / "source")
+    name = "model.layers.1.mlp.down_proj.weight"
+    bad = spoiled(source, tmp_path / "bad", name, torch.nan)
+    argv = quantize_argv(bad, tmp_path / "out", stream=True, tp=None, ep=None)
+    assert f"{name} has NaN or Inf" in refused(ranks, tmp_path, argv, world=3)
+    argv = quantize_argv(source, tmp_path / "out", stream=True, ep=None)
+    assert "leave the three out" in refused(ranks, tmp_path, argv)
+    argv = quantize_argv(source, source, stream=True, tp=None, ep=None)
+    assert "is the source checkpoint" in refused(ranks, tmp_path, argv)
+    argv = quantize_argv(source, tmp_path / "out", tp=None, ep=None, amax_file="x")
+    assert "--amax-file" in refused(ranks, tmp_path, argv)

@@ -55,6 +55,7 @@ DEEPSEEK = {k: v for k, v in BASE.items() if k != "head_dim"} | {
     "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
+    "num_key_value_heads": 4,
     "n_group": 2,
     "topk_group": 1,
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,9 +19,12 @@ from megatron_quant.ckpt.dialects.base import (
 from megatron_quant.ckpt.reader import PLAIN_DTYPES, Checkpoint, TensorInfo, open_directory
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats import decode
+from megatron_quant.formats.spec import Format
 from megatron_quant.models.spec import Box
 
 _WEIGHTS = ("weight", "weight_packed", "qweight")
+_ELEMENTS, _ROWS = 1 << 24, 128
+"""Of a block that is decoded at a time: most elements, and of what its rows are a multiple."""
 _UNREAD = ("pre_quant_scale", "weight_zero_point", "weight_g_idx", "activation_scale")
 """Tensors of which a module's values depend where they are, but not in any format known here."""
 
@@ -114,6 +118,21 @@ class QuantizedCheckpoint:
         weights = self.modules[module].weights
         return decode(self.fields(module), weights, dtype)
 
+    def parts(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """The same in blocks of rows, equally cut for equal shapes. Raises as :meth:`weight`."""
+        module, _, leaf = name.rpartition(".")
+        shape = self.shape(name)
+        if leaf != "weight" or module not in self.modules:
+            self._check_plain(name)
+            for start, stop in _row_blocks(shape):
+                box = Box((start, *(0 for _ in shape[1:])), (stop - start, *shape[1:]))
+                yield self._files.read(name, box if shape else Box((), ())).to(dtype)
+            return
+        self._refuse_companions(module)
+        weights, fields = self.modules[module].weights, self.fields(module)
+        for start, stop in _row_blocks(shape):
+            yield decode(_rows_of(fields, weights, start, stop), weights, dtype, (start, 0))
+
     def fields(self, module: str) -> dict[str, torch.Tensor]:
         """A quantized module's fields and pseudo fields by name, but ``SHAPE``.
 
@@ -138,12 +157,16 @@ class QuantizedCheckpoint:
 
     def _plain(self, name: str) -> torch.Tensor:
         tensor = self.raw(name)
-        if tensor.dtype not in PLAIN_DTYPES:
+        self._check_plain(name)
+        return tensor
+
+    def _check_plain(self, name: str) -> None:
+        dtype = self.tensors[name].dtype
+        if dtype not in PLAIN_DTYPES:
             raise CheckpointError(
-                f"{self.directory}: {name} is {tensor.dtype}, but its quantization_config "
+                f"{self.directory}: {name} is {dtype}, but its quantization_config "
                 "does not say that it is quantized"
             )
-        return tensor
 
     def _check_parts(self, module: str, parts: Mapping[Stored, torch.Tensor]) -> None:
         """Raise CheckpointError unless the tensors of a module fit one another and its format."""
@@ -170,6 +193,25 @@ class QuantizedCheckpoint:
         for suffix in _UNREAD:
             if suffix not in known and f"{module}.{suffix}" in self.tensors:
                 raise CheckpointError(f"{self.directory}: {module}.{suffix} is not read")
+
+
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """First and last row of blocks of a few million elements: whole blocks of any format."""
+    rows = shape[0] if shape else 1
+    step = max(_ELEMENTS // max(prod(shape[1:]), 1) // _ROWS, 1) * _ROWS
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _rows_of(
+    fields: Mapping[str, torch.Tensor], fmt: Format, start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    """Fields of rows ``start`` to ``stop`` of a weight."""
+    found = dict(fields)
+    for field in fmt.fields:
+        rows = field.block[0]
+        if rows and field.name in fields:
+            found[field.name] = fields[field.name][start // rows : -(-stop // rows)]
+    return found
 
 
 def matrices(files: Checkpoint) -> list[str]:

@@ -1,6 +1,8 @@
 """Is a written checkpoint what its own config says? Read with safetensors alone."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
 
 import torch
@@ -132,18 +134,22 @@ def _compare(
     if source.name not in against.tensors or against.tensors[name].shape != source.shape:
         return None, [f"{name}: {against.directory} has no such tensor of shape {source.shape}"]
     if not is_quantized(checkpoint, source):
-        tensor = checkpoint.raw(name)
-        same = torch.equal(tensor, against.weight(name, tensor.dtype))
+        dtype = checkpoint.tensors[name].dtype
+        same = all(map(torch.equal, checkpoint.parts(name, dtype), against.parts(name, dtype)))
         return None, [] if same else [f"{name}: differs from {against.directory}, unquantized"]
-    w_NK = against.weight(name, torch.float32)
-    error = relative_error(w_NK, checkpoint.weight(name, torch.float32))
+    w, decoded = (c.parts(name, torch.float32) for c in (against, checkpoint))
+    error = relative_error(zip(w, decoded, strict=True))
     bound = BOUNDS[checkpoint.modules[source.module].weights.bits]
     if error <= bound:
         return error, []
     return error, [f"{name}: relative error {error:.3g} against the source is above {bound}"]
 
 
-def relative_error(w_NK: torch.Tensor, decoded_NK: torch.Tensor) -> float:
-    """||w - decoded|| / ||w||; of a zero weight ||decoded||."""
-    norm = torch.linalg.vector_norm(w_NK).item()
-    return torch.linalg.vector_norm(w_NK - decoded_NK).item() / (norm or 1.0)
+def relative_error(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """||w - decoded|| / ||w||, of a zero weight ||decoded||; parts: (w, decoded) by rows."""
+    norms = [
+        (torch.linalg.vector_norm(w).item(), torch.linalg.vector_norm(w - decoded).item())
+        for w, decoded in parts
+    ]
+    norm, lost = (hypot(*column) for column in zip(*norms, strict=True))
+    return lost / (norm or 1.0)

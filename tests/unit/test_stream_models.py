@@ -122,6 +122,21 @@ def test_the_export_verifies_and_says_what_is_excluded(model, tmp_path: Path) ->
     assert len({weights[f"{parent}.{m}.weight_scale_2"].item() for m in members}) == 1
 
 
+@pytest.mark.parametrize("recipe", ["w4a16_nvfp4", "fp8_block", "int8_group", "mxfp4"])
+def test_decoding_by_blocks_of_rows_is_decoding(
+    gemma4: Path, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run(gemma4, tmp_path / "out", export_quant_cfg=recipe, export_format="compressed-tensors")
+    monkeypatch.setattr("megatron_quant.ckpt.quantized._ROWS", 128)
+    monkeypatch.setattr("megatron_quant.ckpt.quantized._ELEMENTS", 1)
+    stored = QuantizedCheckpoint(out)
+    for name in stored:
+        parts = list(stored.parts(name, torch.float32))
+        whole = stored.weight(name, torch.float32)
+        assert torch.equal(torch.cat(parts) if whole.dim() else parts[0], whole), name
+    assert len(list(stored.parts("model.language_model.embed_tokens.weight", torch.float32))) == 3
+
+
 def test_towers_and_small_tensors_stay_as_they_are(gemma4: Path, tmp_path: Path) -> None:
     out = run(gemma4, tmp_path / "out")
     before, after = load_file(gemma4 / WEIGHTS), load_file(out / WEIGHTS)

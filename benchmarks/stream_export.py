@@ -59,7 +59,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> Path:
     """A Qwen3-MoE checkpoint of about that size with random weights, in shards of half a GB."""
     from megatron_quant.models import lookup
 
-    layer = (_EXPERTS * 3 * _FFN + 40 * 128 + 16 * 128 * 0) * _HIDDEN * 2
+    layer = (_EXPERTS * 3 * _FFN + 40 * 128) * _HIDDEN * 2
     layers = max(round((gigabytes * 1e9 - 4 * _VOCAB * _HIDDEN) / layer), 1)
     config = {**_CONFIG, "num_hidden_layers": layers}
     directory.mkdir(parents=True)
@@ -128,6 +128,10 @@ def _ours(source: Path, out: Path, clock: Clock, fmt: str) -> None:
 
 
 def _modelopt(source: Path, out: Path, clock: Clock, fmt: str) -> None:
+    from megatron_quant import cpu
+
+    if not torch.cuda.is_available():
+        cpu.activate()  # ModelOpt's plugins import Transformer Engine
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM

@@ -1,7 +1,7 @@
 """What a run of ``quantize`` found, as lines for people and as JSON for programs."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,7 @@ def summary(outcome: "Outcome", seconds: Mapping[str, float]) -> Iterator[str]:
         low, median, high = tokens[0], tokens[len(tokens) // 2], tokens[-1]
         yield f"tokens an expert saw: {low} to {high}, median {median}"
     if calibration.cold:
-        shown = ", ".join(calibration.cold[:_COLD_SHOWN])
-        yield (
-            f"{len(calibration.cold)} expert weights saw no token and took their layer's largest "
-            f"input amax: {shown}{', ...' if len(calibration.cold) > _COLD_SHOWN else ''}"
-        )
+        yield _cold(calibration.cold)
     if outcome.fake_quant:
         sums = outcome.fake_quant
         yield f"fake-quantized model: perplexity {sums.perplexity:.4f}, KL {sums.mean_kl:.5f}"
@@ -61,7 +57,9 @@ def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
 
 
 def summary_of_stream(streamed: "Streamed", seconds: Mapping[str, float]) -> Iterator[str]:
-    """Lines: what was verified, sizes, time of every phase."""
+    """Lines: cold experts, what was verified, sizes, time of every phase."""
+    if streamed.inputs and streamed.inputs.cold:
+        yield _cold(streamed.inputs.cold)
     if streamed.verified:
         yield f"verified: {len(streamed.verified.tensors)} tensors"
     yield sizes_line(streamed.job.export)
@@ -77,12 +75,22 @@ def stream_as_json(streamed: "Streamed", seconds: Mapping[str, float]) -> dict[s
         "bytes_after": plan.bytes_after,
         "seconds": dict(seconds),
         "weight_amax": dict(streamed.weight_amax),
+        "input_amax": dict(streamed.inputs.found) if streamed.inputs else {},
+        "cold_experts": list(streamed.inputs.cold) if streamed.inputs else [],
     }
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """``report`` into the file ``path``."""
     path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _cold(slots: Sequence[str]) -> str:
+    shown = ", ".join(slots[:_COLD_SHOWN])
+    return (
+        f"{len(slots)} expert weights saw no token and took their layer's largest "
+        f"input amax: {shown}{', ...' if len(slots) > _COLD_SHOWN else ''}"
+    )
 
 
 def _times(seconds: Mapping[str, float]) -> str:

@@ -1,11 +1,13 @@
 """The transformers model of a checkpoint, and which of its parameters are which weights."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging
 
 from megatron_quant.errors import CalibrationError, CheckpointError
 from megatron_quant.models.spec import Parallel, Param
@@ -25,14 +27,15 @@ def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     would leave a parameter at random.
     """
     try:
-        model, info = AutoModel.from_pretrained(
-            directory,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            experts_implementation="eager",
-            output_loading_info=True,
-        )
+        with _quiet():
+            model, info = AutoModel.from_pretrained(
+                directory,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                experts_implementation="eager",
+                output_loading_info=True,
+            )
     except Exception as e:  # transformers raises whatever a model's code does
         reason = " ".join(str(e).split())[:200]
         raise CheckpointError(
@@ -45,6 +48,18 @@ def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             "such); fetch the checkpoint again, or pass --weight-only"
         )
     return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bar: every rank would draw one."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def run(model: PreTrainedModel, ids: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """Inputs measured on transformers' own models: by hand, by hooks, and in the export."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, CheckpointError, QuantError
 from megatron_quant.stream.observe import InputAmax, Watched
 from tests.dist import checkpoints
+from tests.dist.command import command
 from tests.unit import hf_models
 
 LAYERS = {"qwen3_moe": "model.layers.0.mlp", "gemma4": "model.language_model.layers.0"}
@@ -167,3 +169,23 @@ def test_a_tokenizer_is_needed_for_data_alone(gemma4: Path, tmp_path: Path) -> N
 def test_a_calibrated_cache_is_refused(gemma4: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantError, match="fp8_cast"):
         run(gemma4, tmp_path / "out", export_kv_cache_quant="fp8")
+
+
+def test_the_command_reports_what_was_measured(gemma4: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    flags = {
+        "hf-model-id": gemma4,
+        "export-quant-cfg": "nvfp4_experts_only",
+        "calib-size": 1,
+        "calib-seq-length": 1,
+        "calib-dataset": __file__,
+        "cold-experts": "layer-max",
+        "export-dir": tmp_path / "out",
+        "report": report,
+    }
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    ended = command("quantize", "--stream", *argv)
+    assert (ended.status, ended.err) == (0, "")
+    assert "expert weights saw no token and took" in ended.out and "verified: 65" in ended.out
+    found = json.loads(report.read_text())
+    assert len(found["cold_experts"]) == 8 and len(found["input_amax"]) == 8

@@ -18,9 +18,10 @@ from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.transcode import plan_of, transcode, whole_tensors
 from megatron_quant.ckpt.verify import verify
+from megatron_quant.ckpt.views import params_of
 from megatron_quant.ckpt.writer import export
 from megatron_quant.dist import Groups, together
-from megatron_quant.models import lookup
+from megatron_quant.models.spec import Role
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,17 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> ExportPl
     writing = WriteOptions(options.io_threads, options.fsync)
     checkpoint = together(groups, lambda: QuantizedCheckpoint(options.source))
     together(groups, lambda: check_not_source(options.export_dir, options.source))
-    fused = lookup(checkpoint.config).params(checkpoint.config)
+    fused = together(groups, lambda: params_of(checkpoint))
     params = whole_tensors(fused)
     quant = together(groups, lambda: plan_of(checkpoint, params))
     dialect = get_dialect(options.export_format)
     check_serving(quant, fused, dialect.name, options.serve_engine, options.serve_tp)
     layout = Layout.simulate(groups.size, 1, 1, 1)
-    dtype = checkpoint.tensors[params[0].name].dtype
-    plan = plan_export(params, quant, dialect, layout, dtype, parse_size(options.max_shard_size))
+    embedding = next(param for param in params if param.role is Role.EMBEDDING)
+    dtype = checkpoint.tensors[embedding.name].dtype
+    kept = {name: info.dtype for name, info in checkpoint.tensors.items()}
+    shard_bytes = parse_size(options.max_shard_size)
+    plan = plan_export(params, quant, dialect, layout, dtype, shard_bytes, kept)
     origin = together(groups, lambda: _origin(checkpoint, options))
     carried = carry_over(options.source)
     files = companions(checkpoint.config, quant, dialect, dtype, carried, origin)

@@ -1,26 +1,22 @@
 """What a run reads besides weights: the open checkpoint, calibration batches, evaluation text."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from megatron_quant.api.batches import calibration_batches, check_ids
 from megatron_quant.api.job import Job, prepare, replanned
 from megatron_quant.api.options import QuantizeOptions
-from megatron_quant.api.target import check_not_source, existing_of
-from megatron_quant.calib.data import load_texts, token_batches
+from megatron_quant.api.target import check_not_source, existing_of, origin_of
 from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.keep import keeping
-from megatron_quant.ckpt.origin import Origin, digest_of, recipe_digest, source_digest
 from megatron_quant.ckpt.pipeline import WriteOptions
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import Weights
 from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.sources import open_source
 from megatron_quant.ckpt.target import Existing, check_target
-from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluate.evaluate import read_windows
-from megatron_quant.evaluate.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,38 +54,14 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
         quant, kept = keeping(job.quant, checkpoint)
         job = replanned(job, quant, options)
     check_not_source(options.export_dir, job.source)
-    recipe = recipe_digest(job.recipe)
-    decided = recipe if kept is None else digest_of([recipe, "--keep-scales"])
-    origin = Origin(decided, source_digest(job.source))
-    carried = carry_over(job.source)
+    carried, origin = carry_over(job.source), origin_of(options, job)
     files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
     check_target(options.export_dir, files, existing, job.export)
     windows = []
     if options.eval_text:
         windows = read_windows(job.source, options.eval_text, options.calib_seq_length)
-    batches = _batches(options, job)
-    _check_ids([*batches, *windows], job)
+    batches = []
+    if job.quant.needs_data:
+        batches = calibration_batches(options, job.source)
+    check_ids([*batches, *windows], job.source, job.hf_config["vocab_size"])
     return Inputs(job, checkpoint, kept, files, existing, writing, batches, windows)
-
-
-def _check_ids(tokens: Sequence[torch.Tensor], job: Job) -> None:
-    vocab_size = job.hf_config["vocab_size"]
-    largest = max((int(ids.max()) for ids in tokens), default=0)
-    if largest >= vocab_size:
-        raise CheckpointError(
-            f"{job.source}: the tokenizer gives token {largest}, but vocab_size in config.json is "
-            f"{vocab_size}; put the tokenizer there that the model was trained with"
-        )
-
-
-def _batches(options: QuantizeOptions, job: Job) -> list[torch.Tensor]:
-    if not job.quant.needs_data:
-        return []
-    try:
-        tokenizer = load_tokenizer(job.source)
-    except CheckpointError as e:
-        raise CheckpointError(f"{e}, or quantize with --weight-only") from None
-    texts = load_texts(options.calib_dataset)
-    return token_batches(
-        texts, tokenizer, options.calib_size, options.calib_seq_length, options.calib_batch_size
-    )

@@ -1,7 +1,7 @@
 """Everything that is decided before a weight is read: from config.json and the flags alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_quant.ckpt.plan import ExportPlan, plan_export
 from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
-from megatron_quant.errors import LayoutError, RecipeError
+from megatron_quant.errors import LayoutError, QuantError, RecipeError
 from megatron_quant.models import Architecture, Param, check_layout, lookup, num_experts
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan
@@ -28,13 +28,14 @@ from megatron_quant.recipes.schema import Recipe, weight_only, with_algorithm, w
 class Job:
     """A run that passed every check that needs no weights.
 
+    architecture: None where the checkpoint is streamed, which needs no model.
     layout: as Megatron's default rank order gives it; export: the files, owners at that layout;
     cost: of planning it.
     """
 
     source: Path
     hf_config: Mapping[str, Any]
-    architecture: Architecture
+    architecture: Architecture | None
     params: tuple[Param, ...]
     recipe: Recipe
     quant: QuantPlan
@@ -50,13 +51,37 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
 
     Raises the QuantError of whatever does not fit.
     """
+    if options.amax_file is not None:
+        raise QuantError("--amax-file is written by --stream: pass that too, or leave it out")
     source = resolve_source(options.hf_model_id)
     hf_config = read_config(source)
     architecture = lookup(hf_config)
     params = architecture.params(hf_config)
     check_layout(hf_config, options.tp, options.ep, options.etp)
     layout = Layout.simulate(world, options.tp, options.ep, options.etp, num_experts(params))
-    recipe = _recipe(options)
+    return decide(options, Model(source, hf_config, architecture, params), layout)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is quantized: where it lies, its config and its logical parameters.
+
+    kept: dtypes of Hugging Face tensors that keep theirs, whatever the export's is.
+    """
+
+    source: Path
+    hf_config: Mapping[str, Any]
+    architecture: Architecture | None
+    params: tuple[Param, ...]
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+
+def decide(options: QuantizeOptions, model: Model, layout: Layout) -> Job:
+    """The recipe's decisions on ``model`` and the files of its export.
+
+    Raises the QuantError of whatever does not fit.
+    """
+    recipe, params = _recipe(options), model.params
     quant = resolve(recipe, slots(params))
     _check_samples(options, quant)
     dialect = get_dialect(options.export_format)
@@ -64,11 +89,13 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     dialect.quantization_config(quant)  # refuses what it cannot say
     dtype = DTYPES[options.dtype]
     shard_bytes = parse_size(options.max_shard_size)
-    export, cost = measured(lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes))
+    export, cost = measured(
+        lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes, model.kept)
+    )
     return Job(
-        source,
-        hf_config,
-        architecture,
+        model.source,
+        model.hf_config,
+        model.architecture,
         params,
         recipe,
         quant,

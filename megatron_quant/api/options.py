@@ -59,6 +59,8 @@ class QuantizeOptions:
     io_threads: int = 2
     fsync: bool = True
     resume: bool = False
+    stream: bool = False
+    amax_file: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts below one; names are checked where they are resolved."""

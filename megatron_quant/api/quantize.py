@@ -59,6 +59,7 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     with phases.time("plan"):
         inputs = together(groups, lambda: open_inputs(options, groups.size))
     job = inputs.job
+    assert job.architecture is not None, "a live model needs a table"
     held = len(local_params(job.params, job.layout, groups.rank))
     with phases.bar("load", held) as progress:
         model = load_model(

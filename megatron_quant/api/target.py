@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from megatron_quant.api.job import Job
+from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.ckpt.origin import Origin, digest_of, recipe_digest, source_digest
 from megatron_quant.ckpt.target import Existing
 from megatron_quant.errors import ExportError
 
@@ -24,3 +27,12 @@ def check_not_source(export_dir: Path, source: Path) -> None:
         raise ExportError(
             f"--export-dir {export_dir} is the source checkpoint; choose another directory"
         )
+
+
+def origin_of(options: QuantizeOptions, job: Job) -> Origin:
+    """What decides an export's bytes, alike through a model and without one.
+
+    Raises CheckpointError where the source cannot be read.
+    """
+    decided = [recipe_digest(job.recipe), options.expert_scales, options.keep_scales]
+    return Origin(digest_of(decided), source_digest(job.source))

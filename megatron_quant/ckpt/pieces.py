@@ -1,6 +1,6 @@
 """How one Hugging Face tensor is stored, and which cells of that a rectangle of it fills."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm, prod
@@ -47,18 +47,22 @@ def _shapes(scheme: Scheme, shape: Shape) -> tuple[Shape, ...]:
 class Schemes:
     """One :class:`Scheme` per pair of formats and kind of layer: equal ones are the same object."""
 
-    def __init__(self, dialect: Dialect, dtype: torch.dtype):
-        """``dtype``: in which tensors that are not quantized are stored."""
+    def __init__(self, dialect: Dialect, dtype: torch.dtype, kept: Mapping[str, torch.dtype]):
+        """``dtype``: in which tensors that are not quantized are stored, but those in ``kept``."""
         self.dialect = dialect
-        self._plain = Scheme((Stored("", PLAIN, dtype, (1, 1)),))
+        self._dtype, self._kept = dtype, kept
+        self._plain: dict[torch.dtype, Scheme] = {}
         self._made: dict[tuple[Format, Format | None, Layer], Scheme] = {}
 
-    def of(
-        self, weights: Format | None, inputs: Format | None, layer: Layer = Layer.DENSE
-    ) -> Scheme:
+    def plain(self, name: str) -> Scheme:
+        """The scheme of the tensor ``name`` where it is not quantized."""
+        dtype = self._kept.get(name, self._dtype)
+        if dtype not in self._plain:
+            self._plain[dtype] = Scheme((Stored("", PLAIN, dtype, (1, 1)),))
+        return self._plain[dtype]
+
+    def of(self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE) -> Scheme:
         """The scheme of these formats; FormatError where the dialect has none."""
-        if weights is None:
-            return self._plain
         key = (weights, inputs, layer)
         if key not in self._made:
             self._made[key] = Scheme(self.dialect.stored(*key), weights, inputs)

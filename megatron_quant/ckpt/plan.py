@@ -2,10 +2,11 @@
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from megatron_quant.ckpt.regions import regions
 from megatron_quant.errors import ExportError, LayoutError
 from megatron_quant.formats.region import Region
 from megatron_quant.models.spec import Box, Domain, Param, Source
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.recipes.plan import Decision, QuantPlan
+
+_NOTHING: Mapping[str, torch.dtype] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +127,19 @@ def plan_export(
     layout: Layout,
     dtype: torch.dtype,
     max_shard_bytes: int,
+    kept: Mapping[str, torch.dtype] = _NOTHING,
 ) -> ExportPlan:
     """Plan the files of ``params`` as ``quant`` decides and ``dialect`` spells them.
 
-    dtype: of whatever is not quantized. max_shard_bytes: tensor bytes per file.
+    dtype: of whatever is not quantized. max_shard_bytes: tensor bytes per file. kept: Hugging Face
+    tensors that have another dtype than ``dtype`` where they are not quantized.
 
     Raises FormatError where a shape does not suit its format and LayoutError where a shard's edge
     splits elements that are stored together.
     """
     if max_shard_bytes < 1:
         raise ExportError(f"--max-shard-size is {max_shard_bytes} bytes; give a positive size")
-    files, targets = _place(params, quant, Schemes(dialect, dtype), max_shard_bytes)
+    files, targets = _place(params, quant, Schemes(dialect, dtype, kept), max_shard_bytes)
     before = sum(prod(source.shape) for p in params for source in p.sources) * dtype.itemsize
     after = sum(entry.nbytes for file in files for entry in file.entries)
     return ExportPlan(files, targets, _own(_rectangles(targets, layout)), before, after)
@@ -147,8 +152,7 @@ def _place(
     for param in params:
         decision = quant.by_name[param.name]
         for source in param.sources:
-            layer = layer_of(source.module)
-            wanted.append((param, source, schemes.of(decision.weights, decision.inputs, layer)))
+            wanted.append((param, source, _scheme(schemes, source, decision)))
     wanted += cache_tensors(quant, schemes.dialect)
     units = [_drafts(source, scheme) for _, source, scheme in wanted]
     files = lay_out(units, max_shard_bytes)
@@ -158,6 +162,12 @@ def _place(
         for item, unit in zip(wanted, units, strict=True)
     )
     return files, tuple(targets)
+
+
+def _scheme(schemes: Schemes, source: Source, decision: Decision) -> Scheme:
+    if decision.weights is None:
+        return schemes.plain(source.name)
+    return schemes.of(decision.weights, decision.inputs, layer_of(source.module))
 
 
 def _drafts(source: Source, scheme: Scheme) -> list[Draft]:

@@ -1,7 +1,7 @@
 """The values of one part, made from the parameter that its owner holds."""
 
 from collections.abc import Iterator
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 
@@ -44,9 +44,21 @@ def produce(
     CalibrationError for a statistic that is missing or not finite; both name the tensor.
     """
     w = part.region.take(local.detach())
-    name = part.target.source.name
     if not torch.isfinite(amax(w)):
+        name = part.target.source.name
         raise FormatError(f"{name} has NaN or Inf; repair the source checkpoint")
+    yield from produce_finite(part, w, weight_amax, input_amax, block_stat, scales)
+
+
+def produce_finite(
+    part: Part,
+    w: torch.Tensor,
+    weight_amax: torch.Tensor | None = None,
+    input_amax: torch.Tensor | None = None,
+    block_stat: torch.Tensor | None = None,
+    scales: Fields | None = None,
+) -> Iterator[Produced]:
+    """The same of the part's own values ``w``, of which is known that they are finite."""
     weights = part.target.scheme.weights
     if weights is None:
         yield _plain(part, w)
@@ -65,7 +77,7 @@ def _plain(part: Part, w: torch.Tensor) -> Produced:
     (piece,) = part.pieces
     assert piece.stored.field == PLAIN
     value = w.to(piece.entry.dtype)
-    if not torch.isfinite(amax(value)):
+    if value.dtype != w.dtype and not torch.isfinite(amax(value)):
         raise FormatError(f"{piece.entry.name} exceeds {value.dtype}; choose --dtype bf16")
     return piece.entry, piece.box, value
 
@@ -157,9 +169,19 @@ def _check_scale(piece: Piece, value: torch.Tensor, weights: Format) -> None:
     """Whatever is a float and no element is a scale."""
     if piece.stored.field == weights.fields[0].name or not value.is_floating_point():
         return
-    low, high = (bound.item() for bound in torch.aminmax(value.float()))
-    if not (low > 0 and isfinite(high)):
+    low, high = _bounds(value)
+    if not (low > 0 and 0 < high < inf):
         raise FormatError(
             f"{piece.entry.name} would hold scales from {low} to {high}, which {weights.name}"
             " cannot decode; exclude the weight in the recipe"
         )
+
+
+def _bounds(value: torch.Tensor) -> tuple[float, float]:
+    """Least and largest element, as far as all are positive; else one that is not, or NaN."""
+    if value.dtype == torch.float8_e4m3fn:  # codes order as their values do
+        codes = torch.stack(torch.aminmax(value.view(torch.uint8)))
+        low, high = codes.view(torch.float8_e4m3fn).float().tolist()
+    else:
+        low, high = torch.stack(torch.aminmax(value.float())).tolist()
+    return low, high

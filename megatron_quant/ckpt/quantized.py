@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint with its weights decoded, read with safetensors alone."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.models.spec import Box, Param
 
 _WEIGHTS = ("weight", "weight_packed", "qweight")
+_ELEMENTS, _ROWS = 1 << 24, 128
+"""Of a block that is decoded at a time: most elements, and of what its rows are a multiple."""
 _UNREAD = ("pre_quant_scale", "weight_zero_point")
 """Tensors of which a module's values depend where they are, but not in any format known here."""
 _OF_ACTIVATIONS = (
@@ -60,12 +63,7 @@ class QuantizedCheckpoint:
         Raises CheckpointError where a file is missing or broken, or the config is not known.
         """
         files = open_directory(directory)
-        weights = [n.rpartition(".") for n, t in files.tensors.items() if len(t.shape) == 2]
-        modules = [module for module, _, leaf in weights if leaf in _WEIGHTS]
-        # Whatever a config's patterns say: a plain matrix without scales is not quantized.
-        scaled = {n.rpartition(".weight_")[0] for n in files.tensors}
-        plain = {m for m in modules if _is_plain(files.tensors.get(f"{m}.weight"))} - scaled
-        self._open(files, [m for m in modules if m not in plain])
+        self._open(files, matrices(files))
 
     @classmethod
     def over(cls, files: Checkpoint, modules: Iterable[str]) -> "QuantizedCheckpoint":
@@ -107,6 +105,17 @@ class QuantizedCheckpoint:
                 *(GROUP_INDEX if suffixes else ()),
             ) and not name.endswith(cache):
                 yield name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor that the unquantized model calls ``name``, one of those iterated."""
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or module not in self.modules:
+            return self.tensors[name].shape
+        elements = self.stored(module)[0]
+        info = self.tensors[f"{module}.{elements.suffix}"]
+        if info.dtype in PLAIN_DTYPES:  # by mistake, which verifying reports
+            return info.shape
+        return elements.weight_shape(info.shape)
 
     @property
     def cache_scales(self) -> tuple[Stored, ...]:
@@ -156,6 +165,15 @@ class QuantizedCheckpoint:
         file = self.tensors[f"{packed.module}.{packed.stored[0].suffix}"].file
         return TensorInfo(torch.float32, packed.shape, file)
 
+    def parts(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """The same in blocks of rows, equally cut for equal shapes. Raises as :meth:`weight`."""
+        if not self._is_packed(name):
+            self._check_plain(name)
+        shape = self.shape(name)
+        for start, stop in _row_blocks(shape):
+            box = Box((start, *(0 for _ in shape[1:])), (stop - start, *shape[1:]))
+            yield self.read(name, box if shape else Box((), ())).to(dtype)
+
     def fields(self, module: str) -> dict[str, torch.Tensor]:
         """A quantized module's fields and pseudo fields by name, but ``SHAPE``.
 
@@ -203,12 +221,34 @@ class QuantizedCheckpoint:
 
     def _plain(self, name: str) -> torch.Tensor:
         tensor = self.raw(name)
-        if tensor.dtype not in PLAIN_DTYPES:
+        self._check_plain(name)
+        return tensor
+
+    def _check_plain(self, name: str) -> None:
+        dtype = self.tensors[name].dtype
+        if dtype not in PLAIN_DTYPES:
             raise CheckpointError(
-                f"{self.path}: {name} is {tensor.dtype}, but its quantization_config "
+                f"{self.path}: {name} is {dtype}, but its quantization_config "
                 "does not say that it is quantized"
             )
-        return tensor
+
+
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """First and last row of blocks of a few million elements: whole blocks of any format."""
+    rows = shape[0] if shape else 1
+    step = max(_ELEMENTS // max(prod(shape[1:]), 1) // _ROWS, 1) * _ROWS
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def matrices(files: Checkpoint) -> list[str]:
+    """Modules that have a 2-D weight that may be quantized.
+
+    Whatever a config's patterns say: a plain matrix without scales is not.
+    """
+    weights = [n.rpartition(".") for n, t in files.tensors.items() if len(t.shape) == 2]
+    modules = [module for module, _, leaf in weights if leaf in _WEIGHTS]
+    scaled = {n.rpartition(".weight_")[0] for n in files.tensors}
+    return [m for m in modules if m in scaled or not _is_plain(files.tensors.get(f"{m}.weight"))]
 
 
 def _read_modules(

@@ -20,6 +20,8 @@ _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In which a tensor that is not quantized may be stored."""
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attention\.masked_bias")
+_MAPPED = 1 << 27
+"""Bytes of the files that stay mapped after they were read."""
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -37,19 +39,22 @@ class Checkpoint:
     """An open checkpoint directory: its config, and where each tensor lies.
 
     config: content of config.json. tensors: by name. Files are mapped into memory, so that only
-    what is read is loaded; the maps live as long as this object.
+    what is read is loaded; what was read longer ago than the last ``_MAPPED`` bytes is unmapped.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: dict[str, Any] = field(repr=False)
+    _mapped: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The rectangle ``box`` of tensor ``name``, in its stored dtype; nothing else is read."""
         file = self.tensors[name].file
         try:
+            self._unmap()
             part = self.files[file].get_slice(name)[box.index]
+            self._mapped[file] = self._mapped.get(file, 0) + part.nbytes
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{self.path / file}: {name} cannot be read: {e}") from e
         assert tuple(part.shape) == box.size, (name, box, tuple(part.shape))
@@ -61,6 +66,13 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo | None:
         """What the header says of tensor ``name``; None where there is none."""
         return self.tensors.get(name)
+
+    def _unmap(self) -> None:
+        """Open anew the files of which much was read: pages count as the process's memory."""
+        if sum(self._mapped.values()) > _MAPPED:
+            for file in self._mapped:
+                self.files[file] = _open(self.path / file)
+            self._mapped.clear()
 
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
         """As :func:`check_tensors`."""

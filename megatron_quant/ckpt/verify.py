@@ -1,12 +1,14 @@
 """Is a written checkpoint what its own config says? Read with safetensors alone."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
 
 import torch
 
 from megatron_quant.ckpt.index import index_problems
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint, matrices
 from megatron_quant.ckpt.reader import open_directory
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.ckpt.verify_tensors import (
@@ -18,8 +20,8 @@ from megatron_quant.ckpt.verify_tensors import (
     stray_problems,
     value_problems,
 )
+from megatron_quant.ckpt.views import open_original, params_of
 from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
-from megatron_quant.models.registry import lookup
 from megatron_quant.models.spec import Param, Source
 
 BOUNDS = {8: 0.25, 4: 0.5}
@@ -66,7 +68,7 @@ def verify(directory: Path, against: Path | None = None) -> Report:
     against: the checkpoint that was quantized. Tensors are read one at a time. Raises
     CheckpointError where ``against`` cannot be read; what is wrong with ``directory`` is reported.
     """
-    source = QuantizedCheckpoint(against) if against is not None else None
+    source = open_original(against) if against is not None else None
     problems = index_problems(directory)
     if problems:
         return Report(directory, tuple(problems), ())
@@ -90,9 +92,9 @@ def verify(directory: Path, against: Path | None = None) -> Report:
 
 def _open(directory: Path) -> tuple[QuantizedCheckpoint, tuple[Param, ...]]:
     files = open_directory(directory)
-    params = lookup(files.config).params(files.config)
-    matrices = [s.module for p in params for s in p.sources if len(s.shape) == 2]
-    return QuantizedCheckpoint.over(files, matrices), params
+    params = params_of(QuantizedCheckpoint.over(files, matrices(files)))
+    modules = [s.module for p in params for s in p.sources if len(s.shape) == 2]
+    return QuantizedCheckpoint.over(files, modules), params
 
 
 def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
@@ -133,18 +135,22 @@ def _compare(
     if info is None or info.shape != source.shape:
         return None, [f"{name}: {against.path} has no such tensor of shape {source.shape}"]
     if not is_quantized(checkpoint, source):
-        tensor = checkpoint.raw(name)
-        same = torch.equal(tensor, against.weight(name, tensor.dtype))
+        dtype = checkpoint.tensors[name].dtype
+        same = all(map(torch.equal, checkpoint.parts(name, dtype), against.parts(name, dtype)))
         return None, [] if same else [f"{name}: differs from {against.path}, unquantized"]
-    w_NK = against.weight(name, torch.float32)
-    error = relative_error(w_NK, checkpoint.weight(name, torch.float32))
+    w, decoded = (c.parts(name, torch.float32) for c in (against, checkpoint))
+    error = relative_error(zip(w, decoded, strict=True))
     bound = BOUNDS[checkpoint.modules[source.module].weights.bits]
     if error <= bound:
         return error, []
     return error, [f"{name}: relative error {error:.3g} against the source is above {bound}"]
 
 
-def relative_error(w_NK: torch.Tensor, decoded_NK: torch.Tensor) -> float:
-    """||w - decoded|| / ||w||; of a zero weight ||decoded||."""
-    norm = torch.linalg.vector_norm(w_NK).item()
-    return torch.linalg.vector_norm(w_NK - decoded_NK).item() / (norm or 1.0)
+def relative_error(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """||w - decoded|| / ||w||, of a zero weight ||decoded||; parts: (w, decoded) by rows."""
+    norms = [
+        (torch.linalg.vector_norm(w).item(), torch.linalg.vector_norm(w - decoded).item())
+        for w, decoded in parts
+    ]
+    norm, lost = (hypot(*column) for column in zip(*norms, strict=True))
+    return lost / (norm or 1.0)

@@ -15,6 +15,10 @@ SHARED = ("tensor_scale", INPUT_SCALE, WEIGHT_SCALE)
 """Fields that the members of a fused group must share: engines take one member's for all."""
 
 
+_ELEMENTS = 1 << 24
+"""Of a tensor that are looked at together."""
+
+
 def is_quantized(checkpoint: QuantizedCheckpoint, source: Source) -> bool:
     """Whether the checkpoint's config quantizes ``source``."""
     return source.module in checkpoint.modules and source.name.endswith(".weight")
@@ -96,9 +100,15 @@ def value_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]
 
 
 def _finite_problems(name: str, tensor: torch.Tensor) -> list[str]:
-    if tensor.is_floating_point() and not tensor.float().isfinite().all():
+    if tensor.is_floating_point() and not all(map(_is_finite, tensor.view(-1).split(_ELEMENTS))):
         return [f"{name}: holds NaN or infinity"]
     return []
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.dtype == torch.float8_e4m3fn:  # all ones but for the sign is NaN, it has no infinity
+        return not (tensor.view(torch.uint8).bitwise_and(0x7F) == 0x7F).any()
+    return bool(tensor.float().isfinite().all())
 
 
 def _scale_problems(name: str, tensor: torch.Tensor) -> list[str]:

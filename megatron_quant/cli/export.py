@@ -1,17 +1,14 @@
 """The ``export`` verb."""
 
 import argparse
-import os
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_quant.api.export import ExportOptions, reexport
 from megatron_quant.cli.console import Phases, console
+from megatron_quant.cli.ranks import start_ranks
 from megatron_quant.cli.serving import add_dialect, add_serving
 from megatron_quant.cli.tables import files_table
 from megatron_quant.cli.writing import add_writing
-from megatron_quant.dist import Groups
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,7 +43,5 @@ def run(args: argparse.Namespace) -> None:
         args.fsync,
         args.resume,
     )
-    if not dist.is_initialized() and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
-    plan = reexport(options, Groups(), Phases(out))
+    plan = reexport(options, start_ranks(), Phases(out))
     out.print(files_table(plan))

@@ -1,17 +1,24 @@
 """The ``quantize`` verb: flags as Megatron-Bridge's quantize.py names them."""
 
 import argparse
-import json
 import math
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_quant import cpu
 from megatron_quant.api.options import DTYPES, QuantizeOptions
 from megatron_quant.cli.console import Phases, check_file, console, rank
-from megatron_quant.cli.report import as_json, summary
+from megatron_quant.cli.ranks import start_ranks
+from megatron_quant.cli.report import (
+    as_json,
+    stream_as_json,
+    summary,
+    summary_of_stream,
+    write_json,
+)
 from megatron_quant.cli.serving import add_dialect, add_serving
 from megatron_quant.cli.tables import (
     engines_table,
@@ -29,6 +36,9 @@ from megatron_quant.errors import ExportError
 from megatron_quant.recipes.load import recipe_names
 from megatron_quant.recipes.schema import KV_CACHES
 
+if TYPE_CHECKING:
+    from megatron_quant.api.job import Job
+
 _EPILOG = """\
 examples:
   # weights only, no forward, 4 ranks
@@ -37,6 +47,8 @@ examples:
   # weights and activations (W4A4), calibrated on a text file
   torchrun --nproc-per-node 8 examples/quantize.py --hf-model-id PATH \\
       --export-quant-cfg nvfp4 --tp 2 --ep 4 --calib-dataset corpus.jsonl --export-dir OUT
+  # weights only, file to file, without a model, in little memory
+  megatron-quant quantize --stream --hf-model-id PATH --export-quant-cfg int4 --export-dir OUT
   # what would happen, from config.json alone
   megatron-quant quantize --hf-model-id PATH --export-quant-cfg nvfp4 --dry-run
 
@@ -98,6 +110,19 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a source that is quantized already: keep its scales, hence its codes, where its "
         "format and groups are the recipe's; refuse where they are not",
+    )
+    group.add_argument(
+        "--stream",
+        action="store_true",
+        help="file to file, tensor by tensor: no Megatron model, memory independent of the model's "
+        "size; the ranks share the tensors",
+    )
+    group.add_argument(
+        "--amax-file",
+        type=Path,
+        metavar="FILE",
+        help="with --stream: where the largest inputs that were measured are kept, as safetensors "
+        "(default: beside --export-dir, with the suffix .amax.safetensors)",
     )
     group.add_argument(
         "--expert-scales",
@@ -170,20 +195,30 @@ def _export_flags(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Quantize, or print the plan."""
     options = QuantizeOptions(**{f.name: getattr(args, f.name) for f in fields(QuantizeOptions)})
+    if options.stream:
+        _stream(options, args)
+        return
     if not torch.cuda.is_available():
         cpu.activate()  # before anything imports Megatron
     if args.dry_run:
         _dry_run(options)
-    elif options.export_dir is None:
-        raise ExportError("--export-dir is missing: say where the checkpoint goes, or --dry-run")
     else:
+        _check_export_dir(options)
         _quantize(options, args.report)
+
+
+def _check_export_dir(options: QuantizeOptions) -> None:
+    if options.export_dir is None:
+        raise ExportError("--export-dir is missing: say where the checkpoint goes, or --dry-run")
 
 
 def _dry_run(options: QuantizeOptions) -> None:
     from megatron_quant.api.job import prepare
 
-    job = prepare(options, math.lcm(options.tp, options.ep * options.etp))
+    _print_plan(prepare(options, math.lcm(options.tp, options.ep * options.etp)), options)
+
+
+def _print_plan(job: "Job", options: QuantizeOptions) -> None:
     out = console()
     out.print(weights_table(job))
     out.print(rules_table(job))
@@ -194,6 +229,24 @@ def _dry_run(options: QuantizeOptions) -> None:
     out.print(sizes_line(job.export))
     for line in planning_lines(job):
         out.print(line)
+
+
+def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
+    from megatron_quant.api.stream import plan_stream, stream
+
+    if args.dry_run:
+        job, _ = plan_stream(options, 1)
+        return _print_plan(job, options)
+    _check_export_dir(options)
+    out = console()
+    phases = Phases(out)
+    groups = start_ranks()
+    together(groups, lambda: check_file("--report", args.report) if rank() == 0 else None)
+    streamed = stream(options, groups, phases)
+    for line in summary_of_stream(streamed, phases.seconds):
+        out.print(line)
+    if args.report and rank() == 0:
+        write_json(args.report, stream_as_json(streamed, phases.seconds))
 
 
 def _quantize(options: QuantizeOptions, report: Path | None) -> None:
@@ -209,4 +262,4 @@ def _quantize(options: QuantizeOptions, report: Path | None) -> None:
     for line in summary(outcome, phases.seconds):
         out.print(line)
     if report and rank() == 0:
-        report.write_text(json.dumps(as_json(outcome, phases.seconds), indent=2) + "\n")
+        write_json(report, as_json(outcome, phases.seconds))

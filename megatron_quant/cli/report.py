@@ -1,12 +1,15 @@
 """What a run of ``quantize`` found, as lines for people and as JSON for programs."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_quant.cli.tables import sizes_line
 
 if TYPE_CHECKING:  # it imports Megatron, which a host without a GPU must be readied for
     from megatron_quant.api.quantize import Outcome
+    from megatron_quant.api.stream import Streamed
 
 _COLD_SHOWN = 5
 
@@ -19,18 +22,14 @@ def summary(outcome: "Outcome", seconds: Mapping[str, float]) -> Iterator[str]:
         low, median, high = tokens[0], tokens[len(tokens) // 2], tokens[-1]
         yield f"tokens an expert saw: {low} to {high}, median {median}"
     if calibration.cold:
-        shown = ", ".join(calibration.cold[:_COLD_SHOWN])
-        yield (
-            f"{len(calibration.cold)} expert weights saw no token and took their layer's largest "
-            f"input amax: {shown}{', ...' if len(calibration.cold) > _COLD_SHOWN else ''}"
-        )
+        yield _cold(calibration.cold)
     if outcome.fake_quant:
         sums = outcome.fake_quant
         yield f"fake-quantized model: perplexity {sums.perplexity:.4f}, KL {sums.mean_kl:.5f}"
     if outcome.verified:
         yield f"verified: {len(outcome.verified.tensors)} tensors"
     yield sizes_line(outcome.job.export)
-    yield "time: " + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
+    yield _times(seconds)
 
 
 def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -55,3 +54,44 @@ def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
             "tokens": sums.tokens,
         }
     return report
+
+
+def summary_of_stream(streamed: "Streamed", seconds: Mapping[str, float]) -> Iterator[str]:
+    """Lines: cold experts, what was verified, sizes, time of every phase."""
+    if streamed.inputs and streamed.inputs.cold:
+        yield _cold(streamed.inputs.cold)
+    if streamed.verified:
+        yield f"verified: {len(streamed.verified.tensors)} tensors"
+    yield sizes_line(streamed.job.export)
+    yield _times(seconds)
+
+
+def stream_as_json(streamed: "Streamed", seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The same, and every amax that was needed, by slot name."""
+    plan = streamed.job.export
+    return {
+        "recipe": streamed.job.quant.recipe,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "seconds": dict(seconds),
+        "weight_amax": dict(streamed.weight_amax),
+        "input_amax": dict(streamed.inputs.found) if streamed.inputs else {},
+        "cold_experts": list(streamed.inputs.cold) if streamed.inputs else [],
+    }
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """``report`` into the file ``path``."""
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _cold(slots: Sequence[str]) -> str:
+    shown = ", ".join(slots[:_COLD_SHOWN])
+    return (
+        f"{len(slots)} expert weights saw no token and took their layer's largest "
+        f"input amax: {shown}{', ...' if len(slots) > _COLD_SHOWN else ''}"
+    )
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+    return "time: " + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())

@@ -33,6 +33,8 @@ class Region:
 
     def take(self, held: Tensor) -> Tensor:
         """The region of ``held``: [..., *size] of a matrix or a stack of them."""
+        if not self.size:
+            return held
         dim = held.dim() - len(self.size)
         pieces = [held.narrow(dim, start, stop - start) for start, stop in self.rows]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

@@ -35,6 +35,9 @@ class Role(Enum):
     EMBEDDING = "embedding"
     OUTPUT = "output"
     CACHE = "kv cache"  # a scale of cached keys or values
+    OTHER = "no linear"  # convolutions, tables, small gates
+    OUTSIDE = "outside the text decoder"  # vision and audio towers, projectors
+    DRAFT = "token prediction"  # layers beyond the model's own, for speculative decoding
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 _LOWER = {"errors", "formats", "recipes"}
 _CALIB = _LOWER | {"dist", "layers"}
 _CORE = _CALIB | {"calib", "cpu", "ckpt", "models", "evaluate"}
-_ALL = _CORE | {"mcore"}
+_ALL = _CORE | {"mcore", "stream"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "dist": {"errors"},
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calib": _CALIB,
     "ckpt": _LOWER | {"dist", "models"},
     "evaluate": _LOWER | {"dist", "models", "ckpt"},
+    "stream": _LOWER | {"dist", "models", "ckpt"},
     "mcore": _CORE,
     "api": _ALL,
     "cli": _ALL | {"api"},

@@ -1,0 +1,172 @@
+"""Quantizing file to file: no Megatron model, memory independent of the model's size."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_quant.api.job import Job, Model, decide
+from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.api.phases import Phases
+from megatron_quant.api.stream_inputs import calibrate_inputs, save_amaxes
+from megatron_quant.api.target import check_not_source, existing_of, origin_of
+from megatron_quant.ckpt.companions import Companions, companions
+from megatron_quant.ckpt.layout import Layout
+from megatron_quant.ckpt.origin import digest_of
+from megatron_quant.ckpt.pipeline import WriteOptions
+from megatron_quant.ckpt.plan import Part
+from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
+from megatron_quant.ckpt.source import carry_over, resolve_source
+from megatron_quant.ckpt.target import Existing, check_target
+from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.ckpt.views import kept_dtypes, logical
+from megatron_quant.ckpt.writer import export
+from megatron_quant.dist import Groups, together
+from megatron_quant.errors import LayoutError, QuantError, RecipeError
+from megatron_quant.models.structure import has_table
+from megatron_quant.stream.inputs import InputAmaxes
+from megatron_quant.stream.produce import Producer
+from megatron_quant.stream.scales import (
+    Sharing,
+    per_expert,
+    searched_amaxes,
+    shared,
+    shared_amaxes,
+    slot_amaxes,
+)
+from megatron_quant.stream.source import Source, scaled
+from megatron_quant.stream.split import split
+
+_SHARING: dict[str, Sharing] = {"shared": shared, "per_expert": per_expert}
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What a run found.
+
+    weight_amax: of each slot that has a tensor scale. inputs: None where none was measured.
+    verified: on rank 0; None on the others.
+    """
+
+    job: Job
+    weight_amax: Mapping[str, float]
+    inputs: InputAmaxes | None
+    verified: Report | None
+
+
+def plan_stream(options: QuantizeOptions, world: int) -> tuple[Job, Checkpoint]:
+    """Check everything that needs no weights, from config.json and the headers of the weights.
+
+    Raises the QuantError of whatever does not fit; nothing has been written then.
+    """
+    _check_flags(options)
+    checkpoint, structure = logical(open_checkpoint(resolve_source(options.hf_model_id)))
+    checkpoint.check(structure.params)
+    kept = {} if has_table(checkpoint.config) else kept_dtypes(checkpoint)
+    model = Model(checkpoint.path, checkpoint.config, None, structure.params, kept)
+    job = decide(options, model, Layout.simulate(world, 1, 1, 1))
+    if job.quant.kv_cache == "fp8":
+        raise RecipeError(
+            "--export-kv-cache-quant fp8 is not calibrated by --stream: take fp8_cast, or leave "
+            "--stream out"
+        )
+    return replace(job, export=split(job.export)), checkpoint
+
+
+def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed:
+    """Quantize a Hugging Face checkpoint into ``options.export_dir``, file to file.
+
+    Collective; the ranks share the tensors. Raises a QuantError, the same on every rank, before
+    anything is written or with what was written removed.
+    """
+    assert options.export_dir is not None, "an export needs a directory"
+    with phases.time("plan"):
+        job, checkpoint = together(groups, lambda: plan_stream(options, groups.size))
+        files = together(groups, lambda: _companions(options, job))
+    inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
+    source = Source(checkpoint, job.dtype)
+    found, amaxes = _weight_amaxes(options, job, source, groups, phases)
+    producer = Producer(source, job.quant, amaxes, inputs.scales if inputs else {})
+    _export(options, job, groups, producer, _with_statistics(files, found, inputs), phases)
+    with phases.time("verify"):
+        verified = together(groups, lambda: _verify(options, job, groups))
+    if inputs is not None and groups.rank == 0:
+        save_amaxes(options, job, inputs)
+    return Streamed(job, found, inputs, verified)
+
+
+def _with_statistics(
+    files: Companions, weights: Mapping[str, float], inputs: InputAmaxes | None
+) -> Companions:
+    """With a digest of all scales: an unfinished export is not continued with others."""
+    of_inputs = {n: float(a) for n, a in inputs.scales.items()} if inputs else {}
+    statistics = digest_of([dict(weights), of_inputs])
+    return replace(files, origin=replace(files.origin, statistics=statistics))
+
+
+def _export(
+    options: QuantizeOptions,
+    job: Job,
+    groups: Groups,
+    producer: Producer,
+    files: Companions,
+    phases: Phases,
+) -> None:
+    assert options.export_dir is not None
+    writing = WriteOptions(options.io_threads, options.fsync)
+    with phases.transfer("export", _nbytes(job.export.parts_of(groups.rank))) as progress:
+        existing, out = _existing(options), options.export_dir
+        export(job.export, groups, producer, out, files, existing, progress, writing)
+
+
+def _companions(options: QuantizeOptions, job: Job) -> Companions:
+    """The files beside the weights; the target is checked."""
+    assert options.export_dir is not None
+    check_not_source(options.export_dir, job.source)
+    carried, origin = carry_over(job.source), origin_of(options, job)
+    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
+    check_target(options.export_dir, files, _existing(options), job.export)
+    return files
+
+
+def _existing(options: QuantizeOptions) -> Existing:
+    return existing_of(options.overwrite, options.resume)
+
+
+def _weight_amaxes(
+    options: QuantizeOptions, job: Job, source: Source, groups: Groups, phases: Phases
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """What was found of each slot, and what its scale follows from."""
+    own, sharing = job.export.parts_of(groups.rank), _SHARING[options.expert_scales]
+    with phases.bar("amax", _nbytes(scaled(own))) as progress:
+        found = slot_amaxes(source, job.quant, own, groups, progress)
+    amaxes = shared_amaxes(job.quant, found, sharing)
+    with phases.time("search"):
+        return found, searched_amaxes(source, job.quant, own, amaxes, sharing, groups)
+
+
+def _nbytes(parts: Iterable[Part]) -> int:
+    return sum(part.nbytes for part in parts)
+
+
+def _check_flags(options: QuantizeOptions) -> None:
+    if (options.tp, options.ep, options.etp) != (1, 1, 1):
+        raise LayoutError(
+            f"--tp {options.tp} --ep {options.ep} --etp {options.etp} with --stream: there is no "
+            "model to cut, the ranks share its tensors; leave the three out"
+        )
+    if options.keep_scales:
+        raise QuantError("--keep-scales needs a model: leave --stream out, or use the verb export")
+    if options.eval_text:
+        raise QuantError("--eval-text needs a model, which --stream has not: use the verb eval")
+    if options.act_percentile < 100:
+        raise QuantError("--act-percentile is not measured by --stream: leave one of them out")
+
+
+def _verify(options: QuantizeOptions, job: Job, groups: Groups) -> Report | None:
+    if groups.rank:
+        return None
+    assert options.export_dir is not None
+    report = verify(options.export_dir, job.source)
+    report.raise_for_problems()
+    return report

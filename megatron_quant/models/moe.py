@@ -1,0 +1,101 @@
+"""Mixture-of-experts blocks, recognised by their structure.
+
+One function finds a block, its router, its experts and the linears of each, so that none of them
+can be known without the others. What looks like an expert and belongs to no block is an error.
+"""
+
+import re
+from dataclasses import dataclass
+
+from megatron_quant.errors import ArchitectureError
+from megatron_quant.models.config import Config
+from megatron_quant.models.stacks import Shapes, text_config
+
+_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(.+)")
+_ROUTER = re.compile(r"(.*)\.(router(\..+)?|gate\.(weight|bias|e_score_correction_bias))")
+_LINEARS = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"})
+"""Linears of an expert, as checkpoints name them."""
+_KNOWN = re.compile(r"(.*\.)?shared_experts?\..+|(.*\.)?shared_expert_gate\.weight")
+"""Of names with ``expert`` in them those that are no routed expert's."""
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One mixture of experts.
+
+    name: the module that holds router and experts. routers: tensors of the router. experts: for
+    each expert the names of its tensors.
+    """
+
+    name: str
+    routers: tuple[str, ...]
+    experts: tuple[tuple[str, ...], ...]
+
+
+def blocks(config: Config, layer: str, shapes: Shapes) -> tuple[Block, ...]:
+    """The mixtures of experts among the tensors ``shapes`` of one layer.
+
+    layer: what their names begin with. Raises ArchitectureError for a router without experts or
+    the reverse, for experts that are incomplete or not alike, and for any other name with
+    ``expert`` in it.
+    """
+    experts: dict[str, dict[int, dict[str, str]]] = {}
+    routers: dict[str, list[str]] = {}
+    rest = []
+    for name in shapes:
+        if match := _EXPERT.fullmatch(name):
+            experts.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = name
+        elif match := _ROUTER.fullmatch(name):
+            routers.setdefault(match[1], []).append(name)
+        else:
+            rest.append(name.removeprefix(layer))
+    _refuse_strays(layer, rest)
+    for name in experts.keys() ^ routers.keys():
+        has, lacks = ("experts", "router") if name in experts else ("a router", "experts")
+        raise ArchitectureError(
+            f"{name} has {has} but no {lacks}: it is no mixture of experts that is known, and "
+            "nothing of it may be skipped in silence"
+        )
+    return tuple(
+        Block(name, tuple(routers[name]), _checked(name, of_block, config, shapes))
+        for name, of_block in experts.items()
+    )
+
+
+def _refuse_strays(layer: str, names: list[str]) -> None:
+    for name in names:
+        if "expert" in name and not _KNOWN.fullmatch(name):
+            raise ArchitectureError(
+                f"{layer}{name} looks like an expert, but no rule knows its name or shape: it "
+                "would be left out; use a model whose experts are stored as transformers does"
+            )
+
+
+def _checked(
+    name: str, experts: dict[int, dict[str, str]], config: Config, shapes: Shapes
+) -> tuple[tuple[str, ...], ...]:
+    count = next((c for k in _COUNTS if (c := text_config(config).get(k))), len(experts))
+    missing = [e for e in range(count) if e not in experts]
+    if missing or len(experts) != count:
+        which = f"expert {missing[0]} is missing" if missing else f"{len(experts)} are there"
+        raise ArchitectureError(
+            f"{name}.experts: {which}, config.json has {count} experts; fetch the checkpoint "
+            "again, or correct config.json"
+        )
+    linears = {leaf.rpartition(".")[0] for leaf in experts[0]}
+    if linears not in _LINEARS:
+        known = " or ".join(", ".join(sorted(names)) for names in _LINEARS)
+        raise ArchitectureError(
+            f"{name}.experts.0 has the linears {', '.join(sorted(linears))}; known are {known}"
+        )
+    first = {leaf: shapes[full] for leaf, full in experts[0].items()}
+    for expert in range(count):
+        own = {leaf: shapes[full] for leaf, full in experts[expert].items()}
+        if own != first:
+            odd = min(leaf for leaf, _ in own.items() ^ first.items())
+            raise ArchitectureError(
+                f"{name}.experts.{expert}.{odd} is not as that of expert 0: the experts of a layer "
+                "must be alike; fetch the checkpoint again"
+            )
+    return tuple(tuple(experts[e].values()) for e in range(count))

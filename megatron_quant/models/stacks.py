@@ -1,0 +1,126 @@
+"""Experts that a checkpoint stores as one 3-D parameter, as the matrices that engines load."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_quant.errors import ArchitectureError
+from megatron_quant.models.config import Config
+from megatron_quant.models.spec import Box
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+_STACK = re.compile(r"(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(_bias)?(\.weight)?")
+
+
+class Halves(Enum):
+    """Where gate and up lie among the output features of what fuses them."""
+
+    AFTER = "gate first, then up"
+    ALTERNATING = "gate and up in turn"
+
+
+@dataclass(frozen=True)
+class View:
+    """A matrix [N, K] or vector [N] inside a stored stack, as a tensor of its own.
+
+    stored: name of the stack, [E, N', K], [E, K, N'] where ``transposed``, or [E, N'].
+    shape: logical. expert: index in the stack. start, step: row n is row ``start + step * n``.
+    """
+
+    stored: str
+    shape: Shape
+    expert: int
+    start: int = 0
+    step: int = 1
+    transposed: bool = False
+
+    def box(self, box: Box) -> Box:
+        """The box of the stack that holds ``box`` of the matrix, with the rows between its rows."""
+        rows = (self.start + self.step * box.start[0], self.step * (box.size[0] - 1) + 1)
+        spans = [rows, *zip(box.start[1:], box.size[1:], strict=True)]
+        spans = [(self.expert, 1), *(reversed(spans) if self.transposed else spans)]
+        start, size = zip(*spans, strict=True)
+        return Box(start, size)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    transposed: bool = False
+    halves: Halves = Halves.AFTER
+
+
+# model_type -> how transformers 5.23 lays its experts out; all others as Gemma-4 does.
+_LAYOUTS = {
+    "gpt_oss": _Layout(True, Halves.ALTERNATING),
+    "llama4": _Layout(True),
+    "llama4_text": _Layout(True),
+}
+
+
+def text_config(config: Config) -> Config:
+    """The part of config.json that describes the text decoder."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def unstack(config: Config, shapes: Shapes) -> dict[str, View]:
+    """Tensor name as engines load it -> where it lies, for every expert of every stack.
+
+    Raises ArchitectureError for a stack whose shape does not tell its rows from its columns.
+    """
+    kinds = {text_config(config).get("model_type"), config.get("model_type")}
+    layout = next((lay for kind, lay in _LAYOUTS.items() if kind in kinds), _Layout())
+    views: dict[str, View] = {}
+    for name, shape in shapes.items():
+        match = _STACK.fullmatch(name)
+        if match is None:
+            continue
+        _check(name, shape, match, config, layout)
+        for expert in range(shape[0]):
+            views.update(_of_expert(name, shape, match, expert, layout))
+    return views
+
+
+def _check(name: str, shape: Shape, match: re.Match[str], config: Config, lay: _Layout) -> None:
+    hidden, bias = text_config(config).get("hidden_size"), bool(match[3])
+    what = "[experts, features]" if bias else _meant(match[2], lay)
+    fits = len(shape) == 2 + (not bias)
+    if fits and not bias:
+        inner = 1 if lay.transposed != (match[2] == "down_proj") else 2
+        fits = shape[inner] == hidden
+    if fits and match[2] == "gate_up_proj":
+        fits = shape[_rows_dim(lay, bias)] % 2 == 0
+    if not fits:
+        raise ArchitectureError(
+            f"{name} has shape {list(shape)} where hidden_size is {hidden} in config.json: its "
+            f"experts cannot be told apart, {what} is known; correct config.json"
+        )
+
+
+def _meant(kind: str, lay: _Layout) -> str:
+    rows, cols = ("hidden", "intermediate") if kind == "down_proj" else ("features", "hidden")
+    return f"[experts, {cols}, {rows}]" if lay.transposed else f"[experts, {rows}, {cols}]"
+
+
+def _rows_dim(lay: _Layout, bias: bool) -> int:
+    return 1 if bias or not lay.transposed else 2
+
+
+def _of_expert(
+    name: str, shape: Shape, match: re.Match[str], expert: int, lay: _Layout
+) -> Iterator[tuple[str, View]]:
+    bias = bool(match[3])
+    rows = shape[_rows_dim(lay, bias)]
+    inner = () if bias else (shape[1 if lay.transposed else 2],)
+    transposed = lay.transposed and not bias
+    leaf = "bias" if bias else "weight"
+    kinds = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else (match[2],)
+    count = rows // len(kinds)
+    for i, kind in enumerate(kinds):
+        fused = len(kinds) > 1 and lay.halves is Halves.ALTERNATING
+        start, step = (i, len(kinds)) if fused else (i * count, 1)
+        view = View(name, (count, *inner), expert, start, step, transposed)
+        yield f"{match[1]}.{expert}.{kind}.{leaf}", view

@@ -1,0 +1,228 @@
+"""A model without a table, recognised by the names and shapes of its tensors.
+
+What engines fuse is one parameter here, as in the tables, so that recipes, scales, checks and
+verification have one rule for both. Names of fused parameters are those that vLLM gives them.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from megatron_quant.errors import ArchitectureError
+from megatron_quant.models.config import Config
+from megatron_quant.models.moe import Block, blocks
+from megatron_quant.models.registry import ARCHITECTURES, lookup
+from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source
+from megatron_quant.models.stacks import Shapes, View, text_config, unstack
+
+_EMBEDDING = "embed_tokens.weight"
+_FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("gate_up_proj", ("gate_proj", "up_proj")),
+    ("gate_up_proj", ("w1", "w3")),
+    ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
+    ("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")),
+)
+"""What engines fuse -> of which linears of one module. A layer may lack some of them."""
+_OF = {member: (fused, members) for fused, members in _FUSED for member in members}
+_ROW = ("o_proj", "down_proj", "w2", "out_proj")
+"""Linears that engines cut along their input features."""
+_KINDS: tuple[tuple[re.Pattern[str], Role], ...] = (
+    (re.compile(r"(.*[._])?norm\d*(_\d+)?\.(weight|bias)|.*layernorm(_\d+)?\.weight"), Role.NORM),
+    (re.compile(r".*[._]bias|bias"), Role.BIAS),
+    (re.compile(r".*\bshared_expert_gate\.weight"), Role.ROUTER),
+    (re.compile(r"per_layer_.*|linear_attn\.in_proj_(a|b|ba)\.weight"), Role.OTHER),
+)
+"""Tensors of a layer, by their names in it; of what is left matrices are linears."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The logical parameters of a checkpoint, and which of their tensors lie inside others."""
+
+    params: tuple[Param, ...]
+    views: Mapping[str, View]
+
+
+def describe(config: Config, shapes: Shapes) -> Structure:
+    """What ``shapes`` (of a checkpoint's tensors, by name) are to the model in ``config``.
+
+    By its table, where it has one. Raises ArchitectureError where neither a table nor the names
+    say what a tensor is, above all one that may be an expert's.
+    """
+    if has_table(config):
+        return Structure(lookup(config).params(config), {})
+    return recognise(config, shapes)
+
+
+def has_table(config: Config) -> bool:
+    """Whether :func:`lookup` knows the model."""
+    names = config.get("architectures")
+    return isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES
+
+
+def recognise(config: Config, shapes: Shapes) -> Structure:
+    """The same, without the tables."""
+    prefix = decoder_of(shapes)
+    layers = _layers(config, prefix, shapes)
+    views = unstack(config, {n: s for n, s in shapes.items() if _layer_of(n, prefix) in layers})
+    stacked = {view.stored for view in views.values()}
+    tensors = {n: s for n, s in shapes.items() if n not in stacked}
+    tensors |= {name: view.shape for name, view in views.items()}
+    found: dict[str, Param] = {}
+    by_layer: dict[int | None, dict[str, tuple[int, ...]]] = {}
+    for name in sorted(tensors, key=_natural):
+        layer = _layer_of(name, prefix)
+        by_layer.setdefault(layer, {})[name] = tensors[name]
+    for layer, of_layer in by_layer.items():
+        if layer is not None and layer in layers:
+            params = _of_layer(config, f"{prefix}layers.{layer}.", of_layer)
+        else:
+            params = _of_rest(prefix, of_layer, layer)
+        found.update((param.name, replace(param, layer=layer)) for param in params)
+    return Structure(tuple(found.values()), views)
+
+
+def decoder_of(shapes: Shapes) -> str:
+    """What the names of the text decoder begin with, such as ``model.language_model.``."""
+    found = sorted((n for n in shapes if n.endswith(_EMBEDDING)), key=len)
+    if not found:
+        raise ArchitectureError(
+            f"no tensor is called {_EMBEDDING}, by which the text decoder is found; use a model of "
+            f"{', '.join(ARCHITECTURES)} or one with such names"
+        )
+    return found[0].removesuffix(_EMBEDDING)
+
+
+def _layers(config: Config, prefix: str, shapes: Shapes) -> range:
+    count = text_config(config).get("num_hidden_layers")
+    if not isinstance(count, int) or count < 1:
+        raise ArchitectureError(
+            f"num_hidden_layers={count!r} in config.json must be a whole number above 0"
+        )
+    present = {_layer_of(name, prefix) for name in shapes}
+    missing = [i for i in range(count) if i not in present]
+    if missing:
+        raise ArchitectureError(
+            f"layer {missing[0]} ({prefix}layers.{missing[0]}) has no tensor, though config.json "
+            f"has {count} layers; fetch the checkpoint again, or correct config.json"
+        )
+    return range(count)
+
+
+def _layer_of(name: str, prefix: str) -> int | None:
+    if not name.startswith(f"{prefix}layers."):
+        return None
+    number = name[len(prefix) :].split(".")[1]
+    return int(number) if number.isdigit() else None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Key that sorts numbers in names by value."""
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+
+
+def _of_rest(prefix: str, shapes: Shapes, layer: int | None) -> Iterator[Param]:
+    for name, shape in shapes.items():
+        if layer is not None:
+            role = Role.DRAFT
+        elif name.endswith("lm_head.weight"):
+            role = Role.OUTPUT
+        elif not name.startswith(prefix):
+            role = Role.OUTSIDE
+        elif name == f"{prefix}{_EMBEDDING}" or "embed_tokens" in name:
+            role = Role.EMBEDDING
+        else:
+            role = Role.NORM if "norm" in name else Role.OTHER
+        yield _alone(name, shape, role)
+
+
+def _alone(name: str, shape: tuple[int, ...], role: Role) -> Param:
+    return Param(name, (Source(name, shape),), shape, role, Parallel.REPLICATED)
+
+
+def _of_layer(config: Config, layer: str, shapes: Shapes) -> Iterator[Param]:
+    found = blocks(config, layer, shapes)
+    routers = {name for block in found for name in block.routers}
+    routed = {name for block in found for of_expert in block.experts for name in of_expert}
+    linears: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if name in routed:
+            continue
+        role = Role.ROUTER if name in routers else _role(name.removeprefix(layer), shape)
+        if role is Role.LINEAR:
+            linears[name] = shape
+        else:
+            yield _alone(name, shape, role)
+    yield from _fuse(linears, config)
+    for block in found:
+        yield from _experts(block, shapes, config)
+
+
+def _role(name: str, shape: tuple[int, ...]) -> Role:
+    for pattern, role in _KINDS:
+        if pattern.fullmatch(name):
+            return role
+    return Role.LINEAR if len(shape) == 2 and name.endswith(".weight") else Role.OTHER
+
+
+def _fuse(linears: Shapes, config: Config) -> Iterator[Param]:
+    """Linears with what engines fuse put together, each at the place of its first member."""
+    done: set[str] = set()
+    for name, shape in linears.items():
+        module = name.removesuffix(".weight")
+        parent, _, leaf = module.rpartition(".")
+        fused, members = _OF.get(leaf, (leaf, (leaf,)))
+        names = [f"{parent}.{m}.weight" for m in members]
+        names = [n for n in names if n in linears and linears[n][1:] == shape[1:]]
+        if names[0] in done:
+            continue
+        done.add(names[0])
+        sources = tuple(Source(n, linears[n]) for n in names)
+        rows = sum(s.shape[0] for s in sources)
+        parallel = Parallel.ROW if leaf in _ROW else Parallel.COLUMN
+        param = Param(
+            f"{parent}.{fused}.weight", sources, (rows, *shape[1:]), Role.LINEAR, parallel
+        )
+        yield replace(param, groups=_groups(param, config))
+
+
+def _groups(param: Param, config: Config) -> int:
+    """Key-value heads of a fused qkv, which engines copy where they have more ranks; else 0."""
+    keys = [s for s in param.sources if s.module.endswith(".k_proj")]
+    if not keys:
+        return 0
+    text = text_config(config)
+    for count, dim in (
+        ("num_key_value_heads", "head_dim"),
+        ("num_global_key_value_heads", "global_head_dim"),
+    ):
+        heads, size = text.get(count), text.get(dim)
+        if heads and size and heads * size == keys[0].shape[0]:
+            return int(heads)
+    return 0
+
+
+def _experts(block: Block, shapes: Shapes, config: Config) -> Iterator[Param]:
+    """Each linear of all experts after another, as the tables have them."""
+    found: dict[str, list[Param]] = {}
+    for expert, names in enumerate(block.experts):
+        for param in _of_expert(block, names, shapes, config):
+            found.setdefault(param.module.rpartition(".")[2], []).append(
+                replace(param, domain=Domain.EXPERT, expert=expert)
+            )
+    for params in found.values():
+        yield from params
+
+
+def _of_expert(
+    block: Block, names: tuple[str, ...], shapes: Shapes, config: Config
+) -> Iterator[Param]:
+    weights = {n: shapes[n] for n in names if n.endswith(".weight")}
+    number = names[0].removeprefix(f"{block.name}.experts.").partition(".")[0]
+    for param in _fuse(weights, config):
+        leaf = param.module.rpartition(".")[2]
+        yield replace(param, name=f"{block.name}.experts.{leaf}.weight{number}")
+    for name in names:
+        if name not in weights:
+            yield _alone(name, shapes[name], Role.BIAS)

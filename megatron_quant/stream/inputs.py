@@ -1,0 +1,98 @@
+"""Input amaxes of all slots from what the ranks saw, and the file that keeps them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_quant.dist import Groups, max_reduce
+from megatron_quant.errors import CalibrationError
+from megatron_quant.models.spec import Param
+from megatron_quant.recipes.plan import QuantPlan
+
+_LAYER_MAX = "layer-max"
+
+
+@dataclass(frozen=True)
+class InputAmaxes:
+    """found: of each slot that was reached. scales: what its scale follows from, fp32 [], for each
+    slot with static inputs: a layer's experts share the largest. cold: slots of experts that no
+    token reached."""
+
+    found: Mapping[str, float]
+    scales: Mapping[str, torch.Tensor]
+    cold: tuple[str, ...]
+
+
+def static_inputs(quant: QuantPlan, params: Sequence[Param]) -> list[Param]:
+    """Parameters whose inputs have a tensor scale."""
+    decisions = quant.by_name
+    return [p for p in params if (i := decisions[p.name].inputs) is not None and i.tensor_scale]
+
+
+def merge(
+    quant: QuantPlan,
+    params: Sequence[Param],
+    keys_of: Callable[[Param], tuple[str, ...]],
+    seen: Mapping[str, torch.Tensor],
+    cold_experts: str,
+    groups: Groups,
+) -> InputAmaxes:
+    """Merge what every rank saw by key; one collective.
+
+    params: :func:`static_inputs`. Raises CalibrationError, on every rank, for inputs that are not
+    finite, a layer that no token reached, or, unless ``cold_experts`` is layer-max, an expert.
+    """
+    row = torch.full((len(params),), -1.0)
+    for i, param in enumerate(params):
+        values = [seen[key] for key in keys_of(param) if key in seen]
+        if values:
+            row[i] = torch.stack(values).max().nan_to_num(nan=torch.inf)
+    merged = zip(params, max_reduce(row, groups).tolist(), strict=True)
+    found = {param.name: value for param, value in merged if value >= 0}
+    largest: dict[str, float] = {}
+    for name, value in found.items():
+        if not isfinite(value):
+            raise CalibrationError(f"input of {name} contains NaN or Inf: repair the checkpoint")
+        module = quant.by_name[name].slot.module
+        largest[module] = max(largest.get(module, 0.0), value)
+    _check_reached(params, largest)
+    cold = _cold(params, found, cold_experts)
+    scales = {p.name: torch.tensor(largest[p.module]) for p in params}
+    return InputAmaxes(found, scales, cold)
+
+
+def _check_reached(params: Sequence[Param], largest: Mapping[str, float]) -> None:
+    for param in params:
+        if param.module not in largest:
+            raise CalibrationError(
+                f"no calibration token reached {param.module}: give more data with --calib-size"
+            )
+
+
+def _cold(
+    params: Sequence[Param], found: Mapping[str, float], cold_experts: str
+) -> tuple[str, ...]:
+    cold = [p for p in params if p.name not in found]
+    if cold and cold_experts != _LAYER_MAX:
+        first, others = cold[0], len({(p.layer, p.expert) for p in cold}) - 1
+        raise CalibrationError(
+            f"expert {first.expert} of {first.module.rpartition('.')[0]} saw no calibration token"
+            f"{f' (and {others} more experts)' if others else ''}: raise --calib-size, or take "
+            "the layer's largest amax with --cold-experts layer-max"
+        )
+    return tuple(p.name for p in cold)
+
+
+def save(path: Path, params: Sequence[Param], amaxes: InputAmaxes) -> None:
+    """A safetensors file with ``MODULE.input_amax``, fp32 [], of every module that was reached."""
+    tensors = {
+        f"{source.module}.input_amax": torch.tensor(amaxes.found[param.name])
+        for param in params
+        if param.name in amaxes.found
+        for source in param.sources
+    }
+    save_file(tensors, path)

@@ -1,0 +1,38 @@
+"""What an export asks for each part, made from the source checkpoint alone."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_quant.ckpt.plan import Part
+from megatron_quant.ckpt.produce import Produced, produce, produce_finite
+from megatron_quant.ckpt.produce_cache import produce_cache_scale
+from megatron_quant.formats.elements import E4M3_MAX
+from megatron_quant.models.spec import Role
+from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.stream.search import searched_stat
+from megatron_quant.stream.source import Source, by_itself
+
+_CAST = torch.tensor(E4M3_MAX)
+"""Amax of keys and values that are cast to FP8 as they are: their scale is 1."""
+
+
+@dataclass(frozen=True)
+class Producer:
+    """Reads, encodes and forgets. weight_amax, input_amax: by slot, fp32 [], where needed."""
+
+    source: Source
+    quant: QuantPlan
+    weight_amax: Mapping[str, torch.Tensor]
+    input_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, part: Part) -> Iterator[Produced]:
+        """The tensors of ``part``."""
+        if part.param.role is Role.CACHE:
+            return produce_cache_scale(part, _CAST)
+        w, name = self.source.read(part), part.param.name
+        weight_amax, decision = self.weight_amax.get(name), self.quant.by_name[name]
+        stat = searched_stat(w, decision, weight_amax, part.src.start)
+        make = produce if weight_amax is None else produce_finite  # it was found in all of them
+        return make(by_itself(part), w, weight_amax, self.input_amax.get(name), stat)

@@ -1,0 +1,46 @@
+"""Parts of tensors as they come from the source checkpoint."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_quant.ckpt.dialects.base import WEIGHT_SCALE
+from megatron_quant.ckpt.plan import Part
+from megatron_quant.ckpt.reader import Checkpoint
+from megatron_quant.models.spec import Role
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, read part by part. dtype: in which weights are quantized."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+
+    def read(self, part: Part) -> torch.Tensor:
+        """The part's rectangle of its Hugging Face tensor, in the dtype of the run."""
+        return self.checkpoint.read(part.target.source.name, part.src).to(self._dtype_of(part))
+
+    def _dtype_of(self, part: Part) -> torch.dtype:
+        return self.dtype if part.target.scheme.weights else part.target.entries[0].dtype
+
+
+def by_itself(part: Part) -> Part:
+    """``part`` as its rank has it here: the rectangle alone, not a parameter that holds it."""
+    if not part.region.size:
+        return part
+    return replace(part, region=replace(part.region, rows=((0, part.region.size[0]),)))
+
+
+def needs_amax(part: Part) -> bool:
+    """Whether the part cannot be encoded before the amax of all that shares its scale is known."""
+    scheme = part.target.scheme
+    if part.param.role is Role.CACHE or scheme.weights is None:
+        return False
+    return scheme.weights.tensor_scale or any(s.field == WEIGHT_SCALE for s in scheme.stored)
+
+
+def scaled(parts: tuple[Part, ...]) -> Iterator[Part]:
+    """Those of ``parts`` that need an amax."""
+    return filter(needs_amax, parts)

@@ -1,0 +1,112 @@
+"""``--stream`` writes what the Megatron path writes, byte for byte, at any number of ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.dist import checkpoints
+from tests.dist.command import quantize_argv, refused, spoiled
+from tests.dist.test_layouts import FORMATS, SCALES, digests, export_all, folder
+from tests.unit import hf_models
+
+CASES: list[dict[str, object]] = [
+    {"export_quant_cfg": recipe, "export_format": dialect, "algorithm": algorithm}
+    for recipe, dialect, algorithm in FORMATS
+] + [
+    {"export_quant_cfg": recipe, "export_format": dialect, **more, "expert_scales": scales}
+    for recipe, dialect, more in [
+        ("fp8", "compressed-tensors", {}),
+        ("fp8", "compressed-tensors", {"algorithm": "mse"}),
+        ("nvfp4", "modelopt", {}),
+        ("nvfp4_four_over_six", "modelopt", {}),
+        ("nvfp4_experts_only", "compressed-tensors", {"export_kv_cache_quant": "fp8_cast"}),
+    ]
+    for scales in SCALES
+]
+CUT = {"fp8_block", "nvfp4", "int4_asym"}
+WEIGHT_ONLY = {"fp8", "nvfp4", "nvfp4_four_over_six", "nvfp4_experts_only"}
+"""Recipes whose inputs would have to be calibrated."""
+
+
+def weight_only(case: dict) -> dict:
+    return {**case, "weight_only": case["export_quant_cfg"] in WEIGHT_ONLY}
+
+
+def stream_all(source: Path, out: Path, cases: list[dict]) -> None:
+    for case in cases:
+        stream_case(source, out / folder(case), {**case, "max_shard_size": "300KB"})
+
+
+@pytest.mark.parametrize(("name", "worlds"), [("qwen3_moe", [3]), ("mixtral", [1, 2])])
+def test_equal_to_the_live_model_at_any_number_of_ranks(
+    name: str, worlds: list[int], tmp_path: Path, ranks
+) -> None:
+    source = checkpoints.save(name, tmp_path / "source")
+    cases = [weight_only(case) for case in (CASES if name == "qwen3_moe" else CASES[-4:])]
+    ranks(1, export_all, source, tmp_path / "live", 1, 1, 1, cases, timeout=600)
+    for world in worlds:
+        ranks(world, stream_all, source, tmp_path / str(world), cases, timeout=600)
+        for case in cases:
+            streamed = digests(tmp_path / str(world) / folder(case))
+            assert streamed == digests(tmp_path / "live" / folder(case)), (world, case)
+
+
+def test_the_same_bytes_when_tensors_are_cut_into_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoints.save("qwen3", tmp_path / "source")
+    cases = [weight_only(c) for c in CASES if c["export_quant_cfg"] in CUT]
+    stream_all(source, tmp_path / "whole", cases)
+    monkeypatch.setattr("megatron_quant.stream.split._ELEMENTS", 1 << 10)
+    stream_all(source, tmp_path / "cut", cases)
+    for case in cases:
+        assert digests(tmp_path / "cut" / folder(case)) == digests(
+            tmp_path / "whole" / folder(case)
+        ), case
+
+
+def test_fp32_sources_and_other_dtypes(tmp_path: Path, ranks) -> None:
+    source = checkpoints.save("llama", tmp_path / "source")
+    cases = [{"export_quant_cfg": "int4", "dtype": dtype} for dtype in ("fp16", "fp32")]
+    ranks(1, export_all, source, tmp_path / "live", 1, 1, 1, cases)
+    stream_all(source, tmp_path / "streamed", cases)
+    for case in cases:
+        live = digests(tmp_path / "live" / folder(case))
+        assert digests(tmp_path / "streamed" / folder(case)) == live
+
+
+def test_ranks_share_the_calibration_data(tmp_path: Path, ranks) -> None:
+    source = hf_models.save("gemma4", tmp_path / "source")
+    data = {"calib_dataset": __file__, "calib_size": 7, "calib_batch_size": 1}
+    case = {"export_quant_cfg": "nvfp4_mlp_only", "cold_experts": "layer-max"}
+    case |= {"calib_seq_length": 16, **data}
+    for world in (1, 2):
+        ranks(world, stream_case, source, tmp_path / str(world), case)
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+    kept = [(tmp_path / f"{world}.amax.safetensors").read_bytes() for world in (1, 2)]
+    assert kept[0] == kept[1]
+
+
+def stream_case(source: Path, out: Path, case: dict) -> None:
+    from megatron_quant.api.options import QuantizeOptions
+    from megatron_quant.api.stream import stream
+    from megatron_quant.cli.console import Phases, console
+    from megatron_quant.dist import Groups
+
+    options = QuantizeOptions(hf_model_id=str(source), export_dir=out, **case)
+    stream(options, Groups(), Phases(console()))
+
+
+def test_one_ranks_error_is_every_ranks_and_leaves_nothing(tmp_path: Path, ranks) -> None:
+    source = checkpoints.save("qwen3", tmp_path / "source")
+    name = "model.layers.1.mlp.down_proj.weight"
+    bad = spoiled(source, tmp_path / "bad", name, torch.nan)
+    argv = quantize_argv(bad, tmp_path / "out", stream=True, tp=None, ep=None)
+    assert f"{name} has NaN or Inf" in refused(ranks, tmp_path, argv, world=3)
+    argv = quantize_argv(source, tmp_path / "out", stream=True, ep=None)
+    assert "leave the three out" in refused(ranks, tmp_path, argv)
+    argv = quantize_argv(source, source, stream=True, tp=None, ep=None)
+    assert "is the source checkpoint" in refused(ranks, tmp_path, argv)
+    argv = quantize_argv(source, tmp_path / "out", tp=None, ep=None, amax_file="x")
+    assert "--amax-file" in refused(ranks, tmp_path, argv)

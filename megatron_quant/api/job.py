@@ -16,7 +16,15 @@ from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
 from megatron_quant.errors import LayoutError, RecipeError
-from megatron_quant.models import Architecture, Param, check_layout, lookup, num_experts
+from megatron_quant.models import (
+    Architecture,
+    Param,
+    Pipeline,
+    check_layout,
+    lookup,
+    num_experts,
+    num_layers,
+)
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan
 from megatron_quant.recipes.resolve import resolve
@@ -52,7 +60,9 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     architecture = lookup(hf_config)
     params = architecture.params(hf_config)
     check_layout(hf_config, options.tp, options.ep, options.etp)
-    layout = Layout.simulate(world, options.tp, options.ep, options.etp, num_experts(params))
+    stages = _pipeline(options).stages(num_layers(params))
+    experts = num_experts(params)
+    layout = Layout.simulate(world, options.tp, options.ep, options.etp, experts, stages)
     recipe = _recipe(options)
     quant = resolve(recipe, slots(params))
     _check_samples(options, quant)
@@ -64,6 +74,15 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     export = plan_export(params, quant, dialect, layout, dtype, shard_bytes)
     return Job(
         source, hf_config, architecture, params, recipe, quant, dialect, layout, dtype, export
+    )
+
+
+def _pipeline(options: QuantizeOptions) -> Pipeline:
+    return Pipeline(
+        options.pp,
+        options.num_virtual_stages_per_pipeline_rank,
+        options.num_layers_in_first_pipeline_stage,
+        options.num_layers_in_last_pipeline_stage,
     )
 
 

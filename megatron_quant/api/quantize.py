@@ -1,6 +1,6 @@
 """The run itself: load, attach, calibrate, export, verify. Every rank calls :func:`quantize`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from megatron_quant.layers.kv_cache import CachedTensor, attach_kv_cache
 from megatron_quant.mcore.evaluate import evaluate_model
 from megatron_quant.mcore.load import Model, load_model
 from megatron_quant.mcore.locate import local_params
-from megatron_quant.mcore.run import forward
+from megatron_quant.mcore.run import run
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,15 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     _export(options, inputs, model, layers, cached, phases)
     with phases.time("verify"):
         verified = together(groups, lambda: _verify(options, job, groups))
-    return Outcome(job, calibration, kv_amax, statistics(model.module), fake_quant, verified)
+    return Outcome(job, calibration, kv_amax, statistics(model), fake_quant, verified)
 
 
-def statistics(module: torch.nn.Module) -> list[tuple[str, tuple[int, ...], float]]:
-    """State name, shape and largest value of every amax in the module."""
+def statistics(model: Model) -> list[tuple[str, tuple[int, ...], float]]:
+    """State name (global layer), shape and largest value of every amax that this rank holds."""
     return [
-        (name, tuple(amax.shape), float(amax.max()))
-        for name, amax in module.named_buffers()
+        (model.global_name(number, name), tuple(amax.shape), float(amax.max()))
+        for number, chunk in enumerate(model.chunks)
+        for name, amax in chunk.named_buffers()
         if name.endswith("_amax")
     ]
 
@@ -86,9 +87,13 @@ def statistics(module: torch.nn.Module) -> list[tuple[str, tuple[int, ...], floa
 def _attach(
     options: QuantizeOptions, job: Job, model: Model
 ) -> tuple[list[QuantLayer], list[CachedTensor]]:
-    weights = [local.weight for local in model.local]
-    layers = attach(model.module, job.quant, weights, ExpertScales(options.expert_scales))
-    return layers, attach_kv_cache(model.module, job.quant, weights)
+    layers: list[QuantLayer] = []
+    cached: list[CachedTensor] = []
+    for number, chunk in enumerate(model.chunks):
+        weights = [local.weight for local in model.local if local.chunk == number]
+        layers += attach(chunk, job.quant, weights, ExpertScales(options.expert_scales))
+        cached += attach_kv_cache(chunk, job.quant, weights)
+    return layers, cached
 
 
 def _calibrate(
@@ -104,13 +109,8 @@ def _calibrate(
         size = mpu.get_data_parallel_world_size()
         batches = shard(inputs.batches, mpu.get_data_parallel_rank(), size)
     with phases.bar("calibrate", len(batches)) as progress:
-
-        def forwards() -> Iterator[Callable[[], None]]:
-            for batch in batches:
-                yield partial(forward, model.module, batch)
-                progress(1)
-
-        steps = forwards()
+        # One call for all: a pipeline is full only while batches follow one another.
+        steps = iter([partial(run, model.chunks, batches, _drop, progress)])
         with watch(cached) as seen:
             report = calibrate(
                 layers,
@@ -125,6 +125,10 @@ def _calibrate(
         return report, calibrate_kv_cache(cached, inputs.job.quant, model.groups, seen)
 
 
+def _drop(logits: torch.Tensor) -> None:
+    """Calibration looks at inputs of layers alone."""
+
+
 def _evaluate(
     inputs: Inputs, model: Model, layers: list[QuantLayer | CachedTensor], phases: Phases
 ) -> Sums:
@@ -132,7 +136,7 @@ def _evaluate(
     vocab_size = inputs.job.hf_config["vocab_size"]
     with phases.bar("evaluate", -(-len(inputs.windows) // size)) as progress:
         return evaluate_model(
-            model.module, layers, inputs.windows, vocab_size, model.groups, progress
+            model.chunks, layers, inputs.windows, vocab_size, model.groups, progress
         )
 
 
@@ -174,7 +178,7 @@ def producer(
     def of_part(part: Part) -> Iterable[Produced]:
         if part.param.name in scales:
             return produce_cache_scale(part, scales[part.param.name].amax())
-        local = tensors[part.param.name].tensor(model.module)
+        local = model.tensor(tensors[part.param.name])
         if part.param.name not in amaxes:
             return produce(part, local)
         layer, index = amaxes[part.param.name]

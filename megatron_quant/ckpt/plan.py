@@ -149,7 +149,7 @@ def _place(
         for source in param.sources:
             layer = layer_of(source.module)
             wanted.append((param, source, schemes.of(decision.weights, decision.inputs, layer)))
-    wanted += cache_tensors(quant, schemes.dialect)
+    wanted += cache_tensors(quant, schemes.dialect, params)
     units = [_drafts(source, scheme) for _, source, scheme in wanted]
     files = lay_out(units, max_shard_bytes)
     entry_of = {entry.name: entry for file in files for entry in file.entries}

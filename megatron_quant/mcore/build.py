@@ -48,7 +48,8 @@ def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
     if layout.pp_size == 1:
         return {}
     counts = [sum(map(len, chunks)) for chunks in layout.stages]
-    ends = {} if len(set(counts)) == 1 else {"first": counts[0], "last": counts[-1]}
+    # Only ends that differ: with virtual stages Megatron divides by the number of the others.
+    ends = {end: counts[i] for end, i in (("first", 0), ("last", -1)) if counts[i] != counts[1]}
     return {
         "pipeline_model_parallel_size": layout.pp_size,
         "virtual_pipeline_model_parallel_size": virtual_size(layout),

@@ -44,9 +44,13 @@ class Pipeline:
         return tuple(tuple(cells[rank :: self.size]) for rank in range(self.size))
 
     def _check_alone(self) -> None:
-        given = {_VIRTUAL: self.chunks, _FIRST: self.first, _LAST: self.last}
+        given = {
+            _VIRTUAL: self.chunks if self.chunks > 1 else None,
+            _FIRST: self.first,
+            _LAST: self.last,
+        }
         for flag, value in given.items():
-            if value not in (None, 1):
+            if value is not None:
                 raise LayoutError(f"{flag} {value} needs a pipeline: give --pp above 1 with it")
 
     def _layers_each(self, layers: int) -> list[int]:
@@ -54,26 +58,25 @@ class Pipeline:
         if self.size > layers:
             raise LayoutError(
                 f"--pp {self.size} is more stages than the model has layers ({layers}); give at "
-                f"most {layers}"
+                "most as many"
             )
-        ends = [end for end in (self.first, self.last) if end is not None]
-        left, ranks = layers - sum(ends), self.size - len(ends)
+        ends = {_FIRST: self.first, _LAST: self.last}
+        given = {flag: count for flag, count in ends.items() if count is not None}
+        left, ranks = layers - sum(given.values()), self.size - len(given)
         fits = left % ranks == 0 and left >= ranks if ranks else left == 0
-        if not fits and not ends:
+        if not fits and not given:
             raise LayoutError(
                 f"--pp {self.size} does not divide the model's {layers} layers; choose a divisor, "
-                f"or say with {_FIRST} or {_LAST} how many the ends have"
+                f"or say with {_FIRST} or {_LAST} how many an end has"
             )
         if not fits:
+            said = " and ".join(f"{flag} {count}" for flag, count in given.items())
             raise LayoutError(
-                f"{_FIRST} {self.first} and {_LAST} {self.last} leave {left} of {layers} layers to "
-                f"{ranks} other stages of --pp {self.size}, which does not divide them; choose "
-                "others"
+                f"{said} of {layers} layers leave {left} to the other {ranks} stages of --pp "
+                f"{self.size}: choose what they can share evenly, at least one each"
             )
         share = left // ranks if ranks else 0
-        first = share if self.first is None else self.first
-        last = share if self.last is None else self.last
-        return [first, *[share] * (self.size - 2), last]
+        return [self.first or share, *[share] * (self.size - 2), self.last or share]
 
     def _share(self, count: int) -> int:
         """Layers of each chunk of a rank that has ``count``."""

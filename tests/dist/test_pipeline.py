@@ -63,7 +63,7 @@ def export_all(source: Path, out: Path, flags: dict, cases: list[dict]) -> list[
 
 def save(name: str, directory: Path, **changes: object) -> Path:
     source = checkpoints.save(name, directory, **changes)
-    (source / "text.txt").write_text("Stages follow one another, and so do words. " * 8)
+    (source / "text.txt").write_text("Stages follow one another, and so do words. " * 3)
     return source
 
 
@@ -182,9 +182,7 @@ def test_stages_are_megatrons(ranks) -> None:
     ("flags", "words"),
     [
         ({"pp": 4}, "--pp 4 stages of 1 ranks or a multiple of them do not fill the world size 2"),
-        ({"pp": 3}, "--pp 3 does not divide the model's 4 layers"),
         ({"pp": 2, VIRTUAL: 4}, "rank 4 does not divide the 2 layers of a pipeline rank"),
-        ({VIRTUAL: 2}, "--num-virtual-stages-per-pipeline-rank 2 needs a pipeline"),
     ],
 )
 def test_every_rank_refuses(deep: Path, tmp_path: Path, ranks, flags: dict, words: str) -> None:

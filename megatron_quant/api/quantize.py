@@ -22,8 +22,9 @@ from megatron_quant.ckpt.verify import Report, verify
 from megatron_quant.ckpt.writer import export
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluate.metrics import Sums
-from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
-from megatron_quant.layers.kv_cache import CachedTensor, attach_kv_cache
+from megatron_quant.layers.install import ExpertScales, QuantLayer
+from megatron_quant.layers.kv_cache import CachedTensor
+from megatron_quant.mcore.attach import attach_model
 from megatron_quant.mcore.evaluate import evaluate_model
 from megatron_quant.mcore.load import Model, load_model
 from megatron_quant.mcore.locate import local_params
@@ -63,8 +64,9 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
             inputs.checkpoint, job.architecture, job.layout, groups, job.dtype, progress
         )
     assert model.layout == job.layout, "the plan's owners are not where Megatron put the ranks"
+    scales = ExpertScales(options.expert_scales)
     with phases.time("attach"):
-        layers, cached = together(groups, lambda: _attach(options, job, model))
+        layers, cached = together(groups, lambda: attach_model(model, job.quant, scales))
     calibration, kv_amax = _calibrate(options, inputs, model, layers, cached, phases)
     quantized = [*layers, *cached]
     fake_quant = _evaluate(inputs, model, quantized, phases) if inputs.windows else None
@@ -82,18 +84,6 @@ def statistics(model: Model) -> list[tuple[str, tuple[int, ...], float]]:
         for name, amax in chunk.named_buffers()
         if name.endswith("_amax")
     ]
-
-
-def _attach(
-    options: QuantizeOptions, job: Job, model: Model
-) -> tuple[list[QuantLayer], list[CachedTensor]]:
-    layers: list[QuantLayer] = []
-    cached: list[CachedTensor] = []
-    for number, chunk in enumerate(model.chunks):
-        weights = [local.weight for local in model.local if local.chunk == number]
-        layers += attach(chunk, job.quant, weights, ExpertScales(options.expert_scales))
-        cached += attach_kv_cache(chunk, job.quant, weights)
-    return layers, cached
 
 
 def _calibrate(

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from torch import nn
 
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.reader import Checkpoint, fill
@@ -68,7 +69,7 @@ def wrap_model(
     Collective. Raises ArchitectureError where the model's parameters are not the table's.
     """
     params = architecture.params(hf_config)
-    chunks = (module,) if isinstance(module, GPTModel) else tuple(module)
+    chunks = (module,) if isinstance(module, nn.Module) else tuple(module)
     layout = megatron_layout(groups, num_experts(params), chunks)
     local = local_params(params, layout, groups.rank)
     together(groups, lambda: check_model(chunks, local))

@@ -29,9 +29,10 @@ def run(
 
     Collective over the ranks that hold the model; data-parallel ranks give equally many batches.
     Each is one microbatch of Megatron's own schedule. With virtual stages that wants at least as
-    many as the pipeline has stages: where there are fewer the first ones run again.
+    many as the pipeline has stages: where there are fewer the first ones run again. Stages of a
+    model whose config lacks ``variable_seq_lengths`` take batches of one shape alone.
     """
-    chunks = [model] if isinstance(model, GPTModel) else list(model)
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     if not batches:
         return []
     fed = _enough(batches, chunks)
@@ -42,8 +43,8 @@ def run(
         data_iterator=feeds if len(chunks) > 1 else feeds[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(fed),
-        seq_length=1,  # both are what variable_seq_lengths leaves open
-        micro_batch_size=1,
+        seq_length=fed[0].shape[1] + _padding(fed[0]),
+        micro_batch_size=fed[0].shape[0],
         forward_only=True,
         collect_non_loss_data=True,
     )
@@ -80,8 +81,8 @@ def _step(
     """
     ids_BS = next(batches)
     length = ids_BS.shape[1]
-    pad = -length % mpu.get_tensor_model_parallel_world_size()
-    ids = torch.nn.functional.pad(ids_BS, (0, pad)).to(next(chunk.parameters()).device)
+    padded = torch.nn.functional.pad(ids_BS, (0, _padding(ids_BS)))
+    ids = padded.to(next(chunk.parameters()).device)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
 
@@ -89,6 +90,10 @@ def _step(
         return collect(logits[:, :length])
 
     return chunk(ids, positions, mask.triu(1)), collected
+
+
+def _padding(ids_BS: torch.Tensor) -> int:
+    return -ids_BS.shape[1] % mpu.get_tensor_model_parallel_world_size()
 
 
 def forward(model: Chunks, ids_BS: torch.Tensor) -> torch.Tensor | None:

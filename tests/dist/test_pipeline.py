@@ -63,7 +63,7 @@ def export_all(source: Path, out: Path, flags: dict, cases: list[dict]) -> list[
 
 def save(name: str, directory: Path, **changes: object) -> Path:
     source = checkpoints.save(name, directory, **changes)
-    (source / "text.txt").write_text("Stages follow one another, and so do words. " * 3)
+    (source / "text.txt").write_text("Stages follow one another, and so do words. " * 4)  # 5 windows
     return source
 
 

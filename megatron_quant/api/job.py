@@ -17,7 +17,15 @@ from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
-from megatron_quant.models import Architecture, Param, check_layout, lookup, num_experts
+from megatron_quant.models import (
+    Architecture,
+    Param,
+    Pipeline,
+    check_layout,
+    lookup,
+    num_experts,
+    num_layers,
+)
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan
 from megatron_quant.recipes.resolve import resolve
@@ -58,7 +66,9 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     architecture = lookup(hf_config)
     params = architecture.params(hf_config)
     check_layout(hf_config, options.tp, options.ep, options.etp)
-    layout = Layout.simulate(world, options.tp, options.ep, options.etp, num_experts(params))
+    stages = _pipeline(options).stages(num_layers(params))
+    experts = num_experts(params)
+    layout = Layout.simulate(world, options.tp, options.ep, options.etp, experts, stages)
     return decide(options, Model(source, hf_config, architecture, params), layout)
 
 
@@ -112,6 +122,15 @@ def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
     shard_bytes = parse_size(options.max_shard_size)
     export = plan_export(job.params, quant, job.dialect, job.layout, job.dtype, shard_bytes)
     return replace(job, quant=quant, export=export)
+
+
+def _pipeline(options: QuantizeOptions) -> Pipeline:
+    return Pipeline(
+        options.pp,
+        options.num_virtual_stages_per_pipeline_rank,
+        options.num_layers_in_first_pipeline_stage,
+        options.num_layers_in_last_pipeline_stage,
+    )
 
 
 def _recipe(options: QuantizeOptions) -> Recipe:

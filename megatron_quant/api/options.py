@@ -9,6 +9,13 @@ import torch
 from megatron_quant.errors import ExportError, QuantError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_COUNTS = (
+    *("tp", "pp", "ep", "etp"),
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    *("calib_size", "calib_seq_length", "calib_batch_size"),
+)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -36,8 +43,12 @@ class QuantizeOptions:
     export_quant_cfg: str
     export_dir: Path | None = None
     tp: int = 1
+    pp: int = 1
     ep: int = 1
     etp: int = 1
+    num_virtual_stages_per_pipeline_rank: int = 1
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
     weight_only: bool = False
     expert_scales: str = "shared"
     calib_size: int = 512
@@ -64,10 +75,10 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         """Refuse counts below one; names are checked where they are resolved."""
-        for flag in ("tp", "ep", "etp", "calib_size", "calib_seq_length", "calib_batch_size"):
-            if getattr(self, flag) < 1:
-                name = flag.replace("_", "-")
-                raise QuantError(f"--{name} is {getattr(self, flag)}: give at least 1")
+        for flag in _COUNTS:
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise QuantError(f"--{flag.replace('_', '-')} is {value}: give at least 1")
         if self.keep_scales and self.dtype == "fp16":
             raise QuantError(
                 "--keep-scales goes with --dtype bf16 or fp32: fp16 does not hold small products "

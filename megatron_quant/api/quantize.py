@@ -1,6 +1,6 @@
 """The run itself: load, attach, calibrate, export, verify. Every rank calls :func:`quantize`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,14 @@ from megatron_quant.ckpt.verify import Report, verify
 from megatron_quant.ckpt.writer import Produce, export
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluate.metrics import Sums
-from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
-from megatron_quant.layers.kv_cache import CachedTensor, attach_kv_cache
+from megatron_quant.layers.install import ExpertScales, QuantLayer
+from megatron_quant.layers.kv_cache import CachedTensor
+from megatron_quant.mcore.attach import attach_model
 from megatron_quant.mcore.evaluate import evaluate_model
 from megatron_quant.mcore.keep import keep_scales
 from megatron_quant.mcore.load import Model, load_model
 from megatron_quant.mcore.locate import local_params
-from megatron_quant.mcore.run import forward
+from megatron_quant.mcore.run import run
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,15 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     _export(options, inputs, model, producer(model, layers, cached), scales, phases)
     with phases.time("verify"):
         verified = together(groups, lambda: _verify(options, job, groups))
-    return Outcome(job, calibration, kv_amax, statistics(model.module), fake_quant, verified)
+    return Outcome(job, calibration, kv_amax, statistics(model), fake_quant, verified)
 
 
-def statistics(module: torch.nn.Module) -> list[tuple[str, tuple[int, ...], float]]:
-    """State name, shape and largest value of every amax in the module."""
+def statistics(model: Model) -> list[tuple[str, tuple[int, ...], float]]:
+    """State name (global layer), shape and largest value of every amax that this rank holds."""
     return [
-        (name, tuple(amax.shape), float(amax.max()))
-        for name, amax in module.named_buffers()
+        (model.global_name(number, name), tuple(amax.shape), float(amax.max()))
+        for number, chunk in enumerate(model.chunks)
+        for name, amax in chunk.named_buffers()
         if name.endswith("_amax")
     ]
 
@@ -90,11 +92,11 @@ def statistics(module: torch.nn.Module) -> list[tuple[str, tuple[int, ...], floa
 def _attach(
     options: QuantizeOptions, inputs: Inputs, model: Model
 ) -> tuple[list[QuantLayer], list[CachedTensor]]:
-    job, weights = inputs.job, [local.weight for local in model.local]
-    layers = attach(model.module, job.quant, weights, ExpertScales(options.expert_scales))
+    scales = ExpertScales(options.expert_scales)
+    layers, cached = attach_model(model, inputs.job.quant, scales)
     if inputs.kept is not None:
         keep_scales(layers, model, inputs.kept)
-    return layers, attach_kv_cache(model.module, job.quant, weights)
+    return layers, cached
 
 
 def _calibrate(
@@ -110,13 +112,8 @@ def _calibrate(
         size = mpu.get_data_parallel_world_size()
         batches = shard(inputs.batches, mpu.get_data_parallel_rank(), size)
     with phases.bar("calibrate", len(batches)) as progress:
-
-        def forwards() -> Iterator[Callable[[], None]]:
-            for batch in batches:
-                yield partial(forward, model.module, batch)
-                progress(1)
-
-        steps = forwards()
+        # One call for all: a pipeline is full only while batches follow one another.
+        steps = iter([partial(run, model.chunks, batches, _drop, progress)])
         with watch(cached) as seen:
             report = calibrate(
                 layers,
@@ -131,6 +128,10 @@ def _calibrate(
         return report, calibrate_kv_cache(cached, inputs.job.quant, model.groups, seen)
 
 
+def _drop(logits: torch.Tensor) -> None:
+    """Calibration looks at inputs of layers alone."""
+
+
 def _evaluate(
     inputs: Inputs, model: Model, layers: list[QuantLayer | CachedTensor], phases: Phases
 ) -> Sums:
@@ -138,7 +139,7 @@ def _evaluate(
     vocab_size = inputs.job.hf_config["vocab_size"]
     with phases.bar("evaluate", -(-len(inputs.windows) // size)) as progress:
         return evaluate_model(
-            model.module, layers, inputs.windows, vocab_size, model.groups, progress
+            model.chunks, layers, inputs.windows, vocab_size, model.groups, progress
         )
 
 
@@ -182,7 +183,7 @@ def producer(
     def of_part(part: Part) -> Iterable[Produced]:
         if part.param.name in scales:
             return produce_cache_scale(part, scales[part.param.name].amax())
-        local = tensors[part.param.name].tensor(model.module)
+        local = model.tensor(tensors[part.param.name])
         if part.param.name not in amaxes:
             return produce(part, local)
         layer, index = amaxes[part.param.name]

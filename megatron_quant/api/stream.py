@@ -150,10 +150,12 @@ def _nbytes(parts: Iterable[Part]) -> int:
 
 
 def _check_flags(options: QuantizeOptions) -> None:
-    if (options.tp, options.ep, options.etp) != (1, 1, 1):
+    sizes = {name: getattr(options, name) for name in ("tp", "ep", "etp", "pp")}
+    if any(size > 1 for size in sizes.values()):
+        given = " ".join(f"--{name} {size}" for name, size in sizes.items() if size > 1)
         raise LayoutError(
-            f"--tp {options.tp} --ep {options.ep} --etp {options.etp} with --stream: there is no "
-            "model to cut, the ranks share its tensors; leave the three out"
+            f"{given} with --stream: there is no model to cut, the ranks share its tensors; leave "
+            "it out"
         )
     if options.keep_scales:
         raise QuantError("--keep-scales needs a model: leave --stream out, or use the verb export")

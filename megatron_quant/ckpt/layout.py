@@ -1,9 +1,11 @@
 """Where every rank of a model sits, and hence which piece of a logical parameter it holds."""
 
 from dataclasses import dataclass, field
+from math import lcm
 
 from megatron_quant.errors import LayoutError
-from megatron_quant.models.spec import Domain, Parallel, Param
+from megatron_quant.models.pipeline import Stages
+from megatron_quant.models.spec import Domain, Parallel, Param, Stage
 
 Replicas = tuple[tuple[int, ...], ...]
 """For each shard the ranks that hold it."""
@@ -25,6 +27,7 @@ class Layout:
 
     coords: by rank in the model's group.
     experts: experts per layer, 0 for a model without; split contiguously over ``ep_size``.
+    stages: the layers of every pipeline rank; empty where there is one, which holds all.
     """
 
     tp_size: int
@@ -32,27 +35,51 @@ class Layout:
     etp_size: int
     coords: tuple[Coord, ...]
     experts: int = 0
-    _held: dict[tuple[Domain, int, int], Replicas] = field(
+    stages: Stages = ()
+    _held: dict[tuple[Domain, int, int, tuple[int, ...]], Replicas] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     @staticmethod
-    def simulate(world: int, tp: int, ep: int, etp: int, experts: int = 0) -> "Layout":
+    def simulate(
+        world: int, tp: int, ep: int, etp: int, experts: int = 0, stages: Stages = ()
+    ) -> "Layout":
         """The layout that Megatron's default rank order gives ``world`` ranks.
 
-        Dense: ``rank = tp + tp_size * dp``; experts: ``rank = etp + etp_size * (ep + ep_size *
-        edp)`` (``RankGenerator`` of megatron.core.parallel_state, order "tp-cp-ep-dp-pp").
+        Dense: ``rank = tp + tp_size * (dp + dp_size * pp)``; experts: ``rank = etp + etp_size *
+        (ep + ep_size * (edp + edp_size * pp))`` (``RankGenerator`` of
+        megatron.core.parallel_state, order "tp-cp-ep-dp-pp").
 
         Raises LayoutError where a size does not divide the world or the experts.
         """
         _check_sizes(world, tp, ep, etp, experts)
-        coords = (Coord(r % tp, r // etp % ep, r % etp) for r in range(world))
-        return Layout(tp, ep, etp, tuple(coords), experts)
+        pp = len(stages) or 1
+        _check_pipeline(world, tp, ep * etp, pp)
+        coords = (Coord(r % tp, r // etp % ep, r % etp, r * pp // world) for r in range(world))
+        return Layout(tp, ep, etp, tuple(coords), experts, stages)
 
     @property
     def world(self) -> int:
         """Number of ranks."""
         return len(self.coords)
+
+    @property
+    def pp_size(self) -> int:
+        """Number of pipeline stages."""
+        return len(self.stages) or 1
+
+    def places(self, param: Param) -> tuple[tuple[int, int], ...]:
+        """The (pipeline rank, chunk of it) that hold the parameter, at most one of a rank."""
+        if not self.stages:
+            return ((0, 0),)
+        first, last = (0, 0), (self.pp_size - 1, len(self.stages[-1]) - 1)
+        if param.stage is not Stage.LAYER:
+            return {Stage.FIRST: (first,), Stage.LAST: (last,), Stage.ENDS: (first, last)}[
+                param.stage
+            ]
+        assert param.layer is not None, f"{param.name} has no layer, and names no stage"
+        chunks = ((pp, i, held) for pp, s in enumerate(self.stages) for i, held in enumerate(s))
+        return tuple((pp, chunk) for pp, chunk, held in chunks if param.layer in held)
 
     def shards(self, param: Param) -> int:
         """Into how many pieces the parameter (of one expert, if it is an expert's) is cut."""
@@ -61,23 +88,28 @@ class Layout:
         return self.tp_size if param.domain is Domain.DENSE else self.etp_size
 
     def shard_of(self, param: Param, rank: int) -> tuple[int, int] | None:
-        """``(shard_rank, shard_size)`` that ``rank`` holds; None if it lacks that expert."""
+        """``(shard_rank, shard_size)`` that ``rank`` holds; None if it holds nothing of it."""
         coord, size = self.coords[rank], self.shards(param)
         if param.domain is Domain.EXPERT and coord.ep != self._ep_of(param):
+            return None
+        if coord.pp not in dict(self.places(param)):
             return None
         return (_shard(coord, param.domain) if size > 1 else 0, size)
 
     def holders(self, param: Param) -> Replicas:
         """For each shard of the parameter the ranks that hold a replica of it, ascending."""
-        key = (param.domain, self._ep_of(param), self.shards(param))
+        stages = tuple(pp for pp, _ in self.places(param))
+        key = (param.domain, self._ep_of(param), self.shards(param), stages)
         if key not in self._held:
             self._held[key] = self._find_holders(*key)
         return self._held[key]
 
-    def _find_holders(self, domain: Domain, ep: int, size: int) -> Replicas:
+    def _find_holders(
+        self, domain: Domain, ep: int, size: int, stages: tuple[int, ...]
+    ) -> Replicas:
         shards: list[list[int]] = [[] for _ in range(size)]
         for rank, coord in enumerate(self.coords):
-            if domain is Domain.DENSE or coord.ep == ep:
+            if coord.pp in stages and (domain is Domain.DENSE or coord.ep == ep):
                 shards[_shard(coord, domain) if size > 1 else 0].append(rank)
         assert all(shards), f"no rank holds a shard of {domain.value} ep {ep}"
         return tuple(map(tuple, shards))
@@ -111,4 +143,13 @@ def _check_sizes(world: int, tp: int, ep: int, etp: int, experts: int) -> None:
     if experts and experts % ep:
         raise LayoutError(
             f"--ep {ep} does not divide the model's {experts} experts; choose a divisor of them"
+        )
+
+
+def _check_pipeline(world: int, tp: int, expert_ranks: int, pp: int) -> None:
+    stage = lcm(tp, expert_ranks)
+    if world % (stage * pp):
+        raise LayoutError(
+            f"--pp {pp} stages of {stage} ranks or a multiple of them do not fill the world size"
+            f" {world}; start a multiple of {stage * pp} ranks or choose another --pp"
         )

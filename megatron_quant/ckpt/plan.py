@@ -153,7 +153,7 @@ def _place(
         decision = quant.by_name[param.name]
         for source in param.sources:
             wanted.append((param, source, _scheme(schemes, source, decision)))
-    wanted += cache_tensors(quant, schemes.dialect)
+    wanted += cache_tensors(quant, schemes.dialect, params)
     units = [_drafts(source, scheme) for _, source, scheme in wanted]
     files = lay_out(units, max_shard_bytes)
     entry_of = {entry.name: entry for file in files for entry in file.entries}

@@ -52,8 +52,9 @@ examples:
   # what would happen, from config.json alone
   megatron-quant quantize --hf-model-id PATH --export-quant-cfg nvfp4 --dry-run
 
-The result does not depend on --tp, --ep and --etp: the same bytes come out at every layout.
-Ranks that tensor parallelism does not use are data parallel: they share the calibration data.
+The result does not depend on --tp, --pp, --ep and --etp: the same bytes come out at every layout.
+Ranks that tensor and pipeline parallelism do not use are data parallel: they share the calibration
+data.
 """
 
 
@@ -86,16 +87,35 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
         "NVFP4_DEFAULT_CFG or NVFP4_DEFAULT_CFG+FP8_KV_CFG",
     )
     group.add_argument("--tp", type=int, default=1, help="tensor-parallel size (default 1)")
+    group.add_argument("--pp", type=int, default=1, help="pipeline-parallel size (default 1)")
     group.add_argument("--ep", type=int, default=1, help="expert-parallel size (default 1)")
     group.add_argument(
         "--etp", type=int, default=1, help="tensor-parallel size of the experts (default 1)"
     )
+    _pipeline_flags(group)
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="bf16",
         help="of the model, and of what stays unquantized in the export (default bf16)",
     )
+
+
+def _pipeline_flags(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--num-virtual-stages-per-pipeline-rank",
+        type=int,
+        default=1,
+        metavar="N",
+        help="virtual pipeline stages of each pipeline rank (default 1: none)",
+    )
+    for end in ("first", "last"):
+        group.add_argument(
+            f"--num-layers-in-{end}-pipeline-stage",
+            type=int,
+            metavar="N",
+            help=f"layers of the {end} pipeline rank, where its share is not even",
+        )
 
 
 def _calibration_flags(p: argparse.ArgumentParser) -> None:
@@ -215,7 +235,8 @@ def _check_export_dir(options: QuantizeOptions) -> None:
 def _dry_run(options: QuantizeOptions) -> None:
     from megatron_quant.api.job import prepare
 
-    _print_plan(prepare(options, math.lcm(options.tp, options.ep * options.etp)), options)
+    world = math.lcm(options.tp, options.ep * options.etp) * options.pp
+    _print_plan(prepare(options, world), options)
 
 
 def _print_plan(job: "Job", options: QuantizeOptions) -> None:

@@ -1,9 +1,10 @@
-"""A Megatron GPTModel from a Hugging Face config: Transformer Engine's layer spec, any TP x EP."""
+"""A Megatron GPTModel from a Hugging Face config: Transformer Engine's layer spec, any layout."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -14,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_quant import cpu
 from megatron_quant.ckpt.layout import Layout
+from megatron_quant.mcore.parallel import virtual_size
 from megatron_quant.models import Architecture, padded_vocab
 
 
@@ -26,6 +28,7 @@ def transformer_config(
         "tensor_model_parallel_size": layout.tp_size,
         "expert_model_parallel_size": layout.ep_size,
         "expert_tensor_parallel_size": layout.etp_size,
+        **_pipeline(layout, dtype),
         # Megatron's own rule where tensor and expert parallelism meet.
         "sequence_parallel": layout.tp_size > 1,
         "params_dtype": dtype,
@@ -40,18 +43,52 @@ def transformer_config(
     return TransformerConfig(**settings)
 
 
+def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
+    """The settings that have Megatron deal the layers as ``layout`` does."""
+    if layout.pp_size == 1:
+        return {}
+    counts = [sum(map(len, chunks)) for chunks in layout.stages]
+    # Only ends that differ: with virtual stages Megatron divides by the number of the others.
+    ends = {end: counts[i] for end, i in (("first", 0), ("last", -1)) if counts[i] != counts[1]}
+    return {
+        "pipeline_model_parallel_size": layout.pp_size,
+        "virtual_pipeline_model_parallel_size": virtual_size(layout),
+        "pipeline_dtype": dtype,
+        "variable_seq_lengths": True,  # stages tell one another the shapes that they send
+        **{f"num_layers_in_{end}_pipeline_stage": count for end, count in ends.items()},
+    }
+
+
 def build_model(
     architecture: Architecture, hf_config: Mapping[str, Any], layout: Layout, dtype: torch.dtype
-) -> GPTModel:
-    """This rank's part of the model, in eval mode, its weights not yet filled."""
+) -> tuple[GPTModel, ...]:
+    """This rank's chunks of the model, in eval mode, their weights not yet filled.
+
+    One, but for virtual pipeline stages.
+    """
     model_parallel_cuda_manual_seed(0)
     config = transformer_config(architecture, hf_config, layout, dtype)
-    if config.num_moe_experts:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    else:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     arguments = architecture.gpt_config(hf_config)
     arguments["vocab_size"] = padded_vocab(arguments["vocab_size"], layout.tp_size)
-    model = GPTModel(config=config, transformer_layer_spec=spec, **arguments)
+    count, pp = virtual_size(layout) or 1, mpu.get_pipeline_model_parallel_rank()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device=device, dtype=dtype).eval()
+    chunks = []
+    for number in range(count):
+        vp_stage = number if count > 1 else None
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=_layers(config, vp_stage),
+            pre_process=pp == 0 and number == 0,
+            post_process=pp == layout.pp_size - 1 and number == count - 1,
+            vp_stage=vp_stage,
+            **arguments,
+        )
+        chunks.append(chunk.to(device=device, dtype=dtype).eval())
+    return tuple(chunks)
+
+
+def _layers(config: TransformerConfig, vp_stage: int | None) -> Any:
+    """The spec of the layers of one chunk."""
+    if config.num_moe_experts:
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)

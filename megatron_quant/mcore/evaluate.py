@@ -1,22 +1,22 @@
 """Perplexity of a live Megatron model, quantized as it is, and its divergence from unquantized."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.models.gpt import GPTModel
 
 from megatron_quant.calib.observe import unquantized
 from megatron_quant.dist import Groups, sum_reduce
 from megatron_quant.evaluate.metrics import NOTHING, Sums, nll_and_kl
 from megatron_quant.layers.install import QuantLayer
 from megatron_quant.layers.kv_cache import CachedTensor
-from megatron_quant.mcore.run import full_logits
+from megatron_quant.mcore.run import Chunks, run, whole
 
 
 @torch.no_grad()
 def evaluate_model(
-    model: GPTModel,
+    model: Chunks,
     layers: Sequence[QuantLayer | CachedTensor],
     windows: Sequence[torch.Tensor],
     vocab_size: int,
@@ -28,30 +28,37 @@ def evaluate_model(
     layers: all that is quantized, and so is off for the latter; cached keys and values too.
 
     Collective: data-parallel ranks share the windows, and each runs equally many forwards, as the
-    dispatch of experts needs. The result is equal on all ranks.
+    dispatch of experts needs. A window is one forward, as many as there are pipeline stages run at
+    a time. The result is equal on all ranks.
     """
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     counted = mpu.get_tensor_model_parallel_rank() == 0
+    own = list(range(rank, -(-len(windows) // size) * size, size))
+    stages = mpu.get_pipeline_model_parallel_world_size()
     total = NOTHING
-    for first in range(0, len(windows), size):
-        window = windows[(first + rank) % len(windows)]
-        sums = _window(model, layers, window, vocab_size)
-        if counted and first + rank < len(windows):
-            total += sums
-        progress(1)
+    for few in (own[i : i + stages] for i in range(0, len(own), stages)):
+        found = _windows(model, layers, [windows[i % len(windows)] for i in few], vocab_size)
+        for index, sums in zip(few, found, strict=False):  # none before the last stage
+            if counted and index < len(windows):
+                total += sums
+        progress(len(few))
     flat = torch.tensor([total.nll, total.kl, total.tokens], dtype=torch.float64)
     nll, kl, tokens = sum_reduce(flat, groups).tolist()
     return Sums(nll, kl, int(tokens))
 
 
-def _window(
-    model: GPTModel,
+def _windows(
+    model: Chunks,
     layers: Sequence[QuantLayer | CachedTensor],
-    window: torch.Tensor,
+    windows: Sequence[torch.Tensor],
     vocab_size: int,
-) -> Sums:
-    ids, labels = window[None, :-1], window[1:]
-    logits = full_logits(model, ids, vocab_size)[0]
+) -> list[Sums]:
+    """Of each window, on ranks of the last pipeline stage; empty on others."""
+    ids = [window[None, :-1] for window in windows]
+    logits = run(model, ids, partial(whole, vocab_size=vocab_size))
     with unquantized(layers):
-        reference = full_logits(model, ids, vocab_size)[0]
-    return nll_and_kl(logits, reference, labels.to(logits.device))
+        references = run(model, ids, partial(whole, vocab_size=vocab_size))
+    return [
+        nll_and_kl(own[0], reference[0], window[1:].to(own.device))
+        for own, reference, window in zip(logits, references, windows[: len(logits)], strict=True)
+    ]

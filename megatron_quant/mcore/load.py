@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from torch import nn
 
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.reader import Weights, fill
@@ -13,7 +14,7 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import amax
 from megatron_quant.mcore.build import build_model
-from megatron_quant.mcore.locate import LocalParam, check_model, local_params
+from megatron_quant.mcore.locate import LAYER, LocalParam, check_model, local_params
 from megatron_quant.mcore.parallel import megatron_layout, shards, start_megatron
 from megatron_quant.models import Architecture, copies, num_experts
 from megatron_quant.models.spec import Copy, Param
@@ -23,29 +24,57 @@ from megatron_quant.models.spec import Copy, Param
 class Model:
     """A live Megatron model with the meaning of its parameters.
 
-    params: the logical parameters of the whole model; local: this rank's shards of them.
+    chunks: this rank's part of it, as Megatron's schedules take it: one GPTModel, or several where
+    the pipeline has virtual stages. params: the logical parameters of the whole model; local: this
+    rank's shards of them.
     """
 
-    module: GPTModel
+    chunks: tuple[GPTModel, ...]
     params: tuple[Param, ...]
     local: tuple[LocalParam, ...]
     layout: Layout
     groups: Groups
 
+    @property
+    def module(self) -> GPTModel:
+        """The only chunk of a rank without virtual stages."""
+        (module,) = self.chunks
+        return module
+
+    def tensor(self, local: LocalParam) -> torch.Tensor:
+        """The live parameter of one of ``local``."""
+        return local.tensor(self.chunks[local.chunk])
+
+    def global_name(self, chunk: int, name: str) -> str:
+        """The name, in the whole model, of what a chunk calls ``name``: its layer is the model's.
+
+        Experts keep the numbers that the rank gives them.
+        """
+        if not self.layout.stages:
+            return name
+        held = self.layout.stages[self.layout.coords[self.groups.rank].pp][chunk]
+        return LAYER.sub(lambda match: str(held[int(match[0])]), name, count=1)
+
 
 def wrap_model(
-    module: GPTModel, architecture: Architecture, hf_config: Mapping[str, Any], groups: Groups
+    module: GPTModel | Sequence[GPTModel],
+    architecture: Architecture,
+    hf_config: Mapping[str, Any],
+    groups: Groups,
 ) -> Model:
     """A GPTModel that lives in Megatron's present process groups, as this library sees it.
+
+    module: this rank's part of it; its chunks in order where it has virtual pipeline stages.
 
     Collective. Raises ArchitectureError where the model's parameters are not the table's.
     """
     params = architecture.params(hf_config)
-    layout = megatron_layout(groups, num_experts(params))
+    chunks = (module,) if isinstance(module, nn.Module) else tuple(module)
+    layout = megatron_layout(groups, num_experts(params), chunks)
     local = local_params(params, layout, groups.rank)
-    together(groups, lambda: check_model(module, local))
+    together(groups, lambda: check_model(chunks, local))
     return Model(
-        module, params, tuple(local), layout, replace(groups, shards=shards(groups.device))
+        chunks, params, tuple(local), layout, replace(groups, shards=shards(groups.device))
     )
 
 
@@ -63,8 +92,8 @@ def load_model(
     Raises CheckpointError, on every rank alike, for a weight that is not finite in ``dtype``.
     """
     start_megatron(layout)
-    module = build_model(architecture, checkpoint.config, layout, dtype)
-    model = wrap_model(module, architecture, checkpoint.config, groups)
+    chunks = build_model(architecture, checkpoint.config, layout, dtype)
+    model = wrap_model(chunks, architecture, checkpoint.config, groups)
     together(groups, lambda: _fill(model, checkpoint, progress))
     return model
 
@@ -72,7 +101,7 @@ def load_model(
 @torch.no_grad()
 def _fill(model: Model, checkpoint: Weights, progress: Callable[[int], None]) -> None:
     for local in model.local:
-        tensor = local.tensor(model.module)
+        tensor = model.tensor(local)
         tensor.zero_()  # rows that pad the vocabulary stay zero
         pieces = copies(local.param, local.shard_rank, local.shard_size)
         fill(tensor, pieces, checkpoint)

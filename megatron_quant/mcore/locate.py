@@ -11,20 +11,28 @@ from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.regions import regions
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.layers.install import LocalWeight
-from megatron_quant.models.spec import Domain, Param
+from megatron_quant.models.spec import Domain, Param, Stage
+
+LAYER = re.compile(r"(?<=\blayers\.)\d+")
+"""The number of a layer in the name of what it owns."""
 
 
 @dataclass(frozen=True)
 class LocalParam:
-    """This rank's shard ``shard_rank`` of ``shard_size`` of ``param``, as the model names it."""
+    """This rank's shard ``shard_rank`` of ``shard_size`` of ``param``.
+
+    name: as the rank's chunk number ``chunk`` of the model has it, which counts its own layers and
+    experts from 0.
+    """
 
     param: Param
     name: str
     shard_rank: int
     shard_size: int
+    chunk: int = 0
 
     def tensor(self, model: nn.Module) -> torch.Tensor:
-        """The live parameter."""
+        """The live parameter, of the chunk that holds it."""
         return model.get_parameter(self.name)
 
     @property
@@ -41,22 +49,38 @@ def local_params(params: Sequence[Param], layout: Layout, rank: int) -> list[Loc
 
 
 def _local_params(params: Sequence[Param], layout: Layout, rank: int) -> Iterator[LocalParam]:
+    pp = layout.coords[rank].pp
     first: dict[str, int] = {}  # module -> the lowest global expert that the rank holds
     for param in params:
         shard = layout.shard_of(param, rank)
         if shard is None:
             continue
-        name = param.name
+        chunk = dict(layout.places(param))[pp]
+        name = _name_in_chunk(param, layout, pp, chunk)
         if param.domain is Domain.EXPERT:
             assert param.expert is not None
             local = param.expert - first.setdefault(param.module, param.expert)
             name = re.sub(r"\d+$", str(local), name)
-        yield LocalParam(param, name, *shard)
+        yield LocalParam(param, name, *shard, chunk)
 
 
-def check_model(model: nn.Module, local: Sequence[LocalParam]) -> None:
-    """Raise ArchitectureError unless the model's parameters are exactly ``local``."""
-    named = {name for name, _ in model.named_parameters()}
+def _name_in_chunk(param: Param, layout: Layout, pp: int, chunk: int) -> str:
+    if param.stage is Stage.ENDS and pp > 0:
+        return "output_layer.weight"  # the last stage has the embedding as its output layer alone
+    if param.layer is None or not layout.stages:
+        return param.name
+    number = layout.stages[pp][chunk].index(param.layer)
+    return LAYER.sub(str(number), param.name, count=1)
+
+
+def check_model(chunks: Sequence[nn.Module], local: Sequence[LocalParam]) -> None:
+    """Raise ArchitectureError unless the parameters of this rank's chunks are exactly ``local``."""
+    for number, chunk in enumerate(chunks):
+        _check_chunk(chunk, [p for p in local if p.chunk == number])
+
+
+def _check_chunk(chunk: nn.Module, local: Sequence[LocalParam]) -> None:
+    named = {name for name, _ in chunk.named_parameters()}
     expected = {p.name for p in local}
     if extra := sorted(named - expected):
         raise ArchitectureError(

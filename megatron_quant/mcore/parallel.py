@@ -1,10 +1,12 @@
 """Process groups: starting torch.distributed, Megatron's groups, and what every rank holds."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
 
 from megatron_quant.ckpt.layout import Coord, Layout
 from megatron_quant.dist import Groups, Shards, gather
@@ -40,7 +42,15 @@ def start_megatron(layout: Layout) -> None:
         tensor_model_parallel_size=layout.tp_size,
         expert_model_parallel_size=layout.ep_size,
         expert_tensor_parallel_size=layout.etp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=virtual_size(layout),
     )
+
+
+def virtual_size(layout: Layout) -> int | None:
+    """Chunks of each pipeline rank, as Megatron takes it: None for one."""
+    chunks = len(layout.stages[0]) if layout.stages else 1
+    return chunks if chunks > 1 else None
 
 
 def _runs_at(layout: Layout) -> bool:
@@ -48,13 +58,15 @@ def _runs_at(layout: Layout) -> bool:
         layout.tp_size,
         layout.ep_size,
         layout.etp_size,
-        1,
+        layout.pp_size,
+        virtual_size(layout),
         1,
     ) == (
         mpu.get_tensor_model_parallel_world_size(),
         mpu.get_expert_model_parallel_world_size(),
         mpu.get_expert_tensor_parallel_world_size(),
         mpu.get_pipeline_model_parallel_world_size(),
+        mpu.get_virtual_pipeline_model_parallel_world_size(),
         mpu.get_context_parallel_world_size(),
     )
 
@@ -67,20 +79,26 @@ def shards(device: str) -> Shards:
     )
 
 
-def megatron_layout(groups: Groups, experts: int) -> Layout:
+def megatron_layout(groups: Groups, experts: int, chunks: Sequence[GPTModel]) -> Layout:
     """The layout that Megatron's groups have: every rank says where it is. Collective.
 
-    experts: experts a layer, 0 for a model without.
+    experts: experts a layer, 0 for a model without. chunks: this rank's part of the model, which
+    says what layers it holds.
     """
+    layers = tuple(tuple(x.layer_number - 1 for x in chunk.decoder.layers) for chunk in chunks)
     here = Coord(
         tp=mpu.get_tensor_model_parallel_rank(),
         ep=mpu.get_expert_model_parallel_rank(),
         etp=mpu.get_expert_tensor_parallel_rank(),
+        pp=mpu.get_pipeline_model_parallel_rank(),
     )
+    said = gather((here, layers), groups)
+    stages = {coord.pp: held for coord, held in said}
     return Layout(
         tp_size=mpu.get_tensor_model_parallel_world_size(),
         ep_size=mpu.get_expert_model_parallel_world_size(),
         etp_size=mpu.get_expert_tensor_parallel_world_size(),
-        coords=tuple(gather(here, groups)),
+        coords=tuple(coord for coord, _ in said),
         experts=experts,
+        stages=tuple(stages[pp] for pp in range(len(stages))) if len(stages) > 1 else (),
     )

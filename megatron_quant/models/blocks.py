@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_quant.models.decoder import Decoder, Experts
-from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source
+from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
 
 
 def _linear(name: str, modules: tuple[str, ...], shapes: tuple[tuple[int, int], ...]) -> Param:
@@ -32,7 +32,8 @@ def embedding(decoder: Decoder) -> Param:
     shape = (decoder.vocab, decoder.hidden)
     source = Source("model.embed_tokens.weight", shape)
     name = "embedding.word_embeddings.weight"
-    return Param(name, (source,), shape, Role.EMBEDDING, Parallel.COLUMN)
+    stage = Stage.ENDS if decoder.tied else Stage.FIRST
+    return Param(name, (source,), shape, Role.EMBEDDING, Parallel.COLUMN, stage=stage)
 
 
 def attention(decoder: Decoder, layer: int) -> Iterator[Param]:
@@ -90,11 +91,13 @@ def _of_expert(param: Param, expert: int) -> Param:
 
 def head(decoder: Decoder) -> Iterator[Param]:
     """Last norm, and the output layer [vocab, hidden] unless it is the embedding."""
-    yield _norm("decoder.final_layernorm.weight", "model.norm", decoder.hidden)
+    norm = _norm("decoder.final_layernorm.weight", "model.norm", decoder.hidden)
+    yield replace(norm, stage=Stage.LAST)
     if not decoder.tied:
         shape = (decoder.vocab, decoder.hidden)
         sources = (Source("lm_head.weight", shape),)
-        yield Param("output_layer.weight", sources, shape, Role.OUTPUT, Parallel.COLUMN)
+        output = Param("output_layer.weight", sources, shape, Role.OUTPUT, Parallel.COLUMN)
+        yield replace(output, stage=Stage.LAST)
 
 
 def parameters(decoder: Decoder) -> Iterator[Param]:

@@ -25,6 +25,15 @@ class Domain(Enum):
     EXPERT = "expert"  # expert parallel (ep) x expert tensor parallel (etp)
 
 
+class Stage(Enum):
+    """Which stages of a pipeline hold the parameter."""
+
+    LAYER = "layer"  # the one that has its layer
+    FIRST = "first"
+    LAST = "last"
+    ENDS = "ends"  # the first and the last: an embedding that is the output layer too
+
+
 class Role(Enum):
     """What the parameter is; only ``LINEAR`` ones are ever quantized."""
 
@@ -85,6 +94,7 @@ class Param:
         another (q, k, v per query group; gate, up per rank: ``groups`` is 0 for one a rank).
     shape: logical (unsharded) shape, without vocabulary padding.
     layer, expert: global indices; None where there is none.
+    stage: where a pipeline keeps it; what has no layer says another than ``LAYER``.
     """
 
     name: str
@@ -96,11 +106,17 @@ class Param:
     groups: int = 0
     layer: int | None = None
     expert: int | None = None
+    stage: Stage = Stage.LAYER
 
     @property
     def module(self) -> str:
         """The Megatron module that owns the parameter (the name without its last part)."""
         return self.name.rpartition(".")[0]
+
+
+def num_layers(params: Iterable[Param]) -> int:
+    """Layers of the model."""
+    return max((p.layer + 1 for p in params if p.layer is not None), default=0)
 
 
 def num_experts(params: Iterable[Param]) -> int:

@@ -82,7 +82,8 @@ def test_weight_only_drops_the_inputs(model: Path) -> None:
 def test_any_layout_without_its_ranks(model: Path) -> None:
     one, planned_one = dry_run(model).out.split("planned in ")
     four, planned_four = dry_run(model, "--tp", "4", "--ep", "2").out.split("planned in ")
-    assert one == four
+    stages, _ = dry_run(model, "--pp", "2", "--tp", "2").out.split("planned in ")
+    assert one == four == stages
     line = r"^bytes a rank writes, of {}: [\d.]+ KB to [\d.]+ KB \(imbalance ([\d.]+)\)$"
     assert re.search(line.format(1).replace(r"([\d.]+)", "1.000"), planned_one, re.MULTILINE)
     found = re.search(line.format(4), planned_four, re.MULTILINE)
@@ -94,6 +95,11 @@ def test_any_layout_without_its_ranks(model: Path) -> None:
     ("flags", "words"),
     [
         (["--tp", "3"], "--tp 3 does not divide the attention heads (8); use one of 1, 2, 4, 8"),
+        (
+            ["--pp", "3"],
+            "--pp 3 is more stages than the model has layers (2); give at most as many",
+        ),
+        (["--pp", "0"], "--pp is 0: give at least 1"),
         (["--export-quant-cfg", "fp9"], "choose one of fp8, fp8_attention_nvfp4_mlp"),
         (["--hf-model-id", "/no/such"], "/no/such does not exist; give a checkpoint directory"),
         (["--max-shard-size", "big"], "--max-shard-size 'big' is no size: write it as 5GB"),

@@ -9,7 +9,9 @@ import pytest
 from tests.dist.command import command
 
 FLAGS = (
-    *("hf-model-id", "export-quant-cfg", "tp", "ep", "etp", "dtype", "weight-only"),
+    *("hf-model-id", "export-quant-cfg", "tp", "pp", "ep", "etp", "dtype", "weight-only"),
+    *("num-virtual-stages-per-pipeline-rank", "num-layers-in-first-pipeline-stage"),
+    *("num-layers-in-last-pipeline-stage",),
     *("expert-scales", "calib-size", "calib-seq-length", "calib-batch-size", "calib-dataset"),
     *("cold-experts", "export-dir", "export-format", "max-shard-size", "overwrite", "dry-run"),
     *("io-threads", "fsync", "resume"),

@@ -54,7 +54,7 @@ def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
         quant, kept = keeping(job.quant, checkpoint)
         job = replanned(job, quant, options)
     check_not_source(options.export_dir, job.source)
-    carried, origin = carry_over(job.source), origin_of(options, job)
+    carried, origin = carry_over(job.source), origin_of(job)
     files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
     check_target(options.export_dir, files, existing, job.export)
     windows = []

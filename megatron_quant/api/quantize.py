@@ -12,10 +12,10 @@ from megatron_quant.api.inputs import Inputs, open_inputs
 from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
+from megatron_quant.api.target import statistics_digest
 from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
 from megatron_quant.calib.kv_cache import calibrate_kv_cache, run_rest, watch
-from megatron_quant.ckpt.origin import digest_of
 from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.produce import Produced, produce
 from megatron_quant.ckpt.produce_cache import produce_cache_scale
@@ -72,7 +72,7 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     calibration, kv_amax = _calibrate(options, inputs, model, layers, cached, phases)
     quantized = [*layers, *cached]
     fake_quant = _evaluate(inputs, model, quantized, phases) if inputs.windows else None
-    scales = digest_of([calibration.weight_amax, calibration.input_amax, kv_amax])
+    scales = statistics_digest(options, calibration.weight_amax, calibration.input_amax, kv_amax)
     _export(options, inputs, model, producer(model, layers, cached), scales, phases)
     with phases.time("verify"):
         verified = together(groups, lambda: _verify(options, job, groups))

@@ -9,10 +9,9 @@ from megatron_quant.api.job import Job, Model, decide
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
 from megatron_quant.api.stream_inputs import calibrate_inputs, save_amaxes
-from megatron_quant.api.target import check_not_source, existing_of, origin_of
+from megatron_quant.api.target import check_not_source, existing_of, origin_of, statistics_digest
 from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.origin import digest_of
 from megatron_quant.ckpt.pipeline import WriteOptions
 from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
@@ -87,7 +86,7 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
     source = Source(checkpoint, job.dtype)
     found, amaxes = _weight_amaxes(options, job, source, groups, phases)
     producer = Producer(source, job.quant, amaxes, inputs.scales if inputs else {})
-    _export(options, job, groups, producer, _with_statistics(files, found, inputs), phases)
+    _export(options, job, groups, producer, _with_statistics(files, options, found, inputs), phases)
     with phases.time("verify"):
         verified = together(groups, lambda: _verify(options, job, groups))
     if inputs is not None and groups.rank == 0:
@@ -96,11 +95,14 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
 
 
 def _with_statistics(
-    files: Companions, weights: Mapping[str, float], inputs: InputAmaxes | None
+    files: Companions,
+    options: QuantizeOptions,
+    weights: Mapping[str, float],
+    inputs: InputAmaxes | None,
 ) -> Companions:
-    """With a digest of all scales: an unfinished export is not continued with others."""
+    """With a digest of what was found."""
     of_inputs = {n: float(a) for n, a in inputs.scales.items()} if inputs else {}
-    statistics = digest_of([dict(weights), of_inputs])
+    statistics = statistics_digest(options, dict(weights), of_inputs)
     return replace(files, origin=replace(files.origin, statistics=statistics))
 
 
@@ -123,7 +125,7 @@ def _companions(options: QuantizeOptions, job: Job) -> Companions:
     """The files beside the weights; the target is checked."""
     assert options.export_dir is not None
     check_not_source(options.export_dir, job.source)
-    carried, origin = carry_over(job.source), origin_of(options, job)
+    carried, origin = carry_over(job.source), origin_of(job)
     files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
     check_target(options.export_dir, files, _existing(options), job.export)
     return files

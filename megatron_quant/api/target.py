@@ -29,10 +29,17 @@ def check_not_source(export_dir: Path, source: Path) -> None:
         )
 
 
-def origin_of(options: QuantizeOptions, job: Job) -> Origin:
-    """What decides an export's bytes, alike through a model and without one.
+def origin_of(job: Job) -> Origin:
+    """What an export is made of, alike through a model and without one.
 
     Raises CheckpointError where the source cannot be read.
     """
-    decided = [recipe_digest(job.recipe), options.expert_scales, options.keep_scales]
-    return Origin(digest_of(decided), source_digest(job.source))
+    return Origin(recipe_digest(job.recipe), source_digest(job.source))
+
+
+def statistics_digest(options: QuantizeOptions, *found: object) -> str:
+    """Digest of the scales that were found, and of the flags that say how they become an export's.
+
+    An unfinished export is not continued with others.
+    """
+    return digest_of([options.expert_scales, options.keep_scales, *found])

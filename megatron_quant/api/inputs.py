@@ -8,9 +8,11 @@ import torch
 
 from megatron_quant.api.job import Job, prepare
 from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.api.save import check_save_path
 from megatron_quant.calib.data import load_texts, token_batches
 from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
+from megatron_quant.ckpt.saved import Saved
 from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.writer import Existing, check_target
 from megatron_quant.errors import CheckpointError, ExportError
@@ -22,35 +24,43 @@ from megatron_quant.evaluate.tokenizer import load_tokenizer
 class Inputs:
     """A run's inputs, checked.
 
-    batches: token ids [B, S] each, empty where no input is quantized. windows: evaluation text,
-    int64 [T + 1] each.
+    checkpoint: of the weights; None where they come from a Megatron checkpoint. companions: None
+    where nothing is exported. batches: token ids [B, S] each, empty where no input is quantized.
+    windows: evaluation text, int64 [T + 1] each.
     """
 
     job: Job
-    checkpoint: Checkpoint
-    companions: Companions
+    checkpoint: Checkpoint | None
+    companions: Companions | None
     existing: Existing
     batches: list[torch.Tensor]
     windows: list[torch.Tensor]
 
 
-def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
-    """Check everything that a run of ``world`` ranks needs, the target directory included.
+def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None) -> Inputs:
+    """Check everything that a run of ``world`` ranks needs, the target directories included.
 
+    saved: what ``options.megatron_load_path`` holds.
     Raises the QuantError of whatever is wrong; nothing has been written then.
     """
-    assert options.export_dir is not None, "an export needs a directory"
-    job = prepare(options, world)
-    checkpoint = open_checkpoint(job.source)
-    checkpoint.check(job.params)
-    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carry_over(job.source))
+    job = prepare(options, world, saved)
+    checkpoint = None
+    if saved is None:
+        checkpoint = open_checkpoint(job.source)
+        checkpoint.check(job.params)
     existing = Existing.REPLACE if options.overwrite else Existing.REFUSE
-    _check_not_source(options.export_dir, job.source)
-    check_target(options.export_dir, files, existing)
+    files = None
+    if options.export_dir is not None:
+        assert job.dialect is not None
+        files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carry_over(job.source))
+        _check_not_source(options.export_dir, job.source)
+        check_target(options.export_dir, files, existing)
+    if options.megatron_save_path is not None:
+        check_save_path(options.megatron_save_path, existing)
     windows = []
     if options.eval_text:
         windows = read_windows(job.source, options.eval_text, options.calib_seq_length)
-    batches = _batches(options, job)
+    batches = _batches(options, job) if saved is None else []
     _check_ids([*batches, *windows], job)
     return Inputs(job, checkpoint, files, existing, batches, windows)
 

@@ -12,13 +12,14 @@ from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import Dialect
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
+from megatron_quant.ckpt.saved import EXPERT_SCALES, HF_FILES, Saved
 from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
-from megatron_quant.errors import LayoutError, RecipeError
+from megatron_quant.errors import CheckpointError, LayoutError, RecipeError
 from megatron_quant.models import Architecture, Param, check_layout, lookup, num_experts
 from megatron_quant.recipes.load import load_recipe
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.recipes.plan import QuantPlan, difference
 from megatron_quant.recipes.resolve import resolve
 from megatron_quant.recipes.schema import Recipe, weight_only, with_algorithm, with_kv_cache
 
@@ -27,7 +28,8 @@ from megatron_quant.recipes.schema import Recipe, weight_only, with_algorithm, w
 class Job:
     """A run that passed every check that needs no weights.
 
-    layout: as Megatron's default rank order gives it; export: the files, owners at that layout.
+    layout: as Megatron's default rank order gives it; dialect and export: the files, owners at
+    that layout, None where nothing is exported. expert_scales: whose weight amaxes experts have.
     """
 
     source: Path
@@ -36,40 +38,79 @@ class Job:
     params: tuple[Param, ...]
     recipe: Recipe
     quant: QuantPlan
-    dialect: Dialect
+    dialect: Dialect | None
     layout: Layout
     dtype: torch.dtype
-    export: ExportPlan
+    export: ExportPlan | None
+    expert_scales: str
 
 
-def prepare(options: QuantizeOptions, world: int) -> Job:
+def prepare(options: QuantizeOptions, world: int, saved: Saved | None = None) -> Job:
     """Check the flags against the model's config for ``world`` ranks; reads config.json only.
 
+    saved: what ``options.megatron_load_path`` holds.
     Raises the QuantError of whatever does not fit.
     """
-    source = resolve_source(options.hf_model_id)
+    source = _source(options, saved)
     hf_config = read_config(source)
     architecture = lookup(hf_config)
     params = architecture.params(hf_config)
     check_layout(hf_config, options.tp, options.ep, options.etp)
     layout = Layout.simulate(world, options.tp, options.ep, options.etp, num_experts(params))
-    recipe = _recipe(options)
+    recipe = _recipe(options, saved)
     quant = resolve(recipe, slots(params))
-    _check_samples(options, quant)
-    dialect = get_dialect(options.export_format)
-    check_serving(quant, params, dialect.name, options.serve_engine, options.serve_tp)
-    dialect.quantization_config(quant)  # refuses what it cannot say
+    if saved is not None and saved.recipe is not None:
+        _check_same(options, quant, resolve(saved.recipe, slots(params)))
+    _check_samples(options, quant, saved)
     dtype = DTYPES[options.dtype]
-    shard_bytes = parse_size(options.max_shard_size)
-    export = plan_export(params, quant, dialect, layout, dtype, shard_bytes)
+    dialect = export = None
+    if options.export_dir is not None or options.megatron_save_path is None:
+        dialect = get_dialect(options.export_format)
+        check_serving(quant, params, dialect.name, options.serve_engine, options.serve_tp)
+        dialect.quantization_config(quant)  # refuses what it cannot say
+        shard_bytes = parse_size(options.max_shard_size)
+        export = plan_export(params, quant, dialect, layout, dtype, shard_bytes)
+    scales = options.expert_scales or (saved.expert_scales if saved else EXPERT_SCALES[0])
     return Job(
-        source, hf_config, architecture, params, recipe, quant, dialect, layout, dtype, export
+        *(source, hf_config, architecture, params, recipe, quant, dialect, layout, dtype),
+        *(export, scales),
     )
 
 
-def _recipe(options: QuantizeOptions) -> Recipe:
+def _source(options: QuantizeOptions, saved: Saved | None) -> Path:
+    """Where config.json and the tokenizer are."""
+    if options.hf_model_id is not None:
+        return resolve_source(options.hf_model_id)
+    assert saved is not None
+    beside = saved.stored.path / HF_FILES
+    if not beside.is_dir():
+        raise CheckpointError(
+            f"{saved.stored.path} has no {HF_FILES} folder with config.json and the tokenizer: "
+            "say where they are with --hf-model-id"
+        )
+    return beside
+
+
+def _check_same(options: QuantizeOptions, quant: QuantPlan, saved: QuantPlan) -> None:
+    if other := difference(quant, saved):
+        raise RecipeError(
+            f"{options.megatron_load_path} was saved with recipe {saved.recipe!r}, in which {other} "
+            "is not what the flags ask for: leave out --export-quant-cfg and what changes it"
+        )
+
+
+def _recipe(options: QuantizeOptions, saved: Saved | None) -> Recipe:
     """The recipe as the other flags change it."""
-    recipe = load_recipe(options.export_quant_cfg)
+    if options.export_quant_cfg is not None:
+        recipe = load_recipe(options.export_quant_cfg)
+    elif saved is not None and saved.recipe is not None:
+        recipe = saved.recipe
+    else:
+        raise CheckpointError(
+            f"{options.megatron_load_path} does not say how it is quantized (it was saved without "
+            "megatron_quant): run quantize with --megatron-load-path, --hf-model-id and the recipe "
+            "in --export-quant-cfg"
+        )
     if options.weight_only:
         recipe = weight_only(recipe)
     if options.algorithm is not None:
@@ -84,9 +125,10 @@ def _recipe(options: QuantizeOptions) -> Recipe:
     return recipe
 
 
-def _check_samples(options: QuantizeOptions, quant: QuantPlan) -> None:
+def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
     """Padding would be routed and observed, and so make the statistics depend on the layout."""
-    if (options.eval_text or quant.needs_data) and options.calib_seq_length % options.tp:
+    calibrates = quant.needs_data and saved is None
+    if (options.eval_text or calibrates) and options.calib_seq_length % options.tp:
         raise LayoutError(
             f"--tp {options.tp} does not divide --calib-seq-length {options.calib_seq_length}: "
             "choose a multiple"

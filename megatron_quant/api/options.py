@@ -28,18 +28,20 @@ def parse_size(text: str) -> int:
 class QuantizeOptions:
     """One run of ``quantize``; every field is the flag of the same name.
 
-    Sizes of calibration are in samples and tokens. ``export_dir`` may be None for a dry run.
-    ``algorithm`` and ``export_kv_cache_quant`` replace what the recipe says; None leaves it.
+    Sizes of calibration are in samples and tokens. ``export_dir`` may be None for a dry run, and
+    with ``megatron_save_path``. ``algorithm`` and ``export_kv_cache_quant`` replace what the recipe
+    says; None leaves it. With ``megatron_load_path``, where weights and quantizers come from then,
+    ``hf_model_id``, ``export_quant_cfg`` and ``expert_scales`` may be None: what was saved with it.
     """
 
-    hf_model_id: str
-    export_quant_cfg: str
+    hf_model_id: str | None
+    export_quant_cfg: str | None
     export_dir: Path | None = None
     tp: int = 1
     ep: int = 1
     etp: int = 1
     weight_only: bool = False
-    expert_scales: str = "shared"
+    expert_scales: str | None = None
     calib_size: int = 512
     calib_seq_length: int = 512
     calib_batch_size: int = 4
@@ -55,6 +57,8 @@ class QuantizeOptions:
     export_kv_cache_quant: str | None = None
     serve_engine: str | None = None
     serve_tp: int | None = None
+    megatron_save_path: Path | None = None
+    megatron_load_path: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts below one; names are checked where they are resolved."""
@@ -62,6 +66,10 @@ class QuantizeOptions:
             if getattr(self, flag) < 1:
                 name = flag.replace("_", "-")
                 raise QuantError(f"--{name} is {getattr(self, flag)}: give at least 1")
+        if self.megatron_load_path is None and None in (self.hf_model_id, self.export_quant_cfg):
+            raise QuantError(
+                "quantize needs --hf-model-id and --export-quant-cfg, or --megatron-load-path"
+            )
         if not 0 < self.act_percentile <= 100:
             raise QuantError(
                 f"--act-percentile is {self.act_percentile:g}: give a percentage above 0, such as "

@@ -12,12 +12,14 @@ from megatron_quant.api.inputs import Inputs, open_inputs
 from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
+from megatron_quant.api.save import save_model
 from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
 from megatron_quant.calib.kv_cache import calibrate_kv_cache, run_rest, watch
 from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.produce import Produced, produce
 from megatron_quant.ckpt.produce_cache import produce_cache_scale
+from megatron_quant.ckpt.saved import Saved, describe
 from megatron_quant.ckpt.verify import Report, verify
 from megatron_quant.ckpt.writer import export
 from megatron_quant.dist import Groups, together
@@ -25,9 +27,11 @@ from megatron_quant.evaluate.metrics import Sums
 from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
 from megatron_quant.layers.kv_cache import CachedTensor, attach_kv_cache
 from megatron_quant.mcore.evaluate import evaluate_model
-from megatron_quant.mcore.load import Model, load_model
+from megatron_quant.mcore.load import Model, empty_model, load_model
 from megatron_quant.mcore.locate import local_params
+from megatron_quant.mcore.restore import open_saved, restore
 from megatron_quant.mcore.run import forward
+from megatron_quant.mcore.state import add_state
 
 
 @dataclass(frozen=True)
@@ -49,29 +53,63 @@ class Outcome:
 
 
 def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcome:
-    """Quantize a Hugging Face checkpoint into ``options.export_dir``.
+    """Quantize a Hugging Face checkpoint into ``options.export_dir``, or load one that is.
 
     Collective. Raises a QuantError, the same on every rank, before anything is written or with
     what was written removed.
     """
     with phases.time("plan"):
-        inputs = together(groups, lambda: open_inputs(options, groups.size))
+        saved = None
+        if options.megatron_load_path is not None:
+            saved = open_saved(options.megatron_load_path, groups)
+        inputs = together(groups, lambda: open_inputs(options, groups.size, saved))
     job = inputs.job
-    held = len(local_params(job.params, job.layout, groups.rank))
-    with phases.bar("load", held) as progress:
-        model = load_model(
-            inputs.checkpoint, job.architecture, job.layout, groups, job.dtype, progress
-        )
+    model = _model(inputs, groups, phases)
     assert model.layout == job.layout, "the plan's owners are not where Megatron put the ranks"
     with phases.time("attach"):
-        layers, cached = together(groups, lambda: _attach(options, job, model))
-    calibration, kv_amax = _calibrate(options, inputs, model, layers, cached, phases)
+        scales = ExpertScales(saved.expert_scales if saved else job.expert_scales)
+        layers, cached = together(groups, lambda: _attach(job, model, scales))
+    if saved is not None:
+        calibration, kv_amax = _restore(job, model, layers, cached, saved, phases)
+    else:
+        calibration, kv_amax = _calibrate(options, inputs, model, layers, cached, phases)
     quantized = [*layers, *cached]
     fake_quant = _evaluate(inputs, model, quantized, phases) if inputs.windows else None
-    _export(options, inputs, model, layers, cached, phases)
-    with phases.time("verify"):
-        verified = together(groups, lambda: _verify(options, job, groups))
+    if options.megatron_save_path is not None:
+        with phases.time("save"):
+            path, config = options.megatron_save_path, dict(job.hf_config)
+            save_model(model, path, job.source, config, groups)
+    verified = None
+    if options.export_dir is not None:
+        _export(options, inputs, model, layers, cached, phases)
+        with phases.time("verify"):
+            verified = together(groups, lambda: _verify(options, job, groups))
     return Outcome(job, calibration, kv_amax, statistics(model.module), fake_quant, verified)
+
+
+def _model(inputs: Inputs, groups: Groups, phases: Phases) -> Model:
+    """The model; its weights are those of the Hugging Face checkpoint, where there is one."""
+    job = inputs.job
+    if inputs.checkpoint is None:
+        return empty_model(job.architecture, job.hf_config, job.layout, groups, job.dtype)
+    held = len(local_params(job.params, job.layout, groups.rank))
+    with phases.bar("load", held) as progress:
+        return load_model(
+            inputs.checkpoint, job.architecture, job.layout, groups, job.dtype, progress
+        )
+
+
+def _restore(
+    job: Job,
+    model: Model,
+    layers: list[QuantLayer],
+    cached: list[CachedTensor],
+    saved: Saved,
+    phases: Phases,
+) -> tuple[CalibrationReport, dict[str, float]]:
+    with phases.time("load"):
+        restore(model, layers, cached, job.quant, saved, ExpertScales(job.expert_scales))
+    return CalibrationReport({}, {}, {}, ()), {}
 
 
 def statistics(module: torch.nn.Module) -> list[tuple[str, tuple[int, ...], float]]:
@@ -84,10 +122,12 @@ def statistics(module: torch.nn.Module) -> list[tuple[str, tuple[int, ...], floa
 
 
 def _attach(
-    options: QuantizeOptions, job: Job, model: Model
+    job: Job, model: Model, scales: ExpertScales
 ) -> tuple[list[QuantLayer], list[CachedTensor]]:
     weights = [local.weight for local in model.local]
-    layers = attach(model.module, job.quant, weights, ExpertScales(options.expert_scales))
+    layers = attach(model.module, job.quant, weights, scales)
+    description = describe(job.recipe, job.quant, job.expert_scales)
+    add_state(model.module, description, layers, weights)
     return layers, attach_kv_cache(model.module, job.quant, weights)
 
 
@@ -145,6 +185,7 @@ def _export(
     phases: Phases,
 ) -> None:
     plan = inputs.job.export
+    assert plan is not None and inputs.companions is not None
     own = sum(part.nbytes for part in plan.parts_of(model.groups.rank))
     with phases.bar("export", own) as progress:
         export(
@@ -188,6 +229,7 @@ def _verify(options: QuantizeOptions, job: Job, groups: Groups) -> Report | None
     if groups.rank:
         return None
     assert options.export_dir is not None
-    report = verify(options.export_dir, job.source)
+    against = job.source if options.megatron_load_path is None else None
+    report = verify(options.export_dir, against)
     report.raise_for_problems()
     return report

@@ -29,7 +29,8 @@ def summary(outcome: "Outcome", seconds: Mapping[str, float]) -> Iterator[str]:
         yield f"fake-quantized model: perplexity {sums.perplexity:.4f}, KL {sums.mean_kl:.5f}"
     if outcome.verified:
         yield f"verified: {len(outcome.verified.tensors)} tensors"
-    yield sizes_line(outcome.job.export)
+    if outcome.job.export:
+        yield sizes_line(outcome.job.export)
     yield "time: " + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
 
 
@@ -38,8 +39,6 @@ def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
     calibration, plan = outcome.calibration, outcome.job.export
     report: dict[str, Any] = {
         "recipe": outcome.job.quant.recipe,
-        "bytes_before": plan.bytes_before,
-        "bytes_after": plan.bytes_after,
         "seconds": dict(seconds),
         "weight_amax": dict(calibration.weight_amax),
         "input_amax": dict(calibration.input_amax),
@@ -47,6 +46,8 @@ def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
         "expert_tokens": dict(calibration.tokens),
         "cold_experts": list(calibration.cold),
     }
+    if plan:
+        report |= {"bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after}
     if outcome.fake_quant:
         sums = outcome.fake_quant
         report["fake_quant"] = {

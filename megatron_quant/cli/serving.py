@@ -1,4 +1,4 @@
-"""Flags that say which engine will read an export, shared by the verbs that write one."""
+"""Flags shared by the verbs that write an export: who reads it, and the layout of the ranks."""
 
 import argparse
 
@@ -22,6 +22,15 @@ def add_dialect(group: "argparse._ActionsContainer", default: str | None) -> Non
         required=default is None,
         help=f"who can read the export. {DIALECT_HELP}"
         + (f" (default {default})" if default else ""),
+    )
+
+
+def add_layout(group: "argparse._ActionsContainer") -> None:
+    """Add ``--tp``, ``--ep`` and ``--etp``."""
+    group.add_argument("--tp", type=int, default=1, help="tensor-parallel size (default 1)")
+    group.add_argument("--ep", type=int, default=1, help="expert-parallel size (default 1)")
+    group.add_argument(
+        "--etp", type=int, default=1, help="tensor-parallel size of the experts (default 1)"
     )
 
 

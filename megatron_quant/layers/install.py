@@ -19,6 +19,7 @@ from megatron_quant.layers.backend import (
     block_amax,
     quantizer_attributes,
     regions_of,
+    reset_block_amax,
     set_regions,
     split_stat,
 )
@@ -126,6 +127,16 @@ class QuantLayer:
             found = split_stat(own, self.regions, self.weight_format)
             return found[self.regions.index(region)]
         return torch.cat([own[start:stop] for start, stop in region.rows])  # a block has one row
+
+
+def set_expert_scales(layer: QuantLayer, scales: ExpertScales) -> None:
+    """Have the layer's experts share their weight amax or not; there is none then."""
+    assert layer.grouped, layer.name
+    quantizer = layer.module.weight_quantizer
+    quantizer.reset_amax()
+    reset_block_amax(quantizer)
+    axis = 0 if scales is ExpertScales.PER_EXPERT else None
+    quantizer.set_from_attribute_config(quantizer_attributes(layer.weight_format, axis))
 
 
 def attach(

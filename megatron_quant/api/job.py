@@ -94,8 +94,9 @@ def _source(options: QuantizeOptions, saved: Saved | None) -> Path:
 def _check_same(options: QuantizeOptions, quant: QuantPlan, saved: QuantPlan) -> None:
     if other := difference(quant, saved):
         raise RecipeError(
-            f"{options.megatron_load_path} was saved with recipe {saved.recipe!r}, in which {other} "
-            "is not what the flags ask for: leave out --export-quant-cfg and what changes it"
+            f"{options.megatron_load_path} was saved with recipe {saved.recipe!r}, which treats "
+            f"{other} in another way than the flags ask for: leave out --export-quant-cfg and the "
+            "flags that change it"
         )
 
 

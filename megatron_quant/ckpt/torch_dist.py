@@ -34,6 +34,8 @@ _TORCH_DCP = {
     "torch": ("Size", "device"),
     "collections": ("OrderedDict",),
     "builtins": ("set", "frozenset"),
+    "pathlib": ("Path", "PosixPath"),
+    "pathlib._local": ("Path", "PosixPath"),
     "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
 }
 

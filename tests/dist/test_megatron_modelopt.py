@@ -1,0 +1,80 @@
+"""State that ModelOpt itself saved is read: of the installed release, whichever it is."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from tests.dist import checkpoints, saved
+from tests.dist.command import command, quantize_argv
+from tests.dist.pool import Ranks
+
+SIZES = {"num_hidden_layers": 1, "num_experts": 4}
+EXPERTS = "decoder.layers.0.mlp.experts.experts"
+APART = tuple(map(int, version("nvidia-modelopt").split(".")[:2])) >= (0, 47)
+
+
+def saved_by_modelopt(source: Path, out: Path) -> None:
+    """One rank's model with ModelOpt's own classes, calibrated and saved by its verbs."""
+    import modelopt.torch.quantization as mtq
+    from megatron.core import dist_checkpointing
+    from megatron.core import parallel_state as mpu
+    from modelopt.torch.quantization.nn import QuantModule
+
+    from megatron_quant.ckpt.layout import Layout
+    from megatron_quant.ckpt.source import read_config
+    from megatron_quant.mcore.build import build_model
+    from megatron_quant.mcore.parallel import start_megatron
+    from megatron_quant.mcore.run import forward
+    from megatron_quant.models import lookup
+
+    hf_config = read_config(source)
+    layout = Layout.simulate(1, 1, 1, 1, 4)
+    start_megatron(layout)
+    model = build_model(lookup(hf_config), hf_config, layout, torch.bfloat16)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(std=0.05) if parameter.dim() > 1 else parameter.data.fill_(1)
+        if name.endswith("weight2"):
+            parameter.data.mul_(3)
+    ids = torch.arange(64).view(2, 32)
+    mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda m: forward(m, ids))
+    linear = model.decoder.layers[0].mlp.experts.linear_fc1
+    assert isinstance(linear, QuantModule)
+    assert not any("megatron_quant" in kind.__module__ for kind in type(linear).__mro__)
+    out.mkdir()
+    metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(out))
+
+
+def test_tensors_are_read_at_another_layout(tmp_path: Path, ranks: Ranks) -> None:
+    source = checkpoints.save("qwen3_moe", tmp_path / "source", **SIZES)
+    ranks(1, saved_by_modelopt, source, tmp_path / "theirs")
+    flags = {"export_quant_cfg": "fp8", "weight_only": None}
+    flags |= {"megatron_load_path": tmp_path / "theirs", "megatron_save_path": tmp_path / "ours"}
+    for ended in ranks(4, command, *quantize_argv(source, tmp_path / "out", **flags)):
+        assert ended.status == 0, ended.err
+    theirs, ours = (quantizers(tmp_path / name) for name in ("theirs", "ours"))
+    for linear in ("linear_fc1", "linear_fc2"):
+        name = f"{linear}.weight_quantizer._amax"
+        if APART:
+            own = [theirs.pop(f"{EXPERTS}.{expert}.{name}") for expert in range(4)]
+            assert len({amax.item() for amax in own}) > 1
+            theirs[f"{EXPERTS}.{name}"] = torch.stack(own)
+    assert len(theirs) == 8 and theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+
+
+def quantizers(path: Path) -> dict[str, torch.Tensor]:
+    return {k: t for k, t in saved.tensors(path).items() if "_quantizer." in k}
+
+
+def test_without_the_recipe(tmp_path: Path, ranks: Ranks) -> None:
+    source = checkpoints.save("qwen3_moe", tmp_path / "source", **SIZES)
+    ranks(1, saved_by_modelopt, source, tmp_path / "theirs")
+    argv = ["export", "--megatron-load-path", str(tmp_path / "theirs"), "--hf-model-id"]
+    argv += [str(source), "--export-dir", str(tmp_path / "out"), "--export-format", "modelopt"]
+    (ended,) = ranks(1, command, *argv)
+    assert ended.status == 1
+    assert "does not say how it is quantized" in ended.err and "--export-quant-cfg" in ended.err
+

@@ -12,6 +12,7 @@ from megatron.core.extensions.transformer_engine import (
     TEColumnParallelGroupedLinear,
     TERowParallelGroupedLinear,
 )
+from megatron.core.transformer.mlp import MLP
 from modelopt.torch.quantization.nn import QuantModuleRegistry
 from modelopt.torch.utils.distributed import ParallelState
 from torch import nn
@@ -111,6 +112,9 @@ def _register() -> None:
         if base in QuantModuleRegistry:
             QuantModuleRegistry.unregister(base)
         QuantModuleRegistry.register({base: key})(quantized)
+    # ModelOpt's sets singleton_local_shards in the caller's metadata, for all layers after it.
+    if MLP in QuantModuleRegistry:
+        QuantModuleRegistry.unregister(MLP)
 
 
 register_backend()

@@ -37,8 +37,8 @@ def save(model: nn.Module, directory: Path, groups: Groups) -> None:
     ``metadata.json``, which makes it a checkpoint, comes last. Raises ExportError, on every rank
     alike, for what the disk refuses.
     """
-    state = _sharded(model, singleton=False)
-    content = {"singleton_local_shards": False}
+    state = _sharded(model, singleton=True)  # as ModelOpt's layers always have it
+    content = {"singleton_local_shards": True}
     error: QuantError | None = None
     try:
         dist_checkpointing.save(state, str(directory), content_metadata=content)

@@ -104,13 +104,13 @@ def test_what_is_in_it(first: Path) -> None:
     }
     shapes = {k: tuple(t.shape) for k, t in saved.tensors(first / "fp8_block_mse.saved").items()}
     # gate and up of 352 rows have 3 rows of blocks each, and 128 columns one
-    assert shapes[f"{experts}.linear_fc1.weight_quantizer._block_amax"] == (4, 6, 1, 1)
-    assert shapes[f"{experts}.linear_fc2.weight_quantizer._block_amax"] == (4, 1, 3, 1)
+    assert shapes[f"{experts}.3.linear_fc1.weight_quantizer._block_amax"] == (6, 1, 1)
+    assert shapes[f"{experts}.3.linear_fc2.weight_quantizer._block_amax"] == (1, 3, 1)
     # q of 192 rows has 2, k and v of 96 rows one each
     qkv = f"{layer}.self_attention.linear_qkv.weight_quantizer._block_amax"
     assert shapes[qkv] == (4, 1, 1)
     apart = saved.tensors(first / "fp8_apart.saved")
-    assert apart[f"{experts}.linear_fc1.weight_quantizer._amax"].shape == (4, 1)
+    assert apart[f"{experts}.3.linear_fc1.weight_quantizer._amax"].shape == (1,)
     assert not any("_extra_state" in key for key in apart)
 
 
@@ -142,6 +142,17 @@ def test_scales_convert_both_ways(source: Path, first: Path, tmp_path: Path, ran
             for ended in ranks(2, command, *argv, "--expert-scales", scales, "--ep", "2"):
                 assert ended.status == 0, ended.err
             assert digests(out) == digests(wanted / name) != digests(there / name)
+
+
+def test_a_dense_model(tmp_path: Path, ranks: Ranks) -> None:
+    """Its gate and up rows, and their grids."""
+    source = checkpoints.save("qwen3", tmp_path / "source", num_hidden_layers=1, head_dim=24)
+    cases = {name: CASES[name] for name in ("nvfp4_mse", "fp8_block_mse")}
+    ranks(2, saved.quantize_all, source, tmp_path / "two", [2, 1, 1], cases)
+    dialects = {name: case["export_format"] for name, case in cases.items()}
+    ranks(1, saved.load_all, tmp_path / "two", tmp_path / "one", [1, 1, 1], dialects)
+    for name in cases:
+        assert digests(tmp_path / "one" / name) == digests(tmp_path / "two" / name)
 
 
 def test_quantize_loads_too(source: Path, first: Path, tmp_path: Path, ranks: Ranks) -> None:

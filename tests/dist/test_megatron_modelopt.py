@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,10 +15,9 @@ EXPERTS = "decoder.layers.0.mlp.experts.experts"
 APART = tuple(map(int, version("nvidia-modelopt").split(".")[:2])) >= (0, 47)
 
 
-def saved_by_modelopt(source: Path, out: Path) -> None:
-    """One rank's model with ModelOpt's own classes, calibrated and saved by its verbs."""
+def of_modelopt(source: Path) -> tuple[Any, dict[str, Any]]:
+    """One rank's model with ModelOpt's own classes, calibrated by its verbs, and its state."""
     import modelopt.torch.quantization as mtq
-    from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as mpu
     from modelopt.torch.quantization.nn import QuantModule
 
@@ -42,9 +42,31 @@ def saved_by_modelopt(source: Path, out: Path) -> None:
     linear = model.decoder.layers[0].mlp.experts.linear_fc1
     assert isinstance(linear, QuantModule)
     assert not any("megatron_quant" in kind.__module__ for kind in type(linear).__mro__)
-    out.mkdir()
     metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(out))
+    return model, model.sharded_state_dict(metadata=metadata)
+
+
+def saved_by_modelopt(source: Path, out: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    out.mkdir()
+    dist_checkpointing.save(of_modelopt(source)[1], str(out))
+
+
+def read_by_modelopt(source: Path, stored: Path) -> tuple[set[str], set[str], list[float]]:
+    """Keys that ModelOpt's model misses in ours and that it has not, and an expert's amaxes."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    model, state = of_modelopt(source)
+    state = {name: value for name, value in state.items() if "_extra_state" not in name}
+    loaded, missing, unexpected = dist_checkpointing.load(
+        state, str(stored), strict=StrictHandling.RETURN_ALL
+    )
+    model.load_state_dict(loaded, strict=False)
+    quantizer = model.decoder.layers[0].mlp.experts.linear_fc1.weight_quantizer
+    amaxes = [quantizer[i].amax for i in range(4)] if APART else [quantizer.amax]
+    return missing, unexpected, [amax.item() for amax in amaxes]
 
 
 def test_tensors_are_read_at_another_layout(tmp_path: Path, ranks: Ranks) -> None:
@@ -58,15 +80,29 @@ def test_tensors_are_read_at_another_layout(tmp_path: Path, ranks: Ranks) -> Non
     for linear in ("linear_fc1", "linear_fc2"):
         name = f"{linear}.weight_quantizer._amax"
         if APART:
-            own = [theirs.pop(f"{EXPERTS}.{expert}.{name}") for expert in range(4)]
-            assert len({amax.item() for amax in own}) > 1
-            theirs[f"{EXPERTS}.{name}"] = torch.stack(own)
-    assert len(theirs) == 8 and theirs.keys() == ours.keys()
+            assert len({theirs[f"{EXPERTS}.{expert}.{name}"].item() for expert in range(4)}) > 1
+    assert len(theirs) == (14 if APART else 8) and theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
 
 
 def quantizers(path: Path) -> dict[str, torch.Tensor]:
     return {k: t for k, t in saved.tensors(path).items() if "_quantizer." in k}
+
+
+def test_modelopts_model_takes_ours(tmp_path: Path, ranks: Ranks) -> None:
+    """At one rank, where its own state can be saved and loaded."""
+    source = checkpoints.save("qwen3_moe", tmp_path / "source", **SIZES)
+    scales = "per_expert" if APART else "shared"
+    flags = {"export_quant_cfg": "fp8", "weight_only": None, "cold_experts": "layer-max"}
+    flags |= {"export_dir": None, "expert_scales": scales, "calib_size": 4}
+    argv = quantize_argv(source, tmp_path, **flags, megatron_save_path=tmp_path / "ours")
+    for ended in ranks(2, command, *argv):
+        assert ended.status == 0, ended.err
+    ((missing, unexpected, amaxes),) = ranks(1, read_by_modelopt, source, tmp_path / "ours")
+    assert (missing, unexpected) == ({"megatron_quant.description"}, set())
+    ours = quantizers(tmp_path / "ours")
+    keys = [f"{EXPERTS}.{e}.linear_fc1" for e in range(4)] if APART else [f"{EXPERTS}.linear_fc1"]
+    assert amaxes == [ours[f"{key}.weight_quantizer._amax"].item() for key in keys]
 
 
 def test_without_the_recipe(tmp_path: Path, ranks: Ranks) -> None:

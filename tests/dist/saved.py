@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from tests.dist.command import Ended, command
+
 Case = Mapping[str, Any]
 Held = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]
 """Key, global shape, offset, local shape, and whether the rank writes it."""
@@ -136,14 +138,23 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def change_keys(stored: Path, out: Path, drop: str, add: str) -> None:
-    """Save the tensors of ``stored`` to ``out`` again, without ``drop`` and with ``add``."""
+def commands(argvs: Sequence[Sequence[str]]) -> list[Ended]:
+    """One command after another, in the same process."""
+    return [command(*argv) for argv in argvs]
+
+
+def change_keys(stored: Path, outs: Sequence[Path], changes: Sequence[tuple[str, str]]) -> None:
+    """Copies of ``stored``, each without one tensor and with another; empty names are none."""
+    import shutil
+
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    kept = {key: t for key, t in tensors(stored).items() if key != drop}
-    kept |= {add: torch.ones(7)} if add else {}
-    for file in (*out.glob("*.distcp"), out / ".metadata", out / "metadata.json"):
-        file.unlink()
-    state = {k: ShardedTensor.from_rank_offsets(k, t) for k, t in kept.items()}
-    dist_checkpointing.save(state, str(out))
+    whole = tensors(stored)
+    for out, (drop, add) in zip(outs, changes, strict=True):
+        kept = {key: t for key, t in whole.items() if key != drop}
+        kept |= {add: torch.ones(7)} if add else {}
+        out.mkdir()
+        state = {k: ShardedTensor.from_rank_offsets(k, t) for k, t in kept.items()}
+        dist_checkpointing.save(state, str(out))
+        shutil.copytree(stored / "hf", out / "hf")

@@ -4,6 +4,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.dist import checkpoints, saved
@@ -46,6 +47,18 @@ def of_modelopt(source: Path) -> tuple[Any, dict[str, Any]]:
     return model, model.sharded_state_dict(metadata=metadata)
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save("qwen3_moe", tmp_path_factory.mktemp("source"), **SIZES)
+
+
+@pytest.fixture(scope="module")
+def stored(source: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
+    out = tmp_path_factory.mktemp("modelopt") / "theirs"
+    ranks(1, saved_by_modelopt, source, out)
+    return out
+
+
 def saved_by_modelopt(source: Path, out: Path) -> None:
     from megatron.core import dist_checkpointing
 
@@ -69,14 +82,14 @@ def read_by_modelopt(source: Path, stored: Path) -> tuple[set[str], set[str], li
     return missing, unexpected, [amax.item() for amax in amaxes]
 
 
-def test_tensors_are_read_at_another_layout(tmp_path: Path, ranks: Ranks) -> None:
-    source = checkpoints.save("qwen3_moe", tmp_path / "source", **SIZES)
-    ranks(1, saved_by_modelopt, source, tmp_path / "theirs")
+def test_tensors_are_read_at_another_layout(
+    source: Path, stored: Path, tmp_path: Path, ranks: Ranks
+) -> None:
     flags = {"export_quant_cfg": "fp8", "weight_only": None}
-    flags |= {"megatron_load_path": tmp_path / "theirs", "megatron_save_path": tmp_path / "ours"}
+    flags |= {"megatron_load_path": stored, "megatron_save_path": tmp_path / "ours"}
     for ended in ranks(4, command, *quantize_argv(source, tmp_path / "out", **flags)):
         assert ended.status == 0, ended.err
-    theirs, ours = (quantizers(tmp_path / name) for name in ("theirs", "ours"))
+    theirs, ours = (quantizers(path) for path in (stored, tmp_path / "ours"))
     for linear in ("linear_fc1", "linear_fc2"):
         name = f"{linear}.weight_quantizer._amax"
         if APART:
@@ -89,9 +102,8 @@ def quantizers(path: Path) -> dict[str, torch.Tensor]:
     return {k: t for k, t in saved.tensors(path).items() if "_quantizer." in k}
 
 
-def test_modelopts_model_takes_ours(tmp_path: Path, ranks: Ranks) -> None:
+def test_modelopts_model_takes_ours(source: Path, tmp_path: Path, ranks: Ranks) -> None:
     """At one rank, where its own state can be saved and loaded."""
-    source = checkpoints.save("qwen3_moe", tmp_path / "source", **SIZES)
     scales = "per_expert" if APART else "shared"
     flags = {"export_quant_cfg": "fp8", "weight_only": None, "cold_experts": "layer-max"}
     flags |= {"export_dir": None, "expert_scales": scales, "calib_size": 4}
@@ -105,10 +117,8 @@ def test_modelopts_model_takes_ours(tmp_path: Path, ranks: Ranks) -> None:
     assert amaxes == [ours[f"{key}.weight_quantizer._amax"].item() for key in keys]
 
 
-def test_without_the_recipe(tmp_path: Path, ranks: Ranks) -> None:
-    source = checkpoints.save("qwen3_moe", tmp_path / "source", **SIZES)
-    ranks(1, saved_by_modelopt, source, tmp_path / "theirs")
-    argv = ["export", "--megatron-load-path", str(tmp_path / "theirs"), "--hf-model-id"]
+def test_without_the_recipe(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
+    argv = ["export", "--megatron-load-path", str(stored), "--hf-model-id"]
     argv += [str(source), "--export-dir", str(tmp_path / "out"), "--export-format", "modelopt"]
     (ended,) = ranks(1, command, *argv)
     assert ended.status == 1

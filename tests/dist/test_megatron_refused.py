@@ -1,7 +1,6 @@
 """Megatron checkpoints that are refused: on every rank, with one line that names what is wrong."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,31 +34,31 @@ def export_argv(stored: Path, out: Path, *more: str) -> list[str]:
     return [*argv, "--export-format", "modelopt", *more]
 
 
-@pytest.mark.parametrize(
-    ("drop", "add", "words"),
-    [
-        (FC1, "", f"has no {FC1} (1 missing in all)"),
-        ("decoder.final_layernorm.weight", "", "has no decoder.final_layernorm.weight"),
-        ("", FC1.replace("weight_q", "input_q"), f"has {FC1.replace('weight_q', 'input_q')} (1 in"),
-        ("", "other.linear.weight_quantizer._amax", "has other.linear.weight_quantizer._amax (1"),
-        (FC1, FC1, f"{FC1} is (7,), the model's is (1,)"),
-    ],
-)
-def test_keys(drop: str, add: str, words: str, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
-    changed = tmp_path / "changed"
-    shutil.copytree(stored, changed)
-    ranks(1, saved.change_keys, stored, changed, drop, add)
-    said = refused(ranks, tmp_path, export_argv(changed, tmp_path / "out", "--tp", "2"))
-    assert words in said and str(changed) in said
+INPUT = FC1.replace("weight_q", "input_q")
+OTHER = "other.linear.weight_quantizer._amax"
+# (dropped, added, what is said of it)
+KEYS = [
+    (FC1, "", f"has no {FC1} (1 missing in all)"),
+    ("decoder.final_layernorm.weight", "", "has no decoder.final_layernorm.weight"),
+    ("", INPUT, f"has {INPUT} (1 in all), which the model has not"),
+    ("", OTHER, f"has {OTHER} (1 in all)"),
+    (FC1, FC1, f"{FC1} is (7,), the model's is (1,)"),
+    ("", "optimizer.state.exp_avg.decoder", ""),  # none of ours
+]
 
 
-def test_an_optimizer_beside_the_model_is_none_of_ours(
-    stored: Path, tmp_path: Path, ranks: Ranks
-) -> None:
-    shutil.copytree(stored, tmp_path / "changed")
-    ranks(1, saved.change_keys, stored, tmp_path / "changed", "", "optimizer.state.exp_avg.decoder")
-    (ended,) = ranks(1, command, *export_argv(tmp_path / "changed", tmp_path / "out"))
-    assert ended.status == 0, ended.err
+def test_keys(stored: Path, tmp_path: Path, ranks: Ranks) -> None:
+    changed = [tmp_path / str(i) for i in range(len(KEYS))]
+    ranks(1, saved.change_keys, stored, changed, [(drop, add) for drop, add, _ in KEYS])
+    argvs = [export_argv(path, path / "out", "--tp", "2") for path in changed]
+    runs = ranks(2, saved.commands, argvs)
+    for path, (_, _, words), ended in zip(changed, KEYS, zip(*runs, strict=True), strict=True):
+        if words:
+            said = message(ended)
+            assert words in said and str(path) in said
+            assert not (path / "out").exists()
+        else:
+            assert [e.status for e in ended] == [0, 0], ended
 
 
 def truncated(path: Path) -> None:
@@ -71,20 +70,19 @@ def without_files(path: Path) -> None:
     shutil.rmtree(path / "hf")
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
+def test_files(stored: Path, tmp_path: Path, ranks: Ranks) -> None:
+    cases = [
         (truncated, "cannot be read: "),
         (without_files, "has no hf folder with config.json and the tokenizer: say where"),
         (shutil.rmtree, "holds no distributed checkpoint"),
-    ],
-)
-def test_files(
-    spoil: Callable[[Path], None], words: str, stored: Path, tmp_path: Path, ranks: Ranks
-) -> None:
-    shutil.copytree(stored, tmp_path / "changed")
-    spoil(tmp_path / "changed")
-    assert words in refused(ranks, tmp_path, export_argv(tmp_path / "changed", tmp_path / "out"))
+    ]
+    for at, (spoil, _) in enumerate(cases):
+        shutil.copytree(stored, tmp_path / str(at))
+        spoil(tmp_path / str(at))
+    argvs = [export_argv(tmp_path / str(i), tmp_path / "out") for i in range(len(cases))]
+    for (_, words), ended in zip(cases, zip(*ranks(2, saved.commands, argvs), strict=True), strict=True):
+        assert words in message(ended)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_recipe(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
@@ -96,9 +94,14 @@ def test_another_recipe(source: Path, stored: Path, tmp_path: Path, ranks: Ranks
 
 def test_places_that_are_taken(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    for path, words in ((stored, "holds a checkpoint; choose"), (tmp_path, "is not empty; choose")):
-        argv = quantize_argv(source, tmp_path / "out", megatron_save_path=path, ep=1)
-        assert words in refused(ranks, path, argv)
+    places = (stored, tmp_path)
+    argvs = [
+        quantize_argv(source, tmp_path / "out", megatron_save_path=path, ep=1) for path in places
+    ]
+    first, second = zip(*ranks(2, saved.commands, argvs), strict=True)
+    assert "holds a checkpoint; choose" in message(first)
+    assert "is not empty; choose" in message(second)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_overwriting_a_checkpoint(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:

@@ -80,7 +80,7 @@ def restored(stored: Path, tp: int, ep: int, etp: int) -> Any:
 
 
 def save_as_training_does(stored: Path, out: Path, singleton: bool) -> list[Held]:
-    """Save the loaded model, at tp 4 x etp 4, to an iteration of ``out``; what the rank gave."""
+    """Save the loaded model, cut over all ranks, to an iteration of ``out``; what each gave."""
     import shutil
 
     import torch.distributed as dist
@@ -89,7 +89,8 @@ def save_as_training_does(stored: Path, out: Path, singleton: bool) -> list[Held
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    model = restored(stored, 4, 1, 4)
+    size = dist.get_world_size()
+    model = restored(stored, size, 1, size)
     folder = out / "iter_0000007"
     if dist.get_rank() == 0:
         folder.mkdir()

@@ -1,18 +1,22 @@
 """What a run reads besides weights: the open checkpoint, calibration batches, evaluation text."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from megatron_quant.api.batches import calibration_batches, check_ids
 from megatron_quant.api.job import Job, prepare, replanned
 from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.api.save import check_save_path
 from megatron_quant.api.target import check_not_source, existing_of, origin_of
 from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.keep import keeping
+from megatron_quant.ckpt.origin import Origin
 from megatron_quant.ckpt.pipeline import WriteOptions
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import Weights
+from megatron_quant.ckpt.saved import Saved
 from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.sources import open_source
 from megatron_quant.ckpt.target import Existing, check_target
@@ -23,45 +27,59 @@ from megatron_quant.evaluate.evaluate import read_windows
 class Inputs:
     """A run's inputs, checked.
 
-    kept: the checkpoint, where the export keeps its scales.
+    checkpoint: of the weights; None where they come from a Megatron checkpoint. kept: the same,
+    where the export keeps its scales. companions: None where nothing is exported.
     batches: token ids [B, S] each, empty where no input is quantized. windows: evaluation text,
     int64 [T + 1] each.
     """
 
     job: Job
-    checkpoint: Weights
+    checkpoint: Weights | None
     kept: QuantizedCheckpoint | None
-    companions: Companions
+    origin: Origin
+    companions: Companions | None
     existing: Existing
     writing: WriteOptions
     batches: list[torch.Tensor]
     windows: list[torch.Tensor]
 
 
-def open_inputs(options: QuantizeOptions, world: int) -> Inputs:
-    """Check everything that a run of ``world`` ranks needs, the target directory included.
+def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None) -> Inputs:
+    """Check everything that a run of ``world`` ranks needs, the target directories included.
 
+    saved: what ``options.megatron_load_path`` holds.
     Raises the QuantError of whatever is wrong; nothing has been written then.
     """
-    assert options.export_dir is not None, "an export needs a directory"
     existing = existing_of(options.overwrite, options.resume)
     writing = WriteOptions(options.io_threads, options.fsync)
-    job = prepare(options, world)
-    checkpoint = open_source(job.source)
-    checkpoint.check(job.params)
-    kept = None
-    if options.keep_scales:
-        quant, kept = keeping(job.quant, checkpoint)
-        job = replanned(job, quant, options)
-    check_not_source(options.export_dir, job.source)
-    carried, origin = carry_over(job.source), origin_of(job)
-    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
-    check_target(options.export_dir, files, existing, job.export)
+    job = prepare(options, world, saved)
+    checkpoint, kept = None, None
+    if saved is None:
+        checkpoint = open_source(job.source)
+        checkpoint.check(job.params)
+        if options.keep_scales:
+            quant, kept = keeping(job.quant, checkpoint)
+            job = replanned(job, quant, options)
+    files, origin = None, origin_of(job, saved)
+    if options.export_dir is not None:
+        files = _companions(job, options.export_dir, existing, origin)
+    if options.megatron_save_path is not None:
+        check_save_path(options.megatron_save_path, existing)
     windows = []
     if options.eval_text:
         windows = read_windows(job.source, options.eval_text, options.calib_seq_length)
     batches = []
-    if job.quant.needs_data:
+    if job.quant.needs_data and saved is None:
         batches = calibration_batches(options, job.source)
     check_ids([*batches, *windows], job.source, job.hf_config["vocab_size"])
-    return Inputs(job, checkpoint, kept, files, existing, writing, batches, windows)
+    return Inputs(job, checkpoint, kept, origin, files, existing, writing, batches, windows)
+
+
+def _companions(job: Job, export_dir: Path, existing: Existing, origin: Origin) -> Companions:
+    """The files beside the weights; the target is checked."""
+    assert job.dialect is not None and job.export is not None
+    check_not_source(export_dir, job.source)
+    carried = carry_over(job.source)
+    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
+    check_target(export_dir, files, existing, job.export)
+    return files

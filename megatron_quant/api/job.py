@@ -13,10 +13,11 @@ from megatron_quant.ckpt.dialects.base import Dialect
 from megatron_quant.ckpt.figures import Cost, measured
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
+from megatron_quant.ckpt.saved import EXPERT_SCALES, HF_FILES, Saved
 from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
-from megatron_quant.errors import LayoutError, QuantError, RecipeError
+from megatron_quant.errors import CheckpointError, LayoutError, QuantError, RecipeError
 from megatron_quant.models import (
     Architecture,
     Param,
@@ -27,7 +28,7 @@ from megatron_quant.models import (
     num_layers,
 )
 from megatron_quant.recipes.load import load_recipe
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.recipes.plan import QuantPlan, difference
 from megatron_quant.recipes.resolve import resolve
 from megatron_quant.recipes.schema import Recipe, weight_only, with_algorithm, with_kv_cache
 
@@ -37,8 +38,9 @@ class Job:
     """A run that passed every check that needs no weights.
 
     architecture: None where the checkpoint is streamed, which needs no model.
-    layout: as Megatron's default rank order gives it; export: the files, owners at that layout;
-    cost: of planning it.
+    layout: as Megatron's default rank order gives it; dialect and export: the files, owners at
+    that layout, None where nothing is exported; cost: of planning them. expert_scales: whose
+    weight amaxes experts have.
     """
 
     source: Path
@@ -47,21 +49,23 @@ class Job:
     params: tuple[Param, ...]
     recipe: Recipe
     quant: QuantPlan
-    dialect: Dialect
+    dialect: Dialect | None
     layout: Layout
     dtype: torch.dtype
-    export: ExportPlan
-    cost: Cost
+    export: ExportPlan | None
+    cost: Cost | None
+    expert_scales: str
 
 
-def prepare(options: QuantizeOptions, world: int) -> Job:
+def prepare(options: QuantizeOptions, world: int, saved: Saved | None = None) -> Job:
     """Check the flags against the model's config for ``world`` ranks; reads config.json only.
 
+    saved: what ``options.megatron_load_path`` holds.
     Raises the QuantError of whatever does not fit.
     """
     if options.amax_file is not None:
         raise QuantError("--amax-file is written by --stream: pass that too, or leave it out")
-    source = resolve_source(options.hf_model_id)
+    source = _source(options, saved)
     hf_config = read_config(source)
     architecture = lookup(hf_config)
     params = architecture.params(hf_config)
@@ -69,7 +73,7 @@ def prepare(options: QuantizeOptions, world: int) -> Job:
     stages = _pipeline(options).stages(num_layers(params))
     experts = num_experts(params)
     layout = Layout.simulate(world, options.tp, options.ep, options.etp, experts, stages)
-    return decide(options, Model(source, hf_config, architecture, params), layout)
+    return decide(options, Model(source, hf_config, architecture, params), layout, saved)
 
 
 @dataclass(frozen=True)
@@ -86,39 +90,37 @@ class Model:
     kept: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
-def decide(options: QuantizeOptions, model: Model, layout: Layout) -> Job:
+def decide(
+    options: QuantizeOptions, model: Model, layout: Layout, saved: Saved | None = None
+) -> Job:
     """The recipe's decisions on ``model`` and the files of its export.
 
     Raises the QuantError of whatever does not fit.
     """
-    recipe, params = _recipe(options), model.params
+    recipe, params = _recipe(options, saved), model.params
     quant = resolve(recipe, slots(params))
-    _check_samples(options, quant)
+    if saved is not None and saved.recipe is not None:
+        _check_same(options, quant, resolve(saved.recipe, slots(params)))
+    _check_samples(options, quant, saved)
+    dtype = DTYPES[options.dtype]
+    scales = options.expert_scales or (saved.expert_scales if saved else EXPERT_SCALES[0])
+    about = (model.source, model.hf_config, model.architecture, params, recipe, quant)
+    if options.export_dir is None and options.megatron_save_path is not None:
+        return Job(*about, None, layout, dtype, None, None, scales)
     dialect = get_dialect(options.export_format)
     check_serving(quant, params, dialect.name, options.serve_engine, options.serve_tp)
     dialect.quantization_config(quant)  # refuses what it cannot say
-    dtype = DTYPES[options.dtype]
     shard_bytes = parse_size(options.max_shard_size)
     export, cost = measured(
         lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes, model.kept)
     )
-    return Job(
-        model.source,
-        model.hf_config,
-        model.architecture,
-        params,
-        recipe,
-        quant,
-        dialect,
-        layout,
-        dtype,
-        export,
-        cost,
-    )
+    return Job(*about, dialect, layout, dtype, export, cost, scales)
 
 
 def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
     """``job`` with ``quant`` in the place of its plan; raises as :func:`prepare`."""
+    if job.dialect is None:
+        return replace(job, quant=quant)
     shard_bytes = parse_size(options.max_shard_size)
     export = plan_export(job.params, quant, job.dialect, job.layout, job.dtype, shard_bytes)
     return replace(job, quant=quant, export=export)
@@ -133,9 +135,41 @@ def _pipeline(options: QuantizeOptions) -> Pipeline:
     )
 
 
-def _recipe(options: QuantizeOptions) -> Recipe:
+def _source(options: QuantizeOptions, saved: Saved | None) -> Path:
+    """Where config.json and the tokenizer are."""
+    if options.hf_model_id is not None:
+        return resolve_source(options.hf_model_id)
+    assert saved is not None
+    beside = saved.stored.path / HF_FILES
+    if not beside.is_dir():
+        raise CheckpointError(
+            f"{saved.stored.path} has no {HF_FILES} folder with config.json and the tokenizer: "
+            "say where they are with --hf-model-id"
+        )
+    return beside
+
+
+def _check_same(options: QuantizeOptions, quant: QuantPlan, saved: QuantPlan) -> None:
+    if other := difference(quant, saved):
+        raise RecipeError(
+            f"{options.megatron_load_path} was saved with recipe {saved.recipe!r}, which treats "
+            f"{other} in another way than the flags ask for: leave out --export-quant-cfg and the "
+            "flags that change it"
+        )
+
+
+def _recipe(options: QuantizeOptions, saved: Saved | None) -> Recipe:
     """The recipe as the other flags change it."""
-    recipe = load_recipe(options.export_quant_cfg)
+    if options.export_quant_cfg is not None:
+        recipe = load_recipe(options.export_quant_cfg)
+    elif saved is not None and saved.recipe is not None:
+        recipe = saved.recipe
+    else:
+        raise CheckpointError(
+            f"{options.megatron_load_path} does not say how it is quantized (it was saved without "
+            "megatron_quant): run quantize with --megatron-load-path, --hf-model-id and the recipe "
+            "in --export-quant-cfg"
+        )
     if options.weight_only:
         recipe = weight_only(recipe)
     if options.algorithm is not None:
@@ -150,9 +184,10 @@ def _recipe(options: QuantizeOptions) -> Recipe:
     return recipe
 
 
-def _check_samples(options: QuantizeOptions, quant: QuantPlan) -> None:
+def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
     """Padding would be routed and observed, and so make the statistics depend on the layout."""
-    if (options.eval_text or quant.needs_data) and options.calib_seq_length % options.tp:
+    calibrates = quant.needs_data and saved is None
+    if (options.eval_text or calibrates) and options.calib_seq_length % options.tp:
         raise LayoutError(
             f"--tp {options.tp} does not divide --calib-seq-length {options.calib_seq_length}: "
             "choose a multiple"

@@ -35,12 +35,14 @@ def parse_size(text: str) -> int:
 class QuantizeOptions:
     """One run of ``quantize``; every field is the flag of the same name.
 
-    Sizes of calibration are in samples and tokens. ``export_dir`` may be None for a dry run.
-    ``algorithm`` and ``export_kv_cache_quant`` replace what the recipe says; None leaves it.
+    Sizes of calibration are in samples and tokens. ``export_dir`` may be None for a dry run, and
+    with ``megatron_save_path``. ``algorithm`` and ``export_kv_cache_quant`` replace what the recipe
+    says; None leaves it. With ``megatron_load_path``, where weights and quantizers come from then,
+    ``hf_model_id``, ``export_quant_cfg`` and ``expert_scales`` may be None: what was saved with it.
     """
 
-    hf_model_id: str
-    export_quant_cfg: str
+    hf_model_id: str | None
+    export_quant_cfg: str | None
     export_dir: Path | None = None
     tp: int = 1
     pp: int = 1
@@ -50,7 +52,7 @@ class QuantizeOptions:
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None
     weight_only: bool = False
-    expert_scales: str = "shared"
+    expert_scales: str | None = None
     calib_size: int = 512
     calib_seq_length: int = 512
     calib_batch_size: int = 4
@@ -72,6 +74,8 @@ class QuantizeOptions:
     resume: bool = False
     stream: bool = False
     amax_file: Path | None = None
+    megatron_save_path: Path | None = None
+    megatron_load_path: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts below one; names are checked where they are resolved."""
@@ -83,6 +87,10 @@ class QuantizeOptions:
             raise QuantError(
                 "--keep-scales goes with --dtype bf16 or fp32: fp16 does not hold small products "
                 "of a code and its scale"
+            )
+        if self.megatron_load_path is None and None in (self.hf_model_id, self.export_quant_cfg):
+            raise QuantError(
+                "quantize needs --hf-model-id and --export-quant-cfg, or --megatron-load-path"
             )
         if not 0 < self.act_percentile <= 100:
             raise QuantError(

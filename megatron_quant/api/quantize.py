@@ -12,6 +12,7 @@ from megatron_quant.api.inputs import Inputs, open_inputs
 from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
+from megatron_quant.api.save import save_model
 from megatron_quant.api.target import statistics_digest
 from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
@@ -19,6 +20,7 @@ from megatron_quant.calib.kv_cache import calibrate_kv_cache, run_rest, watch
 from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.produce import Produced, produce
 from megatron_quant.ckpt.produce_cache import produce_cache_scale
+from megatron_quant.ckpt.saved import Saved, describe
 from megatron_quant.ckpt.verify import Report, verify
 from megatron_quant.ckpt.writer import Produce, export
 from megatron_quant.dist import Groups, together
@@ -28,9 +30,11 @@ from megatron_quant.layers.kv_cache import CachedTensor
 from megatron_quant.mcore.attach import attach_model
 from megatron_quant.mcore.evaluate import evaluate_model
 from megatron_quant.mcore.keep import keep_scales
-from megatron_quant.mcore.load import Model, load_model
+from megatron_quant.mcore.load import Model, empty_model, load_model
 from megatron_quant.mcore.locate import local_params
+from megatron_quant.mcore.restore import open_saved, restore
 from megatron_quant.mcore.run import run
+from megatron_quant.mcore.state import describe_model
 
 
 @dataclass(frozen=True)
@@ -52,31 +56,66 @@ class Outcome:
 
 
 def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcome:
-    """Quantize a Hugging Face checkpoint into ``options.export_dir``.
+    """Quantize a Hugging Face checkpoint into ``options.export_dir``, or load one that is.
 
     Collective. Raises a QuantError, the same on every rank, before anything is written or with
     what was written removed (with ``options.resume``: kept, to be continued).
     """
     with phases.time("plan"):
-        inputs = together(groups, lambda: open_inputs(options, groups.size))
+        saved = None
+        if options.megatron_load_path is not None:
+            saved = open_saved(options.megatron_load_path, groups)
+        inputs = together(groups, lambda: open_inputs(options, groups.size, saved))
     job = inputs.job
-    assert job.architecture is not None, "a live model needs a table"
-    held = len(local_params(job.params, job.layout, groups.rank))
-    with phases.bar("load", held) as progress:
-        model = load_model(
-            inputs.checkpoint, job.architecture, job.layout, groups, job.dtype, progress
-        )
+    model = _model(inputs, groups, phases)
     assert model.layout == job.layout, "the plan's owners are not where Megatron put the ranks"
     with phases.time("attach"):
-        layers, cached = together(groups, lambda: _attach(options, inputs, model))
-    calibration, kv_amax = _calibrate(options, inputs, model, layers, cached, phases)
+        scales = saved.expert_scales if saved else job.expert_scales
+        layers, cached = together(groups, lambda: _attach(inputs, model, ExpertScales(scales)))
+    if saved is not None:
+        calibration, kv_amax = _restore(job, model, layers, cached, saved, phases)
+    else:
+        calibration, kv_amax = _calibrate(options, inputs, model, layers, cached, phases)
     quantized = [*layers, *cached]
     fake_quant = _evaluate(inputs, model, quantized, phases) if inputs.windows else None
-    scales = statistics_digest(options, calibration.weight_amax, calibration.input_amax, kv_amax)
-    _export(options, inputs, model, producer(model, layers, cached), scales, phases)
-    with phases.time("verify"):
-        verified = together(groups, lambda: _verify(options, job, groups))
+    if options.megatron_save_path is not None:
+        with phases.time("save"):
+            path, config = options.megatron_save_path, dict(job.hf_config)
+            save_model(model, path, job.source, config, groups)
+    verified = None
+    if options.export_dir is not None:
+        found = (calibration.weight_amax, calibration.input_amax, kv_amax)
+        digest = statistics_digest(job, options, *found)
+        _export(options, inputs, model, producer(model, layers, cached), digest, phases)
+        with phases.time("verify"):
+            verified = together(groups, lambda: _verify(options, job, groups))
     return Outcome(job, calibration, kv_amax, statistics(model), fake_quant, verified)
+
+
+def _model(inputs: Inputs, groups: Groups, phases: Phases) -> Model:
+    """The model; its weights are those of the Hugging Face checkpoint, where there is one."""
+    job = inputs.job
+    assert job.architecture is not None, "a live model needs a table"
+    if inputs.checkpoint is None:
+        return empty_model(job.architecture, job.hf_config, job.layout, groups, job.dtype)
+    held = len(local_params(job.params, job.layout, groups.rank))
+    with phases.bar("load", held) as progress:
+        return load_model(
+            inputs.checkpoint, job.architecture, job.layout, groups, job.dtype, progress
+        )
+
+
+def _restore(
+    job: Job,
+    model: Model,
+    layers: list[QuantLayer],
+    cached: list[CachedTensor],
+    saved: Saved,
+    phases: Phases,
+) -> tuple[CalibrationReport, dict[str, float]]:
+    with phases.time("load"):
+        restore(model, layers, cached, job.quant, saved, ExpertScales(job.expert_scales))
+    return CalibrationReport({}, {}, {}, ()), {}
 
 
 def statistics(model: Model) -> list[tuple[str, tuple[int, ...], float]]:
@@ -90,12 +129,14 @@ def statistics(model: Model) -> list[tuple[str, tuple[int, ...], float]]:
 
 
 def _attach(
-    options: QuantizeOptions, inputs: Inputs, model: Model
+    inputs: Inputs, model: Model, scales: ExpertScales
 ) -> tuple[list[QuantLayer], list[CachedTensor]]:
-    scales = ExpertScales(options.expert_scales)
-    layers, cached = attach_model(model, inputs.job.quant, scales)
+    job = inputs.job
+    layers, cached = attach_model(model, job.quant, scales)
     if inputs.kept is not None:
         keep_scales(layers, model, inputs.kept)
+    about = describe(job.recipe, job.quant, job.expert_scales, inputs.origin.source)
+    describe_model(model, about, layers)
     return layers, cached
 
 
@@ -153,6 +194,7 @@ def _export(
 ) -> None:
     """Write the files; ``scales``: digest of what calibration found."""
     plan, beside = inputs.job.export, inputs.companions
+    assert plan is not None and beside is not None
     own = sum(part.nbytes for part in plan.parts_of(model.groups.rank))
     with phases.transfer("export", own) as progress:
         export(
@@ -200,6 +242,7 @@ def _verify(options: QuantizeOptions, job: Job, groups: Groups) -> Report | None
     if groups.rank:
         return None
     assert options.export_dir is not None
-    report = verify(options.export_dir, job.source)
+    against = job.source if options.megatron_load_path is None else None
+    report = verify(options.export_dir, against)
     report.raise_for_problems()
     return report

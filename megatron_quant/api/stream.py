@@ -84,9 +84,11 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
         files = together(groups, lambda: _companions(options, job))
     inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
     source = Source(checkpoint, job.dtype)
-    found, amaxes = _weight_amaxes(options, job, source, groups, phases)
+    found, amaxes = _weight_amaxes(job, source, groups, phases)
     producer = Producer(source, job.quant, amaxes, inputs.scales if inputs else {})
-    _export(options, job, groups, producer, _with_statistics(files, options, found, inputs), phases)
+    _export(
+        options, job, groups, producer, _with_statistics(files, job, options, found, inputs), phases
+    )
     with phases.time("verify"):
         verified = together(groups, lambda: _verify(options, job, groups))
     if inputs is not None and groups.rank == 0:
@@ -96,13 +98,14 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
 
 def _with_statistics(
     files: Companions,
+    job: Job,
     options: QuantizeOptions,
     weights: Mapping[str, float],
     inputs: InputAmaxes | None,
 ) -> Companions:
     """With a digest of what was found."""
     of_inputs = {n: float(a) for n, a in inputs.scales.items()} if inputs else {}
-    statistics = statistics_digest(options, dict(weights), of_inputs)
+    statistics = statistics_digest(job, options, dict(weights), of_inputs)
     return replace(files, origin=replace(files.origin, statistics=statistics))
 
 
@@ -136,10 +139,10 @@ def _existing(options: QuantizeOptions) -> Existing:
 
 
 def _weight_amaxes(
-    options: QuantizeOptions, job: Job, source: Source, groups: Groups, phases: Phases
+    job: Job, source: Source, groups: Groups, phases: Phases
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """What was found of each slot, and what its scale follows from."""
-    own, sharing = job.export.parts_of(groups.rank), _SHARING[options.expert_scales]
+    own, sharing = job.export.parts_of(groups.rank), _SHARING[job.expert_scales]
     with phases.bar("amax", _nbytes(scaled(own))) as progress:
         found = slot_amaxes(source, job.quant, own, groups, progress)
     amaxes = shared_amaxes(job.quant, found, sharing)

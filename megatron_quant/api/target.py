@@ -5,6 +5,7 @@ from pathlib import Path
 from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.ckpt.origin import Origin, digest_of, recipe_digest, source_digest
+from megatron_quant.ckpt.saved import Saved
 from megatron_quant.ckpt.target import Existing
 from megatron_quant.errors import ExportError
 
@@ -29,17 +30,19 @@ def check_not_source(export_dir: Path, source: Path) -> None:
         )
 
 
-def origin_of(job: Job) -> Origin:
+def origin_of(job: Job, saved: Saved | None = None) -> Origin:
     """What an export is made of, alike through a model and without one.
 
-    Raises CheckpointError where the source cannot be read.
+    saved: the Megatron checkpoint that the model comes from. Raises CheckpointError where the
+    source cannot be read.
     """
-    return Origin(recipe_digest(job.recipe), source_digest(job.source))
+    source = source_digest(job.source) if saved is None else saved.source
+    return Origin(recipe_digest(job.recipe), source)
 
 
-def statistics_digest(options: QuantizeOptions, *found: object) -> str:
+def statistics_digest(job: Job, options: QuantizeOptions, *found: object) -> str:
     """Digest of the scales that were found, and of the flags that say how they become an export's.
 
     An unfinished export is not continued with others.
     """
-    return digest_of([options.expert_scales, options.keep_scales, *found])
+    return digest_of([job.expert_scales, options.keep_scales, *found])

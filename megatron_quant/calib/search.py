@@ -58,6 +58,14 @@ def find_scales(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -
     give(blocks)
 
 
+def follow_weights(layers: Sequence[QuantLayer], groups: Groups) -> None:
+    """Statistics of the blocks that shards cut, of layers whose scales nothing searches.
+
+    A constant number of collectives; every rank of ``groups`` calls it.
+    """
+    give(merged_blocks([x for x in layers if is_cut(x) and not searches_blocks(x)], groups))
+
+
 def widen(layers: Iterable[QuantLayer]) -> None:
     """Give tensors whose blocks may map to 4 of 6 the range that their block scales then need."""
     for layer in layers:

@@ -1,26 +1,37 @@
 """The ``export`` verb."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
+import torch
+
+from megatron_quant import cpu
 from megatron_quant.api.export import ExportOptions, reexport
+from megatron_quant.api.options import DTYPES, QuantizeOptions
+from megatron_quant.ckpt.saved import EXPERT_SCALES
 from megatron_quant.cli.console import Phases, console
 from megatron_quant.cli.ranks import start_ranks
-from megatron_quant.cli.serving import add_dialect, add_serving
+from megatron_quant.cli.serving import add_dialect, add_layout, add_serving
 from megatron_quant.cli.tables import files_table
 from megatron_quant.cli.writing import add_writing
+from megatron_quant.errors import ExportError
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb to the top parser."""
     p = verbs.add_parser(
         "export",
-        help="rewrite a quantized checkpoint in another engine's format",
+        help="write a quantized checkpoint in an engine's format",
         description="Write a checkpoint that quantize made in another dialect, with the same codes "
-        "and scales: no model, no calibration, no second rounding. Under torchrun the ranks share "
+        "and scales: no model, no calibration, no second rounding. Or export a Megatron checkpoint "
+        "of a quantized model, at any layout, without calibrating. Under torchrun the ranks share "
         "the work.",
     )
-    p.add_argument("source", type=Path, metavar="DIR", help="the quantized checkpoint")
+    p.add_argument(
+        "source", type=Path, metavar="DIR", nargs="?", help="the quantized checkpoint to rewrite"
+    )
+    _megatron_flags(p)
     p.add_argument("--export-dir", type=Path, required=True, help="where the new one goes")
     add_dialect(p, None)
     add_serving(p)
@@ -28,8 +39,59 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     p.set_defaults(run=run)
 
 
+def _megatron_flags(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("from a Megatron checkpoint")
+    group.add_argument(
+        "--megatron-load-path",
+        type=Path,
+        metavar="LOAD_DIR",
+        help="export this checkpoint (torch_dist), which quantize saved with --megatron-save-path",
+    )
+    group.add_argument(
+        "--hf-model-id",
+        help="config.json and tokenizer of the model (default: those saved along)",
+    )
+    group.add_argument(
+        "--expert-scales",
+        choices=EXPERT_SCALES,
+        help="convert the experts' weight scales (default: as they were saved)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bf16",
+        help="of the model, and of what stays unquantized in the export (default bf16)",
+    )
+    add_layout(group)
+
+
 def run(args: argparse.Namespace) -> None:
-    """Rewrite and print the files."""
+    """Export and print the files."""
+    if (args.source is None) == (args.megatron_load_path is None):
+        raise ExportError(
+            "export needs either the directory of a quantized checkpoint or --megatron-load-path"
+        )
+    if args.source is None:
+        _from_megatron(args)
+    else:
+        _rewrite(args)
+
+
+def _from_megatron(args: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        cpu.activate()  # before anything imports Megatron
+    from megatron_quant.api.quantize import quantize
+    from megatron_quant.mcore.parallel import start_distributed
+
+    given = {f.name: getattr(args, f.name) for f in fields(QuantizeOptions) if f.name in args}
+    options = QuantizeOptions(export_quant_cfg=None, **given)
+    out = console()
+    job = quantize(options, start_distributed(), Phases(out)).job
+    assert job.export is not None
+    out.print(files_table(job.export))
+
+
+def _rewrite(args: argparse.Namespace) -> None:
     out = console()
     options = ExportOptions(
         args.source,

@@ -19,7 +19,7 @@ from megatron_quant.cli.report import (
     summary_of_stream,
     write_json,
 )
-from megatron_quant.cli.serving import add_dialect, add_serving
+from megatron_quant.cli.serving import add_dialect, add_layout, add_serving
 from megatron_quant.cli.tables import (
     engines_table,
     files_table,
@@ -32,7 +32,7 @@ from megatron_quant.cli.tables import (
 )
 from megatron_quant.cli.writing import add_writing
 from megatron_quant.dist import together
-from megatron_quant.errors import ExportError
+from megatron_quant.errors import ExportError, QuantError
 from megatron_quant.recipes.load import recipe_names
 from megatron_quant.recipes.schema import KV_CACHES
 
@@ -77,45 +77,30 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def _model_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("model and layout")
     group.add_argument(
-        "--hf-model-id", required=True, help="checkpoint directory or hub id (safetensors only)"
+        "--hf-model-id",
+        help="checkpoint directory or hub id (safetensors only); with --megatron-load-path its "
+        "config.json and tokenizer alone (default then: those saved along)",
     )
     group.add_argument(
         "--export-quant-cfg",
-        required=True,
         metavar="CFG",
         help=f"recipe: {', '.join(recipe_names())}; a YAML path; or a ModelOpt preset name such as "
         "NVFP4_DEFAULT_CFG or NVFP4_DEFAULT_CFG+FP8_KV_CFG",
     )
-    group.add_argument("--tp", type=int, default=1, help="tensor-parallel size (default 1)")
-    group.add_argument("--pp", type=int, default=1, help="pipeline-parallel size (default 1)")
-    group.add_argument("--ep", type=int, default=1, help="expert-parallel size (default 1)")
     group.add_argument(
-        "--etp", type=int, default=1, help="tensor-parallel size of the experts (default 1)"
+        "--megatron-load-path",
+        type=Path,
+        metavar="DIR",
+        help="take weights, quantizers and recipe from a Megatron checkpoint (torch_dist) of a "
+        "quantized model, saved at any layout, in place of calibrating",
     )
-    _pipeline_flags(group)
+    add_layout(group)
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="bf16",
         help="of the model, and of what stays unquantized in the export (default bf16)",
     )
-
-
-def _pipeline_flags(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument(
-        "--num-virtual-stages-per-pipeline-rank",
-        type=int,
-        default=1,
-        metavar="N",
-        help="virtual pipeline stages of each pipeline rank (default 1: none)",
-    )
-    for end in ("first", "last"):
-        group.add_argument(
-            f"--num-layers-in-{end}-pipeline-stage",
-            type=int,
-            metavar="N",
-            help=f"layers of the {end} pipeline rank, where its share is not even",
-        )
 
 
 def _calibration_flags(p: argparse.ArgumentParser) -> None:
@@ -147,9 +132,9 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--expert-scales",
         choices=("shared", "per_expert"),
-        default="shared",
-        help="one weight scale for all experts of a layer, or one each (default shared); scales "
-        "of groups and blocks always belong to their own weights",
+        help="one weight scale for all experts of a layer, or one each (default shared, or as "
+        "the --megatron-load-path has them); scales of groups and blocks always belong to their "
+        "own weights",
     )
     group.add_argument(
         "--algorithm",
@@ -189,6 +174,13 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
 def _export_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("export")
     group.add_argument("--export-dir", type=Path, help="where the checkpoint goes")
+    group.add_argument(
+        "--megatron-save-path",
+        type=Path,
+        metavar="DIR",
+        help="also, or only, save the model with its quantizers as a Megatron checkpoint "
+        "(torch_dist), which export and quantize load at any layout",
+    )
     add_dialect(group, "modelopt")
     add_serving(group)
     group.add_argument(
@@ -228,13 +220,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_export_dir(options: QuantizeOptions) -> None:
-    if options.export_dir is None:
-        raise ExportError("--export-dir is missing: say where the checkpoint goes, or --dry-run")
+    if options.export_dir is None and options.megatron_save_path is None:
+        raise ExportError(
+            "--export-dir is missing: say where the checkpoint goes, or --megatron-save-path, or "
+            "--dry-run"
+        )
 
 
 def _dry_run(options: QuantizeOptions) -> None:
     from megatron_quant.api.job import prepare
 
+    if options.megatron_load_path is not None:
+        raise QuantError("--dry-run plans from config.json: leave out --megatron-load-path")
     world = math.lcm(options.tp, options.ep * options.etp) * options.pp
     _print_plan(prepare(options, world), options)
 

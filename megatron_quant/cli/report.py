@@ -28,7 +28,8 @@ def summary(outcome: "Outcome", seconds: Mapping[str, float]) -> Iterator[str]:
         yield f"fake-quantized model: perplexity {sums.perplexity:.4f}, KL {sums.mean_kl:.5f}"
     if outcome.verified:
         yield f"verified: {len(outcome.verified.tensors)} tensors"
-    yield sizes_line(outcome.job.export)
+    if outcome.job.export:
+        yield sizes_line(outcome.job.export)
     yield _times(seconds)
 
 
@@ -37,8 +38,6 @@ def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
     calibration, plan = outcome.calibration, outcome.job.export
     report: dict[str, Any] = {
         "recipe": outcome.job.quant.recipe,
-        "bytes_before": plan.bytes_before,
-        "bytes_after": plan.bytes_after,
         "seconds": dict(seconds),
         "weight_amax": dict(calibration.weight_amax),
         "input_amax": dict(calibration.input_amax),
@@ -46,6 +45,8 @@ def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
         "expert_tokens": dict(calibration.tokens),
         "cold_experts": list(calibration.cold),
     }
+    if plan:
+        report |= {"bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after}
     if outcome.fake_quant:
         sums = outcome.fake_quant
         report["fake_quant"] = {

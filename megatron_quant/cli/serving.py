@@ -1,4 +1,4 @@
-"""Flags that say which engine will read an export, shared by the verbs that write one."""
+"""Flags shared by the verbs that write an export: who reads it, and the layout of the ranks."""
 
 import argparse
 
@@ -23,6 +23,34 @@ def add_dialect(group: "argparse._ActionsContainer", default: str | None) -> Non
         help=f"who can read the export. {DIALECT_HELP}"
         + (f" (default {default})" if default else ""),
     )
+
+
+def add_layout(group: "argparse._ActionsContainer") -> None:
+    """Add the flags from ``--tp`` to those of pipeline stages."""
+    group.add_argument("--tp", type=int, default=1, help="tensor-parallel size (default 1)")
+    group.add_argument("--pp", type=int, default=1, help="pipeline-parallel size (default 1)")
+    group.add_argument("--ep", type=int, default=1, help="expert-parallel size (default 1)")
+    group.add_argument(
+        "--etp", type=int, default=1, help="tensor-parallel size of the experts (default 1)"
+    )
+    _add_pipeline(group)
+
+
+def _add_pipeline(group: "argparse._ActionsContainer") -> None:
+    group.add_argument(
+        "--num-virtual-stages-per-pipeline-rank",
+        type=int,
+        default=1,
+        metavar="N",
+        help="virtual pipeline stages of each pipeline rank (default 1: none)",
+    )
+    for end in ("first", "last"):
+        group.add_argument(
+            f"--num-layers-in-{end}-pipeline-stage",
+            type=int,
+            metavar="N",
+            help=f"layers of the {end} pipeline rank, where its share is not even",
+        )
 
 
 def add_serving(group: "argparse._ActionsContainer") -> None:

@@ -64,6 +64,7 @@ def _alike(job: Job) -> Iterator[list[Target]]:
         rule = job.quant.by_name[target.param.name].rule
         return (_EXPERT.sub("*", target.source.name), target.scheme, rule)
 
+    assert job.export is not None
     weights = (t for t in job.export.targets if t.param.name in job.quant.by_name)
     layers = groupby(weights, lambda t: (t.param.layer, t.param.module))
     for _, of_module in layers:
@@ -107,6 +108,7 @@ def engines_table(job: Job, serve_tp: int | None) -> Table:
     tp = serve_tp or 1
     table = Table("Engine", "Serves it", "Why not", title=f"Engines, tensor-parallel size {tp}")
     for engine in ENGINES:
+        assert job.dialect is not None
         found = obstacle(job.quant, job.params, job.dialect.name, engine, tp)
         why = f"{found.what}; take {found.instead}" if found else ""
         table.add_row(engine, "no" if found else "as far as known", escape(why))

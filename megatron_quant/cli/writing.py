@@ -24,7 +24,7 @@ def add_writing(group: "argparse._ActionsContainer") -> None:
         "run can still be resumed",
     )
     group.add_argument(
-        "--overwrite", action="store_true", help="replace the checkpoint in --export-dir"
+        "--overwrite", action="store_true", help="replace the checkpoint that is there"
     )
     group.add_argument(
         "--resume",

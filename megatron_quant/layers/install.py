@@ -21,6 +21,7 @@ from megatron_quant.layers.backend import (
     grid_of,
     quantizer_attributes,
     regions_of,
+    reset_block_amax,
     set_grid,
     set_regions,
     split_stat,
@@ -144,6 +145,16 @@ class QuantLayer:
             return dict(kept)
         shape = {f.name: () for f in grid.fmt.fields if f.block == (WHOLE, WHOLE)}
         return {n: t[index].reshape(shape.get(n, t.shape[1:])) for n, t in kept.items()}
+
+
+def set_expert_scales(layer: QuantLayer, scales: ExpertScales) -> None:
+    """Have the layer's experts share their weight amax or not; there is none then."""
+    assert layer.grouped, layer.name
+    quantizer = layer.module.weight_quantizer
+    quantizer.reset_amax()
+    reset_block_amax(quantizer)
+    axis = 0 if scales is ExpertScales.PER_EXPERT else None
+    quantizer.set_from_attribute_config(quantizer_attributes(layer.weight_format, axis))
 
 
 def attach(

@@ -5,11 +5,14 @@ Megatron's ``TEColumnParallelGroupedLinear`` / ``TERowParallelGroupedLinear``, t
 ``GroupedLinear``; ModelOpt's registry makes them (its naming: ``Quant`` + the base's name).
 """
 
+from typing import Any
+
 import megatron.core.parallel_state as mpu
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelGroupedLinear,
     TERowParallelGroupedLinear,
 )
+from megatron.core.transformer.mlp import MLP
 from modelopt.torch.quantization.nn import QuantModuleRegistry
 from modelopt.torch.utils.distributed import ParallelState
 from torch import nn
@@ -18,6 +21,7 @@ from megatron_quant.errors import QuantError
 from megatron_quant.layers import experts  # noqa: F401  (registers its class)
 from megatron_quant.layers.backend import register_backend
 from megatron_quant.layers.grouped import QuantGroupedLinear
+from megatron_quant.layers.sharded import Place, quantizer_state
 
 
 class _QuantTEGroupedLinear(QuantGroupedLinear):
@@ -35,6 +39,19 @@ class _QuantTEGroupedLinear(QuantGroupedLinear):
             )
         super()._setup()
 
+        _drop_modelopt_state(self)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """As the base class, and the quantizers' amaxes with their experts' global indices."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        singleton = bool((metadata or {}).get("singleton_local_shards", False))
+        return {**state, **quantizer_state(self, prefix, sharded_offsets, singleton, _place(self))}
+
     def layer_sync_moe_local_experts_amax(self, sync_weight_amax: bool) -> None:
         """ModelOpt's ``max_calibrate`` calls it before it merges the other amaxes over ranks.
 
@@ -45,6 +62,24 @@ class _QuantTEGroupedLinear(QuantGroupedLinear):
         if amax is not None and amax.numel() == 1 and not self.per_expert:
             group = self.parallel_state.expert_model_parallel_group
             self.weight_quantizer.sync_amax_across_distributed_group(group)
+
+
+def _drop_modelopt_state(module: nn.Module) -> None:
+    """Leave ``_extra_state`` to Transformer Engine.
+
+    ModelOpt gives the instance methods that put a pickle of all quantizers there, once an expert.
+    """
+    for name in ("get_extra_state", "set_extra_state"):
+        vars(module).pop(name, None)
+
+
+def _place(module: nn.Module) -> Place:
+    return Place(
+        mpu.get_expert_tensor_parallel_rank(),
+        mpu.get_expert_model_parallel_rank(),
+        mpu.get_expert_data_parallel_rank(),
+        mpu.get_expert_model_parallel_world_size() * module.num_gemms,
+    )
 
 
 def _check_options(module: nn.Module) -> None:
@@ -77,6 +112,9 @@ def _register() -> None:
         if base in QuantModuleRegistry:
             QuantModuleRegistry.unregister(base)
         QuantModuleRegistry.register({base: key})(quantized)
+    # ModelOpt's sets singleton_local_shards in the caller's metadata, for all layers after it.
+    if MLP in QuantModuleRegistry:
+        QuantModuleRegistry.unregister(MLP)
 
 
 register_backend()

@@ -78,6 +78,19 @@ def wrap_model(
     )
 
 
+def empty_model(
+    architecture: Architecture,
+    hf_config: Mapping[str, Any],
+    layout: Layout,
+    groups: Groups,
+    dtype: torch.dtype,
+) -> Model:
+    """Build the model at ``layout``, its weights not yet filled. Collective."""
+    start_megatron(layout)
+    chunks = build_model(architecture, hf_config, layout, dtype)
+    return wrap_model(chunks, architecture, hf_config, groups)
+
+
 def load_model(
     checkpoint: Weights,
     architecture: Architecture,
@@ -91,9 +104,7 @@ def load_model(
     progress: called with 1 for each parameter that this rank has read.
     Raises CheckpointError, on every rank alike, for a weight that is not finite in ``dtype``.
     """
-    start_megatron(layout)
-    chunks = build_model(architecture, checkpoint.config, layout, dtype)
-    model = wrap_model(chunks, architecture, checkpoint.config, groups)
+    model = empty_model(architecture, checkpoint.config, layout, groups, dtype)
     together(groups, lambda: _fill(model, checkpoint, progress))
     return model
 

@@ -77,3 +77,13 @@ class QuantPlan:
         """Whether a scale of inputs, keys or values is found by running data."""
         static = any(d.inputs is not None and d.inputs.tensor_scale for d in self.quantized)
         return static or self.kv_cache == "fp8"
+
+
+def difference(a: QuantPlan, b: QuantPlan) -> str:
+    """Of two plans of one model the first slot that they treat differently; empty for none."""
+    if a.kv_cache != b.kv_cache:
+        return "the KV cache"
+    for x, y in zip(a.decisions, b.decisions, strict=True):
+        if (x.weights, x.inputs, x.algorithm) != (y.weights, y.inputs, y.algorithm):
+            return x.slot.name
+    return ""

@@ -3,6 +3,7 @@
 import datetime
 import faulthandler
 import gc
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -56,6 +57,7 @@ def _fork(task: Task, rank: int, port: int) -> int:
     if pid == 0:
         try:
             _rank(task, rank, port)
+            multiprocessing.util._exit_function()  # the processes that a save leaves behind
         finally:
             os._exit(0)
     return pid

@@ -49,7 +49,6 @@ def test_other_verbs_say_what_they_do(verb: str) -> None:
     [
         ([], "the following arguments are required: VERB"),
         (["quantise"], "invalid choice: 'quantise'"),
-        (["quantize"], "are required: --hf-model-id, --export-quant-cfg"),
         (["quantize", "--tp", "two"], "argument --tp: invalid int value: 'two'"),
         (["verify"], "are required: DIR"),
         (["eval", "x"], "are required: --text"),

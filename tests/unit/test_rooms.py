@@ -34,7 +34,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 OWNERS = {
     "transformer_engine": ("cpu/", "mcore/", "layers/te.py"),
     "megatron.core.extensions": ("cpu/", "mcore/", "layers/te.py"),
-    "megatron": ("cpu/", "mcore/", "layers/te.py", "layers/experts.py", "api/"),
+    "megatron": (
+        "cpu/",
+        "mcore/",
+        "layers/te.py",
+        "layers/experts.py",
+        "layers/sharded.py",
+        "api/",
+    ),
     "modelopt": ("layers/", "recipes/modelopt_presets.py"),
     "datasets": ("calib/hub.py",),
     "rich": ("cli/",),

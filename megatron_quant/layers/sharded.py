@@ -1,0 +1,97 @@
+"""The amaxes of a grouped linear's quantizers in a distributed checkpoint.
+
+Keys and shapes are ModelOpt's: ``...experts.linear_fc1.weight_quantizer._amax`` [1] for an amax
+that all experts of a layer share (before 0.47), ``...experts.5.linear_fc1.weight_quantizer._amax``
+[1] for that of global expert 5 (since). Where Megatron stacks experts (no
+``singleton_local_shards``), so are their amaxes: [experts, 1] under the key of a shared one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_quant.errors import QuantError
+from megatron_quant.layers.grouped import QuantGroupedLinear
+
+Offsets = tuple[tuple[int, int, int], ...]
+"""(axis, index, count) of each axis that a layer's place in the model prepends (Megatron)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank is among those that hold a layer's experts.
+
+    etp, ep, edp: its ranks in the expert tensor-, expert- and expert-data-parallel groups.
+    experts: of the layer, on all ranks.
+    """
+
+    etp: int
+    ep: int
+    edp: int
+    experts: int
+
+
+def quantizer_state(
+    layer: QuantGroupedLinear, prefix: str, offsets: Offsets, singleton: bool, place: Place
+) -> dict[str, Any]:
+    """State name -> ShardedTensor (or factory) of every amax that the layer has.
+
+    Raises QuantError for amaxes of rows or blocks, which are of a shard: ModelOpt's own formats.
+    """
+    state: dict[str, Any] = {}
+    for name in ("weight_quantizer", "input_quantizer", "output_quantizer"):
+        key, amax = f"{prefix}{name}._amax", getattr(getattr(layer, name), "_amax", None)
+        if amax is None:
+            continue
+        if name == "weight_quantizer" and layer.per_expert:
+            state[key] = _per_expert(amax, key, offsets, singleton, place)
+        else:
+            state[key] = _shared(amax, key, offsets, place)
+    return state
+
+
+def _shared(amax: torch.Tensor, key: str, offsets: Offsets, place: Place) -> ShardedTensor:
+    """Equal on all ranks that hold experts of the layer, one of which writes it."""
+    if amax.numel() != 1:
+        raise QuantError(
+            f"{key} {tuple(amax.shape)} is of one rank's rows or blocks: quantize experts with a "
+            "recipe of megatron_quant to have them in a distributed checkpoint"
+        )
+    return _shard(key, amax.view(1), offsets, (place.ep, place.etp, place.edp))
+
+
+def _shard(
+    key: str, amax_1: torch.Tensor, offsets: Offsets, replica: tuple[int, ...]
+) -> ShardedTensor:
+    return ShardedTensor.from_rank_offsets(
+        key, amax_1, *offsets, replica_id=replica, prepend_axis_num=len(offsets)
+    )
+
+
+def _per_expert(
+    amax_E11: torch.Tensor, key: str, offsets: Offsets, singleton: bool, place: Place
+) -> ShardedTensorFactory:
+    """One tensor an expert, each with the expert's global index; merged to the buffer's shape."""
+    shape, count = amax_E11.shape, len(amax_E11)
+
+    def build(
+        name: str, data: torch.Tensor, replica: Any, flattened_range: Any
+    ) -> dict[str, ShardedTensor]:
+        assert flattened_range is None, "no optimizer has this tensor"
+        built = {}
+        for local, amax in enumerate(data.view(count)):
+            expert = place.ep * count + local
+            if singleton:
+                # Megatron names an expert before its linear: experts.5.linear_fc1
+                own, at = f"{name.removesuffix(key)}{expert}.{key}", offsets
+            else:
+                own, at = name, (*offsets, (len(offsets), expert, place.experts))
+            built[str(local)] = _shard(own, amax.view(1), at, replica)
+        return built
+
+    def merge(loaded: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([loaded[str(i)] for i in range(count)]).view(shape)
+
+    return ShardedTensorFactory(key, amax_E11, build, merge, (0, place.etp, place.edp))

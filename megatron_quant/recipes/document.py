@@ -1,0 +1,41 @@
+"""A recipe as the document that it could have been read from, for what travels with a model."""
+
+from typing import Any
+
+from megatron_quant.formats.spec import CHANNEL, FORMATS, Format
+from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.recipes.schema import Recipe, Rule
+
+
+def to_document(recipe: Recipe, plan: QuantPlan) -> dict[str, Any]:
+    """What :func:`megatron_quant.recipes.parse.parse_recipe` makes the recipe of again.
+
+    plan: the recipe resolved for a model. Rules that decide on none of its weights, as the
+    catch-all lists of presets have them, are left out.
+    """
+    used = {decision.rule for decision in plan.decisions}
+    rules = [_rule(r) for i, r in enumerate(recipe.rules) if recipe.label(i) in used]
+    document: dict[str, Any] = {"rules": rules}
+    if recipe.description:
+        document["description"] = recipe.description
+    if recipe.kv_cache:
+        document["kv_cache"] = recipe.kv_cache
+    return document
+
+
+def _rule(rule: Rule) -> dict[str, Any]:
+    if rule.weights is None:
+        return {"exclude": list(rule.patterns)}
+    document: dict[str, Any] = {"quantize": list(rule.patterns), "weights": _format(rule.weights)}
+    if rule.inputs is not None:
+        document["inputs"] = _format(rule.inputs)
+    if rule.algorithm != "max":
+        document["algorithm"] = rule.algorithm
+    return document
+
+
+def _format(fmt: Format) -> Any:
+    if fmt == FORMATS[fmt.name]:
+        return fmt.name
+    size = "channel" if fmt.group_size == CHANNEL else fmt.group_size
+    return {"format": fmt.name, "group_size": size}

@@ -1,0 +1,132 @@
+"""Megatron checkpoints that are refused: on every rank, with one line that names what is wrong."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.dist import checkpoints, saved
+from tests.dist.command import command, message, quantize_argv, refused
+from tests.dist.pool import Ranks
+
+SIZES = {"num_hidden_layers": 1, "num_experts": 4}
+FC1 = "decoder.layers.0.mlp.experts.experts.linear_fc1.weight_quantizer._amax"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save("qwen3_moe", tmp_path_factory.mktemp("source"), **SIZES)
+
+
+@pytest.fixture(scope="module")
+def stored(source: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
+    """Saved alone, without an export."""
+    path = tmp_path_factory.mktemp("stored") / "saved"
+    argv = quantize_argv(source, path, export_dir=None, megatron_save_path=path, ep=1)
+    for ended in ranks(2, command, *argv):
+        assert ended.status == 0, ended.err
+        assert not (path.parent / "saved.incomplete").exists()
+    return path
+
+
+def export_argv(stored: Path, out: Path, *more: str) -> list[str]:
+    argv = ["export", "--megatron-load-path", str(stored), "--export-dir", str(out)]
+    return [*argv, "--export-format", "modelopt", *more]
+
+
+INPUT = FC1.replace("weight_q", "input_q")
+OTHER = "other.linear.weight_quantizer._amax"
+# (dropped, added, what is said of it)
+KEYS = [
+    (FC1, "", f"has no {FC1} (1 missing in all)"),
+    ("decoder.final_layernorm.weight", "", "has no decoder.final_layernorm.weight"),
+    ("", INPUT, f"has {INPUT} (1 in all), which the model has not"),
+    ("", OTHER, f"has {OTHER} (1 in all)"),
+    (FC1, FC1, f"{FC1} is (7,), the model's is (1,)"),
+    ("", "optimizer.state.exp_avg.decoder", ""),  # none of ours
+]
+
+
+def test_keys(stored: Path, tmp_path: Path, ranks: Ranks) -> None:
+    changed = [tmp_path / str(i) for i in range(len(KEYS))]
+    ranks(1, saved.change_keys, stored, changed, [(drop, add) for drop, add, _ in KEYS])
+    argvs = [export_argv(path, path / "out", "--tp", "2") for path in changed]
+    runs = ranks(2, saved.commands, argvs)
+    for path, (_, _, words), ended in zip(changed, KEYS, zip(*runs, strict=True), strict=True):
+        if words:
+            said = message(ended)
+            assert words in said and str(path) in said
+            assert not (path / "out").exists()
+        else:
+            assert [e.status for e in ended] == [0, 0], ended
+
+
+def truncated(path: Path) -> None:
+    for file in path.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+
+
+def without_files(path: Path) -> None:
+    shutil.rmtree(path / "hf")
+
+
+def test_files(stored: Path, tmp_path: Path, ranks: Ranks) -> None:
+    cases = [
+        (truncated, "cannot be read: "),
+        (without_files, "has no hf folder with config.json and the tokenizer: say where"),
+        (shutil.rmtree, "holds no distributed checkpoint"),
+    ]
+    for at, (spoil, _) in enumerate(cases):
+        shutil.copytree(stored, tmp_path / str(at))
+        spoil(tmp_path / str(at))
+    argvs = [export_argv(tmp_path / str(i), tmp_path / "out") for i in range(len(cases))]
+    for (_, words), ended in zip(cases, zip(*ranks(2, saved.commands, argvs), strict=True), strict=True):
+        assert words in message(ended)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_recipe(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
+    flags = {"megatron_load_path": stored, "export_quant_cfg": "fp8", "ep": 1}
+    argv = quantize_argv(source, tmp_path / "out", **flags, export_format="compressed-tensors")
+    said = refused(ranks, tmp_path, argv)
+    assert "was saved with recipe 'nvfp4', which treats decoder.layers.0.self_attention" in said
+
+
+def test_places_that_are_taken(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    places = (stored, tmp_path)
+    argvs = [
+        quantize_argv(source, tmp_path / "out", megatron_save_path=path, ep=1) for path in places
+    ]
+    first, second = zip(*ranks(2, saved.commands, argvs), strict=True)
+    assert "holds a checkpoint; choose" in message(first)
+    assert "is not empty; choose" in message(second)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_overwriting_a_checkpoint(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
+    shutil.copytree(stored, tmp_path / "old")
+    (tmp_path / "old" / "mark").touch()
+    flags = {"export_dir": None, "megatron_save_path": tmp_path / "old", "overwrite": True}
+    (ended,) = ranks(1, command, *quantize_argv(source, stored, **flags, tp=1, ep=1))
+    assert ended.status == 0, ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert not (tmp_path / "old" / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["quantize"], "needs --hf-model-id and --export-quant-cfg, or --megatron-load-path"),
+        (
+            ["quantize", "--megatron-load-path", "x", "--dry-run"],
+            "leave out --megatron-load-path",
+        ),
+        (
+            ["export", "--export-dir", "x", "--export-format", "fp8"],
+            "either the directory of a quantized checkpoint or --megatron-load-path",
+        ),
+    ],
+)
+def test_flags(argv: list[str], words: str, ranks: Ranks) -> None:
+    assert words in message(ranks(1, command, *argv))

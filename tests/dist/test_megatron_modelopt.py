@@ -32,7 +32,7 @@ def of_modelopt(source: Path) -> tuple[Any, dict[str, Any]]:
     hf_config = read_config(source)
     layout = Layout.simulate(1, 1, 1, 1, 4)
     start_megatron(layout)
-    model = build_model(lookup(hf_config), hf_config, layout, torch.bfloat16)
+    (model,) = build_model(lookup(hf_config), hf_config, layout, torch.bfloat16)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.data.normal_(std=0.05) if parameter.dim() > 1 else parameter.data.fill_(1)

@@ -76,10 +76,21 @@ def calibrate(
     if act_percentile < 100 and inputs:
         scaled = clip(plan, inputs, seen, act_percentile, groups)
     cold = _cold_experts(plan, tokens, cold_experts)
-    _load(layers, plan, weights, scaled)
+    _load_weights(layers, plan, weights)
+    _load_inputs(layers, plan, scaled)
     find_scales(layers, plan, groups)
     counts = {slot: count // token_replicas for slot, count in tokens.items()}
     return CalibrationReport(weights, inputs, counts, cold)
+
+
+def calibrate_weights(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
+    """What :func:`calibrate` does for weights, which needs no data; inputs stay as they are.
+
+    ``layers`` are the rank's of ``plan``. Every rank of ``groups`` calls it. Raises
+    CalibrationError, on every rank alike, for a weight that is not finite.
+    """
+    _load_weights(layers, plan, _merge_weights(layers, plan, groups))
+    find_scales(layers, plan, groups)
 
 
 def _merge_weights(
@@ -156,22 +167,26 @@ def _cold_experts(
     return tuple(cold)
 
 
-def _load(
-    layers: Sequence[QuantLayer],
-    plan: QuantPlan,
-    weights: Mapping[str, float],
-    inputs: Mapping[str, float],
+def _load_weights(
+    layers: Sequence[QuantLayer], plan: QuantPlan, weights: Mapping[str, float]
 ) -> None:
-    shared_weights, shared_inputs = _module_max(plan, weights), _module_max(plan, inputs)
+    shared_weights = _module_max(plan, weights)
     for layer in layers:
         weight_amax = torch.tensor(shared_weights[layer.name])
         if isinstance(layer.module, QuantGroupedLinear) and layer.module.per_expert:
             own = [weights[name] for name in _names(layer.decisions)]
             weight_amax = torch.tensor(own).view(-1, 1, 1)
-        device = layer.weights()[0].device
-        layer.module.weight_quantizer.amax = weight_amax.to(device)
+        layer.module.weight_quantizer.amax = weight_amax.to(layer.weights()[0].device)
+
+
+def _load_inputs(
+    layers: Sequence[QuantLayer], plan: QuantPlan, inputs: Mapping[str, float]
+) -> None:
+    shared_inputs = _module_max(plan, inputs)
+    for layer in layers:
         if layer.static_inputs:
-            layer.module.input_quantizer.amax = torch.tensor(shared_inputs[layer.name]).to(device)
+            amax = torch.tensor(shared_inputs[layer.name])
+            layer.module.input_quantizer.amax = amax.to(layer.weights()[0].device)
 
 
 def _module_max(plan: QuantPlan, amaxes: Mapping[str, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from importlib import metadata
 
 import torch
 
-from megatron_quant.cpu import binary, cuda, kernels, megatron, plugin, versions
+from megatron_quant.cpu import binary, cuda, kernels, megatron, optimizer, plugin, versions
 from megatron_quant.errors import HostError
 
 _EARLIER = ("transformer_engine", "megatron.core", "modelopt.torch")
@@ -43,6 +43,7 @@ def activate() -> None:
     cuda.answer()
     cuda.scope_transformer_engine(version)
     megatron.replace()
+    optimizer.replace()
     _active = True
 
 

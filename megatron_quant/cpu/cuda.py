@@ -95,14 +95,37 @@ def pretended() -> Iterator[None]:
         torch.cuda.is_available = available
 
 
-class _CudaIsCpu(TorchFunctionMode):
+def named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` where ``device="cuda"`` is the CPU, and nothing else is pretended."""
+
+    @functools.wraps(function)
+    def scoped(*args: Any, **kwargs: Any) -> Any:
+        with _CudaNamesCpu():
+            return function(*args, **kwargs)
+
+    return scoped
+
+
+class _CudaNamesCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == _IS_CUDA:
-            return True
         kwargs = dict(kwargs or {})
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         return func(*args, **kwargs)
+
+
+class _CudaIsCpu(_CudaNamesCpu):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func == _IS_CUDA else super().__torch_function__(func, types, args, kwargs)
+
+
+class CudaTypes(_CudaNamesCpu):
+    """Within: ``device="cuda"`` is the CPU, and a tensor's type is the CUDA one of its dtype."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs)
+        names_type = func == torch.Tensor.type and isinstance(found, str)
+        return found.replace("torch.", "torch.cuda.", 1) if names_type else found
 
 
 def _names_cuda(device: object) -> bool:

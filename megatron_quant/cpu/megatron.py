@@ -5,6 +5,7 @@
 - The alltoall dispatcher turns split sizes into numpy arrays only where they lie on a GPU.
 - With expert tensor parallelism the dispatcher gathers a different number of tokens from each rank,
   which gloo's all-gather and reduce-scatter refuse; its all-to-all does not.
+- The schedules of forwards and backwards count tokens in a tensor on ``device="cuda"``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_quant.cpu import cuda
+
+_SCHEDULES = (
+    "forward_backward_no_pipelining",
+    "forward_backward_pipelining_without_interleaving",
+    "forward_backward_pipelining_with_interleaving",
+)
+
 
 def replace() -> None:
     """Import megatron.core and put the CPU versions in its modules."""
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -28,6 +38,8 @@ def replace() -> None:
     mappings._reduce_scatter_along_first_dim = _uneven(
         mappings._reduce_scatter_along_first_dim, _reduce_scatter
     )
+    for name in _SCHEDULES:
+        setattr(schedules, name, cuda.named(getattr(schedules, name)))
 
 
 def _get_rng_state(

@@ -42,6 +42,7 @@ def activate() -> None:
     (plugin if plugin.wanted() else binary).load(version)
     cuda.answer()
     cuda.scope_transformer_engine(version)
+    cuda.name_transformer_engine()
     megatron.replace()
     optimizer.replace()
     _active = True

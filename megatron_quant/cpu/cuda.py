@@ -83,6 +83,13 @@ def scope_transformer_engine(version: str) -> None:
             setattr(cls, method, staticmethod(wrapped) if is_static else wrapped)
 
 
+def name_transformer_engine() -> None:
+    """Have the placeholders of fused weight gradients, on ``device="cuda"``, lie on the CPU."""
+    for name in ("linear", "layernorm_linear", "grouped_linear"):
+        module = importlib.import_module(f"{_MODULES}.{name}")
+        module.get_dummy_wgrad = named(module.get_dummy_wgrad)  # type: ignore[attr-defined]
+
+
 @contextmanager
 def pretended() -> Iterator[None]:
     """Within: CUDA is available, every tensor is on it, and ``device="cuda"`` is the CPU."""

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env test test-vllm test-matrix test-te test-gpu lint format demo clean
+.PHONY: env test test-vllm test-matrix test-te test-gpu lint format demo demo-qat clean
 
 env: $(READY)
 
@@ -61,6 +61,10 @@ format: env
 
 demo: env
 	$(BIN)/python examples/demo.py --work-dir out/demo
+
+# Training through the quantizers, after `make demo` trained the model: half an hour or more.
+demo-qat: env
+	$(BIN)/python examples/demo_qat.py --work-dir out/demo
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -16,7 +16,7 @@ from importlib import metadata
 
 import torch
 
-from megatron_quant.cpu import binary, cuda, kernels, megatron, plugin, versions
+from megatron_quant.cpu import binary, cuda, kernels, megatron, optimizer, plugin, versions
 from megatron_quant.errors import HostError
 
 _EARLIER = ("transformer_engine", "megatron.core", "modelopt.torch")
@@ -42,7 +42,9 @@ def activate() -> None:
     (plugin if plugin.wanted() else binary).load(version)
     cuda.answer()
     cuda.scope_transformer_engine(version)
+    cuda.name_transformer_engine()
     megatron.replace()
+    optimizer.replace()
     _active = True
 
 

@@ -83,6 +83,13 @@ def scope_transformer_engine(version: str) -> None:
             setattr(cls, method, staticmethod(wrapped) if is_static else wrapped)
 
 
+def name_transformer_engine() -> None:
+    """Have the placeholders of fused weight gradients, on ``device="cuda"``, lie on the CPU."""
+    for name in ("linear", "layernorm_linear", "grouped_linear"):
+        module = importlib.import_module(f"{_MODULES}.{name}")
+        module.get_dummy_wgrad = named(module.get_dummy_wgrad)  # type: ignore[attr-defined]
+
+
 @contextmanager
 def pretended() -> Iterator[None]:
     """Within: CUDA is available, every tensor is on it, and ``device="cuda"`` is the CPU."""
@@ -117,6 +124,15 @@ class _CudaNamesCpu(TorchFunctionMode):
 class _CudaIsCpu(_CudaNamesCpu):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return True if func == _IS_CUDA else super().__torch_function__(func, types, args, kwargs)
+
+
+class CudaTypes(_CudaNamesCpu):
+    """Within: ``device="cuda"`` is the CPU, and a tensor's type is the CUDA one of its dtype."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs)
+        names_type = func == torch.Tensor.type and isinstance(found, str)
+        return found.replace("torch.", "torch.cuda.", 1) if names_type else found
 
 
 def _names_cuda(device: object) -> bool:

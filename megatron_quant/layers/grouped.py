@@ -5,7 +5,7 @@ the parameters that it reads: they stand in ``_parameters`` for the time of the 
 a rank are quantized as one stack, so the number of Python calls does not grow with theirs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 
 from megatron_quant.errors import LayoutError
 from megatron_quant.layers.backend import BACKEND, reset_block_amax
+from megatron_quant.layers.stand_in import stand_ins
 
 
 class ExpertQuantizer:
@@ -94,12 +95,17 @@ class QuantGroupedLinear(QuantModule):
             yield
             return
         originals = {f"weight{i}": w for i, w in enumerate(self.weights())}
-        quantized = self.quantize(torch.stack(list(originals.values())))
+        quantized = self._stand_ins(list(originals.values()))
         try:
-            self._parameters.update(zip(originals, quantized.unbind(0), strict=True))
+            self._parameters.update(zip(originals, quantized, strict=True))
             yield
         finally:
             self._parameters.update(originals)
+
+    def _stand_ins(self, weights: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if self.weight_quantizer.backend == BACKEND:
+            return stand_ins(weights, self.quantize)
+        return self.quantize(torch.stack(weights)).unbind(0)
 
     def forward(self, x: torch.Tensor, m_splits: Any) -> Any:
         """As the base class: ``x`` [tokens, K] sorted by expert, ``m_splits`` tokens an expert."""

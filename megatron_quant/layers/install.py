@@ -14,7 +14,6 @@ from torch import nn
 from megatron_quant.errors import CoverageError
 from megatron_quant.formats.region import Region, grids, whole_matrix
 from megatron_quant.formats.spec import WHOLE, Format
-from megatron_quant.layers import te  # noqa: F401  (registers the grouped classes)
 from megatron_quant.layers.backend import (
     Grid,
     block_amax,
@@ -27,6 +26,7 @@ from megatron_quant.layers.backend import (
     split_stat,
 )
 from megatron_quant.layers.grouped import QuantGroupedLinear
+from megatron_quant.layers.te import fusion_kept, refuse_fp8
 from megatron_quant.recipes.plan import Decision, QuantPlan
 
 _ALL_OFF = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None}
@@ -171,7 +171,8 @@ def attach(
     chosen = _by_module(plan, weights)
     for name in chosen:
         _check(name, model.get_submodule(name))
-    with redirect_stdout(StringIO()):  # ModelOpt prints how many quantizers, on every rank
+    # ModelOpt prints how many quantizers, on every rank.
+    with redirect_stdout(StringIO()), fusion_kept(model):
         mtq.quantize(model, _ALL_OFF)
     return [_configure(model.get_submodule(n), m, expert_scales) for n, m in chosen.items()]
 
@@ -203,6 +204,7 @@ def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> Qu
         expected = tuple(f"weight{i}" for i in range(module.num_gemms))
         assert layer.attributes == expected, f"{layer.name} has {layer.attributes}"
     axis = 0 if layer.grouped and scales is ExpertScales.PER_EXPERT else None
+    module.register_forward_pre_hook(refuse_fp8)
     quantizer, fmt = module.weight_quantizer, layer.weight_format
     quantizer.set_from_attribute_config(quantizer_attributes(fmt, axis))
     set_regions(quantizer, grids(_regions(weights[0], layer), fmt))

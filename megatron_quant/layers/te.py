@@ -5,6 +5,8 @@ Megatron's ``TEColumnParallelGroupedLinear`` / ``TERowParallelGroupedLinear``, t
 ``GroupedLinear``; ModelOpt's registry makes them (its naming: ``Quant`` + the base's name).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import megatron.core.parallel_state as mpu
@@ -16,12 +18,14 @@ from megatron.core.transformer.mlp import MLP
 from modelopt.torch.quantization.nn import QuantModuleRegistry
 from modelopt.torch.utils.distributed import ParallelState
 from torch import nn
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from megatron_quant.errors import QuantError
 from megatron_quant.layers import experts  # noqa: F401  (registers its class)
 from megatron_quant.layers.backend import register_backend
 from megatron_quant.layers.grouped import QuantGroupedLinear
 from megatron_quant.layers.sharded import Place, quantizer_state
+from megatron_quant.layers.stand_in import follow
 
 
 class _QuantTEGroupedLinear(QuantGroupedLinear):
@@ -29,7 +33,7 @@ class _QuantTEGroupedLinear(QuantGroupedLinear):
 
     def _setup(self) -> None:
         _check_options(self)
-        # It would write into main_grad of the weights that stand in for the call.
+        # ModelOpt's own formats may mask gradients; `fusion_kept` turns it on again for ours.
         self.fuse_wgrad_accumulation = False
         if self.parallel_state is None:
             self.parallel_state = ParallelState(
@@ -80,6 +84,34 @@ def _place(module: nn.Module) -> Place:
         mpu.get_expert_data_parallel_rank(),
         mpu.get_expert_model_parallel_world_size() * module.num_gemms,
     )
+
+
+@contextmanager
+def fusion_kept(model: nn.Module) -> Iterator[None]:
+    """Layers that add weight gradients to ``main_grad`` still do after ModelOpt converted them.
+
+    It turns that off, as its gradients may be masked. Ours are not: what a quantizer gives stands
+    in for the weight, ``main_grad`` and flags included.
+    """
+    fused = [m for m in model.modules() if getattr(m, "fuse_wgrad_accumulation", False)]
+    for module in fused:
+        module.fuse_wgrad_accumulation = False  # or it would warn
+    yield
+    for module in fused:
+        module.fuse_wgrad_accumulation = True
+        quantizer = getattr(module, "weight_quantizer", None)
+        if quantizer is not None and not isinstance(module, QuantGroupedLinear):
+            quantizer.register_forward_hook(follow)
+
+
+def refuse_fp8(module: nn.Module, args: object) -> None:
+    """A forward pre-hook. Raises QuantError within Transformer Engine's fp8 autocast."""
+    if FP8GlobalStateManager.is_fp8_enabled():
+        raise QuantError(
+            f"a quantized {type(module).__name__} was called within Transformer Engine's fp8 "
+            "autocast, which rounds what its quantizers gave again: train without fp8 (--fp8-format"
+            ", TransformerConfig.fp8, te.autocast), or without quantizers"
+        )
 
 
 def _check_options(module: nn.Module) -> None:

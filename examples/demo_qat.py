@@ -1,0 +1,88 @@
+"""What training through the quantizers gains over calibration alone, on one machine without a GPU.
+
+    python examples/demo_qat.py --work-dir out/demo
+
+takes the small MoE of demo.py (trained first where it is missing), exports it in nvfp4 and int4
+after calibration (PTQ) and after training (QAT, examples/train_qat.py), and prints perplexity and
+KL to bf16 of the four exported checkpoints on held-out text.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, os.fspath(Path(__file__).parent))
+import demo
+import make_small_moe
+
+CHARACTERS = 1_000_000
+TRAINING_TEXT = "train.txt"
+
+
+def write_training_text(work_dir: Path) -> Path:
+    """What the small model was trained on, which neither is measured on nor calibrated with."""
+    path = work_dir / TRAINING_TEXT
+    texts = make_small_moe.read_texts(make_small_moe.parse(["--output-dir", str(work_dir)]))
+    path.write_text("\n".join(texts.train)[:CHARACTERS], encoding="utf-8")
+    return path
+
+
+def export(args: argparse.Namespace, recipe: str, trained: bool) -> Path:
+    """PTQ, or QAT from the same calibration."""
+    model, out = (
+        args.work_dir / "small-moe",
+        args.work_dir / f"{'qat' if trained else 'ptq'}-{recipe}",
+    )
+    texts = ("--calib-dataset", args.work_dir / "calibration.txt", "--calib-size", "32")
+    paths = ("--hf-model-id", model, "--export-dir", out, "--overwrite", *texts)
+    layout = ("--tp", "2", "--ep", "2", "--export-quant-cfg", recipe, *demo.DTYPE)
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(demo.RANKS))
+    if trained:
+        training = ("--train-data", args.work_dir / TRAINING_TEXT, "--train-steps", args.steps)
+        script = ("train_qat.py", *map(str, training), "--lr", str(args.lr), "--kd-teacher", "bf16")
+    else:
+        script = ("quantize.py", "--calib-seq-length", "128")
+    demo.run(*torchrun, demo.HERE / script[0], *paths, *layout, *script[1:])
+    return out
+
+
+def show(rows: dict[str, dict[str, Any]], steps: int) -> None:
+    table = Table("Model", title=f"Held-out text; QAT: {steps} steps")
+    for column in ("Perplexity", "KL to bf16 (nats/token)"):
+        table.add_column(column, justify="right")
+    for model, row in rows.items():
+        kl = "-" if row["kl"] is None else f"{row['kl']:.5f}"
+        table.add_row(model, f"{row['perplexity']:.3f}", kl)
+    Console().print(table)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--recipes", nargs="+", default=["nvfp4", "int4"])
+    parser.add_argument("--steps", type=int, default=200, help="of QAT (default: 200)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of QAT (default: 1e-4)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    model = args.work_dir / "small-moe"
+    if not (model / "config.json").is_file():
+        demo.run(demo.HERE / "make_small_moe.py", "--output-dir", model)
+    write_training_text(args.work_dir)
+    rows = {"bf16": demo.measure(args, model)}
+    for recipe in args.recipes:
+        for name, trained in (("PTQ", False), ("QAT", True)):
+            out = export(args, recipe, trained)
+            rows[f"{recipe}, {name}"] = demo.measure(args, out, "--against", model)
+    show(rows, args.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Ranges while a model trains: what its layers are given, merged over ranks, and its drift.
+
+Weights take the largest magnitude that they have. Inputs take what training itself feeds them:
+their running maximum, or an exponential average.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megatron_quant.calib.observe import InputAmax
+from megatron_quant.calib.sync import merge_max
+from megatron_quant.dist import Groups, gather
+from megatron_quant.errors import CalibrationError
+from megatron_quant.formats import amax
+from megatron_quant.layers.install import QuantLayer
+from megatron_quant.recipes.plan import QuantPlan
+
+
+class TrainingAmax(InputAmax):
+    """As the base class, of forwards in training mode alone, each of them once."""
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """A forward pre-hook of the input quantizer."""
+        # Within a backward it is called by activations that are recomputed, and by ModelOpt's
+        # layers, which quantize their inputs again for the weight's gradient.
+        within_backward = torch._C._current_graph_task_id() != -1
+        if module.training and not within_backward:
+            super().__call__(module, (args[0].detach(),))
+
+
+class RunningInputs:
+    """Watches the layers whose inputs have a static scale, until :meth:`close`."""
+
+    def __init__(self, layers: Sequence[QuantLayer]) -> None:
+        self._seen = {layer.name: TrainingAmax() for layer in layers if layer.static_inputs}
+        self._hooks = [
+            layer.module.input_quantizer.register_forward_pre_hook(self._seen[layer.name])
+            for layer in layers
+            if layer.static_inputs
+        ]
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """Module name -> largest input since the last call, of those that saw a token."""
+        found = {name: seen.value for name, seen in self._seen.items() if seen.value is not None}
+        for seen in self._seen.values():
+            seen.value = None
+        return found
+
+    def close(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class Live:
+    """Amaxes over all ranks: of weights by slot name, of inputs by module name."""
+
+    weights: Mapping[str, float]
+    inputs: Mapping[str, float]
+
+
+def merge_live(
+    layers: Sequence[QuantLayer],
+    plan: QuantPlan,
+    groups: Groups,
+    inputs: Mapping[str, torch.Tensor],
+) -> Live:
+    """What the model has and was given, merged in one collective; equal on every rank.
+
+    inputs: of this rank, as :meth:`RunningInputs.take` gives them. Raises CalibrationError, on
+    every rank alike, for what is not finite.
+    """
+    slots = [d.slot.name for d in plan.quantized]
+    static = (d.slot.module for d in plan.quantized if d.inputs and d.inputs.tensor_scale)
+    modules = list(dict.fromkeys(static))
+    weights = {
+        d.slot.name: amax(weight.detach())
+        for layer in layers
+        for d, weight in zip(layer.decisions, layer.weights(), strict=True)
+    }
+    fed = {f"inputs of {name}": value.to("cpu") for name, value in inputs.items()}
+    own = {name: value.to("cpu") for name, value in weights.items()} | fed
+    merged = merge_max([*slots, *(f"inputs of {name}" for name in modules)], own, groups)
+    for name, value in merged.items():
+        if value == float("inf"):
+            raise CalibrationError(
+                f"{name} is NaN or Inf in training: lower the learning rate, or leave the layer "
+                "unquantized"
+            )
+    return Live(
+        {name: merged[name] for name in slots},
+        {name: merged[key] for name in modules if (key := f"inputs of {name}") in merged},
+    )
+
+
+def update_inputs(
+    layers: Sequence[QuantLayer], live: Mapping[str, float], average: float | None
+) -> None:
+    """Give the layers' inputs their new range; a module that is not in ``live`` keeps its own.
+
+    average: what the newest counts for in an exponential average; None for a running maximum.
+    """
+    for layer in layers:
+        if not layer.static_inputs or layer.name not in live:
+            continue
+        quantizer, newest = layer.module.input_quantizer, live[layer.name]
+        if quantizer.amax is not None:
+            stored = float(quantizer.amax)
+            newest = (
+                max(stored, newest) if average is None else stored + average * (newest - stored)
+            )
+        quantizer.amax = torch.tensor(newest, device=layer.weights()[0].device)
+
+
+@dataclass(frozen=True, order=True)
+class Drift:
+    """A live amax over the one that is stored, and whose it is."""
+
+    ratio: float
+    name: str
+
+
+def largest_drift(layers: Sequence[QuantLayer], live: Live, groups: Groups) -> Drift | None:
+    """The largest of all ranks; None where no range is stored. Collective."""
+    own = max(_drifts(layers, live), default=None)
+    return max((d for d in gather(own, groups) if d is not None), default=None)
+
+
+def _drifts(layers: Sequence[QuantLayer], live: Live) -> Iterator[Drift]:
+    for layer in layers:
+        for index, decision in enumerate(layer.decisions):
+            stored = layer.weight_amax(index) if layer.weight_format.tensor_scale else None
+            if stored is not None:
+                name = decision.slot.name
+                yield _drift(live.weights[name], stored, name)
+        if layer.name in live.inputs and layer.module.input_quantizer.amax is not None:
+            stored = layer.module.input_quantizer.amax
+            yield _drift(live.inputs[layer.name], stored, f"inputs of {layer.name}")
+
+
+def _drift(live: float, stored: torch.Tensor, name: str) -> Drift:
+    largest = float(stored)
+    return Drift(live / largest if largest else float(live > 0), name)

@@ -1,0 +1,141 @@
+"""Training through the quantizers, by Megatron's own loop, DDP and optimizers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_quant.errors import QuantError
+from tests.dist import checkpoints
+from tests.dist.pool import Ranks
+
+BATCHES = [torch.arange(i, i + 2 * 32).mul(7).remainder(258).view(2, 32) for i in (0, 5, 11, 17)]
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("moe")
+    return checkpoints.save("qwen3_moe", path, num_experts=4, moe_intermediate_size=128)
+
+
+def _script(path: Path, recipe: str, tp: int, ep: int, fused: bool, **ddp: bool) -> object:
+    """A wrapped model whose inputs have ranges already."""
+    from megatron_quant.mcore.callback import QuantCallback, Schedule
+    from megatron_quant.mcore.hooks import prepare
+    from tests.dist import live, training
+
+    model = training.build(path, live.Parallelism(tp, ep))
+    if fused:
+        training.fuse(model)
+    callback = QuantCallback(Schedule(calibrate_before=0), log=lambda line: None)
+    callback.start(prepare(model, recipe, hf_model=str(path)))
+    from megatron_quant.mcore.run import forward
+
+    callback.calibrate([lambda ids=ids: forward(model[0], ids) for ids in BATCHES])
+    callback.on_step_begin(0)
+    return training.wrap(model, **ddp)
+
+
+def _gradients(path: Path, recipe: str, tp: int, ep: int, fused: bool) -> tuple[float, dict]:
+    from tests.dist import training
+
+    script = _script(path, recipe, tp, ep, fused, use_distributed_optimizer=False)
+    loss = script.forward_backward(BATCHES)
+    return loss, training.slices(script, training.gradient)
+
+
+def _whole(ranks: list[dict]) -> dict[str, torch.Tensor]:
+    """What ranks hold of each tensor, put together; where several hold it, they agree."""
+    found: dict[str, torch.Tensor] = {}
+    boxes = [(name, *piece) for held in ranks for name, pieces in held.items() for piece in pieces]
+    for name, box, values in boxes:
+        size = tuple(max(b[i].stop for n, b, _ in boxes if n == name) for i in range(len(box)))
+        whole = found.setdefault(name, torch.full(size, torch.nan))
+        before = whole[box]
+        assert before.isnan().all() or torch.allclose(before, values, rtol=1e-5, atol=1e-7), name
+        whole[box] = values
+    assert not any(w.isnan().any() for w in found.values())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tolerance"),
+    # Quantized inputs that differ by a rounding in fp32 may fall on either side of a step.
+    [("w4a16_nvfp4", 1e-5), ("int4", 1e-5), ("nvfp4", 0.2)],
+)
+def test_a_step_has_the_single_ranks_gradients(
+    ranks: Ranks, moe: Path, recipe: str, tolerance: float
+) -> None:
+    (alone,) = ranks(1, _gradients, moe, recipe, 1, 1, False)
+    fused = ranks(4, _gradients, moe, recipe, 2, 2, True)
+    assert sum(loss for loss, _ in fused) / 4 == pytest.approx(alone[0], rel=tolerance)
+    want, got = _whole([alone[1]]), _whole([gradients for _, gradients in fused])
+    assert want.keys() == got.keys()
+    off = {name: float((got[name] - g).norm() / g.norm()) for name, g in want.items()}
+    assert max(off.values()) < tolerance, off
+
+
+def _fused_equals_unfused(path: Path) -> None:
+    from tests.dist import training
+
+    found = [_gradients(path, "nvfp4", 1, 1, fused)[1] for fused in (False, True)]
+    for name, pieces in found[0].items():
+        for (_, a), (_, b) in zip(pieces, found[1][name], strict=True):
+            assert torch.equal(a, b), name
+    script = _script(path, "nvfp4", 1, 1, True)
+    layer = script.model[0].module.decoder.layers[0]
+    linears = (layer.mlp.experts.linear_fc1, layer.self_attention.linear_qkv)
+    assert all(linear.fuse_wgrad_accumulation for linear in linears)
+    script.forward_backward(BATCHES[:1])
+    assert all(w.grad_added_to_main_grad for w in (linears[0].weight0, linears[1].weight))
+    assert training.gradient(linears[0].weight0).any()
+
+
+def test_fused_and_unfused_gradients_are_equal(ranks: Ranks, moe: Path) -> None:
+    ranks(1, _fused_equals_unfused, moe)
+
+
+def _main(path: Path, tp: int, ep: int) -> list[float]:
+    from tests.dist import live, training
+
+    return training.main(path, live.Parallelism(tp, ep), BATCHES)
+
+
+def test_a_megatron_script_needs_one_line(ranks: Ranks, moe: Path) -> None:
+    (alone,) = ranks(1, _main, moe, 1, 1)
+    assert alone[0] > alone[1] > alone[2]
+    many = torch.tensor(ranks(4, _main, moe, 2, 2)).mean(0)
+    assert many.tolist() == pytest.approx(alone, rel=1e-3)
+
+
+def _prepare(path: Path, change: str) -> None:
+    from megatron_quant.mcore.hooks import prepare, wrap_provider
+    from tests.dist import live, training
+
+    model = training.build(path, live.Parallelism())
+    if change == "fp8":
+        model[0].config.fp8 = "hybrid"
+    if change == "wrapped":
+        model = training.wrap(model).model
+    if change == "chunks":
+        model = model * 2
+    if change == "provider":
+        wrap_provider(lambda config: model[0], "nvfp4", hf_model=str(path))
+    checkpoint = path if change == "checkpoint" else None
+    prepare(model, "nvfp4", checkpoint, hf_model=str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("fp8", "fp8='hybrid' in the TransformerConfig"),
+        ("wrapped", "wrapped in DistributedDataParallel already: call prepare before"),
+        ("chunks", "the model comes in 2 chunks"),
+        ("provider", "has no parameter pre_process, so it is no model provider"),
+        ("checkpoint", "quantizers are not read from it yet"),
+    ],
+)
+def test_refusals(ranks: Ranks, moe: Path, change: str, words: str) -> None:
+    (error,) = ranks.errors(1, _prepare, moe, change)
+    assert isinstance(error, QuantError), error
+    assert words in str(error)

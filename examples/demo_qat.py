@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=["nvfp4", "int4"])
     parser.add_argument("--steps", type=int, default=200, help="of QAT (default: 200)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of QAT (default: 1e-4)")
+    parser.add_argument("--lr", type=float, default=1e-5, help="of QAT (default: 1e-5)")
     return parser.parse_args()
 
 

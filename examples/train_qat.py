@@ -292,7 +292,7 @@ def parse() -> argparse.Namespace:
     }.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=" ")
     parser.add_argument("--freeze-before", type=int, help="ranges stay from this step on")
-    parser.add_argument("--lr", type=float, default=1e-4, help=" ")
+    parser.add_argument("--lr", type=float, default=1e-5, help=" ")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help=" ")
     parser.add_argument("--expert-scales", default="shared", help="as of quantize")
     parser.add_argument("--export-format", default="modelopt", help="as of quantize")

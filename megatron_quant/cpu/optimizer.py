@@ -28,6 +28,7 @@ def replace() -> None:
     for module in (clip_grads, steps):
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.multi_tensor_scale_tensor_impl = None  # read from 0.19 on: it scales by a number
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     for owner in _owners(optimizer):
         for method in _METHODS:

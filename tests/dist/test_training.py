@@ -1,5 +1,6 @@
 """Training through the quantizers, by Megatron's own loop, DDP and optimizers."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from megatron_quant.errors import QuantError
 from tests.dist import checkpoints
 from tests.dist.pool import Ranks
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BATCHES = [torch.arange(i, i + 2 * 32).mul(7).remainder(258).view(2, 32) for i in (0, 5, 11, 17)]
 
 
@@ -106,6 +108,35 @@ def test_a_megatron_script_needs_one_line(ranks: Ranks, moe: Path) -> None:
     assert alone[0] > alone[1] > alone[2]
     many = torch.tensor(ranks(4, _main, moe, 2, 2)).mean(0)
     assert many.tolist() == pytest.approx(alone, rel=1e-3)
+
+
+def _divergence(vocab_size: int) -> float:
+    """Of shards of logits; raises unless it and its gradient are those of whole ones."""
+    from megatron.core import parallel_state as mpu
+
+    from tests.dist import tiny
+
+    spec = importlib.util.spec_from_file_location("train_qat", EXAMPLES / "train_qat.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    tiny.start(tp=2)
+    student, teacher = torch.randn(2, 2, 3, 12, generator=torch.Generator().manual_seed(0)) * 3
+    whole = student[..., :vocab_size].clone().requires_grad_()
+    log_q, log_p = whole.log_softmax(-1), teacher[..., :vocab_size].log_softmax(-1)
+    want = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    want.backward()
+    at = slice(6 * mpu.get_tensor_model_parallel_rank(), None)
+    own = student[..., at][..., :6].clone().requires_grad_()
+    got = example.divergence(own, teacher[..., at][..., :6], vocab_size)
+    got.backward()
+    real = whole.grad[..., at][..., :6]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(own.grad[..., : real.shape[-1]], real)
+    return float(own.grad[..., real.shape[-1] :].abs().sum())
+
+
+def test_the_example_distils_over_shards_of_the_vocabulary(ranks: Ranks) -> None:
+    assert ranks(2, _divergence, 12) == ranks(2, _divergence, 11) == [0, 0]
 
 
 def _prepare(path: Path, change: str) -> None:

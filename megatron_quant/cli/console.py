@@ -43,7 +43,9 @@ def print_error(error: Exception) -> None:
     """One line on standard error, from every rank that has the error."""
     where = f"[rank {rank()}] " if "RANK" in os.environ else ""
     message = " ".join(str(error).split())
-    print(f"{where}megatron-quant: error: {message}", file=sys.stderr, flush=True)
+    # In one write, newline included: other ranks may write to the same pipe.
+    sys.stderr.write(f"{where}megatron-quant: error: {message}\n")
+    sys.stderr.flush()
 
 
 def check_file(flag: str, path: Path | None) -> None:

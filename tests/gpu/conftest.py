@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.gpu import NO_GPU
+
 HERE = Path(__file__).parent
 
 
@@ -15,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="no GPU: run make test-gpu where one is"))
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from tests.host import ready
+from tests.gpu import NO_GPU
 
-ready()
-from megatron_quant.formats import encode  # noqa: E402
-from tests.gpu import checks  # noqa: E402
-from tests.unit import test_formats_golden as goldens  # noqa: E402
+if not torch.cuda.is_available():
+    pytest.skip(NO_GPU, allow_module_level=True)  # before Megatron is imported in this process
+from megatron_quant.formats import encode
+from tests.gpu import checks
+from tests.unit import test_formats_golden as goldens
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 

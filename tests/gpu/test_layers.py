@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from tests.host import ready
+from tests.gpu import NO_GPU
 
-ready()
-from megatron_quant.errors import QuantError  # noqa: E402
-from tests.dist import grouped  # noqa: E402
-from tests.gpu import checks  # noqa: E402
+if not torch.cuda.is_available():
+    pytest.skip(NO_GPU, allow_module_level=True)  # before Megatron is imported in this process
+from megatron_quant.errors import QuantError
+from tests.dist import grouped
+from tests.gpu import checks
 
 FORMATS = pytest.mark.parametrize("name", list(checks.FORMATS))
 

@@ -55,8 +55,8 @@ def measure(args: argparse.Namespace, model: Path, *against: str | Path) -> dict
     return json.loads(figures.read_text())
 
 
-def show(rows: dict[str, dict[str, Any]]) -> None:
-    table = Table("Model", title="Held-out text")
+def show(rows: dict[str, dict[str, Any]], title: str = "Held-out text") -> None:
+    table = Table("Model", title=title)
     for column in ("Perplexity", "KL to bf16 (nats/token)"):
         table.add_column(column, justify="right")
     for model, row in rows.items():

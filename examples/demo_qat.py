@@ -11,10 +11,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, os.fspath(Path(__file__).parent))
 import demo
@@ -51,16 +47,6 @@ def export(args: argparse.Namespace, recipe: str, trained: bool) -> Path:
     return out
 
 
-def show(rows: dict[str, dict[str, Any]], steps: int) -> None:
-    table = Table("Model", title=f"Held-out text; QAT: {steps} steps")
-    for column in ("Perplexity", "KL to bf16 (nats/token)"):
-        table.add_column(column, justify="right")
-    for model, row in rows.items():
-        kl = "-" if row["kl"] is None else f"{row['kl']:.5f}"
-        table.add_row(model, f"{row['perplexity']:.3f}", kl)
-    Console().print(table)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work-dir", type=Path, required=True)
@@ -81,7 +67,7 @@ def main() -> None:
         for name, trained in (("PTQ", False), ("QAT", True)):
             out = export(args, recipe, trained)
             rows[f"{recipe}, {name}"] = demo.measure(args, out, "--against", model)
-    show(rows, args.steps)
+    demo.show(rows, f"Held-out text; QAT: {args.steps} steps")
 
 
 if __name__ == "__main__":

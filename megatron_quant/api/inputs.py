@@ -1,7 +1,6 @@
 """What a run reads besides weights: the open checkpoint, calibration batches, evaluation text."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -9,17 +8,16 @@ from megatron_quant.api.batches import calibration_batches, check_ids
 from megatron_quant.api.job import Job, prepare, replanned
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.save import check_save_path
-from megatron_quant.api.target import check_not_source, existing_of, origin_of
-from megatron_quant.ckpt.companions import Companions, companions
+from megatron_quant.api.target import checked_companions, existing_of, origin_of
+from megatron_quant.ckpt.companions import Companions
 from megatron_quant.ckpt.keep import keeping
 from megatron_quant.ckpt.origin import Origin
 from megatron_quant.ckpt.pipeline import WriteOptions
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import Weights
 from megatron_quant.ckpt.saved import Saved
-from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.sources import open_source
-from megatron_quant.ckpt.target import Existing, check_target
+from megatron_quant.ckpt.target import Existing
 from megatron_quant.evaluate.evaluate import read_windows
 
 
@@ -62,7 +60,7 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
             job = replanned(job, quant, options)
     files, origin = None, origin_of(job, saved)
     if options.export_dir is not None:
-        files = _companions(job, options.export_dir, existing, origin)
+        files = checked_companions(job, options.export_dir, existing, origin)
     if options.megatron_save_path is not None:
         check_save_path(options.megatron_save_path, existing)
     windows = []
@@ -73,13 +71,3 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
         batches = calibration_batches(options, job.source)
     check_ids([*batches, *windows], job.source, job.hf_config["vocab_size"])
     return Inputs(job, checkpoint, kept, origin, files, existing, writing, batches, windows)
-
-
-def _companions(job: Job, export_dir: Path, existing: Existing, origin: Origin) -> Companions:
-    """The files beside the weights; the target is checked."""
-    assert job.dialect is not None and job.export is not None
-    check_not_source(export_dir, job.source)
-    carried = carry_over(job.source)
-    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
-    check_target(export_dir, files, existing, job.export)
-    return files

@@ -13,7 +13,7 @@ from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
 from megatron_quant.api.save import save_model
-from megatron_quant.api.target import statistics_digest
+from megatron_quant.api.target import statistics_digest, verified
 from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
 from megatron_quant.calib.kv_cache import calibrate_kv_cache, run_rest, watch
@@ -21,7 +21,7 @@ from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.produce import Produced, produce
 from megatron_quant.ckpt.produce_cache import produce_cache_scale
 from megatron_quant.ckpt.saved import Saved, describe
-from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.ckpt.verify import Report
 from megatron_quant.ckpt.writer import Produce, export
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluate.metrics import Sums
@@ -82,14 +82,15 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
         with phases.time("save"):
             path, config = options.megatron_save_path, dict(job.hf_config)
             save_model(model, path, job.source, config, groups)
-    verified = None
+    report = None
     if options.export_dir is not None:
         found = (calibration.weight_amax, calibration.input_amax, kv_amax)
         digest = statistics_digest(job, options, *found)
         _export(options, inputs, model, producer(model, layers, cached), digest, phases)
         with phases.time("verify"):
-            verified = together(groups, lambda: _verify(options, job, groups))
-    return Outcome(job, calibration, kv_amax, statistics(model), fake_quant, verified)
+            source = job.source if options.megatron_load_path is None else None
+            report = verified(options.export_dir, source, groups)
+    return Outcome(job, calibration, kv_amax, statistics(model), fake_quant, report)
 
 
 def _model(inputs: Inputs, groups: Groups, phases: Phases) -> Model:
@@ -236,13 +237,3 @@ def producer(
         return produce(part, local, amax, inputs, layer.block_stat(index, part.region))
 
     return of_part
-
-
-def _verify(options: QuantizeOptions, job: Job, groups: Groups) -> Report | None:
-    if groups.rank:
-        return None
-    assert options.export_dir is not None
-    against = job.source if options.megatron_load_path is None else None
-    report = verify(options.export_dir, against)
-    report.raise_for_problems()
-    return report

@@ -9,15 +9,21 @@ from megatron_quant.api.job import Job, Model, decide
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
 from megatron_quant.api.stream_inputs import calibrate_inputs, save_amaxes
-from megatron_quant.api.target import check_not_source, existing_of, origin_of, statistics_digest
-from megatron_quant.ckpt.companions import Companions, companions
+from megatron_quant.api.target import (
+    checked_companions,
+    existing_of,
+    origin_of,
+    statistics_digest,
+    verified,
+)
+from megatron_quant.ckpt.companions import Companions
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.pipeline import WriteOptions
 from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
-from megatron_quant.ckpt.source import carry_over, resolve_source
-from megatron_quant.ckpt.target import Existing, check_target
-from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.ckpt.source import resolve_source
+from megatron_quant.ckpt.target import Existing
+from megatron_quant.ckpt.verify import Report
 from megatron_quant.ckpt.views import kept_dtypes, logical
 from megatron_quant.ckpt.writer import export
 from megatron_quant.dist import Groups, together
@@ -81,7 +87,8 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
     assert options.export_dir is not None, "an export needs a directory"
     with phases.time("plan"):
         job, checkpoint = together(groups, lambda: plan_stream(options, groups.size))
-        files = together(groups, lambda: _companions(options, job))
+        out, existing = options.export_dir, _existing(options)
+        files = together(groups, lambda: checked_companions(job, out, existing, origin_of(job)))
     inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
     source = Source(checkpoint, job.dtype)
     found, amaxes = _weight_amaxes(job, source, groups, phases)
@@ -90,10 +97,10 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
         options, job, groups, producer, _with_statistics(files, job, options, found, inputs), phases
     )
     with phases.time("verify"):
-        verified = together(groups, lambda: _verify(options, job, groups))
+        report = verified(options.export_dir, job.source, groups)
     if inputs is not None and groups.rank == 0:
         save_amaxes(options, job, inputs)
-    return Streamed(job, found, inputs, verified)
+    return Streamed(job, found, inputs, report)
 
 
 def _with_statistics(
@@ -122,16 +129,6 @@ def _export(
     with phases.transfer("export", _nbytes(job.export.parts_of(groups.rank))) as progress:
         existing, out = _existing(options), options.export_dir
         export(job.export, groups, producer, out, files, existing, progress, writing)
-
-
-def _companions(options: QuantizeOptions, job: Job) -> Companions:
-    """The files beside the weights; the target is checked."""
-    assert options.export_dir is not None
-    check_not_source(options.export_dir, job.source)
-    carried, origin = carry_over(job.source), origin_of(job)
-    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
-    check_target(options.export_dir, files, _existing(options), job.export)
-    return files
 
 
 def _existing(options: QuantizeOptions) -> Existing:
@@ -168,12 +165,3 @@ def _check_flags(options: QuantizeOptions) -> None:
         raise QuantError("--eval-text needs a model, which --stream has not: use the verb eval")
     if options.act_percentile < 100:
         raise QuantError("--act-percentile is not measured by --stream: leave one of them out")
-
-
-def _verify(options: QuantizeOptions, job: Job, groups: Groups) -> Report | None:
-    if groups.rank:
-        return None
-    assert options.export_dir is not None
-    report = verify(options.export_dir, job.source)
-    report.raise_for_problems()
-    return report

@@ -1,12 +1,16 @@
-"""Where an export goes, checked alike for every verb that writes one."""
+"""Where an export goes, checked alike for every verb that writes one, before and after."""
 
 from pathlib import Path
 
 from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.origin import Origin, digest_of, recipe_digest, source_digest
 from megatron_quant.ckpt.saved import Saved
-from megatron_quant.ckpt.target import Existing
+from megatron_quant.ckpt.source import carry_over
+from megatron_quant.ckpt.target import Existing, check_target
+from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.dist import Groups, together
 from megatron_quant.errors import ExportError
 
 
@@ -46,3 +50,33 @@ def statistics_digest(job: Job, options: QuantizeOptions, *found: object) -> str
     An unfinished export is not continued with others.
     """
     return digest_of([job.expert_scales, options.keep_scales, *found])
+
+
+def checked_companions(
+    job: Job, export_dir: Path, existing: Existing, origin: Origin
+) -> Companions:
+    """The files beside the weights, once it is sure that they may go to ``export_dir``.
+
+    Raises ExportError where they may not.
+    """
+    assert job.dialect is not None and job.export is not None
+    check_not_source(export_dir, job.source)
+    carried = carry_over(job.source)
+    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
+    check_target(export_dir, files, existing, job.export)
+    return files
+
+
+def verified(export_dir: Path, source: Path | None, groups: Groups) -> Report | None:
+    """What verifying the export found, on rank 0; None on the others.
+
+    source: what its tensors are compared with; None where that is not at hand.
+    Collective. Raises VerifyError, on every rank, for the first problem.
+    """
+    return together(groups, lambda: _verify(export_dir, source) if groups.rank == 0 else None)
+
+
+def _verify(export_dir: Path, source: Path | None) -> Report:
+    report = verify(export_dir, source)
+    report.raise_for_problems()
+    return report

@@ -20,7 +20,8 @@ from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
 from megatron_quant.dist import together
 from megatron_quant.errors import QuantError
-from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
+from megatron_quant.layers.install import ExpertScales, QuantLayer
+from megatron_quant.mcore.attach import attach_model
 from megatron_quant.mcore.load import Model, wrap_model
 from megatron_quant.mcore.parallel import start_distributed
 from megatron_quant.mcore.state import describe_model
@@ -74,8 +75,7 @@ def prepare(
     chunk, config, chosen = together(groups, lambda: _checked(model, recipe, checkpoint, hf_model))
     live = wrap_model(chunk, lookup(config), config, groups)
     plan = together(groups, lambda: _plan(chosen, live))
-    weights = [local.weight for local in live.local]
-    layers = together(groups, lambda: attach(chunk, plan, weights, expert_scales))
+    layers, _ = together(groups, lambda: attach_model(live, plan, expert_scales))
     calibrate_weights(layers, plan, live.groups)
     for layer in layers:
         if layer.static_inputs:

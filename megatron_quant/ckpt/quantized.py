@@ -26,6 +26,7 @@ from megatron_quant.ckpt.reader import (
 )
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.models.spec import Box, Param
+from megatron_quant.models.structure import is_draft
 
 _WEIGHTS = ("weight", "weight_packed", "qweight")
 _ELEMENTS, _ROWS = 1 << 24, 128
@@ -155,7 +156,8 @@ class QuantizedCheckpoint:
         """
         needed = (name for name in self if not self._is_needless(name))
         logical = {name: info for name in needed if (info := self.info(name)) is not None}
-        return check_tensors(self.path, logical, params)
+        drafts = [name for name in logical if is_draft(self.config, name)]
+        return check_tensors(self.path, logical, params, drafts)
 
     def info(self, name: str) -> TensorInfo | None:
         """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""

@@ -12,7 +12,7 @@ from megatron_quant.ckpt.quantized import QuantizedCheckpoint, matrices
 from megatron_quant.ckpt.reader import Checkpoint, open_directory
 from megatron_quant.models.spec import Box, Param
 from megatron_quant.models.stacks import View
-from megatron_quant.models.structure import Structure, describe, has_table
+from megatron_quant.models.structure import Structure, describe, has_table, is_draft
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
 
     Raises ArchitectureError where a tensor cannot be told, as where an expert is missing.
     """
-    shapes = {} if has_table(checkpoint.config) else {n: checkpoint.shape(n) for n in checkpoint}
-    return describe(checkpoint.config, shapes).params
+    config, table = checkpoint.config, has_table(checkpoint.config)
+    wanted = [n for n in checkpoint if not table or is_draft(config, n)]
+    return describe(config, {n: checkpoint.shape(n) for n in wanted}).params
 
 
 def open_original(directory: Path) -> QuantizedCheckpoint:

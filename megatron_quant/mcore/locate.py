@@ -32,7 +32,9 @@ class LocalParam:
     chunk: int = 0
 
     def tensor(self, model: nn.Module) -> torch.Tensor:
-        """The live parameter, of the chunk that holds it."""
+        """The live parameter (a buffer, if it stays in float32) of the chunk that holds it."""
+        if self.param.fp32:
+            return model.get_buffer(self.name)
         return model.get_parameter(self.name)
 
     @property
@@ -81,13 +83,14 @@ def check_model(chunks: Sequence[nn.Module], local: Sequence[LocalParam]) -> Non
 
 def _check_chunk(chunk: nn.Module, local: Sequence[LocalParam]) -> None:
     named = {name for name, _ in chunk.named_parameters()}
-    expected = {p.name for p in local}
+    expected = {p.name for p in local if not p.param.fp32}
     if extra := sorted(named - expected):
         raise ArchitectureError(
             f"the Megatron model has a parameter {extra[0]} that its table does not describe "
             f"({len(extra)} in all): this megatron-core release differs, report it"
         )
-    if missing := sorted(expected - named):
+    named |= {name for name, _ in chunk.named_buffers()}
+    if missing := sorted({p.name for p in local} - named):
         raise ArchitectureError(
             f"the Megatron model has no parameter {missing[0]} ({len(missing)} missing in all): "
             "build it with the Transformer Engine layer spec and grouped experts"

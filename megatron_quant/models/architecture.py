@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_quant.models.blocks import parameters
 from megatron_quant.models.config import Config
-from megatron_quant.models.decoder import Decoder, Experts
+from megatron_quant.models.decoder import Decoder, Experts, Latent, Rope, Sigmoid
 from megatron_quant.models.spec import Param
 
 
@@ -20,7 +20,53 @@ def _routing(decoder: Decoder, experts: Experts) -> dict[str, object]:
         "moe_router_pre_softmax": not experts.normalized,
         "moe_router_score_function": "softmax",
         "moe_router_load_balancing_type": "none",
+        **(_sigmoid(experts.sigmoid) if experts.sigmoid else {}),
+        **(_shared(experts) if experts.shared_ffn else {}),
     }
+
+
+def _sigmoid(sigmoid: Sigmoid) -> dict[str, object]:
+    grouped = sigmoid.groups > 1
+    return {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,  # no load balancing: the checkpoint's bias stays
+        "moe_router_num_groups": sigmoid.groups if grouped else None,
+        "moe_router_group_topk": sigmoid.chosen if grouped else None,
+        "moe_router_topk_scaling_factor": sigmoid.scaling,
+        "moe_router_pre_softmax": False,
+        "moe_router_dtype": "fp32",
+    }
+
+
+def _shared(experts: Experts) -> dict[str, object]:
+    return {
+        "moe_shared_expert_intermediate_size": experts.shared_ffn,
+        "moe_shared_expert_gate": bool(experts.names.shared_gate),
+    }
+
+
+def _latent(latent: Latent, rope: Rope) -> dict[str, object]:
+    found: dict[str, object] = {
+        "multi_latent_attention": True,
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.nope,
+        "qk_pos_emb_head_dim": latent.rope,
+        "v_head_dim": latent.value,
+        "rope_type": "yarn" if latent.yarn else "rope",
+        "rotary_base": rope.base,
+    }
+    if latent.yarn is not None:
+        found |= {
+            "rotary_scaling_factor": latent.yarn.factor,
+            "original_max_position_embeddings": latent.yarn.original,
+            "beta_fast": latent.yarn.fast,
+            "beta_slow": latent.yarn.slow,
+            "mscale": latent.yarn.mscale,
+            "mscale_all_dim": latent.yarn.mscale_all,
+        }
+    return found
 
 
 @dataclass(frozen=True)
@@ -40,6 +86,8 @@ class Architecture:
 
     def megatron_config(self, hf_config: Config) -> dict[str, object]:
         """Keyword arguments of megatron-core's TransformerConfig that describe the model.
+
+        Of its MLATransformerConfig where ``multi_latent_attention`` is among them.
 
         Dropout is 0, and no load-balancing loss is set. How the model runs (parallel sizes,
         dtype, grouped GEMM, dispatcher) is the caller's. Where only some layers have experts,
@@ -64,6 +112,7 @@ class Architecture:
             "activation_func": F.silu,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
+            **(_latent(decoder.latent, decoder.rope) if decoder.latent else {}),
             **(_routing(decoder, decoder.experts) if decoder.experts else {}),
         }
 

@@ -62,7 +62,8 @@ def full_attention(config: Config, window: int | None) -> None:
         )
 
 
-def _rope_dict(config: Config) -> dict[str, Any]:
+def rope_dict(config: Config) -> dict[str, Any]:
+    """What the config says of its rotary embedding, in one object, in whichever spelling."""
     # transformers >= 5 writes rope_parameters; older versions rope_scaling beside rope_theta
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
@@ -90,7 +91,7 @@ def _llama3(rope: dict[str, Any]) -> Rope:
 
 def read_rope(config: Config) -> Rope:
     """The rotary embedding, from ``rope_parameters`` or ``rope_theta`` and ``rope_scaling``."""
-    rope = _rope_dict(config)
+    rope = rope_dict(config)
     only(rope, "partial_rotary_factor", (1,))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

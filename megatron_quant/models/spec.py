@@ -95,6 +95,9 @@ class Param:
     shape: logical (unsharded) shape, without vocabulary padding.
     layer, expert: global indices; None where there is none.
     stage: where a pipeline keeps it; what has no layer says another than ``LAYER``.
+    fused: names what engines make of it together with other parameters, all of which then share
+        format and scales; empty where they leave it alone.
+    fp32: it stays in float32, whatever the dtype of the model; such are buffers in Megatron.
     """
 
     name: str
@@ -107,6 +110,8 @@ class Param:
     layer: int | None = None
     expert: int | None = None
     stage: Stage = Stage.LAYER
+    fused: str = ""
+    fp32: bool = False
 
     @property
     def module(self) -> str:

@@ -122,8 +122,8 @@ def check_tensors(
 
     Returns the names of tensors that are rightly unused: buffers that old versions of
     transformers stored, ``lm_head.weight`` where the embedding takes its place, and ``drafts``,
-    which only speculation needs. Raises CheckpointError naming the first tensor that is missing, misshapen, not in bf16, fp16 or
-    fp32, or unexpected.
+    which only speculation needs. Raises CheckpointError naming the first tensor that is missing,
+    misshapen, not in bf16, fp16 or fp32, or unexpected.
     """
     params = tuple(params)
     sources = {s.name: s.shape for p in params for s in p.sources}

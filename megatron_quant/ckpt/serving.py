@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_quant.ckpt.serving_facts import ANY, ENGINES, EVERYWHERE, FACTS, READS, SHARDED, Fact
 from megatron_quant.ckpt.serving_shapes import shape_problem
 from megatron_quant.errors import FormatError
-from megatron_quant.models.spec import Domain, Param
+from megatron_quant.models.spec import Domain, Param, engine_groups
 from megatron_quant.recipes.plan import Decision, QuantPlan
 
 
@@ -79,11 +79,11 @@ _Found = Sequence[tuple[Param, Decision]]
 
 
 def _of_fused(params: Sequence[Param], decisions: dict[str, Decision]) -> Iterator[Obstacle]:
-    """Engines fuse what Megatron fuses: its members need one format."""
-    for param in params:
-        members = [decisions[source.module] for source in param.sources]
+    """The members of what engines fuse need one format."""
+    for sources in engine_groups(params):
+        members = [decisions[source.module] for source in sources]
         if len({(d.weights, d.inputs) for d in members}) > 1:
-            names = " and ".join(source.module for source in param.sources)
+            names = " and ".join(source.module for source in sources)
             yield Obstacle(f"{names} are fused but differ in format", "one format for all of them")
 
 

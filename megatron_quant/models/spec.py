@@ -127,3 +127,12 @@ def num_layers(params: Iterable[Param]) -> int:
 def num_experts(params: Iterable[Param]) -> int:
     """Routed experts a layer; 0 for a dense model."""
     return max((p.expert + 1 for p in params if p.expert is not None), default=0)
+
+
+def engine_groups(params: Iterable[Param]) -> tuple[tuple[Source, ...], ...]:
+    """What engines make one linear of, of one Megatron parameter or of several."""
+    found: dict[str, tuple[Source, ...]] = {}
+    for param in params:
+        key = param.fused or param.name
+        found[key] = (*found.get(key, ()), *param.sources)
+    return tuple(found.values())

@@ -150,10 +150,12 @@ class QuantizedCheckpoint:
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
         """As :meth:`megatron_quant.ckpt.reader.Checkpoint.check`, of the decoded tensors.
 
-        What is stored of activations is rightly unused, and so are biases of zeros, which some
-        packers add.
+        What is stored of activations is rightly unused, and so are biases of zeros that ``params``
+        have not, which some packers add.
         """
-        needed = (name for name in self if not self._is_needless(name))
+        params = tuple(params)
+        known = {s.name for p in params for s in p.sources}
+        needed = (name for name in self if name in known or not self._is_needless(name))
         logical = {name: info for name in needed if (info := self.info(name)) is not None}
         return check_tensors(self.path, logical, params)
 

@@ -7,6 +7,7 @@ from megatron_quant.ckpt.quantization import GPT_OSS, quantization_of
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import Weights, open_directory
 from megatron_quant.ckpt.source import read_config
+from megatron_quant.ckpt.views import unstacked
 
 
 def open_source(path: Path) -> Weights:
@@ -16,7 +17,7 @@ def open_source(path: Path) -> Weights:
     """
     quantization = quantization_of(read_config(path), path)
     if quantization is None:
-        return open_directory(path)
+        return unstacked(open_directory(path))
     if quantization.get("quant_method") == GPT_OSS:
         return ExpertStacks(path)
     return QuantizedCheckpoint(path)

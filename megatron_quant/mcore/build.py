@@ -40,7 +40,9 @@ def transformer_config(
         **host,
         **architecture.megatron_config(hf_config),
     }
-    return TransformerConfig(**settings)
+    config = TransformerConfig(**settings)
+    vars(config).update(architecture.config_attributes(hf_config))
+    return config
 
 
 def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:

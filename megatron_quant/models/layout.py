@@ -33,6 +33,11 @@ def check_layout(hf_config: Config, tp: int, ep: int, etp: int) -> None:
     if decoder.experts is not None:
         _require("--ep", ep, decoder.experts.count, "the experts of a layer")
         _require("--etp", etp, decoder.experts.ffn, "the intermediate size of an expert")
+        if decoder.biased and etp > 1:  # Megatron-Core asserts it
+            raise LayoutError(
+                f"--etp {etp}: experts of {architecture.name} have biases, which Megatron-Core "
+                "does not cut; leave it at 1 and raise --ep, or use --stream"
+            )
     elif (ep, etp) != (1, 1):
         raise LayoutError(
             f"--ep {ep} --etp {etp}: {architecture.name} has no experts; leave both at 1"

@@ -3,12 +3,13 @@
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import Config
+from megatron_quant.models.gpt_oss import GPT_OSS
 from megatron_quant.models.llama import LLAMA
 from megatron_quant.models.mixtral import MIXTRAL
 from megatron_quant.models.qwen3 import QWEN3
 from megatron_quant.models.qwen3_moe import QWEN3_MOE
 
-ARCHITECTURES = {a.name: a for a in (QWEN3_MOE, MIXTRAL, QWEN3, LLAMA)}
+ARCHITECTURES = {a.name: a for a in (QWEN3_MOE, MIXTRAL, GPT_OSS, QWEN3, LLAMA)}
 
 
 def lookup(hf_config: Config) -> Architecture:

@@ -51,7 +51,7 @@ def describe(config: Config, shapes: Shapes) -> Structure:
     say what a tensor is, above all one that may be an expert's.
     """
     if has_table(config):
-        return Structure(lookup(config).params(config), {})
+        return Structure(lookup(config).params(config), unstack(config, shapes))
     return recognise(config, shapes)
 
 

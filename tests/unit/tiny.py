@@ -33,22 +33,43 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_GPT_OSS = (
+    transformers.GptOssConfig,
+    {
+        **_SIZES,
+        "intermediate_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 6,
+        "swiglu_limit": 1.0,  # some activations are beyond it
+        "rope_parameters": {**_YARN, "truncate": False},
+    },
+)
 
 MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3_moe": _QWEN3_MOE,
     "qwen3_moe_raw": (_QWEN3_MOE[0], {**_QWEN3_MOE[1], "norm_topk_prob": False}),
     "qwen3_moe_mixed": (_QWEN3_MOE[0], {**_QWEN3_MOE[1], "mlp_only_layers": [0]}),
     "mixtral": (transformers.MixtralConfig, {**_SIZES, "num_local_experts": 4}),
+    "gpt_oss": _GPT_OSS,
     "qwen3": (transformers.Qwen3Config, {**_SIZES, "head_dim": 16}),
     "qwen3_tied": (transformers.Qwen3Config, {**_SIZES, "tie_word_embeddings": True}),
     "llama": (transformers.LlamaConfig, _SIZES),
     "llama3": (transformers.LlamaConfig, {**_SIZES, "rope_parameters": _LLAMA3}),
     "llama_linear": (transformers.LlamaConfig, {**_SIZES, "rope_parameters": _LINEAR}),
+    "llama_yarn": (transformers.LlamaConfig, {**_SIZES, "rope_parameters": _YARN}),
 }
 
 
 def model(name: str) -> transformers.PreTrainedModel:
-    """The transformers model in fp32, with seeded random weights, norms not all one."""
+    """The transformers model in fp32, with seeded random weights, norms and biases too."""
     kind, settings = MODELS[name]
     torch.manual_seed(0)
     built = transformers.AutoModelForCausalLM.from_config(kind(**settings)).float().eval()
@@ -56,6 +77,8 @@ def model(name: str) -> transformers.PreTrainedModel:
         for key, parameter in built.named_parameters():
             if "norm" in key:
                 parameter.uniform_(0.5, 1.5)
+            elif "bias" in key:
+                parameter.normal_(std=0.3)
     return built
 
 

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import torch
 
+from megatron_quant.ckpt.expert_stacks import ExpertStacks
+from megatron_quant.ckpt.quantization import has_expert_stacks
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint, matrices
 from megatron_quant.ckpt.reader import Checkpoint, open_directory
+from megatron_quant.ckpt.source import read_config
 from megatron_quant.models.spec import Box, Param
 from megatron_quant.models.stacks import View, unstack
 from megatron_quant.models.structure import Structure, describe, has_table
+
+Original = QuantizedCheckpoint | ExpertStacks
+"""A checkpoint that an export was made from."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,10 @@ def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
     return describe(checkpoint.config, shapes).params
 
 
-def open_original(directory: Path) -> QuantizedCheckpoint:
+def open_original(directory: Path) -> Original:
     """The checkpoint that an export was made from, by the names that engines load."""
+    if has_expert_stacks(read_config(directory)):
+        return ExpertStacks(directory)
     files = open_directory(directory)
     if not files.config.get("quantization_config"):
         files, _ = logical(files)

@@ -20,7 +20,7 @@ from megatron_quant.ckpt.verify_tensors import (
     stray_problems,
     value_problems,
 )
-from megatron_quant.ckpt.views import open_original, params_of
+from megatron_quant.ckpt.views import Original, open_original, params_of
 from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
 from megatron_quant.models.spec import Param, Source, engine_groups
 
@@ -114,7 +114,7 @@ def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
 
 
 def _check(
-    checkpoint: QuantizedCheckpoint, param: Param, against: QuantizedCheckpoint | None
+    checkpoint: QuantizedCheckpoint, param: Param, against: Original | None
 ) -> tuple[list[str], list[TensorCheck]]:
     problems: list[str] = []
     checks: list[TensorCheck] = []
@@ -131,7 +131,7 @@ def _check(
 
 
 def _compare(
-    checkpoint: QuantizedCheckpoint, source: Source, against: QuantizedCheckpoint
+    checkpoint: QuantizedCheckpoint, source: Source, against: Original
 ) -> tuple[float | None, list[str]]:
     """The error against the source's tensor, and whether it is beyond what the format explains."""
     name = source.name

@@ -41,7 +41,9 @@ def transformer_config(
         **architecture.megatron_config(hf_config),
     }
     latent = settings.get("multi_latent_attention", False)
-    return (MLATransformerConfig if latent else TransformerConfig)(**settings)
+    config = (MLATransformerConfig if latent else TransformerConfig)(**settings)
+    vars(config).update(architecture.config_attributes(hf_config))
+    return config
 
 
 def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:

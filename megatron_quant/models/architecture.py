@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_quant.models.blocks import parameters
 from megatron_quant.models.config import Config
 from megatron_quant.models.decoder import Decoder, Experts, Latent, Rope, Sigmoid
 from megatron_quant.models.spec import Param
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _routing(decoder: Decoder, experts: Experts) -> dict[str, object]:
@@ -54,19 +58,44 @@ def _latent(latent: Latent, rope: Rope) -> dict[str, object]:
         "qk_head_dim": latent.nope,
         "qk_pos_emb_head_dim": latent.rope,
         "v_head_dim": latent.value,
-        "rope_type": "yarn" if latent.yarn else "rope",
+        "rope_type": "yarn" if rope.yarn else "rope",
         "rotary_base": rope.base,
     }
-    if latent.yarn is not None:
+    if rope.yarn is not None:
         found |= {
-            "rotary_scaling_factor": latent.yarn.factor,
-            "original_max_position_embeddings": latent.yarn.original,
-            "beta_fast": latent.yarn.fast,
-            "beta_slow": latent.yarn.slow,
-            "mscale": latent.yarn.mscale,
-            "mscale_all_dim": latent.yarn.mscale_all,
+            "rotary_scaling_factor": rope.yarn.factor,
+            "original_max_position_embeddings": rope.yarn.original,
+            "beta_fast": rope.yarn.beta_fast,
+            "beta_slow": rope.yarn.beta_slow,
+            "mscale": rope.yarn.mscale or 1.0,  # with 0: the factor's own scale
+            "mscale_all_dim": rope.yarn.mscale_all_dim or 0.0,
         }
     return found
+
+
+def _attention(decoder: Decoder) -> dict[str, object]:
+    """What differs from attention to all tokens; empty where nothing does."""
+    found: dict[str, object] = {"softmax_type": "learnable"} if decoder.sinks else {}
+    if decoder.window is not None:
+        # a query's own token is in the window, but not in Megatron's count of those before it
+        found["window_size"] = (decoder.window.tokens - 1, 0)
+        found["window_attn_skip_freq"] = [int(has) for has in decoder.window.layers]
+    return found
+
+
+def _activation(experts: Experts) -> dict[str, object]:
+    if experts.clamp is None:
+        return {}
+    return {
+        "activation_func": quick_gelu,
+        "activation_func_clamp_value": experts.clamp,
+        "glu_linear_offset": 1.0,
+    }
+
+
+def quick_gelu(gate: "Tensor") -> "Tensor":
+    """``gate * sigmoid(1.702 gate)``; Megatron-Core's own compiles itself on its first call."""
+    return gate * (1.702 * gate).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -106,14 +135,35 @@ class Architecture:
             "normalization": "RMSNorm",
             "layernorm_epsilon": decoder.epsilon,
             "qk_layernorm": decoder.qk_norm,
-            "add_bias_linear": False,
-            "add_qkv_bias": False,
+            "add_bias_linear": decoder.biased,
+            "add_qkv_bias": decoder.qkv_bias,
             "gated_linear_unit": True,
             "activation_func": F.silu,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
+            **_attention(decoder),
             **(_latent(decoder.latent, decoder.rope) if decoder.latent else {}),
             **(_routing(decoder, decoder.experts) if decoder.experts else {}),
+            **(_activation(decoder.experts) if decoder.experts else {}),
+        }
+
+    def config_attributes(self, hf_config: Config) -> dict[str, object]:
+        """What megatron-core's GPTModel reads from attributes of a TransformerConfig.
+
+        They are no fields of it: set them once it is made.
+        """
+        decoder = self.decoder(hf_config)
+        yarn = decoder.rope.yarn
+        if yarn is None or decoder.latent is not None:  # latent attention has fields for it
+            return {}
+        return {
+            "yarn_rotary_scaling_factor": yarn.factor,
+            "yarn_original_max_position_embeddings": yarn.original,
+            "yarn_beta_fast": yarn.beta_fast,
+            "yarn_beta_slow": yarn.beta_slow,
+            "yarn_mscale": yarn.mscale,
+            "yarn_mscale_all_dim": yarn.mscale_all_dim,
+            "yarn_correction_range_round_to_int": yarn.truncate,
         }
 
     def gpt_config(self, hf_config: Config) -> dict[str, object]:
@@ -127,7 +177,7 @@ class Architecture:
         return {
             "vocab_size": decoder.vocab,
             "max_sequence_length": decoder.positions,
-            "position_embedding_type": "rope",
+            "position_embedding_type": "yarn" if rope.yarn and not decoder.latent else "rope",
             "rotary_base": rope.base,
             "rope_scaling": rope.llama3_factor is not None,
             "seq_len_interpolation_factor": rope.interpolation,

@@ -22,6 +22,27 @@ def _row_linear(name: str, module: str, shape: tuple[int, int]) -> Param:
     return replace(_linear(name, (module,), (shape,)), parallel=Parallel.ROW)
 
 
+def _bias(weight: Param) -> Param:
+    """The bias of ``weight``, cut as its rows are."""
+    module, _, leaf = weight.name.rpartition(".")
+    column = weight.parallel is Parallel.COLUMN
+    return replace(
+        weight,
+        name=f"{module}.{leaf.replace('weight', 'bias')}",
+        sources=tuple(Source(f"{s.module}.bias", s.shape[:1]) for s in weight.sources),
+        shape=weight.shape[:1],
+        role=Role.BIAS,
+        parallel=Parallel.COLUMN if column else Parallel.REPLICATED,
+    )
+
+
+def _with_bias(decoder: Decoder, weight: Param) -> Iterator[Param]:
+    """``weight``, and its bias where the model has any."""
+    yield weight
+    if decoder.biased:
+        yield _bias(weight)
+
+
 def _norm(name: str, module: str, size: int) -> Param:
     source = Source(f"{module}.weight", (size,))
     return Param(name, (source,), (size,), Role.NORM, Parallel.REPLICATED)
@@ -42,15 +63,27 @@ def attention(decoder: Decoder, layer: int) -> Iterator[Param]:
     q = (decoder.heads * decoder.head_dim, decoder.hidden)
     kv = (decoder.query_groups * decoder.head_dim, decoder.hidden)
     qkv = tuple(f"{theirs}.self_attn.{p}_proj" for p in "qkv")
-    yield _row_linear(f"{ours}.linear_proj.weight", f"{theirs}.self_attn.o_proj", q[::-1])
+    if decoder.sinks:
+        yield _sinks(f"{ours}.core_attention", f"{theirs}.self_attn", decoder.heads)
+    proj = _row_linear(f"{ours}.linear_proj.weight", f"{theirs}.self_attn.o_proj", q[::-1])
+    yield from _with_bias(decoder, proj)
     name = f"{ours}.linear_qkv.layer_norm_weight"
     yield _norm(name, f"{theirs}.input_layernorm", decoder.hidden)
     fused = _linear(f"{ours}.linear_qkv.weight", qkv, (q, kv, kv))
-    yield replace(fused, groups=decoder.query_groups)
+    fused = replace(fused, groups=decoder.query_groups)
+    yield from _with_bias(decoder, fused)
+    if decoder.qkv_bias:
+        yield _bias(fused)
     if decoder.qk_norm:
         for p in "qk":
             name = f"{ours}.{p}_layernorm.weight"
             yield _norm(name, f"{theirs}.self_attn.{p}_norm", decoder.head_dim)
+
+
+def _sinks(ours: str, theirs: str, heads: int) -> Param:
+    source = Source(f"{theirs}.sinks", (heads,))
+    name = f"{ours}.softmax_offset"
+    return Param(name, (source,), (heads,), Role.OTHER, Parallel.COLUMN)
 
 
 def latent_attention(decoder: Decoder, latent: Latent, layer: int) -> Iterator[Param]:
@@ -95,8 +128,10 @@ def dense_mlp(decoder: Decoder, layer: int) -> Iterator[Param]:
     gate_up = (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
     name = f"{ours}.linear_fc1.layer_norm_weight"
     yield _norm(name, f"{theirs}.post_attention_layernorm", decoder.hidden)
-    yield _linear(f"{ours}.linear_fc1.weight", gate_up, (fc1, fc1))
-    yield _row_linear(f"{ours}.linear_fc2.weight", f"{theirs}.mlp.down_proj", fc1[::-1])
+    linear = _linear(f"{ours}.linear_fc1.weight", gate_up, (fc1, fc1))
+    yield from _with_bias(decoder, linear)
+    down = _row_linear(f"{ours}.linear_fc2.weight", f"{theirs}.mlp.down_proj", fc1[::-1])
+    yield from _with_bias(decoder, down)
 
 
 def moe_mlp(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
@@ -107,7 +142,8 @@ def moe_mlp(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
     router = (experts.count, decoder.hidden)
     source = Source(f"{theirs}.{experts.names.router}.weight", router)
     name = f"{ours}.mlp.router.weight"
-    yield Param(name, (source,), router, Role.ROUTER, Parallel.REPLICATED)
+    param = Param(name, (source,), router, Role.ROUTER, Parallel.REPLICATED)
+    yield from _with_bias(decoder, param)
     if experts.names.bias:
         name, shape = f"{ours}.mlp.router.expert_bias", (experts.count,)
         source = Source(f"{theirs}.{experts.names.bias}", shape)
@@ -117,11 +153,13 @@ def moe_mlp(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
         name = f"{ours}.mlp.experts.linear_fc1.weight{expert}"
         gate_up = (experts.names.gate, experts.names.up)
         modules = tuple(f"{theirs}.{m.format(expert=expert)}" for m in gate_up)
-        yield _of_expert(_linear(name, modules, (fc1, fc1)), expert)
+        linear = _of_expert(_linear(name, modules, (fc1, fc1)), expert)
+        yield from _with_bias(decoder, linear)
     for expert in range(experts.count):
         name = f"{ours}.mlp.experts.linear_fc2.weight{expert}"
         module = f"{theirs}.{experts.names.down.format(expert=expert)}"
-        yield _of_expert(_row_linear(name, module, fc1[::-1]), expert)
+        linear = _of_expert(_row_linear(name, module, fc1[::-1]), expert)
+        yield from _with_bias(decoder, linear)
     if experts.shared_ffn:
         yield from _shared_expert(decoder, experts, layer)
 

@@ -4,6 +4,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN's scaling of a rotary embedding (arXiv 2309.00071), which also scales its sines.
+
+    factor: by which the context is longer than ``original``, in tokens. beta_fast, beta_slow:
+    rotations within ``original`` from and to which frequencies are blended. mscale,
+    mscale_all_dim: numerator and denominator of the scale of the sines; None for the factor's own.
+    truncate: the ends of the blend are rounded to whole dims.
+    """
+
+    factor: float
+    original: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float | None
+    mscale_all_dim: float | None
+    truncate: bool
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary position embedding over the whole head.
 
@@ -11,29 +30,25 @@ class Rope:
     interpolation: positions are divided by it (rope_type "linear"); None where they are not.
     llama3_factor: factor of Llama 3's frequency scaling with its own constants (low 1, high 4,
         8192 original positions); None where it is not used.
+    yarn: None where it is not used.
     """
 
     base: float
     interpolation: float | None = None
     llama3_factor: float | None = None
+    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True)
-class Yarn:
-    """YaRN of a rotary embedding, with DeepSeek's two scales of attention.
+class Window:
+    """Sliding-window attention.
 
-    factor: positions are divided by it, where a dimension turns slowly. original: positions of the
-    model without it. fast, slow: turns over these positions, between which dimensions are mixed.
-    mscale, mscale_all: ``0.1 m ln(factor) + 1`` of the first over that of the second scales q and k
-    after the rotation; the square of the second's scales the softmax.
+    tokens: that a query sees at most, its own included. layers: for each layer of the model,
+    whether its window is that; others see all.
     """
 
-    factor: float
-    original: int
-    fast: float
-    slow: float
-    mscale: float
-    mscale_all: float
+    tokens: int
+    layers: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Latent:
 
     q_rank: features of the compressed query; None where it is not compressed. kv_rank: of the
     compressed key and value. nope, rope: features of a head's query and key without and with the
-    rotation, whose pairs lie side by side; value: of its value. yarn: None for plain rotation.
+    rotation, whose pairs lie side by side; value: of its value.
     """
 
     q_rank: int | None
@@ -50,7 +65,6 @@ class Latent:
     nope: int
     rope: int
     value: int
-    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,8 @@ class Experts:
     count: experts of a layer. topk: experts that a token visits. ffn: intermediate features.
     layers: for each layer of the model, whether it has experts.
     normalized: the probabilities of a token's chosen experts sum to one.
+    clamp: limit of gate (from above) and up (on both sides) in ``(up + 1) * gate *
+        sigmoid(1.702 gate)``, which then is the activation; None for ``up * silu(gate)``.
     shared_ffn: intermediate features of the expert that every token visits; 0 for none.
     sigmoid: how the router scores; None for softmax.
     """
@@ -100,17 +116,22 @@ class Experts:
     layers: tuple[bool, ...]
     normalized: bool
     names: ExpertNames
+    clamp: float | None = None
     shared_ffn: int = 0
     sigmoid: Sigmoid | None = None
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder with RMSNorm, rotary grouped-query attention and SiLU-gated MLPs, without biases.
+    """A decoder with RMSNorm, rotary grouped-query attention and gated MLPs.
 
     ffn: intermediate features of the layers that have no experts.
     qk_norm: each head of q and k is normalized before the rotation.
     tied: the output layer is the embedding.
+    biased: every linear but the output layer has a bias, routers included.
+    qkv_bias: those of q, k and v alone have one.
+    sinks: each head has a learned logit that takes part in its softmax, and no value.
+    window: None where every layer sees all tokens.
     latent: None for the grouped-query attention of the other fields.
     """
 
@@ -127,6 +148,10 @@ class Decoder:
     tied: bool
     rope: Rope
     experts: Experts | None = None
+    biased: bool = False
+    qkv_bias: bool = False
+    sinks: bool = False
+    window: Window | None = None
     latent: Latent | None = None
 
     def has_experts(self, layer: int) -> bool:

@@ -6,7 +6,7 @@ from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import Config, flag, number, only, positive, read_decoder
 from megatron_quant.models.decoder import Decoder, ExpertNames, Experts, Sigmoid
-from megatron_quant.models.latent import read_latent
+from megatron_quant.models.latent import check_rotation, read_latent
 
 # what DeepseekV3Config gives to keys that config.json lacks
 _DEFAULTS = {
@@ -83,16 +83,10 @@ def _check_routing(experts: Experts) -> None:
 
 def _decoder(config: Config) -> Decoder:
     config = {**_DEFAULTS, **config}
-    rope, latent = read_latent(config)
-    heads = positive(config, "num_attention_heads")
-    only(config, "num_key_value_heads", (heads,))
-    plain = {
-        "head_dim": latent.nope + latent.rope,
-        "rope_theta": rope.base,
-        "rope_scaling": None,
-        "rope_parameters": None,
-    }
-    decoder = read_decoder({**config, **plain}, qk_norm=True)
+    only(config, "num_key_value_heads", (positive(config, "num_attention_heads"),))
+    latent = read_latent(config)
+    decoder = read_decoder({**config, "head_dim": latent.nope + latent.rope}, qk_norm=True)
+    check_rotation(config, decoder.rope)
     experts = _experts(config, decoder.layers)
     _check_routing(experts)
     return replace(decoder, experts=experts, latent=latent)

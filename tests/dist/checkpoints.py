@@ -44,6 +44,16 @@ _CONFIGS = {
         transformers.MixtralConfig,
         {**_SIZES, "num_local_experts": 4, "intermediate_size": 256},
     ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {
+            **_SIZES,
+            "intermediate_size": 256,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+        },
+    ),
     "qwen3": (transformers.Qwen3Config, _SIZES),
     "llama": (transformers.LlamaConfig, _SIZES),
     "deepseek_v3": (transformers.DeepseekV3Config, _DEEPSEEK),
@@ -56,9 +66,12 @@ def save(name: str, directory: Path, **changes: object) -> Path:
     kind, settings = _CONFIGS[name]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(kind(**{**settings, **changes}))
+    for key, parameter in model.named_parameters():
+        if "bias" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
     model.to(torch.bfloat16)
-    for name, buffer in model.named_buffers():  # transformers leaves them zero
-        if name.endswith("e_score_correction_bias"):
+    for key, buffer in model.named_buffers():  # transformers leaves them zero
+        if key.endswith("e_score_correction_bias"):
             buffer.data = torch.linspace(-0.1, 0.1, len(buffer))  # in fp32, as in checkpoints
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)

@@ -37,7 +37,8 @@ def test_logits_equal_transformers(name: str, tmp_path: Path, ranks) -> None:
     tiny.save(name, tmp_path)
     with torch.no_grad():
         expected = reference(IDS).logits
-    ep = 2 if num_experts(lookup(config := tiny.config(name)).params(config)) else 1
+    config = tiny.config(name)
+    ep = 2 if num_experts(lookup(config).params(config)) else 1
     for logits in ranks(4, megatron_logits, tmp_path, 2, ep, torch.float32):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():

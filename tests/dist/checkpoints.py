@@ -54,6 +54,10 @@ _CONFIGS = {
             "sliding_window": 16,
         },
     ),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {**_SIZES, **_EXPERTS, "shared_expert_intermediate_size": 256},
+    ),
     "qwen3": (transformers.Qwen3Config, _SIZES),
     "llama": (transformers.LlamaConfig, _SIZES),
     "deepseek_v3": (transformers.DeepseekV3Config, _DEEPSEEK),

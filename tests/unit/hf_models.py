@@ -58,6 +58,7 @@ DEEPSEEK = {k: v for k, v in BASE.items() if k != "head_dim"} | {
     "num_key_value_heads": 4,
     "n_group": 2,
     "topk_group": 1,
+    "rope_interleave": False,  # which its table refuses
 }
 LLAMA4 = BASE | {
     "intermediate_size_mlp": 96,

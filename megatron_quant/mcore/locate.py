@@ -75,6 +75,10 @@ def _name_in_chunk(param: Param, layout: Layout, pp: int, chunk: int) -> str:
     return LAYER.sub(str(number), param.name, count=1)
 
 
+_NORMED_QUERIES = ".self_attention.linear_q_proj.layer_norm_weight"
+"""What releases from 0.19 on give latent attention whose queries are not compressed."""
+
+
 def check_model(chunks: Sequence[nn.Module], local: Sequence[LocalParam]) -> None:
     """Raise ArchitectureError unless the parameters of this rank's chunks are exactly ``local``."""
     for number, chunk in enumerate(chunks):
@@ -84,7 +88,13 @@ def check_model(chunks: Sequence[nn.Module], local: Sequence[LocalParam]) -> Non
 def _check_chunk(chunk: nn.Module, local: Sequence[LocalParam]) -> None:
     named = {name for name, _ in chunk.named_parameters()}
     expected = {p.name for p in local if not p.param.fp32}
-    if extra := sorted(named - expected):
+    extra = sorted(named - expected)
+    if any(name.endswith(_NORMED_QUERIES) for name in extra):
+        raise ArchitectureError(
+            "q_lora_rank=None in config.json: this megatron-core release normalizes the inputs of "
+            "such queries twice, the model once; use megatron-core 0.16, or --stream"
+        )
+    if extra:
         raise ArchitectureError(
             f"the Megatron model has a parameter {extra[0]} that its table does not describe "
             f"({len(extra)} in all): this megatron-core release differs, report it"

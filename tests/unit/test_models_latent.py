@@ -20,6 +20,7 @@ from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.parse import parse_recipe
 from megatron_quant.recipes.resolve import resolve
 from tests.dist.command import command
+from tests.dist.pool import Ranks
 from tests.unit import hf_models, tiny
 from tests.unit.test_stream_models import run
 
@@ -178,3 +179,21 @@ def test_a_config_that_its_table_refuses_is_recognised() -> None:
 def test_gated_delta_nets_are_streamed(name: str) -> None:
     with pytest.raises(ArchitectureError, match=r"gated delta net layers, .* pass --stream"):
         lookup({"architectures": [name]})
+
+
+def with_normed_queries() -> None:
+    """A layer as megatron-core 0.19 builds it."""
+    from megatron_quant.mcore.locate import check_model
+
+    model = torch.nn.Module()
+    model.register_parameter("layer_norm_weight", torch.nn.Parameter(torch.ones(1)))
+    for name in ("linear_q_proj", "self_attention", "0", "layers"):
+        inner, model = model, torch.nn.Module()
+        model.add_module(name, inner)
+    check_model([model], [])
+
+
+def test_a_release_that_normalizes_queries_twice(ranks: Ranks) -> None:
+    (error,) = ranks.errors(1, with_normed_queries)
+    assert isinstance(error, ArchitectureError)
+    assert "q_lora_rank=None" in str(error) and "--stream" in str(error)

@@ -159,10 +159,10 @@ class Architecture:
         return {
             "yarn_rotary_scaling_factor": yarn.factor,
             "yarn_original_max_position_embeddings": yarn.original,
-            "yarn_beta_fast": yarn.beta_fast,
-            "yarn_beta_slow": yarn.beta_slow,
+            "yarn_beta_fast": yarn.fast,
+            "yarn_beta_slow": yarn.slow,
             "yarn_mscale": yarn.mscale,
-            "yarn_mscale_all_dim": yarn.mscale_all_dim,
+            "yarn_mscale_all_dim": yarn.mscale_all,
             "yarn_correction_range_round_to_int": yarn.truncate,
         }
 

@@ -101,10 +101,10 @@ def _yarn(rope: dict[str, Any]) -> Yarn:
     return Yarn(
         factor=number(rope, "factor"),
         original=positive(rope, "original_max_position_embeddings"),
-        beta_fast=number({"beta_fast": 32.0, **rope}, "beta_fast"),
-        beta_slow=number({"beta_slow": 1.0, **rope}, "beta_slow"),
+        fast=number({"beta_fast": 32.0, **rope}, "beta_fast"),
+        slow=number({"beta_slow": 1.0, **rope}, "beta_slow"),
         mscale=scales[0] if both else None,
-        mscale_all_dim=scales[1] if both else None,
+        mscale_all=scales[1] if both else None,
         truncate=flag({"truncate": True, **rope}, "truncate"),
     )
 

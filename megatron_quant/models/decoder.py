@@ -5,21 +5,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN's scaling of a rotary embedding (arXiv 2309.00071), which also scales its sines.
+    """YaRN of a rotary embedding (arXiv 2309.00071).
 
-    factor: by which the context is longer than ``original``, in tokens. beta_fast, beta_slow:
-    rotations within ``original`` from and to which frequencies are blended. mscale,
-    mscale_all_dim: numerator and denominator of the scale of the sines; None for the factor's own.
-    truncate: the ends of the blend are rounded to whole dims.
+    factor: positions are divided by it, where a dimension turns slowly. original: positions of the
+    model without it. fast, slow: turns over these positions, between which dimensions are mixed.
+    mscale, mscale_all: ``0.1 m ln(factor) + 1`` of the first over that of the second scales q and k
+    after the rotation; None for ``0.1 ln(factor) + 1``. truncate: the mixed dimensions begin and
+    end at whole ones.
     """
 
     factor: float
     original: int
-    beta_fast: float
-    beta_slow: float
+    fast: float
+    slow: float
     mscale: float | None
-    mscale_all_dim: float | None
-    truncate: bool
+    mscale_all: float | None
+    truncate: bool = True
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_quant.ckpt.verify import verify
+from megatron_quant.evaluate.load import decoded
 from megatron_quant.formats import decode, encode
 from megatron_quant.formats.spec import get_format
 from tests.dist import checkpoints, saved
@@ -16,6 +17,7 @@ from tests.dist.pool import Ranks
 from tests.dist.test_layouts import assert_agree, digests, export_all, folder, tensors
 from tests.dist.test_pipeline import CALIBRATED
 from tests.dist.test_pipeline import export_all as export_staged
+from tests.dist.test_stream import stream_case
 
 WEIGHTS = "model.safetensors"
 MXFP4 = get_format("mxfp4")
@@ -38,8 +40,8 @@ def pack(source: Path, out: Path, unpacked: Path) -> None:
         for suffix, field in (("blocks", "elements"), ("scales", "scale")):
             packed = torch.stack([stack[field] for stack in stacks])
             kept[f"{name}_{suffix}"] = packed.unflatten(-1, (-1, 16)) if field == "elements" else packed
-        decoded = torch.stack([decode(stack, MXFP4, torch.bfloat16) for stack in stacks])
-        plain[name] = decoded.transpose(1, 2).contiguous()
+        w_ENK = torch.stack([decode(stack, MXFP4, torch.bfloat16) for stack in stacks])
+        plain[name] = w_ENK.transpose(1, 2).contiguous()
     for directory, found, more in (
         (out, kept, {"quantization_config": {"quant_method": "mxfp4"}}),
         (unpacked, plain, {}),
@@ -99,3 +101,24 @@ def test_saved_by_megatron_and_loaded(source: Path, tmp_path: Path, ranks: Ranks
             "mlp.experts.experts.3.linear_fc2.bias",
         )
     } <= keys
+
+
+def fake_quantized_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    from megatron_quant.mcore.run import full_logits
+    from tests.dist import live
+
+    model = live.load(path, live.Parallelism(2, 2), torch.float32)
+    live.with_quantizers(model, "w4a16_nvfp4").calibrate()
+    with torch.no_grad():
+        return full_logits(model.module, ids, 258).clone()
+
+
+def test_fake_quant_is_what_transformers_computes_with_the_export(
+    source: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    stream_case(source, tmp_path / "out", {"export_quant_cfg": "w4a16_nvfp4"})
+    ids = torch.arange(40) * 7 % 258
+    expected, before = (decoded(d, torch.float32)(ids) for d in (tmp_path / "out", source))
+    assert (expected - before).norm() > 0.02 * before.norm()
+    for logits in ranks(4, fake_quantized_logits, source, ids[None]):
+        torch.testing.assert_close(logits[0], expected, rtol=1e-3, atol=1e-3)

@@ -65,10 +65,10 @@ def _latent(latent: Latent, rope: Rope) -> dict[str, object]:
         found |= {
             "rotary_scaling_factor": rope.yarn.factor,
             "original_max_position_embeddings": rope.yarn.original,
-            "beta_fast": rope.yarn.beta_fast,
-            "beta_slow": rope.yarn.beta_slow,
+            "beta_fast": rope.yarn.fast,
+            "beta_slow": rope.yarn.slow,
             "mscale": rope.yarn.mscale or 1.0,  # with 0: the factor's own scale
-            "mscale_all_dim": rope.yarn.mscale_all_dim or 0.0,
+            "mscale_all_dim": rope.yarn.mscale_all or 0.0,
         }
     return found
 

@@ -85,6 +85,7 @@ def _gemma4() -> t.PreTrainedModel:
 MODELS = {
     "gemma4": _gemma4,
     "gemma4_text": lambda: t.Gemma4ForCausalLM(t.Gemma4TextConfig(**GEMMA4)),
+    "qwen3_next": lambda: t.Qwen3NextForCausalLM(t.Qwen3NextConfig(**QWEN3_5)),
     "qwen3_5_moe": lambda: t.Qwen3_5MoeForCausalLM(t.Qwen3_5MoeTextConfig(**QWEN3_5)),
     "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**DEEPSEEK)),
     "gpt_oss": lambda: t.GptOssForCausalLM(

@@ -37,7 +37,7 @@ def start(tp: int, ep: int, etp: int) -> None:
     model_parallel_cuda_manual_seed(1234)
 
 
-def model() -> GPTModel:
+def model(softmax_type: str = "vanilla") -> GPTModel:
     """Two layers of four experts, this rank's part."""
     config = TransformerConfig(
         num_layers=2,
@@ -54,6 +54,7 @@ def model() -> GPTModel:
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         normalization="RMSNorm",
+        softmax_type=softmax_type,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),

@@ -27,6 +27,7 @@ from megatron_quant.models import (
     num_experts,
     num_layers,
 )
+from megatron_quant.recipes.kv_cache import cache_slots
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan, difference
 from megatron_quant.recipes.resolve import resolve
@@ -102,6 +103,7 @@ def decide(
     if saved is not None and saved.recipe is not None:
         _check_same(options, quant, resolve(saved.recipe, slots(params)))
     _check_samples(options, quant, saved)
+    _check_cache(quant)
     dtype = DTYPES[options.dtype]
     scales = options.expert_scales or (saved.expert_scales if saved else EXPERT_SCALES[0])
     about = (model.source, model.hf_config, model.architecture, params, recipe, quant)
@@ -182,6 +184,15 @@ def _recipe(options: QuantizeOptions, saved: Saved | None) -> Recipe:
             "take fp8_cast, or leave out --weight-only"
         )
     return recipe
+
+
+def _check_cache(quant: QuantPlan) -> None:
+    """Raise RecipeError where there are no keys and values whose scales could be calibrated."""
+    if quant.kv_cache == "fp8" and not cache_slots(quant):
+        raise RecipeError(
+            "--export-kv-cache-quant fp8: latent attention caches keys and values as one vector, "
+            "compressed, which engines take without a calibrated scale; take fp8_cast, or none"
+        )
 
 
 def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:

@@ -142,9 +142,9 @@ def _check_finite(what: str, amaxes: Mapping[str, float]) -> None:
 def _check_reached(
     plan: QuantPlan, watched: Sequence[Decision], inputs: Mapping[str, float]
 ) -> None:
-    reached = _module_max(plan, inputs).keys()
+    reached = _shared_max(plan, inputs).keys()
     for decision in watched:
-        if decision.slot.module not in reached:
+        if decision.slot.sharing not in reached:
             raise CalibrationError(
                 f"no calibration token reached {decision.slot.module}: "
                 "give more data with --calib-size"
@@ -170,9 +170,9 @@ def _cold_experts(
 def _load_weights(
     layers: Sequence[QuantLayer], plan: QuantPlan, weights: Mapping[str, float]
 ) -> None:
-    shared_weights = _module_max(plan, weights)
+    shared_weights = _shared_max(plan, weights)
     for layer in layers:
-        weight_amax = torch.tensor(shared_weights[layer.name])
+        weight_amax = torch.tensor(shared_weights[layer.sharing])
         if isinstance(layer.module, QuantGroupedLinear) and layer.module.per_expert:
             own = [weights[name] for name in _names(layer.decisions)]
             weight_amax = torch.tensor(own).view(-1, 1, 1)
@@ -182,17 +182,17 @@ def _load_weights(
 def _load_inputs(
     layers: Sequence[QuantLayer], plan: QuantPlan, inputs: Mapping[str, float]
 ) -> None:
-    shared_inputs = _module_max(plan, inputs)
+    shared_inputs = _shared_max(plan, inputs)
     for layer in layers:
         if layer.static_inputs:
-            amax = torch.tensor(shared_inputs[layer.name])
+            amax = torch.tensor(shared_inputs[layer.sharing])
             layer.module.input_quantizer.amax = amax.to(layer.weights()[0].device)
 
 
-def _module_max(plan: QuantPlan, amaxes: Mapping[str, float]) -> dict[str, float]:
-    """The largest value of each module's slots: over all experts, whoever holds them."""
+def _shared_max(plan: QuantPlan, amaxes: Mapping[str, float]) -> dict[str, float]:
+    """The largest value of slots that share a scale: over all experts, whoever holds them."""
     largest: dict[str, float] = {}
     for slot, value in amaxes.items():
-        module = plan.by_name[slot].slot.module
-        largest[module] = max(largest.get(module, 0.0), value)
+        sharing = plan.by_name[slot].slot.sharing
+        largest[sharing] = max(largest.get(sharing, 0.0), value)
     return largest

@@ -22,14 +22,14 @@ def search_tensors(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups
         return
     own = [layer for layer in layers if _is_searched(layer.decisions[0])]
     sums = _of_all_slots(searched, own, groups)
-    modules: dict[str, list[Tensor]] = {}
+    sharing: dict[str, list[Tensor]] = {}
     for decision in searched:
-        modules.setdefault(decision.slot.module, []).append(sums[decision.slot.name])
+        sharing.setdefault(decision.slot.sharing, []).append(sums[decision.slot.name])
     for layer in own:
         if layer.grouped and layer.module.per_expert:
             _choose_amax(layer, torch.stack([sums[d.slot.name] for d in layer.decisions], 1))
         else:
-            _choose_amax(layer, torch.stack(modules[layer.name], 1).sum(1, keepdim=True))
+            _choose_amax(layer, torch.stack(sharing[layer.sharing], 1).sum(1, keepdim=True))
 
 
 def _is_searched(decision: Decision) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_quant.ckpt.quantized import row_blocks
 from megatron_quant.ckpt.reader import PLAIN_DTYPES, TensorInfo, check_tensors, open_directory
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode
@@ -62,6 +63,11 @@ class ExpertStacks:
             outer = Box((int(expert), rows.start), (1, rows.size))
             return rows.own(self._files.read(f"{stack}_bias", outer)[0])
         return self._weight(stack, int(expert), rows, box)
+
+    def parts(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The tensor in blocks of rows, as :meth:`QuantizedCheckpoint.parts` cuts them."""
+        for box in row_blocks(self.tensors[name].shape):
+            yield self.read(name, box).to(dtype)
 
     def _weight(self, stack: str, expert: int, rows: "_Rows", box: Box) -> Tensor:
         first = box.start[1] // _GROUP

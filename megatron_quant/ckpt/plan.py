@@ -139,7 +139,9 @@ def plan_export(
     """
     if max_shard_bytes < 1:
         raise ExportError(f"--max-shard-size is {max_shard_bytes} bytes; give a positive size")
-    files, targets = _place(params, quant, Schemes(dialect, dtype, kept), max_shard_bytes)
+    fp32 = {s.name: torch.float32 for p in params if p.fp32 for s in p.sources}
+    schemes = Schemes(dialect, dtype, {**fp32, **kept})
+    files, targets = _place(params, quant, schemes, max_shard_bytes)
     before = sum(prod(source.shape) for p in params for source in p.sources) * dtype.itemsize
     after = sum(entry.nbytes for file in files for entry in file.entries)
     return ExportPlan(files, targets, _own(_rectangles(targets, layout)), before, after)

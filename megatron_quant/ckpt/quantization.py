@@ -15,6 +15,12 @@ GPT_OSS = "mxfp4"
 """``quant_method`` of stacks of experts in MXFP4; read alone, see ``ckpt.expert_stacks``."""
 
 
+def has_expert_stacks(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's experts are stacks in MXFP4."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == GPT_OSS
+
+
 def quantization_of(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
     """``quantization_config``, or what ModelOpt's older exports have beside config.json alone.
 

@@ -26,6 +26,7 @@ from megatron_quant.ckpt.reader import (
 )
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.models.spec import Box, Param
+from megatron_quant.models.structure import is_draft
 
 _WEIGHTS = ("weight", "weight_packed", "qweight")
 _ELEMENTS, _ROWS = 1 << 24, 128
@@ -150,12 +151,15 @@ class QuantizedCheckpoint:
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
         """As :meth:`megatron_quant.ckpt.reader.Checkpoint.check`, of the decoded tensors.
 
-        What is stored of activations is rightly unused, and so are biases of zeros, which some
-        packers add.
+        What is stored of activations is rightly unused, and so are biases of zeros that ``params``
+        have not, which some packers add.
         """
-        needed = (name for name in self if not self._is_needless(name))
+        params = tuple(params)
+        known = {s.name for p in params for s in p.sources}
+        needed = (name for name in self if name in known or not self._is_needless(name))
         logical = {name: info for name in needed if (info := self.info(name)) is not None}
-        return check_tensors(self.path, logical, params)
+        drafts = [name for name in logical if is_draft(self.config, name)]
+        return check_tensors(self.path, logical, params, drafts)
 
     def info(self, name: str) -> TensorInfo | None:
         """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
@@ -169,10 +173,8 @@ class QuantizedCheckpoint:
         """The same in blocks of rows, equally cut for equal shapes. Raises as :meth:`weight`."""
         if not self._is_packed(name):
             self._check_plain(name)
-        shape = self.shape(name)
-        for start, stop in _row_blocks(shape):
-            box = Box((start, *(0 for _ in shape[1:])), (stop - start, *shape[1:]))
-            yield self.read(name, box if shape else Box((), ())).to(dtype)
+        for box in row_blocks(self.shape(name)):
+            yield self.read(name, box).to(dtype)
 
     def fields(self, module: str) -> dict[str, torch.Tensor]:
         """A quantized module's fields and pseudo fields by name, but ``SHAPE``.
@@ -233,11 +235,15 @@ class QuantizedCheckpoint:
             )
 
 
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First and last row of blocks of a few million elements: whole blocks of any format."""
-    rows = shape[0] if shape else 1
-    step = max(_ELEMENTS // max(prod(shape[1:]), 1) // _ROWS, 1) * _ROWS
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+def row_blocks(shape: tuple[int, ...]) -> Iterator[Box]:
+    """Blocks of a tensor's rows, of a few million elements each: whole blocks of any format."""
+    if not shape:
+        yield Box((), ())
+        return
+    rows, rest = shape[0], shape[1:]
+    step = max(_ELEMENTS // max(prod(rest), 1) // _ROWS, 1) * _ROWS
+    for start in range(0, rows, step):
+        yield Box((start, *(0 for _ in rest)), (min(step, rows - start), *rest))
 
 
 def matrices(files: Checkpoint) -> list[str]:

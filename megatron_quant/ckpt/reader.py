@@ -13,6 +13,7 @@ from megatron_quant.ckpt.files import DTYPES, INDEX
 from megatron_quant.ckpt.source import read_config, read_json, refuse_quantized
 from megatron_quant.errors import CheckpointError
 from megatron_quant.models.spec import Box, Copy, Param, Role
+from megatron_quant.models.structure import is_draft
 
 WEIGHTS = "model.safetensors"
 
@@ -76,7 +77,8 @@ class Checkpoint:
 
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
         """As :func:`check_tensors`."""
-        return check_tensors(self.path, self.tensors, params)
+        drafts = [name for name in self.tensors if is_draft(self.config, name)]
+        return check_tensors(self.path, self.tensors, params, drafts)
 
 
 class Weights(Protocol):
@@ -111,14 +113,17 @@ class Weights(Protocol):
 
 
 def check_tensors(
-    path: Path, tensors: Mapping[str, TensorInfo], params: Iterable[Param]
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    params: Iterable[Param],
+    drafts: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Every source of ``params`` is in ``tensors`` in its shape, and these are all such sources.
 
     Returns the names of tensors that are rightly unused: buffers that old versions of
-    transformers stored, and ``lm_head.weight`` where the embedding takes its place. Raises
-    CheckpointError naming the first tensor that is missing, misshapen, not in bf16, fp16 or
-    fp32, or unexpected.
+    transformers stored, ``lm_head.weight`` where the embedding takes its place, and ``drafts``,
+    which only speculation needs. Raises CheckpointError naming the first tensor that is missing,
+    misshapen, not in bf16, fp16 or fp32, or unexpected.
     """
     params = tuple(params)
     sources = {s.name: s.shape for p in params for s in p.sources}
@@ -127,6 +132,7 @@ def check_tensors(
     rest = [name for name in tensors if name not in sources]
     tied = all(p.role is not Role.OUTPUT for p in params)
     ignored = {n for n in rest if _BUFFERS.fullmatch(n) or (tied and n == "lm_head.weight")}
+    ignored |= set(drafts)
     unexpected = [name for name in rest if name not in ignored]
     if unexpected:
         raise CheckpointError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_quant.ckpt.serving_facts import ANY, ENGINES, EVERYWHERE, FACTS, READS, SHARDED, Fact
 from megatron_quant.ckpt.serving_shapes import shape_problem
 from megatron_quant.errors import FormatError
-from megatron_quant.models.spec import Domain, Param
+from megatron_quant.models.spec import Domain, Param, Role, engine_groups
 from megatron_quant.recipes.plan import Decision, QuantPlan
 
 
@@ -64,7 +64,9 @@ def _obstacles(
     if dialect not in READS[engine]:
         yield Obstacle(f"{engine} does not read {dialect}", f"--export-format {READS[engine][0]}")
         return
-    decisions = {name: d for d in plan.decisions for name in d.slot.sources}
+    # a bias has its weight's module, and no format
+    params = [p for p in params if p.role is Role.LINEAR]
+    decisions = {n: d for d in plan.decisions if not d.slot.fixed for n in d.slot.sources}
     yield from _of_fused(params, decisions)
     found = [(p, d) for p in params if (d := decisions[p.sources[0].module]).quantized]
     yield from _of_mixtures(found, dialect, engine)
@@ -79,11 +81,11 @@ _Found = Sequence[tuple[Param, Decision]]
 
 
 def _of_fused(params: Sequence[Param], decisions: dict[str, Decision]) -> Iterator[Obstacle]:
-    """Engines fuse what Megatron fuses: its members need one format."""
-    for param in params:
-        members = [decisions[source.module] for source in param.sources]
+    """The members of what engines fuse need one format."""
+    for sources in engine_groups(params):
+        members = [decisions[source.module] for source in sources]
         if len({(d.weights, d.inputs) for d in members}) > 1:
-            names = " and ".join(source.module for source in param.sources)
+            names = " and ".join(source.module for source in sources)
             yield Obstacle(f"{names} are fused but differ in format", "one format for all of them")
 
 

@@ -50,6 +50,8 @@ def _local(param: Param, source: Source, tp: int) -> tuple[int | None, int | Non
     Key-value heads are copied to several ranks where there are fewer of them than ranks.
     """
     rows, cols = source.shape
+    if param.parallel is Parallel.REPLICATED:
+        return rows, cols
     if param.parallel is Parallel.ROW:
         return rows, cols // tp if cols % tp == 0 else None
     assert param.parallel is Parallel.COLUMN, f"{param.name} is not cut"

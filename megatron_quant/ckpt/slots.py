@@ -15,6 +15,7 @@ def slots(params: Sequence[Param]) -> tuple[Slot, ...]:
             shape=param.shape,
             fixed="" if param.role is Role.LINEAR else param.role.value,
             expert=param.expert,
+            fused=param.fused,
         )
         for param in params
     )

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from megatron_quant.ckpt.expert_stacks import ExpertStacks
-from megatron_quant.ckpt.quantization import GPT_OSS, quantization_of
+from megatron_quant.ckpt.quantization import has_expert_stacks, quantization_of
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import Weights, open_directory
 from megatron_quant.ckpt.source import read_config
+from megatron_quant.ckpt.views import unstacked
 
 
 def open_source(path: Path) -> Weights:
@@ -14,9 +15,9 @@ def open_source(path: Path) -> Weights:
 
     Raises CheckpointError where it is broken, or quantized in a way that is not known.
     """
-    quantization = quantization_of(read_config(path), path)
-    if quantization is None:
-        return open_directory(path)
-    if quantization.get("quant_method") == GPT_OSS:
+    config = read_config(path)
+    if has_expert_stacks(config):
         return ExpertStacks(path)
+    if quantization_of(config, path) is None:
+        return unstacked(open_directory(path))
     return QuantizedCheckpoint(path)

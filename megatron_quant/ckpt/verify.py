@@ -20,9 +20,9 @@ from megatron_quant.ckpt.verify_tensors import (
     stray_problems,
     value_problems,
 )
-from megatron_quant.ckpt.views import open_original, params_of
+from megatron_quant.ckpt.views import Original, open_original, params_of
 from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
-from megatron_quant.models.spec import Param, Source
+from megatron_quant.models.spec import Param, Source, engine_groups
 
 BOUNDS = {8: 0.25, 4: 0.5}
 """Bits -> largest ||w - decoded|| / ||w|| that is no mistake. Gaussian weights have at most 0.03
@@ -82,11 +82,15 @@ def verify(directory: Path, against: Path | None = None) -> Report:
         *stray_problems(checkpoint, params, cache),
         *cache_problems(checkpoint, cache),
     ]
-    checks = []
+    checks: list[TensorCheck] = []
+    unsound: set[Source] = set()
     for param in params:
         found, checked = _check(checkpoint, param, source)
         problems += found
         checks += checked
+        unsound |= set(param.sources if found else ())
+    for fused in engine_groups(params):
+        problems += [] if unsound & set(fused) else fusion_problems(checkpoint, fused)
     return Report(directory, tuple(problems), tuple(checks))
 
 
@@ -110,7 +114,7 @@ def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
 
 
 def _check(
-    checkpoint: QuantizedCheckpoint, param: Param, against: QuantizedCheckpoint | None
+    checkpoint: QuantizedCheckpoint, param: Param, against: Original | None
 ) -> tuple[list[str], list[TensorCheck]]:
     problems: list[str] = []
     checks: list[TensorCheck] = []
@@ -123,11 +127,11 @@ def _check(
         quantized = is_quantized(checkpoint, source)
         fmt = checkpoint.modules[source.module].weights.name if quantized else ""
         checks.append(TensorCheck(source.name, fmt, error))
-    return problems or fusion_problems(checkpoint, param), checks
+    return problems, checks
 
 
 def _compare(
-    checkpoint: QuantizedCheckpoint, source: Source, against: QuantizedCheckpoint
+    checkpoint: QuantizedCheckpoint, source: Source, against: Original
 ) -> tuple[float | None, list[str]]:
     """The error against the source's tensor, and whether it is beyond what the format explains."""
     name = source.name

@@ -1,6 +1,6 @@
 """What is wrong with the tensors of a checkpoint by its own config."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -141,13 +141,13 @@ def cache_problems(checkpoint: QuantizedCheckpoint, cache: Mapping[str, Stored])
     return problems
 
 
-def fusion_problems(checkpoint: QuantizedCheckpoint, param: Param) -> list[str]:
+def fusion_problems(checkpoint: QuantizedCheckpoint, fused: Sequence[Source]) -> list[str]:
     """Members of a fused group of which some are not quantized, or whose scales differ."""
-    members = [s.module for s in param.sources if is_quantized(checkpoint, s)]
-    if not members or len(param.sources) == 1:
+    members = [s.module for s in fused if is_quantized(checkpoint, s)]
+    if not members or len(fused) == 1:
         return []
-    if len(members) < len(param.sources):
-        rest = [s.module for s in param.sources if s.module not in members]
+    if len(members) < len(fused):
+        rest = [s.module for s in fused if s.module not in members]
         return [f"{members[0]}: quantized, but {rest[0]}, which engines fuse with it, is not"]
     if len({checkpoint.modules[m] for m in members}) > 1:
         return [f"{members[0]}: its format is not that of {members[1]}, fused with it"]

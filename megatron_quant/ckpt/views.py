@@ -8,11 +8,17 @@ from pathlib import Path
 
 import torch
 
+from megatron_quant.ckpt.expert_stacks import ExpertStacks
+from megatron_quant.ckpt.quantization import has_expert_stacks
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint, matrices
 from megatron_quant.ckpt.reader import Checkpoint, open_directory
+from megatron_quant.ckpt.source import read_config
 from megatron_quant.models.spec import Box, Param
-from megatron_quant.models.stacks import View
-from megatron_quant.models.structure import Structure, describe, has_table
+from megatron_quant.models.stacks import View, unstack
+from megatron_quant.models.structure import Structure, describe, has_table, is_draft
+
+Original = QuantizedCheckpoint | ExpertStacks
+"""A checkpoint that an export was made from."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,15 @@ class Viewed(Checkpoint):
         return part[:: view.step].contiguous()
 
 
+def unstacked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint by the names that engines load; :func:`logical` says what they are.
+
+    Raises ArchitectureError for a stack whose experts cannot be told apart.
+    """
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return _viewed(checkpoint, unstack(checkpoint.config, shapes))
+
+
 def logical(checkpoint: Checkpoint) -> tuple[Checkpoint, Structure]:
     """The checkpoint by the names that engines load, and what these are to the model.
 
@@ -40,21 +55,24 @@ def logical(checkpoint: Checkpoint) -> tuple[Checkpoint, Structure]:
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     structure = describe(checkpoint.config, shapes)
-    if not structure.views:
-        return checkpoint, structure
-    stacks = {view.stored for view in structure.views.values()}
+    return _viewed(checkpoint, structure.views), structure
+
+
+def _viewed(checkpoint: Checkpoint, views: Mapping[str, View]) -> Checkpoint:
+    if not views:
+        return checkpoint
+    stacks = {view.stored for view in views.values()}
     tensors = {n: info for n, info in checkpoint.tensors.items() if n not in stacks}
-    for name, view in structure.views.items():
+    for name, view in views.items():
         tensors[name] = replace(checkpoint.tensors[view.stored], shape=view.shape)
-    viewed = Viewed(
+    return Viewed(
         checkpoint.path,
         checkpoint.config,
         tensors,
         checkpoint.files,
         stored=checkpoint,
-        views=structure.views,
+        views=views,
     )
-    return viewed, structure
 
 
 def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
@@ -62,14 +80,17 @@ def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
 
     Raises ArchitectureError where a tensor cannot be told, as where an expert is missing.
     """
-    shapes = {} if has_table(checkpoint.config) else {n: checkpoint.shape(n) for n in checkpoint}
-    return describe(checkpoint.config, shapes).params
+    config, table = checkpoint.config, has_table(checkpoint.config)
+    wanted = [n for n in checkpoint if not table or is_draft(config, n)]
+    return describe(config, {n: checkpoint.shape(n) for n in wanted}).params
 
 
-def open_original(directory: Path) -> QuantizedCheckpoint:
+def open_original(directory: Path) -> Original:
     """The checkpoint that an export was made from, by the names that engines load."""
+    if has_expert_stacks(read_config(directory)):
+        return ExpertStacks(directory)
     files = open_directory(directory)
-    if not has_table(files.config) and not files.config.get("quantization_config"):
+    if not files.config.get("quantization_config"):
         files, _ = logical(files)
     return QuantizedCheckpoint.over(files, matrices(files))
 

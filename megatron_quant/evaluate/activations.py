@@ -47,20 +47,27 @@ def _tag(number: int, parameter: torch.Tensor) -> torch.Tensor:
     return tag.expand(_TAG_ROWS) if parameter.ndim == 1 else tag.expand(_TAG_ROWS, _TAG_ROWS)
 
 
+def saved_tags(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Tensor name that ``save_pretrained`` writes -> the tag of the parameter that it is of.
+
+    What transformers fuses is not written down here: tags go through its own conversion to
+    checkpoint names. ``model`` may be on the meta device.
+    """
+    tags = {name: _tag(i, p) for i, (name, p) in enumerate(model.named_parameters())}
+    return revert_weight_conversion(model, tags)
+
+
 def linear_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Hugging Face module name -> the 2-D view that ``linear`` multiplies for it.
 
     The names are those that ``save_pretrained`` writes. Members of a fused parameter (gate and
-    up) share one view. What transformers fuses is not written down here: numbered stand-ins go
-    through its own conversion to checkpoint names.
+    up) share one view.
     """
-    parameters = dict(model.named_parameters())
-    tags = {name: _tag(i, p) for i, (name, p) in enumerate(parameters.items())}
     views = []
-    for parameter in parameters.values():
+    for parameter in model.parameters():
         views.append(parameter.detach().unbind(0) if parameter.ndim == 3 else [parameter.detach()])
     found = {}
-    for name, tag in revert_weight_conversion(model, tags).items():
+    for name, tag in saved_tags(model).items():
         number, expert = divmod(int(tag.flatten()[0]), 2**16)
         if views[number][expert].ndim == 2:
             found[name.removesuffix(".weight")] = views[number][expert]
@@ -94,7 +101,10 @@ class QuantizedInputs(TorchFunctionMode):
         weights = linear_weights(model)
         for module, activations in inputs.items():
             if module not in weights:
-                raise CheckpointError(f"{module}: transformers' {type(model).__name__} has none")
+                raise CheckpointError(
+                    f"{module}: transformers' {type(model).__name__} has no such linear, whose "
+                    "inputs could be quantized; quantize with --eval-text instead"
+                )
             address = weights[module].data_ptr()
             merged = _merge(module, self._by_address.get(address), activations)
             self._by_address[address] = merged

@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.errors import CheckpointError
-from megatron_quant.evaluate.activations import Activations, QuantizedInputs
+from megatron_quant.evaluate.activations import Activations, QuantizedInputs, saved_tags
+from megatron_quant.models.spec import Box
+from megatron_quant.models.stacks import unstack
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids, int64 [tokens] -> logits [tokens, vocabulary] of one causal forward."""
@@ -67,8 +69,9 @@ def _model(
     """transformers' model of the config, filled with ``tensors`` under Hugging Face names."""
     config = _unquantized_config(directory)
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    model, report = kind.from_pretrained(
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    tensors = _in_stacks(empty, tensors)
+    model, report = type(empty).from_pretrained(
         None,
         config=config,
         state_dict=tensors,
@@ -81,6 +84,23 @@ def _model(
             names = ", ".join(sorted(map(str, report[what]))[:3])
             raise CheckpointError(f"{directory}: {what.replace('_', ' ')}: {names}")
     return model
+
+
+def _in_stacks(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``tensors`` with single experts put back into those stacks that transformers saves whole."""
+    shapes = {name: tuple(p.shape) for name, p in empty.named_parameters()}
+    whole_ones = {name: shapes[name] for name in shapes.keys() & saved_tags(empty).keys()}
+    views = unstack(empty.config.to_dict(), whole_ones)
+    if not views.keys() <= tensors.keys():
+        return tensors
+    found = {name: t for name, t in tensors.items() if name not in views}
+    for name, view in views.items():
+        if view.stored not in found:
+            found[view.stored] = tensors[name].new_empty(shapes[view.stored])
+        whole = view.box(Box((0,) * len(view.shape), view.shape))
+        part = found[view.stored][whole.index][0]
+        (part.t() if view.transposed else part)[:: view.step].copy_(tensors[name])
+    return found
 
 
 def _unquantized_config(directory: Path) -> PretrainedConfig:

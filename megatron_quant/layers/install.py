@@ -72,6 +72,11 @@ class QuantLayer:
         return self.decisions[0].slot.module
 
     @property
+    def sharing(self) -> str:
+        """:attr:`Slot.sharing` of its weights."""
+        return self.decisions[0].slot.sharing
+
+    @property
     def weight_format(self) -> Format:
         """Format of the weights."""
         fmt = self.decisions[0].weights

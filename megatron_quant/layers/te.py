@@ -13,10 +13,12 @@ import megatron.core.parallel_state as mpu
 import torch
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelGroupedLinear,
+    TEDotProductAttention,
     TERowParallelGroupedLinear,
 )
 from megatron.core.transformer.mlp import MLP
-from modelopt.torch.quantization.nn import QuantModuleRegistry
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry
 from modelopt.torch.utils.distributed import ParallelState
 from torch import nn
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
@@ -162,11 +164,32 @@ class _Row(_QuantTEGroupedLinear):
     _is_row_parallel = True
 
 
+def _attention() -> type[QuantModule]:
+    """ModelOpt's quantized attention, whose sinks a distributed checkpoint has whole."""
+    modelopts: Any = QuantModuleRegistry[TEDotProductAttention].__bases__[0]
+
+    class _Attention(modelopts):
+        def sharded_state_dict(
+            self,
+            prefix: str = "",
+            sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+            metadata: dict[str, Any] | None = None,
+        ) -> dict[str, Any]:
+            """As Megatron's class where heads have sinks: ModelOpt's takes a shard for all."""
+            owner = modelopts
+            if self.config.softmax_type == "learnable":
+                owner, metadata = TEDotProductAttention, ensure_metadata_has_dp_cp_group(metadata)
+            return owner.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+    return _Attention
+
+
 def _register() -> None:
-    """Put our classes in the place of ModelOpt's entries for the grouped linears."""
+    """Put our classes in the place of ModelOpt's entries."""
     for base, quantized, key in (
         (TEColumnParallelGroupedLinear, _Column, "megatron_quant_TEColumnParallelGroupedLinear"),
         (TERowParallelGroupedLinear, _Row, "megatron_quant_TERowParallelGroupedLinear"),
+        (TEDotProductAttention, _attention(), "megatron_quant_TEDotProductAttention"),
     ):
         if base in QuantModuleRegistry:
             QuantModuleRegistry.unregister(base)

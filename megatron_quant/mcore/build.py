@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_quant import cpu
 from megatron_quant.ckpt.layout import Layout
@@ -40,7 +40,10 @@ def transformer_config(
         **host,
         **architecture.megatron_config(hf_config),
     }
-    return TransformerConfig(**settings)
+    latent = settings.get("multi_latent_attention", False)
+    config = (MLATransformerConfig if latent else TransformerConfig)(**settings)
+    vars(config).update(architecture.config_attributes(hf_config))
+    return config
 
 
 def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
@@ -83,8 +86,15 @@ def build_model(
             vp_stage=vp_stage,
             **arguments,
         )
-        chunks.append(chunk.to(device=device, dtype=dtype).eval())
+        chunks.append(_cast(chunk.to(device=device), dtype).eval())
     return tuple(chunks)
+
+
+def _cast(chunk: GPTModel, dtype: torch.dtype) -> GPTModel:
+    """Its parameters in ``dtype``; buffers, such as a router's bias, as Megatron made them."""
+    for parameter in chunk.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return chunk
 
 
 def _layers(config: TransformerConfig, vp_stage: int | None) -> Any:

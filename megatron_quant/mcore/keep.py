@@ -26,8 +26,11 @@ def keep_scales(
     Raises CheckpointError where engines could not read the scales.
     """
     where = {local.param.name: local for local in model.local}
+    together: dict[str, dict[str, Scales]] = {}
     for layer in layers:
         held = [_scales(where[d.slot.name], checkpoint) for d in layer.decisions]
+        if layer.decisions[0].slot.fused:
+            together.setdefault(layer.sharing, {}).update(held[0])
         of_region = [list(of_weight.values()) for of_weight in held]
         device = layer.weights()[0].device
         layer.keep(
@@ -37,6 +40,8 @@ def keep_scales(
                 tuple(_stacked(s, layer.grouped, device) for s in zip(*of_region, strict=True)),
             )
         )
+    for found in together.values():
+        check_shared(found, checkpoint.path)
 
 
 def _regions(local: LocalParam) -> tuple[tuple[Source, Region], ...]:

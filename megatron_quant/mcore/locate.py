@@ -32,7 +32,9 @@ class LocalParam:
     chunk: int = 0
 
     def tensor(self, model: nn.Module) -> torch.Tensor:
-        """The live parameter, of the chunk that holds it."""
+        """The live parameter (a buffer, if it stays in float32) of the chunk that holds it."""
+        if self.param.fp32:
+            return model.get_buffer(self.name)
         return model.get_parameter(self.name)
 
     @property
@@ -73,6 +75,10 @@ def _name_in_chunk(param: Param, layout: Layout, pp: int, chunk: int) -> str:
     return LAYER.sub(str(number), param.name, count=1)
 
 
+_NORMED_QUERIES = ".self_attention.linear_q_proj.layer_norm_weight"
+"""What releases from 0.19 on give latent attention whose queries are not compressed."""
+
+
 def check_model(chunks: Sequence[nn.Module], local: Sequence[LocalParam]) -> None:
     """Raise ArchitectureError unless the parameters of this rank's chunks are exactly ``local``."""
     for number, chunk in enumerate(chunks):
@@ -81,13 +87,20 @@ def check_model(chunks: Sequence[nn.Module], local: Sequence[LocalParam]) -> Non
 
 def _check_chunk(chunk: nn.Module, local: Sequence[LocalParam]) -> None:
     named = {name for name, _ in chunk.named_parameters()}
-    expected = {p.name for p in local}
-    if extra := sorted(named - expected):
+    expected = {p.name for p in local if not p.param.fp32}
+    extra = sorted(named - expected)
+    if any(name.endswith(_NORMED_QUERIES) for name in extra):
+        raise ArchitectureError(
+            "q_lora_rank=None in config.json: this megatron-core release normalizes the inputs of "
+            "such queries twice, the model once; use megatron-core 0.16, or --stream"
+        )
+    if extra:
         raise ArchitectureError(
             f"the Megatron model has a parameter {extra[0]} that its table does not describe "
             f"({len(extra)} in all): this megatron-core release differs, report it"
         )
-    if missing := sorted(expected - named):
+    named |= {name for name, _ in chunk.named_buffers()}
+    if missing := sorted({p.name for p in local} - named):
         raise ArchitectureError(
             f"the Megatron model has no parameter {missing[0]} ({len(missing)} missing in all): "
             "build it with the Transformer Engine layer spec and grouped experts"

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_quant.models.blocks import parameters
 from megatron_quant.models.config import Config
-from megatron_quant.models.decoder import Decoder, Experts
+from megatron_quant.models.decoder import Decoder, Experts, Latent, Rope, Sigmoid
 from megatron_quant.models.spec import Param
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _routing(decoder: Decoder, experts: Experts) -> dict[str, object]:
@@ -20,7 +24,78 @@ def _routing(decoder: Decoder, experts: Experts) -> dict[str, object]:
         "moe_router_pre_softmax": not experts.normalized,
         "moe_router_score_function": "softmax",
         "moe_router_load_balancing_type": "none",
+        **(_sigmoid(experts.sigmoid) if experts.sigmoid else {}),
+        **(_shared(experts) if experts.shared_ffn else {}),
     }
+
+
+def _sigmoid(sigmoid: Sigmoid) -> dict[str, object]:
+    grouped = sigmoid.groups > 1
+    return {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,  # no load balancing: the checkpoint's bias stays
+        "moe_router_num_groups": sigmoid.groups if grouped else None,
+        "moe_router_group_topk": sigmoid.chosen if grouped else None,
+        "moe_router_topk_scaling_factor": sigmoid.scaling,
+        "moe_router_pre_softmax": False,
+        "moe_router_dtype": "fp32",
+    }
+
+
+def _shared(experts: Experts) -> dict[str, object]:
+    return {
+        "moe_shared_expert_intermediate_size": experts.shared_ffn,
+        "moe_shared_expert_gate": bool(experts.names.shared_gate),
+    }
+
+
+def _latent(latent: Latent, rope: Rope) -> dict[str, object]:
+    found: dict[str, object] = {
+        "multi_latent_attention": True,
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.nope,
+        "qk_pos_emb_head_dim": latent.rope,
+        "v_head_dim": latent.value,
+        "rope_type": "yarn" if rope.yarn else "rope",
+        "rotary_base": rope.base,
+    }
+    if rope.yarn is not None:
+        found |= {
+            "rotary_scaling_factor": rope.yarn.factor,
+            "original_max_position_embeddings": rope.yarn.original,
+            "beta_fast": rope.yarn.fast,
+            "beta_slow": rope.yarn.slow,
+            "mscale": rope.yarn.mscale or 1.0,  # with 0: the factor's own scale
+            "mscale_all_dim": rope.yarn.mscale_all or 0.0,
+        }
+    return found
+
+
+def _attention(decoder: Decoder) -> dict[str, object]:
+    """What differs from attention to all tokens; empty where nothing does."""
+    found: dict[str, object] = {"softmax_type": "learnable"} if decoder.sinks else {}
+    if decoder.window is not None:
+        # a query's own token is in the window, but not in Megatron's count of those before it
+        found["window_size"] = (decoder.window.tokens - 1, 0)
+        found["window_attn_skip_freq"] = [int(has) for has in decoder.window.layers]
+    return found
+
+
+def _activation(experts: Experts) -> dict[str, object]:
+    if experts.clamp is None:
+        return {}
+    return {
+        "activation_func": quick_gelu,
+        "activation_func_clamp_value": experts.clamp,
+        "glu_linear_offset": 1.0,
+    }
+
+
+def quick_gelu(gate: "Tensor") -> "Tensor":
+    """``gate * sigmoid(1.702 gate)``; Megatron-Core's own compiles itself on its first call."""
+    return gate * (1.702 * gate).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -41,6 +116,8 @@ class Architecture:
     def megatron_config(self, hf_config: Config) -> dict[str, object]:
         """Keyword arguments of megatron-core's TransformerConfig that describe the model.
 
+        Of its MLATransformerConfig where ``multi_latent_attention`` is among them.
+
         Dropout is 0, and no load-balancing loss is set. How the model runs (parallel sizes,
         dtype, grouped GEMM, dispatcher) is the caller's. Where only some layers have experts,
         ``moe_layer_freq`` is a list, which ``get_gpt_decoder_block_spec`` reads.
@@ -58,13 +135,35 @@ class Architecture:
             "normalization": "RMSNorm",
             "layernorm_epsilon": decoder.epsilon,
             "qk_layernorm": decoder.qk_norm,
-            "add_bias_linear": False,
-            "add_qkv_bias": False,
+            "add_bias_linear": decoder.biased,
+            "add_qkv_bias": decoder.qkv_bias,
             "gated_linear_unit": True,
             "activation_func": F.silu,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
+            **_attention(decoder),
+            **(_latent(decoder.latent, decoder.rope) if decoder.latent else {}),
             **(_routing(decoder, decoder.experts) if decoder.experts else {}),
+            **(_activation(decoder.experts) if decoder.experts else {}),
+        }
+
+    def config_attributes(self, hf_config: Config) -> dict[str, object]:
+        """What megatron-core's GPTModel reads from attributes of a TransformerConfig.
+
+        They are no fields of it: set them once it is made.
+        """
+        decoder = self.decoder(hf_config)
+        yarn = decoder.rope.yarn
+        if yarn is None or decoder.latent is not None:  # latent attention has fields for it
+            return {}
+        return {
+            "yarn_rotary_scaling_factor": yarn.factor,
+            "yarn_original_max_position_embeddings": yarn.original,
+            "yarn_beta_fast": yarn.fast,
+            "yarn_beta_slow": yarn.slow,
+            "yarn_mscale": yarn.mscale,
+            "yarn_mscale_all_dim": yarn.mscale_all,
+            "yarn_correction_range_round_to_int": yarn.truncate,
         }
 
     def gpt_config(self, hf_config: Config) -> dict[str, object]:
@@ -78,7 +177,7 @@ class Architecture:
         return {
             "vocab_size": decoder.vocab,
             "max_sequence_length": decoder.positions,
-            "position_embedding_type": "rope",
+            "position_embedding_type": "yarn" if rope.yarn and not decoder.latent else "rope",
             "rotary_base": rope.base,
             "rope_scaling": rope.llama3_factor is not None,
             "seq_len_interpolation_factor": rope.interpolation,

@@ -7,7 +7,7 @@ norm before a dense linear is fused into it, and those of transformers' checkpoi
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_quant.models.decoder import Decoder, Experts
+from megatron_quant.models.decoder import Decoder, Experts, Latent
 from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
 
 
@@ -20,6 +20,27 @@ def _linear(name: str, modules: tuple[str, ...], shapes: tuple[tuple[int, int], 
 
 def _row_linear(name: str, module: str, shape: tuple[int, int]) -> Param:
     return replace(_linear(name, (module,), (shape,)), parallel=Parallel.ROW)
+
+
+def _bias(weight: Param) -> Param:
+    """The bias of ``weight``, cut as its rows are."""
+    module, _, leaf = weight.name.rpartition(".")
+    column = weight.parallel is Parallel.COLUMN
+    return replace(
+        weight,
+        name=f"{module}.{leaf.replace('weight', 'bias')}",
+        sources=tuple(Source(f"{s.module}.bias", s.shape[:1]) for s in weight.sources),
+        shape=weight.shape[:1],
+        role=Role.BIAS,
+        parallel=Parallel.COLUMN if column else Parallel.REPLICATED,
+    )
+
+
+def _with_bias(decoder: Decoder, weight: Param) -> Iterator[Param]:
+    """``weight``, and its bias where the model has any."""
+    yield weight
+    if decoder.biased:
+        yield _bias(weight)
 
 
 def _norm(name: str, module: str, size: int) -> Param:
@@ -42,15 +63,62 @@ def attention(decoder: Decoder, layer: int) -> Iterator[Param]:
     q = (decoder.heads * decoder.head_dim, decoder.hidden)
     kv = (decoder.query_groups * decoder.head_dim, decoder.hidden)
     qkv = tuple(f"{theirs}.self_attn.{p}_proj" for p in "qkv")
-    yield _row_linear(f"{ours}.linear_proj.weight", f"{theirs}.self_attn.o_proj", q[::-1])
+    if decoder.sinks:
+        yield _sinks(f"{ours}.core_attention", f"{theirs}.self_attn", decoder.heads)
+    proj = _row_linear(f"{ours}.linear_proj.weight", f"{theirs}.self_attn.o_proj", q[::-1])
+    yield from _with_bias(decoder, proj)
     name = f"{ours}.linear_qkv.layer_norm_weight"
     yield _norm(name, f"{theirs}.input_layernorm", decoder.hidden)
     fused = _linear(f"{ours}.linear_qkv.weight", qkv, (q, kv, kv))
-    yield replace(fused, groups=decoder.query_groups)
+    fused = replace(fused, groups=decoder.query_groups)
+    yield from _with_bias(decoder, fused)
+    if decoder.qkv_bias:
+        yield _bias(fused)
     if decoder.qk_norm:
         for p in "qk":
             name = f"{ours}.{p}_layernorm.weight"
             yield _norm(name, f"{theirs}.self_attn.{p}_norm", decoder.head_dim)
+
+
+def _sinks(ours: str, theirs: str, heads: int) -> Param:
+    source = Source(f"{theirs}.sinks", (heads,))
+    name = f"{ours}.softmax_offset"
+    return Param(name, (source,), (heads,), Role.OTHER, Parallel.COLUMN)
+
+
+def latent_attention(decoder: Decoder, latent: Latent, layer: int) -> Iterator[Param]:
+    """Self-attention of one layer through compressed queries, keys and values, with its norms.
+
+    Every tensor-parallel rank has the compressing linears whole. Engines make one of them.
+    """
+    ours, theirs = f"decoder.layers.{layer}.self_attention", f"model.layers.{layer}.self_attn"
+    heads, hidden = decoder.heads, decoder.hidden
+    name = f"decoder.layers.{layer}.input_layernorm.weight"
+    yield _norm(name, f"model.layers.{layer}.input_layernorm", hidden)
+    out = (hidden, heads * latent.value)
+    yield _row_linear(f"{ours}.linear_proj.weight", f"{theirs}.o_proj", out)
+    q = heads * (latent.nope + latent.rope)
+    fused = f"{theirs}.fused_qkv_a_proj" if latent.q_rank else ""
+    if latent.q_rank:
+        down = (latent.q_rank, hidden)
+        yield _compressing(f"{ours}.linear_q_down_proj.weight", f"{theirs}.q_a_proj", down, fused)
+        up = f"{ours}.linear_q_up_proj"
+        yield _norm(f"{up}.layer_norm_weight", f"{theirs}.q_a_layernorm", latent.q_rank)
+        yield _linear(f"{up}.weight", (f"{theirs}.q_b_proj",), ((q, latent.q_rank),))
+    else:
+        yield _linear(f"{ours}.linear_q_proj.weight", (f"{theirs}.q_proj",), ((q, hidden),))
+    down = (latent.kv_rank + latent.rope, hidden)
+    name = f"{ours}.linear_kv_down_proj.weight"
+    yield _compressing(name, f"{theirs}.kv_a_proj_with_mqa", down, fused)
+    up = f"{ours}.linear_kv_up_proj"
+    yield _norm(f"{up}.layer_norm_weight", f"{theirs}.kv_a_layernorm", latent.kv_rank)
+    kv = (heads * (latent.nope + latent.value), latent.kv_rank)
+    yield _linear(f"{up}.weight", (f"{theirs}.kv_b_proj",), (kv,))
+
+
+def _compressing(name: str, module: str, shape: tuple[int, int], fused: str) -> Param:
+    param = _linear(name, (module,), (shape,))
+    return replace(param, parallel=Parallel.REPLICATED, fused=fused)
 
 
 def dense_mlp(decoder: Decoder, layer: int) -> Iterator[Param]:
@@ -60,8 +128,10 @@ def dense_mlp(decoder: Decoder, layer: int) -> Iterator[Param]:
     gate_up = (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
     name = f"{ours}.linear_fc1.layer_norm_weight"
     yield _norm(name, f"{theirs}.post_attention_layernorm", decoder.hidden)
-    yield _linear(f"{ours}.linear_fc1.weight", gate_up, (fc1, fc1))
-    yield _row_linear(f"{ours}.linear_fc2.weight", f"{theirs}.mlp.down_proj", fc1[::-1])
+    linear = _linear(f"{ours}.linear_fc1.weight", gate_up, (fc1, fc1))
+    yield from _with_bias(decoder, linear)
+    down = _row_linear(f"{ours}.linear_fc2.weight", f"{theirs}.mlp.down_proj", fc1[::-1])
+    yield from _with_bias(decoder, down)
 
 
 def moe_mlp(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
@@ -72,17 +142,40 @@ def moe_mlp(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
     router = (experts.count, decoder.hidden)
     source = Source(f"{theirs}.{experts.names.router}.weight", router)
     name = f"{ours}.mlp.router.weight"
-    yield Param(name, (source,), router, Role.ROUTER, Parallel.REPLICATED)
+    param = Param(name, (source,), router, Role.ROUTER, Parallel.REPLICATED)
+    yield from _with_bias(decoder, param)
+    if experts.names.bias:
+        name, shape = f"{ours}.mlp.router.expert_bias", (experts.count,)
+        source = Source(f"{theirs}.{experts.names.bias}", shape)
+        yield Param(name, (source,), shape, Role.ROUTER, Parallel.REPLICATED, fp32=True)
     fc1 = (experts.ffn, decoder.hidden)
     for expert in range(experts.count):
         name = f"{ours}.mlp.experts.linear_fc1.weight{expert}"
         gate_up = (experts.names.gate, experts.names.up)
         modules = tuple(f"{theirs}.{m.format(expert=expert)}" for m in gate_up)
-        yield _of_expert(_linear(name, modules, (fc1, fc1)), expert)
+        linear = _of_expert(_linear(name, modules, (fc1, fc1)), expert)
+        yield from _with_bias(decoder, linear)
     for expert in range(experts.count):
         name = f"{ours}.mlp.experts.linear_fc2.weight{expert}"
         module = f"{theirs}.{experts.names.down.format(expert=expert)}"
-        yield _of_expert(_row_linear(name, module, fc1[::-1]), expert)
+        linear = _of_expert(_row_linear(name, module, fc1[::-1]), expert)
+        yield from _with_bias(decoder, linear)
+    if experts.shared_ffn:
+        yield from _shared_expert(decoder, experts, layer)
+
+
+def _shared_expert(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
+    """The expert that every token visits: an MLP, cut as dense ones are."""
+    ours, theirs = f"decoder.layers.{layer}.mlp.shared_experts", f"model.layers.{layer}"
+    if experts.names.shared_gate:
+        gate = (1, decoder.hidden)
+        source = Source(f"{theirs}.{experts.names.shared_gate}.weight", gate)
+        name = f"{ours}.gate_weight"
+        yield Param(name, (source,), gate, Role.ROUTER, Parallel.REPLICATED)
+    fc1, mlp = (experts.shared_ffn, decoder.hidden), f"{theirs}.{experts.names.shared}"
+    gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+    yield _linear(f"{ours}.linear_fc1.weight", gate_up, (fc1, fc1))
+    yield _row_linear(f"{ours}.linear_fc2.weight", f"{mlp}.down_proj", fc1[::-1])
 
 
 def _of_expert(param: Param, expert: int) -> Param:
@@ -104,7 +197,11 @@ def parameters(decoder: Decoder) -> Iterator[Param]:
     """Every parameter of the model, in Megatron's order."""
     yield embedding(decoder)
     for layer in range(decoder.layers):
-        for param in attention(decoder, layer):
+        if decoder.latent is not None:
+            attends = latent_attention(decoder, decoder.latent, layer)
+        else:
+            attends = attention(decoder, layer)
+        for param in attends:
             yield replace(param, layer=layer)
         if decoder.experts is not None and decoder.has_experts(layer):
             mlp = moe_mlp(decoder, decoder.experts, layer)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_quant.errors import ArchitectureError
-from megatron_quant.models.decoder import Decoder, Experts, Rope
+from megatron_quant.models.decoder import Decoder, Experts, Rope, Yarn
 
 Config = Mapping[str, Any]
 
@@ -62,7 +62,8 @@ def full_attention(config: Config, window: int | None) -> None:
         )
 
 
-def _rope_dict(config: Config) -> dict[str, Any]:
+def rope_dict(config: Config) -> dict[str, Any]:
+    """What the config says of its rotary embedding, in one object, in whichever spelling."""
     # transformers >= 5 writes rope_parameters; older versions rope_scaling beside rope_theta
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
@@ -88,9 +89,29 @@ def _llama3(rope: dict[str, Any]) -> Rope:
     return Rope(number(rope, "rope_theta"), llama3_factor=number(rope, "factor"))
 
 
+def _yarn(rope: dict[str, Any]) -> Yarn:
+    if (factor := rope.get("attention_factor")) is not None:
+        raise ArchitectureError(
+            f"attention_factor={factor!r} of rope_type 'yarn' in config.json is not supported, "
+            "Megatron-Core derives it; remove it where it is 0.1 * ln(factor) + 1, or use a model "
+            "without it"
+        )
+    scales = [float(rope[k]) if rope.get(k) else None for k in ("mscale", "mscale_all_dim")]
+    both = None not in scales
+    return Yarn(
+        factor=number(rope, "factor"),
+        original=positive(rope, "original_max_position_embeddings"),
+        fast=number({"beta_fast": 32.0, **rope}, "beta_fast"),
+        slow=number({"beta_slow": 1.0, **rope}, "beta_slow"),
+        mscale=scales[0] if both else None,
+        mscale_all=scales[1] if both else None,
+        truncate=flag({"truncate": True, **rope}, "truncate"),
+    )
+
+
 def read_rope(config: Config) -> Rope:
     """The rotary embedding, from ``rope_parameters`` or ``rope_theta`` and ``rope_scaling``."""
-    rope = _rope_dict(config)
+    rope = rope_dict(config)
     only(rope, "partial_rotary_factor", (1,))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -99,9 +120,11 @@ def read_rope(config: Config) -> Rope:
         return Rope(number(rope, "rope_theta"), interpolation=number(rope, "factor"))
     if kind == "llama3":
         return _llama3(rope)
+    if kind == "yarn":
+        return Rope(number(rope, "rope_theta"), yarn=_yarn(rope))
     raise ArchitectureError(
-        f"rope_type={kind!r} in config.json is not supported, only 'default', 'linear' and "
-        "'llama3' are; use a model without it, or remove rope_scaling to stay within the "
+        f"rope_type={kind!r} in config.json is not supported, only 'default', 'linear', 'llama3' "
+        "and 'yarn' are; use a model without it, or remove rope_scaling to stay within the "
         "original context length"
     )
 

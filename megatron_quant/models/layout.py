@@ -30,9 +30,16 @@ def check_layout(hf_config: Config, tp: int, ep: int, etp: int) -> None:
     _require("--tp", tp, decoder.query_groups, "the key-value heads")
     if decoder.has_dense_mlp:
         _require("--tp", tp, decoder.ffn, "the intermediate size")
-    if decoder.experts is not None:
-        _require("--ep", ep, decoder.experts.count, "the experts of a layer")
-        _require("--etp", etp, decoder.experts.ffn, "the intermediate size of an expert")
+    if (experts := decoder.experts) is not None:
+        _require("--ep", ep, experts.count, "the experts of a layer")
+        _require("--etp", etp, experts.ffn, "the intermediate size of an expert")
+        if decoder.biased and etp > 1:  # Megatron-Core asserts it
+            raise LayoutError(
+                f"--etp {etp}: experts of {architecture.name} have biases, which Megatron-Core "
+                "does not cut; leave it at 1 and raise --ep, or use --stream"
+            )
+        if experts.shared_ffn:
+            _require("--tp", tp, experts.shared_ffn, "the intermediate size of the shared expert")
     elif (ep, etp) != (1, 1):
         raise LayoutError(
             f"--ep {ep} --etp {etp}: {architecture.name} has no experts; leave both at 1"

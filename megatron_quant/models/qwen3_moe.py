@@ -26,7 +26,8 @@ _NAMES = ExpertNames(
 )
 
 
-def _expert_layers(config: Config, layers: int) -> tuple[bool, ...]:
+def expert_layers(config: Config, layers: int, dense_class: str) -> tuple[bool, ...]:
+    """For each layer whether it has experts; ArchitectureError where none has."""
     step = positive_or(config, "decoder_sparse_step", 1)
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
@@ -37,7 +38,7 @@ def _expert_layers(config: Config, layers: int) -> tuple[bool, ...]:
     if not any(chosen):
         raise ArchitectureError(
             f"decoder_sparse_step={step} and mlp_only_layers={dense!r} in config.json leave no "
-            "layer with experts; convert the model to Qwen3ForCausalLM"
+            f"layer with experts; convert the model to {dense_class}"
         )
     return chosen
 
@@ -53,7 +54,7 @@ def _decoder(config: Config) -> Decoder:
         count=count,
         topk=positive(config, "num_experts_per_tok"),
         ffn=positive(config, "moe_intermediate_size"),
-        layers=_expert_layers(config, decoder.layers),
+        layers=expert_layers(config, decoder.layers, "Qwen3ForCausalLM"),
         normalized=flag(config, "norm_topk_prob"),
         names=_NAMES,
     )

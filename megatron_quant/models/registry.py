@@ -3,12 +3,19 @@
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import Config
+from megatron_quant.models.deepseek_v3 import DEEPSEEK_V3
+from megatron_quant.models.gpt_oss import GPT_OSS
 from megatron_quant.models.llama import LLAMA
 from megatron_quant.models.mixtral import MIXTRAL
+from megatron_quant.models.qwen2_moe import QWEN2_MOE
 from megatron_quant.models.qwen3 import QWEN3
 from megatron_quant.models.qwen3_moe import QWEN3_MOE
 
-ARCHITECTURES = {a.name: a for a in (QWEN3_MOE, MIXTRAL, QWEN3, LLAMA)}
+ARCHITECTURES = {
+    a.name: a for a in (QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, GPT_OSS, QWEN3, LLAMA)
+}
+
+_DELTA_NETS = ("Qwen3Next", "Qwen3_5")
 
 
 def lookup(hf_config: Config) -> Architecture:
@@ -19,7 +26,13 @@ def lookup(hf_config: Config) -> Architecture:
     names = hf_config.get("architectures")
     if isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES:
         return ARCHITECTURES[names[0]]
+    if isinstance(names, list) and any(str(name).startswith(_DELTA_NETS) for name in names):
+        raise ArchitectureError(
+            f"architectures={names!r} in config.json has gated delta net layers, which "
+            "Megatron-Core builds with flash-linear-attention alone and no table here describes; "
+            "pass --stream, which needs no model in Megatron"
+        )
     raise ArchitectureError(
         f"architectures={names!r} in config.json is not known; use a model of "
-        f"{', '.join(ARCHITECTURES)}"
+        f"{', '.join(ARCHITECTURES)}, or pass --stream, which needs no table"
     )

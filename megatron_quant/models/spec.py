@@ -95,6 +95,9 @@ class Param:
     shape: logical (unsharded) shape, without vocabulary padding.
     layer, expert: global indices; None where there is none.
     stage: where a pipeline keeps it; what has no layer says another than ``LAYER``.
+    fused: names what engines make of it together with other parameters, all of which then share
+        format and scales; empty where they leave it alone.
+    fp32: it stays in float32, whatever the dtype of the model; such are buffers in Megatron.
     """
 
     name: str
@@ -107,6 +110,8 @@ class Param:
     layer: int | None = None
     expert: int | None = None
     stage: Stage = Stage.LAYER
+    fused: str = ""
+    fp32: bool = False
 
     @property
     def module(self) -> str:
@@ -122,3 +127,12 @@ def num_layers(params: Iterable[Param]) -> int:
 def num_experts(params: Iterable[Param]) -> int:
     """Routed experts a layer; 0 for a dense model."""
     return max((p.expert + 1 for p in params if p.expert is not None), default=0)
+
+
+def engine_groups(params: Iterable[Param]) -> tuple[tuple[Source, ...], ...]:
+    """What engines make one linear of, of one Megatron parameter or of several."""
+    found: dict[str, tuple[Source, ...]] = {}
+    for param in params:
+        key = param.fused or param.name
+        found[key] = (*found.get(key, ()), *param.sources)
+    return tuple(found.values())

@@ -25,6 +25,8 @@ _FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """What engines fuse -> of which linears of one module. A layer may lack some of them."""
 _OF = {member: (fused, members) for fused, members in _FUSED for member in members}
+_TABLES = "model."
+"""What the names of the decoder begin with in all tables."""
 _ROW = ("o_proj", "down_proj", "w2", "out_proj")
 """Linears that engines cut along their input features."""
 _KINDS: tuple[tuple[re.Pattern[str], Role], ...] = (
@@ -50,15 +52,33 @@ def describe(config: Config, shapes: Shapes) -> Structure:
     By its table, where it has one. Raises ArchitectureError where neither a table nor the names
     say what a tensor is, above all one that may be an expert's.
     """
-    if has_table(config):
-        return Structure(lookup(config).params(config), {})
-    return recognise(config, shapes)
+    if not has_table(config):
+        return recognise(config, shapes)
+    drafts = [_alone(n, s, Role.DRAFT) for n, s in shapes.items() if is_draft(config, n)]
+    return Structure((*lookup(config).params(config), *drafts), unstack(config, shapes))
 
 
 def has_table(config: Config) -> bool:
-    """Whether :func:`lookup` knows the model."""
+    """Whether :func:`lookup` knows the model, and its table describes it."""
     names = config.get("architectures")
-    return isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+        return False
+    try:
+        lookup(config).decoder(config)
+    except ArchitectureError:
+        return False
+    return True
+
+
+def is_draft(config: Config, name: str) -> bool:
+    """Whether a tensor is of the layers beyond the model's own, which predict for speculation.
+
+    Of a model that has a table.
+    """
+    layers, drafts = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    if not isinstance(layers, int) or not isinstance(drafts, int):
+        return False
+    return _layer_of(name, _TABLES) in range(layers, layers + drafts)
 
 
 def recognise(config: Config, shapes: Shapes) -> Structure:

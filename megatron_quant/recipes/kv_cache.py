@@ -34,6 +34,8 @@ def cache_slots(plan: QuantPlan) -> tuple[CacheSlot, ...]:
 
 
 def attention_of(slot: Slot) -> str | None:
-    """The attention whose keys the weight makes; None for another weight."""
+    """The attention whose keys the weight makes; None for another weight, and for a bias."""
+    if slot.fixed:
+        return None
     keys = next((s for s in slot.sources if s.endswith(_KEYS)), None)
     return keys.removesuffix(_KEYS) if keys else None

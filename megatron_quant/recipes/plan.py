@@ -16,6 +16,8 @@ class Slot:
     shape: [N, K] of the fused weight.
     fixed: why the weight is never quantized (``"router"``, ``"norm"``, ...); empty for a linear.
     expert: global index of the routed expert; None for a weight that every token meets.
+    fused: names what engines make of several slots, which so share formats and scales; empty for
+        a slot that they leave alone.
     """
 
     name: str
@@ -23,6 +25,12 @@ class Slot:
     shape: tuple[int, ...]
     fixed: str = ""
     expert: int | None = None
+    fused: str = ""
+
+    @property
+    def sharing(self) -> str:
+        """Names the slots that have one scale, experts with scales of their own aside."""
+        return self.fused or self.module
 
     @property
     def module(self) -> str:

@@ -17,8 +17,9 @@ def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
     Fixed slots are excluded whatever the rules say; an exclude rule may name them.
 
     Raises CoverageError for a slot that no rule claims, for one whose fused members a rule
-    matches only in part, and for experts of one layer that are treated differently. Raises
-    RecipeError for a rule that claims nothing and for a recipe that quantizes nothing.
+    matches only in part, and for experts of one layer, or other slots that engines fuse, that are
+    treated differently. Raises RecipeError for a rule that claims nothing and for a recipe that
+    quantizes nothing.
     """
     matchers = [Matcher(rule.patterns) for rule in recipe.rules]
     claims = [None if slot.fixed else _claim(recipe, matchers, slot) for slot in slots]
@@ -28,6 +29,7 @@ def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
     _check_unclaimed(recipe, slots, claims)
     decisions = tuple(_decide(recipe, s, i) for s, i in zip(slots, claims, strict=True))
     _check_experts(decisions)
+    _check_fused(decisions)
     plan = QuantPlan(recipe.name, decisions, recipe.kv_cache)
     if not plan.quantized:
         raise RecipeError(f"recipe {recipe.name!r} excludes every weight: add a quantize rule")
@@ -103,6 +105,18 @@ def _check_experts(decisions: Sequence[Decision]) -> None:
             raise CoverageError(
                 f"{other.slot.name} ({other.rule}) and {d.slot.name} ({d.rule}) are experts of one "
                 "layer but differ: give all experts of a layer the same formats"
+            )
+
+
+def _check_fused(decisions: Sequence[Decision]) -> None:
+    """One format for weights that engines fuse though they are several slots."""
+    first: dict[str, Decision] = {}
+    for d in decisions:
+        other = first.setdefault(d.slot.fused, d) if d.slot.fused else d
+        if _treatment(d) != _treatment(other):
+            raise CoverageError(
+                f"{other.slot.sources[0]} ({other.rule}) and {d.slot.sources[0]} ({d.rule}), which "
+                "engines fuse, differ: give them the same formats or exclude both"
             )
 
 

@@ -21,12 +21,12 @@ Sharing = Callable[[Slot], str]
 
 def shared(slot: Slot) -> str:
     """The experts of a layer have one scale, each other weight its own."""
-    return slot.module
+    return slot.sharing
 
 
 def per_expert(slot: Slot) -> str:
     """Every weight of every expert has its own scale."""
-    return slot.name
+    return slot.fused or slot.name
 
 
 def slot_amaxes(

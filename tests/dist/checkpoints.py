@@ -19,14 +19,48 @@ _SIZES = {
     "eos_token_id": 257,
 }
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+_LATENT = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 48,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+_DEEPSEEK = {
+    **{k: v for k, v in _SIZES.items() if k != "head_dim"},
+    **_LATENT,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_nextn_predict_layers": 0,
+}
 _CONFIGS = {
     "qwen3_moe": (transformers.Qwen3MoeConfig, {**_SIZES, **_EXPERTS}),
     "mixtral": (
         transformers.MixtralConfig,
         {**_SIZES, "num_local_experts": 4, "intermediate_size": 256},
     ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {
+            **_SIZES,
+            "intermediate_size": 256,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+        },
+    ),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {**_SIZES, **_EXPERTS, "shared_expert_intermediate_size": 256},
+    ),
     "qwen3": (transformers.Qwen3Config, _SIZES),
     "llama": (transformers.LlamaConfig, _SIZES),
+    "deepseek_v3": (transformers.DeepseekV3Config, _DEEPSEEK),
 }
 
 
@@ -36,7 +70,14 @@ def save(name: str, directory: Path, **changes: object) -> Path:
     kind, settings = _CONFIGS[name]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(kind(**{**settings, **changes}))
-    model.to(torch.bfloat16).save_pretrained(directory)
+    for key, parameter in model.named_parameters():
+        if "bias" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.to(torch.bfloat16)
+    for key, buffer in model.named_buffers():  # transformers leaves them zero
+        if key.endswith("e_score_correction_bias"):
+            buffer.data = torch.linspace(-0.1, 0.1, len(buffer))  # in fp32, as in checkpoints
+    model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
 

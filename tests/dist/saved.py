@@ -13,13 +13,14 @@ Held = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]
 """Key, global shape, offset, local shape, and whether the rank writes it."""
 
 
-def _quantize(**options: Any) -> Any:
+def quantize(**options: Any) -> Any:
+    """One run with these options, in the process groups that the ranks have."""
     from megatron_quant.api.options import QuantizeOptions
-    from megatron_quant.api.quantize import quantize
+    from megatron_quant.api.quantize import quantize as run
     from megatron_quant.cli.console import Phases, console
     from megatron_quant.mcore.parallel import start_distributed
 
-    return quantize(QuantizeOptions(**options), start_distributed(), Phases(console()))
+    return run(QuantizeOptions(**options), start_distributed(), Phases(console()))
 
 
 def quantize_all(source: Path, out: Path, sizes: Sequence[int], cases: Mapping[str, Case]) -> None:
@@ -27,7 +28,7 @@ def quantize_all(source: Path, out: Path, sizes: Sequence[int], cases: Mapping[s
     tp, ep, etp = sizes
     for name, case in cases.items():
         places = {"export_dir": out / name, "megatron_save_path": out / f"{name}.saved"}
-        _quantize(hf_model_id=str(source), tp=tp, ep=ep, etp=etp, **places, **case)
+        quantize(hf_model_id=str(source), tp=tp, ep=ep, etp=etp, **places, **case)
 
 
 def load_all(
@@ -41,7 +42,7 @@ def load_all(
     tp, ep, etp = sizes
     for name, dialect in dialects.items():
         stored = first / f"{name}.saved"
-        _quantize(
+        quantize(
             hf_model_id=None,
             export_quant_cfg=None,
             megatron_load_path=stored if stored.is_dir() else first / name,

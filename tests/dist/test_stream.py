@@ -38,7 +38,7 @@ def stream_all(source: Path, out: Path, cases: list[dict]) -> None:
         stream_case(source, out / folder(case), {**case, "max_shard_size": "300KB"})
 
 
-@pytest.mark.parametrize(("name", "worlds"), [("qwen3_moe", [3]), ("mixtral", [1, 2])])
+@pytest.mark.parametrize(("name", "worlds"), [("qwen3_moe", [3]), ("mixtral", [1, 2]), ("gpt_oss", [2])])
 def test_equal_to_the_live_model_at_any_number_of_ranks(
     name: str, worlds: list[int], tmp_path: Path, ranks
 ) -> None:

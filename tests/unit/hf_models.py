@@ -58,6 +58,7 @@ DEEPSEEK = {k: v for k, v in BASE.items() if k != "head_dim"} | {
     "num_key_value_heads": 4,
     "n_group": 2,
     "topk_group": 1,
+    "rope_interleave": False,  # which its table refuses
 }
 LLAMA4 = BASE | {
     "intermediate_size_mlp": 96,
@@ -84,6 +85,7 @@ def _gemma4() -> t.PreTrainedModel:
 MODELS = {
     "gemma4": _gemma4,
     "gemma4_text": lambda: t.Gemma4ForCausalLM(t.Gemma4TextConfig(**GEMMA4)),
+    "qwen3_next": lambda: t.Qwen3NextForCausalLM(t.Qwen3NextConfig(**QWEN3_5)),
     "qwen3_5_moe": lambda: t.Qwen3_5MoeForCausalLM(t.Qwen3_5MoeTextConfig(**QWEN3_5)),
     "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**DEEPSEEK)),
     "gpt_oss": lambda: t.GptOssForCausalLM(

@@ -9,6 +9,7 @@ from megatron_quant.models import lookup
 from tests.unit import tiny
 
 _LLAMA3 = tiny.MODELS["llama3"][1]["rope_parameters"]
+_YARN = tiny.MODELS["llama_yarn"][1]["rope_parameters"]
 
 
 def _gpt(config: dict[str, Any]) -> dict[str, object]:
@@ -17,7 +18,10 @@ def _gpt(config: dict[str, Any]) -> dict[str, object]:
 
 @pytest.mark.parametrize("named", [None, [], ["GPT2LMHeadModel"], "LlamaForCausalLM"])
 def test_an_unknown_architecture_lists_the_known(named: Any) -> None:
-    known = "Qwen3MoeForCausalLM, MixtralForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM"
+    known = (
+        "Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, MixtralForCausalLM, DeepseekV3ForCausalLM, "
+        "GptOssForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM, or pass --stream"
+    )
     with pytest.raises(ArchitectureError, match=known):
         lookup({"architectures": named})
 
@@ -50,6 +54,12 @@ _REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5 .* exceeds the 4 experts"),
     ("qwen3_moe", {"num_experts_per_tok": 1}, "visits 2 experts or more"),
     ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+    ("gpt_oss", {"attention_bias": False}, "attention_bias=False .* only True is"),
+    ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha=1.5 .* only 1.702 is"),
+    ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit=0 .* number above 0"),
+    ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types=.* each of 2 layers"),
+    ("gpt_oss", {"layer_types": ["linear_attention"] * 2}, "one of sliding_attention and full"),
+    ("gpt_oss", {"sliding_window": 0}, "sliding_window=0"),
     ("qwen3_moe", {"mlp_only_layers": "0"}, "mlp_only_layers='0' .* list of layer numbers"),
     ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "leave no layer with experts; .*Qwen3ForCausalLM"),
     ("qwen3_moe", {"decoder_sparse_step": 3}, "decoder_sparse_step=3"),
@@ -100,6 +110,32 @@ def test_absent_keys_have_transformers_defaults() -> None:
     assert _gpt(mixtral)["rotary_base"] == 1000000.0
 
 
+def test_windows_of_gpt_oss() -> None:
+    config = tiny.config("gpt_oss")
+    for kinds, layers in [
+        (None, [1, 0]),
+        (["full_attention", "sliding_attention"], [0, 1]),
+    ]:
+        found = lookup(config).megatron_config({**config, "layer_types": kinds})
+        assert (found["window_size"], found["window_attn_skip_freq"]) == ((5, 0), layers)
+    for changes in ({"sliding_window": None}, {"layer_types": ["full_attention"] * 2}):
+        assert "window_size" not in lookup(config).megatron_config({**config, **changes})
+
+
+def test_yarn() -> None:
+    config = tiny.config("gpt_oss")
+    found = lookup(config).config_attributes(config)
+    assert found["yarn_rotary_scaling_factor"] == 4.0
+    assert found["yarn_correction_range_round_to_int"] is False
+    assert _gpt(config)["position_embedding_type"] == "yarn"
+    scaled = _old_style({**_YARN, "mscale": 1.0, "mscale_all_dim": 0.5})
+    for rope, scales in [(_YARN, (None, None)), (scaled["rope_scaling"], (1.0, 0.5))]:
+        found = lookup(scaled).config_attributes({**scaled, "rope_scaling": rope})
+        assert (found["yarn_mscale"], found["yarn_mscale_all_dim"]) == scales
+        assert found["yarn_correction_range_round_to_int"] is True
+    assert lookup(scaled).config_attributes(tiny.config("llama")) == {}
+
+
 def _old_style(rope_scaling: Any) -> dict[str, Any]:
     config = {**tiny.config("llama"), "rope_theta": 7e5, "rope_scaling": rope_scaling}
     del config["rope_parameters"]
@@ -121,7 +157,10 @@ def test_rope_in_both_spellings() -> None:
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "rope_type='yarn' .* remove rope_scaling"),
+        ({"rope_type": "longrope", "factor": 4.0}, "rope_type='longrope' .* remove rope_scaling"),
+        ({"rope_type": "yarn", "factor": 4.0}, "no 'original_max_position_embeddings'"),
+        ({**_YARN, "factor": None}, "no 'factor'"),
+        ({**_YARN, "attention_factor": 1.5}, "attention_factor=1.5 .* remove it where"),
         ({"type": "dynamic", "factor": 2.0}, "rope_type='dynamic'"),
         ({"rope_type": "linear"}, "no 'factor'"),
         ({**_LLAMA3, "high_freq_factor": 2.0}, "high_freq_factor=2.0 .* only has 4"),

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_quant.ckpt.reader import fill, open_checkpoint
+from megatron_quant.ckpt.reader import fill
+from megatron_quant.ckpt.sources import open_source
 from megatron_quant.models import Domain, copies, local_shape, lookup, padded_vocab
 from tests.dist.pool import Ranks
 from tests.unit import tiny
@@ -19,23 +20,26 @@ def _gpt_model(config: dict[str, Any], tp: int) -> torch.nn.Module:
         get_gpt_decoder_block_spec,
         get_gpt_layer_with_transformer_engine_spec,
     )
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     from megatron_quant import cpu
 
-    parallel_state.initialize_model_parallel(tp, expert_tensor_parallel_size=tp)
+    etp = _etp(config, tp)
+    parallel_state.initialize_model_parallel(tp, expert_tensor_parallel_size=etp)
     host = {} if torch.cuda.is_available() else cpu.transformer_config_overrides()
     described = lookup(config).megatron_config(config)
-    transformer = TransformerConfig(
+    kind = MLATransformerConfig if "multi_latent_attention" in described else TransformerConfig
+    transformer = kind(
         **described,
         **host,
         tensor_model_parallel_size=tp,
-        expert_tensor_parallel_size=tp,
+        expert_tensor_parallel_size=etp,
         sequence_parallel=tp > 1,
         params_dtype=torch.float32,
         moe_grouped_gemm=True,
         moe_token_dispatcher_type="alltoall",
     )
+    vars(transformer).update(lookup(config).config_attributes(config))
     if "num_moe_experts" in described:
         spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=True)
     else:
@@ -45,27 +49,49 @@ def _gpt_model(config: dict[str, Any], tp: int) -> torch.nn.Module:
     return GPTModel(transformer, spec, **arguments).eval()
 
 
+def _etp(config: dict[str, Any], tp: int) -> int:
+    """Megatron-Core cuts no experts that have biases."""
+    return 1 if lookup(config).decoder(config).biased else tp
+
+
 def _names_and_shapes(config: dict[str, Any], tp: int) -> list[tuple[str, tuple[int, ...]]]:
     model = _gpt_model(config, tp)
     return [(name, tuple(p.shape)) for name, p in model.named_parameters()]
 
 
+_BUILT = [
+    "qwen3_moe",
+    "qwen3_moe_mixed",
+    "qwen2_moe",
+    "mixtral",
+    "qwen3_tied",
+    "llama",
+    "deepseek_v3",
+    "deepseek_v3_plain",
+    "gpt_oss",
+]
+
+
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe_mixed", "mixtral", "qwen3_tied", "llama"])
+@pytest.mark.parametrize("name", _BUILT)
 def test_a_real_model_has_these_parameters_in_this_order(ranks: Ranks, name: str, tp: int) -> None:
     config = tiny.config(name)
     params = lookup(config).params(config)
+    sizes = {Domain.DENSE: tp, Domain.EXPERT: _etp(config, tp)}
     for rank, found in enumerate(ranks(tp, _names_and_shapes, config, tp)):
-        assert found == [(p.name, local_shape(p, rank, tp)) for p in params]
+        # what stays in float32 is a buffer
+        shards = [(p, sizes[p.domain]) for p in params if not p.fp32]
+        assert found == [(p.name, local_shape(p, rank % size, size)) for p, size in shards]
 
 
 def _logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_source(directory)
     model = _gpt_model(checkpoint.config, 1)
     params = {p.name: p for p in lookup(checkpoint.config).params(checkpoint.config)}
-    for name, tensor in model.named_parameters():
-        tensor.data.fill_(torch.nan)
-        fill(tensor, copies(params[name], 0, 1), checkpoint)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, param in params.items():
+        tensors[name].data.fill_(torch.nan)
+        fill(tensors[name], copies(param, 0, 1), checkpoint)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
     with torch.no_grad():

@@ -27,6 +27,7 @@ WEIGHTS = "model.safetensors"
 EXPERTS = {
     "gemma4": "model.language_model.layers.0.experts",
     "gemma4_text": "model.layers.0.experts",
+    "qwen3_next": "model.layers.0.mlp.experts",
     "qwen3_5_moe": "model.layers.0.mlp.experts",
     "deepseek_v3": "model.layers.1.mlp.experts",
     "gpt_oss": "model.layers.0.mlp.experts",
@@ -36,6 +37,7 @@ EXPERTS = {
 ROUTERS = {
     "gemma4": "model.language_model.layers.0.router.proj",
     "gemma4_text": "model.layers.0.router.proj",
+    "qwen3_next": "model.layers.0.mlp.gate",
     "qwen3_5_moe": "model.layers.0.mlp.gate",
     "deepseek_v3": "model.layers.1.mlp.gate",
     "gpt_oss": "model.layers.0.mlp.router",
@@ -45,6 +47,7 @@ ROUTERS = {
 FUSED = {
     "gemma4": "model.language_model.layers.1.self_attn q_proj k_proj",  # without v_proj
     "gemma4_text": "model.layers.0.self_attn q_proj k_proj v_proj",
+    "qwen3_next": "model.layers.0.mlp.shared_expert gate_proj up_proj",
     "qwen3_5_moe": "model.layers.0.linear_attn in_proj_qkv in_proj_z",
     "deepseek_v3": "model.layers.0.self_attn q_a_proj kv_a_proj_with_mqa",
     "gpt_oss": "model.layers.0.mlp.experts.1 gate_proj up_proj",

@@ -24,6 +24,13 @@ _EXPERTS = {
     "head_dim": 8,
 }
 _QWEN3_MOE = (transformers.Qwen3MoeConfig, {**_SIZES, **_EXPERTS, "norm_topk_prob": True})
+_QWEN2_MOE = {
+    **_SIZES,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -32,23 +39,78 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_LATENT_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
+_DEEPSEEK = {
+    **_SIZES,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 3,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "num_nextn_predict_layers": 0,
+}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_GPT_OSS = (
+    transformers.GptOssConfig,
+    {
+        **_SIZES,
+        "intermediate_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 6,
+        "swiglu_limit": 1.0,  # some activations are beyond it
+        "rope_parameters": {**_YARN, "truncate": False},
+    },
+)
 
 MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3_moe": _QWEN3_MOE,
     "qwen3_moe_raw": (_QWEN3_MOE[0], {**_QWEN3_MOE[1], "norm_topk_prob": False}),
     "qwen3_moe_mixed": (_QWEN3_MOE[0], {**_QWEN3_MOE[1], "mlp_only_layers": [0]}),
+    "qwen2_moe": (transformers.Qwen2MoeConfig, _QWEN2_MOE),
     "mixtral": (transformers.MixtralConfig, {**_SIZES, "num_local_experts": 4}),
+    "gpt_oss": _GPT_OSS,
     "qwen3": (transformers.Qwen3Config, {**_SIZES, "head_dim": 16}),
     "qwen3_tied": (transformers.Qwen3Config, {**_SIZES, "tie_word_embeddings": True}),
+    "deepseek_v3": (transformers.DeepseekV3Config, {**_DEEPSEEK, "rope_parameters": _LATENT_YARN}),
+    "deepseek_v3_plain": (
+        transformers.DeepseekV3Config,
+        {**_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    ),
     "llama": (transformers.LlamaConfig, _SIZES),
     "llama3": (transformers.LlamaConfig, {**_SIZES, "rope_parameters": _LLAMA3}),
     "llama_linear": (transformers.LlamaConfig, {**_SIZES, "rope_parameters": _LINEAR}),
+    "llama_yarn": (transformers.LlamaConfig, {**_SIZES, "rope_parameters": _YARN}),
 }
 
 
 def model(name: str) -> transformers.PreTrainedModel:
-    """The transformers model in fp32, with seeded random weights, norms not all one."""
+    """The transformers model in fp32, with seeded random weights, norms and biases too."""
     kind, settings = MODELS[name]
     torch.manual_seed(0)
     built = transformers.AutoModelForCausalLM.from_config(kind(**settings)).float().eval()
@@ -56,6 +118,11 @@ def model(name: str) -> transformers.PreTrainedModel:
         for key, parameter in built.named_parameters():
             if "norm" in key:
                 parameter.uniform_(0.5, 1.5)
+            elif "bias" in key:
+                parameter.normal_(std=0.3)
+        for key, buffer in built.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.2, 0.2)
     return built
 
 

@@ -1,0 +1,73 @@
+"""GPT-OSS: transformers' GptOssForCausalLM.
+
+Every linear has a bias, heads have sinks, windows alternate. The checkpoint stacks the experts of a
+layer ([E, H, 2I], or MXFP4); here they have the names that engines give to single ones.
+"""
+
+from dataclasses import replace
+
+from megatron_quant.errors import ArchitectureError
+from megatron_quant.models.architecture import Architecture
+from megatron_quant.models.config import (
+    Config,
+    check_routing,
+    number,
+    only,
+    positive,
+    read_decoder,
+)
+from megatron_quant.models.decoder import Decoder, ExpertNames, Experts, Window
+
+# what GptOssConfig gives to keys that config.json lacks
+_DEFAULTS = {
+    "rope_theta": 150000.0,
+    "head_dim": 64,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.702,
+    "attention_bias": True,
+}
+
+_NAMES = ExpertNames(
+    router="mlp.router",
+    gate="mlp.experts.{expert}.gate_proj",
+    up="mlp.experts.{expert}.up_proj",
+    down="mlp.experts.{expert}.down_proj",
+)
+_KINDS = ("sliding_attention", "full_attention")
+
+
+def _window(config: Config, layers: int) -> Window | None:
+    if config["sliding_window"] is None:
+        return None
+    tokens = positive(config, "sliding_window")
+    kinds = config.get("layer_types") or [_KINDS[i % 2] for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - set(_KINDS):
+        raise ArchitectureError(
+            f"layer_types={kinds!r} in config.json must name one of {' and '.join(_KINDS)} for "
+            f"each of {layers} layers"
+        )
+    windowed = tuple(kind == _KINDS[0] for kind in kinds)
+    return Window(tokens, windowed) if any(windowed) else None
+
+
+def _decoder(config: Config) -> Decoder:
+    config = {**_DEFAULTS, **config}
+    only(config, "attention_bias", (True,))
+    only(config, "swiglu_alpha", (1.702,))  # Megatron-Core has the number in its code
+    decoder = read_decoder({**config, "attention_bias": False}, qk_norm=False)
+    experts = Experts(
+        count=positive(config, "num_local_experts"),
+        topk=positive(config, "num_experts_per_tok"),
+        ffn=decoder.ffn,
+        layers=(True,) * decoder.layers,
+        normalized=True,
+        names=_NAMES,
+        clamp=number(config, "swiglu_limit"),
+    )
+    check_routing(experts)
+    window = _window(config, decoder.layers)
+    return replace(decoder, experts=experts, biased=True, sinks=True, window=window)
+
+
+GPT_OSS = Architecture("GptOssForCausalLM", _decoder)

@@ -7,7 +7,7 @@ gate, up, gate, up. As transformers' ``integrations/mxfp4.py`` decodes them.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -77,8 +77,12 @@ class ExpertStacks:
         skipped = box.start[1] - first * _GROUP
         return w_NK[:, skipped : skipped + box.size[1]]
 
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, by the names of the class."""
+        return self.tensors
+
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :func:`megatron_quant.ckpt.reader.check_tensors`, of the decoded tensors."""
+        """As :func:`megatron_quant.ckpt.reader.check_tensors`, of :meth:`dense`."""
         return check_tensors(self.path, self.tensors, params)
 
     def _logical(self) -> Iterator[tuple[str, TensorInfo]]:
@@ -101,7 +105,7 @@ class ExpertStacks:
         for expert in range(experts):
             for own in _FIRST if fused else ("down_proj",):
                 name = f"{module}.{expert}.{own}"
-                yield f"{name}.weight", TensorInfo(torch.float32, shape, blocks.file)
+                yield f"{name}.weight", TensorInfo(torch.float32, shape, blocks.file, decoded=True)
                 if bias is not None:
                     yield f"{name}.bias", TensorInfo(bias.dtype, shape[:1], bias.file)
 

@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint with its weights decoded, read with safetensors alone."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatron_quant.ckpt.reader import (
     PLAIN_DTYPES,
     Checkpoint,
     TensorInfo,
+    check_plain,
     check_tensors,
     open_directory,
 )
@@ -28,8 +28,6 @@ from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.models.spec import Box, Param
 
 _WEIGHTS = ("weight", "weight_packed", "qweight")
-_ELEMENTS, _ROWS = 1 << 24, 128
-"""Of a block that is decoded at a time: most elements, and of what its rows are a multiple."""
 _UNREAD = ("pre_quant_scale", "weight_zero_point")
 """Tensors of which a module's values depend where they are, but not in any format known here."""
 _OF_ACTIVATIONS = (
@@ -147,15 +145,17 @@ class QuantizedCheckpoint:
             return self._files.read(name, box)
         return self.packed(name.rpartition(".")[0]).read(box)
 
-    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :meth:`megatron_quant.ckpt.reader.Checkpoint.check`, of the decoded tensors.
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """:meth:`info` of what is iterated, by name, but what no model needs.
 
-        What is stored of activations is rightly unused, and so are biases of zeros, which some
-        packers add.
+        That is what is stored of activations, and biases of zeros, which some packers add.
         """
         needed = (name for name in self if not self._is_needless(name))
-        logical = {name: info for name in needed if (info := self.info(name)) is not None}
-        return check_tensors(self.path, logical, params)
+        return {name: info for name in needed if (info := self.info(name)) is not None}
+
+    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
+        """As :func:`megatron_quant.ckpt.reader.check_tensors`, of :meth:`dense`."""
+        return check_tensors(self.path, self.dense(), params)
 
     def info(self, name: str) -> TensorInfo | None:
         """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
@@ -163,16 +163,7 @@ class QuantizedCheckpoint:
             return self.tensors.get(name)
         packed = self.packed(name.rpartition(".")[0])
         file = self.tensors[f"{packed.module}.{packed.stored[0].suffix}"].file
-        return TensorInfo(torch.float32, packed.shape, file)
-
-    def parts(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The same in blocks of rows, equally cut for equal shapes. Raises as :meth:`weight`."""
-        if not self._is_packed(name):
-            self._check_plain(name)
-        shape = self.shape(name)
-        for start, stop in _row_blocks(shape):
-            box = Box((start, *(0 for _ in shape[1:])), (stop - start, *shape[1:]))
-            yield self.read(name, box if shape else Box((), ())).to(dtype)
+        return TensorInfo(torch.float32, packed.shape, file, decoded=True)
 
     def fields(self, module: str) -> dict[str, torch.Tensor]:
         """A quantized module's fields and pseudo fields by name, but ``SHAPE``.
@@ -221,23 +212,8 @@ class QuantizedCheckpoint:
 
     def _plain(self, name: str) -> torch.Tensor:
         tensor = self.raw(name)
-        self._check_plain(name)
+        check_plain(self.path, name, tensor.dtype)
         return tensor
-
-    def _check_plain(self, name: str) -> None:
-        dtype = self.tensors[name].dtype
-        if dtype not in PLAIN_DTYPES:
-            raise CheckpointError(
-                f"{self.path}: {name} is {dtype}, but its quantization_config "
-                "does not say that it is quantized"
-            )
-
-
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First and last row of blocks of a few million elements: whole blocks of any format."""
-    rows = shape[0] if shape else 1
-    step = max(_ELEMENTS // max(prod(shape[1:]), 1) // _ROWS, 1) * _ROWS
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def matrices(files: Checkpoint) -> list[str]:

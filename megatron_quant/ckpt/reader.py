@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_quant.ckpt.files import DTYPES, INDEX
-from megatron_quant.ckpt.source import read_config, read_json, refuse_quantized
+from megatron_quant.ckpt.source import read_config, read_json
 from megatron_quant.errors import CheckpointError
 from megatron_quant.models.spec import Box, Copy, Param, Role
 
@@ -27,11 +27,15 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; ``file`` is a name in the directory."""
+    """What a safetensors header says of one tensor; ``file`` is a name in the directory.
+
+    decoded: whether it is what quantized tensors stand for, so that no header says its dtype.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: str
+    decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo | None:
         """What the header says of tensor ``name``; None where there is none."""
         return self.tensors.get(name)
+
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """All tensors."""
+        return self.tensors
 
     def _unmap(self) -> None:
         """Open anew the files of which much was read: pages count as the process's memory."""
@@ -105,8 +113,12 @@ class Weights(Protocol):
         """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
         ...
 
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """:meth:`info` of every tensor that a model of these weights may have, by name."""
+        ...
+
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :func:`check_tensors`, of the tensors that :meth:`read` knows."""
+        """As :func:`check_tensors`, of :meth:`dense`."""
         ...
 
 
@@ -156,6 +168,15 @@ def _check_tensor(
         )
 
 
+def check_plain(path: Path, name: str, dtype: torch.dtype) -> None:
+    """Raise CheckpointError where a tensor that is not quantized has a quantized one's dtype."""
+    if dtype not in PLAIN_DTYPES:
+        raise CheckpointError(
+            f"{path}: {name} is {dtype}, but its quantization_config does not say that it is "
+            "quantized"
+        )
+
+
 def fill(local: torch.Tensor, copies: Sequence[Copy], checkpoint: Weights) -> None:
     """Copy each rectangle of the checkpoint into ``local``, in ``local``'s dtype and device.
 
@@ -188,15 +209,6 @@ def open_directory(path: Path) -> Checkpoint:
                 "fetch the checkpoint again"
             )
     return Checkpoint(path, config, tensors, files)
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint that is not quantized; CheckpointError for one that is.
-
-    ``ckpt.sources.open_source`` takes both.
-    """
-    refuse_quantized(read_config(path), path)
-    return open_directory(path)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

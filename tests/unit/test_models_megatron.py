@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_quant.ckpt.reader import fill, open_checkpoint
+from megatron_quant.ckpt.reader import fill, open_directory
 from megatron_quant.models import Domain, copies, local_shape, lookup, padded_vocab
 from tests.dist.pool import Ranks
 from tests.unit import tiny
@@ -60,7 +60,7 @@ def test_a_real_model_has_these_parameters_in_this_order(ranks: Ranks, name: str
 
 
 def _logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_directory(directory)
     model = _gpt_model(checkpoint.config, 1)
     params = {p.name: p for p in lookup(checkpoint.config).params(checkpoint.config)}
     for name, tensor in model.named_parameters():

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_quant.ckpt.reader import open_checkpoint
+from megatron_quant.ckpt.reader import open_directory
 from megatron_quant.models import ARCHITECTURES, Domain, Role, lookup
 from tests.unit import tiny
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_sources_are_exactly_the_saved_tensors(name: str, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(tiny.save(name, tmp_path))
+    checkpoint = open_directory(tiny.save(name, tmp_path))
     params = lookup(checkpoint.config).params(checkpoint.config)
     sources = [s for p in params for s in p.sources]
     assert max(Counter(s.name for s in sources).values()) == 1

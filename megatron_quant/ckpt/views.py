@@ -16,8 +16,10 @@ from megatron_quant.models.spec import Box, Param
 from megatron_quant.models.stacks import View
 from megatron_quant.models.structure import Structure, describe, has_table
 
-_ELEMENTS, _ROWS = 1 << 24, 128
-"""Of a block that is read at a time: most elements, and of what its rows are a multiple."""
+_ELEMENTS, _ROWS = 1 << 22, 128
+"""Of a block that is read at a time: about how many elements, and of what its rows are a multiple.
+
+Few enough for what is computed with them to stay in memory that the process has already."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tests.dist.pool import Ranks
 from tests.dist.test_layouts import PATIENCE_S
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-STEPS, EVERY = 8, 3
+STEPS, EVERY = 6, 2
 LAYOUTS = {"tp2-ep2": (4, "--tp 2 --ep 2"), "ep4": (4, "--ep 4"), "pp2": (2, "--pp 2")}
 
 
@@ -66,20 +66,20 @@ def _run(source: Path, out: Path, flags: str, dies: str = "") -> list[str]:
     example, lines = _example("train_qat"), []
     data = f"--train-data {__file__} --calib-dataset {__file__} --calib-size 4 --seq-length 32"
     sizes = f"--train-steps {STEPS} --global-batch-size 4 --micro-batch-size 1 --log-every 1"
-    kept = f"--save-dir {out / 'run'} --save-every {EVERY} --overwrite --dtype fp32 --lr 1e-4"
-    paths = f"--hf-model-id {source} --export-dir {out / 'export'} --export-quant-cfg nvfp4"
+    kept = f"--save-dir {out / 'run'} --save-every {EVERY} --overwrite --dtype fp32 --lr 1e-3"
+    paths = f"--hf-model-id {source} --export-dir {out / 'export'} --export-quant-cfg fp8"
     sys.argv = ["train_qat.py", *f"{paths} {data} {sizes} {kept} --train all {flags}".split()]
     example.say = lambda *words: lines.append(" ".join(map(str, words)))
-    if dies == "in step 5" and dist.get_rank() == 1:
-        _die_in_step_5(example)
-    if dies == "in the save of step 6" and dist.get_rank() == 0:
+    if dies == "in step 4" and dist.get_rank() == 1:
+        _die_in_step_4(example)
+    if dies == "in the save of step 4" and dist.get_rank() == 0:
         _die_when_complete()
     example.run(example.parse())
     return lines
 
 
-def _die_in_step_5(example: ModuleType) -> None:
-    steps, train = iter(range(4)), example.Trainer.train
+def _die_in_step_4(example: ModuleType) -> None:
+    steps, train = iter(range(3)), example.Trainer.train
 
     def dying(self: object, microbatches: list[torch.Tensor]) -> float:
         if next(steps, None) is None:
@@ -113,21 +113,21 @@ def _last(run: Path) -> str:
 def test_a_killed_run_goes_on_at_another_layout(
     ranks: Ranks, source: Path, tmp_path: Path
 ) -> None:
+    (undisturbed,) = ranks(1, _run, source, tmp_path / "undisturbed", "", timeout=PATIENCE_S)
     world, flags = LAYOUTS["tp2-ep2"]
-    undisturbed = ranks(world, _run, source, tmp_path / "undisturbed", flags, timeout=PATIENCE_S)[0]
     run = tmp_path / "killed" / "run"
-    died = ranks.errors(world, _run, source, run.parent, flags, "in step 5", timeout=PATIENCE_S)
-    assert str(died[1]) == "the process died" and _last(run) == "3"
+    died = ranks.errors(world, _run, source, run.parent, flags, "in step 4", timeout=PATIENCE_S)
+    assert str(died[1]) == "the process died" and _last(run) == "2"
     world, flags = LAYOUTS["ep4"]
-    dies = "in the save of step 6"
+    dies = "in the save of step 4"
     died = ranks.errors(world, _run, source, run.parent, flags, dies, timeout=PATIENCE_S)
-    assert str(died[0]) == "the process died" and _last(run) == "3"
-    assert (run / "iter_0000006").is_dir()
+    assert str(died[0]) == "the process died" and _last(run) == "2"
+    assert (run / "iter_0000004").is_dir()
     world, flags = LAYOUTS["pp2"]
     lines = ranks(world, _run, source, run.parent, flags, timeout=PATIENCE_S)[0]
-    assert f"goes on from {run / 'iter_0000003'}" in lines
+    assert f"goes on from {run / 'iter_0000002'}" in lines
     assert _loss(lines) == pytest.approx(_loss(undisturbed), rel=0.01)
-    assert _last(run) == str(STEPS) and not (run / "iter_0000003").exists()
+    assert _last(run) == str(STEPS) and not (run / "iter_0000002").exists()
     (other,) = ranks.errors(1, _run, source, run.parent, "--seed 1")
     assert isinstance(other, QuantError) and "--seed 1: the run in" in str(other)
     (run / f"iter_000000{STEPS}" / "progress.json").unlink()

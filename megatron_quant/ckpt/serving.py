@@ -3,7 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_quant.ckpt.serving_facts import ANY, ENGINES, EVERYWHERE, FACTS, READS, SHARDED, Fact
+from megatron_quant.ckpt.dialects.base import Layer, layer_of
+from megatron_quant.ckpt.serving_facts import (
+    ANY,
+    ENGINES,
+    EVERYWHERE,
+    FACTS,
+    READS,
+    SHARDED,
+    STACKED_BIASES,
+    Fact,
+)
 from megatron_quant.ckpt.serving_shapes import shape_problem
 from megatron_quant.errors import FormatError
 from megatron_quant.models.spec import Domain, Param, Role, engine_groups
@@ -64,6 +74,8 @@ def _obstacles(
     if dialect not in READS[engine]:
         yield Obstacle(f"{engine} does not read {dialect}", f"--export-format {READS[engine][0]}")
         return
+    if engine in STACKED_BIASES:
+        yield from _of_biased_experts(params)
     # a bias has its weight's module, and no format
     params = [p for p in params if p.role is Role.LINEAR]
     decisions = {n: d for d in plan.decisions if not d.slot.fixed for n in d.slot.sources}
@@ -87,6 +99,17 @@ def _of_fused(params: Sequence[Param], decisions: dict[str, Decision]) -> Iterat
         if len({(d.weights, d.inputs) for d in members}) > 1:
             names = " and ".join(source.module for source in sources)
             yield Obstacle(f"{names} are fused but differ in format", "one format for all of them")
+
+
+def _of_biased_experts(params: Sequence[Param]) -> Iterator[Obstacle]:
+    biases = (s.module for p in params if p.role is Role.BIAS for s in p.sources)
+    for module in biases:
+        if layer_of(module) is Layer.EXPERT:
+            yield Obstacle(
+                f"{module} has a bias, and such experts are loaded as stacks alone",
+                "an engine that loads single experts, with --serve-engine left out",
+            )
+            return
 
 
 def _of_mixtures(found: _Found, dialect: str, engine: str) -> Iterator[Obstacle]:

@@ -288,3 +288,13 @@ def test_obstacle_is_what_the_dry_run_shows() -> None:
     found = obstacle(chosen, of, "modelopt", "transformers", 1)
     assert found is not None
     assert found.instead == "--export-format compressed-tensors"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_experts_with_biases_are_loaded_as_stacks_there(engine: str) -> None:
+    of = params("gpt_oss")
+    for given in (of, whole_tensors(of)):
+        said = refusal(plan("int8", of), given, CT, engine)
+        assert "experts.0.gate_proj has a bias" in said and "--serve-engine left out" in said
+    check_serving(plan("int8", of), of, CT)
+    check_serving(plan("int8", of), of, CT, "sglang")

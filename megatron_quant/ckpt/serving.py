@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_quant.ckpt.serving_facts import ANY, ENGINES, EVERYWHERE, FACTS, READS, SHARDED, Fact
 from megatron_quant.ckpt.serving_shapes import shape_problem
 from megatron_quant.errors import FormatError
-from megatron_quant.models.spec import Domain, Param
+from megatron_quant.models.spec import Domain, Param, Role
 from megatron_quant.recipes.plan import Decision, QuantPlan
 
 
@@ -68,6 +68,7 @@ def _obstacles(
     yield from _of_fused(params, decisions)
     found = [(p, d) for p in params if (d := decisions[p.sources[0].module]).quantized]
     yield from _of_mixtures(found, dialect, engine)
+    yield from _of_biased_experts(params, engine)
     yield from _of_formats(found, dialect, engine)
     if tp is not None and engine in SHARDED:
         shape = shape_problem(found, dialect, tp)
@@ -94,6 +95,16 @@ def _of_mixtures(found: _Found, dialect: str, engine: str) -> Iterator[Obstacle]
         yield Obstacle(
             "mixed precision with quantized experts fails to load",
             "one format for all, or --serve-engine vllm",
+        )
+
+
+def _of_biased_experts(params: Sequence[Param], engine: str) -> Iterator[Obstacle]:
+    """``GptOssModel._load_weights_other`` of vLLM 0.32 passes over names that it does not know."""
+    if engine == "vllm" and any(p.role is Role.BIAS and p.domain is Domain.EXPERT for p in params):
+        yield Obstacle(
+            "vllm reads experts with biases (gpt-oss) in stacks alone, and leaves these out in "
+            "silence",
+            "another engine, or leave out --serve-engine",
         )
 
 

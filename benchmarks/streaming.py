@@ -39,7 +39,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     p.add_argument("--gb", type=float, default=0.25, help="of the smallest checkpoint")
     p.add_argument("--sizes", type=int, nargs="*", default=[1, 2], help="its multiples")
     p.add_argument("--others-up-to", type=int, default=1, help="largest multiple for other tools")
-    p.add_argument("--experts", type=int, nargs="*", default=[2], help="multiples, same bytes")
+    p.add_argument(
+        "--experts", type=int, nargs="*", default=[2], help="multiples of 16, in the same bytes"
+    )
     p.add_argument("--ranks", type=int, nargs="*", default=[2], help="how many share the work")
     p.add_argument("--turns", type=int, default=1)
     p.add_argument("--tools", nargs="*", default=list(_TOOLS), choices=list(_TOOLS))
@@ -159,23 +161,41 @@ def run(args: argparse.Namespace) -> None:
 def _tables(
     args: argparse.Namespace, machine: Machine, tools: list[str], folder: Path
 ) -> Iterator[str]:
-    plain, mine = Run("copy"), [Run("ours", fmt) for fmt in FORMATS]
     about = f"One thread of {host()}; torch {torch.__version__}; medians of {args.turns} turns."
-    rows = []
-    for factor in args.sizes:
-        chosen = tools if factor <= args.others_up_to else [t for t in tools if t == "ours"]
-        runs = [plain, *(Run(tool, fmt) for fmt in FORMATS for tool in chosen)]
-        rows += _of(machine, folder, args.gb * factor, 1, runs, args.turns)
-    yield table(f"{about} How it grows with the checkpoint:", _HEADER, rows)
-    rows = []
-    for factor in args.experts:
-        more = _of(machine, folder, args.gb, factor, [plain, *mine], args.turns)
-        rows += [[row[0], f"{row[1]}, {16 * factor} experts", *row[2:]] for row in more]
-    yield table("The same bytes in more experts:", _HEADER, rows)
-    runs = [plain, *(Run("ours", fmt, ranks) for ranks in args.ranks for fmt in FORMATS)]
-    rows = _of(machine, folder, args.gb, 1, runs, args.turns)
-    about = "Ranks that share the work; CPU seconds of all of them, memory of the largest:"
-    yield table(about, _HEADER, rows)
+    if args.sizes:
+        rows = [
+            row for factor in args.sizes for row in _of_size(args, machine, tools, factor, folder)
+        ]
+        yield table(f"{about} How it grows with the checkpoint:", _HEADER, rows)
+    if args.experts:
+        rows = [
+            row for factor in args.experts for row in _of_experts(args, machine, factor, folder)
+        ]
+        yield table("The same bytes in more experts:", _HEADER, rows)
+    if args.ranks:
+        runs = [_COPY, *(Run("ours", fmt, ranks) for ranks in args.ranks for fmt in FORMATS)]
+        rows = _of(machine, folder, args.gb, 1, runs, args.turns)
+        about = "Ranks that share the work; CPU seconds of all of them, memory of the largest:"
+        yield table(about, _HEADER, rows)
+
+
+_COPY = Run("copy")
+
+
+def _of_size(
+    args: argparse.Namespace, machine: Machine, tools: list[str], factor: int, folder: Path
+) -> list[list[str]]:
+    chosen = tools if factor <= args.others_up_to else [t for t in tools if t == "ours"]
+    runs = [_COPY, *(Run(tool, fmt) for fmt in FORMATS for tool in chosen)]
+    return _of(machine, folder, args.gb * factor, 1, runs, args.turns)
+
+
+def _of_experts(
+    args: argparse.Namespace, machine: Machine, factor: int, folder: Path
+) -> list[list[str]]:
+    runs = [_COPY, *(Run("ours", fmt) for fmt in FORMATS)]
+    rows = _of(machine, folder, args.gb, factor, runs, args.turns)
+    return [[row[0], f"{row[1]}, {16 * factor} experts", *row[2:]] for row in rows]
 
 
 def _of(

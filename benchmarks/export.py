@@ -1,20 +1,24 @@
 """How exports are planned and written.
 
     python -m benchmarks.export planning
+    python -m benchmarks.export stream --gb 0.25
+    python -m benchmarks.export live --gb 0.25
+    python -m benchmarks.export rows
 
 A verb a question; each prints Markdown.
 """
 
 import argparse
 
-from benchmarks import planning
+from benchmarks import live, planning, rows, streaming
 
 
 def main() -> None:
     """Measure what the verb says, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    planning.add_parser(verbs)
+    for verb in (planning, streaming, live, rows):
+        verb.add_parser(verbs)
     args = parser.parse_args()
     args.run(args)
 

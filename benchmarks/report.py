@@ -8,7 +8,7 @@ from pathlib import Path
 
 Row = list[str]
 Work = Callable[[], object]
-_BEGIN, _END = "<!-- measured -->", "<!-- end -->"
+_END = "<!-- end -->"
 
 
 def seconds(work: Sequence[Work | None], rounds: int) -> list[float | None]:
@@ -40,9 +40,9 @@ def table(title: str, header: str, rows: list[Row]) -> str:
     return f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def replace_measured(path: Path, measured: str) -> None:
-    """Put ``measured`` between the two marks of a file."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
-    _, mark, after = rest.partition(_END)
-    assert mark, f"{path} has no {_BEGIN} ... {_END}"
-    path.write_text(f"{before}{_BEGIN}\n{measured}\n{_END}{after}", encoding="utf-8")
+def replace_measured(path: Path, measured: str, what: str = "measured") -> None:
+    """Put ``measured`` between the two marks of a file: ``<!-- what -->`` and the next end."""
+    before, mark, rest = path.read_text(encoding="utf-8").partition(f"<!-- {what} -->")
+    _, end, after = rest.partition(_END)
+    assert end, f"{path} has no <!-- {what} --> ... {_END}"
+    path.write_text(f"{before}{mark}\n{measured}\n{end}{after}", encoding="utf-8")

@@ -1,6 +1,7 @@
 """Models without a table, streamed: every expert is there, and holds what its codes stand for."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -290,3 +291,30 @@ def test_neither_megatron_nor_modelopt_is_imported(gemma4: Path, tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "experts.{0..3}.down_proj.weight" in done.stdout
+
+
+# What vLLM 0.32 matches, from `fused_moe_make_expert_params_mapping` and `stacked_params_mapping`.
+VLLM_EXPERT = re.compile(r".*\.experts\.\d+\.(gate_proj|up_proj|down_proj)\.(\w+)")
+VLLM_PARAMETERS = {
+    "modelopt": {"weight", "weight_scale", "weight_scale_2", "input_scale"},
+    "compressed-tensors": {"weight_packed", "weight_scale", "weight_global_scale"},
+}
+"""Dialect -> what its NVFP4 method for mixtures of experts loads into parameters."""
+
+
+@pytest.mark.parametrize("dialect", list(VLLM_PARAMETERS))
+def test_experts_have_the_names_that_vllm_matches(model, dialect: str, tmp_path: Path) -> None:
+    name, source = model
+    flags = {"export_format": dialect, "serve_engine": "vllm"}
+    if name == "gpt_oss":
+        with pytest.raises(QuantError, match="has a bias, and such experts are loaded as stacks"):
+            run(source, tmp_path / "out", **flags)
+        return
+    experts = [
+        n
+        for n in QuantizedCheckpoint(run(source, tmp_path / "out", **flags)).tensors
+        if ".experts." in n
+    ]
+    found = [VLLM_EXPERT.fullmatch(n) for n in experts]
+    assert experts and all(found)
+    assert {m[2] for m in found if m} <= VLLM_PARAMETERS[dialect]

@@ -1,0 +1,121 @@
+"""Tensors that shards cut along their rows: each piece written where it belongs, or rows joined.
+
+Ranks write tensors of bf16 of which each has so many bytes of every row, in turns, without syncing.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.report import host, replace_measured, table
+from megatron_quant.ckpt import join
+from megatron_quant.ckpt.companions import Companions
+from megatron_quant.ckpt.dialects import get_dialect
+from megatron_quant.ckpt.layout import Layout
+from megatron_quant.ckpt.pipeline import WriteOptions
+from megatron_quant.ckpt.plan import ExportPlan, Part, plan_export
+from megatron_quant.ckpt.produce import Produced
+from megatron_quant.ckpt.writer import export
+from megatron_quant.dist import Groups, Shards
+from megatron_quant.models.spec import Parallel, Param, Role, Source
+from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
+
+_WIDTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+_BYTES, _TENSORS, _ROWS = 32 << 20, 4, 1 << 16
+_HEADER = (
+    "bytes of a row on a rank|MB|in pieces, CPU s|joined, CPU s|in pieces, wall s|joined, wall s"
+)
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the parser."""
+    p = verbs.add_parser("rows", help="pieces of rows, written one by one or joined")
+    p.add_argument("--ranks", type=int, default=2)
+    p.add_argument("--turns", type=int, default=3)
+    p.add_argument("--folder", type=Path, help="where files are made (default: temporary)")
+    p.add_argument("--write", type=Path, help="page whose part measured here is replaced")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print the table."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.ranks)]
+    argv += ["-m", "benchmarks.rows", str(args.turns)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        done = subprocess.run(
+            [*argv, folder], stdout=subprocess.PIPE, text=True, env=env, check=True
+        )
+    rows = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
+    about = f"{args.ranks} ranks on {host()}; medians of {args.turns} turns; CPU seconds of all."
+    measured = table(about, _HEADER, rows)
+    print(measured)
+    if args.write:
+        replace_measured(args.write, measured, "rows")
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds of one export: CPU of all ranks, wall of the slowest."""
+
+    cpu: float
+    wall: float
+
+
+def _plan(width: int, ranks: int) -> ExportPlan:
+    shape = (min(_BYTES // (width * ranks), _ROWS), width // 2 * ranks)
+    names = [f"model.layers.{number}.o_proj.weight" for number in range(_TENSORS)]
+    params = [Param(n, (Source(n, shape),), shape, Role.LINEAR, Parallel.ROW) for n in names]
+    slots = (Slot(p.name, (p.sources[0].module,), p.shape) for p in params)
+    quant = QuantPlan("plain", tuple(Decision(slot, "none") for slot in slots))
+    layout = Layout.simulate(ranks, ranks, 1, 1)
+    return plan_export(params, quant, get_dialect("modelopt"), layout, torch.bfloat16, 10**10)
+
+
+def _produce(part: Part) -> Iterator[Produced]:
+    for piece in part.pieces:
+        yield piece.entry, piece.box, torch.ones(piece.box.size, dtype=torch.bfloat16)
+
+
+def _took(plan: ExportPlan, groups: Groups, out: Path) -> Took:
+    dist.barrier()
+    cpu, wall = time.process_time(), time.perf_counter()
+    export(plan, groups, _produce, out, Companions({}), options=WriteOptions(2, False))
+    took = torch.tensor([time.process_time() - cpu, time.perf_counter() - wall])
+    most = took.clone()
+    dist.all_reduce(took)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if dist.get_rank() == 0:
+        shutil.rmtree(out)
+    return Took(float(took[0]), float(most[1]))
+
+
+def main() -> None:
+    """On every rank: all widths, and a line of the table of each."""
+    turns, out = int(sys.argv[1]), Path(sys.argv[2]) / "out"
+    dist.init_process_group("gloo")
+    join.LONG_BYTES = 1 << 40  # all that may be joined
+    ways = (Groups(), Groups(shards=Shards(Groups(), Groups())))
+    for width in _WIDTHS:
+        plan = _plan(width, dist.get_world_size())
+        took = [[_took(plan, way, out) for way in ways] for _ in range(turns)]
+        middle = [sorted(took, key=lambda t: t[i].cpu)[turns // 2][i] for i in (0, 1)]
+        walls = [sorted(t[i].wall for t in took)[turns // 2] for i in (0, 1)]
+        figures = [f"{m.cpu:.2f}" for m in middle] + [f"{wall:.2f}" for wall in walls]
+        if dist.get_rank() == 0:
+            print("|".join([str(width), f"{plan.bytes_after / 1e6:.0f}", *figures]), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

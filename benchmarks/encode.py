@@ -72,7 +72,7 @@ def in_torch(work: Work) -> Work:
     """``work`` as a host without the library does it."""
 
     def run() -> object:
-        with patch.object(native, "serves", return_value=False):
+        with patch.object(native, "available", return_value=False):
             return work()
 
     return run

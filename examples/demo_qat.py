@@ -16,7 +16,7 @@ sys.path.insert(0, os.fspath(Path(__file__).parent))
 import demo
 import make_small_moe
 
-CHARACTERS = 1_000_000
+CHARACTERS = 4_000_000
 TRAINING_TEXT = "train.txt"
 
 
@@ -51,8 +51,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=["nvfp4", "int4"])
-    parser.add_argument("--steps", type=int, default=200, help="of QAT (default: 200)")
-    parser.add_argument("--lr", type=float, default=1e-5, help="of QAT (default: 1e-5)")
+    parser.add_argument("--steps", type=int, default=300, help="of QAT (default: 300)")
+    parser.add_argument("--lr", type=float, default=3e-5, help="of QAT (default: 3e-5)")
     return parser.parse_args()
 
 

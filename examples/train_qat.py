@@ -5,9 +5,13 @@ torchrun --nproc-per-node 4 examples/train_qat.py --hf-model-id PATH --export-qu
 
 The student starts as the calibrated model (what `quantize` would export) and learns to give the
 logits of the model that it was (`--kd-teacher bf16`), or to predict the text (`none`).
+
+With `--save-dir RUN --save-every 50` the run is saved; the same command goes on from the last save,
+at other --tp, --ep, --etp and --pp too.
 """
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +27,7 @@ if not torch.cuda.is_available():
     cpu.activate()
 
 import torch.distributed as dist
+from distillation import divergence
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -33,7 +38,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.module import Float16Module
 
 from megatron_quant.api.inputs import Inputs, open_inputs
@@ -52,9 +56,14 @@ from megatron_quant.mcore.callback import QuantCallback, Schedule
 from megatron_quant.mcore.hooks import prepare, quantized
 from megatron_quant.mcore.load import load_model
 from megatron_quant.mcore.parallel import start_distributed
-from megatron_quant.mcore.run import forward
+from megatron_quant.mcore.run import run as run_model
+from megatron_quant.mcore.train_state import Progress, last_save, load_progress, save_run
 
-Step = Callable[[Iterator[torch.Tensor], Any], tuple[torch.Tensor, Callable[..., Any]]]
+Microbatch = tuple[torch.Tensor, torch.Tensor | None]
+"""Token ids [B, S + 1], and the teacher's logits of the first S where a rank has any."""
+PIECE = 4096  # characters of the text that stay together
+# What a run must not change when it goes on.
+SETTINGS = ("train_steps", "global_batch_size", "seq_length", "lr", "seed", "kd_teacher", "train")
 
 
 def say(*words: object) -> None:
@@ -62,65 +71,20 @@ def say(*words: object) -> None:
         print(*words, flush=True)
 
 
-def divergence(
-    student_BSV: torch.Tensor, teacher_BSV: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
-    """Mean KL(teacher || student) per token, of logits that tensor parallelism cuts."""
-    start = mpu.get_tensor_model_parallel_rank() * student_BSV.shape[-1]
-    real = max(0, min(student_BSV.shape[-1], vocab_size - start))  # the rest pads the vocabulary
-    student, teacher = (x[..., :real].float() for x in (student_BSV, teacher_BSV))
-    log_q, log_p = log_softmax(student), log_softmax(teacher)
-    kl_BS = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return reduce_from_tensor_model_parallel_region(kl_BS).mean()
+def forward_step(vocab_size: int) -> Callable[..., Any]:
+    """What Megatron's schedules call for each chunk of the model and each microbatch."""
 
-
-def log_softmax(logits_BSV: torch.Tensor) -> torch.Tensor:
-    """Over the whole vocabulary; the gradient too."""
-    group = mpu.get_tensor_model_parallel_group()
-    largest = logits_BSV.detach().amax(-1, keepdim=True)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    total = SumOverShards.apply((logits_BSV - largest).exp().sum(-1, keepdim=True))
-    return logits_BSV - largest - total.log()
-
-
-class SumOverShards(torch.autograd.Function):
-    """A sum that every rank goes on with in its own way, so that gradients are summed as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """[B, S, 1] of this rank -> their sum."""
-        return _summed(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        """What all ranks' uses of the sum ask for."""
-        return _summed(grad)
-
-
-def _summed(x: torch.Tensor) -> torch.Tensor:
-    out = x.clone()
-    dist.all_reduce(out, group=mpu.get_tensor_model_parallel_group())
-    return out
-
-
-def forward_step(teacher: GPTModel | None, vocab_size: int) -> Step:
-    """What Megatron's schedules call for a microbatch of token ids [B, S + 1]."""
-
-    def step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Callable]:
-        tokens = next(batches).to(next(model.parameters()).device)
+    def step(batches: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        tokens, target = next(batches)
+        tokens = tokens.to(next(model.parameters()).device)
         ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
-        mask = mask.triu(1)
-        if teacher is None:
-            return model(ids, positions, mask, labels=labels), lambda losses: reported(
-                losses.mean()
-            )
-        with torch.no_grad():
-            target = teacher(ids, positions, mask)
-        return model(ids, positions, mask), lambda logits: reported(
-            divergence(logits, target, vocab_size)
-        )
+        if target is None:
+            out = model(ids, positions, mask.triu(1), labels=labels)
+            return out, lambda losses: reported(losses.mean())
+        out = model(ids, positions, mask.triu(1))
+        return out, lambda logits: reported(divergence(logits, target, vocab_size))
 
     return step
 
@@ -131,21 +95,27 @@ def reported(loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 @dataclass
 class Trainer:
-    """A student in DistributedDataParallel with its optimizer."""
+    """A student in DistributedDataParallel with its optimizer, and its teacher.
+
+    teacher: chunks of the model that the student was; None where it learns the text.
+    """
 
     model: list[DistributedDataParallel]
+    teacher: Sequence[GPTModel] | None
     optimizer: Any
     scheduler: OptimizerParamScheduler
-    step: Step
+    step: Callable[..., Any]
 
     def train(self, microbatches: Sequence[torch.Tensor]) -> float:
         """One step on this data-parallel rank's microbatches; the mean loss before it."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        batches = self._with_targets(microbatches)
+        feeds = [iter(batches) for _ in self.model]
         found = get_forward_backward_func()(
             forward_step_func=self.step,
-            data_iterator=iter(microbatches),
+            data_iterator=feeds if len(feeds) > 1 else feeds[0],
             model=self.model,
             num_microbatches=len(microbatches),
             seq_length=microbatches[0].shape[1] - 1,
@@ -154,23 +124,46 @@ class Trainer:
         )
         self.optimizer.step()
         self.scheduler.step(increment=1)
-        loss = torch.stack([one["loss"] for one in found]).mean()
-        dist.all_reduce(loss, group=mpu.get_data_parallel_group())
-        return loss.item() / mpu.get_data_parallel_world_size()
+        device = next(self.model[0].parameters()).device
+        return mean_of_ranks([one["loss"] for one in found], device)
+
+    def _with_targets(self, microbatches: Sequence[torch.Tensor]) -> list[Microbatch]:
+        if self.teacher is None:
+            return [(tokens, None) for tokens in microbatches]
+        ids = [tokens[:, :-1].contiguous() for tokens in microbatches]
+        with torch.no_grad():
+            logits = run_model(self.teacher, ids, lambda logits: logits)
+        nothing = torch.empty(0)  # before the last stage, which has no use for it
+        return list(zip(microbatches, logits or [nothing] * len(ids), strict=True))
 
 
-def wrap(student: GPTModel, args: argparse.Namespace, step: Step) -> Trainer:
-    config = student.config
+def mean_of_ranks(losses: Sequence[torch.Tensor], device: torch.device) -> float:
+    """Of those ranks that have any: the last stage's."""
+    found = torch.tensor([float(sum(losses)), float(len(losses))], device=device)
+    dist.all_reduce(found)
+    return float(found[0] / found[1])
+
+
+def wrap(
+    student: Sequence[GPTModel],
+    teacher: Sequence[GPTModel] | None,
+    args: argparse.Namespace,
+    vocab_size: int,
+) -> Trainer:
+    config = student[0].config
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     half = config.bf16 or config.fp16
-    inner = Float16Module(config, student) if half else student
-    model = [DistributedDataParallel(config, ddp, inner)]
+    model = [
+        DistributedDataParallel(config, ddp, Float16Module(config, chunk) if half else chunk)
+        for chunk in student
+    ]
     config.finalize_model_grads_func = finalize_model_grads
     settings = OptimizerConfig(
         optimizer="adam",
         lr=args.lr,
-        min_lr=args.lr / 10,
+        min_lr=0.0,
         weight_decay=0.0,
+        adam_beta2=0.95,  # runs are short, and an expert's gradients come and go
         clip_grad=1.0,
         bf16=config.bf16,
         params_dtype=config.params_dtype,
@@ -182,7 +175,7 @@ def wrap(student: GPTModel, args: argparse.Namespace, step: Step) -> Trainer:
         optimizer,
         init_lr=0.0,
         max_lr=args.lr,
-        min_lr=args.lr / 10,
+        min_lr=0.0,
         lr_warmup_steps=args.train_steps // 20,
         lr_decay_steps=args.train_steps,
         lr_decay_style="cosine",
@@ -191,16 +184,18 @@ def wrap(student: GPTModel, args: argparse.Namespace, step: Step) -> Trainer:
         wd_incr_steps=args.train_steps,
         wd_incr_style="constant",
     )
-    return Trainer(model, optimizer, scheduler, step)
+    return Trainer(model, teacher, optimizer, scheduler, forward_step(vocab_size))
 
 
 def read_batches(args: argparse.Namespace, source: Path) -> list[torch.Tensor]:
-    """Microbatches [B, S + 1], in an order of their own."""
+    """Microbatches [B, S + 1] from all over the text, in an order of their own."""
     texts, length = load_texts(args.train_data), args.seq_length + 1
+    pieces = [text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE)]
+    random.Random(args.seed).shuffle(pieces)
     wanted = args.train_steps * args.global_batch_size
-    tokens = sum(map(len, texts)) // 4  # at the very least, of any tokenizer's text
+    tokens = sum(map(len, pieces)) // 4  # at the very least, of any tokenizer's text
     found = token_batches(
-        texts, load_tokenizer(source), min(wanted, max(1, tokens // length)), length, 1
+        pieces, load_tokenizer(source), min(wanted, max(1, tokens // length)), length, 1
     )
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(args.seed))
     samples = [found[i] for i in order]
@@ -209,46 +204,86 @@ def read_batches(args: argparse.Namespace, source: Path) -> list[torch.Tensor]:
     return [torch.cat(samples[i : i + size]) for i in range(0, wanted, size)]
 
 
-def calibrate(callback: QuantCallback, inputs: Inputs, student: GPTModel) -> None:
+def calibrate(callback: QuantCallback, inputs: Inputs, student: Sequence[GPTModel]) -> None:
     """As `quantize` does, so that training starts from what that would export."""
     if inputs.batches:
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         own = shard(inputs.batches, rank, size)
-        callback.calibrate([lambda ids=ids: forward(student, ids) for ids in own])
+        callback.calibrate([lambda: run_model(student, own, lambda logits: None)])
+
+
+def last_saved(args: argparse.Namespace, groups: Groups) -> Progress | None:
+    """Where the run goes on; None where it starts."""
+    saved = last_save(args.save_dir, groups) if args.save_dir else None
+    for name in SETTINGS if saved else ():
+        if (before := saved.settings.get(name)) != getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise QuantError(
+                f"{flag} {getattr(args, name)}: the run in {args.save_dir} has {flag} {before}; "
+                "give that, or another --save-dir"
+            )
+    return saved
 
 
 def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> Any:
     """The trained student, as :func:`quantized` has it."""
-    job = inputs.job
+    job, saved = inputs.job, last_saved(args, groups)
     batches = together(groups, lambda: read_batches(args, job.source))
 
-    def load() -> GPTModel:
+    def load() -> Sequence[GPTModel]:
         parts = (inputs.checkpoint, job.architecture, job.layout, groups, job.dtype)
-        return load_model(*parts, lambda steps: None).module
+        return load_model(*parts, lambda steps: None).chunks
 
-    teacher, student = load() if args.kd_teacher == "bf16" else None, load()
-    scales = ExpertScales(args.expert_scales)
-    prepare([student], job.recipe, hf_model=job.hf_config, expert_scales=scales)
+    teacher, student = load() if args.kd_teacher == "bf16" else None, list(load())
+    from_path, scales = saved.path if saved else None, ExpertScales(args.expert_scales)
+    prepare(student, job.recipe, from_path, hf_model=job.hf_config, expert_scales=scales)
+    choose_trained(student, args.train)
+    trainer = wrap(student, teacher, args, job.hf_config["vocab_size"])
     frozen = args.freeze_before
     callback = QuantCallback(Schedule(calibrate_before=0, every=args.every, freeze_before=frozen))
-    step = forward_step(teacher, job.hf_config["vocab_size"])
-    trainer = wrap(student, args, step)
     callback.start(trainer.model)
-    calibrate(callback, inputs, student)
-    student.train()
-    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    count, started = len(batches) // args.train_steps, time.monotonic()
-    for number in range(args.train_steps):
-        callback.on_step_begin(number)
-        own = batches[number * count : (number + 1) * count][rank::size]
-        loss = trainer.train(own)
-        callback.on_step_end(number)
-        if (number + 1) % args.log_every == 0 or number == 0:
-            seconds = time.monotonic() - started
-            say(f"step {number + 1}/{args.train_steps}  loss {loss:.5f}  {seconds:.0f} s")
-    callback.on_save(args.train_steps)
+    if saved is None:
+        calibrate(callback, inputs, student)
+    else:
+        load_progress(saved, trainer.model, trainer.optimizer)
+        trainer.scheduler.step(increment=saved.step)
+        say(f"goes on from {saved.path}")
+    for chunk in student:
+        chunk.train()
+    loop(args, trainer, callback, batches, saved.step if saved else 0)
     callback.finish(args.train_steps)
     return quantized(trainer.model)
+
+
+def choose_trained(student: Sequence[GPTModel], which: str) -> None:
+    """Freeze what is not quantized, where weights that are shall make up for their rounding."""
+    if which == "quantized":
+        chosen = {id(w) for layer in quantized(student).layers for w in layer.weights()}
+        for parameter in (p for chunk in student for p in chunk.parameters()):
+            parameter.requires_grad_(id(parameter) in chosen)
+
+
+def loop(
+    args: argparse.Namespace,
+    trainer: Trainer,
+    callback: QuantCallback,
+    batches: Sequence[torch.Tensor],
+    first: int,
+) -> None:
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    count, started = len(batches) // args.train_steps, time.monotonic()
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    for step in range(first + 1, args.train_steps + 1):
+        callback.on_step_begin(step - 1)
+        loss = trainer.train(batches[(step - 1) * count : step * count][rank::size])
+        callback.on_step_end(step - 1)
+        last = step == args.train_steps
+        if step % args.log_every == 0 or step == 1 or last:
+            seconds = time.monotonic() - started
+            say(f"step {step}/{args.train_steps}  loss {loss:.5f}  {seconds:.0f} s")
+        if args.save_dir and (step % args.save_every == 0 or last):
+            callback.on_save(step)
+            save_run(args.save_dir, step, settings, trainer.model, trainer.optimizer)
 
 
 def write(inputs: Inputs, trained: Any, options: QuantizeOptions) -> None:
@@ -279,8 +314,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kd-teacher", choices=("bf16", "none"), default="bf16", help=" ")
     for flag, default in {
         "tp": 1,
+        "pp": 1,
         "ep": 1,
         "etp": 1,
+        "num-virtual-stages-per-pipeline-rank": 1,
         "train-steps": 200,
         "seq-length": 128,
         "micro-batch-size": 4,
@@ -288,11 +325,16 @@ def parse() -> argparse.Namespace:
         "calib-size": 32,
         "every": 10,
         "log-every": 20,
+        "save-every": 50,
         "seed": 0,
     }.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=" ")
     parser.add_argument("--freeze-before", type=int, help="ranges stay from this step on")
-    parser.add_argument("--lr", type=float, default=1e-5, help=" ")
+    parser.add_argument("--lr", type=float, default=3e-5, help=" ")
+    parser.add_argument(
+        "--train", choices=("quantized", "all"), default="quantized", help="which weights"
+    )
+    parser.add_argument("--save-dir", type=Path, help="save the run here, and go on from here")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help=" ")
     parser.add_argument("--expert-scales", default="shared", help="as of quantize")
     parser.add_argument("--export-format", default="modelopt", help="as of quantize")
@@ -302,18 +344,25 @@ def parse() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace, world: int) -> None:
-    ranks = world // args.tp
+    ranks = world // (args.tp * args.pp)
     if args.train_steps < 1 or args.global_batch_size % (args.micro_batch_size * ranks):
         raise QuantError(
             f"--global-batch-size {args.global_batch_size} is no multiple of --micro-batch-size "
             f"{args.micro_batch_size} times {ranks} data-parallel ranks, or --train-steps "
             f"{args.train_steps} is below 1: change them"
         )
+    microbatches = args.global_batch_size // (args.micro_batch_size * ranks)
+    if args.num_virtual_stages_per_pipeline_rank > 1 and microbatches % args.pp:
+        raise QuantError(
+            f"--global-batch-size {args.global_batch_size} gives a rank {microbatches} "
+            f"microbatches: virtual stages take a multiple of --pp {args.pp}"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
     groups = start_distributed()
-    fields = ("hf_model_id", "export_quant_cfg", "export_dir", "tp", "ep", "etp", "calib_size")
+    sizes = ("tp", "pp", "ep", "etp", "num_virtual_stages_per_pipeline_rank", "calib_size")
+    fields = ("hf_model_id", "export_quant_cfg", "export_dir", *sizes)
     names = (*fields, "calib_dataset", "expert_scales", "export_format", "overwrite", "dtype")
     options = QuantizeOptions(
         **{name: getattr(args, name) for name in names}, calib_seq_length=args.seq_length

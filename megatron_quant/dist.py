@@ -4,7 +4,7 @@ One rule keeps ranks from waiting for one another: whatever one rank raises betw
 calls, it raises through :func:`raise_together`, so every rank leaves at the same place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -78,6 +78,18 @@ def gather(value: T, groups: Groups) -> list[T]:
     values: list[Any] = [None] * groups.size
     dist.all_gather_object(values, value, group=groups.model)
     return values
+
+
+def exchange(parts: Sequence[torch.Tensor], sizes: Sequence[int], groups: Groups) -> torch.Tensor:
+    """Send ``parts`` (uint8 [n], one for each rank) and get what the ranks have for this one.
+
+    sizes: bytes that come from each rank. Returns them after one another.
+    """
+    sent = torch.cat(list(parts)).to(groups.device)
+    received = sent.new_empty(sum(sizes))
+    counts = [part.numel() for part in parts]
+    dist.all_to_all_single(received, sent, list(sizes), counts, group=groups.model)
+    return received.cpu()
 
 
 def raise_together(error: QuantError | None, groups: Groups) -> None:

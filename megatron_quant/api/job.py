@@ -41,7 +41,7 @@ class Job:
     architecture: None where the checkpoint is streamed, which needs no model.
     layout: as Megatron's default rank order gives it; dialect and export: the files, owners at
     that layout, None where nothing is exported; cost: of planning them. expert_scales: whose
-    weight amaxes experts have.
+    weight amaxes experts have. kept: as in :class:`Model`.
     """
 
     source: Path
@@ -56,6 +56,7 @@ class Job:
     export: ExportPlan | None
     cost: Cost | None
     expert_scales: str
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def prepare(options: QuantizeOptions, world: int, saved: Saved | None = None) -> Job:
@@ -116,7 +117,7 @@ def decide(
     export, cost = measured(
         lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes, model.kept)
     )
-    return Job(*about, dialect, layout, dtype, export, cost, scales)
+    return Job(*about, dialect, layout, dtype, export, cost, scales, model.kept)
 
 
 def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
@@ -124,7 +125,9 @@ def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
     if job.dialect is None:
         return replace(job, quant=quant)
     shard_bytes = parse_size(options.max_shard_size)
-    export = plan_export(job.params, quant, job.dialect, job.layout, job.dtype, shard_bytes)
+    export = plan_export(
+        job.params, quant, job.dialect, job.layout, job.dtype, shard_bytes, job.kept
+    )
     return replace(job, quant=quant, export=export)
 
 

@@ -17,12 +17,13 @@ from megatron_quant.api.target import statistics_digest, verified
 from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
 from megatron_quant.calib.kv_cache import calibrate_kv_cache, run_rest, watch
+from megatron_quant.ckpt.parts import Produce
 from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.produce import Produced, produce
 from megatron_quant.ckpt.produce_cache import produce_cache_scale
 from megatron_quant.ckpt.saved import Saved, describe
 from megatron_quant.ckpt.verify import Report
-from megatron_quant.ckpt.writer import Produce, export
+from megatron_quant.ckpt.writer import export
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluate.metrics import Sums
 from megatron_quant.layers.install import ExpertScales, QuantLayer

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_quant.api.job import Job, Model, decide
+from megatron_quant.api.job import Job, Model, decide, replanned
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
 from megatron_quant.api.stream_inputs import calibrate_inputs, save_amaxes
@@ -17,11 +17,14 @@ from megatron_quant.api.target import (
     verified,
 )
 from megatron_quant.ckpt.companions import Companions
+from megatron_quant.ckpt.keep import check_fused, keeping
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.pipeline import WriteOptions
 from megatron_quant.ckpt.plan import Part
-from megatron_quant.ckpt.reader import Checkpoint, open_checkpoint
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.reader import Weights
 from megatron_quant.ckpt.source import resolve_source
+from megatron_quant.ckpt.sources import open_source
 from megatron_quant.ckpt.target import Existing
 from megatron_quant.ckpt.verify import Report
 from megatron_quant.ckpt.views import kept_dtypes, logical
@@ -59,13 +62,27 @@ class Streamed:
     verified: Report | None
 
 
-def plan_stream(options: QuantizeOptions, world: int) -> tuple[Job, Checkpoint]:
+@dataclass(frozen=True)
+class Planned:
+    """What is known before weights are read.
+
+    checkpoint: the source by the names of the export. kept: whose scales the export keeps; None
+    where weights get their own.
+    """
+
+    job: Job
+    checkpoint: Weights
+    kept: QuantizedCheckpoint | None
+
+
+def plan_stream(options: QuantizeOptions, world: int) -> Planned:
     """Check everything that needs no weights, from config.json and the headers of the weights.
 
     Raises the QuantError of whatever does not fit; nothing has been written then.
     """
     _check_flags(options)
-    checkpoint, structure = logical(open_checkpoint(resolve_source(options.hf_model_id)))
+    source = open_source(resolve_source(options.hf_model_id))
+    checkpoint, structure = logical(source)
     checkpoint.check(structure.params)
     kept = {} if has_table(checkpoint.config) else kept_dtypes(checkpoint)
     model = Model(checkpoint.path, checkpoint.config, None, structure.params, kept)
@@ -75,7 +92,13 @@ def plan_stream(options: QuantizeOptions, world: int) -> tuple[Job, Checkpoint]:
             "--export-kv-cache-quant fp8 is not calibrated by --stream: take fp8_cast, or leave "
             "--stream out"
         )
-    return replace(job, export=split(job.export)), checkpoint
+    keeps = None
+    if options.keep_scales:
+        quant, keeps = keeping(job.quant, source)
+        check_fused(quant, keeps)
+        job = replanned(job, quant, options)
+    assert job.export is not None, "a stream is exported"
+    return Planned(replace(job, export=split(job.export)), checkpoint, keeps)
 
 
 def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed:
@@ -86,13 +109,14 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
     """
     assert options.export_dir is not None, "an export needs a directory"
     with phases.time("plan"):
-        job, checkpoint = together(groups, lambda: plan_stream(options, groups.size))
+        planned = together(groups, lambda: plan_stream(options, groups.size))
+        job = planned.job
         out, existing = options.export_dir, _existing(options)
         files = together(groups, lambda: checked_companions(job, out, existing, origin_of(job)))
     inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
-    source = Source(checkpoint, job.dtype)
+    source = Source(planned.checkpoint, job.dtype)
     found, amaxes = _weight_amaxes(job, source, groups, phases)
-    producer = Producer(source, job.quant, amaxes, inputs.scales if inputs else {})
+    producer = Producer(source, job.quant, amaxes, inputs.scales if inputs else {}, planned.kept)
     _export(
         options, job, groups, producer, _with_statistics(files, job, options, found, inputs), phases
     )
@@ -159,8 +183,6 @@ def _check_flags(options: QuantizeOptions) -> None:
             f"{given} with --stream: there is no model to cut, the ranks share its tensors; leave "
             "it out"
         )
-    if options.keep_scales:
-        raise QuantError("--keep-scales needs a model: leave --stream out, or use the verb export")
     if options.eval_text:
         raise QuantError("--eval-text needs a model, which --stream has not: use the verb eval")
     if options.act_percentile < 100:

@@ -15,6 +15,7 @@ from megatron_quant.calib.sync import merge_max
 from megatron_quant.dist import Groups, gather
 from megatron_quant.errors import CalibrationError
 from megatron_quant.formats import amax
+from megatron_quant.layers.backend import AMAX, BLOCK_AMAX, set_block_amax
 from megatron_quant.layers.install import QuantLayer
 from megatron_quant.recipes.plan import QuantPlan
 
@@ -53,6 +54,31 @@ class RunningInputs:
         """Stop watching."""
         for hook in self._hooks:
             hook.remove()
+
+
+Ranges = tuple[Mapping[str, torch.Tensor], ...]
+"""What each quantizer of some layers holds, by the buffer's name, in their order."""
+
+
+def ranges_of(layers: Sequence[QuantLayer]) -> Ranges:
+    """Copies in fp32 of all that the quantizers of ``layers`` hold."""
+    return tuple(
+        {name: held.detach().float().clone() for name, held in q.named_buffers(recurse=False)}
+        for layer in layers
+        for q in layer.quantizers
+    )
+
+
+def set_ranges(layers: Sequence[QuantLayer], ranges: Ranges) -> None:
+    """Give the quantizers of ``layers`` what :func:`ranges_of` found in them, in fp32."""
+    quantizers = (q for layer in layers for q in layer.quantizers)
+    for quantizer, held in zip(quantizers, ranges, strict=True):
+        here = {n: values.to(quantizer.get_buffer(n).device) for n, values in held.items()}
+        if AMAX in here:
+            quantizer.reset_amax()  # or the new one is rounded to its dtype
+            quantizer.amax = here[AMAX].clone()
+        if BLOCK_AMAX in here:
+            set_block_amax(quantizer, here[BLOCK_AMAX].clone())
 
 
 @dataclass(frozen=True)

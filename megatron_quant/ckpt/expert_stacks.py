@@ -7,13 +7,12 @@ gate, up, gate, up. As transformers' ``integrations/mxfp4.py`` decodes them.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_quant.ckpt.quantized import row_blocks
 from megatron_quant.ckpt.reader import PLAIN_DTYPES, TensorInfo, check_tensors, open_directory
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode
@@ -64,11 +63,6 @@ class ExpertStacks:
             return rows.own(self._files.read(f"{stack}_bias", outer)[0])
         return self._weight(stack, int(expert), rows, box)
 
-    def parts(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The tensor in blocks of rows, as :meth:`QuantizedCheckpoint.parts` cuts them."""
-        for box in row_blocks(self.tensors[name].shape):
-            yield self.read(name, box).to(dtype)
-
     def _weight(self, stack: str, expert: int, rows: "_Rows", box: Box) -> Tensor:
         first = box.start[1] // _GROUP
         count = -(-(box.start[1] + box.size[1]) // _GROUP) - first
@@ -83,9 +77,13 @@ class ExpertStacks:
         skipped = box.start[1] - first * _GROUP
         return w_NK[:, skipped : skipped + box.size[1]]
 
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, by the names of the class."""
+        return self.tensors
+
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :func:`megatron_quant.ckpt.reader.check_tensors`, of the decoded tensors."""
-        return check_tensors(self.path, self.tensors, params)
+        """As :func:`megatron_quant.ckpt.reader.check_tensors`, of :meth:`dense`."""
+        return check_tensors(self.path, self.config, self.tensors, params)
 
     def _logical(self) -> Iterator[tuple[str, TensorInfo]]:
         for name, info in self._files.tensors.items():
@@ -107,7 +105,7 @@ class ExpertStacks:
         for expert in range(experts):
             for own in _FIRST if fused else ("down_proj",):
                 name = f"{module}.{expert}.{own}"
-                yield f"{name}.weight", TensorInfo(torch.float32, shape, blocks.file)
+                yield f"{name}.weight", TensorInfo(torch.float32, shape, blocks.file, decoded=True)
                 if bias is not None:
                     yield f"{name}.bias", TensorInfo(bias.dtype, shape[:1], bias.file)
 

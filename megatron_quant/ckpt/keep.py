@@ -79,6 +79,15 @@ def kept_scales(checkpoint: QuantizedCheckpoint, module: str, region: Region) ->
     return checkpoint.packed(module).scales(Box(region.start, region.size))
 
 
+def check_fused(plan: QuantPlan, checkpoint: QuantizedCheckpoint) -> None:
+    """:func:`check_shared` of every slot of ``plan``; one block of scales of each is read."""
+    corner = Box((0, 0), (1, 1))
+    for decision in plan.quantized:
+        if len(decision.slot.sources) > 1 and decision.weights and decision.weights.tensor_scale:
+            found = {m: checkpoint.packed(m).scales(corner) for m in decision.slot.sources}
+            check_shared(found, checkpoint.path)
+
+
 def check_shared(found: Mapping[str, Scales], path: object) -> None:
     """Raise CheckpointError where fused modules have unequal NVFP4 tensor scales.
 

@@ -216,25 +216,51 @@ def _check_split(target: Target, region: Region, size: int) -> None:
     )
 
 
+_Ranks = tuple[int, ...]
+
+
 def _own(rectangles: Iterator[_Held]) -> tuple[Part, ...]:
-    """One owner per rectangle: largest first, to the holder with the fewest bytes so far."""
+    """One owner per rectangle: largest first, to the holder with the fewest bytes so far.
+
+    The shards of a tensor that are cut along its inputs go to one replica's ranks together, who
+    can then put its rows together among them.
+    """
     found = list(rectangles)
     sizes = [nbytes(t.scheme, t.source.shape, _box(region)) for t, region, _ in found]
     owners = [0] * len(found)
     load: dict[int, int] = defaultdict(int)
-    heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for i in sorted(range(len(found)), key=lambda i: -sizes[i]):
-        ranks = found[i][2]
-        if ranks not in heaps:
-            heaps[ranks] = [(0, rank) for rank in ranks]
-        owners[i] = _lightest(heaps[ranks], load)
-        load[owners[i]] += sizes[i]
+    heaps: dict[tuple[_Ranks, ...], list[tuple[int, _Ranks]]] = {}
+    for unit in sorted(_units(found), key=lambda unit: -max(sizes[i] for i in unit)):
+        holders = tuple(found[i][2] for i in unit)
+        if holders not in heaps:
+            heaps[holders] = [(0, ranks) for ranks in zip(*holders, strict=True)]
+        for i, rank in zip(unit, _lightest(heaps[holders], load), strict=True):
+            owners[i] = rank
+            load[rank] += sizes[i]
     return tuple(Part(t, region, own) for (t, region, _), own in zip(found, owners, strict=True))
 
 
-def _lightest(heap: list[tuple[int, int]], load: dict[int, int]) -> int:
-    """The rank of least load; the heap's loads may be out of date, but only ever too small."""
-    while heap[0][0] != load[heap[0][1]]:
-        rank = heap[0][1]
-        heapq.heapreplace(heap, (load[rank], rank))
+def _units(found: Sequence[_Held]) -> list[list[int]]:
+    """Rectangles whose owners are chosen together."""
+    units: list[list[int]] = []
+    last: Target | None = None
+    for i, (target, region, _) in enumerate(found):
+        inner = cut_inside(region)
+        if inner and target is last:
+            units[-1].append(i)
+        else:
+            units.append([i])
+        last = target if inner else None
+    return units
+
+
+def cut_inside(region: Region) -> bool:
+    """Whether the region has a part of each row of its tensor."""
+    return region.size[1:] != region.whole[1:]
+
+
+def _lightest(heap: list[tuple[int, _Ranks]], load: dict[int, int]) -> _Ranks:
+    """The ranks of least load; the heap's loads may be out of date, but only ever too small."""
+    while heap[0][0] != (now := max(load[rank] for rank in heap[0][1])):
+        heapq.heapreplace(heap, (now, heap[0][1]))
     return heap[0][1]

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint with its weights decoded, read with safetensors alone."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import prod
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,15 @@ from megatron_quant.ckpt.reader import (
     PLAIN_DTYPES,
     Checkpoint,
     TensorInfo,
+    check_plain,
     check_tensors,
     open_directory,
 )
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.models.spec import Box, Param
-from megatron_quant.models.structure import is_draft
+from megatron_quant.models.structure import table_names
 
 _WEIGHTS = ("weight", "weight_packed", "qweight")
-_ELEMENTS, _ROWS = 1 << 24, 128
-"""Of a block that is decoded at a time: most elements, and of what its rows are a multiple."""
 _UNREAD = ("pre_quant_scale", "weight_zero_point")
 """Tensors of which a module's values depend where they are, but not in any format known here."""
 _OF_ACTIVATIONS = (
@@ -87,6 +86,10 @@ class QuantizedCheckpoint:
             self.kv_cache = self.dialect.read_kv_cache(quantization)
             self.modules = _read_modules(files, self.dialect, quantization, tuple(modules))
         self._files = files
+
+    @cached_property
+    def _of_table(self) -> frozenset[str]:
+        return table_names(self.config)
 
     def stored(self, module: str) -> tuple[Stored, ...]:
         """The tensors that a quantized module should have on disk."""
@@ -148,18 +151,18 @@ class QuantizedCheckpoint:
             return self._files.read(name, box)
         return self.packed(name.rpartition(".")[0]).read(box)
 
-    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :meth:`megatron_quant.ckpt.reader.Checkpoint.check`, of the decoded tensors.
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """:meth:`info` of what is iterated, by name, but what no model needs.
 
-        What is stored of activations is rightly unused, and so are biases of zeros that ``params``
-        have not, which some packers add.
+        That is what is stored of activations, and biases of zeros that the model's table has not,
+        which some packers add.
         """
-        params = tuple(params)
-        known = {s.name for p in params for s in p.sources}
-        needed = (name for name in self if name in known or not self._is_needless(name))
-        logical = {name: info for name in needed if (info := self.info(name)) is not None}
-        drafts = [name for name in logical if is_draft(self.config, name)]
-        return check_tensors(self.path, logical, params, drafts)
+        needed = (name for name in self if not self._is_needless(name))
+        return {name: info for name in needed if (info := self.info(name)) is not None}
+
+    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
+        """As :func:`megatron_quant.ckpt.reader.check_tensors`, of :meth:`dense`."""
+        return check_tensors(self.path, self.config, self.dense(), params)
 
     def info(self, name: str) -> TensorInfo | None:
         """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
@@ -167,14 +170,7 @@ class QuantizedCheckpoint:
             return self.tensors.get(name)
         packed = self.packed(name.rpartition(".")[0])
         file = self.tensors[f"{packed.module}.{packed.stored[0].suffix}"].file
-        return TensorInfo(torch.float32, packed.shape, file)
-
-    def parts(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The same in blocks of rows, equally cut for equal shapes. Raises as :meth:`weight`."""
-        if not self._is_packed(name):
-            self._check_plain(name)
-        for box in row_blocks(self.shape(name)):
-            yield self.read(name, box).to(dtype)
+        return TensorInfo(torch.float32, packed.shape, file, decoded=True)
 
     def fields(self, module: str) -> dict[str, torch.Tensor]:
         """A quantized module's fields and pseudo fields by name, but ``SHAPE``.
@@ -209,7 +205,7 @@ class QuantizedCheckpoint:
     def _is_needless(self, name: str) -> bool:
         module, _, leaf = name.rpartition(".")
         if module in self.modules and leaf == "bias":
-            return not self.raw(name).any()
+            return name not in self._of_table and not self.raw(name).any()
         return leaf in _OF_ACTIVATIONS
 
     def input_scale(self, module: str) -> float | None:
@@ -223,27 +219,8 @@ class QuantizedCheckpoint:
 
     def _plain(self, name: str) -> torch.Tensor:
         tensor = self.raw(name)
-        self._check_plain(name)
+        check_plain(self.path, name, tensor.dtype)
         return tensor
-
-    def _check_plain(self, name: str) -> None:
-        dtype = self.tensors[name].dtype
-        if dtype not in PLAIN_DTYPES:
-            raise CheckpointError(
-                f"{self.path}: {name} is {dtype}, but its quantization_config "
-                "does not say that it is quantized"
-            )
-
-
-def row_blocks(shape: tuple[int, ...]) -> Iterator[Box]:
-    """Blocks of a tensor's rows, of a few million elements each: whole blocks of any format."""
-    if not shape:
-        yield Box((), ())
-        return
-    rows, rest = shape[0], shape[1:]
-    step = max(_ELEMENTS // max(prod(rest), 1) // _ROWS, 1) * _ROWS
-    for start in range(0, rows, step):
-        yield Box((start, *(0 for _ in rest)), (min(step, rows - start), *rest))
 
 
 def matrices(files: Checkpoint) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_quant.ckpt.files import DTYPES, INDEX
-from megatron_quant.ckpt.source import read_config, read_json, refuse_quantized
+from megatron_quant.ckpt.source import read_config, read_json
 from megatron_quant.errors import CheckpointError
 from megatron_quant.models.spec import Box, Copy, Param, Role
 from megatron_quant.models.structure import is_draft
@@ -28,11 +28,15 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; ``file`` is a name in the directory."""
+    """What a safetensors header says of one tensor; ``file`` is a name in the directory.
+
+    decoded: whether it is what quantized tensors stand for, so that no header says its dtype.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: str
+    decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Checkpoint:
         """What the header says of tensor ``name``; None where there is none."""
         return self.tensors.get(name)
 
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """All tensors."""
+        return self.tensors
+
     def _unmap(self) -> None:
         """Open anew the files of which much was read: pages count as the process's memory."""
         if sum(self._mapped.values()) > _MAPPED:
@@ -77,8 +85,7 @@ class Checkpoint:
 
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
         """As :func:`check_tensors`."""
-        drafts = [name for name in self.tensors if is_draft(self.config, name)]
-        return check_tensors(self.path, self.tensors, params, drafts)
+        return check_tensors(self.path, self.config, self.tensors, params)
 
 
 class Weights(Protocol):
@@ -107,23 +114,27 @@ class Weights(Protocol):
         """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
         ...
 
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """:meth:`info` of every tensor that a model of these weights may have, by name."""
+        ...
+
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :func:`check_tensors`, of the tensors that :meth:`read` knows."""
+        """As :func:`check_tensors`, of :meth:`dense`."""
         ...
 
 
 def check_tensors(
     path: Path,
+    config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
     params: Iterable[Param],
-    drafts: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Every source of ``params`` is in ``tensors`` in its shape, and these are all such sources.
 
     Returns the names of tensors that are rightly unused: buffers that old versions of
-    transformers stored, ``lm_head.weight`` where the embedding takes its place, and ``drafts``,
-    which only speculation needs. Raises CheckpointError naming the first tensor that is missing,
-    misshapen, not in bf16, fp16 or fp32, or unexpected.
+    transformers stored, ``lm_head.weight`` where the embedding takes its place, and layers that
+    only speculation needs, as ``config`` tells. Raises CheckpointError naming the first tensor
+    that is missing, misshapen, not in bf16, fp16 or fp32, or unexpected.
     """
     params = tuple(params)
     sources = {s.name: s.shape for p in params for s in p.sources}
@@ -132,7 +143,7 @@ def check_tensors(
     rest = [name for name in tensors if name not in sources]
     tied = all(p.role is not Role.OUTPUT for p in params)
     ignored = {n for n in rest if _BUFFERS.fullmatch(n) or (tied and n == "lm_head.weight")}
-    ignored |= set(drafts)
+    ignored |= {n for n in rest if is_draft(config, n)}
     unexpected = [name for name in rest if name not in ignored]
     if unexpected:
         raise CheckpointError(
@@ -159,6 +170,15 @@ def _check_tensor(
         raise CheckpointError(
             f"{path / info.file}: {name} is stored as {info.dtype}; "
             "give a checkpoint in bf16, fp16 or fp32"
+        )
+
+
+def check_plain(path: Path, name: str, dtype: torch.dtype) -> None:
+    """Raise CheckpointError where a tensor that is not quantized has a quantized one's dtype."""
+    if dtype not in PLAIN_DTYPES:
+        raise CheckpointError(
+            f"{path}: {name} is {dtype}, but its quantization_config does not say that it is "
+            "quantized"
         )
 
 
@@ -194,15 +214,6 @@ def open_directory(path: Path) -> Checkpoint:
                 "fetch the checkpoint again"
             )
     return Checkpoint(path, config, tensors, files)
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint that is not quantized; CheckpointError for one that is.
-
-    ``ckpt.sources.open_source`` takes both.
-    """
-    refuse_quantized(read_config(path), path)
-    return open_directory(path)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

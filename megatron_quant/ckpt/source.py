@@ -1,7 +1,6 @@
 """Where a Hugging Face checkpoint is: its directory, its config, the files beside its weights."""
 
 import json
-from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -79,17 +78,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist; give a checkpoint directory")
     return read_json(directory / "config.json")
-
-
-def refuse_quantized(config: Mapping[str, Any], directory: Path) -> None:
-    """CheckpointError where the checkpoint's weights are quantized already."""
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise CheckpointError(
-            f"{directory} is quantized already (quantization_config.quant_method={method!r}); "
-            "give the bf16, fp16 or fp32 checkpoint that it was made from"
-        )
 
 
 def carry_over(directory: Path) -> list[Path]:

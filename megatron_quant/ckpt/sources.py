@@ -7,17 +7,21 @@ from megatron_quant.ckpt.quantization import has_expert_stacks, quantization_of
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import Weights, open_directory
 from megatron_quant.ckpt.source import read_config
-from megatron_quant.ckpt.views import unstacked
+from megatron_quant.ckpt.unstacked import unstacked
+from megatron_quant.models.structure import has_table
 
 
 def open_source(path: Path) -> Weights:
     """The checkpoint in directory ``path`` as loading sees it: names and values of the dense model.
+
+    Where a model without a table stores its experts in stacks, so does what is returned.
 
     Raises CheckpointError where it is broken, or quantized in a way that is not known.
     """
     config = read_config(path)
     if has_expert_stacks(config):
         return ExpertStacks(path)
-    if quantization_of(config, path) is None:
-        return unstacked(open_directory(path))
-    return QuantizedCheckpoint(path)
+    if quantization_of(config, path) is not None:
+        return QuantizedCheckpoint(path)
+    checkpoint = open_directory(path)
+    return unstacked(checkpoint) if has_table(config) else checkpoint

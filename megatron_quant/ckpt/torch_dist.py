@@ -17,7 +17,7 @@ from megatron_quant.errors import CheckpointError
 
 BACKEND = "torch_dist"
 _DESCRIPTION, _TENSORS = "metadata.json", ".metadata"  # Megatron's, and torch's
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 # What torch.distributed.checkpoint and Megatron write into .metadata.
 _TORCH_DCP = {
     "torch.distributed.checkpoint.metadata": (
@@ -54,7 +54,7 @@ def open_torch_dist(directory: Path) -> TorchDist:
     Raises CheckpointError where there is none, where it has another format than ``torch_dist``, and
     where its ``.metadata`` cannot be read or names what a description of tensors has no need of.
     """
-    path = _latest(directory)
+    path = latest(directory)
     if not is_checkpoint(path):
         raise CheckpointError(
             f"{path} holds no distributed checkpoint ({_DESCRIPTION} and {_TENSORS}): give a "
@@ -73,8 +73,12 @@ def is_checkpoint(path: Path) -> bool:
     return (path / _DESCRIPTION).is_file() and (path / _TENSORS).is_file()
 
 
-def _latest(directory: Path) -> Path:
-    tracker = directory / _TRACKER
+def latest(directory: Path) -> Path:
+    """The last checkpoint of a training run's directory; any other directory as it is.
+
+    Raises CheckpointError where the run's own word on it cannot be read.
+    """
+    tracker = directory / TRACKER
     if not tracker.is_file():
         return directory
     iteration = tracker.read_text(encoding="utf-8", errors="replace").strip()

@@ -9,7 +9,7 @@ import torch
 
 from megatron_quant.ckpt.index import index_problems
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint, matrices
-from megatron_quant.ckpt.reader import open_directory
+from megatron_quant.ckpt.reader import Weights, open_directory
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.ckpt.verify_tensors import (
     cache_problems,
@@ -20,7 +20,7 @@ from megatron_quant.ckpt.verify_tensors import (
     stray_problems,
     value_problems,
 )
-from megatron_quant.ckpt.views import Original, open_original, params_of
+from megatron_quant.ckpt.views import open_original, params_of, parts
 from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
 from megatron_quant.models.spec import Param, Source, engine_groups
 
@@ -114,7 +114,7 @@ def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
 
 
 def _check(
-    checkpoint: QuantizedCheckpoint, param: Param, against: Original | None
+    checkpoint: QuantizedCheckpoint, param: Param, against: Weights | None
 ) -> tuple[list[str], list[TensorCheck]]:
     problems: list[str] = []
     checks: list[TensorCheck] = []
@@ -131,7 +131,7 @@ def _check(
 
 
 def _compare(
-    checkpoint: QuantizedCheckpoint, source: Source, against: Original
+    checkpoint: QuantizedCheckpoint, source: Source, against: Weights
 ) -> tuple[float | None, list[str]]:
     """The error against the source's tensor, and whether it is beyond what the format explains."""
     name = source.name
@@ -140,9 +140,10 @@ def _compare(
         return None, [f"{name}: {against.path} has no such tensor of shape {source.shape}"]
     if not is_quantized(checkpoint, source):
         dtype = checkpoint.tensors[name].dtype
-        same = all(map(torch.equal, checkpoint.parts(name, dtype), against.parts(name, dtype)))
+        pair = (parts(c, name, info.shape, dtype) for c in (checkpoint, against))
+        same = all(map(torch.equal, *pair))
         return None, [] if same else [f"{name}: differs from {against.path}, unquantized"]
-    w, decoded = (c.parts(name, torch.float32) for c in (against, checkpoint))
+    w, decoded = (parts(c, name, info.shape, torch.float32) for c in (against, checkpoint))
     error = relative_error(zip(w, decoded, strict=True))
     bound = BOUNDS[checkpoint.modules[source.module].weights.bits]
     if error <= bound:

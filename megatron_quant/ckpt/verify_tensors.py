@@ -85,8 +85,9 @@ def value_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]
     elements = checkpoint.modules[source.module].weights.fields[0].name
     for stored in checkpoint.stored(source.module):
         name = f"{source.module}.{stored.suffix}"
-        if name not in checkpoint.tensors:
-            continue  # an optional one
+        info = checkpoint.tensors.get(name)
+        if info is None or (stored.field == elements and not info.dtype.is_floating_point):
+            continue  # an optional one, or one that is always finite
         tensor = checkpoint.raw(name)
         if stored.field == SHAPE:
             meant = stored.to_disk(torch.tensor(source.shape))
@@ -107,7 +108,8 @@ def _finite_problems(name: str, tensor: torch.Tensor) -> list[str]:
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     if tensor.dtype == torch.float8_e4m3fn:  # all ones but for the sign is NaN, it has no infinity
-        return not (tensor.view(torch.uint8).bitwise_and(0x7F) == 0x7F).any()
+        codes = (tensor.view(torch.int8), tensor.view(torch.uint8))
+        return all(bool(c.max() < torch.iinfo(c.dtype).max) for c in codes)
     return bool(tensor.float().isfinite().all())
 
 

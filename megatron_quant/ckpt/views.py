@@ -1,78 +1,33 @@
 """A checkpoint as its logical tensors, whatever it stores them in."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
 import torch
 
-from megatron_quant.ckpt.expert_stacks import ExpertStacks
-from megatron_quant.ckpt.quantization import has_expert_stacks
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint, matrices
-from megatron_quant.ckpt.reader import Checkpoint, open_directory
-from megatron_quant.ckpt.source import read_config
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.reader import Weights, check_plain
+from megatron_quant.ckpt.sources import open_source
+from megatron_quant.ckpt.unstacked import viewed
 from megatron_quant.models.spec import Box, Param
-from megatron_quant.models.stacks import View, unstack
 from megatron_quant.models.structure import Structure, describe, has_table, is_draft
 
-Original = QuantizedCheckpoint | ExpertStacks
-"""A checkpoint that an export was made from."""
+_ELEMENTS, _ROWS = 1 << 22, 128
+"""Of a block that is read at a time: about how many elements, and of what its rows are a multiple.
+
+Few enough for what is computed with them to stay in memory that the process has already."""
 
 
-@dataclass(frozen=True)
-class Viewed(Checkpoint):
-    """``stored`` with the tensors of ``views`` in place of the stacks that hold them."""
-
-    stored: Checkpoint
-    views: Mapping[str, View]
-
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        """The rectangle ``box`` of tensor ``name``, in its stored dtype; nothing else is read."""
-        view = self.views.get(name)
-        if view is None:
-            return self.stored.read(name, box)
-        part = self.stored.read(view.stored, view.box(box))[0]
-        if view.transposed:
-            part = part.t()
-        return part[:: view.step].contiguous()
-
-
-def unstacked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint by the names that engines load; :func:`logical` says what they are.
-
-    Raises ArchitectureError for a stack whose experts cannot be told apart.
-    """
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    return _viewed(checkpoint, unstack(checkpoint.config, shapes))
-
-
-def logical(checkpoint: Checkpoint) -> tuple[Checkpoint, Structure]:
+def logical(checkpoint: Weights) -> tuple[Weights, Structure]:
     """The checkpoint by the names that engines load, and what these are to the model.
 
     Raises ArchitectureError where a tensor cannot be told.
     """
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    shapes = {name: info.shape for name, info in checkpoint.dense().items()}
     structure = describe(checkpoint.config, shapes)
-    return _viewed(checkpoint, structure.views), structure
-
-
-def _viewed(checkpoint: Checkpoint, views: Mapping[str, View]) -> Checkpoint:
-    if not views:
-        return checkpoint
-    stacks = {view.stored for view in views.values()}
-    tensors = {n: info for n, info in checkpoint.tensors.items() if n not in stacks}
-    for name, view in views.items():
-        tensors[name] = replace(checkpoint.tensors[view.stored], shape=view.shape)
-    return Viewed(
-        checkpoint.path,
-        checkpoint.config,
-        tensors,
-        checkpoint.files,
-        stored=checkpoint,
-        views=views,
-    )
+    return viewed(checkpoint, structure.views), structure
 
 
 def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
@@ -85,20 +40,36 @@ def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
     return describe(config, {n: checkpoint.shape(n) for n in wanted}).params
 
 
-def open_original(directory: Path) -> Original:
+def open_original(directory: Path) -> Weights:
     """The checkpoint that an export was made from, by the names that engines load."""
-    if has_expert_stacks(read_config(directory)):
-        return ExpertStacks(directory)
-    files = open_directory(directory)
-    if not files.config.get("quantization_config"):
-        files, _ = logical(files)
-    return QuantizedCheckpoint.over(files, matrices(files))
+    checkpoint = open_source(directory)
+    return checkpoint if has_table(checkpoint.config) else logical(checkpoint)[0]
 
 
-def kept_dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
-    """Tensors whose dtype is not that of most of the checkpoint, with it: they need it."""
+def parts(
+    checkpoint: Weights, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """A tensor of ``shape`` in blocks of rows: whole blocks of any format, alike for all sources.
+
+    Raises CheckpointError where it cannot be read, or is none of an unquantized model.
+    """
+    rows = shape[0] if shape else 1
+    step = max(_ELEMENTS // max(prod(shape[1:]), 1) // _ROWS, 1) * _ROWS
+    for start in range(0, rows, step):
+        size = (min(step, rows - start), *shape[1:]) if shape else ()
+        part = checkpoint.read(name, Box((start, *(0 for _ in shape[1:]))[: len(shape)], size))
+        check_plain(checkpoint.path, name, part.dtype)
+        yield part.to(dtype)
+
+
+def kept_dtypes(checkpoint: Weights) -> dict[str, torch.dtype]:
+    """Tensors whose dtype is not that of most of the checkpoint, with it: they need it.
+
+    What is decoded has none of its own.
+    """
+    plain = {n: info for n, info in checkpoint.dense().items() if not info.decoded}
     sizes: Counter[torch.dtype] = Counter()
-    for info in checkpoint.tensors.values():
+    for info in plain.values():
         sizes[info.dtype] += prod(info.shape)
     ((main, _),) = sizes.most_common(1)
-    return {n: i.dtype for n, i in checkpoint.tensors.items() if i.dtype != main}
+    return {n: i.dtype for n, i in plain.items() if i.dtype != main}

@@ -6,24 +6,29 @@ stops an export leaves no index behind; a journal says which bytes are there alr
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial as bound
 from pathlib import Path
 from typing import TypeVar
 
 from megatron_quant.ckpt.check import check_plan
 from megatron_quant.ckpt.companions import Companions
-from megatron_quant.ckpt.disk import explained, forget, sync_directory
+from megatron_quant.ckpt.disk import explained, sync_directory
 from megatron_quant.ckpt.files import INDEX, TensorEntry
-from megatron_quant.ckpt.journal import Digests, Journal, read_journals
+from megatron_quant.ckpt.join import joints
+from megatron_quant.ckpt.journal import Digests
 from megatron_quant.ckpt.manifest import MANIFEST, digests_on_disk, manifest
-from megatron_quant.ckpt.pipeline import Encoded, Pipeline, Progress, WriteOptions
-from megatron_quant.ckpt.plan import ExportPlan, Part
-from megatron_quant.ckpt.produce import Produced
-from megatron_quant.ckpt.runs import as_bytes, digest_on_disk
+from megatron_quant.ckpt.parts import (
+    DEFAULTS,
+    Produce,
+    find_intact,
+    nbytes_of,
+    quiet,
+    work_of,
+    write_parts,
+)
+from megatron_quant.ckpt.pipeline import Progress, WriteOptions
+from megatron_quant.ckpt.plan import ExportPlan
 from megatron_quant.ckpt.target import (
     Existing,
     check_target,
@@ -36,16 +41,7 @@ from megatron_quant.ckpt.target import (
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import QuantError
 
-Produce = Callable[[Part], Iterable[Produced]]
-"""For one part what :func:`megatron_quant.ckpt.produce.produce` yields of it."""
 K = TypeVar("K")
-DEFAULTS = WriteOptions()
-SMALL_BYTES = 128 << 20
-"""What a rank may always hold encoded, however small its parts."""
-
-
-def quiet(nbytes: int) -> None:
-    """Report no progress."""
 
 
 def export(
@@ -98,7 +94,16 @@ def _write(
     and hashed whole, as the digest must not tell how it was cut; the ranks share that.
     """
     rank = groups.rank
-    boxes = together(groups, lambda: write_parts(plan, rank, produce, directory, progress, options))
+    work = work_of(plan, rank, joints(plan) if groups.shards else ())
+    intact = together(groups, lambda: find_intact(work, directory, options))
+    everywhere = gather({joint.name for joint in work.joined if joint in intact}, groups)
+    progress(sum(nbytes_of(work.filled(item)) for item in intact))
+    left = work.less(intact, everywhere)
+    boxes = together(
+        groups,
+        lambda: write_parts(left, produce, directory, progress, options, groups.shards),
+    )
+    boxes |= _merged(intact.values())
     digests = _merged(gather(_of_whole_tensors(plan, boxes), groups))
     rest = [entry for entry in plan.entries if entry.name not in digests]
     found = together(
@@ -123,71 +128,6 @@ def _share(entries: Sequence[TensorEntry], rank: int, size: int) -> Iterator[Ten
 
 def _merged(found: Iterable[Mapping[K, str]]) -> dict[K, str]:
     return {key: digest for some in found for key, digest in some.items()}
-
-
-def write_parts(
-    plan: ExportPlan,
-    rank: int,
-    produce: Produce,
-    directory: Path,
-    progress: Progress = quiet,
-    options: WriteOptions = DEFAULTS,
-) -> Digests:
-    """On every rank: encode and write the parts that ``rank`` owns, but for those that are intact.
-
-    At most two of the largest part are encoded at a time, or several of :data:`SMALL_BYTES`
-    together. Returns the digest of every box.
-    """
-    parts = plan.parts_of(rank)
-    largest = max((part.nbytes for part in parts), default=0)
-    max_bytes = max(2 * largest, SMALL_BYTES)
-    intact = _intact(parts, directory, options)
-    with Pipeline(Journal(directory, rank), options, max_bytes, progress) as pipeline:
-        for part in parts:
-            if part in intact:
-                progress(part.nbytes)
-                continue
-            pipeline.reserve(part.nbytes)
-            path = partial(directory, part.target.entries[0].file)
-            pipeline.write(path, _encoded(part, produce))
-    return _merged([pipeline.digests, *intact.values()])
-
-
-def _encoded(part: Part, produce: Produce) -> list[Encoded]:
-    planned = {piece.entry.name: piece.box for piece in part.pieces}
-    encoded = []
-    for entry, box, tensor in produce(part):
-        assert planned.pop(entry.name) == box, f"{entry.name}: {box} is not the plan's"
-        assert tensor.dtype == entry.dtype, f"{entry.name}: {tensor.dtype}"
-        assert tuple(tensor.shape) == box.size, f"{entry.name}: {tuple(tensor.shape)}"
-        encoded.append((entry, box, as_bytes(tensor)))
-    assert not planned, f"{part.target.source.name} lacks {', '.join(planned)}"
-    return encoded
-
-
-def _intact(parts: Sequence[Part], directory: Path, options: WriteOptions) -> dict[Part, Digests]:
-    """Those that an unfinished export has journaled, and whose bytes are still as it wrote them."""
-    journal = read_journals(directory)
-    noted = [p for p in parts if all((x.entry.name, x.box) in journal for x in p.pieces)]
-    with ThreadPoolExecutor(options.io_threads) as pool:
-        found = zip(noted, pool.map(bound(_on_disk, directory), noted), strict=True)
-        return {part: has for part, has in found if has.items() <= journal.items()}
-
-
-def _on_disk(directory: Path, part: Part) -> Digests:
-    path = partial(directory, part.target.entries[0].file)
-    with explained(path, "cannot be read back"):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            found: Digests = {}
-            for piece in part.pieces:
-                found[piece.entry.name, piece.box] = digest_on_disk(fd, piece.entry, piece.box)
-                # A network file system would send a page that was read whole when a part of it is
-                # written, and with it old bytes of what other hosts write there.
-                forget(fd, piece.entry.offset, piece.entry.nbytes)
-            return found
-        finally:
-            os.close(fd)
 
 
 def read_digests(

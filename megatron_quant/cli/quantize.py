@@ -253,8 +253,7 @@ def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
     from megatron_quant.api.stream import plan_stream, stream
 
     if args.dry_run:
-        job, _ = plan_stream(options, 1)
-        return _print_plan(job, options)
+        return _print_plan(plan_stream(options, 1).job, options)
     _check_export_dir(options)
     out = console()
     phases = Phases(out)

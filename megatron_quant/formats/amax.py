@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from megatron_quant.errors import FormatError
-from megatron_quant.formats import native
 from megatron_quant.formats.chunks import as_rows, chunks_to_read
 from megatron_quant.formats.elements import E2M1_MAX, E4M3_MAX
+from megatron_quant.formats.loops import loops_for
 from megatron_quant.formats.spec import Format
 
 _BITS = {
@@ -48,8 +48,9 @@ def amax(x: Tensor) -> Tensor:
 
 def last_dim_amax(x: Tensor) -> Tensor:
     """max |x| over the last dim, [..., B] -> fp32 [...]; NaN and Inf propagate."""
-    if native.serves(x):
-        return native.block_amax(x.view(x.shape[0], -1), x.shape[-1]).view(x.shape[:-1])
+    loops = loops_for(x)
+    if loops is not None:
+        return loops.block_amax(x.view(x.shape[0], -1), x.shape[-1]).view(x.shape[:-1])
     # Magnitudes order like their bit patterns, and torch reduces integers 2-10x faster.
     integer, mask = _BITS[x.dtype]
     return (x.view(integer) & mask).amax(-1).view(x.dtype).float()

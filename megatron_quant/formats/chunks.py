@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_quant.formats import native
+from megatron_quant.formats.loops import loops_for
 
 _ELEMENTS = 1 << 18
 """Per CPU thread: small enough for the cache, large enough that a call into torch costs little."""
@@ -27,5 +27,5 @@ def row_chunks(x_RK: Tensor) -> Iterator[slice]:
 
 
 def chunks_to_read(x_RK: Tensor) -> Iterator[slice]:
-    """``row_chunks`` for a statistic of values: all rows at once where the native code takes it."""
-    return iter([slice(None)]) if native.serves(x_RK) else row_chunks(x_RK)
+    """``row_chunks`` for a statistic of values: all rows at once where compiled loops take it."""
+    return iter([slice(None)]) if loops_for(x_RK) is not None else row_chunks(x_RK)

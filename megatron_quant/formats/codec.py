@@ -17,10 +17,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_quant.formats import native
 from megatron_quant.formats.chunks import as_rows, row_chunks
 from megatron_quant.formats.cuts import Origin
 from megatron_quant.formats.kernels import kernel_of
+from megatron_quant.formats.loops import loops_for
 from megatron_quant.formats.rows import Rows, check_storable, rows_of, rows_on, scale_fields
 from megatron_quant.formats.scales import Fields
 from megatron_quant.formats.spec import Format
@@ -61,7 +61,7 @@ def encode(
 
 def encode_rows(w_RK: Tensor, rows: Rows) -> tuple[Tensor, Fields]:
     """Elements [R, K / packed], and the scale fields of all rows of blocks."""
-    if native.serves(w_RK):  # cuts the rows by itself
+    if loops_for(w_RK) is not None:  # cuts the rows by itself
         elements, own = rows.encode(slice(None), w_RK)
         return elements, own if rows.scales is None else rows.scales
     number, cols = w_RK.shape

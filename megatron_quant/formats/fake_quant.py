@@ -5,16 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_quant.formats import native
 from megatron_quant.formats.chunks import as_rows, row_chunks
 from megatron_quant.formats.cuts import Origin
+from megatron_quant.formats.loops import loops_for
 from megatron_quant.formats.rows import Rows, check_storable, rows_of
 from megatron_quant.formats.spec import Format
 
 
 def _quantized(x: Tensor, rows: Rows) -> Tensor:
     x_RK = as_rows(x)
-    if native.serves(x_RK):  # cuts the rows by itself
+    if loops_for(x_RK) is not None:  # cuts the rows by itself
         return rows.requantize(slice(None), x_RK).to(x.dtype).view(x.shape)
     out_RK = torch.empty_like(x_RK)
     for chunk in row_chunks(x_RK):

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_quant.formats import native
 from megatron_quant.formats.cuts import Cuts
 from megatron_quant.formats.elements import E2M1, E4M3, INT4, INT8, INT8_WORDS, Element
+from megatron_quant.formats.loops import loops_for
+from megatron_quant.formats.native import Element as Loop
 from megatron_quant.formats.scales import (
     Fields,
     Fp8Scale,
@@ -50,19 +51,20 @@ def by_bf16(x: Tensor, step: Tensor) -> Tensor:
 class Kernel:
     """What a format does to rows [R, K] whose columns lie in blocks as ``columns`` says.
 
-    loop: in C; None where there is no such.
+    loop: of the compiled loops; None where there is no such.
     """
 
     scale: ScaleRule
     quotient: Callable[[Tensor, Tensor], Tensor]
     element: Element
-    loop: native.Element | None
+    loop: Loop | None
 
     def elements(self, x_RK: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts) -> Tensor:
         """The stored elements of the rows, given the scale fields of their blocks."""
         step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
-        if self.loop is not None and native.serves(x_RK):
-            return native.encode(x_RK, step_RB, zero_RB, self.loop, columns.block, columns.first)
+        loops = loops_for(x_RK)
+        if self.loop is not None and loops is not None:
+            return loops.encode(x_RK, step_RB, zero_RB, self.loop, columns.block, columns.first)
         quotient = self.quotient(columns.split(x_RK), step_RB.unsqueeze(-1))
         if zero_RB is not None:
             quotient += zero_RB.unsqueeze(-1)
@@ -70,11 +72,10 @@ class Kernel:
 
     def requantized(self, x_RK: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts) -> Tensor:
         """``values`` of ``elements``, fp32 or rounded to the dtype of ``x_RK``."""
-        if self.loop is not None and native.serves(x_RK):
+        loops = loops_for(x_RK)
+        if self.loop is not None and loops is not None:
             step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
-            return native.fake_quant(
-                x_RK, step_RB, zero_RB, self.loop, columns.block, columns.first
-            )
+            return loops.fake_quant(x_RK, step_RB, zero_RB, self.loop, columns.block, columns.first)
         stored = self.elements(x_RK, scales, dscale_R1, columns)
         return self.values(stored, scales, dscale_R1, columns)
 
@@ -89,19 +90,19 @@ class Kernel:
 
 _BF16 = torch.bfloat16
 _KERNELS = {
-    "fp8": Kernel(TensorScale(), in_dtype, E4M3, native.Element.E4M3_BY_BF16),
-    "fp8_channel": Kernel(Fp8Scale(), exact, E4M3, native.Element.E4M3),
-    "fp8_block": Kernel(Fp8Scale(), exact, E4M3, native.Element.E4M3),
-    "fp8_group": Kernel(Fp8Scale(), exact, E4M3, native.Element.E4M3),
-    "int8": Kernel(IntScale(127.5, torch.float32), exact, INT8, native.Element.INT8),
-    "int8_tensor": Kernel(TensorScale(), exact, INT8, native.Element.INT8),
-    "int4": Kernel(IntScale(7.5, _BF16), by_bf16, INT4, native.Element.INT4_BY_BF16),
-    "int4_asym": Kernel(IntAsymScale(8), by_bf16, INT4, native.Element.INT4_ZERO_BY_BF16),
-    "int8_group": Kernel(IntScale(127.5, _BF16), by_bf16, INT8_WORDS, native.Element.UINT8_BY_BF16),
+    "fp8": Kernel(TensorScale(), in_dtype, E4M3, Loop.E4M3_BY_BF16),
+    "fp8_channel": Kernel(Fp8Scale(), exact, E4M3, Loop.E4M3),
+    "fp8_block": Kernel(Fp8Scale(), exact, E4M3, Loop.E4M3),
+    "fp8_group": Kernel(Fp8Scale(), exact, E4M3, Loop.E4M3),
+    "int8": Kernel(IntScale(127.5, torch.float32), exact, INT8, Loop.INT8),
+    "int8_tensor": Kernel(TensorScale(), exact, INT8, Loop.INT8),
+    "int4": Kernel(IntScale(7.5, _BF16), by_bf16, INT4, Loop.INT4_BY_BF16),
+    "int4_asym": Kernel(IntAsymScale(8), by_bf16, INT4, Loop.INT4_ZERO_BY_BF16),
+    "int8_group": Kernel(IntScale(127.5, _BF16), by_bf16, INT8_WORDS, Loop.UINT8_BY_BF16),
     "int8_asym": Kernel(IntAsymScale(128), by_bf16, INT8_WORDS, None),
-    "nvfp4": Kernel(Nvfp4Scale(), exact, E2M1, native.Element.E2M1),
-    "mxfp8": Kernel(Mxfp8Scale(), exact, E4M3, native.Element.E4M3),
-    "mxfp4": Kernel(Mxfp4Scale(), by_bf16, E2M1, native.Element.E2M1_BY_BF16),
+    "nvfp4": Kernel(Nvfp4Scale(), exact, E2M1, Loop.E2M1),
+    "mxfp8": Kernel(Mxfp8Scale(), exact, E4M3, Loop.E4M3),
+    "mxfp4": Kernel(Mxfp4Scale(), by_bf16, E2M1, Loop.E2M1_BY_BF16),
 }
 
 

@@ -1,9 +1,9 @@
 """The inner loops of the codecs in C, where the package was built with them.
 
 Every function here gives the bits of the torch code that it stands in for, for the tensors that
-``serves`` accepts. The library is optional (a host without a compiler has none), and off where the
-environment says ``MEGATRON_QUANT_NATIVE=0``. It is plain C over pointers: no tie to a version of
-torch, and ctypes releases the GIL while it runs.
+``loops.loops_for`` gives to it. The library is optional (a host without a compiler has none), and
+off where the environment says ``MEGATRON_QUANT_NATIVE=0``. It is plain C over pointers: no tie to a
+version of torch, and ctypes releases the GIL while it runs.
 
 Blocks lie along the columns of contiguous rows [R, K]: ``block`` columns each, ``first`` of the
 first one before column 0.
@@ -49,7 +49,7 @@ class Element(IntEnum):
     UINT8_BY_BF16 = 7
 
 
-_STORED = {
+STORED = {
     Element.E4M3: torch.float8_e4m3fn,
     Element.E4M3_BY_BF16: torch.float8_e4m3fn,
     Element.E2M1: torch.uint8,
@@ -59,7 +59,12 @@ _STORED = {
     Element.INT8: torch.int8,
     Element.UINT8_BY_BF16: torch.int32,
 }
-_BYTES = {Element.E4M3, Element.E4M3_BY_BF16, Element.INT8, Element.UINT8_BY_BF16}
+
+
+def in_byte(element: Element) -> int:
+    """How many elements a byte holds."""
+    bytes_ = (Element.E4M3, Element.E4M3_BY_BF16, Element.INT8, Element.UINT8_BY_BF16)
+    return 1 if element in bytes_ else 2
 
 
 class _Blocks(ctypes.Structure):
@@ -96,14 +101,9 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def serves(x: Tensor) -> bool:
-    """Whether the functions below take ``x``: bf16 on a CPU, not empty, with the library there."""
-    return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and x.numel() > 0
-        and _library() is not None
-    )
+def available() -> bool:
+    """Whether the functions below can run: the library was built, and is not turned off."""
+    return _library() is not None
 
 
 def block_amax(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
@@ -133,14 +133,14 @@ def encode(
     step_RB, zero_RB: fp32, one for each block.
     """
     rows, cols = x_RK.shape
-    out = x_RK.new_empty(rows, cols if element in _BYTES else cols // 2, dtype=torch.uint8)
+    out = x_RK.new_empty(rows, cols // in_byte(element), dtype=torch.uint8)
 
     def call(lib: ctypes.CDLL, r: slice) -> None:
         scales = _scales(step_RB, zero_RB, r)
         lib.mq_encode(_blocks(x_RK[r], block, first), scales, int(element), _at(out[r]))
 
     _over_rows(x_RK, call)
-    return out.view(_STORED[element])
+    return out.view(STORED[element])
 
 
 def fake_quant(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_quant.errors import FormatError
-from megatron_quant.formats import native
 from megatron_quant.formats.amax import check_dtype
 from megatron_quant.formats.chunks import as_rows
 from megatron_quant.formats.cuts import Cuts, Origin
 from megatron_quant.formats.kernels import Kernel, kernel_of
+from megatron_quant.formats.loops import Loops, loops_for
 from megatron_quant.formats.scales import Fields
 from megatron_quant.formats.spec import WHOLE, Field, Format
 from megatron_quant.formats.stat import block_stat, cuts, row_stat
@@ -91,8 +91,9 @@ class Rows:
 
     def encode(self, chunk: slice, x_RK: Tensor) -> tuple[Tensor, Fields]:
         """Elements and scale fields of the rows ``chunk``, whose values are ``x_RK``."""
-        if self._in_one_pass(x_RK):
-            elements, scale = native.nvfp4_encode(x_RK, self.dscale_R1[chunk])
+        loops = self._in_one_pass(x_RK)
+        if loops is not None:
+            elements, scale = loops.nvfp4_encode(x_RK, self.dscale_R1[chunk])
             return elements, (scale,)
         scales = self._own(chunk, x_RK) if self.scales is None else self._given(chunk)
         dscale_R1 = self.dscale_R1[chunk]
@@ -104,13 +105,15 @@ class Rows:
 
     def requantize(self, chunk: slice, x_RK: Tensor) -> Tensor:
         """What encoding and decoding makes of ``x_RK``, fp32 or rounded to its dtype."""
-        if self._in_one_pass(x_RK):
-            return native.nvfp4_fake_quant(x_RK, self.dscale_R1[chunk])
+        loops = self._in_one_pass(x_RK)
+        if loops is not None:
+            return loops.nvfp4_fake_quant(x_RK, self.dscale_R1[chunk])
         scales = self._own(chunk, x_RK) if self.scales is None else self._given(chunk)
         return self.kernel.requantized(x_RK, scales, self.dscale_R1[chunk], self.columns)
 
-    def _in_one_pass(self, x_RK: Tensor) -> bool:
-        return self.fmt.name == "nvfp4" and self.scales is None and native.serves(x_RK)
+    def _in_one_pass(self, x_RK: Tensor) -> Loops | None:
+        """Loops that make scales and elements together."""
+        return loops_for(x_RK) if self.fmt.name == "nvfp4" and self.scales is None else None
 
 
 def scale_fields(fmt: Format) -> list[Field]:

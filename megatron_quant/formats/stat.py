@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_quant.formats import native
 from megatron_quant.formats.amax import check_dtype, last_dim_amax
 from megatron_quant.formats.chunks import as_rows, chunks_to_read
 from megatron_quant.formats.cuts import Cuts, Origin
+from megatron_quant.formats.loops import loops_for
 from megatron_quant.formats.spec import WHOLE, Format
 
 
@@ -30,8 +30,9 @@ def row_stat(x_RK: Tensor, columns: Cuts, parts: int) -> Tensor:
     x_RBb = columns.split(x_RK)
     if parts == 1:
         return last_dim_amax(x_RBb).unsqueeze(-1)
-    if native.serves(x_RK):
-        return native.block_ends(x_RK, columns.block, columns.first)
+    loops = loops_for(x_RK)
+    if loops is not None:
+        return loops.block_ends(x_RK, columns.block, columns.first)
     low, high = torch.aminmax(x_RBb, dim=-1)
     return torch.stack((high, -low), -1).float().clamp_(min=0)
 

@@ -25,7 +25,7 @@ from megatron_quant.formats.region import Region, put_together
 from megatron_quant.formats.spec import CHANNEL, Format, get_format
 
 BACKEND = "megatron_quant"
-BLOCK_AMAX = "_block_amax"
+AMAX, BLOCK_AMAX = "_amax", "_block_amax"  # buffers of a quantizer: ModelOpt's, and ours
 
 # The attributes by which ModelOpt's summaries describe a format; the backend computes by its name.
 _E4M3, _E2M1, _E8M0 = (4, 3), (2, 1), (8, 0)

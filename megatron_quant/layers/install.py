@@ -26,7 +26,12 @@ from megatron_quant.layers.backend import (
     split_stat,
 )
 from megatron_quant.layers.grouped import QuantGroupedLinear
-from megatron_quant.layers.te import fusion_kept, refuse_fp8
+from megatron_quant.layers.te import (
+    fusion_kept,
+    refuse_capture,
+    refuse_cuda_graphs,
+    refuse_fp8,
+)
 from megatron_quant.recipes.plan import Decision, QuantPlan
 
 _ALL_OFF = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None}
@@ -171,8 +176,10 @@ def attach(
     """Convert ``model`` in place; return its quantized layers in the model's order.
 
     ``weights``: this rank's share of the plan's slots. Everything is checked before the first
-    layer changes. Raises CoverageError for a layer that cannot carry what the plan asks of it.
+    layer changes. Raises CoverageError for a layer that cannot carry what the plan asks of it,
+    QuantError for a model that is to be recorded in CUDA graphs.
     """
+    refuse_cuda_graphs(model)
     chosen = _by_module(plan, weights)
     for name in chosen:
         _check(name, model.get_submodule(name))
@@ -210,6 +217,7 @@ def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> Qu
         assert layer.attributes == expected, f"{layer.name} has {layer.attributes}"
     axis = 0 if layer.grouped and scales is ExpertScales.PER_EXPERT else None
     module.register_forward_pre_hook(refuse_fp8)
+    module.register_forward_pre_hook(refuse_capture)
     quantizer, fmt = module.weight_quantizer, layer.weight_format
     quantizer.set_from_attribute_config(quantizer_attributes(fmt, axis))
     set_regions(quantizer, grids(_regions(weights[0], layer), fmt))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import megatron.core.parallel_state as mpu
+import torch
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelGroupedLinear,
     TEDotProductAttention,
@@ -113,6 +114,32 @@ def refuse_fp8(module: nn.Module, args: object) -> None:
             f"a quantized {type(module).__name__} was called within Transformer Engine's fp8 "
             "autocast, which rounds what its quantizers gave again: train without fp8 (--fp8-format"
             ", TransformerConfig.fp8, te.autocast), or without quantizers"
+        )
+
+
+_RECORDED = (
+    "a CUDA graph repeats one recorded forward, so that quantizers could not go from calibration "
+    "to fake quant, nor to new ranges"
+)
+
+
+def refuse_capture(module: nn.Module, args: object) -> None:
+    """A forward pre-hook. Raises QuantError while the stream records a CUDA graph."""
+    if torch.cuda.is_current_stream_capturing():
+        raise QuantError(
+            f"a quantized {type(module).__name__} was called while a CUDA graph was recorded: "
+            f"{_RECORDED}; run it without graphs"
+        )
+
+
+def refuse_cuda_graphs(model: nn.Module) -> None:
+    """Raise QuantError where Megatron's configuration asks for CUDA graphs."""
+    config = getattr(model, "config", None)
+    asked = getattr(config, "cuda_graph_impl", "none")
+    if asked not in (None, "none"):
+        raise QuantError(
+            f"cuda_graph_impl={asked!r} cannot be used with quantizers: {_RECORDED}; set it to "
+            "'none' (Megatron-LM: leave --cuda-graph-impl out)"
         )
 
 

@@ -58,6 +58,9 @@ def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": virtual_size(layout),
         "pipeline_dtype": dtype,
         "variable_seq_lengths": True,  # stages tell one another the shapes that they send
+        # Without it the schedule of virtual stages mixes up what two ranks send both ways.
+        "overlap_p2p_comm": virtual_size(layout) is not None,
+        "batch_p2p_comm": virtual_size(layout) is None,
         **{f"num_layers_in_{end}_pipeline_stage": count for end, count in ends.items()},
     }
 

@@ -17,6 +17,8 @@ from megatron_quant.calib.training import (
     RunningInputs,
     largest_drift,
     merge_live,
+    ranges_of,
+    set_ranges,
     update_inputs,
 )
 from megatron_quant.errors import CalibrationError, QuantError
@@ -26,6 +28,9 @@ from megatron_quant.mcore.hooks import Quantized, quantized
 @dataclass(frozen=True)
 class Schedule:
     """Steps are counted from 0, the one before which nothing is trained.
+
+    A model that `prepare` filled from a checkpoint is calibrated and warmed up: it has the
+    checkpoint's ranges and runs quantized from its first step on.
 
     calibrate_before: the first step whose inputs have ranges; those before it run unquantized and
         are what the ranges are found from. 0 where the model is calibrated already.
@@ -101,12 +106,9 @@ class QuantCallback:
     def start(self, model: Any) -> None:
         """The model, wrapped or not, before its first step."""
         self._of = of = quantized(model)
-        for layer in of.layers:
-            for quantizer in layer.quantizers:
-                if quantizer.amax is not None:  # Float16Module turns every buffer into 16 bits
-                    amax = quantizer.amax.float()
-                    quantizer.reset_amax()
-                    quantizer.amax = amax
+        # Float16Module turns every buffer into 16 bits.
+        set_ranges(of.layers, of.stored or ranges_of(of.layers))
+        self._fresh = not of.stored
         self._inputs = RunningInputs(of.layers)
         inputs = [x.module.input_quantizer.amax for x in of.layers if x.static_inputs]
         self._calibrated = all(amax is not None for amax in inputs)
@@ -129,7 +131,8 @@ class QuantCallback:
         self._fresh = False
         if step >= self.schedule.calibrate_before and not self._calibrated:
             self._calibrate(step)
-        on = self._calibrated and step >= self.schedule.calibrate_before + self.schedule.warm_up
+        quantized_from = self.schedule.calibrate_before + self.schedule.warm_up
+        on = self._calibrated and (bool(of.stored) or step >= quantized_from)
         for layer in of.layers:
             quantizers = layer.quantizers if layer.decisions[0].inputs else layer.quantizers[:1]
             for quantizer in quantizers:

@@ -29,19 +29,26 @@ from megatron_quant.mcore.state import CHILD, DESCRIPTION, decode
 
 _FAILURES = (CheckpointException, CheckpointingException, RuntimeError, ValueError, KeyError)
 _OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.linear_fc|\.linear_fc1\.weight_[wv]$")
-
+OPTIMIZER = "optimizer"
+# The state of whole parameters, under one key wherever their experts or stages are.
+RESHARDABLE = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 
 Chunks = Sequence[nn.Module]
 """A rank's parts of a model: one, or as many as it has virtual pipeline stages."""
 
 
-def save(chunks: Chunks, directory: Path, groups: Groups) -> None:
-    """Write the model to ``directory``, which is empty. Collective.
+def save(chunks: Chunks, directory: Path, groups: Groups, optimizer: Any = None) -> None:
+    """Write the model to ``directory``, which is empty, and an optimizer's state. Collective.
 
     ``metadata.json``, which makes it a checkpoint, comes last. Raises ExportError, on every rank
     alike, for what the disk refuses.
     """
-    state = _sharded(chunks, singleton=True)  # as ModelOpt's layers always have it
+    state = sharded_state(chunks, singleton=True)  # as ModelOpt's layers always have it
+    if optimizer is not None:
+        state[OPTIMIZER] = optimizer.sharded_state_dict(state, metadata=RESHARDABLE)
     content = {"singleton_local_shards": True}
     error: QuantError | None = None
     try:
@@ -60,7 +67,7 @@ def read_description(stored: TorchDist, groups: Groups) -> Any:
         return None
     empty = torch.empty(stored.shapes[DESCRIPTION], dtype=torch.uint8)
     tensor = ShardedTensor.from_rank_offsets(DESCRIPTION, empty)
-    loaded = _read({DESCRIPTION: tensor}, stored, groups)
+    loaded = read_tensors({DESCRIPTION: tensor}, stored, groups)
     try:
         return decode(loaded[DESCRIPTION])
     except ValueError:
@@ -74,19 +81,19 @@ def load(chunks: Chunks, stored: TorchDist, groups: Groups) -> None:
     Raises CheckpointError, on every rank alike, for a key that the checkpoint lacks or has beyond
     the model's, another shape, and numbers that are not finite.
     """
-    state = _sharded(chunks, singleton=any(map(_OF_AN_EXPERT.search, stored.shapes)))
+    state = sharded_state(chunks, singleton=any(map(_OF_AN_EXPERT.search, stored.shapes)))
     for of_chunk in state.values():
         of_chunk.pop(DESCRIPTION)  # it is the reader's own
     sharded, _, factories = load_preprocess(state)
-    _check_keys(_shapes(sharded), stored, groups)
-    loaded = _read(sharded, stored, groups)
+    check_keys(shapes_of(sharded), stored, groups)
+    loaded = read_tensors(sharded, stored, groups)
     merged = apply_factory_merges(loaded, factories)
     for chunk, name in zip(chunks, state, strict=True):
         _assign(chunk, merged[name])
     together(groups, lambda: _check_finite(chunks, stored.path))
 
 
-def _read(sharded: dict[str, Any], stored: TorchDist, groups: Groups) -> dict[str, Any]:
+def read_tensors(sharded: dict[str, Any], stored: TorchDist, groups: Groups) -> dict[str, Any]:
     """The tensors, from the files with tensors alone. Collective."""
     error: QuantError | None = None
     loaded: dict[str, Any] = {}
@@ -108,7 +115,7 @@ def _reason(error: BaseException) -> str:
     return lines[0][:200]
 
 
-def _sharded(chunks: Chunks, singleton: bool) -> dict[str, dict[str, Any]]:
+def sharded_state(chunks: Chunks, singleton: bool) -> dict[str, dict[str, Any]]:
     """By the chunk's name, as Megatron's own saves have it."""
     group = mpu.get_data_parallel_group(with_context_parallel=True)
     found = {}
@@ -120,15 +127,15 @@ def _sharded(chunks: Chunks, singleton: bool) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _shapes(sharded: Any) -> dict[str, tuple[int, ...] | None]:
+def shapes_of(sharded: Any) -> dict[str, tuple[int, ...] | None]:
     """Key -> global shape of every tensor, None where another one will do (padded vocabularies)."""
     if isinstance(sharded, ShardedTensor):
         return {sharded.key: None if sharded.allow_shape_mismatch else sharded.global_shape}
     values: Iterable[Any] = sharded.values() if isinstance(sharded, dict) else sharded
-    return {key: shape for value in values for key, shape in _shapes(value).items()}
+    return {key: shape for value in values for key, shape in shapes_of(value).items()}
 
 
-def _check_keys(
+def check_keys(
     local: Mapping[str, tuple[int, ...] | None], stored: TorchDist, groups: Groups
 ) -> None:
     """Raise CheckpointError unless the checkpoint has exactly what all ranks together need.
@@ -142,10 +149,11 @@ def _check_keys(
             f"{where} has no {missing[0]} ({len(missing)} missing in all): the model or recipe is "
             "another than the one that was saved, or it was saved before it was calibrated"
         )
+    of_model = tops != {OPTIMIZER}
     beyond = sorted(
         key
         for key in stored.shapes.keys() - expected.keys() - {DESCRIPTION}
-        if key.split(".")[0] in tops or "_quantizer." in key
+        if key.split(".")[0] in tops or (of_model and "_quantizer." in key)
     )
     if beyond:
         raise CheckpointError(

@@ -12,22 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.core import parallel_state as mpu
 from torch import nn
 
 from megatron_quant.calib.calibrate import calibrate_weights
-from megatron_quant.ckpt.saved import describe
+from megatron_quant.calib.training import Ranges, ranges_of
+from megatron_quant.ckpt.saved import EXPERT_SCALES, Saved, describe
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
-from megatron_quant.dist import together
-from megatron_quant.errors import QuantError
+from megatron_quant.dist import Groups, together
+from megatron_quant.errors import QuantError, RecipeError
 from megatron_quant.layers.install import ExpertScales, QuantLayer
 from megatron_quant.mcore.attach import attach_model
 from megatron_quant.mcore.load import Model, wrap_model
 from megatron_quant.mcore.parallel import start_distributed
+from megatron_quant.mcore.restore import open_saved, restore
 from megatron_quant.mcore.state import describe_model
 from megatron_quant.models import lookup
 from megatron_quant.recipes.load import load_recipe
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.recipes.plan import QuantPlan, difference
 from megatron_quant.recipes.resolve import resolve
 from megatron_quant.recipes.schema import Recipe
 
@@ -39,13 +42,15 @@ _QUANTIZED = "_megatron_quant"
 class Quantized:
     """A model that :func:`prepare` gave quantizers.
 
-    layers: this rank's quantized linears.
+    layers: this rank's quantized linears. stored: the ranges that a checkpoint gave them; empty
+    where they are to be found.
     """
 
     model: Model
     recipe: Recipe
     plan: QuantPlan
     layers: tuple[QuantLayer, ...]
+    stored: Ranges
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the model is no quantized one to this library: it has other tensors."""
@@ -54,68 +59,97 @@ class Quantized:
 def prepare(
     model: list[Any],
     recipe: str | Recipe,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     *,
     hf_model: str | Mapping[str, Any],
-    expert_scales: ExpertScales = ExpertScales.SHARED,
+    expert_scales: ExpertScales | None = None,
 ) -> list[Any]:
     """Give the linears of a live model quantizers, in place, and return it. Collective.
 
-    model: this rank's part of it before DistributedDataParallel, with the weights to train from.
+    model: this rank's part of it before DistributedDataParallel, with the weights to train from;
+        all its chunks where the pipeline has virtual stages.
     recipe: as ``--export-quant-cfg`` takes it; it names weights as the Hugging Face model does,
         which ``hf_model`` says: its directory or hub id (only config.json is read), or the config.
-    checkpoint: not read yet.
+    checkpoint: a ``torch_dist`` checkpoint of a model quantized with ``recipe``, at any layout, or
+        a training run's directory: weights and all ranges are then as it has them.
+    expert_scales: None for those of the checkpoint; without one for shared ones.
 
-    Weights are calibrated and quantized at once. Inputs with a static scale are quantized as soon
-    as they have one, which :class:`megatron_quant.mcore.callback.QuantCallback` finds.
+    Without a checkpoint weights are calibrated and quantized at once. Inputs with a static scale
+    are quantized as soon as they have one, which
+    :class:`megatron_quant.mcore.callback.QuantCallback` finds.
 
-    Raises QuantError, on every rank alike, for a model or config that cannot be trained so.
+    Raises QuantError, on every rank alike, for a model or config that cannot be trained so, and
+    for a checkpoint that is of another model or recipe, or lacks a key.
     """
     groups = start_distributed()
-    chunk, config, chosen = together(groups, lambda: _checked(model, recipe, checkpoint, hf_model))
-    live = wrap_model(chunk, lookup(config), config, groups)
-    plan = together(groups, lambda: _plan(chosen, live))
-    layers, _ = together(groups, lambda: attach_model(live, plan, expert_scales))
-    calibrate_weights(layers, plan, live.groups)
-    for layer in layers:
-        if layer.static_inputs:
-            layer.module.input_quantizer.disable()
-    describe_model(live, describe(chosen, plan, expert_scales.value), layers)
-    vars(chunk)[_QUANTIZED] = Quantized(live, chosen, plan, tuple(layers))
+    config, chosen = together(groups, lambda: _checked(model, recipe, hf_model))
+    saved = None if checkpoint is None else open_saved(Path(checkpoint), groups)
+    live = wrap_model(model, lookup(config), config, groups)
+    plan = together(groups, lambda: _plan(chosen, live, saved))
+    scales = expert_scales or ExpertScales(saved.expert_scales if saved else EXPERT_SCALES[0])
+    first = ExpertScales(saved.expert_scales) if saved else scales
+    layers, _ = together(groups, lambda: attach_model(live, plan, first))
+    describe_model(
+        live, describe(chosen, plan, scales.value, saved.source if saved else ""), layers
+    )
+    if saved is None:
+        _start_ranges(layers, plan, live.groups)
+    else:
+        restore(live, layers, (), plan, saved, scales)
+    stored = ranges_of(layers) if saved else ()
+    for chunk in model:
+        vars(chunk)[_QUANTIZED] = Quantized(live, chosen, plan, tuple(layers), stored)
     return model
 
 
-def _plan(recipe: Recipe, live: Model) -> QuantPlan:
-    plan = resolve(recipe, slots(live.params))
+def _start_ranges(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
+    calibrate_weights(layers, plan, groups)
+    for layer in layers:
+        if layer.static_inputs:
+            layer.module.input_quantizer.disable()
+
+
+def _plan(recipe: Recipe, live: Model, saved: Saved | None) -> QuantPlan:
+    described = slots(live.params)
+    plan = resolve(recipe, described)
     if plan.kv_cache:
         raise QuantError(
             f"recipe {recipe.name!r} quantizes the KV cache ({plan.kv_cache}), which training does "
             "not: leave it out (kv_cache), and say it when the trained model is exported"
         )
+    if saved is not None and saved.recipe is not None:
+        _check_same(recipe, plan, saved.stored.path, saved.recipe, resolve(saved.recipe, described))
     return plan
 
 
+def _check_same(
+    recipe: Recipe, plan: QuantPlan, path: Path, saved: Recipe, of_saved: QuantPlan
+) -> None:
+    if other := difference(plan, of_saved):
+        raise RecipeError(
+            f"{path} was saved with recipe {saved.name!r}, which treats {other} in another way "
+            f"than {recipe.name!r}: give that one"
+        )
+
+
 def _checked(
-    model: Sequence[nn.Module],
-    recipe: str | Recipe,
-    checkpoint: Path | None,
-    hf_model: str | Mapping[str, Any],
-) -> tuple[nn.Module, Mapping[str, Any], Recipe]:
-    if checkpoint is not None:
-        raise QuantError(f"checkpoint={str(checkpoint)!r}: quantizers are not read from it yet")
-    if len(model) != 1:
+    model: Sequence[nn.Module], recipe: str | Recipe, hf_model: str | Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Recipe]:
+    stages = mpu.get_virtual_pipeline_model_parallel_world_size() or 1
+    if len(model) != stages:
         raise QuantError(
-            f"the model comes in {len(model)} chunks: train without virtual pipeline stages"
+            f"the model comes in {len(model)} chunks, and a pipeline rank has {stages} virtual "
+            "stages: give the list of all its chunks"
         )
-    chunk = model[0]
-    if hasattr(chunk, "module"):
-        raise QuantError(
-            f"the model is wrapped in {type(chunk).__name__} already: call prepare before, as a "
-            "pre-wrap hook, so that the optimizer sees the quantized layers"
-        )
-    _check_config(chunk.config)
+    for chunk in model:
+        if hasattr(chunk, "module"):
+            raise QuantError(
+                f"the model is wrapped in {type(chunk).__name__} already: call prepare before, as "
+                "a pre-wrap hook, so that the optimizer sees the quantized layers"
+            )
+        _check_config(chunk.config)
     config = read_config(resolve_source(hf_model)) if isinstance(hf_model, str) else hf_model
-    return chunk, config, load_recipe(recipe) if isinstance(recipe, str) else recipe
+    return config, load_recipe(recipe) if isinstance(recipe, str) else recipe
 
 
 def _check_config(config: Any) -> None:
@@ -148,25 +182,32 @@ def quantized(model: Any) -> Quantized:
 def wrap_provider(
     provider: Callable[..., nn.Module],
     recipe: str | Recipe,
+    checkpoint: Path | str | None = None,
     *,
     hf_model: str | Mapping[str, Any],
-    expert_scales: ExpertScales = ExpertScales.SHARED,
+    expert_scales: ExpertScales | None = None,
 ) -> Callable[..., nn.Module]:
     """A Megatron-LM ``model_provider`` whose model went through :func:`prepare`.
 
     Its parameters, which differ between releases, stay those of ``provider``, and so does the way
-    Megatron-LM calls it. Raises QuantError for what gives no model.
+    Megatron-LM calls it: once, or for every virtual pipeline stage in turn, the last of which has
+    all chunks prepared. Raises QuantError for what gives no model.
     """
     if "pre_process" not in inspect.signature(provider).parameters:
         raise QuantError(
             f"{getattr(provider, '__name__', provider)} has no parameter pre_process, so it is no "
             "model provider: give what pretrain takes as model_provider"
         )
+    made: list[nn.Module] = []
 
     @functools.wraps(provider)
     def provide(*args: Any, **kwargs: Any) -> nn.Module:
-        made = [provider(*args, **kwargs)]
-        (model,) = prepare(made, recipe, hf_model=hf_model, expert_scales=expert_scales)
-        return model
+        chunk = provider(*args, **kwargs)
+        made.append(chunk)
+        if len(made) == (mpu.get_virtual_pipeline_model_parallel_world_size() or 1):
+            chunks = made.copy()
+            made.clear()
+            prepare(chunks, recipe, checkpoint, hf_model=hf_model, expert_scales=expert_scales)
+        return chunk
 
     return provide

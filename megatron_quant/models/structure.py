@@ -70,6 +70,13 @@ def has_table(config: Config) -> bool:
     return True
 
 
+def table_names(config: Config) -> frozenset[str]:
+    """The tensors that the model's table names; empty where it has none."""
+    if not has_table(config):
+        return frozenset()
+    return frozenset(s.name for p in lookup(config).params(config) for s in p.sources)
+
+
 def is_draft(config: Config, name: str) -> bool:
     """Whether a tensor is of the layers beyond the model's own, which predict for speculation.
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_quant.ckpt.keep import kept_scales
 from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.produce import Produced, produce, produce_finite
 from megatron_quant.ckpt.produce_cache import produce_cache_scale
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.formats.elements import E4M3_MAX
 from megatron_quant.models.spec import Role
 from megatron_quant.recipes.plan import QuantPlan
@@ -20,12 +22,16 @@ _CAST = torch.tensor(E4M3_MAX)
 
 @dataclass(frozen=True)
 class Producer:
-    """Reads, encodes and forgets. weight_amax, input_amax: by slot, fp32 [], where needed."""
+    """Reads, encodes and forgets. weight_amax, input_amax: by slot, fp32 [], where needed.
+
+    kept: whose scales weights keep; None where they get their own.
+    """
 
     source: Source
     quant: QuantPlan
     weight_amax: Mapping[str, torch.Tensor]
     input_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    kept: QuantizedCheckpoint | None = None
 
     def __call__(self, part: Part) -> Iterator[Produced]:
         """The tensors of ``part``."""
@@ -33,6 +39,8 @@ class Producer:
             return produce_cache_scale(part, _CAST)
         w, name = self.source.read(part), part.param.name
         weight_amax, decision = self.weight_amax.get(name), self.quant.by_name[name]
-        stat = searched_stat(w, decision, weight_amax, part.src.start)
+        stat, scales = searched_stat(w, decision, weight_amax, part.src.start), None
+        if self.kept is not None and decision.quantized:
+            scales = kept_scales(self.kept, part.target.source.module, part.region)
         make = produce if weight_amax is None else produce_finite  # it was found in all of them
-        return make(by_itself(part), w, weight_amax, self.input_amax.get(name), stat)
+        return make(by_itself(part), w, weight_amax, self.input_amax.get(name), stat, scales)

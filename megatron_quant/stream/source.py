@@ -7,7 +7,7 @@ import torch
 
 from megatron_quant.ckpt.dialects.base import WEIGHT_SCALE
 from megatron_quant.ckpt.plan import Part
-from megatron_quant.ckpt.reader import Checkpoint
+from megatron_quant.ckpt.reader import Weights
 from megatron_quant.models.spec import Role
 
 
@@ -15,7 +15,7 @@ from megatron_quant.models.spec import Role
 class Source:
     """A checkpoint, read part by part. dtype: in which weights are quantized."""
 
-    checkpoint: Checkpoint
+    checkpoint: Weights
     dtype: torch.dtype
 
     def read(self, part: Part) -> torch.Tensor:

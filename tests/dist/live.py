@@ -21,7 +21,7 @@ from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
 from megatron_quant.mcore.load import Model, load_model
 from megatron_quant.mcore.parallel import start_distributed
 from megatron_quant.mcore.run import forward
-from megatron_quant.models import lookup, num_experts
+from megatron_quant.models import Pipeline, lookup, num_experts, num_layers
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan
 from megatron_quant.recipes.resolve import resolve
@@ -35,6 +35,7 @@ class Parallelism:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    pipeline: Pipeline = Pipeline()
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,11 @@ def load(
     """The checkpoint's model at ``parallelism``."""
     checkpoint = open_source(path)
     architecture = lookup(checkpoint.config)
-    experts = num_experts(architecture.params(checkpoint.config))
-    p = parallelism
-    layout = Layout.simulate(dist.get_world_size(), p.tp, p.ep, p.etp, experts)
+    params, p = architecture.params(checkpoint.config), parallelism
+    stages = p.pipeline.stages(num_layers(params))
+    layout = Layout.simulate(
+        dist.get_world_size(), p.tp, p.ep, p.etp, num_experts(params), stages
+    )
     groups = start_distributed()
     return load_model(checkpoint, architecture, layout, groups, dtype, lambda steps: None)
 

@@ -162,4 +162,5 @@ def change_keys(stored: Path, outs: Sequence[Path], changes: Sequence[tuple[str,
         out.mkdir()
         state = {k: ShardedTensor.from_rank_offsets(k, t) for k, t in kept.items()}
         dist_checkpointing.save(state, str(out))
-        shutil.copytree(stored / "hf", out / "hf")
+        if (stored / "hf").is_dir():
+            shutil.copytree(stored / "hf", out / "hf")

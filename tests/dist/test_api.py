@@ -16,7 +16,7 @@ def quantize_live_model(source: Path, out: Path) -> int:
     from megatron_quant.ckpt.layout import Layout
     from megatron_quant.ckpt.origin import Origin, recipe_digest, source_digest
     from megatron_quant.ckpt.plan import plan_export
-    from megatron_quant.ckpt.reader import open_checkpoint
+    from megatron_quant.ckpt.reader import open_directory
     from megatron_quant.ckpt.slots import slots
     from megatron_quant.ckpt.source import carry_over
     from megatron_quant.ckpt.writer import export
@@ -28,7 +28,7 @@ def quantize_live_model(source: Path, out: Path) -> int:
     from megatron_quant.recipes.resolve import resolve
 
     groups = start_distributed()
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_directory(source)
     architecture = lookup(checkpoint.config)
     layout = Layout.simulate(groups.size, 2, 2, 1, 8)
     elsewhere = load_model(

@@ -6,19 +6,44 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megatron_quant.ckpt.join import joints
+from megatron_quant.ckpt.parts import work_of
 from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.produce import Produced
+from megatron_quant.ckpt.runs import runs
 from megatron_quant.ckpt.writer import Existing, export
-from megatron_quant.dist import Groups
+from megatron_quant.dist import Groups, Shards
 from megatron_quant.errors import ExportError, FormatError
 from tests.dist.pool import Ranks
 from tests.unit import ckpt_world as world
 from tests.unit.test_ckpt_writer import BESIDE, contents, producer
 
 
+def joining(layout: str) -> Groups:
+    """All ranks, who put the rows of what they share together."""
+    world_size, tp, _, etp = world.LAYOUTS[layout]
+
+    def among(size: int) -> Groups:
+        found = [
+            dist.new_group(list(range(first, first + size))) for first in range(0, world_size, size)
+        ]
+        return Groups(found[dist.get_rank() // size])
+
+    return Groups(shards=Shards(among(tp), among(etp)))
+
+
 def _export(layout: str, directory: Path) -> None:
     plan = world.plan("nvfp4", layout)
     export(plan, Groups(), producer(layout, dist.get_rank()), directory, BESIDE)
+
+
+def _export_joining(recipe: str, layout: str, directory: Path) -> list[tuple[str, int]]:
+    """What this rank wrote of joined tensors: name and runs of the file."""
+    plan, rank = world.plan(recipe, layout), dist.get_rank()
+    export(plan, joining(layout), producer(layout, rank), directory, BESIDE)
+    work = work_of(plan, rank, joints(plan))
+    filled = [f for joint in work.joined for f in work.filled(joint)]
+    return [(entry.name, len(list(runs(entry, box)))) for entry, box in filled]
 
 
 def _fail_on_rank_2(directory: Path) -> None:
@@ -35,6 +60,41 @@ def test_ranks_write_what_one_rank_writes(ranks: Ranks, tmp_path: Path) -> None:
     ranks(1, _export, "tp1", tmp_path / "one")
     ranks(4, _export, "tp2-etp2", tmp_path / "four")
     assert contents(tmp_path / "four") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "fp8"])
+def test_rows_that_are_put_together_are_written_at_once(
+    recipe: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    ranks(1, _export_joining, recipe, "tp1", tmp_path / "one")
+    found = ranks(4, _export_joining, recipe, "tp2-etp2", tmp_path / "four")
+    assert contents(tmp_path / "four") == contents(tmp_path / "one")
+    assert all(count == 1 for of_rank in found for _, count in of_rank)
+    names = {name for of_rank in found for name, _ in of_rank}
+    assert {n.split(".")[-2] for n in names} == {"o_proj", "down_proj"}
+
+
+def _fail_in(what: str, rank: int, directory: Path) -> None:
+    """Encode until ``rank`` fails at a tensor of this name."""
+    me = dist.get_rank()
+
+    def failing(part: Part) -> Iterator[Produced]:
+        if me == rank and what in part.target.source.name:
+            raise FormatError(f"{part.target.source.name} is bad")
+        return producer("tp2-etp2", me)(part)
+
+    plan = world.plan("nvfp4", "tp2-etp2")
+    export(plan, joining("tp2-etp2"), failing, directory, BESIDE, Existing.REFUSE)
+
+
+@pytest.mark.parametrize(("what", "rank"), [("0.self_attn.o_proj", 1), ("down_proj", 2), ("norm", 0)])
+def test_nobody_waits_for_a_rank_that_failed(
+    what: str, rank: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    errors = ranks.errors(4, _fail_in, what, rank, tmp_path, timeout=60)
+    assert {type(error) for error in errors} == {FormatError}
+    assert {what in str(error) for error in errors} == {True}
+    assert contents(tmp_path) == {}
 
 
 def test_an_error_of_one_rank_is_raised_on_all_and_leaves_nothing(

@@ -16,10 +16,10 @@ from megatron_quant.ckpt.plan import Part
 from megatron_quant.ckpt.produce import Produced
 from megatron_quant.ckpt.target import Existing
 from megatron_quant.ckpt.writer import export
-from megatron_quant.dist import Groups
 from tests.dist import checkpoints
 from tests.dist.command import command, message, quantize_argv, tree
 from tests.dist.pool import Ranks
+from tests.dist.test_ckpt_export import joining
 from tests.unit import ckpt_world as world
 from tests.unit.test_ckpt_writer import BESIDE, contents, producer
 
@@ -71,7 +71,8 @@ def counted_export(directory: Path) -> int:
 
 def _export(layout: str, directory: Path, existing: Existing) -> None:
     plan = world.plan("nvfp4", layout, max_shard=20_000)
-    export(plan, Groups(), producer(layout, dist.get_rank()), directory, BESIDE, existing)
+    made = producer(layout, dist.get_rank())
+    export(plan, joining(layout), made, directory, BESIDE, existing)
 
 
 def _killed(victim: int, number: int, directory: Path) -> None:
@@ -89,7 +90,7 @@ def _resumed(layout: str, directory: Path) -> list[str]:
         encoded.append(part.target.source.name)
         yield from producer(layout, dist.get_rank())(part)
 
-    export(plan, Groups(), made, directory, BESIDE, Existing.RESUME)
+    export(plan, joining(layout), made, directory, BESIDE, Existing.RESUME)
     return encoded
 
 

@@ -146,6 +146,36 @@ def _attach_to_fused_experts(path: Path) -> None:
     live.with_quantizers(model, "fp8")
 
 
+def _attach_with_graphs(path: Path, when: str) -> None:
+    from tests.dist import live
+
+    model = live.load(path, live.Parallelism())
+    if when == "configured":
+        model.chunks[0].config.cuda_graph_impl = "local"
+    attached = live.with_quantizers(model, "fp8", weights_alone=True)
+    attached.calibrate()
+    torch.cuda.is_current_stream_capturing = lambda: True  # as within torch.cuda.graph
+    full_forward(model)
+
+
+def full_forward(model: object) -> None:
+    from megatron_quant.mcore.run import full_logits
+
+    full_logits(model.module, IDS, 258)
+
+
+@pytest.mark.parametrize(
+    ("when", "words"),
+    [
+        ("configured", "cuda_graph_impl='local' cannot be used with quantizers"),
+        ("recorded", "was called while a CUDA graph was recorded"),
+    ],
+)
+def test_cuda_graphs_are_refused(ranks: Ranks, moe: Path, when: str, words: str) -> None:
+    (error,) = ranks.errors(1, _attach_with_graphs, moe, when)
+    assert isinstance(error, QuantError) and words in str(error), error
+
+
 def test_experts_that_do_not_call_their_linears_are_refused(ranks: Ranks, moe: Path) -> None:
     (error,) = ranks.errors(1, _attach_to_fused_experts, moe)
     assert isinstance(error, QuantError), error

@@ -111,13 +111,13 @@ def split_cache(found: dict[str, torch.Tensor]) -> tuple[dict, dict]:
 
 def megatron_logits(path: Path, pipeline: Pipeline) -> torch.Tensor | None:
     from megatron_quant.ckpt.layout import Layout
-    from megatron_quant.ckpt.reader import open_checkpoint
+    from megatron_quant.ckpt.reader import open_directory
     from megatron_quant.mcore.load import load_model
     from megatron_quant.mcore.parallel import start_distributed
     from megatron_quant.mcore.run import full_logits
     from megatron_quant.models import lookup, num_experts, num_layers
 
-    checkpoint, groups = open_checkpoint(path), start_distributed()
+    checkpoint, groups = open_directory(path), start_distributed()
     architecture = lookup(checkpoint.config)
     params = architecture.params(checkpoint.config)
     stages = pipeline.stages(num_layers(params))

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist import checkpoints
+from tests.dist import checkpoints, packed
 from tests.dist.command import quantize_argv, refused, spoiled
+from tests.dist.test_keep_scales import ROUTES, made, stored
 from tests.dist.test_layouts import FORMATS, SCALES, digests, export_all, folder
-from tests.unit import hf_models
+from tests.unit import exported, hf_models
 
 CASES: list[dict[str, object]] = [
     {"export_quant_cfg": recipe, "export_format": dialect, "algorithm": algorithm}
@@ -74,6 +75,57 @@ def test_fp32_sources_and_other_dtypes(tmp_path: Path, ranks) -> None:
     for case in cases:
         live = digests(tmp_path / "live" / folder(case))
         assert digests(tmp_path / "streamed" / folder(case)) == live
+
+
+def weights_of(directory: Path) -> dict[str, str]:
+    return {n: found for n, found in digests(directory).items() if n.endswith(".safetensors")}
+
+
+def test_a_packed_source_gives_what_it_gives_a_live_model(tmp_path: Path, ranks) -> None:
+    """GPTQ with permuted columns, two widths, zero points and a packed router."""
+    source, _ = packed.save(tmp_path)
+    cases = [weight_only(c) for c in (CASES[0], CASES[2], CASES[-3])]
+    ranks(1, export_all, source, tmp_path / "live", 1, 1, 1, cases)
+    ranks(3, stream_all, source, tmp_path / "streamed", cases)
+    for case in cases:
+        live = digests(tmp_path / "live" / folder(case))
+        assert live == digests(tmp_path / "streamed" / folder(case)), case
+
+
+@pytest.mark.parametrize("route", [0, 3, 4, 5, 6])
+def test_kept_scales_are_the_sources(route: int, tmp_path: Path, ranks) -> None:
+    """From the first dialect to the last and back, as through a model."""
+    dialect, choice, recipe, through = ROUTES[route]
+    source = given = made(tmp_path / "source", dialect, choice)
+    for step, to in enumerate(through):
+        case = {"export_quant_cfg": recipe, "export_format": to, "keep_scales": True}
+        case |= {"weight_only": recipe != "fp8_block"}
+        ranks(2, stream_case, given, tmp_path / str(step), case)
+        given = tmp_path / str(step)
+    assert stored(given) == stored(source)
+
+
+def test_what_a_stream_cannot_keep(tmp_path: Path, ranks) -> None:
+    flags = {"stream": True, "tp": None, "ep": None, "keep_scales": True}
+    dense = checkpoints.save("qwen3", tmp_path / "dense")
+    said = refused(ranks, tmp_path, quantize_argv(dense, tmp_path / "out", **flags))
+    assert said == f"{dense} has no scales to keep; leave out --keep-scales"
+    source = made(tmp_path / "source", "modelopt", "nvfp4 weights")
+    name = "model.layers.0.self_attn.k_proj.weight_scale_2"
+    exported.edit(source, lambda tensors: tensors[name].mul_(2))
+    argv = quantize_argv(source, tmp_path / "out", export_quant_cfg="w4a16_nvfp4", **flags)
+    assert "engines would use one for both" in refused(ranks, tmp_path, argv)
+
+
+@pytest.mark.parametrize("recipe", ["w4a16_nvfp4", "mxfp4"])
+def test_gpt_oss_as_it_is_released(recipe: str, tmp_path: Path, ranks) -> None:
+    """Stacks in MXFP4 give what their values in bf16, which holds them, give."""
+    dense, released = hf_models.save_gpt_oss(tmp_path)
+    case = {"export_quant_cfg": recipe, "export_format": "compressed-tensors"}
+    for source in (dense, released):
+        ranks(2, stream_case, source, tmp_path / f"{source.name}-out", case)
+    found = weights_of(tmp_path / "released-out")
+    assert found and found == weights_of(tmp_path / "dense-out")
 
 
 def test_ranks_share_the_calibration_data(tmp_path: Path, ranks) -> None:

@@ -28,10 +28,8 @@ def build(
     path: Path, parallelism: live.Parallelism, dtype: torch.dtype = torch.float32
 ) -> list[GPTModel]:
     """The checkpoint's model, as ``get_model`` has it before it wraps it."""
-    model = live.load(path, parallelism, dtype).module.train()
-    for parameter in model.parameters():
-        parameter.requires_grad_()
-    return [model]
+    chunks = live.load(path, parallelism, dtype).chunks
+    return [chunk.train() for chunk in chunks]
 
 
 def fuse(model: list[GPTModel]) -> list[GPTModel]:
@@ -53,21 +51,25 @@ class Script:
     optimizer: Any
 
     def forward_backward(self, batches: Sequence[torch.Tensor]) -> float:
-        """Gradients of all microbatches [B, S] of the global batch; this rank's mean loss."""
+        """Gradients of all microbatches [B, S] of the global batch; this rank's mean loss.
+
+        NaN where a pipeline's earlier stages have none.
+        """
         own = batches[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+        feeds = [iter(own) for _ in self.model]
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=iter(own),
+            data_iterator=feeds if len(feeds) > 1 else feeds[0],
             model=self.model,
             num_microbatches=len(own),
             seq_length=own[0].shape[1],
             micro_batch_size=own[0].shape[0],
             forward_only=False,
         )
-        return float(sum(loss["loss"] for loss in losses)) / len(own)
+        return float(sum(loss["loss"] for loss in losses)) / len(own) if losses else float("nan")
 
     def step(self, batches: Sequence[torch.Tensor]) -> float:
         """One step of training; the loss before it."""
@@ -133,7 +135,7 @@ def slices(script: Script, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> 
     found: Slices = {}
     model = quantized(script.model).model
     for local in model.local:
-        values = of(local.tensor(model.module))
+        values = of(model.tensor(local))
         for piece in copies(local.param, local.shard_rank, local.shard_size):
             held = values[piece.dst.index].detach().clone()
             found.setdefault(piece.source.name, []).append((piece.src.index, held))

@@ -7,9 +7,10 @@ from tests.gpu import NO_GPU
 
 if not torch.cuda.is_available():
     pytest.skip(NO_GPU, allow_module_level=True)  # before Megatron is imported in this process
-from megatron_quant.formats import encode
+from megatron_quant.formats import Format, encode, fake_quant, gpu, stack_amax
 from tests.gpu import checks
 from tests.unit import test_formats_golden as goldens
+from tests.unit import test_formats_native as loops
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 
@@ -18,6 +19,23 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 @pytest.mark.parametrize("name", list(checks.FORMATS))
 def test_bytes_are_the_cpus(name: str, dtype: torch.dtype) -> None:
     checks.bytes_are_the_cpus("cuda", checks.FORMATS[name], dtype)
+
+
+@loops.each_format
+@loops.each_input
+def test_triton_gives_torchs_bits(
+    fmt: Format, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = x.cuda()
+    calls = [lambda: stack_amax(x.unsqueeze(0))]
+    for scale in loops.scales(x, fmt):
+        d = None if scale is None else scale.cuda()
+        calls += [lambda d=d: encode(x, fmt, d), lambda d=d: fake_quant(x, fmt, d)]
+    assert gpu.available()
+    with_loops = [call() for call in calls]
+    monkeypatch.setenv("MEGATRON_QUANT_NATIVE", "0")
+    assert not gpu.available()
+    assert all(loops.same_bits(pair) for pair in zip(with_loops, (c() for c in calls), strict=True))
 
 
 @pytest.mark.parametrize(("name", "case"), goldens.CASES)

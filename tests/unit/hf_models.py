@@ -1,9 +1,12 @@
 """Tiny checkpoints of models without a table, made with transformers' own classes."""
 
+import json
 from pathlib import Path
 
 import torch
 import transformers as t
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.dist.checkpoints import tokenizer
 
@@ -106,3 +109,24 @@ def save(name: str, directory: Path) -> Path:
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_gpt_oss(directory: Path) -> tuple[Path, Path]:
+    """(dense, released) below ``directory``: its experts in MXFP4, and as what these stand for."""
+    dense, released = save("gpt_oss", directory / "dense"), save("gpt_oss", directory / "released")
+    tensors = load_file(dense / "model.safetensors")
+    packed, generator = dict(tensors), torch.Generator().manual_seed(3)
+    for name in [n for n, stack in tensors.items() if stack.dim() == 3]:
+        experts, columns, rows = tensors[name].shape
+        shape = (experts, rows, columns // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), generator=generator).to(torch.uint8)
+        scales = torch.randint(118, 124, shape, generator=generator).to(torch.uint8)
+        del packed[name]
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        tensors[name] = convert_moe_packed_tensors(blocks, scales).contiguous()
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    save_file(packed, released / "model.safetensors", {"format": "pt"})
+    config = json.loads((released / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (released / "config.json").write_text(json.dumps(config))
+    return dense, released

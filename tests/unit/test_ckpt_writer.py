@@ -18,11 +18,12 @@ from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE
 from megatron_quant.ckpt.files import INDEX
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.manifest import MANIFEST
+from megatron_quant.ckpt.parts import work_of, write_parts
 from megatron_quant.ckpt.pieces import PLAIN
 from megatron_quant.ckpt.plan import ExportPlan, Part, Target
 from megatron_quant.ckpt.produce import Produced, produce
 from megatron_quant.ckpt.target import Existing, discard, prepare
-from megatron_quant.ckpt.writer import WriteOptions, commit, export, read_digests, write_parts
+from megatron_quant.ckpt.writer import WriteOptions, commit, export, read_digests
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, ExportError, FormatError
 from megatron_quant.formats.amax import tensor_scale
@@ -45,7 +46,7 @@ def producer(layout: str = "tp1", rank: int = 0):
 def write_all_ranks(plan: ExportPlan, layout: str, directory: Path) -> None:
     prepare(plan, directory, BESIDE, Existing.REFUSE)
     for rank in reversed(range(world.LAYOUTS[layout][0])):
-        write_parts(plan, rank, producer(layout, rank), directory)
+        write_parts(work_of(plan, rank), producer(layout, rank), directory)
     commit(plan, directory, BESIDE, read_digests(plan.entries, directory, WriteOptions()))
 
 
@@ -170,7 +171,7 @@ def test_a_crash_leaves_no_index_beside_new_files(tmp_path):
     names = set(contents(tmp_path))
     names -= {".megatron_quant_unfinished.json.partial"}
     assert names == {f".{file.name}.partial" for file in plan.files}
-    write_parts(plan, 0, producer(), tmp_path)
+    write_parts(work_of(plan, 0), producer(), tmp_path)
     assert all(name.endswith(".partial") for name in contents(tmp_path))
     discard(tmp_path)
     assert contents(tmp_path) == {}
@@ -261,10 +262,10 @@ def test_a_disk_that_fills_while_writing(tmp_path):
         path.unlink()
         path.symlink_to("/dev/full")
     with pytest.raises(ExportError, match=r"No space left on device; free some space") as caught:
-        write_parts(plan, 0, producer(), tmp_path)
+        write_parts(work_of(plan, 0), producer(), tmp_path)
     assert "partial: cannot be written" in str(caught.value)
 
 
 def test_ranks_that_do_not_see_the_directory(tmp_path):
     with pytest.raises(ExportError, match="choose an --export-dir that all ranks see"):
-        write_parts(world.plan("fp8", "tp1"), 0, producer(), tmp_path)
+        write_parts(work_of(world.plan("fp8", "tp1"), 0), producer(), tmp_path)

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from megatron_quant.ckpt.check import check_plan
 from megatron_quant.ckpt.companions import Companions
 from megatron_quant.ckpt.dialects import get_dialect
+from megatron_quant.ckpt.parts import work_of, write_parts
 from megatron_quant.ckpt.produce import produce
 from megatron_quant.ckpt.target import Existing, prepare
-from megatron_quant.ckpt.writer import WriteOptions, commit, read_digests, write_parts
+from megatron_quant.ckpt.writer import WriteOptions, commit, read_digests
 from megatron_quant.errors import FormatError, LayoutError
 from megatron_quant.formats.spec import CHANNEL, Format, get_format
 from megatron_quant.models import Param
@@ -58,7 +59,7 @@ def written(param: Param, dialect: str, fmt: Format, size: int, directory: Path)
     beside = Companions({})
     prepare(plan, directory, beside, Existing.REFUSE)
     for rank in range(size):
-        write_parts(plan, rank, made, directory)
+        write_parts(work_of(plan, rank), made, directory)
     commit(plan, directory, beside, read_digests(plan.entries, directory, WriteOptions()))
     return load_file(directory / plan.files[0].name)
 

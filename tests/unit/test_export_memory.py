@@ -13,10 +13,11 @@ import torch
 from megatron_quant.ckpt.companions import Companions
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.layout import Layout
+from megatron_quant.ckpt.parts import quiet
 from megatron_quant.ckpt.pipeline import WriteOptions
 from megatron_quant.ckpt.plan import plan_export
-from megatron_quant.ckpt import writer
-from megatron_quant.ckpt.writer import Existing, export, quiet
+from megatron_quant.ckpt import parts
+from megatron_quant.ckpt.writer import Existing, export
 from megatron_quant.dist import Groups
 from megatron_quant.models.spec import Parallel, Param, Role, Source
 from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
@@ -45,7 +46,7 @@ def export_to(directory, rows, count, threads):
     options = WriteOptions(threads, False)
     export(plan, Groups(), produce, directory, Companions({}), Existing.REFUSE, quiet, options)
 
-writer.SMALL_BYTES = 0  # the tensors here are small, so as to be quick
+parts.SMALL_BYTES = 0  # the tensors here are small, so as to be quick
 out = Path(sys.argv[1])
 export_to(out / "warm", 64, 4, 4)
 before = peak()

@@ -18,6 +18,7 @@ from megatron_quant.formats import (
     stack_amax,
     tensor_scale,
 )
+from megatron_quant.formats.loops import loops_for
 from megatron_quant.formats.spec import CHANNEL
 
 ALL = [
@@ -48,10 +49,10 @@ def both(monkeypatch):
         with monkeypatch.context() as without:
             without.setenv("MEGATRON_QUANT_NATIVE", "0")
             native._library.cache_clear()
-            assert not native.serves(torch.ones(1, dtype=torch.bfloat16))
+            assert loops_for(torch.ones(1, dtype=torch.bfloat16)) is None
             in_torch = function(*args, **named)
         native._library.cache_clear()
-        assert native.serves(torch.ones(1, dtype=torch.bfloat16))
+        assert loops_for(torch.ones(1, dtype=torch.bfloat16)) is native
         return with_library, in_torch
 
     return call
@@ -198,8 +199,8 @@ def test_threads_share_the_rows(both, fmt, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes_run_in_torch(dtype):
-    assert not native.serves(torch.ones(2, 16, dtype=dtype))
-    assert not native.serves(torch.empty(0, 16, dtype=torch.bfloat16))
+    assert loops_for(torch.ones(2, 16, dtype=dtype)) is None
+    assert loops_for(torch.empty(0, 16, dtype=torch.bfloat16)) is None
 
 
 @pytest.mark.parametrize("found", ["nothing", "a stale build"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_quant.ckpt.reader import open_checkpoint
+from megatron_quant.ckpt.reader import open_directory
 from megatron_quant.ckpt.serving import obstacle
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.verify import verify
@@ -142,7 +142,7 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_layers_that_draft_are_left_out_or_streamed_as_they_are(
     drafting: Path, tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(drafting)
+    checkpoint = open_directory(drafting)
     params = lookup(checkpoint.config).params(checkpoint.config)
     assert checkpoint.check(params) == ("model.layers.2.eh_proj.weight",)
     out = load_file(run(drafting, tmp_path / "out") / "model.safetensors")

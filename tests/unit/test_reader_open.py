@@ -11,10 +11,8 @@ from safetensors.torch import load_file, save_file
 from megatron_quant.ckpt.reader import (
     INDEX,
     WEIGHTS,
-    Checkpoint,
     TensorInfo,
     fill,
-    open_checkpoint,
     open_directory,
 )
 from megatron_quant.errors import CheckpointError
@@ -52,7 +50,7 @@ def _change_json(file: Path, **changes: Any) -> None:
 
 
 def _check(directory: Path) -> tuple[str, ...]:
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_directory(directory)
     return checkpoint.check(lookup(checkpoint.config).params(checkpoint.config))
 
 
@@ -63,13 +61,13 @@ def _assert_refused(directory: Path, message: str) -> None:
 
 
 def test_headers_of_one_file(saved: Path) -> None:
-    checkpoint = open_checkpoint(saved)
+    checkpoint = open_directory(saved)
     assert checkpoint.config["architectures"] == ["Qwen3ForCausalLM"]
     assert checkpoint.tensors["lm_head.weight"] == TensorInfo(torch.float32, (50, 32), WEIGHTS)
 
 
 def test_a_sharded_checkpoint_reads_as_one_file(saved: Path, sharded: Path) -> None:
-    one, many = open_checkpoint(saved), open_checkpoint(sharded)
+    one, many = open_directory(saved), open_directory(sharded)
     assert set(one.tensors) == set(many.tensors)
     for name, info in one.tensors.items():
         box = Box((0,) * len(info.shape), info.shape)
@@ -90,12 +88,12 @@ def test_a_single_file_may_have_another_name(single: Path) -> None:
 @pytest.mark.parametrize("box", [Box((3, 4), (5, 6)), Box((49, 0), (1, 32)), Box((0, 31), (50, 1))])
 def test_read_gives_the_rectangle(saved: Path, box: Box) -> None:
     whole = load_file(saved / WEIGHTS)["lm_head.weight"]
-    assert torch.equal(open_checkpoint(saved).read("lm_head.weight", box), whole[box.index])
+    assert torch.equal(open_directory(saved).read("lm_head.weight", box), whole[box.index])
 
 
 def test_read_takes_a_run_of_a_vector(saved: Path) -> None:
     whole = load_file(saved / WEIGHTS)["model.norm.weight"]
-    part = open_checkpoint(saved).read("model.norm.weight", Box((8,), (16,)))
+    part = open_directory(saved).read("model.norm.weight", Box((8,), (16,)))
     assert torch.equal(part, whole[8:24])
 
 
@@ -115,7 +113,7 @@ def test_a_slice_does_not_load_its_tensor(tmp_path: Path) -> None:
 
 
 def test_fill_places_casts_and_leaves_the_rest(saved: Path) -> None:
-    checkpoint = open_checkpoint(saved)
+    checkpoint = open_directory(saved)
     params = {p.name: p for p in lookup(checkpoint.config).params(checkpoint.config)}
     param = params["embedding.word_embeddings.weight"]
     whole = load_file(saved / WEIGHTS)["model.embed_tokens.weight"]
@@ -134,7 +132,7 @@ def test_fill_reads_several_tensors(saved: Path) -> None:
         for i, name in enumerate(names)
     ]
     local = torch.zeros(8)
-    fill(local, parts, open_checkpoint(saved))
+    fill(local, parts, open_directory(saved))
     assert torch.equal(local, torch.cat([tensors[name][:4] for name in names]))
 
 
@@ -254,10 +252,3 @@ def test_a_dtype_that_is_unknown(single: Path) -> None:
     header = json.dumps({"w": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}).encode()
     (single / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     _assert_refused(single, "w has dtype C64, which is not known here")
-
-
-def test_a_quantized_source_is_refused_but_opens_as_a_directory(single: Path) -> None:
-    _change_json(single / "config.json", quantization_config={"quant_method": "fp8"})
-    _assert_refused(single, r"is quantized already .*quant_method='fp8'.*give the bf16")
-    opened: Checkpoint = open_directory(single)
-    assert "lm_head.weight" in opened.tensors

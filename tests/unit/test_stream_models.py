@@ -13,6 +13,7 @@ from megatron_quant.api.stream import stream
 from megatron_quant.ckpt.manifest import MANIFEST
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.verify import verify
+from megatron_quant.ckpt.views import parts
 from megatron_quant.cli.console import Phases, console
 from megatron_quant.dist import Groups
 from megatron_quant.errors import ArchitectureError, QuantError
@@ -131,14 +132,15 @@ def test_decoding_by_blocks_of_rows_is_decoding(
     gemma4: Path, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = run(gemma4, tmp_path / "out", export_quant_cfg=recipe, export_format="compressed-tensors")
-    monkeypatch.setattr("megatron_quant.ckpt.quantized._ROWS", 128)
-    monkeypatch.setattr("megatron_quant.ckpt.quantized._ELEMENTS", 1)
+    monkeypatch.setattr("megatron_quant.ckpt.views._ROWS", 128)
+    monkeypatch.setattr("megatron_quant.ckpt.views._ELEMENTS", 1)
     stored = QuantizedCheckpoint(out)
     for name in stored:
-        parts = list(stored.parts(name, torch.float32))
+        blocks = list(parts(stored, name, stored.shape(name), torch.float32))
         whole = stored.weight(name, torch.float32)
-        assert torch.equal(torch.cat(parts) if whole.dim() else parts[0], whole), name
-    assert len(list(stored.parts("model.language_model.embed_tokens.weight", torch.float32))) == 3
+        assert torch.equal(torch.cat(blocks) if whole.dim() else blocks[0], whole), name
+    embedding = "model.language_model.embed_tokens.weight"
+    assert len(list(parts(stored, embedding, stored.shape(embedding), torch.float32))) == 3
 
 
 def test_towers_and_small_tensors_stay_as_they_are(gemma4: Path, tmp_path: Path) -> None:
@@ -253,7 +255,6 @@ def test_layers_beyond_the_models_are_never_quantized() -> None:
     [
         ({"tp": 2}, "--tp 2 with --stream: .* leave it out"),
         ({"ep": 2, "pp": 2}, "--ep 2 --pp 2 with --stream"),
-        ({"keep_scales": True}, "--keep-scales needs a model"),
         ({"eval_text": Path("x")}, "use the verb eval"),
         ({"act_percentile": 99.0}, "--act-percentile"),
     ],

@@ -1,0 +1,135 @@
+"""examples/train_qat.py: its loss, and runs that are killed and go on at another layout."""
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_quant.errors import CheckpointError, QuantError
+from tests.dist import checkpoints
+from tests.dist.pool import Ranks
+from tests.dist.test_layouts import PATIENCE_S
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STEPS, EVERY = 6, 2
+LAYOUTS = {"tp2-ep2": (4, "--tp 2 --ep 2"), "ep4": (4, "--ep 4"), "pp2": (2, "--pp 2")}
+
+
+def _example(name: str) -> ModuleType:
+    """In a test's own fork."""
+    sys.path.insert(0, os.fspath(EXAMPLES))
+    return importlib.import_module(name)
+
+
+def _divergence(vocab_size: int) -> float:
+    """Of shards of logits; raises unless it and its gradient are those of whole ones."""
+    from megatron.core import parallel_state as mpu
+
+    from tests.dist import tiny
+
+    example = _example("distillation")
+    tiny.start(tp=2)
+    student, teacher = torch.randn(2, 2, 3, 12, generator=torch.Generator().manual_seed(0)) * 3
+    whole = student[..., :vocab_size].clone().requires_grad_()
+    log_q, log_p = whole.log_softmax(-1), teacher[..., :vocab_size].log_softmax(-1)
+    want = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    want.backward()
+    at = slice(6 * mpu.get_tensor_model_parallel_rank(), None)
+    own = student[..., at][..., :6].clone().requires_grad_()
+    got = example.divergence(own, teacher[..., at][..., :6], vocab_size)
+    got.backward()
+    real = whole.grad[..., at][..., :6]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(own.grad[..., : real.shape[-1]], real)
+    return float(own.grad[..., real.shape[-1] :].abs().sum())
+
+
+def test_the_example_distils_over_shards_of_the_vocabulary(ranks: Ranks) -> None:
+    assert ranks(2, _divergence, 12) == ranks(2, _divergence, 11) == [0, 0]
+
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"num_hidden_layers": 2, "num_experts": 4, "moe_intermediate_size": 128}
+    return checkpoints.save("qwen3_moe", tmp_path_factory.mktemp("source"), **sizes)
+
+
+def _run(source: Path, out: Path, flags: str, dies: str = "") -> list[str]:
+    """The example's lines; ``dies``: when one of the ranks is killed."""
+    example, lines = _example("train_qat"), []
+    data = f"--train-data {__file__} --calib-dataset {__file__} --calib-size 4 --seq-length 32"
+    sizes = f"--train-steps {STEPS} --global-batch-size 4 --micro-batch-size 1 --log-every 1"
+    kept = f"--save-dir {out / 'run'} --save-every {EVERY} --overwrite --dtype fp32 --lr 1e-3"
+    paths = f"--hf-model-id {source} --export-dir {out / 'export'} --export-quant-cfg fp8"
+    sys.argv = ["train_qat.py", *f"{paths} {data} {sizes} {kept} --train all {flags}".split()]
+    example.say = lambda *words: lines.append(" ".join(map(str, words)))
+    if dies == "in step 4" and dist.get_rank() == 1:
+        _die_in_step_4(example)
+    if dies == "in the save of step 4" and dist.get_rank() == 0:
+        _die_when_complete()
+    example.run(example.parse())
+    return lines
+
+
+def _die_in_step_4(example: ModuleType) -> None:
+    steps, train = iter(range(3)), example.Trainer.train
+
+    def dying(self: object, microbatches: list[torch.Tensor]) -> float:
+        if next(steps, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train(self, microbatches)
+
+    example.Trainer.train = dying
+
+
+def _die_when_complete() -> None:
+    """All of the second save is written, but for the word that it is the last."""
+    replace = os.replace
+
+    def dying(source: Path, target: Path) -> None:
+        if target.name == "latest_checkpointed_iteration.txt":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = dying
+
+
+def _loss(lines: list[str]) -> float:
+    (last,) = (line for line in lines if line.startswith(f"step {STEPS}/{STEPS}  loss "))
+    return float(last.split()[3])
+
+
+def _last(run: Path) -> str:
+    return (run / "latest_checkpointed_iteration.txt").read_text()
+
+
+def test_a_killed_run_goes_on_at_another_layout(
+    ranks: Ranks, source: Path, tmp_path: Path
+) -> None:
+    (undisturbed,) = ranks(1, _run, source, tmp_path / "undisturbed", "", timeout=PATIENCE_S)
+    world, flags = LAYOUTS["tp2-ep2"]
+    run = tmp_path / "killed" / "run"
+    died = ranks.errors(world, _run, source, run.parent, flags, "in step 4", timeout=PATIENCE_S)
+    assert str(died[1]) == "the process died" and _last(run) == "2"
+    world, flags = LAYOUTS["ep4"]
+    dies = "in the save of step 4"
+    died = ranks.errors(world, _run, source, run.parent, flags, dies, timeout=PATIENCE_S)
+    assert str(died[0]) == "the process died" and _last(run) == "2"
+    assert (run / "iter_0000004").is_dir()
+    world, flags = LAYOUTS["pp2"]
+    lines = ranks(world, _run, source, run.parent, flags, timeout=PATIENCE_S)[0]
+    assert f"goes on from {run / 'iter_0000002'}" in lines
+    assert _loss(lines) == pytest.approx(_loss(undisturbed), rel=0.01)
+    assert _last(run) == str(STEPS) and not (run / "iter_0000002").exists()
+    (other,) = ranks.errors(1, _run, source, run.parent, "--seed 1")
+    assert isinstance(other, QuantError) and "--seed 1: the run in" in str(other)
+    (run / f"iter_000000{STEPS}" / "progress.json").unlink()
+    (other,) = ranks.errors(1, _run, source, run.parent, "")
+    assert isinstance(other, CheckpointError) and "has no progress.json" in str(other)

@@ -80,11 +80,16 @@ def kept_scales(checkpoint: QuantizedCheckpoint, module: str, region: Region) ->
 
 
 def check_fused(plan: QuantPlan, checkpoint: QuantizedCheckpoint) -> None:
-    """:func:`check_shared` of every slot of ``plan``; one block of scales of each is read."""
-    corner = Box((0, 0), (1, 1))
+    """:func:`check_shared` of all that ``plan`` fuses; one block of scales of each is read."""
+    fused: dict[str, list[str]] = {}
     for decision in plan.quantized:
-        if len(decision.slot.sources) > 1 and decision.weights and decision.weights.tensor_scale:
-            found = {m: checkpoint.packed(m).scales(corner) for m in decision.slot.sources}
+        if decision.weights and decision.weights.tensor_scale:
+            slot = decision.slot
+            fused.setdefault(slot.fused or slot.name, []).extend(slot.sources)
+    corner = Box((0, 0), (1, 1))
+    for modules in fused.values():
+        if len(modules) > 1:
+            found = {m: checkpoint.packed(m).scales(corner) for m in modules}
             check_shared(found, checkpoint.path)
 
 

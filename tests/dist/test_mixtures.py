@@ -1,14 +1,17 @@
 """Architectures with shared experts, on every path: layouts, pipelines, streams, saved models."""
 
+import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from megatron_quant.errors import CheckpointError
 from tests.dist import checkpoints, saved
 from tests.dist.pool import Ranks
 from tests.dist.test_layouts import PATIENCE_S, assert_agree, digests, folder, tensors
 from tests.dist.test_pipeline import VIRTUAL
-from tests.dist.test_stream import stream_all
+from tests.dist.test_stream import stream_all, stream_case
 
 # Inner sizes that end inside 128 x 128 blocks where tp and etp cut them.
 SIZES = {
@@ -105,3 +108,19 @@ def test_saved_by_megatron(source: Path, tmp_path: Path, ranks: Ranks) -> None:
     ranks(2, saved.quantize_all, source, tmp_path / "two", [2, 2, 1], {"case": CASES[0]})
     ranks(1, saved.load_all, tmp_path / "two", tmp_path / "one", [1, 1, 1], {"case": "modelopt"})
     assert digests(tmp_path / "one" / "case") == digests(tmp_path / "two" / "case")
+
+
+def test_kept_scales_that_engines_fuse_must_be_equal(tmp_path: Path, ranks: Ranks) -> None:
+    sizes = {**SIZES["deepseek_v3"], "num_hidden_layers": 2}
+    source = checkpoints.save("deepseek_v3", tmp_path / "source", **sizes)
+    case = {"export_quant_cfg": "w4a16_nvfp4"}
+    stream_case(source, tmp_path / "packed", case)
+    stored = tmp_path / "packed" / "model.safetensors"
+    weights = load_file(stored)
+    weights["model.layers.1.self_attn.q_a_proj.weight_scale_2"] *= 2
+    save_file(weights, stored, metadata={"format": "pt"})
+    kept, said = {**case, "keep_scales": True}, r"kv_a_proj_with_mqa and .*\.q_a_proj have tensor"
+    (error,) = ranks.errors(1, export_all, tmp_path / "packed", tmp_path / "out", {}, [kept])
+    assert isinstance(error, CheckpointError) and re.search(said, str(error))
+    with pytest.raises(CheckpointError, match=said):
+        stream_case(tmp_path / "packed", tmp_path / "streamed", kept)

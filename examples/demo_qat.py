@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=["nvfp4", "int4"])
-    parser.add_argument("--steps", type=int, default=300, help="of QAT (default: 300)")
+    parser.add_argument("--steps", type=int, default=120, help="of QAT (default: 120)")
     parser.add_argument("--lr", type=float, default=3e-5, help="of QAT (default: 3e-5)")
     return parser.parse_args()
 

@@ -5,10 +5,16 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.extensions.transformer_engine import TERowParallelGroupedLinear
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -89,6 +95,7 @@ def build_model(
             vp_stage=vp_stage,
             **arguments,
         )
+        _mark_shards(chunk)
         chunks.append(_cast(chunk.to(device=device), dtype).eval())
     return tuple(chunks)
 
@@ -98,6 +105,26 @@ def _cast(chunk: GPTModel, dtype: torch.dtype) -> GPTModel:
     for parameter in chunk.parameters():
         parameter.data = parameter.data.to(dtype)
     return chunk
+
+
+def _mark_shards(chunk: GPTModel) -> None:
+    """Say which weights have other values on every tensor-parallel rank.
+
+    Megatron marks the vocabulary's as it initializes them, which a checkpoint does here, and
+    Transformer Engine experts' not in every release. Where the norm of gradients is taken, what is
+    not marked counts on one rank alone.
+    """
+    for module in chunk.modules():
+        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear):
+            weights = [module.weight]
+        else:
+            weights = [
+                getattr(module, f"weight{i}") for i in range(getattr(module, "num_gemms", 0))
+            ]
+        for weight in weights:
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                dim = 1 if isinstance(module, TERowParallelGroupedLinear) else 0
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _layers(config: TransformerConfig, vp_stage: int | None) -> Any:

@@ -67,7 +67,7 @@ def _run(source: Path, out: Path, flags: str, dies: str = "") -> list[str]:
     data = f"--train-data {__file__} --calib-dataset {__file__} --calib-size 4 --seq-length 32"
     sizes = f"--train-steps {STEPS} --global-batch-size 4 --micro-batch-size 1 --log-every 1"
     kept = f"--save-dir {out / 'run'} --save-every {EVERY} --overwrite --dtype fp32 --lr 1e-3"
-    paths = f"--hf-model-id {source} --export-dir {out / 'export'} --export-quant-cfg fp8"
+    paths = f"--hf-model-id {source} --export-dir {out / 'export'} --export-quant-cfg int4"
     sys.argv = ["train_qat.py", *f"{paths} {data} {sizes} {kept} --train all {flags}".split()]
     example.say = lambda *words: lines.append(" ".join(map(str, words)))
     if dies == "in step 4" and dist.get_rank() == 1:

@@ -166,24 +166,28 @@ def test_fused_and_unfused_gradients_are_equal(ranks: Ranks, moe: Path) -> None:
     ranks(1, _fused_equals_unfused, moe)
 
 
-def _main(path: Path, tp: int, ep: int, pipeline: Pipeline = Pipeline()) -> list[float]:
+def _main(path: Path, tp: int, ep: int, pipeline: Pipeline = Pipeline()) -> list[list[float]]:
     from tests.dist import live, training
 
     return training.main(path, live.Parallelism(tp, ep, pipeline=pipeline), BATCHES)
 
 
+def _assert_trains_alike(found: list[list[list[float]]], alone: list[list[float]]) -> None:
+    losses, norms = torch.tensor(found).nanmean(0).tolist()
+    assert losses == pytest.approx(alone[0], rel=1e-3)
+    assert norms == pytest.approx(alone[1], rel=1e-2)
+
+
 def test_a_megatron_script_needs_one_line(ranks: Ranks, moe: Path) -> None:
     (alone,) = ranks(1, _main, moe, 1, 1)
-    assert alone[0] > alone[1] > alone[2]
-    many = torch.tensor(ranks(4, _main, moe, 2, 2)).mean(0)
-    assert many.tolist() == pytest.approx(alone, rel=1e-3)
+    assert alone[0][0] > alone[0][1] > alone[0][2]
+    _assert_trains_alike(ranks(4, _main, moe, 2, 2), alone)
 
 
 def test_the_line_takes_virtual_stages(ranks: Ranks, deep: Path) -> None:
     """Three steps of the distributed optimizer, at PP 2 x EP 2 of two chunks each."""
     (alone,) = ranks(1, _main, deep, 1, 1)
-    many = torch.tensor(ranks(4, _main, deep, 1, 2, Pipeline(2, 2)))
-    assert many.nanmean(0).tolist() == pytest.approx(alone, rel=1e-3)
+    _assert_trains_alike(ranks(4, _main, deep, 1, 2, Pipeline(2, 2)), alone)
 
 
 def _prepare(path: Path, change: str) -> None:

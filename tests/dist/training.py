@@ -49,6 +49,7 @@ class Script:
 
     model: list[DistributedDataParallel]
     optimizer: Any
+    norm: float = 0.0  # of the last step's gradients
 
     def forward_backward(self, batches: Sequence[torch.Tensor]) -> float:
         """Gradients of all microbatches [B, S] of the global batch; this rank's mean loss.
@@ -74,7 +75,7 @@ class Script:
     def step(self, batches: Sequence[torch.Tensor]) -> float:
         """One step of training; the loss before it."""
         loss = self.forward_backward(batches)
-        stepped, _, _ = self.optimizer.step()
+        stepped, self.norm, _ = self.optimizer.step()
         assert stepped
         return loss
 
@@ -116,12 +117,13 @@ def _mean(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return loss, {"loss": loss.detach().clone()}  # the schedule divides it in place
 
 
-def main(path: Path, parallelism: live.Parallelism, batches: Sequence[torch.Tensor]) -> list[float]:
-    """The whole script."""
+def main(path: Path, parallelism: live.Parallelism, batches: Sequence[torch.Tensor]) -> list[list[float]]:
+    """The whole script: losses and norms of gradients."""
     model = build(path, parallelism)
     model = prepare(model, "nvfp4", hf_model=str(path))  # the line that trains it quantized
     script = wrap(model)
-    return [script.step(batches) for _ in range(3)]
+    found = [(script.step(batches), float(script.norm)) for _ in range(3)]
+    return [list(values) for values in zip(*found, strict=True)]
 
 
 Slices = dict[str, list[tuple[tuple[slice, ...], torch.Tensor]]]

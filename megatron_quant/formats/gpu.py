@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_quant.formats.native import STORED, Element, in_byte
+from megatron_quant.formats.cuts import Cuts
+from megatron_quant.formats.native import STORED, Element, Steps, in_byte
 
 _TILE = 2048
 """Elements of a program: 16 a thread at four warps, two loads of 16 bytes."""
@@ -59,37 +60,23 @@ def block_ends(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
     return out_RB2
 
 
-def encode(
-    x_RK: Tensor,
-    step_RB: Tensor,
-    zero_RB: Tensor | None,
-    element: Element,
-    block: int,
-    first: int = 0,
-) -> Tensor:
+def encode(x_RK: Tensor, steps: Steps, element: Element, columns: Cuts) -> Tensor:
     """Elements of x / step (+ zero) as they are stored -> [R, K / packed]."""
     packed = in_byte(element)
     out = x_RK.new_empty(x_RK.shape[0], x_RK.shape[1] // packed, dtype=torch.uint8)
-    blocks = _Blocks.of(x_RK, block, first)
-    scales = _scales(step_RB, zero_RB)
-    constants = {"stride": step_RB.stride(0), "ELEMENT": int(element), "PACKED": packed}
+    blocks = _Blocks.of(x_RK, columns.block, columns.first)
+    scales = _scales(*steps)
+    constants = {"stride": steps[0].stride(0), "ELEMENT": int(element), "PACKED": packed}
     blocks.launch(_kernels().encode_kernel, blocks.shares, x_RK, *scales, out, **constants)
     return out.view(STORED[element])
 
 
-def fake_quant(
-    x_RK: Tensor,
-    step_RB: Tensor,
-    zero_RB: Tensor | None,
-    element: Element,
-    block: int,
-    first: int = 0,
-) -> Tensor:
+def fake_quant(x_RK: Tensor, steps: Steps, element: Element, columns: Cuts) -> Tensor:
     """What ``encode`` stands for, (element - zero) * step -> bf16 [R, K]."""
     out_RK = torch.empty_like(x_RK)
-    blocks = _Blocks.of(x_RK, block, first)
-    scales = _scales(step_RB, zero_RB)
-    constants = {"stride": step_RB.stride(0), "ELEMENT": int(element)}
+    blocks = _Blocks.of(x_RK, columns.block, columns.first)
+    scales = _scales(*steps)
+    constants = {"stride": steps[0].stride(0), "ELEMENT": int(element)}
     blocks.launch(_kernels().fake_quant_kernel, blocks.shares, x_RK, *scales, out_RK, **constants)
     return out_RK
 

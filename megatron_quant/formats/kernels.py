@@ -61,10 +61,10 @@ class Kernel:
 
     def elements(self, x_RK: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts) -> Tensor:
         """The stored elements of the rows, given the scale fields of their blocks."""
-        step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
+        steps = step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
         loops = loops_for(x_RK)
         if self.loop is not None and loops is not None:
-            return loops.encode(x_RK, step_RB, zero_RB, self.loop, columns.block, columns.first)
+            return loops.encode(x_RK, steps, self.loop, columns)
         quotient = self.quotient(columns.split(x_RK), step_RB.unsqueeze(-1))
         if zero_RB is not None:
             quotient += zero_RB.unsqueeze(-1)
@@ -74,8 +74,8 @@ class Kernel:
         """``values`` of ``elements``, fp32 or rounded to the dtype of ``x_RK``."""
         loops = loops_for(x_RK)
         if self.loop is not None and loops is not None:
-            step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
-            return loops.fake_quant(x_RK, step_RB, zero_RB, self.loop, columns.block, columns.first)
+            steps = self.scale.steps(scales, dscale_R1)
+            return loops.fake_quant(x_RK, steps, self.loop, columns)
         stored = self.elements(x_RK, scales, dscale_R1, columns)
         return self.values(stored, scales, dscale_R1, columns)
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_quant.formats import gpu, native
-from megatron_quant.formats.native import Element
+from megatron_quant.formats.cuts import Cuts
+from megatron_quant.formats.native import Element, Steps
 
 
 class Loops(Protocol):
@@ -16,25 +17,9 @@ class Loops(Protocol):
 
     def block_ends(self, x_RK: Tensor, block: int, first: int = 0) -> Tensor: ...  # noqa: D102
 
-    def encode(  # noqa: D102
-        self,
-        x_RK: Tensor,
-        step_RB: Tensor,
-        zero_RB: Tensor | None,
-        element: Element,
-        block: int,
-        first: int = 0,
-    ) -> Tensor: ...
+    def encode(self, x_RK: Tensor, steps: Steps, element: Element, columns: Cuts) -> Tensor: ...  # noqa: D102
 
-    def fake_quant(  # noqa: D102
-        self,
-        x_RK: Tensor,
-        step_RB: Tensor,
-        zero_RB: Tensor | None,
-        element: Element,
-        block: int,
-        first: int = 0,
-    ) -> Tensor: ...
+    def fake_quant(self, x_RK: Tensor, steps: Steps, element: Element, columns: Cuts) -> Tensor: ...  # noqa: D102
 
     def nvfp4_encode(self, x_RK: Tensor, dscale_R1: Tensor) -> tuple[Tensor, Tensor]: ...  # noqa: D102
 

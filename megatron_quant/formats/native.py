@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_quant.formats.cuts import Cuts
+
 _VERSION = 2
 """Of the signatures, as ``mq_version`` in csrc has it: a stale build is not called."""
 _FILE = Path(__file__).with_name("_native" + str(sysconfig.get_config_var("EXT_SUFFIX")))
@@ -49,6 +51,7 @@ class Element(IntEnum):
     UINT8_BY_BF16 = 7
 
 
+Steps = tuple[Tensor, Tensor | None]
 STORED = {
     Element.E4M3: torch.float8_e4m3fn,
     Element.E4M3_BY_BF16: torch.float8_e4m3fn,
@@ -120,43 +123,31 @@ def block_ends(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
     return out_RB2
 
 
-def encode(
-    x_RK: Tensor,
-    step_RB: Tensor,
-    zero_RB: Tensor | None,
-    element: Element,
-    block: int,
-    first: int = 0,
-) -> Tensor:
+def encode(x_RK: Tensor, steps: Steps, element: Element, columns: Cuts) -> Tensor:
     """Elements of x / step (+ zero) as they are stored -> [R, K / packed].
 
-    step_RB, zero_RB: fp32, one for each block.
+    steps: of each block, fp32 [R, B]; and its zero point, where elements have one.
     """
     rows, cols = x_RK.shape
     out = x_RK.new_empty(rows, cols // in_byte(element), dtype=torch.uint8)
 
     def call(lib: ctypes.CDLL, r: slice) -> None:
-        scales = _scales(step_RB, zero_RB, r)
-        lib.mq_encode(_blocks(x_RK[r], block, first), scales, int(element), _at(out[r]))
+        scales = _scales(*steps, r)
+        blocks = _blocks(x_RK[r], columns.block, columns.first)
+        lib.mq_encode(blocks, scales, int(element), _at(out[r]))
 
     _over_rows(x_RK, call)
     return out.view(STORED[element])
 
 
-def fake_quant(
-    x_RK: Tensor,
-    step_RB: Tensor,
-    zero_RB: Tensor | None,
-    element: Element,
-    block: int,
-    first: int = 0,
-) -> Tensor:
+def fake_quant(x_RK: Tensor, steps: Steps, element: Element, columns: Cuts) -> Tensor:
     """What ``encode`` stands for, (element - zero) * step -> bf16 [R, K]."""
     out_RK = torch.empty_like(x_RK)
 
     def call(lib: ctypes.CDLL, r: slice) -> None:
-        scales = _scales(step_RB, zero_RB, r)
-        lib.mq_fake_quant(_blocks(x_RK[r], block, first), scales, int(element), _at(out_RK[r]))
+        scales = _scales(*steps, r)
+        blocks = _blocks(x_RK[r], columns.block, columns.first)
+        lib.mq_fake_quant(blocks, scales, int(element), _at(out_RK[r]))
 
     _over_rows(x_RK, call)
     return out_RK

@@ -49,6 +49,14 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+def write_synced(path: Path, content: bytes) -> None:
+    """A whole file, onto the disk."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def forget(fd: int, offset: int, nbytes: int) -> None:
     """Drop a range of the file from the system's cache, where the system can."""
     if nbytes and hasattr(os, "posix_fadvise"):

@@ -7,17 +7,17 @@ gate, up, gate, up. As transformers' ``integrations/mxfp4.py`` decodes them.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_quant.ckpt.reader import PLAIN_DTYPES, TensorInfo, check_tensors, open_directory
+from megatron_quant.ckpt.reader import PLAIN_DTYPES, Listed, TensorInfo, open_directory
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode
 from megatron_quant.formats.spec import get_format
-from megatron_quant.models.spec import Box, Param
+from megatron_quant.models.spec import Box
 
 _BLOCKS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)_blocks")
 _STACK = re.compile(r".*\.experts\.(gate_up_proj|down_proj)_(blocks|scales|bias)")
@@ -26,7 +26,7 @@ _FIRST = {"gate_proj": 0, "up_proj": 1}
 _GROUP = 32
 
 
-class ExpertStacks:
+class ExpertStacks(Listed):
     """A checkpoint directory whose experts are stacks in MXFP4.
 
     Its tensors have the names that other models give to single experts:
@@ -39,13 +39,6 @@ class ExpertStacks:
         self._files = open_directory(path)
         self.path, self.config = path, self._files.config
         self.tensors = dict(self._logical())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def info(self, name: str) -> TensorInfo | None:
-        """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
-        return self.tensors.get(name)
 
     def read(self, name: str, box: Box) -> Tensor:
         """The rectangle ``box`` of tensor ``name``: fp32 of an expert's weight, else as stored.
@@ -76,14 +69,6 @@ class ExpertStacks:
         w_NK = decode(fields, get_format("mxfp4"), torch.float32)
         skipped = box.start[1] - first * _GROUP
         return w_NK[:, skipped : skipped + box.size[1]]
-
-    def dense(self) -> Mapping[str, TensorInfo]:
-        """Every tensor, by the names of the class."""
-        return self.tensors
-
-    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :func:`megatron_quant.ckpt.reader.check_tensors`, of :meth:`dense`."""
-        return check_tensors(self.path, self.config, self.tensors, params)
 
     def _logical(self) -> Iterator[tuple[str, TensorInfo]]:
         for name, info in self._files.tensors.items():

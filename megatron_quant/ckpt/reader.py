@@ -39,8 +39,31 @@ class TensorInfo:
     decoded: bool = False
 
 
+class Listed:
+    """A checkpoint all of whose tensors are known before one is read."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Dtype, shape and file of what is read of ``name``; None where there is no such tensor."""
+        return self.tensors.get(name)
+
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """All tensors."""
+        return self.tensors
+
+    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
+        """As :func:`check_tensors`."""
+        return check_tensors(self.path, self.config, self.tensors, params)
+
+
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Listed):
     """An open checkpoint directory: its config, and where each tensor lies.
 
     config: content of config.json. tensors: by name. Files are mapped into memory, so that only
@@ -65,27 +88,12 @@ class Checkpoint:
         assert tuple(part.shape) == box.size, (name, box, tuple(part.shape))
         return part
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def info(self, name: str) -> TensorInfo | None:
-        """What the header says of tensor ``name``; None where there is none."""
-        return self.tensors.get(name)
-
-    def dense(self) -> Mapping[str, TensorInfo]:
-        """All tensors."""
-        return self.tensors
-
     def _unmap(self) -> None:
         """Open anew the files of which much was read: pages count as the process's memory."""
         if sum(self._mapped.values()) > _MAPPED:
             for file in self._mapped:
                 self.files[file] = _open(self.path / file)
             self._mapped.clear()
-
-    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :func:`check_tensors`."""
-        return check_tensors(self.path, self.config, self.tensors, params)
 
 
 class Weights(Protocol):

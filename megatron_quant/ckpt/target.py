@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_quant.ckpt.companions import CONFIG, Companions
 from megatron_quant.ckpt.dialects.modelopt import HF_QUANT_CONFIG
-from megatron_quant.ckpt.disk import allocate, explained, sync_directory, write_at
+from megatron_quant.ckpt.disk import allocate, explained, sync_directory, write_at, write_synced
 from megatron_quant.ckpt.files import INDEX, OutFile
 from megatron_quant.ckpt.manifest import MANIFEST, identity
 from megatron_quant.ckpt.plan import ExportPlan
@@ -184,10 +184,8 @@ def _create(directory: Path, file: OutFile) -> None:
 def stage(directory: Path, name: str, content: bytes) -> None:
     """Write a whole file under its temporary name, onto the disk."""
     path = partial(directory, name)
-    with explained(path, "cannot be written"), path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    with explained(path, "cannot be written"):
+        write_synced(path, content)
 
 
 def discard(directory: Path, made: Sequence[Path] = ()) -> None:

@@ -1,49 +1,26 @@
 """A checkpoint that stores experts in stacks, with the single ones that engines load."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_quant.ckpt.reader import TensorInfo, Weights, check_tensors
-from megatron_quant.models.spec import Box, Param
+from megatron_quant.ckpt.reader import Listed, TensorInfo, Weights
+from megatron_quant.models.spec import Box
 from megatron_quant.models.stacks import View, unstack
 
 
 @dataclass(frozen=True)
-class Viewed:
+class Viewed(Listed):
     """``stored`` with the tensors of ``views`` in place of the stacks that hold them."""
 
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
     stored: Weights
     views: Mapping[str, View]
-    tensors: Mapping[str, TensorInfo]
-
-    @property
-    def path(self) -> Path:
-        """Its directory."""
-        return self.stored.path
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Content of config.json."""
-        return self.stored.config
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def info(self, name: str) -> TensorInfo | None:
-        """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
-        return self.tensors.get(name)
-
-    def dense(self) -> Mapping[str, TensorInfo]:
-        """All tensors."""
-        return self.tensors
-
-    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :func:`megatron_quant.ckpt.reader.check_tensors`."""
-        return check_tensors(self.path, self.config, self.tensors, params)
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The rectangle ``box`` of tensor ``name``, as ``stored`` gives it; no more is read."""
@@ -65,7 +42,7 @@ def viewed(checkpoint: Weights, views: Mapping[str, View]) -> Weights:
     tensors = {n: info for n, info in stored.items() if n not in stacks}
     for name, view in views.items():
         tensors[name] = replace(stored[view.stored], shape=view.shape)
-    return Viewed(checkpoint, views, tensors)
+    return Viewed(checkpoint.path, checkpoint.config, tensors, checkpoint, views)
 
 
 def unstacked(checkpoint: Weights) -> Weights:

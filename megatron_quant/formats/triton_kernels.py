@@ -188,6 +188,16 @@ def columns_of(start, there, start_in_block, cols, block, C: tl.constexpr):
 
 
 @triton.jit
+def scales_of(step, zero, at, there, ELEMENT: tl.constexpr):
+    """Steps and zero points of blocks, [T, 1]; steps for both where elements have no zero point."""
+    steps = tl.load(step + at, mask=there, other=1.0)[:, None]
+    zeros = steps
+    if ELEMENT == INT4_ZERO_BY_BF16:
+        zeros = tl.load(zero + at, mask=there, other=0.0)[:, None]
+    return steps, zeros
+
+
+@triton.jit
 def bf16_values(x_bits):
     return float_of((x_bits.to(tl.uint32) & 0xFFFF) << 16)
 
@@ -238,10 +248,7 @@ def encode_kernel(x, step, zero, out, cols, block, first, per_row, total, stride
     """x: bf16 as int16; out: bytes, of PACKED elements each."""
     number, there, row, start = blocks_of(cols, block, first, per_row, total, T)
     scale = row * stride + (number - row * per_row)
-    steps = tl.load(step + scale, mask=there, other=1.0)[:, None]
-    zeros = steps
-    if ELEMENT == INT4_ZERO_BY_BF16:
-        zeros = tl.load(zero + scale, mask=there, other=0.0)[:, None]
+    steps, zeros = scales_of(step, zero, scale, there, ELEMENT)
     at = tl.program_id(1) * C
     col, mask = columns_of(start, there, at, cols, block, C)
     values = bf16_values(tl.load(x + row[:, None] * cols + col, mask=mask, other=0))
@@ -255,10 +262,7 @@ def fake_quant_kernel(x, step, zero, out, cols, block, first, per_row, total, st
     """x, out: bf16 as int16; out: (element - zero) * step."""
     number, there, row, start = blocks_of(cols, block, first, per_row, total, T)
     scale = row * stride + (number - row * per_row)
-    steps = tl.load(step + scale, mask=there, other=1.0)[:, None]
-    zeros = steps
-    if ELEMENT == INT4_ZERO_BY_BF16:
-        zeros = tl.load(zero + scale, mask=there, other=0.0)[:, None]
+    steps, zeros = scales_of(step, zero, scale, there, ELEMENT)
     col, mask = columns_of(start, there, tl.program_id(1) * C, cols, block, C)
     at = row[:, None] * cols + col
     values = bf16_values(tl.load(x + at, mask=mask, other=0))

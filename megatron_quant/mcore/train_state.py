@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_quant.ckpt.disk import explained
+from megatron_quant.ckpt.disk import explained, write_synced
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.ckpt.torch_dist import TRACKER, latest, open_torch_dist
 from megatron_quant.dist import Groups, together
@@ -65,19 +65,13 @@ def _make(path: Path) -> None:
 def _commit(path: Path, step: int, settings: Mapping[str, Any]) -> None:
     before = latest(path.parent)
     with explained(path, _DOING):
-        _write(path / _PROGRESS, json.dumps({"step": step, "settings": settings}, indent=2))
+        progress = json.dumps({"step": step, "settings": settings}, indent=2)
+        write_synced(path / _PROGRESS, progress.encode())
         temporary = path.parent / f"{TRACKER}.incomplete"
-        _write(temporary, str(step))
+        write_synced(temporary, str(step).encode())
         os.replace(temporary, path.parent / TRACKER)
         if before not in (path, path.parent):
             shutil.rmtree(before, ignore_errors=True)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def last_save(directory: Path, groups: Groups) -> Progress | None:

@@ -18,7 +18,7 @@ from megatron_quant.models.decoder import Decoder, ExpertNames, Experts
 # what Qwen3MoeConfig gives to keys that config.json lacks
 _DEFAULTS = {"rope_theta": 10000.0, "sliding_window": 4096}
 
-_NAMES = ExpertNames(
+NAMES = ExpertNames(
     router="mlp.gate",
     gate="mlp.experts.{expert}.gate_proj",
     up="mlp.experts.{expert}.up_proj",
@@ -26,7 +26,7 @@ _NAMES = ExpertNames(
 )
 
 
-def expert_layers(config: Config, layers: int, dense_class: str) -> tuple[bool, ...]:
+def _expert_layers(config: Config, layers: int, dense_class: str) -> tuple[bool, ...]:
     """For each layer whether it has experts; ArchitectureError where none has."""
     step = positive_or(config, "decoder_sparse_step", 1)
     dense = config.get("mlp_only_layers") or []
@@ -43,9 +43,14 @@ def expert_layers(config: Config, layers: int, dense_class: str) -> tuple[bool, 
     return chosen
 
 
-def _decoder(config: Config) -> Decoder:
-    config = {**_DEFAULTS, **config}
-    decoder = read_decoder(config, qk_norm=True)
+def read_mixture(
+    config: Config, names: ExpertNames, dense_class: str, *, qk_norm: bool
+) -> tuple[Decoder, Experts]:
+    """What Qwen's mixtures have in common, from a config with its defaults filled in.
+
+    dense_class: which a model without experts is to be converted to.
+    """
+    decoder = read_decoder(config, qk_norm=qk_norm)
     if flag(config, "use_sliding_window"):
         full_attention(config, config["sliding_window"])
     # transformers >= 5 saves the number under Mixtral's name
@@ -54,11 +59,17 @@ def _decoder(config: Config) -> Decoder:
         count=count,
         topk=positive(config, "num_experts_per_tok"),
         ffn=positive(config, "moe_intermediate_size"),
-        layers=expert_layers(config, decoder.layers, "Qwen3ForCausalLM"),
+        layers=_expert_layers(config, decoder.layers, dense_class),
         normalized=flag(config, "norm_topk_prob"),
-        names=_NAMES,
+        names=names,
     )
     check_routing(experts)
+    return decoder, experts
+
+
+def _decoder(config: Config) -> Decoder:
+    config = {**_DEFAULTS, **config}
+    decoder, experts = read_mixture(config, NAMES, "Qwen3ForCausalLM", qk_norm=True)
     return replace(decoder, experts=experts)
 
 

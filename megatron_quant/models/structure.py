@@ -55,7 +55,7 @@ def describe(config: Config, shapes: Shapes) -> Structure:
     if not has_table(config):
         return recognise(config, shapes)
     drafts = [_alone(n, s, Role.DRAFT) for n, s in shapes.items() if is_draft(config, n)]
-    return Structure((*lookup(config).params(config), *drafts), unstack(config, shapes))
+    return Structure((*lookup(config).params(config), *drafts), {})
 
 
 def has_table(config: Config) -> bool:

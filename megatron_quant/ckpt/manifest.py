@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_quant.ckpt.digest import ABOUT
 from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.files import TensorEntry, entries_of
 from megatron_quant.ckpt.origin import Origin, digest_of_parts, read_header
@@ -19,8 +20,7 @@ from megatron_quant.ckpt.source import read_json
 from megatron_quant.errors import CheckpointError
 
 MANIFEST = "megatron_quant_manifest.json"
-_VERSION = 1
-_DIGEST = "BLAKE2b-256 of the tensor's bytes in its file"
+_VERSION = 2
 
 
 def plan_digest(plan: ExportPlan) -> str:
@@ -40,7 +40,7 @@ def identity(plan: ExportPlan, origin: Origin) -> dict[str, str]:
 def manifest(plan: ExportPlan, origin: Origin, digests: Mapping[str, str]) -> dict[str, Any]:
     """Content of the manifest; ``digests``: by tensor name."""
     tensors = {entry.name: digests[entry.name] for entry in plan.entries}
-    about = {"version": _VERSION, "digest": _DIGEST}
+    about = {"version": _VERSION, "digest": ABOUT}
     return {**about, **identity(plan, origin), "tensors": tensors}
 
 

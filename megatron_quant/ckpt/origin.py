@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_quant.ckpt.digest import DIGEST_BYTES
 from megatron_quant.ckpt.files import MAX_HEADER
-from megatron_quant.ckpt.runs import DIGEST_BYTES
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats.spec import Format

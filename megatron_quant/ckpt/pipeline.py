@@ -11,11 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_quant.ckpt.digest import digests
 from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.files import TensorEntry
 from megatron_quant.ckpt.journal import Digests, Journal
 from megatron_quant.ckpt.memory import give_back
-from megatron_quant.ckpt.runs import digests, write_box
+from megatron_quant.ckpt.runs import write_box
 from megatron_quant.errors import ExportError
 from megatron_quant.models.spec import Box
 

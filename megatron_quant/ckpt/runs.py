@@ -1,7 +1,6 @@
 """Boxes of tensors on disk: their bytes in a file, written and hashed in the order of the box."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import product
 from math import prod
 from operator import mul
@@ -9,13 +8,13 @@ from os import preadv
 
 import torch
 
+from megatron_quant.ckpt.digest import LEAF_BYTES, digest_of
 from megatron_quant.ckpt.disk import write_at
 from megatron_quant.ckpt.files import TensorEntry
-from megatron_quant.formats import native
 from megatron_quant.models.spec import Box
 
-DIGEST_BYTES = 32
-_READ_BYTES = 4 << 20  # at a time, to hash what is on disk
+_READ_BYTES = 64 * LEAF_BYTES
+"""Read at a time, to hash what is on disk."""
 
 
 def whole(entry: TensorEntry) -> Box:
@@ -48,26 +47,27 @@ def write_box(fd: int, entry: TensorEntry, box: Box, data: memoryview) -> None:
         done += width
 
 
-def digests(messages: Sequence[memoryview]) -> list[str]:
-    """BLAKE2b-256 of each, in hexadecimal."""
-    sizes = [len(message) for message in messages]
-    if sum(sizes) >= 2 * max(sizes, default=1):  # enough to do beside the longest
-        found = native.blake2b(messages, DIGEST_BYTES)
-        if found is not None:
-            return [each.hex() for each in found]
-    return [hashlib.blake2b(m, digest_size=DIGEST_BYTES).hexdigest() for m in messages]
-
-
 def digest_on_disk(fd: int, entry: TensorEntry, box: Box) -> str:
-    """That digest of what the file holds in ``box``; of a file that ends early what there is."""
-    found = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    buffer = memoryview(bytearray(_READ_BYTES))
-    for offset, width in runs(entry, box):
+    """The digest of what the file holds in ``box``; empty where the file ends before."""
+    nbytes = prod(box.size) * entry.dtype.itemsize
+    try:
+        return digest_of(_read(fd, runs(entry, box), nbytes), nbytes)
+    except EOFError:
+        return ""
+
+
+def _read(fd: int, where: Iterable[tuple[int, int]], nbytes: int) -> Iterator[memoryview]:
+    """The bytes of runs of a file, ``_READ_BYTES`` at a time, each time in the same memory."""
+    buffer, filled = memoryview(bytearray(min(nbytes, _READ_BYTES))), 0
+    for offset, width in where:
         end = offset + width
         while offset < end:
-            count = preadv(fd, [buffer[: end - offset]], offset)
+            count = preadv(fd, [buffer[filled : filled + end - offset]], offset)
             if not count:
-                return ""
-            found.update(buffer[:count])
-            offset += count
-    return found.hexdigest()
+                raise EOFError
+            offset, filled = offset + count, filled + count
+            if filled == len(buffer):
+                yield buffer
+                filled = 0
+    if filled or not nbytes:
+        yield buffer[:filled]

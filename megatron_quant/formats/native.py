@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from itertools import pairwise
@@ -27,9 +28,10 @@ from torch import Tensor
 
 from megatron_quant.formats.cuts import Cuts
 
-_VERSION = 2
+_VERSION = 3
 """Of the signatures, as ``mq_version`` in csrc has it: a stale build is not called."""
 _FILE = Path(__file__).with_name("_native" + str(sysconfig.get_config_var("EXT_SUFFIX")))
+_DIGEST_BYTES = 32
 _SHARE = 1 << 17
 """Elements that are worth a thread of their own: 50 microseconds of work, 20 to hand it out."""
 
@@ -85,6 +87,15 @@ class _Scales(ctypes.Structure):
         ("step", ctypes.c_void_p),
         ("zero", ctypes.c_void_p),
         ("stride", ctypes.c_int64),
+    )
+
+
+class _Leaves(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("nbytes", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("ends", ctypes.c_int64),
     )
 
 
@@ -178,22 +189,37 @@ def nvfp4_fake_quant(x_RK: Tensor, dscale_R1: Tensor) -> Tensor:
     return out_RK
 
 
-def blake2b(messages: Sequence[memoryview], digest_bytes: int) -> list[bytes] | None:
-    """BLAKE2b of each message, four at a time; None without the library.
+@dataclass(frozen=True)
+class Leaves:
+    """A message for BLAKE2b's tree mode, or some leaves of one.
 
-    digest_bytes: 8 to 64, a multiple of 8. Of one message alone hashlib's is faster.
+    data: contiguous bytes. first: number of the first leaf in the message. ends: whether the last
+    one is the message's last.
+    """
+
+    data: memoryview
+    first: int = 0
+    ends: bool = True
+
+
+def blake2b(pieces: Sequence[Leaves], leaf_bytes: int, depth: int, count: int) -> bytes | None:
+    """BLAKE2b-256 of ``count`` nodes of a tree, several at a time; None without the library.
+
+    leaf_bytes: of all leaves but the last of a message, a multiple of 128. depth: 0 for the leaves
+    of the pieces, 1 where each piece is what its root is made of.
     """
     library = _library() if sys.byteorder == "little" else None
-    if library is None or not messages:
+    if library is None:
         return None
-    arrays = [np.asarray(message) for message in messages]
-    assert all(a.dtype == np.uint8 and a.flags.c_contiguous for a in arrays)
-    data = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
-    nbytes = (ctypes.c_int64 * len(arrays))(*(a.nbytes for a in arrays))
-    out = ctypes.create_string_buffer(digest_bytes * len(arrays))
-    sizes = ctypes.c_int64(len(arrays)), ctypes.c_int64(digest_bytes)
-    library.mq_blake2b(data, nbytes, *sizes, out)
-    return [out.raw[i : i + digest_bytes] for i in range(0, len(out), digest_bytes)]
+    arrays = [np.frombuffer(piece.data, np.uint8) for piece in pieces]
+    at = (array.__array_interface__["data"][0] for array in arrays)
+    messages = (_Leaves * len(pieces))(
+        *(_Leaves(a, len(p.data), p.first, p.ends) for a, p in zip(at, pieces, strict=True))
+    )
+    out = ctypes.create_string_buffer(_DIGEST_BYTES * count)
+    numbers = (ctypes.c_int64(n) for n in (len(pieces), leaf_bytes, depth))
+    library.mq_blake2b(messages, *numbers, out)
+    return out.raw
 
 
 def _count(x_RK: Tensor, block: int, first: int) -> int:

@@ -1,47 +1,76 @@
-"""Digests of many messages at once: each is hashlib's of it alone, with the library and without."""
+"""Digests of tensors: each is the tree that hashlib makes, with the library and without it."""
 
 import hashlib
+import os
 import random
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 
-from megatron_quant.ckpt.runs import DIGEST_BYTES, digests
+from megatron_quant.ckpt.digest import digest_of, digests
+from megatron_quant.ckpt.files import TensorEntry
+from megatron_quant.ckpt.runs import digest_on_disk, whole
 from megatron_quant.formats import native
+from megatron_quant.models.spec import Box
 
-EDGES = [0, 1, 7, 8, 127, 128, 129, 255, 256, 257, 1000]
+LEAF = 65536
+EDGES = [0, 1, 127, 128, 129, 256, 1000, LEAF - 1, LEAF, LEAF + 1, 3 * LEAF, 5 * LEAF + 128]
+
+
+def tree(message: bytes) -> str:
+    """BLAKE2b-256 of two levels, as hashlib's documentation shows it."""
+    shared = {"digest_size": 32, "fanout": 0, "depth": 2, "leaf_size": LEAF, "inner_size": 32}
+    starts = range(0, max(len(message), 1), LEAF)
+    root = hashlib.blake2b(**shared, node_depth=1, last_node=True)
+    for i, start in enumerate(starts):
+        leaf = message[start : start + LEAF]
+        last = i == len(starts) - 1
+        root.update(hashlib.blake2b(leaf, **shared, node_offset=i, last_node=last).digest())
+    return root.hexdigest()
 
 
 def messages(count: int, seed: int) -> list[memoryview]:
     rng = random.Random(seed)
-    sizes = [rng.choice([*EDGES, rng.randrange(5000)]) for _ in range(count)]
+    sizes = [rng.choice([*EDGES, rng.randrange(3 * LEAF)]) for _ in range(count)]
     return [memoryview(rng.randbytes(size)) for size in sizes]
 
 
-def expected(given: list[memoryview]) -> list[str]:
-    return [hashlib.blake2b(m, digest_size=DIGEST_BYTES).hexdigest() for m in given]
-
-
-@pytest.mark.skipif(not native.blake2b([memoryview(b"x")], 32), reason="built without a compiler")
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9, 40])
-def test_four_at_a_time(count: int) -> None:
-    for seed in range(20):
-        given = messages(count, seed)
-        found = native.blake2b(given, DIGEST_BYTES)
-        assert found is not None and [each.hex() for each in found] == expected(given)
-
-
-@pytest.mark.skipif(not native.blake2b([memoryview(b"x")], 32), reason="built without a compiler")
-@pytest.mark.parametrize("size", [8, 32, 64])
-def test_other_lengths_of_digests(size: int) -> None:
-    given = messages(6, 0)
-    wanted = [hashlib.blake2b(m, digest_size=size).digest() for m in given]
-    assert native.blake2b(given, size) == wanted
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 30])
-def test_with_the_library_or_without(count: int) -> None:
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 9, 30])
+def test_with_the_library_and_without(count: int) -> None:
     given = messages(count, count)
-    assert digests(given) == expected(given)
+    expected = [tree(bytes(message)) for message in given]
+    assert digests(given) == expected
     with patch.object(native, "_library", return_value=None):
-        assert digests(given) == expected(given)
+        assert digests(given) == expected
+
+
+@pytest.mark.parametrize("size", EDGES)
+def test_of_pieces(size: int) -> None:
+    message = random.Random(size).randbytes(size)
+    for step in (LEAF, 2 * LEAF, 8 * LEAF):
+        pieces = [memoryview(message)[at : at + step] for at in range(0, max(size, 1), step)]
+        assert digest_of(pieces, size) == tree(message)
+
+
+@pytest.mark.skipif(not native.available(), reason="built without a compiler")
+def test_many_short_ones_beside_a_long_one() -> None:
+    given = [memoryview(bytes(10 * LEAF)), *messages(3, 0), memoryview(b"x" * 100)] * 3
+    assert digests(given) == [tree(bytes(message)) for message in given]
+
+
+def test_on_disk_whatever_runs_it_lies_in(tmp_path: Path) -> None:
+    """Rows of 300 bytes of which a box has 100: read together, up to many leaves."""
+    data = random.Random(0).randbytes(8 + 60000 * 300)
+    (tmp_path / "file").write_bytes(data)
+    entry = TensorEntry("t", torch.uint8, (60000, 300), "file", 8, len(data) - 8)
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    try:
+        assert digest_on_disk(fd, entry, whole(entry)) == tree(data[8:])
+        rows = (data[8 + 300 * r + 200 :][:100] for r in range(1, 59999))
+        assert digest_on_disk(fd, entry, Box((1, 200), (59998, 100))) == tree(b"".join(rows))
+        later = TensorEntry("t", torch.uint8, (60000, 300), "file", 9, len(data) - 8)
+        assert digest_on_disk(fd, later, whole(later)) == ""
+    finally:
+        os.close(fd)

@@ -1,6 +1,5 @@
 """What an unfinished export may be continued with, what is written again, and what is refused."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +23,7 @@ from megatron_quant.recipes.schema import weight_only
 from tests.dist.command import command
 from tests.unit import ckpt_world as world
 from tests.unit.test_ckpt_writer import BESIDE, contents, producer
+from tests.unit.test_digests import tree
 
 ORIGIN = Origin("recipe", "source", "statistics")
 NAMED = replace(BESIDE, origin=ORIGIN)
@@ -240,8 +240,7 @@ def test_the_manifest_digests_every_tensor_and_no_statistics(tmp_path: Path) -> 
     assert list(manifest["tensors"]) == [entry.name for entry in plan().entries]
     for entry in plan().entries:
         data = (tmp_path / entry.file).read_bytes()[entry.offset : entry.offset + entry.nbytes]
-        found = hashlib.blake2b(data, digest_size=32).hexdigest()
-        assert manifest["tensors"][entry.name] == found
+        assert manifest["tensors"][entry.name] == tree(data)
 
 
 def test_digests_of_recipes_and_sources(tmp_path: Path) -> None:
@@ -285,8 +284,8 @@ def test_verify_names_the_first_damaged_tensor(tmp_path: Path) -> None:
 def test_verify_of_headers_and_manifests(tmp_path: Path) -> None:
     write(tmp_path)
     manifest = (tmp_path / MANIFEST).read_text()
-    (tmp_path / MANIFEST).write_text(manifest.replace('"version": 1', '"version": 9'))
-    assert "is not of version 1; verify with the release that" in verify_digests(tmp_path)[0]
+    (tmp_path / MANIFEST).write_text(manifest.replace('"version": 2', '"version": 9'))
+    assert "is not of version 2; verify with the release that" in verify_digests(tmp_path)[0]
     (tmp_path / MANIFEST).unlink()
     assert f"{MANIFEST} is missing; verify without --digests" in verify_digests(tmp_path)[0]
     (tmp_path / MANIFEST).write_text(manifest)

@@ -8,8 +8,11 @@ import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from megatron_quant.errors import CheckpointError
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -123,6 +126,27 @@ def header_bytes(drafts: Sequence[Draft]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def read_header(path: Path) -> bytes:
+    """Length and JSON of a safetensors file's header; CheckpointError where it is not whole."""
+    try:
+        with path.open("rb") as stream:
+            length = stream.read(8)
+            count = struct.unpack("<Q", length)[0] if len(length) == 8 else MAX_HEADER + 1
+            text = stream.read(count) if count <= MAX_HEADER else b""
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror}; fetch it again") from e
+    if len(text) != count:
+        raise CheckpointError(f"{path} is truncated or no safetensors file; fetch it again")
+    return length + text
+
+
+class UnknownDtype(KeyError):
+    """A tensor of a dtype that torch has not."""
+
+    def __str__(self) -> str:
+        return "{} has dtype {}".format(*self.args)
+
+
 def entries_of(file: str, header: bytes) -> Iterator[TensorEntry]:
     """The tensors of a file by its header: inverse of :func:`header_bytes`.
 
@@ -132,5 +156,7 @@ def entries_of(file: str, header: bytes) -> Iterator[TensorEntry]:
     tensors.pop("__metadata__", None)
     for name, tensor in tensors.items():
         start, stop = tensor["data_offsets"]
+        if tensor["dtype"] not in _DTYPES:
+            raise UnknownDtype(name, tensor["dtype"])
         dtype, shape = _DTYPES[tensor["dtype"]], tuple(tensor["shape"])
         yield TensorEntry(name, dtype, shape, file, len(header) + start, stop - start)

@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_quant.ckpt.digest import ABOUT
 from megatron_quant.ckpt.disk import explained
-from megatron_quant.ckpt.files import TensorEntry, entries_of
-from megatron_quant.ckpt.origin import Origin, digest_of_parts, read_header
+from megatron_quant.ckpt.files import TensorEntry, entries_of, read_header
+from megatron_quant.ckpt.origin import Origin, digest_of_parts
 from megatron_quant.ckpt.plan import ExportPlan
 from megatron_quant.ckpt.runs import digest_on_disk, whole
 from megatron_quant.ckpt.source import read_json

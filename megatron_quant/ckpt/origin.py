@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_quant.ckpt.digest import DIGEST_BYTES
-from megatron_quant.ckpt.files import MAX_HEADER
+from megatron_quant.ckpt.files import read_header
 from megatron_quant.ckpt.source import read_json
-from megatron_quant.errors import CheckpointError
 from megatron_quant.formats.spec import Format
 from megatron_quant.recipes.schema import Recipe, Rule
 
@@ -60,20 +59,6 @@ def source_digest(directory: Path) -> str:
         header = digest_of_parts([read_header(path)])
         described.append([path.name, path.stat().st_size, header])
     return digest_of(described)
-
-
-def read_header(path: Path) -> bytes:
-    """Length and JSON of a safetensors file's header; CheckpointError where it is not whole."""
-    try:
-        with path.open("rb") as stream:
-            length = stream.read(8)
-            count = struct.unpack("<Q", length)[0] if len(length) == 8 else MAX_HEADER + 1
-            text = stream.read(count) if count <= MAX_HEADER else b""
-    except OSError as e:
-        raise CheckpointError(f"{path} cannot be read: {e.strerror}; fetch it again") from e
-    if len(text) != count:
-        raise CheckpointError(f"{path} is truncated or no safetensors file; fetch it again")
-    return length + text
 
 
 def digest_of_parts(parts: Iterable[bytes]) -> str:

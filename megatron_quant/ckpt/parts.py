@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from functools import partial as bound
 from math import prod
 from pathlib import Path
@@ -118,12 +119,17 @@ def write_parts(
             return pipeline.digests
         for part in work.alone:
             pipeline.reserve(part.nbytes)
-            pipeline.write(_path(directory, part), _encoded(part, produce))
+            pipeline.write(_path(directory, _file(part)), _encoded(part, produce))
     return pipeline.digests
 
 
-def _path(directory: Path, part: Part) -> Path:
-    return partial(directory, part.target.entries[0].file)
+def _file(part: Part) -> str:
+    return part.target.entries[0].file
+
+
+@lru_cache(maxsize=4096)
+def _path(directory: Path, file: str) -> Path:
+    return partial(directory, file)
 
 
 def _encoded(part: Part, produce: Produce) -> list[Encoded]:
@@ -157,7 +163,7 @@ def _join(
             if joint not in work.kept:
                 wanted = set(work.filled(joint))
                 pieces = [each for each in (*own, *rows) if each[:2] in wanted]
-                pipeline.write(_path(directory, work.part(joint)), pieces)
+                pipeline.write(_path(directory, _file(work.part(joint))), pieces)
         own.clear()
 
     return join_all(batches(work.joined, work.rank), work.rank, shards, encode, write)

@@ -61,7 +61,7 @@ class Part:
         """The logical parameter that holds it."""
         return self.target.param
 
-    @property
+    @cached_property
     def src(self) -> Box:
         """The rectangle in the Hugging Face tensor."""
         return _box(self.region)
@@ -75,7 +75,7 @@ class Part:
             if box is not None:
                 yield Piece(entry, stored, box)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes that it fills."""
         return nbytes(self.target.scheme, self.target.source.shape, self.src)

@@ -1,6 +1,7 @@
 """The values of one part, made from the parameter that its owner holds."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import inf, isfinite
 
 import torch
@@ -44,13 +45,18 @@ def produce(
     CalibrationError for a statistic that is missing or not finite; both name the tensor.
     """
     w = part.region.take(local.detach())
-    if not torch.isfinite(amax(w)):
+    check_finite(part, w)
+    yield from encoded(part, w, weight_amax, input_amax, block_stat, scales)
+
+
+def check_finite(part: Part, w: torch.Tensor) -> None:
+    """Raise FormatError where the part's own values ``w`` are not all finite."""
+    if not isfinite(amax(w).item()):
         name = part.target.source.name
         raise FormatError(f"{name} has NaN or Inf; repair the source checkpoint")
-    yield from produce_finite(part, w, weight_amax, input_amax, block_stat, scales)
 
 
-def produce_finite(
+def encoded(
     part: Part,
     w: torch.Tensor,
     weight_amax: torch.Tensor | None = None,
@@ -58,7 +64,7 @@ def produce_finite(
     block_stat: torch.Tensor | None = None,
     scales: Fields | None = None,
 ) -> Iterator[Produced]:
-    """The same of the part's own values ``w``, of which is known that they are finite."""
+    """The same of the part's own values ``w``, which are finite."""
     weights = part.target.scheme.weights
     if weights is None:
         yield _plain(part, w)
@@ -160,16 +166,23 @@ def _cells_each(stored: Stored, field: Field, shape: tuple[int, ...]) -> tuple[i
 def _dscale(amax: torch.Tensor | None, fmt: Format, what: str) -> torch.Tensor:
     if amax is None:
         raise CalibrationError(f"{what} have no amax, which {fmt.name} needs; calibrate first")
-    if not isfinite(amax.item()):
-        raise CalibrationError(f"the amax of {what} is {amax.item()}; look for NaN in the model")
-    return tensor_scale(amax.detach().reshape(()), fmt)
+    value = amax.item()
+    if not isfinite(value):
+        raise CalibrationError(f"the amax of {what} is {value}; look for NaN in the model")
+    return _scale_of(value, fmt)
+
+
+@lru_cache(maxsize=16384)
+def _scale_of(amax: float, fmt: Format) -> torch.Tensor:
+    """The same for all experts that share it; not to be changed."""
+    return tensor_scale(torch.tensor(amax), fmt)
 
 
 def _check_scale(piece: Piece, value: torch.Tensor, weights: Format) -> None:
     """Whatever is a float and no element is a scale."""
     if piece.stored.field == weights.fields[0].name or not value.is_floating_point():
         return
-    low, high = _bounds(value)
+    low, high = (value.item(),) * 2 if value.numel() == 1 else _bounds(value)
     if not (low > 0 and 0 < high < inf):
         raise FormatError(
             f"{piece.entry.name} would hold scales from {low} to {high}, which {weights.name}"

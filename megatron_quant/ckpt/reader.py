@@ -3,13 +3,15 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_quant.ckpt.files import DTYPES, INDEX
+from megatron_quant.ckpt.files import INDEX, TensorEntry, UnknownDtype, entries_of, read_header
+from megatron_quant.ckpt.mapped import MappedFiles
 from megatron_quant.ckpt.source import read_config, read_json
 from megatron_quant.errors import CheckpointError
 from megatron_quant.models.spec import Box, Copy, Param, Role
@@ -17,12 +19,9 @@ from megatron_quant.models.structure import is_draft
 
 WEIGHTS = "model.safetensors"
 
-_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In which a tensor that is not quantized may be stored."""
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attention\.masked_bias")
-_MAPPED = 1 << 27
-"""Bytes of the files that stay mapped after they were read."""
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -66,34 +65,25 @@ class Listed:
 class Checkpoint(Listed):
     """An open checkpoint directory: its config, and where each tensor lies.
 
-    config: content of config.json. tensors: by name. Files are mapped into memory, so that only
-    what is read is loaded; what was read longer ago than the last ``_MAPPED`` bytes is unmapped.
+    config: content of config.json. tensors, entries: by name. files: of the directory.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    files: dict[str, Any] = field(repr=False)
-    _mapped: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    entries: dict[str, TensorEntry] = field(repr=False)
+    files: MappedFiles = field(repr=False)
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The rectangle ``box`` of tensor ``name``, in its stored dtype; nothing else is read."""
-        file = self.tensors[name].file
+        entry = self.entries[name]
         try:
-            self._unmap()
-            part = self.files[file].get_slice(name)[box.index]
-            self._mapped[file] = self._mapped.get(file, 0) + part.nbytes
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{self.path / file}: {name} cannot be read: {e}") from e
+            tensor = self.files.tensor(entry)
+        except OSError as e:
+            raise CheckpointError(f"{self.path / entry.file}: {name} cannot be read: {e}") from e
+        part = tensor if box.size == entry.shape else tensor[box.index]
         assert tuple(part.shape) == box.size, (name, box, tuple(part.shape))
         return part
-
-    def _unmap(self) -> None:
-        """Open anew the files of which much was read: pages count as the process's memory."""
-        if sum(self._mapped.values()) > _MAPPED:
-            for file in self._mapped:
-                self.files[file] = _open(self.path / file)
-            self._mapped.clear()
 
 
 class Weights(Protocol):
@@ -209,19 +199,16 @@ def open_directory(path: Path) -> Checkpoint:
     config = read_config(path)
     where = _weight_map(path)
     names = sorted(set(where.values())) if where else [_single_file(path)]
-    files = {name: _open(path / name) for name in names}
-    tensors: dict[str, TensorInfo] = {}
-    for file, handle in files.items():
-        for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
-            if where.get(name, file) == file:
-                tensors[name] = _info(path / file, handle, name)
+    found = (entry for name in names for entry in _entries(path / name))
+    entries = {e.name: e for e in found if where.get(e.name, e.file) == e.file}
     for name, file in where.items():
-        if name not in tensors:
+        if name not in entries:
             raise CheckpointError(
                 f"{path / file}: tensor {name} is missing, though {INDEX} names it; "
                 "fetch the checkpoint again"
             )
-    return Checkpoint(path, config, tensors, files)
+    tensors = {name: TensorInfo(e.dtype, e.shape, e.file) for name, e in entries.items()}
+    return Checkpoint(path, config, tensors, entries, MappedFiles(path))
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -260,18 +247,16 @@ def _single_file(path: Path) -> str:
     raise CheckpointError(f"{path} has no {WEIGHTS}; give a checkpoint with safetensors weights")
 
 
-def _open(file: Path) -> Any:
+def _entries(file: Path) -> list[TensorEntry]:
+    """The tensors of a file by name, which safetensors has found to be sound."""
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt"):
+            pass
     except (SafetensorError, OSError) as e:
         raise CheckpointError(
             f"{file} is truncated or no safetensors file ({e}); fetch it again"
         ) from e
-
-
-def _info(file: Path, handle: Any, name: str) -> TensorInfo:
-    part = handle.get_slice(name)
-    dtype = part.get_dtype()
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"{file}: {name} has dtype {dtype}, which is not known here")
-    return TensorInfo(_DTYPES[dtype], tuple(part.get_shape()), file.name)
+    try:
+        return sorted(entries_of(file.name, read_header(file)), key=attrgetter("name"))
+    except UnknownDtype as e:
+        raise CheckpointError(f"{file}: {e}, which is not known here") from e

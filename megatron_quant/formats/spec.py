@@ -6,6 +6,7 @@ enough to slice a stored tensor the way its weight is sliced, whoever holds the 
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -62,7 +63,7 @@ class Format:
         """The field called ``name``."""
         return next(f for f in self.fields if f.name == name)
 
-    @property
+    @cached_property
     def stat_block(self) -> tuple[int, int] | None:
         """The block of which ``block_stat`` keeps a statistic; None with a tensor scale alone."""
         scales = [f.block for f in self.fields[1:] if f.block != (WHOLE, WHOLE)]

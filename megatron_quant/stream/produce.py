@@ -7,14 +7,14 @@ import torch
 
 from megatron_quant.ckpt.keep import kept_scales
 from megatron_quant.ckpt.plan import Part
-from megatron_quant.ckpt.produce import Produced, produce, produce_finite
+from megatron_quant.ckpt.produce import Produced, check_finite, encoded
 from megatron_quant.ckpt.produce_cache import produce_cache_scale
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.formats.elements import E4M3_MAX
 from megatron_quant.models.spec import Role
 from megatron_quant.recipes.plan import QuantPlan
 from megatron_quant.stream.search import searched_stat
-from megatron_quant.stream.source import Source, by_itself
+from megatron_quant.stream.source import Source
 
 _CAST = torch.tensor(E4M3_MAX)
 """Amax of keys and values that are cast to FP8 as they are: their scale is 1."""
@@ -42,5 +42,6 @@ class Producer:
         stat, scales = searched_stat(w, decision, weight_amax, part.src.start), None
         if self.kept is not None and decision.quantized:
             scales = kept_scales(self.kept, part.target.source.module, part.region)
-        make = produce if weight_amax is None else produce_finite  # it was found in all of them
-        return make(by_itself(part), w, weight_amax, self.input_amax.get(name), stat, scales)
+        if weight_amax is None:  # else all of them were looked at
+            check_finite(part, w)
+        return encoded(part, w, weight_amax, self.input_amax.get(name), stat, scales)

@@ -1,7 +1,7 @@
 """Parts of tensors as they come from the source checkpoint."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -24,13 +24,6 @@ class Source:
 
     def _dtype_of(self, part: Part) -> torch.dtype:
         return self.dtype if part.target.scheme.weights else part.target.entries[0].dtype
-
-
-def by_itself(part: Part) -> Part:
-    """``part`` as its rank has it here: the rectangle alone, not a parameter that holds it."""
-    if not part.region.size:
-        return part
-    return replace(part, region=replace(part.region, rows=((0, part.region.size[0]),)))
 
 
 def needs_amax(part: Part) -> bool:

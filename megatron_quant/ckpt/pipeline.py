@@ -21,7 +21,7 @@ from megatron_quant.errors import ExportError
 from megatron_quant.models.spec import Box
 
 _SEAL_BYTES = 256 << 20  # written between two entries in the journal: what a kill may cost a rank
-_BATCH_BYTES = 32 << 20  # hashed and written by one thread at a time
+_BATCH_BYTES = 4 << 20  # hashed and written by one thread at a time, while caches hold it
 _GIVE_BACK_BYTES = 64 << 20  # of memory freed, before it is given back to the system
 
 Encoded = tuple[TensorEntry, Box, memoryview]

@@ -116,8 +116,10 @@ def _pseudo_fields(
     part: Part, weight_amax: torch.Tensor | None, input_amax: torch.Tensor | None
 ) -> Fields:
     source, scheme = part.target.source, part.target.scheme
-    fields = {SHAPE: torch.tensor(source.shape)}
-    if any(stored.field == WEIGHT_SCALE for stored in scheme.stored):
+    names, fields = {stored.field for stored in scheme.stored}, {}
+    if SHAPE in names:
+        fields[SHAPE] = torch.tensor(source.shape)
+    if WEIGHT_SCALE in names:
         fields[WEIGHT_SCALE] = _dscale(weight_amax, get_format("fp8"), f"the weight {source.name}")
     if scheme.inputs is not None and scheme.inputs.tensor_scale:
         fields[INPUT_SCALE] = _dscale(input_amax, scheme.inputs, f"the inputs of {source.module}")

@@ -218,10 +218,11 @@ def _weight_map(path: Path) -> dict[str, str]:
     where = read_json(path / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{path / INDEX} has no weight_map; fetch it again")
-    for name, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file:
+    named = {file if isinstance(file, str) else "": name for name, file in where.items()}
+    for file, name in named.items():
+        if not file or Path(file).name != file:
             raise CheckpointError(
-                f"{path / INDEX}: {file!r} of {name} is no file name in its directory"
+                f"{path / INDEX}: {where[name]!r} of {name} is no file name in its directory"
             )
         if not (path / file).is_file():
             raise CheckpointError(

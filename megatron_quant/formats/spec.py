@@ -59,6 +59,9 @@ class Format:
     tensor_scale: bool
     zero_point: bool = False
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.group_size))  # plans count and look up formats by tensor
+
     def field(self, name: str) -> Field:
         """The field called ``name``."""
         return next(f for f in self.fields if f.name == name)

@@ -1,6 +1,6 @@
 """The statistic of every block, from which its scale follows."""
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from megatron_quant.formats.loops import loops_for
 from megatron_quant.formats.spec import WHOLE, Format
 
 
-def cuts(shape: Sequence[int], fmt: Format, origin: Origin) -> tuple[Cuts, Cuts]:
+@lru_cache(maxsize=4096)
+def cuts(shape: tuple[int, ...], fmt: Format, origin: Origin) -> tuple[Cuts, Cuts]:
     """Blocks of the rows and of the columns of a piece [..., N, K] or [K]; see ``stat_block``.
 
     A format without blocks is one with a block a row, as far as columns go.

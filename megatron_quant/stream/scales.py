@@ -43,7 +43,7 @@ def slot_amaxes(
     """
     names = [d.slot.name for d in quant.quantized]
     index = {name: i for i, name in enumerate(names)}
-    row = torch.full((len(names),), -1.0)
+    largest = [-1.0] * len(names)
 
     def measure() -> None:
         for part in scaled(parts):
@@ -54,11 +54,11 @@ def slot_amaxes(
                     f"{source.dtype}; repair the checkpoint, or choose a wider --dtype"
                 )
             at = index[part.param.name]
-            row[at] = max(row[at].item(), found)
+            largest[at] = max(largest[at], found)
             progress(part.nbytes)
 
     together(groups, measure)
-    merged = zip(names, max_reduce(row, groups).tolist(), strict=True)
+    merged = zip(names, max_reduce(torch.tensor(largest), groups).tolist(), strict=True)
     return {name: value for name, value in merged if value >= 0}
 
 

@@ -4,19 +4,20 @@ The caller's thread encodes. A few threads hash and write; one more sees to it t
 reaches the disk and only then the journal. What is encoded and not yet written is bounded.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import local
 
 from megatron_quant.ckpt.digest import digests
 from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.files import TensorEntry
 from megatron_quant.ckpt.journal import Digests, Journal
 from megatron_quant.ckpt.memory import give_back
-from megatron_quant.ckpt.runs import write_box
+from megatron_quant.ckpt.output import OutputFile, Stage
+from megatron_quant.ckpt.runs import placed
 from megatron_quant.errors import ExportError
 from megatron_quant.models.spec import Box
 
@@ -64,6 +65,7 @@ class Pipeline:
         self._max_bytes, self._progress = max_bytes, progress
         self._writers = ThreadPoolExecutor(options.io_threads, "write")
         self._sealer = ThreadPoolExecutor(1, "seal")
+        self._own = local()
         self._writing: deque[tuple[Future[Digests], int]] = deque()
         self._sealing: deque[Future[Digests]] = deque()
         self._held = self._freed = 0
@@ -100,10 +102,10 @@ class Pipeline:
         Its bytes must not change until then, and the list is emptied. Call :meth:`reserve` before
         they are made.
         """
-        if self._file is None or self._file.path != path:
+        if self._file is None or self._file.out.path != path:
             self._seal()
             with explained(path, "cannot be opened"):
-                self._file = _File(path, os.open(path, os.O_WRONLY))
+                self._file = _File(OutputFile(path, direct=self._options.fsync))
         nbytes = sum(len(data) for _, _, data in pieces)
         self._file.batch += pieces
         self._file.batched += nbytes
@@ -119,11 +121,28 @@ class Pipeline:
         file = self._file
         if file is None or not file.batch:
             return
-        future = self._writers.submit(_write, file.path, file.fd, file.batch)
+        future = self._writers.submit(self._write, file.out, file.batch)
         self._writing.append((future, file.batched))
         file.written.append(future)
         file.nbytes += file.batched
         file.batch, file.batched = [], 0
+
+    def _write(self, out: OutputFile, pieces: list[Encoded]) -> Digests:
+        """Empties the list, as the pool holds on to it for longer than this runs."""
+        each = digests([data for _, _, data in pieces])
+        found = {(entry.name, box): it for (entry, box, _), it in zip(pieces, each, strict=True)}
+        pieces.sort(key=lambda piece: (piece[0].offset, piece[1].start))
+        with explained(out.path, "cannot be written"):
+            out.write((run for piece in pieces for run in placed(*piece)), self._stage())
+        pieces.clear()
+        return found
+
+    def _stage(self) -> Stage:
+        """The calling thread's."""
+        if not hasattr(self._own, "stage"):
+            self._own.stage = Stage()
+        stage: Stage = self._own.stage
+        return stage
 
     def _finish(self) -> None:
         self._seal()
@@ -155,10 +174,10 @@ class Pipeline:
             for future in file.written:
                 digests |= future.result()
             if self._options.fsync:
-                with explained(file.path, "cannot be written"):
-                    os.fsync(file.fd)
+                with explained(file.out.path, "cannot be written"):
+                    file.out.sync()
         finally:
-            os.close(file.fd)
+            file.out.close()
         self._journal.add(digests, self._options.fsync)
         return digests
 
@@ -167,20 +186,8 @@ class Pipeline:
 class _File:
     """A file that is being written, until it is sealed; ``batch`` is not under way yet."""
 
-    path: Path
-    fd: int
+    out: OutputFile
     written: list[Future[Digests]] = field(default_factory=list)
     nbytes: int = 0
     batch: list[Encoded] = field(default_factory=list)
     batched: int = 0
-
-
-def _write(path: Path, fd: int, pieces: list[Encoded]) -> Digests:
-    """Takes the pieces out of the list, as the pool holds on to it for longer than this runs."""
-    each = digests([data for _, _, data in pieces])
-    found = {(entry.name, box): it for (entry, box, _), it in zip(pieces, each, strict=True)}
-    while pieces:
-        entry, box, data = pieces.pop()
-        with explained(path, "cannot be written"):
-            write_box(fd, entry, box, data)
-    return found

@@ -1,4 +1,4 @@
-"""Boxes of tensors on disk: their bytes in a file, written and hashed in the order of the box."""
+"""Boxes of tensors on disk: their bytes in a file, in the order of the box."""
 
 from collections.abc import Iterable, Iterator
 from itertools import product
@@ -9,7 +9,6 @@ from os import preadv
 import torch
 
 from megatron_quant.ckpt.digest import LEAF_BYTES, digest_of
-from megatron_quant.ckpt.disk import write_at
 from megatron_quant.ckpt.files import TensorEntry
 from megatron_quant.models.spec import Box
 
@@ -39,11 +38,11 @@ def runs(entry: TensorEntry, box: Box) -> Iterator[tuple[int, int]]:
         yield start + sum(map(mul, index, strides)), width
 
 
-def write_box(fd: int, entry: TensorEntry, box: Box, data: memoryview) -> None:
-    """``data`` into ``box``."""
+def placed(entry: TensorEntry, box: Box, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The runs of ``box`` with the part of ``data`` that each holds."""
     done = 0
     for offset, width in runs(entry, box):
-        write_at(fd, data[done : done + width], offset)
+        yield offset, data[done : done + width]
         done += width
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,7 +22,7 @@ def made(path: Path, size: int) -> Path:
 
 def cut(data: bytes, edges: list[int]) -> list[Run]:
     """Runs of ``data`` between neighbouring edges."""
-    return [(a, memoryview(data)[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, memoryview(data)[a:b]) for a, b in pairwise(edges)]
 
 
 def filled(path: Path, runs: list[Run], direct: bool) -> bytes:

@@ -7,21 +7,21 @@ not that they still are there: who goes on hashes them.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_quant.ckpt.disk import append, explained
+from megatron_quant.ckpt.tensor_digests import Written
 from megatron_quant.models.spec import Box
 
 Key = tuple[str, Box]
 """A box of the file tensor of this name."""
-Digests = dict[Key, str]
 _NAME = ".megatron_quant_journal_{}.partial"
 
 
-def read_journals(directory: Path) -> Digests:
+def read_journals(directory: Path) -> dict[Key, str]:
     """All that the journals of ``directory`` say; a line that a kill cut short says nothing."""
-    found: Digests = {}
+    found: dict[Key, str] = {}
     for path in sorted(directory.glob(_NAME.format("*"))):
         with explained(path, "cannot be read"):
             lines = path.read_bytes().splitlines()
@@ -41,9 +41,9 @@ class Journal:
         self._path = directory / _NAME.format(rank)
         self._fd: int | None = None
 
-    def add(self, digests: Mapping[Key, str], fsync: bool) -> None:
+    def add(self, written: Iterable[Written], fsync: bool) -> None:
         """Note what is on disk; ``fsync``: and have the note there too."""
-        lines = (json.dumps([n, b.start, b.size, digest]) for (n, b), digest in digests.items())
+        lines = (json.dumps([e.name, b.start, b.size, it.digest]) for e, b, it in written)
         with explained(self._path, "cannot be written"):
             if self._fd is None:
                 self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

@@ -15,7 +15,7 @@ from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.files import TensorEntry, entries_of, read_header
 from megatron_quant.ckpt.origin import Origin, digest_of_parts
 from megatron_quant.ckpt.plan import ExportPlan
-from megatron_quant.ckpt.runs import digest_on_disk, whole
+from megatron_quant.ckpt.runs import hashed_on_disk, whole
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.errors import CheckpointError
 
@@ -49,6 +49,8 @@ def digests_on_disk(
 ) -> dict[str, str]:
     """Digest of each of ``entries``, read from their files under ``directory``.
 
+    Empty where the file ends before.
+
     Raises ExportError where a file cannot be read.
     """
     with ThreadPoolExecutor(threads) as pool:
@@ -60,7 +62,8 @@ def _named_digest(directory: Path, entry: TensorEntry) -> tuple[str, str]:
     with explained(path, "cannot be read back"):
         fd = os.open(path, os.O_RDONLY)
         try:
-            return entry.name, digest_on_disk(fd, entry, whole(entry))
+            found = hashed_on_disk(fd, entry, whole(entry))
+            return entry.name, found.digest if found else ""
         finally:
             os.close(fd)
 

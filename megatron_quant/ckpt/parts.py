@@ -12,12 +12,13 @@ from pathlib import Path
 from megatron_quant.ckpt.disk import explained, forget
 from megatron_quant.ckpt.exchange import Pieces, join_all
 from megatron_quant.ckpt.join import Filled, Joint, batches
-from megatron_quant.ckpt.journal import Digests, Journal, read_journals
+from megatron_quant.ckpt.journal import Journal, read_journals
 from megatron_quant.ckpt.pipeline import Encoded, Pipeline, Progress, WriteOptions
 from megatron_quant.ckpt.plan import ExportPlan, Part
 from megatron_quant.ckpt.produce import Produced
-from megatron_quant.ckpt.runs import as_bytes, digest_on_disk
+from megatron_quant.ckpt.runs import as_bytes, hashed_on_disk
 from megatron_quant.ckpt.target import partial
+from megatron_quant.ckpt.tensor_digests import TensorDigests, Written
 from megatron_quant.dist import Shards
 
 Produce = Callable[[Part], Iterable[Produced]]
@@ -82,14 +83,18 @@ def work_of(plan: ExportPlan, rank: int, joined: Sequence[Joint] = ()) -> Work:
     return Work(rank, tuple(p for p in plan.parts_of(rank) if p not in shared), own)
 
 
-def find_intact(work: Work, directory: Path, options: WriteOptions) -> dict[Item, Digests]:
+def find_intact(work: Work, directory: Path, options: WriteOptions) -> dict[Item, list[Written]]:
     """What an unfinished export has journaled, and whose bytes are still as it wrote them."""
     journal = read_journals(directory)
     filled = {item: work.filled(item) for item in work.items} if journal else {}
     noted = {i: f for i, f in filled.items() if all((e.name, box) in journal for e, box in f)}
     with ThreadPoolExecutor(options.io_threads) as pool:
         found = zip(noted, pool.map(bound(_on_disk, directory), noted.values()), strict=True)
-        return {item: has for item, has in found if has.items() <= journal.items()}
+        return {
+            item: written
+            for item, written in found
+            if written and all(it.digest == journal[e.name, box] for e, box, it in written)
+        }
 
 
 def nbytes_of(filled: Iterable[Filled]) -> int:
@@ -104,8 +109,8 @@ def write_parts(
     progress: Progress = quiet,
     options: WriteOptions = DEFAULTS,
     shards: Shards | None = None,
-) -> Digests:
-    """On every rank: encode and write what ``work`` says. Returns the digest of every box.
+) -> TensorDigests:
+    """On every rank: encode and write what ``work`` says. Returns the digests of that.
 
     At most two of the largest part are encoded at a time, or several of :data:`SMALL_BYTES`
     together; a part that is joined is held three times meanwhile. Tensors are joined first, so
@@ -169,17 +174,21 @@ def _join(
     return join_all(batches(work.joined, work.rank), work.rank, shards, encode, write)
 
 
-def _on_disk(directory: Path, filled: Sequence[Filled]) -> Digests:
+def _on_disk(directory: Path, filled: Sequence[Filled]) -> list[Written]:
+    """What the files hold of ``filled``; nothing where they end before."""
     path = partial(directory, filled[0][0].file)
     with explained(path, "cannot be read back"):
         fd = os.open(path, os.O_RDONLY)
         try:
-            found: Digests = {}
+            written = []
             for entry, box in filled:
-                found[entry.name, box] = digest_on_disk(fd, entry, box)
+                found = hashed_on_disk(fd, entry, box)
                 # A network file system would send a page that was read whole when a part of it is
                 # written, and with it old bytes of what other hosts write there.
                 forget(fd, entry.offset, entry.nbytes)
-            return found
+                if found is None:
+                    return []
+                written.append((entry, box, found))
+            return written
         finally:
             os.close(fd)

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import local
 
-from megatron_quant.ckpt.digest import digests
+from megatron_quant.ckpt.digest import hashed
 from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.files import TensorEntry
-from megatron_quant.ckpt.journal import Digests, Journal
+from megatron_quant.ckpt.journal import Journal
 from megatron_quant.ckpt.memory import give_back
 from megatron_quant.ckpt.output import OutputFile, Stage
-from megatron_quant.ckpt.runs import placed
+from megatron_quant.ckpt.runs import leaves_of, placed
+from megatron_quant.ckpt.tensor_digests import TensorDigests, Written
 from megatron_quant.errors import ExportError
 from megatron_quant.models.spec import Box
 
@@ -60,14 +61,14 @@ class Pipeline:
         self, journal: Journal, options: WriteOptions, max_bytes: int, progress: Progress
     ) -> None:
         """``max_bytes``: bound of what is encoded and not yet written."""
-        self.digests: Digests = {}
+        self.digests = TensorDigests()
         self._journal, self._options = journal, options
         self._max_bytes, self._progress = max_bytes, progress
         self._writers = ThreadPoolExecutor(options.io_threads, "write")
         self._sealer = ThreadPoolExecutor(1, "seal")
         self._own = local()
-        self._writing: deque[tuple[Future[Digests], int]] = deque()
-        self._sealing: deque[Future[Digests]] = deque()
+        self._writing: deque[tuple[Future[list[Written]], int]] = deque()
+        self._sealing: deque[Future[list[Written]]] = deque()
         self._held = self._freed = 0
         self._file: _File | None = None
 
@@ -127,15 +128,15 @@ class Pipeline:
         file.nbytes += file.batched
         file.batch, file.batched = [], 0
 
-    def _write(self, out: OutputFile, pieces: list[Encoded]) -> Digests:
+    def _write(self, out: OutputFile, pieces: list[Encoded]) -> list[Written]:
         """Empties the list, as the pool holds on to it for longer than this runs."""
-        each = digests([data for _, _, data in pieces])
-        found = {(entry.name, box): it for (entry, box, _), it in zip(pieces, each, strict=True)}
+        each = hashed([leaves_of(*piece) for piece in pieces])
+        written = [(entry, box, it) for (entry, box, _), it in zip(pieces, each, strict=True)]
         pieces.sort(key=lambda piece: (piece[0].offset, piece[1].start))
         with explained(out.path, "cannot be written"):
             out.write((run for piece in pieces for run in placed(*piece)), self._stage())
         pieces.clear()
-        return found
+        return written
 
     def _stage(self) -> Stage:
         """The calling thread's."""
@@ -159,7 +160,7 @@ class Pipeline:
         self._progress(nbytes)
 
     def _wait_for_seal(self) -> None:
-        self.digests |= self._sealing.popleft().result()
+        self.digests.add(self._sealing.popleft().result())
 
     def _seal(self) -> None:
         self._submit()
@@ -167,19 +168,19 @@ class Pipeline:
             self._sealing.append(self._sealer.submit(self._seal_now, self._file))
             self._file = None
 
-    def _seal_now(self, file: "_File") -> Digests:
+    def _seal_now(self, file: "_File") -> list[Written]:
         """Once all is written: to the disk first, then to the journal."""
-        digests: Digests = {}
+        written: list[Written] = []
         try:
             for future in file.written:
-                digests |= future.result()
+                written += future.result()
             if self._options.fsync:
                 with explained(file.out.path, "cannot be written"):
                     file.out.sync()
         finally:
             file.out.close()
-        self._journal.add(digests, self._options.fsync)
-        return digests
+        self._journal.add(written, self._options.fsync)
+        return written
 
 
 @dataclass(eq=False)
@@ -187,7 +188,7 @@ class _File:
     """A file that is being written, until it is sealed; ``batch`` is not under way yet."""
 
     out: OutputFile
-    written: list[Future[Digests]] = field(default_factory=list)
+    written: list[Future[list[Written]]] = field(default_factory=list)
     nbytes: int = 0
     batch: list[Encoded] = field(default_factory=list)
     batched: int = 0

@@ -1,15 +1,16 @@
 """Boxes of tensors on disk: their bytes in a file, in the order of the box."""
 
 from collections.abc import Iterable, Iterator
-from itertools import product
+from itertools import islice, product
 from math import prod
 from operator import mul
 from os import preadv
 
 import torch
 
-from megatron_quant.ckpt.digest import LEAF_BYTES, digest_of
+from megatron_quant.ckpt.digest import LEAF_BYTES, Hashed, hashed_in_pieces
 from megatron_quant.ckpt.files import TensorEntry
+from megatron_quant.formats.native import Leaves
 from megatron_quant.models.spec import Box
 
 _READ_BYTES = 64 * LEAF_BYTES
@@ -46,13 +47,47 @@ def placed(entry: TensorEntry, box: Box, data: memoryview) -> Iterator[tuple[int
         done += width
 
 
-def digest_on_disk(fd: int, entry: TensorEntry, box: Box) -> str:
-    """The digest of what the file holds in ``box``; empty where the file ends before."""
+def leaves_of(entry: TensorEntry, box: Box, data: memoryview) -> Leaves:
+    """The bytes of ``box`` as leaves of the tensor's digest, or as a message of their own.
+
+    The latter where the box is none of whole leaves one after the other.
+    """
+    first, ends = _place(entry, box) or (0, True)
+    return Leaves(data, first, ends)
+
+
+def is_of_leaves(entry: TensorEntry, box: Box) -> bool:
+    """Whether :func:`leaves_of` are the tensor's."""
+    return _place(entry, box) is not None
+
+
+def _place(entry: TensorEntry, box: Box) -> tuple[int, bool] | None:
+    """Number of the first leaf, and whether the last is the tensor's."""
+    found = list(islice(runs(entry, box), 2))
+    if len(found) != 1:
+        return None
+    start, end = found[0][0] - entry.offset, sum(found[0]) - entry.offset
+    if start % LEAF_BYTES or (end % LEAF_BYTES and end != entry.nbytes):
+        return None
+    return start // LEAF_BYTES, end == entry.nbytes
+
+
+def hashed_on_disk(fd: int, entry: TensorEntry, box: Box) -> Hashed | None:
+    """What the file holds in ``box``; None where the file ends before."""
+    first, ends = _place(entry, box) or (0, True)
     nbytes = prod(box.size) * entry.dtype.itemsize
+
+    def leaves() -> Iterator[Leaves]:
+        done = 0
+        for piece in _read(fd, runs(entry, box), nbytes):
+            last = done + len(piece) == nbytes
+            yield Leaves(piece, first + done // LEAF_BYTES, ends and last)
+            done += len(piece)
+
     try:
-        return digest_of(_read(fd, runs(entry, box), nbytes), nbytes)
+        return hashed_in_pieces(leaves())
     except EOFError:
-        return ""
+        return None
 
 
 def _read(fd: int, where: Iterable[tuple[int, int]], nbytes: int) -> Iterator[memoryview]:

@@ -9,14 +9,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from megatron_quant.ckpt.check import check_plan
 from megatron_quant.ckpt.companions import Companions
 from megatron_quant.ckpt.disk import explained, sync_directory
 from megatron_quant.ckpt.files import INDEX, TensorEntry
 from megatron_quant.ckpt.join import joints
-from megatron_quant.ckpt.journal import Digests
 from megatron_quant.ckpt.manifest import MANIFEST, digests_on_disk, manifest
 from megatron_quant.ckpt.parts import (
     DEFAULTS,
@@ -38,10 +36,9 @@ from megatron_quant.ckpt.target import (
     prepare,
     stage,
 )
+from megatron_quant.ckpt.tensor_digests import TensorDigests
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import QuantError
-
-K = TypeVar("K")
 
 
 def export(
@@ -90,8 +87,8 @@ def _write(
 ) -> dict[str, str]:
     """All parts, by all ranks; the digest of every tensor, on every rank.
 
-    What one part fills was hashed before it was written. A tensor of several parts is read back
-    and hashed whole, as the digest must not tell how it was cut; the ranks share that.
+    All was hashed before it was written. What is cut through leaves of its digest is read back,
+    as the digest must not tell how it was cut; the ranks share that.
     """
     rank = groups.rank
     work = work_of(plan, rank, joints(plan) if groups.shards else ())
@@ -99,22 +96,22 @@ def _write(
     everywhere = gather({joint.name for joint in work.joined if joint in intact}, groups)
     progress(sum(nbytes_of(work.filled(item)) for item in intact))
     left = work.less(intact, everywhere)
-    boxes = together(
+    digests = together(
         groups,
         lambda: write_parts(left, produce, directory, progress, options, groups.shards),
     )
-    boxes |= _merged(intact.values())
-    digests = _merged(gather(_of_whole_tensors(plan, boxes), groups))
-    rest = [entry for entry in plan.entries if entry.name not in digests]
+    for written in intact.values():
+        digests.add(written)
+    entries, of_all = {entry.name: entry for entry in plan.entries}, TensorDigests()
+    for of_rank in gather(digests, groups):
+        of_all.merge(of_rank, entries)
+    rest = [entry for entry in plan.entries if entry.name not in of_all.complete]
     found = together(
         groups, lambda: read_digests(_share(rest, rank, groups.size), directory, options)
     )
-    return digests | _merged(gather(found, groups))
-
-
-def _of_whole_tensors(plan: ExportPlan, boxes: Digests) -> dict[str, str]:
-    shapes = {entry.name: entry.shape for entry in plan.entries}
-    return {name: found for (name, box), found in boxes.items() if box.size == shapes[name]}
+    for read in gather(found, groups):
+        of_all.complete |= read
+    return of_all.complete
 
 
 def _share(entries: Sequence[TensorEntry], rank: int, size: int) -> Iterator[TensorEntry]:
@@ -124,10 +121,6 @@ def _share(entries: Sequence[TensorEntry], rank: int, size: int) -> Iterator[Ten
         if before * size // max(total, 1) == rank:
             yield entry
         before += entry.nbytes
-
-
-def _merged(found: Iterable[Mapping[K, str]]) -> dict[K, str]:
-    return {key: digest for some in found for key, digest in some.items()}
 
 
 def read_digests(

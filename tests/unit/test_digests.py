@@ -3,16 +3,19 @@
 import hashlib
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from megatron_quant.ckpt.digest import digest_of, digests
+from megatron_quant.ckpt.digest import hashed, hashed_in_pieces
 from megatron_quant.ckpt.files import TensorEntry
-from megatron_quant.ckpt.runs import digest_on_disk, whole
+from megatron_quant.ckpt.runs import hashed_on_disk, leaves_of, whole
+from megatron_quant.ckpt.tensor_digests import TensorDigests
 from megatron_quant.formats import native
+from megatron_quant.formats.native import Leaves
 from megatron_quant.models.spec import Box
 
 LEAF = 65536
@@ -37,6 +40,10 @@ def messages(count: int, seed: int) -> list[memoryview]:
     return [memoryview(rng.randbytes(size)) for size in sizes]
 
 
+def digests(given: list[memoryview]) -> list[str]:
+    return [found.digest for found in hashed([Leaves(message) for message in given])]
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 9, 30])
 def test_with_the_library_and_without(count: int) -> None:
     given = messages(count, count)
@@ -46,18 +53,22 @@ def test_with_the_library_and_without(count: int) -> None:
         assert digests(given) == expected
 
 
-@pytest.mark.parametrize("size", EDGES)
-def test_of_pieces(size: int) -> None:
-    message = random.Random(size).randbytes(size)
-    for step in (LEAF, 2 * LEAF, 8 * LEAF):
-        pieces = [memoryview(message)[at : at + step] for at in range(0, max(size, 1), step)]
-        assert digest_of(pieces, size) == tree(message)
-
-
 @pytest.mark.skipif(not native.available(), reason="built without a compiler")
 def test_many_short_ones_beside_a_long_one() -> None:
     given = [memoryview(bytes(10 * LEAF)), *messages(3, 0), memoryview(b"x" * 100)] * 3
     assert digests(given) == [tree(bytes(message)) for message in given]
+
+
+@pytest.mark.parametrize("size", EDGES)
+def test_in_pieces(size: int) -> None:
+    message = random.Random(size).randbytes(size)
+    for step in (LEAF, 2 * LEAF, 8 * LEAF):
+        starts = range(0, max(size, 1), step)
+        pieces = (
+            Leaves(memoryview(message)[at : at + step], at // LEAF, at + step >= size)
+            for at in starts
+        )
+        assert hashed_in_pieces(pieces).digest == tree(message)
 
 
 def test_on_disk_whatever_runs_it_lies_in(tmp_path: Path) -> None:
@@ -65,12 +76,45 @@ def test_on_disk_whatever_runs_it_lies_in(tmp_path: Path) -> None:
     data = random.Random(0).randbytes(8 + 60000 * 300)
     (tmp_path / "file").write_bytes(data)
     entry = TensorEntry("t", torch.uint8, (60000, 300), "file", 8, len(data) - 8)
+    columns = Box((1, 200), (59998, 100))
+    later = TensorEntry("t", torch.uint8, (60000, 300), "file", 9, len(data) - 8)
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     try:
-        assert digest_on_disk(fd, entry, whole(entry)) == tree(data[8:])
-        rows = (data[8 + 300 * r + 200 :][:100] for r in range(1, 59999))
-        assert digest_on_disk(fd, entry, Box((1, 200), (59998, 100))) == tree(b"".join(rows))
-        later = TensorEntry("t", torch.uint8, (60000, 300), "file", 9, len(data) - 8)
-        assert digest_on_disk(fd, later, whole(later)) == ""
+        found = [hashed_on_disk(fd, entry, box) for box in (whole(entry), columns)]
+        assert hashed_on_disk(fd, later, whole(later)) is None
     finally:
         os.close(fd)
+    rows = (data[8 + 300 * r + 200 :][:100] for r in range(1, 59999))
+    expected = [tree(data[8:]), tree(b"".join(rows))]
+    assert [each and each.digest for each in found] == expected
+
+
+ROWS = {"leaves": [0, 128, 384, 1000], "cut": [0, 128, 321, 1000]}
+"""Of 512 bytes each: edges between leaves, and one that is none."""
+
+
+@pytest.mark.parametrize("known", ROWS)
+def test_of_parts_that_several_write(tmp_path: Path, known: str) -> None:
+    """Their leaves make the tensor's digest, in memory and on disk; columns and cut leaves none."""
+    data = random.Random(2).randbytes(1000 * 512)
+    (tmp_path / "file").write_bytes(data)
+    entry = TensorEntry("t", torch.uint8, (1000, 512), "file", 0, len(data))
+    boxes = [Box((a, 0), (b - a, 512)) for a, b in pairwise(ROWS[known])]
+    ranks = [TensorDigests() for _ in boxes]
+    with (tmp_path / "file").open("rb") as stream:
+        for rank, box in zip(ranks, boxes, strict=True):
+            part = memoryview(data)[box.start[0] * 512 :][: box.size[0] * 512]
+            (found,) = hashed([leaves_of(entry, box, part)])
+            assert hashed_on_disk(stream.fileno(), entry, box) == found
+            rank.add([(entry, box, found)])
+    merged = TensorDigests()
+    for rank in reversed(ranks):
+        assert not rank.complete and not merged.complete
+        merged.merge(rank, {"t": entry})
+    assert merged.complete == ({"t": tree(data)} if known == "leaves" else {})
+    columns = Box((0, 0), (1000, 256))
+    found = hashed([leaves_of(entry, columns, memoryview(data)[: 1000 * 256])])[0]
+    merged.add(
+        [(entry, columns, found), (entry, whole(entry), hashed([Leaves(memoryview(data))])[0])]
+    )
+    assert merged.complete == {"t": tree(data)}

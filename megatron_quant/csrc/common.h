@@ -41,6 +41,13 @@ typedef struct {
     int64_t stride;
 } scales_t;
 
+/* Whether the first of two neighbours in memory is the low half of the word that they make. */
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#define LITTLE 0
+#else
+#define LITTLE 1
+#endif
+
 INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int64_t blocks_in_row(const blocks_t *b) {

@@ -2,8 +2,8 @@
    To nearest, ties to even, saturating, as formats/elements.py. What a NaN becomes is arbitrary,
    but for E4M3, which has one.
 
-   Limits are applied to bit patterns, which order like the magnitudes they stand for: an integer
-   minimum is one instruction to every compiler, one of floats is a branch to some. */
+   A limit comes before the rounding to bf16: it is a bf16 itself, so the order does not matter, and
+   what is left cannot overflow. Magnitudes are compared as bit patterns, which order like them. */
 #ifndef MEGATRON_QUANT_ELEMENTS_H
 #define MEGATRON_QUANT_ELEMENTS_H
 
@@ -31,91 +31,110 @@ INLINE uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
 INLINE uint32_t largest(uint32_t a, uint32_t b) { return a > b ? a : b; }
 INLINE uint32_t magnitude(float q) { return bits_of(q) & ~SIGN; }
 INLINE uint32_t sign(float q) { return bits_of(q) & SIGN; }
-INLINE uint32_t is_nan(float q) { return magnitude(q) > INFINITE ? ~0u : 0; }
+INLINE uint32_t is_nan(float q) { return (int32_t)magnitude(q) > INFINITE ? ~0u : 0; }
 INLINE int has_zero(element_t element) { return element == INT4_ZERO_BY_BF16; }
-INLINE float to_bf16(float x) { return bf16_value(bf16_of(x)); }
 
-/* A float of few fraction bits, smallest its least normal number: |q| rounds to a multiple k of
+INLINE int by_bf16(element_t element) {
+    return element != E4M3 && element != E2M1 && element != INT8;
+}
+
+/* bf16_of of a value no larger than 2^100; of subnormals something as small. One ulp of 1.5 * 2^16
+   times the power of two below |x| is one of x as a bf16. */
+INLINE float near_bf16(float x) {
+    float big = float_of((bits_of(x) & INFINITE) + (16u << 23 | 1u << 22));
+    return (x + big) - big;
+}
+
+/* A float of few fraction bits, smallest its least normal number: |q| rounds to k times
    2^(e - fraction), where 2^e is the power of two below |q|, or smallest. big is so large that its
-   ulp is that multiple: the sum rounds to it and keeps k in its low bits. */
+   ulp is that unit: the sum rounds to it and keeps k in its low bits. Rounding to bf16 first may
+   reach 2^(e + 1), where k ends. */
 typedef struct {
-    uint32_t exponent;
-    float big, sum;
+    uint32_t exponent, k;
+    float value;
 } small_float;
 
-INLINE small_float rounded(uint32_t q, int fraction, float smallest) {
+INLINE small_float rounded(uint32_t q, int fraction, float smallest, element_t element) {
     small_float r;
+    float exact = float_of(q), big, sum;
+    if (by_bf16(element)) exact = near_bf16(exact);
     r.exponent = largest(q, bits_of(smallest)) & INFINITE;
-    r.big = float_of(r.exponent + ((uint32_t)(23 - fraction) << 23));
-    r.sum = float_of(q) + r.big;
+    big = float_of(r.exponent + ((uint32_t)(23 - fraction) << 23));
+    sum = exact + big;
+    r.k = bits_of(sum) - bits_of(big);
+    r.value = sum - big;
     return r;
 }
 
-INLINE small_float rounded_e4m3(float q) {
-    return rounded(least(magnitude(q), bits_of(448.0f)), 3, 0.015625f);
+INLINE small_float rounded_e4m3(float q, element_t element) {
+    return rounded(least(magnitude(q), bits_of(448.0f)), 3, 0.015625f, element);
 }
 
-INLINE small_float rounded_e2m1(float q) {
-    return rounded(least(magnitude(q), bits_of(6.0f)), 1, 1.0f);
+INLINE small_float rounded_e2m1(float q, element_t element) {
+    return rounded(least(magnitude(q), bits_of(6.0f)), 1, 1.0f, element);
 }
 
-/* Codes count on from one power of two to the next, so k adds to the exponent. Code and sign meet
-   at the top of the word: a shift comes last, so that vectors are narrowed to bytes only once. */
-INLINE uint8_t e4m3_code(float q) {
-    small_float r = rounded_e4m3(q);
-    uint32_t code = bits_of(r.sum) + (r.exponent >> 20) - (121 << 3);
-    return (uint8_t)(((code | is_nan(q)) << 25 >> 1 | sign(q)) >> 24);
+/* Codes count on from one power of two to the next, so k adds to the exponent. A NaN was limited to
+   448, whose code is one less than its own. */
+INLINE uint32_t e4m3_code(float q, element_t element) {
+    small_float r = rounded_e4m3(q, element);
+    return (r.k + (r.exponent >> 20) - (121 << 3) - is_nan(q)) | sign(q) >> 24;
 }
 
-INLINE float e4m3_value(float q) {
-    small_float r = rounded_e4m3(q);
-    return float_of(bits_of(r.sum - r.big) | sign(q) | (is_nan(q) & QUIET_NAN));
+INLINE float e4m3_value(float q, element_t element) {
+    small_float r = rounded_e4m3(q, element);
+    return float_of(bits_of(r.value) | sign(q) | (is_nan(q) & QUIET_NAN));
 }
 
-/* A negative zero becomes a positive one, a negative value that rounds to zero does not. */
-INLINE uint8_t e2m1_code(float q) {
-    small_float r = rounded_e2m1(q);
-    uint32_t code = bits_of(r.sum) + (r.exponent >> 22) - (127 << 1);
-    return (uint8_t)((code << 29 >> 1 | (q < 0 ? SIGN : 0)) >> 28);
+/* A negative zero becomes a positive one, a negative quotient that rounds to zero does not. Down to
+   half of the least bf16 it is a zero before that. */
+INLINE int is_negative(float q, element_t element) {
+    return q < (by_bf16(element) ? -0x1p-134f : 0.0f);
 }
 
-INLINE float e2m1_value(float q) {
-    small_float r = rounded_e2m1(q);
-    return float_of(bits_of(r.sum - r.big) | (q < 0 ? SIGN : 0));
+INLINE uint32_t e2m1_code(float q, element_t element) {
+    small_float r = rounded_e2m1(q, element);
+    return (r.k + (r.exponent >> 22) - (127 << 1)) | (is_negative(q, element) ? 8 : 0);
+}
+
+INLINE float e2m1_value(float q, element_t element) {
+    small_float r = rounded_e2m1(q, element);
+    return float_of(bits_of(r.value) | (is_negative(q, element) ? SIGN : 0));
 }
 
 /* One ulp of an fp32 in [2^23, 2^24) is 1: adding this rounds to an integer, to nearest even, and
    leaves it in the low bits. */
 #define ROUND 12582912.0f /* 1.5 * 2^23 */
 
+/* low < 0 < high. As signed integers negative values are less than high, as unsigned ones positive
+   values are less than low: each minimum limits its own side. */
+INLINE float limited_to(float q, float low, float high) {
+    int32_t bits = (int32_t)bits_of(q), most = (int32_t)bits_of(high);
+    bits = bits < most ? bits : most;
+    return float_of(least((uint32_t)bits, bits_of(low)));
+}
+
 /* ROUND + q, q rounded to an integer in [-half, half). */
-INLINE float rounded_integer(float q, float half) {
-    float limited = float_of(least(magnitude(q), bits_of(half)) | sign(q));
-    return float_of(least(bits_of(limited + ROUND), bits_of(ROUND + half - 1)));
+INLINE float rounded_integer(float q, float zero, float half, element_t element) {
+    if (has_zero(element)) q = near_bf16(limited_to(q, -1048576.0f, 1048576.0f)) + zero;
+    q = limited_to(q, -half, half - 1);
+    return (by_bf16(element) ? near_bf16(q) : q) + ROUND;
 }
 
-INLINE float quotient_of(uint16_t x, float step, float zero, element_t element) {
-    /* A step of 0 is a product of scales too small for fp32: any divisor but 0 will do. */
-    float q = bf16_value(x) / float_of(bits_of(step) ? bits_of(step) : bits_of(1.0f));
-    switch (element) {
-    case E4M3:
-    case E2M1:
-    case INT8: return q;
-    case INT4_ZERO_BY_BF16: return to_bf16(to_bf16(q) + zero);
-    default: return to_bf16(q);
-    }
-}
+/* Of a step: one of 0 is a product of scales too small for fp32, any divisor but 0 will do. */
+INLINE float divisor_of(float step) { return step == 0 ? 1.0f : step; }
 
-INLINE uint8_t code_of(float q, element_t element) {
+/* Of the quotient q; zero: its zero point, where elements have one. */
+INLINE uint32_t code_of(float q, float zero, element_t element) {
     switch (element) {
     case E4M3:
-    case E4M3_BY_BF16: return e4m3_code(q);
+    case E4M3_BY_BF16: return e4m3_code(q, element);
     case E2M1:
-    case E2M1_BY_BF16: return e2m1_code(q);
+    case E2M1_BY_BF16: return e2m1_code(q, element);
     case INT4_BY_BF16:
-    case INT4_ZERO_BY_BF16: return (uint8_t)((bits_of(rounded_integer(q, 8)) + 8) & 15);
-    case INT8: return (uint8_t)bits_of(rounded_integer(q, 128));
-    case UINT8_BY_BF16: return (uint8_t)(bits_of(rounded_integer(q, 128)) + 128);
+    case INT4_ZERO_BY_BF16: return (bits_of(rounded_integer(q, zero, 8, element)) + 8) & 15;
+    case INT8: return bits_of(rounded_integer(q, 0, 128, element)) & 255;
+    case UINT8_BY_BF16: return (bits_of(rounded_integer(q, 0, 128, element)) + 128) & 255;
     }
     return 0;
 }
@@ -123,13 +142,13 @@ INLINE uint8_t code_of(float q, element_t element) {
 INLINE float value_of(float q, float zero, element_t element) {
     switch (element) {
     case E4M3:
-    case E4M3_BY_BF16: return e4m3_value(q);
+    case E4M3_BY_BF16: return e4m3_value(q, element);
     case E2M1:
-    case E2M1_BY_BF16: return e2m1_value(q);
-    case INT4_BY_BF16: return rounded_integer(q, 8) - ROUND;
-    case INT4_ZERO_BY_BF16: return rounded_integer(q, 8) - ROUND - zero;
+    case E2M1_BY_BF16: return e2m1_value(q, element);
+    case INT4_BY_BF16: return rounded_integer(q, 0, 8, element) - ROUND;
+    case INT4_ZERO_BY_BF16: return rounded_integer(q, zero, 8, element) - ROUND - zero;
     case INT8:
-    case UINT8_BY_BF16: return rounded_integer(q, 128) - ROUND;
+    case UINT8_BY_BF16: return rounded_integer(q, 0, 128, element) - ROUND;
     }
     return 0;
 }

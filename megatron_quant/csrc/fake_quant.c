@@ -1,28 +1,29 @@
 /* What decoding the encoded tensor would give, without its codes. */
-#include "pieces.h"
+#include "pairs.h"
 
-/* Scales: one an element where many, else one for all. */
-INLINE void values_of_run(const uint16_t *x, int64_t n, const float *steps, const float *zeros,
-                          int many, element_t element, uint16_t *out) {
-    for (int64_t i = 0; i < n; i++) {
-        int64_t at = many ? i : 0;
-        float step = steps[at], zero = has_zero(element) ? zeros[at] : 0;
-        float q = quotient_of(x[i], step, zero, element);
-        out[i] = bf16_of(value_of(q, zero, element) * step);
+INLINE void values_of_run(const uint16_t *x, int64_t n, const float *by, const float *step,
+                          const float *zero, int many, element_t element, uint16_t *out) {
+    values_of_pairs(x, n / 2, by, step, zero, many, element, out);
+    if (n % 2) {
+        int64_t at = many ? n / 2 : 0;
+        float z = has_zero(element) ? zero[at] : 0;
+        out[n - 1] = bf16_of(value_of(bf16_value(x[n - 1]) / by[at], z, element) * step[at]);
     }
 }
 
 INLINE void values_of_piece(piece_t p, element_t element, uint16_t *out) {
-    float step[PIECE], zero[PIECE];
-    if (p.block < SHORT_BLOCK) {
+    float step[PIECE / 2], by[PIECE / 2], zero[PIECE / 2];
+    if (spreads(p)) {
         spread(p.step, p.block, p.at, p.n, step);
+        divisors_of(step, (p.n + 1) / 2, by);
         if (has_zero(element)) spread(p.zero, p.block, p.at, p.n, zero);
-        values_of_run(p.x, p.n, step, zero, 1, element, out);
+        values_of_run(p.x, p.n, by, step, zero, 1, element, out);
         return;
     }
-    for (int64_t n; p.n > 0; p.n -= n, p.x += n, out += n, p.at = 0) {
+    for (int64_t n; p.n > 0; p.n -= n, p.x += n, out += n, p.at = 0, p.step++) {
+        float one = divisor_of(*p.step);
         n = lesser(p.block - p.at, p.n);
-        values_of_run(p.x, n, p.step++, has_zero(element) ? p.zero++ : NULL, 0, element, out);
+        values_of_run(p.x, n, &one, p.step, has_zero(element) ? p.zero++ : NULL, 0, element, out);
     }
 }
 

@@ -1,4 +1,5 @@
-/* A row is worked on in pieces that stay in the first-level cache from one loop to the next. */
+/* A row is worked on in pieces that stay in the first-level cache from one loop to the next, and
+   these two elements at a time: a vector of pairs needs no unpacking. */
 #ifndef MEGATRON_QUANT_PIECES_H
 #define MEGATRON_QUANT_PIECES_H
 
@@ -21,25 +22,54 @@ INLINE piece_t piece_of(const blocks_t *b, const scales_t *s, int64_t r, int64_t
     return p;
 }
 
-/* Blocks shorter than this get their scales written out for each element: one long loop over a
-   piece is worth more than short ones that need not load their scale. */
+/* Blocks shorter than this get their scales written out for each pair: one long loop over a piece
+   is worth more than short ones that need not load their scale. */
 #define SHORT_BLOCK 128
 
-/* scale: one a block, the first of which has n columns from column at on -> one an element. */
+INLINE int spreads(piece_t p) { return p.block < SHORT_BLOCK && (p.block | p.at) % 2 == 0; }
+
+/* scale: one a block, the first of which has n columns from column at on -> one a pair of them. */
 INLINE void spread(const float *scale, int64_t block, int64_t at, int64_t n, float *out) {
-    for (; block == 16 && at == 0 && n >= 16; n -= 16, scale++) {
-        for (int i = 0; i < 16; i++) *out++ = *scale; /* a few stores: the compiler knows 16 */
+    int64_t pairs = (n + 1) / 2;
+    block /= 2, at /= 2;
+    for (; block == 8 && at == 0 && pairs >= 8; pairs -= 8, scale++) {
+        for (int i = 0; i < 8; i++) *out++ = *scale; /* a few stores: the compiler knows 8 */
     }
-    for (int64_t here; n > 0; n -= here, scale++, at = 0) {
-        here = lesser(block - at, n);
+    for (int64_t here; pairs > 0; pairs -= here, scale++, at = 0) {
+        here = lesser(block - at, pairs);
         for (int64_t i = 0; i < here; i++) *out++ = *scale;
     }
 }
 
-/* Even column in the low half of a byte. */
-INLINE void pack(const uint8_t *codes, int64_t bytes, uint8_t *out) {
+INLINE void divisors_of(const float *step, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = divisor_of(step[i]);
+}
+
+/* Two neighbours of a row, the even one in the low half. */
+INLINE uint32_t pair_at(const uint16_t *x) {
+    uint32_t both;
+    memcpy(&both, x, 4);
+    return LITTLE ? both : both >> 16 | both << 16;
+}
+
+INLINE void set_pair(uint16_t *x, uint32_t pair) {
+    pair = LITTLE ? pair : pair >> 16 | pair << 16;
+    memcpy(x, &pair, 4);
+}
+
+INLINE float even_of(uint32_t pair) { return float_of(pair << 16); }
+INLINE float odd_of(uint32_t pair) { return float_of(pair & 0xffff0000); }
+
+/* Codes one by one -> bytes. */
+INLINE void narrow(const uint16_t *codes, int64_t n, uint8_t *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = (uint8_t)codes[i];
+}
+
+/* Codes one by one -> two a byte, that of the even column in its low half. */
+INLINE void pack(const uint16_t *codes, int64_t bytes, uint8_t *out) {
     for (int64_t i = 0; i < bytes; i++) {
-        out[i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
+        uint32_t pair = pair_at(codes + 2 * i);
+        out[i] = (uint8_t)(pair | pair >> 12);
     }
 }
 

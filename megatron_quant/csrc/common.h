@@ -75,4 +75,16 @@ INLINE uint16_t bf16_of(float x) {
     return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+/* Two neighbours of a row, the even one in the low half. */
+INLINE uint32_t pair_at(const uint16_t *x) {
+    uint32_t both;
+    memcpy(&both, x, 4);
+    return LITTLE ? both : both >> 16 | both << 16;
+}
+
+INLINE void set_pair(uint16_t *x, uint32_t pair) {
+    pair = LITTLE ? pair : pair >> 16 | pair << 16;
+    memcpy(x, &pair, 4);
+}
+
 #endif

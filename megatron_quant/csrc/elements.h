@@ -38,11 +38,28 @@ INLINE int by_bf16(element_t element) {
     return element != E4M3 && element != E2M1 && element != INT8;
 }
 
-/* bf16_of of a value no larger than 2^100; of subnormals something as small. One ulp of 1.5 * 2^16
+/* inverse: quotients are products with 1 / step, where inverse.h has found that to be the same. */
+typedef struct {
+    element_t element;
+    int inverse;
+} rule_t;
+
+INLINE float quotient_of(float x, float by, rule_t rule) { return rule.inverse ? x * by : x / by; }
+
+/* To nearest as a bf16, halves away from zero. */
+INLINE float half_up(float x) { return float_of((bits_of(x) + 0x8000) & 0xffff0000); }
+
+/* To nearest even as a bf16, |x| <= 2^100; of subnormals something as small. One ulp of 1.5 * 2^16
    times the power of two below |x| is one of x as a bf16. */
-INLINE float near_bf16(float x) {
+INLINE float half_even(float x) {
     float big = float_of((bits_of(x) & INFINITE) + (16u << 23 | 1u << 22));
     return (x + big) - big;
+}
+
+/* Of a limited quotient. */
+INLINE float to_bf16(float q, rule_t rule) {
+    if (!by_bf16(rule.element)) return q;
+    return rule.inverse ? half_up(q) : half_even(q);
 }
 
 /* A float of few fraction bits, smallest its least normal number: |q| rounds to k times
@@ -54,35 +71,34 @@ typedef struct {
     float value;
 } small_float;
 
-INLINE small_float rounded(uint32_t q, int fraction, float smallest, element_t element) {
+INLINE small_float rounded(uint32_t q, int fraction, float smallest, rule_t rule) {
     small_float r;
-    float exact = float_of(q), big, sum;
-    if (by_bf16(element)) exact = near_bf16(exact);
+    float big, sum;
     r.exponent = largest(q, bits_of(smallest)) & INFINITE;
     big = float_of(r.exponent + ((uint32_t)(23 - fraction) << 23));
-    sum = exact + big;
+    sum = to_bf16(float_of(q), rule) + big;
     r.k = bits_of(sum) - bits_of(big);
     r.value = sum - big;
     return r;
 }
 
-INLINE small_float rounded_e4m3(float q, element_t element) {
-    return rounded(least(magnitude(q), bits_of(448.0f)), 3, 0.015625f, element);
+INLINE small_float rounded_e4m3(float q, rule_t rule) {
+    return rounded(least(magnitude(q), bits_of(448.0f)), 3, 0.015625f, rule);
 }
 
-INLINE small_float rounded_e2m1(float q, element_t element) {
-    return rounded(least(magnitude(q), bits_of(6.0f)), 1, 1.0f, element);
+INLINE small_float rounded_e2m1(float q, rule_t rule) {
+    return rounded(least(magnitude(q), bits_of(6.0f)), 1, 1.0f, rule);
 }
 
 /* Codes count on from one power of two to the next, so k adds to the exponent. A NaN was limited to
    448, whose code is one less than its own. */
-INLINE uint32_t e4m3_code(float q, element_t element) {
-    small_float r = rounded_e4m3(q, element);
+INLINE uint32_t e4m3_code(float q, rule_t rule) {
+    small_float r = rounded_e4m3(q, rule);
     return (r.k + (r.exponent >> 20) - (121 << 3) - is_nan(q)) | sign(q) >> 24;
 }
 
-INLINE float e4m3_value(float q, element_t element) {
-    small_float r = rounded_e4m3(q, element);
+INLINE float e4m3_value(float q, rule_t rule) {
+    small_float r = rounded_e4m3(q, rule);
     return float_of(bits_of(r.value) | sign(q) | (is_nan(q) & QUIET_NAN));
 }
 
@@ -92,14 +108,14 @@ INLINE int is_negative(float q, element_t element) {
     return q < (by_bf16(element) ? -0x1p-134f : 0.0f);
 }
 
-INLINE uint32_t e2m1_code(float q, element_t element) {
-    small_float r = rounded_e2m1(q, element);
-    return (r.k + (r.exponent >> 22) - (127 << 1)) | (is_negative(q, element) ? 8 : 0);
+INLINE uint32_t e2m1_code(float q, rule_t rule) {
+    small_float r = rounded_e2m1(q, rule);
+    return (r.k + (r.exponent >> 22) - (127 << 1)) | (is_negative(q, rule.element) ? 8 : 0);
 }
 
-INLINE float e2m1_value(float q, element_t element) {
-    small_float r = rounded_e2m1(q, element);
-    return float_of(bits_of(r.value) | (is_negative(q, element) ? SIGN : 0));
+INLINE float e2m1_value(float q, rule_t rule) {
+    small_float r = rounded_e2m1(q, rule);
+    return float_of(bits_of(r.value) | (is_negative(q, rule.element) ? SIGN : 0));
 }
 
 /* One ulp of an fp32 in [2^23, 2^24) is 1: adding this rounds to an integer, to nearest even, and
@@ -115,40 +131,39 @@ INLINE float limited_to(float q, float low, float high) {
 }
 
 /* ROUND + q, q rounded to an integer in [-half, half). */
-INLINE float rounded_integer(float q, float zero, float half, element_t element) {
-    if (has_zero(element)) q = near_bf16(limited_to(q, -1048576.0f, 1048576.0f)) + zero;
-    q = limited_to(q, -half, half - 1);
-    return (by_bf16(element) ? near_bf16(q) : q) + ROUND;
+INLINE float rounded_integer(float q, float zero, float half, rule_t rule) {
+    if (has_zero(rule.element)) {
+        q = to_bf16(limited_to(q, -1048576.0f, 1048576.0f), rule) + zero;
+        return half_even(limited_to(q, -half, half - 1)) + ROUND;
+    }
+    return to_bf16(limited_to(q, -half, half - 1), rule) + ROUND;
 }
 
-/* Of a step: one of 0 is a product of scales too small for fp32, any divisor but 0 will do. */
-INLINE float divisor_of(float step) { return step == 0 ? 1.0f : step; }
-
 /* Of the quotient q; zero: its zero point, where elements have one. */
-INLINE uint32_t code_of(float q, float zero, element_t element) {
-    switch (element) {
+INLINE uint32_t code_of(float q, float zero, rule_t rule) {
+    switch (rule.element) {
     case E4M3:
-    case E4M3_BY_BF16: return e4m3_code(q, element);
+    case E4M3_BY_BF16: return e4m3_code(q, rule);
     case E2M1:
-    case E2M1_BY_BF16: return e2m1_code(q, element);
+    case E2M1_BY_BF16: return e2m1_code(q, rule);
     case INT4_BY_BF16:
-    case INT4_ZERO_BY_BF16: return (bits_of(rounded_integer(q, zero, 8, element)) + 8) & 15;
-    case INT8: return bits_of(rounded_integer(q, 0, 128, element)) & 255;
-    case UINT8_BY_BF16: return (bits_of(rounded_integer(q, 0, 128, element)) + 128) & 255;
+    case INT4_ZERO_BY_BF16: return (bits_of(rounded_integer(q, zero, 8, rule)) + 8) & 15;
+    case INT8: return bits_of(rounded_integer(q, 0, 128, rule)) & 255;
+    case UINT8_BY_BF16: return (bits_of(rounded_integer(q, 0, 128, rule)) + 128) & 255;
     }
     return 0;
 }
 
-INLINE float value_of(float q, float zero, element_t element) {
-    switch (element) {
+INLINE float value_of(float q, float zero, rule_t rule) {
+    switch (rule.element) {
     case E4M3:
-    case E4M3_BY_BF16: return e4m3_value(q, element);
+    case E4M3_BY_BF16: return e4m3_value(q, rule);
     case E2M1:
-    case E2M1_BY_BF16: return e2m1_value(q, element);
-    case INT4_BY_BF16: return rounded_integer(q, 0, 8, element) - ROUND;
-    case INT4_ZERO_BY_BF16: return rounded_integer(q, zero, 8, element) - ROUND - zero;
+    case E2M1_BY_BF16: return e2m1_value(q, rule);
+    case INT4_BY_BF16: return rounded_integer(q, 0, 8, rule) - ROUND;
+    case INT4_ZERO_BY_BF16: return rounded_integer(q, zero, 8, rule) - ROUND - zero;
     case INT8:
-    case UINT8_BY_BF16: return rounded_integer(q, 0, 128, element) - ROUND;
+    case UINT8_BY_BF16: return rounded_integer(q, 0, 128, rule) - ROUND;
     }
     return 0;
 }

@@ -2,28 +2,36 @@
 #include "pairs.h"
 
 INLINE void codes_of_run(const uint16_t *x, int64_t n, const float *by, const float *zero, int many,
-                         element_t element, uint16_t *out) {
-    codes_of_pairs(x, n / 2, by, zero, many, element, out);
+                         rule_t rule, uint16_t *out) {
+    codes_of_pairs(x, n / 2, by, zero, many, rule, out);
     if (n % 2) {
         int64_t at = many ? n / 2 : 0;
-        float z = has_zero(element) ? zero[at] : 0;
-        out[n - 1] = (uint16_t)code_of(bf16_value(x[n - 1]) / by[at], z, element);
+        float q = quotient_of(bf16_value(x[n - 1]), by[at], rule);
+        out[n - 1] = (uint16_t)code_of(q, has_zero(rule.element) ? zero[at] : 0, rule);
     }
 }
 
-INLINE void codes_of_piece(piece_t p, element_t element, uint16_t *out) {
-    float by[PIECE / 2], zero[PIECE / 2];
+INLINE void codes_of_blocks(piece_t p, const float *by, rule_t rule, uint16_t *out) {
+    float many[PIECE / 2], zero[PIECE / 2];
     if (spreads(p)) {
-        spread(p.step, p.block, p.at, p.n, by);
-        divisors_of(by, (p.n + 1) / 2, by);
-        if (has_zero(element)) spread(p.zero, p.block, p.at, p.n, zero);
-        codes_of_run(p.x, p.n, by, zero, 1, element, out);
+        spread(by, p.block, p.at, p.n, many);
+        if (has_zero(rule.element)) spread(p.zero, p.block, p.at, p.n, zero);
+        codes_of_run(p.x, p.n, many, zero, 1, rule, out);
         return;
     }
     for (int64_t n; p.n > 0; p.n -= n, p.x += n, out += n, p.at = 0) {
-        float one = divisor_of(*p.step++);
         n = lesser(p.block - p.at, p.n);
-        codes_of_run(p.x, n, &one, has_zero(element) ? p.zero++ : NULL, 0, element, out);
+        codes_of_run(p.x, n, by++, has_zero(rule.element) ? p.zero++ : NULL, 0, rule, out);
+    }
+}
+
+INLINE void codes_of_piece(piece_t p, element_t element, trial_t *trial, uint16_t *out) {
+    float by[PIECE];
+    rule_t rule = divisors(p.step, blocks_in(p), element, trial, by);
+    if (rule.inverse) {
+        codes_of_blocks(p, by, (rule_t){element, 1}, out);
+    } else {
+        codes_of_blocks(p, by, (rule_t){element, 0}, out);
     }
 }
 
@@ -31,10 +39,11 @@ INLINE void encode(const blocks_t *b, const scales_t *s, element_t element, uint
     int nibbles = element != E4M3 && element != E4M3_BY_BF16 && element != INT8 &&
                   element != UINT8_BY_BF16;
     uint16_t codes[PIECE];
+    trial_t trial = {0, 0};
     for (int64_t r = 0; r < b->rows; r++) {
         for (int64_t i = 0; i < b->cols; i += PIECE) {
             piece_t p = piece_of(b, s, r, i);
-            codes_of_piece(p, element, codes);
+            codes_of_piece(p, element, &trial, codes);
             if (nibbles) pack(codes, p.n / 2, out);
             else narrow(codes, p.n, out);
             out += nibbles ? p.n / 2 : p.n;

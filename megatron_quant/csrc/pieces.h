@@ -26,35 +26,23 @@ INLINE piece_t piece_of(const blocks_t *b, const scales_t *s, int64_t r, int64_t
    is worth more than short ones that need not load their scale. */
 #define SHORT_BLOCK 128
 
+INLINE int64_t blocks_in(piece_t p) { return (p.at + p.n + p.block - 1) / p.block; }
+
 INLINE int spreads(piece_t p) { return p.block < SHORT_BLOCK && (p.block | p.at) % 2 == 0; }
 
 /* scale: one a block, the first of which has n columns from column at on -> one a pair of them. */
 INLINE void spread(const float *scale, int64_t block, int64_t at, int64_t n, float *out) {
     int64_t pairs = (n + 1) / 2;
     block /= 2, at /= 2;
-    for (; block == 8 && at == 0 && pairs >= 8; pairs -= 8, scale++) {
-        for (int i = 0; i < 8; i++) *out++ = *scale; /* a few stores: the compiler knows 8 */
+    for (; block % 8 == 0 && at == 0 && pairs >= block; pairs -= block, scale++) {
+        for (int64_t i = 0; i < block; i += 8) {
+            for (int j = 0; j < 8; j++) *out++ = *scale; /* a few stores: the compiler knows 8 */
+        }
     }
     for (int64_t here; pairs > 0; pairs -= here, scale++, at = 0) {
         here = lesser(block - at, pairs);
         for (int64_t i = 0; i < here; i++) *out++ = *scale;
     }
-}
-
-INLINE void divisors_of(const float *step, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i++) out[i] = divisor_of(step[i]);
-}
-
-/* Two neighbours of a row, the even one in the low half. */
-INLINE uint32_t pair_at(const uint16_t *x) {
-    uint32_t both;
-    memcpy(&both, x, 4);
-    return LITTLE ? both : both >> 16 | both << 16;
-}
-
-INLINE void set_pair(uint16_t *x, uint32_t pair) {
-    pair = LITTLE ? pair : pair >> 16 | pair << 16;
-    memcpy(x, &pair, 4);
 }
 
 INLINE float even_of(uint32_t pair) { return float_of(pair << 16); }

@@ -53,11 +53,12 @@ INLINE void narrow(const uint16_t *codes, int64_t n, uint8_t *out) {
     for (int64_t i = 0; i < n; i++) out[i] = (uint8_t)codes[i];
 }
 
-/* Codes one by one -> two a byte, that of the even column in its low half. */
+/* Codes one by one -> two a byte, that of the even column in its low half. A shift comes last, so that
+   vectors are narrowed once. */
 INLINE void pack(const uint16_t *codes, int64_t bytes, uint8_t *out) {
     for (int64_t i = 0; i < bytes; i++) {
         uint32_t pair = pair_at(codes + 2 * i);
-        out[i] = (uint8_t)(pair | pair >> 12);
+        out[i] = (uint8_t)((pair << 24 | pair << 12) >> 24);
     }
 }
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
+from math import prod
 
 import pytest
 import torch
@@ -167,6 +168,19 @@ def test_a_stack_with_a_scale_for_each_matrix(both, fmt):
     dscale = tensor_scale(stack_amax(x), fmt) if fmt.tensor_scale else None
     assert same_bits(both(encode, x, fmt, dscale))
     assert same_bits(both(fake_quant, x, fmt, dscale))
+
+
+@pytest.mark.parametrize("shape", [(1 << 16,), (257, 513), (3, 128, 512), (64, 1025)])
+@pytest.mark.parametrize("value", [-3.0, torch.inf, -torch.inf, torch.nan, -torch.nan])
+def test_amax_of_a_whole_tensor(both, shape, value):
+    x = random(1, prod(shape))[0].view(shape)
+    for at in (0, x.numel() // 2, x.numel() - 1):
+        one = x.clone()
+        one.view(-1)[at] = value
+        pair = both(amax, one)
+        assert pair[0].shape == () and torch.equal(pair[0].nan_to_num(7.0), pair[1].nan_to_num(7.0))
+        assert torch.equal(pair[0].isnan(), pair[1].isnan())
+        assert torch.equal(*both(amax, x.mT if x.dim() > 1 else x[1:]))
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_channel", "fp8_block", "nvfp4", "mxfp8", "int4"])

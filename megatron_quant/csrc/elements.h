@@ -38,10 +38,16 @@ INLINE int by_bf16(element_t element) {
     return element != E4M3 && element != E2M1 && element != INT8;
 }
 
-/* inverse: quotients are products with 1 / step, where inverse.h has found that to be the same. */
+INLINE int is_nibble(element_t element) {
+    return element != E4M3 && element != E4M3_BY_BF16 && element != INT8 &&
+           element != UINT8_BY_BF16;
+}
+
+/* inverse: quotients are products with 1 / step, where inverse.h has found that to be the same.
+   tight: the codes of a pair make one byte. */
 typedef struct {
     element_t element;
-    int inverse;
+    int inverse, tight;
 } rule_t;
 
 INLINE float quotient_of(float x, float by, rule_t rule) { return rule.inverse ? x * by : x / by; }

@@ -25,28 +25,49 @@ INLINE void codes_of_blocks(piece_t p, const float *by, rule_t rule, uint16_t *o
     }
 }
 
-INLINE void codes_of_piece(piece_t p, element_t element, trial_t *trial, uint16_t *out) {
+/* Bytes. */
+INLINE void encode_piece(piece_t p, element_t element, trial_t *trial, uint8_t *out) {
     float by[PIECE];
+    uint16_t codes[PIECE];
     rule_t rule = divisors(p.step, blocks_in(p), element, trial, by);
     if (rule.inverse) {
-        codes_of_blocks(p, by, (rule_t){element, 1}, out);
+        codes_of_blocks(p, by, (rule_t){element, 1, 0}, codes);
     } else {
-        codes_of_blocks(p, by, (rule_t){element, 0}, out);
+        codes_of_blocks(p, by, (rule_t){element, 0, 0}, codes);
     }
+    narrow(codes, p.n, out);
+}
+
+/* Nibbles. */
+INLINE void encode_nibbles(piece_t p, element_t element, trial_t *trial, uint8_t *out) {
+    float by[PIECE];
+    uint16_t codes[PIECE];
+    rule_t rule = divisors(p.step, blocks_in(p), element, trial, by);
+    if (!in_pairs(p)) {
+        codes_of_blocks(p, by, rule, codes);
+        pack(codes, p.n, out);
+        return;
+    }
+    if (rule.inverse) {
+        codes_of_blocks(p, by, (rule_t){element, 1, 1}, codes);
+    } else {
+        codes_of_blocks(p, by, (rule_t){element, 0, 1}, codes);
+    }
+    narrow_tight(codes, p.n, out);
 }
 
 INLINE void encode(const blocks_t *b, const scales_t *s, element_t element, uint8_t *out) {
-    int nibbles = element != E4M3 && element != E4M3_BY_BF16 && element != INT8 &&
-                  element != UINT8_BY_BF16;
-    uint16_t codes[PIECE];
     trial_t trial = {0, 0};
     for (int64_t r = 0; r < b->rows; r++) {
         for (int64_t i = 0; i < b->cols; i += PIECE) {
             piece_t p = piece_of(b, s, r, i);
-            codes_of_piece(p, element, &trial, codes);
-            if (nibbles) pack(codes, p.n / 2, out);
-            else narrow(codes, p.n, out);
-            out += nibbles ? p.n / 2 : p.n;
+            if (is_nibble(element)) {
+                encode_nibbles(p, element, &trial, out);
+                out += p.n / 2;
+            } else {
+                encode_piece(p, element, &trial, out);
+                out += p.n;
+            }
         }
     }
 }

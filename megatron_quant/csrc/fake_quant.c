@@ -32,9 +32,9 @@ INLINE void values_of_piece(piece_t p, element_t element, trial_t *trial, uint16
     float by[PIECE];
     rule_t rule = divisors(p.step, blocks_in(p), element, trial, by);
     if (rule.inverse) {
-        values_of_blocks(p, by, (rule_t){element, 1}, out);
+        values_of_blocks(p, by, (rule_t){element, 1, 0}, out);
     } else {
-        values_of_blocks(p, by, (rule_t){element, 0}, out);
+        values_of_blocks(p, by, (rule_t){element, 0, 0}, out);
     }
 }
 

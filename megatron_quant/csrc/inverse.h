@@ -47,7 +47,7 @@ typedef struct {
 /* What to divide by, or with rule.inverse to multiply with, for n steps. */
 INLINE rule_t divisors(const float *step, int64_t n, element_t element, trial_t *trial,
                        float *out) {
-    rule_t rule = {element, 0};
+    rule_t rule = {element, 0, 0};
     for (int64_t i = 0; i < n; i++) out[i] = divisor_of(step[i]);
     if (element == E4M3_BY_BF16 && n == 1) {
         if (bits_of(trial->by) != bits_of(*out)) *trial = (trial_t){*out, trial_serves(*out)};

@@ -14,7 +14,7 @@ INLINE void scales_of_piece(const uint16_t *x, int64_t n, float tensor, uint8_t 
                             float *step) {
     float most = 6.0f * tensor;
     uint32_t codes[PIECE / BLOCK];
-    rule_t e4m3 = {E4M3, 0};
+    rule_t e4m3 = {E4M3, 0, 0};
     amax_of_blocks(x, n / BLOCK, BLOCK, step);
     for (int64_t i = 0; i < n / BLOCK; i++) {
         float exact = step[i] / most;
@@ -37,7 +37,7 @@ CLONED void mq_nvfp4_encode(const blocks_t *b, const scales_t *tensor, uint8_t *
                             uint8_t *out) {
     float step[PIECE / BLOCK], by[PIECE / 2];
     uint16_t codes[PIECE];
-    rule_t e2m1 = {E2M1, 0};
+    rule_t e2m1 = {E2M1, 0, 1};
     for (int64_t r = 0; r < b->rows; r++) {
         for (int64_t at = 0, n; at < b->cols; at += n, scale += n / BLOCK, out += n / 2) {
             const uint16_t *x = b->x + r * b->cols + at;
@@ -45,7 +45,7 @@ CLONED void mq_nvfp4_encode(const blocks_t *b, const scales_t *tensor, uint8_t *
             scales_of_piece(x, n, tensor->step[r * tensor->stride], scale, step);
             spread_divisors(step, n, by);
             codes_of_pairs(x, n / 2, by, NULL, 1, e2m1, codes);
-            pack(codes, n / 2, out);
+            narrow_tight(codes, n, out);
         }
     }
 }
@@ -54,7 +54,7 @@ CLONED void mq_nvfp4_encode(const blocks_t *b, const scales_t *tensor, uint8_t *
 CLONED void mq_nvfp4_fake_quant(const blocks_t *b, const scales_t *tensor, uint16_t *out) {
     float step[PIECE / BLOCK], steps[PIECE / 2], by[PIECE / 2];
     uint8_t scale[PIECE / BLOCK];
-    rule_t e2m1 = {E2M1, 0};
+    rule_t e2m1 = {E2M1, 0, 0};
     for (int64_t r = 0; r < b->rows; r++) {
         for (int64_t at = 0, n; at < b->cols; at += n, out += n) {
             const uint16_t *x = b->x + r * b->cols + at;

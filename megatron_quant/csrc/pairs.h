@@ -6,7 +6,7 @@
 #include "inverse.h"
 #include "pieces.h"
 
-/* by: of inverse.h. Scales: one a pair where many, else one for all. */
+/* -> a word a pair: their byte where rule.tight, else a half each. by: of inverse.h. Scales: one a pair where many, else one for all. */
 INLINE void codes_of_pairs(const uint16_t *restrict x, int64_t pairs, const float *restrict by,
                            const float *restrict zero, int many, rule_t rule,
                            uint16_t *restrict out) {
@@ -16,7 +16,12 @@ INLINE void codes_of_pairs(const uint16_t *restrict x, int64_t pairs, const floa
         uint32_t pair = pair_at(x + 2 * i);
         uint32_t even = code_of(quotient_of(even_of(pair), by[at], rule), z, rule);
         uint32_t odd = code_of(quotient_of(odd_of(pair), by[at], rule), z, rule);
-        set_pair(out + 2 * i, even | odd << 16);
+        if (rule.tight) {
+            even |= odd << 4;
+            memcpy(out + 2 * i, &even, 4);
+        } else {
+            set_pair(out + 2 * i, even | odd << 16);
+        }
     }
 }
 

@@ -28,7 +28,8 @@ INLINE piece_t piece_of(const blocks_t *b, const scales_t *s, int64_t r, int64_t
 
 INLINE int64_t blocks_in(piece_t p) { return (p.at + p.n + p.block - 1) / p.block; }
 
-INLINE int spreads(piece_t p) { return p.block < SHORT_BLOCK && (p.block | p.at) % 2 == 0; }
+INLINE int in_pairs(piece_t p) { return (p.block | p.at) % 2 == 0; }
+INLINE int spreads(piece_t p) { return p.block < SHORT_BLOCK && in_pairs(p); }
 
 /* scale: one a block, the first of which has n columns from column at on -> one a pair of them. */
 INLINE void spread(const float *scale, int64_t block, int64_t at, int64_t n, float *out) {
@@ -48,17 +49,22 @@ INLINE void spread(const float *scale, int64_t block, int64_t at, int64_t n, flo
 INLINE float even_of(uint32_t pair) { return float_of(pair << 16); }
 INLINE float odd_of(uint32_t pair) { return float_of(pair & 0xffff0000); }
 
-/* Codes one by one -> bytes. */
+/* Codes one by one -> a byte each. */
 INLINE void narrow(const uint16_t *codes, int64_t n, uint8_t *out) {
     for (int64_t i = 0; i < n; i++) out[i] = (uint8_t)codes[i];
 }
 
-/* Codes one by one -> two a byte, that of the even column in its low half. A shift comes last, so that
-   vectors are narrowed once. */
-INLINE void pack(const uint16_t *codes, int64_t bytes, uint8_t *out) {
-    for (int64_t i = 0; i < bytes; i++) {
-        uint32_t pair = pair_at(codes + 2 * i);
-        out[i] = (uint8_t)((pair << 24 | pair << 12) >> 24);
+/* Codes one by one -> two a byte, that of the even column in its low half. */
+INLINE void pack(const uint16_t *codes, int64_t n, uint8_t *out) {
+    for (int64_t i = 0; i < n; i += 2) *out++ = (uint8_t)(codes[i] | codes[i + 1] << 4);
+}
+
+/* Words of n tight codes -> two a byte. */
+INLINE void narrow_tight(const uint16_t *codes, int64_t n, uint8_t *out) {
+    for (int64_t i = 0; i < n / 2; i++) {
+        uint32_t word;
+        memcpy(&word, codes + 2 * i, 4);
+        out[i] = (uint8_t)word;
     }
 }
 

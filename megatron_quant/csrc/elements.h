@@ -68,12 +68,18 @@ INLINE float to_bf16(float q, rule_t rule) {
     return rule.inverse ? half_up(q) : half_even(q);
 }
 
+/* x >= 0, but 1 for 0. A condition would split all that follows in two. */
+INLINE float or_one(float x) {
+    uint32_t is_zero = (uint32_t)((int32_t)(bits_of(x) - 1) >> 31);
+    return float_of(bits_of(x) | (is_zero & bits_of(1.0f)));
+}
+
 /* A float of few fraction bits, smallest its least normal number: |q| rounds to k times
    2^(e - fraction), where 2^e is the power of two below |q|, or smallest. big is so large that its
    ulp is that unit: the sum rounds to it and keeps k in its low bits. Rounding to bf16 first may
    reach 2^(e + 1), where k ends. */
 typedef struct {
-    uint32_t exponent, k;
+    uint32_t exponent, sum, k;
     float value;
 } small_float;
 
@@ -83,6 +89,7 @@ INLINE small_float rounded(uint32_t q, int fraction, float smallest, rule_t rule
     r.exponent = largest(q, bits_of(smallest)) & INFINITE;
     big = float_of(r.exponent + ((uint32_t)(23 - fraction) << 23));
     sum = to_bf16(float_of(q), rule) + big;
+    r.sum = bits_of(sum);
     r.k = bits_of(sum) - bits_of(big);
     r.value = sum - big;
     return r;
@@ -101,6 +108,16 @@ INLINE small_float rounded_e2m1(float q, rule_t rule) {
 INLINE uint32_t e4m3_code(float q, rule_t rule) {
     small_float r = rounded_e4m3(q, rule);
     return (r.k + (r.exponent >> 20) - (121 << 3) - is_nan(q)) | sign(q) >> 24;
+}
+
+/* Of two quotients, a half word each, whose signs are those of the bf16s in pair. The low half of a
+   sum is k. */
+INLINE uint32_t e4m3_codes(float even, float odd, uint32_t pair, rule_t rule) {
+    small_float low = rounded_e4m3(even, rule), high = rounded_e4m3(odd, rule);
+    uint32_t codes = (low.sum & 0xffff) | high.sum << 16;
+    codes += (low.exponent >> 20) + (high.exponent >> 4) - 0x10001 * (121 << 3);
+    codes -= is_nan(even) + (is_nan(odd) & 0xffff0000);
+    return codes | (pair >> 8 & 0x00800080);
 }
 
 INLINE float e4m3_value(float q, rule_t rule) {

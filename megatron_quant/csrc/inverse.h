@@ -5,10 +5,10 @@
 #include "elements.h"
 
 /* Of a step: one of 0 is a product of scales too small for fp32, any divisor but 0 will do. */
-INLINE float divisor_of(float step) { return step == 0 ? 1.0f : step; }
+INLINE float divisor_of(float step) { return or_one(step); }
 
-/* Whether the inverses of all n divisors serve, where that follows from their kind: they are finite,
-   and
+/* Whether the inverses of all n divisors serve, where that follows from their kind: both are finite,
+   and the divisor is one
 
    - of a power of two: both quotient and product are the same number, rounded once;
    - of a bf16, where quotients are rounded to bf16: x / by, the quotient of two integers a and b
@@ -16,13 +16,11 @@ INLINE float divisor_of(float step) { return step == 0 ? 1.0f : step; }
      integer and not 0: m is odd and has 9 bits. The product is 2^-23 of it off at most. So both
      round to the same bf16, and none is a tie. */
 INLINE int kind_serves(const float *by, int64_t n, element_t element) {
-    uint32_t fraction = 0, infinite = 0;
-    for (int64_t i = 0; i < n; i++) {
-        float inverse = 1.0f / by[i];
-        fraction |= bits_of(by[i]);
-        infinite |= (bits_of(inverse) & INFINITE) == INFINITE ? 1 : 0;
-    }
-    return !infinite && !(fraction & (by_bf16(element) ? 0xffff : 0x7fffff));
+    uint32_t fractions = 0, most = 0;
+    for (int64_t i = 0; i < n; i++) fractions |= bits_of(by[i]);
+    if (fractions & (by_bf16(element) ? 0xffff : 0x7fffff)) return 0;
+    for (int64_t i = 0; i < n; i++) most = largest(most, largest(bits_of(by[i]), bits_of(1.0f / by[i])));
+    return most < INFINITE;
 }
 
 /* Whether the inverse of one divisor serves where quotients are rounded to bf16: by trying all 128

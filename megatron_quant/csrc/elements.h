@@ -76,8 +76,8 @@ INLINE float or_one(float x) {
 
 /* A float of few fraction bits, smallest its least normal number: |q| rounds to k times
    2^(e - fraction), where 2^e is the power of two below |q|, or smallest. big is so large that its
-   ulp is that unit: the sum rounds to it and keeps k in its low bits. Rounding to bf16 first may
-   reach 2^(e + 1), where k ends. */
+   ulp is that unit: sum, with it, rounds to k units and keeps k in its low bits. Rounding to bf16
+   first may reach 2^(e + 1), where k ends. */
 typedef struct {
     uint32_t exponent, sum, k;
     float value;

@@ -1,4 +1,4 @@
-/* Dividing by a step, or multiplying with its inverse where that gives every bf16 the same element. */
+/* Dividing by a step, or multiplying with its inverse where every bf16 gets the same element so. */
 #ifndef MEGATRON_QUANT_INVERSE_H
 #define MEGATRON_QUANT_INVERSE_H
 
@@ -7,19 +7,20 @@
 /* Of a step: one of 0 is a product of scales too small for fp32, any divisor but 0 will do. */
 INLINE float divisor_of(float step) { return or_one(step); }
 
-/* Whether the inverses of all n divisors serve, where that follows from their kind: both are finite,
-   and the divisor is one
+/* Whether the inverses of all n divisors serve because of what the divisors are. All are finite, and
 
-   - of a power of two: both quotient and product are the same number, rounded once;
-   - of a bf16, where quotients are rounded to bf16: x / by, the quotient of two integers a and b
-     of 8 bits, lies at least 2^-17 of itself beside the middle m of two bf16s, as a - m * b is an
-     integer and not 0: m is odd and has 9 bits. The product is 2^-23 of it off at most. So both
-     round to the same bf16, and none is a tie. */
+   - powers of two: quotient and product are the same number, rounded once; or
+   - bf16s, where quotients are rounded to bf16. A quotient of two integers a and b of 8 bits is at
+     least 2^-17 of itself away from the middle m of two bf16s: a - m * b is an integer, and not 0,
+     as m is odd and has 9 bits. The product is no more than 2^-22 away from the quotient, so both
+     round to the same bf16, and neither is a tie. */
 INLINE int kind_serves(const float *by, int64_t n, element_t element) {
     uint32_t fractions = 0, most = 0;
     for (int64_t i = 0; i < n; i++) fractions |= bits_of(by[i]);
     if (fractions & (by_bf16(element) ? 0xffff : 0x7fffff)) return 0;
-    for (int64_t i = 0; i < n; i++) most = largest(most, largest(bits_of(by[i]), bits_of(1.0f / by[i])));
+    for (int64_t i = 0; i < n; i++) {
+        most = largest(most, largest(bits_of(by[i]), bits_of(1.0f / by[i])));
+    }
     return most < INFINITE;
 }
 

@@ -4,8 +4,8 @@
 
 #define BLOCK 16
 
-/* Of n columns, whole blocks. scale: E4M3 of amax / (6 * tensor). step: its value * tensor. by: what
-   to divide by. */
+/* Of n columns, whole blocks. scale: E4M3 of amax / (6 * tensor). step: its value * tensor. by: the
+   divisor. */
 INLINE void scales_of_piece(const uint16_t *x, int64_t n, float tensor, uint8_t *scale,
                             float *restrict step, float *restrict by) {
     float most = 6.0f * tensor;

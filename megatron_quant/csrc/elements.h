@@ -153,11 +153,17 @@ INLINE float limited_to(float q, float low, float high) {
     return float_of(least((uint32_t)bits, bits_of(low)));
 }
 
-/* ROUND + q, q rounded to an integer in [-half, half). */
+/* q, rounded to bf16, + zero. half_up takes any q, infinite ones too. */
+INLINE float with_zero(float q, float zero, rule_t rule) {
+    if (!rule.inverse) q = limited_to(q, -1048576.0f, 1048576.0f);
+    return to_bf16(q, rule) + zero;
+}
+
+/* ROUND + q, q (+ zero) rounded to an integer in [-half, half). */
 INLINE float rounded_integer(float q, float zero, float half, rule_t rule) {
     if (has_zero(rule.element)) {
-        q = to_bf16(limited_to(q, -1048576.0f, 1048576.0f), rule) + zero;
-        return half_even(limited_to(q, -half, half - 1)) + ROUND;
+        q = limited_to(with_zero(q, zero, rule), -half, half - 1);
+        return half_even(q) + ROUND;
     }
     return to_bf16(limited_to(q, -half, half - 1), rule) + ROUND;
 }

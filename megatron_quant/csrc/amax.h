@@ -6,6 +6,7 @@
 
 INLINE float amax_of(const uint16_t *x, int64_t n) {
     uint16_t largest = 0;
+#pragma GCC unroll 1 /* else short blocks become a vector of blocks, which takes many shuffles */
     for (int64_t i = 0; i < n; i++) {
         uint16_t magnitude = x[i] & 0x7fff;
         largest = magnitude > largest ? magnitude : largest;

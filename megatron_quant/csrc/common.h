@@ -41,6 +41,13 @@ typedef struct {
     int64_t stride;
 } scales_t;
 
+/* Whether the first of two neighbours in memory is the low half of the word that they make. */
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#define LITTLE 0
+#else
+#define LITTLE 1
+#endif
+
 INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int64_t blocks_in_row(const blocks_t *b) {
@@ -66,6 +73,18 @@ INLINE float bf16_value(uint16_t x) { return float_of((uint32_t)x << 16); }
 INLINE uint16_t bf16_of(float x) {
     uint32_t u = bits_of(x);
     return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+/* Two neighbours of a row, the even one in the low half. */
+INLINE uint32_t pair_at(const uint16_t *x) {
+    uint32_t both;
+    memcpy(&both, x, 4);
+    return LITTLE ? both : both >> 16 | both << 16;
+}
+
+INLINE void set_pair(uint16_t *x, uint32_t pair) {
+    pair = LITTLE ? pair : pair >> 16 | pair << 16;
+    memcpy(x, &pair, 4);
 }
 
 #endif

@@ -1,4 +1,5 @@
-/* A row is worked on in pieces that stay in the first-level cache from one loop to the next. */
+/* A row is worked on in pieces that stay in the first-level cache from one loop to the next, and
+   these two elements at a time: a vector of pairs needs no unpacking. */
 #ifndef MEGATRON_QUANT_PIECES_H
 #define MEGATRON_QUANT_PIECES_H
 
@@ -21,25 +22,49 @@ INLINE piece_t piece_of(const blocks_t *b, const scales_t *s, int64_t r, int64_t
     return p;
 }
 
-/* Blocks shorter than this get their scales written out for each element: one long loop over a
-   piece is worth more than short ones that need not load their scale. */
+/* Blocks shorter than this get their scales written out for each pair: one long loop over a piece
+   is worth more than short ones that need not load their scale. */
 #define SHORT_BLOCK 128
 
-/* scale: one a block, the first of which has n columns from column at on -> one an element. */
+INLINE int64_t blocks_in(piece_t p) { return (p.at + p.n + p.block - 1) / p.block; }
+
+INLINE int in_pairs(piece_t p) { return (p.block | p.at) % 2 == 0; }
+INLINE int spreads(piece_t p) { return p.block < SHORT_BLOCK && in_pairs(p); }
+
+/* scale: one a block, the first of which has n columns from column at on -> one a pair of them. */
 INLINE void spread(const float *scale, int64_t block, int64_t at, int64_t n, float *out) {
-    for (; block == 16 && at == 0 && n >= 16; n -= 16, scale++) {
-        for (int i = 0; i < 16; i++) *out++ = *scale; /* a few stores: the compiler knows 16 */
+    int64_t pairs = (n + 1) / 2;
+    block /= 2, at /= 2;
+    for (; block % 8 == 0 && at == 0 && pairs >= block; pairs -= block, scale++) {
+        for (int64_t i = 0; i < block; i += 8) {
+            for (int j = 0; j < 8; j++) *out++ = *scale; /* a few stores: the compiler knows 8 */
+        }
     }
-    for (int64_t here; n > 0; n -= here, scale++, at = 0) {
-        here = lesser(block - at, n);
+    for (int64_t here; pairs > 0; pairs -= here, scale++, at = 0) {
+        here = lesser(block - at, pairs);
         for (int64_t i = 0; i < here; i++) *out++ = *scale;
     }
 }
 
-/* Even column in the low half of a byte. */
-INLINE void pack(const uint8_t *codes, int64_t bytes, uint8_t *out) {
-    for (int64_t i = 0; i < bytes; i++) {
-        out[i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
+INLINE float even_of(uint32_t pair) { return float_of(pair << 16); }
+INLINE float odd_of(uint32_t pair) { return float_of(pair & 0xffff0000); }
+
+/* Codes one by one -> a byte each. */
+INLINE void narrow(const uint16_t *codes, int64_t n, uint8_t *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = (uint8_t)codes[i];
+}
+
+/* Codes one by one -> two a byte, that of the even column in its low half. */
+INLINE void pack(const uint16_t *codes, int64_t n, uint8_t *out) {
+    for (int64_t i = 0; i < n; i += 2) *out++ = (uint8_t)(codes[i] | codes[i + 1] << 4);
+}
+
+/* Words of n tight codes -> two a byte. */
+INLINE void narrow_tight(const uint16_t *codes, int64_t n, uint8_t *out) {
+    for (int64_t i = 0; i < n / 2; i++) {
+        uint32_t word;
+        memcpy(&word, codes + 2 * i, 4);
+        out[i] = (uint8_t)word;
     }
 }
 

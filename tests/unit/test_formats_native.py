@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
+from math import prod
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from megatron_quant.formats import (
     tensor_scale,
 )
 from megatron_quant.formats.loops import loops_for
-from megatron_quant.formats.spec import CHANNEL
+from megatron_quant.formats.spec import CHANNEL, regrouped
 
 ALL = [
     *FORMATS.values(),
@@ -160,6 +161,48 @@ def test_rows_of_any_length_and_layout(both, fmt):
         assert same_bits(both(fake_quant, x, fmt, dscale))
 
 
+@pytest.mark.parametrize("name", ["fp8", "fp8_channel", "fp8_block", "int8", "int8_tensor"])
+@pytest.mark.parametrize("origin", [(0, 0), (1, 5)])
+def test_odd_columns_and_starts_between_words(both, name, origin):
+    fmt = get_format(name)
+    for cols in (1, 3, 17, 129, 1023, 1025, 2051):
+        x = random(1, 3 * cols + 1)[0, 1:].view(3, cols)
+        dscale = tensor_scale(amax(x), fmt) if fmt.tensor_scale else None
+        assert same_bits(both(encode, x, fmt, dscale, None, origin))
+        assert same_bits(both(fake_quant, x, fmt, dscale, None, origin))
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8_group"])
+@pytest.mark.parametrize("group", [1, 7, 18, 33, 200])
+def test_groups_of_any_size(both, name, group):
+    fmt = regrouped(get_format(name), group)
+    for origin in ((0, 0), (0, 8), (2, 1000)):
+        x = random(3, 1096)
+        assert same_bits(both(encode, x, fmt, None, None, origin))
+        assert same_bits(both(fake_quant, x, fmt, None, None, origin))
+
+
+@each_format
+def test_every_value_with_scales_that_are_not_its_own(both, fmt):
+    if not fmt.stat_block:
+        return
+    x, gen = every_bf16(), torch.Generator().manual_seed(2)
+    dscale = torch.tensor(0.01) if fmt.tensor_scale else None
+    stat = block_stat(x, fmt)
+    for spread in (4, 120):
+        given = torch.exp2(spread * (torch.rand(stat.shape, generator=gen) - 0.5))
+        assert same_bits(both(encode, x, fmt, dscale, given))
+        assert same_bits(both(fake_quant, x, fmt, dscale, given))
+
+
+def test_fp8_with_scales_whose_inverse_serves_and_others(both):
+    x, fmt = every_bf16(), get_format("fp8")
+    amaxes = torch.cat([2.0 ** torch.arange(-20, 20, 7), random(1, 24, std=1.0)[0].float().abs()])
+    for dscale in tensor_scale(amaxes, fmt):
+        assert same_bits(both(encode, x, fmt, dscale))
+        assert same_bits(both(fake_quant, x, fmt, dscale))
+
+
 @each_format
 def test_a_stack_with_a_scale_for_each_matrix(both, fmt):
     x = random(3 * 20, 256).view(3, 20, 256) * torch.tensor([1.0, 8.0, 0.1]).view(3, 1, 1)
@@ -167,6 +210,19 @@ def test_a_stack_with_a_scale_for_each_matrix(both, fmt):
     dscale = tensor_scale(stack_amax(x), fmt) if fmt.tensor_scale else None
     assert same_bits(both(encode, x, fmt, dscale))
     assert same_bits(both(fake_quant, x, fmt, dscale))
+
+
+@pytest.mark.parametrize("shape", [(1 << 16,), (257, 513), (3, 128, 512), (64, 1025)])
+@pytest.mark.parametrize("value", [-3.0, torch.inf, -torch.inf, torch.nan, -torch.nan])
+def test_amax_of_a_whole_tensor(both, shape, value):
+    x = random(1, prod(shape))[0].view(shape)
+    for at in (0, x.numel() // 2, x.numel() - 1):
+        one = x.clone()
+        one.view(-1)[at] = value
+        pair = both(amax, one)
+        assert pair[0].shape == () and torch.equal(pair[0].nan_to_num(7.0), pair[1].nan_to_num(7.0))
+        assert torch.equal(pair[0].isnan(), pair[1].isnan())
+        assert torch.equal(*both(amax, x.mT if x.dim() > 1 else x[1:]))
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_channel", "fp8_block", "nvfp4", "mxfp8", "int4"])

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megatron_quant.formats import native
 from megatron_quant.formats.chunks import as_rows, row_chunks
 from megatron_quant.formats.cuts import Origin
 from megatron_quant.formats.kernels import kernel_of
@@ -93,6 +94,27 @@ def decode(
     w = elements.new_empty(*elements.shape[:-1], elements.shape[-1] * packed, dtype=dtype)
     rows = rows_on(w, fmt, fields, origin)
     w_RK, elements_RK = as_rows(w), as_rows(elements)
+    if dtype == torch.float32 and native.reads(elements_RK):
+        return rows.decode(slice(None), elements_RK).view(w.shape)
     for chunk in row_chunks(w_RK):
         w_RK[chunk] = rows.decode(chunk, elements_RK[chunk])
     return w
+
+
+@torch.no_grad()
+def lost(
+    w: Tensor, fields: Mapping[str, Tensor], fmt: Format, origin: Origin = (0, 0)
+) -> tuple[float, float]:
+    """(sum of w^2, sum of (w - decoded)^2) in fp64, NaN and infinity as they come out.
+
+    w: bf16, fp16 or fp32 in the shape that ``decode`` gives of ``fields``, which are as there.
+    The differences are rounded to fp32 one by one.
+    """
+    rows = rows_on(w, fmt, fields, origin)
+    w_RK, elements_RK = as_rows(w), as_rows(fields[fmt.fields[0].name])
+    if w.dtype == torch.float16:
+        w_RK = w_RK.float()
+    chunks = [slice(None)] if native.reads(elements_RK) else row_chunks(w_RK)
+    sums = torch.stack([rows.lost(c, w_RK[c], elements_RK[c]) for c in chunks])
+    own, difference = sums.sum(0).tolist()
+    return own, difference

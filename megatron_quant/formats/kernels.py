@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_quant.formats import native
 from megatron_quant.formats.cuts import Cuts
 from megatron_quant.formats.elements import E2M1, E4M3, INT4, INT8, INT8_WORDS, Element
 from megatron_quant.formats.loops import loops_for
@@ -81,11 +82,24 @@ class Kernel:
 
     def values(self, stored: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts) -> Tensor:
         """fp32 [R, K] of stored elements."""
-        step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
+        steps = step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
+        if native.reads(stored):
+            return native.decode(stored, steps, self.element.code, columns)
         values = columns.split(self.element.load(stored))
         if zero_RB is not None:
             values -= zero_RB.unsqueeze(-1)
         return columns.join(values.mul_(step_RB.unsqueeze(-1)))
+
+    def lost(
+        self, x_RK: Tensor, stored: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts
+    ) -> Tensor:
+        """fp64 [2]: sums of x^2 and of (x - value)^2, the differences in fp32; x bf16 or fp32."""
+        if native.reads(stored):
+            steps = self.scale.steps(scales, dscale_R1)
+            return native.lost(x_RK, stored, steps, self.element.code, columns).sum(0)
+        lost_RK = x_RK - self.values(stored, scales, dscale_R1, columns)
+        both = (t.double().view(-1) for t in (x_RK, lost_RK))
+        return torch.stack([torch.dot(t, t) for t in both])
 
 
 _BF16 = torch.bfloat16

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_quant.formats.cuts import Cuts
 
-_VERSION = 2
+_VERSION = 3
 """Of the signatures, as ``mq_version`` in csrc has it: a stale build is not called."""
 _FILE = Path(__file__).with_name("_native" + str(sysconfig.get_config_var("EXT_SUFFIX")))
 _SHARE = 1 << 17
@@ -49,6 +49,16 @@ class Element(IntEnum):
     INT4_ZERO_BY_BF16 = 5
     INT8 = 6
     UINT8_BY_BF16 = 7
+
+
+class Code(IntEnum):
+    """What stored elements are, as csrc/decode.c lists it. INT4: + 8. UINT8: INT8 + 128."""
+
+    E4M3 = 0
+    E2M1 = 1
+    INT4 = 2
+    INT8 = 3
+    UINT8 = 4
 
 
 Steps = tuple[Tensor, Tensor | None]
@@ -178,6 +188,43 @@ def nvfp4_fake_quant(x_RK: Tensor, dscale_R1: Tensor) -> Tensor:
     return out_RK
 
 
+def reads(stored: Tensor) -> bool:
+    """Whether the two functions below take these elements."""
+    return stored.device.type == "cpu" and stored.numel() > 0 and available()
+
+
+def decode(stored: Tensor, steps: Steps, code: Code, columns: Cuts) -> Tensor:
+    """(element - zero) * step of stored elements [R, K / packed] -> fp32 [R, K]."""
+    out_RK = stored.new_empty(stored.shape[0], columns.length, dtype=torch.float32)
+    bytes_ = _bytes(stored, out_RK, code)
+
+    def call(lib: ctypes.CDLL, r: slice) -> None:
+        blocks = _blocks(out_RK[r], columns.block, columns.first)
+        lib.mq_decode(blocks, _scales(*steps, r), int(code), _at(bytes_[r]), _at(out_RK[r]))
+
+    _over_rows(out_RK, call)
+    return out_RK
+
+
+def lost(x_RK: Tensor, stored: Tensor, steps: Steps, code: Code, columns: Cuts) -> Tensor:
+    """Of values (bf16 or fp32) and their stored elements the squares -> fp64 [R, 2].
+
+    Sums over each row of x^2 and of (x - decoded)^2; the differences are rounded to fp32.
+    """
+    assert x_RK.dtype in (torch.bfloat16, torch.float32), x_RK.dtype
+    wide = x_RK.dtype == torch.float32
+    out_R2 = x_RK.new_empty(x_RK.shape[0], 2, dtype=torch.float64)
+    bytes_ = _bytes(stored, x_RK, code)
+
+    def call(lib: ctypes.CDLL, r: slice) -> None:
+        blocks = _blocks(x_RK[r], columns.block, columns.first)
+        codes, values = _at(bytes_[r]), _at(x_RK[r]) if wide else None
+        lib.mq_lost(blocks, _scales(*steps, r), int(code), codes, values, _at(out_R2[r]))
+
+    _over_rows(x_RK, call)
+    return out_R2
+
+
 def blake2b(messages: Sequence[memoryview], digest_bytes: int) -> list[bytes] | None:
     """BLAKE2b of each message, four at a time; None without the library.
 
@@ -198,6 +245,15 @@ def blake2b(messages: Sequence[memoryview], digest_bytes: int) -> list[bytes] | 
 
 def _count(x_RK: Tensor, block: int, first: int) -> int:
     return -(-(first + x_RK.shape[1]) // block)
+
+
+def _bytes(stored: Tensor, x_RK: Tensor, code: Code) -> Tensor:
+    """Stored elements as bytes, of which ``x_RK`` are the values."""
+    bytes_ = stored.view(torch.uint8)
+    rows, cols = x_RK.shape
+    in_byte = 2 if code in (Code.E2M1, Code.INT4) else 1
+    assert bytes_.shape == (rows, cols // in_byte) and cols % in_byte == 0, (stored.shape, cols)
+    return bytes_
 
 
 def _at(t: Tensor) -> ctypes.c_void_p:

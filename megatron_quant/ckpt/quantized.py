@@ -15,7 +15,8 @@ from megatron_quant.ckpt.dialects.base import (
     Stored,
     layer_of,
 )
-from megatron_quant.ckpt.packed import GROUP_INDEX, Packed, open_packed, whole, with_scale_dtype
+from megatron_quant.ckpt.held import Files, Held, whole
+from megatron_quant.ckpt.packed import GROUP_INDEX, Packed, open_packed, with_scale_dtype
 from megatron_quant.ckpt.quantization import dialect_of, quantization_of
 from megatron_quant.ckpt.reader import (
     PLAIN_DTYPES,
@@ -190,13 +191,21 @@ class QuantizedCheckpoint:
                 found[stored.field] = stored.from_disk(self.raw(f"{module}.{stored.suffix}"))
         return found
 
-    def packed(self, module: str) -> Packed:
-        """The weight of a quantized module; CheckpointError where its tensors do not fit."""
+    def held(self) -> Held:
+        """The tensors as they are stored, each read once while what is returned lives."""
+        return Held(self._files)
+
+    def packed(self, module: str, files: Files | None = None) -> Packed:
+        """The weight of a quantized module; CheckpointError where its tensors do not fit.
+
+        files: what reads them; the checkpoint itself where None.
+        """
         known = [s.suffix for s in self.stored(module)]
         for suffix in _UNREAD:
             if suffix not in known and f"{module}.{suffix}" in self.tensors:
                 raise CheckpointError(f"{self.path}: {module}.{suffix} is not read")
-        return open_packed(self._files, module, self.modules[module].weights, self.stored(module))
+        fmt = self.modules[module].weights
+        return open_packed(files or self._files, module, fmt, self.stored(module))
 
     def _is_packed(self, name: str) -> bool:
         module, _, leaf = name.rpartition(".")

@@ -1,10 +1,12 @@
 """What is wrong with the tensors of a checkpoint by its own config."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 
 import torch
 
 from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
+from megatron_quant.ckpt.held import Held
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import PLAIN_DTYPES
 from megatron_quant.ckpt.slots import slots
@@ -77,7 +79,7 @@ def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
     return problems
 
 
-def value_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
+def value_problems(checkpoint: QuantizedCheckpoint, source: Source, held: Held) -> list[str]:
     """Elements and scales that are not finite, scales that are not positive, a wrong shape."""
     if not is_quantized(checkpoint, source):
         return []
@@ -88,7 +90,7 @@ def value_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]
         info = checkpoint.tensors.get(name)
         if info is None or (stored.field == elements and not info.dtype.is_floating_point):
             continue  # an optional one, or one that is always finite
-        tensor = checkpoint.raw(name)
+        tensor = held.raw(name)
         if stored.field == SHAPE:
             meant = stored.to_disk(torch.tensor(source.shape))
             if not torch.equal(tensor.to(meant.dtype), meant):
@@ -114,10 +116,40 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _scale_problems(name: str, tensor: torch.Tensor) -> list[str]:
+    if _is_sound(tensor):
+        return []
     problems = _finite_problems(name, tensor)
     if not problems and tensor.is_floating_point() and not (tensor.float() > 0).all():
         problems.append(f"{name}: holds a scale that is not positive")
     return problems
+
+
+def _is_sound(scale: torch.Tensor) -> bool:
+    """Whether all numbers are finite and above zero; False too where one look does not tell."""
+    if scale.numel() == 0:
+        return False
+    if scale.dtype == torch.float8_e4m3fn:  # positive codes are 1 to 126
+        low, high = torch.aminmax(scale.view(torch.uint8))
+        return bool(low.item() > 0 and high.item() < 127)
+    if scale.dtype not in PLAIN_DTYPES:
+        return False
+    low, high = torch.aminmax(scale)
+    return bool(low.item() > 0 and high.item() < inf)
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """``torch.equal`` once ``b`` has the dtype of ``a``: a NaN equals nothing, 0 equals -0."""
+    words = [t.view(torch.int64) for t in (a, b) if _in_words(t)]
+    if a.dtype == b.dtype and len(words) == 2 and torch.equal(*words):  # several times as fast
+        return not a.max().isnan()
+    return torch.equal(a, b.to(a.dtype))
+
+
+def _in_words(tensor: torch.Tensor) -> bool:
+    """Whether its bytes can be looked at as words of eight."""
+    count = 8 // tensor.itemsize
+    aligned = tensor.storage_offset() % count == 0 and tensor.shape[-1:].numel() % count == 0
+    return tensor.numel() > 0 and tensor.dim() > 0 and tensor.is_contiguous() and aligned
 
 
 def cache_tensors(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> dict[str, Stored]:

@@ -12,7 +12,7 @@ With these given, encoding commutes with slicing: a piece encodes to the piece o
 wherever the cut goes, as long as it splits no element of the stored fields' first one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_quant.formats import native
 from megatron_quant.formats.chunks import as_rows, row_chunks
 from megatron_quant.formats.cuts import Origin
-from megatron_quant.formats.kernels import kernel_of
+from megatron_quant.formats.kernels import kernel_of, squares
 from megatron_quant.formats.loops import loops_for
 from megatron_quant.formats.rows import Rows, check_storable, rows_of, rows_on, scale_fields
 from megatron_quant.formats.scales import Fields
@@ -115,6 +115,16 @@ def lost(
     if w.dtype == torch.float16:
         w_RK = w_RK.float()
     chunks = [slice(None)] if native.reads(elements_RK) else row_chunks(w_RK)
-    sums = torch.stack([rows.lost(c, w_RK[c], elements_RK[c]) for c in chunks])
-    own, difference = sums.sum(0).tolist()
+    return _total(rows.lost(c, w_RK[c], elements_RK[c]) for c in chunks)
+
+
+@torch.no_grad()
+def lost_between(w: Tensor, decoded: Tensor) -> tuple[float, float]:
+    """As ``lost``, of values fp32 in the shape of ``w`` that are decoded already."""
+    w_RK, decoded_RK = as_rows(w), as_rows(decoded)
+    return _total(squares(w_RK[c].float(), decoded_RK[c]) for c in row_chunks(w_RK))
+
+
+def _total(sums: Iterable[Tensor]) -> tuple[float, float]:
+    own, difference = torch.stack(list(sums)).sum(0).tolist()
     return own, difference

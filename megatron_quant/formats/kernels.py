@@ -93,13 +93,17 @@ class Kernel:
     def lost(
         self, x_RK: Tensor, stored: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts
     ) -> Tensor:
-        """fp64 [2]: sums of x^2 and of (x - value)^2, the differences in fp32; x bf16 or fp32."""
+        """``squares`` of the rows, bf16 or fp32, and of what their stored elements stand for."""
         if native.reads(stored):
             steps = self.scale.steps(scales, dscale_R1)
             return native.lost(x_RK, stored, steps, self.element.code, columns).sum(0)
-        lost_RK = x_RK - self.values(stored, scales, dscale_R1, columns)
-        both = (t.double().view(-1) for t in (x_RK, lost_RK))
-        return torch.stack([torch.dot(t, t) for t in both])
+        return squares(x_RK, self.values(stored, scales, dscale_R1, columns))
+
+
+def squares(x_RK: Tensor, values_RK: Tensor) -> Tensor:
+    """fp64 [2]: sums of x^2 and of (x - value)^2, the differences in fp32."""
+    both = (t.double().reshape(-1) for t in (x_RK, x_RK - values_RK))
+    return torch.stack([torch.dot(t, t) for t in both])
 
 
 _BF16 = torch.bfloat16

@@ -26,6 +26,7 @@ from megatron_quant.ckpt.reader import (
     check_tensors,
     open_directory,
 )
+from megatron_quant.ckpt.stored import StoredBy
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.models.spec import Box, Param
 from megatron_quant.models.structure import table_names
@@ -85,7 +86,10 @@ class QuantizedCheckpoint:
         if quantization is not None:
             self.dialect = dialect_of(quantization, files.path)
             self.kv_cache = self.dialect.read_kv_cache(quantization)
-            self.modules = _read_modules(files, self.dialect, quantization, tuple(modules))
+            self._stored = StoredBy(self.dialect)
+            self.modules = _read_modules(
+                files, self.dialect, self._stored, quantization, tuple(modules)
+            )
         self._files = files
 
     @cached_property
@@ -94,9 +98,7 @@ class QuantizedCheckpoint:
 
     def stored(self, module: str) -> tuple[Stored, ...]:
         """The tensors that a quantized module should have on disk."""
-        assert self.dialect is not None
-        fmt = self.modules[module]
-        return self.dialect.stored(fmt.weights, fmt.inputs, layer_of(module))
+        return self._stored.of(self.modules[module], layer_of(module))
 
     def __iter__(self) -> Iterator[str]:
         cache = tuple(f".{s.suffix}" for s in self.cache_scales)
@@ -246,30 +248,32 @@ def matrices(files: Checkpoint) -> list[str]:
 def _read_modules(
     files: Checkpoint,
     dialect: Dialect,
+    stored: StoredBy,
     quantization: Mapping[str, Any],
     modules: tuple[str, ...],
 ) -> dict[str, ModuleFormat]:
     if dialect.by_tensors:
         modules = tuple(m for m in modules if not _is_plain(files.tensors.get(f"{m}.weight")))
     found = dialect.read_config(quantization, modules)
-    return {m: _as_found(files, dialect, m, fmt) for m, fmt in found.items()}
+    return {m: _as_found(files, stored, m, stored.shared(fmt)) for m, fmt in found.items()}
 
 
 def _is_plain(info: TensorInfo | None) -> bool:
     return info is not None and info.dtype in PLAIN_DTYPES
 
 
-def _as_found(files: Checkpoint, dialect: Dialect, module: str, fmt: ModuleFormat) -> ModuleFormat:
+def _as_found(files: Checkpoint, stored: StoredBy, module: str, fmt: ModuleFormat) -> ModuleFormat:
     """``fmt`` with the dtype in which the module's group scales are stored, where that is another.
 
     Producers round them to fp16 or bf16, before the codes: neither dtype holds the other's.
     """
     try:
-        stored = dialect.stored(fmt.weights, fmt.inputs, layer_of(module))
+        tensors = stored.of(fmt, layer_of(module))
     except FormatError as error:
         raise CheckpointError(f"{files.path}: {module}: {error}") from None
-    for scale in (s for s in stored if s.field == "scale" and s.also):
+    for scale in (s for s in tensors if s.field == "scale" and s.also):
         info = files.tensors.get(f"{module}.{scale.suffix}")
         if info is not None and info.dtype in scale.also and info.dtype != scale.dtype:
-            return ModuleFormat(with_scale_dtype(fmt.weights, info.dtype), fmt.inputs)
+            changed = with_scale_dtype(fmt.weights, info.dtype)
+            return stored.shared(ModuleFormat(changed, fmt.inputs))
     return fmt

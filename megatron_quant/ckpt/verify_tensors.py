@@ -26,7 +26,15 @@ def is_quantized(checkpoint: QuantizedCheckpoint, source: Source) -> bool:
     return source.module in checkpoint.modules and source.name.endswith(".weight")
 
 
-def _stored(
+def _present(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[tuple[str, Stored]]:
+    """Each tensor that stores a quantized ``source``, by name; optional ones where they are."""
+    for stored in checkpoint.stored(source.module):
+        name = f"{source.module}.{stored.suffix}"
+        if not stored.optional or name in checkpoint.tensors:
+            yield name, stored
+
+
+def _expected(
     checkpoint: QuantizedCheckpoint, source: Source
 ) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
     """Name, possible dtypes and shape of each tensor that stores ``source``."""
@@ -34,19 +42,20 @@ def _stored(
         yield source.name, PLAIN_DTYPES, source.shape
         return
     rows, cols = source.shape
-    for stored in checkpoint.stored(source.module):
-        name = f"{source.module}.{stored.suffix}"
-        if name in checkpoint.tensors or not stored.optional:
-            yield name, (stored.dtype, *stored.also), stored.shape(rows, cols)
+    for name, stored in _present(checkpoint, source):
+        yield name, (stored.dtype, *stored.also), stored.shape(rows, cols)
 
 
 def stray_problems(
     checkpoint: QuantizedCheckpoint, params: tuple[Param, ...], cache: Mapping[str, Stored]
 ) -> list[str]:
     """Tensors that neither the model nor its quantization has; ``cache``: :func:`cache_tensors`."""
-    expected = set(cache) | {
-        name for p in params for s in p.sources for name, _, _ in _stored(checkpoint, s)
-    }
+    expected = set(cache)
+    for source in (s for p in params for s in p.sources):
+        if is_quantized(checkpoint, source):
+            expected |= {name for name, _ in _present(checkpoint, source)}
+        else:
+            expected.add(source.name)
     return [
         f"{name}: config.json knows no such tensor (its module is not quantized, or not in the "
         "model)"
@@ -67,7 +76,7 @@ def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
     if is_quantized(checkpoint, source) and info and info.dtype in PLAIN_DTYPES:
         return [f"{source.name}: neither quantized nor in the ignore list of config.json"]
     problems = []
-    for name, dtypes, shape in _stored(checkpoint, source):
+    for name, dtypes, shape in _expected(checkpoint, source):
         info = checkpoint.tensors.get(name)
         if info is None:
             problems.append(f"{name}: missing")
@@ -85,11 +94,9 @@ def value_problems(checkpoint: QuantizedCheckpoint, source: Source, held: Held) 
         return []
     problems = []
     elements = checkpoint.modules[source.module].weights.fields[0].name
-    for stored in checkpoint.stored(source.module):
-        name = f"{source.module}.{stored.suffix}"
-        info = checkpoint.tensors.get(name)
-        if info is None or (stored.field == elements and not info.dtype.is_floating_point):
-            continue  # an optional one, or one that is always finite
+    for name, stored in _present(checkpoint, source):
+        if stored.field == elements and not checkpoint.tensors[name].dtype.is_floating_point:
+            continue  # always finite
         tensor = held.raw(name)
         if stored.field == SHAPE:
             meant = stored.to_disk(torch.tensor(source.shape))

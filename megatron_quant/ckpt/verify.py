@@ -1,7 +1,7 @@
 """Is a written checkpoint what its own config says? Read with safetensors alone."""
 
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 
 from megatron_quant.ckpt.held import Held
@@ -13,12 +13,13 @@ from megatron_quant.ckpt.source import read_json
 from megatron_quant.ckpt.verify_tensors import (
     cache_problems,
     cache_tensors,
+    element_problems,
     form_problems,
     fusion_problems,
     is_quantized,
     same_values,
+    scale_problems,
     stray_problems,
-    value_problems,
 )
 from megatron_quant.ckpt.views import open_original, params_of, plain_part, row_blocks
 from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
@@ -120,15 +121,28 @@ def _check(
     checks: list[TensorCheck] = []
     for source in param.sources:
         held = checkpoint.held()
-        found = form_problems(checkpoint, source) or value_problems(checkpoint, source, held)
-        error = None
-        if against is not None and not found:
-            error, found = _compare(checkpoint, source, against, held)
+        error, found = None, form_problems(checkpoint, source)
+        if not found:
+            error, found = _check_values(checkpoint, source, against, held)
         problems += found
         quantized = is_quantized(checkpoint, source)
         fmt = checkpoint.modules[source.module].weights.name if quantized else ""
         checks.append(TensorCheck(source.name, fmt, error))
     return problems, checks
+
+
+def _check_values(
+    checkpoint: QuantizedCheckpoint, source: Source, against: Weights | None, held: Held
+) -> tuple[float | None, list[str]]:
+    """The error against the source's tensor, and what is wrong with values or error."""
+    scales = scale_problems(checkpoint, source, held)
+    error, differing = None, list[str]()
+    if against is not None and not scales:
+        error, differing = _compare(checkpoint, source, against, held)
+    if error is not None and isfinite(error):  # so is every element that it was summed over
+        return error, differing
+    found = element_problems(checkpoint, source, held) + scales
+    return (None, found) if found else (error, differing)
 
 
 def _compare(

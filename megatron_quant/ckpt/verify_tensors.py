@@ -88,24 +88,29 @@ def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
     return problems
 
 
-def value_problems(checkpoint: QuantizedCheckpoint, source: Source, held: Held) -> list[str]:
-    """Elements and scales that are not finite, scales that are not positive, a wrong shape."""
+def element_problems(checkpoint: QuantizedCheckpoint, source: Source, held: Held) -> list[str]:
+    """Elements that are not finite."""
+    if not is_quantized(checkpoint, source):
+        return []
+    name = f"{source.module}.{checkpoint.stored(source.module)[0].suffix}"
+    if not checkpoint.tensors[name].dtype.is_floating_point:
+        return []
+    return _finite_problems(name, held.raw(name))
+
+
+def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: Held) -> list[str]:
+    """Scales that are not finite or not positive, and a wrong shape."""
     if not is_quantized(checkpoint, source):
         return []
     problems = []
-    elements = checkpoint.modules[source.module].weights.fields[0].name
+    elements = checkpoint.stored(source.module)[0]
     for name, stored in _present(checkpoint, source):
-        if stored.field == elements and not checkpoint.tensors[name].dtype.is_floating_point:
-            continue  # always finite
-        tensor = held.raw(name)
         if stored.field == SHAPE:
-            meant = stored.to_disk(torch.tensor(source.shape))
-            if not torch.equal(tensor.to(meant.dtype), meant):
+            meant, found = stored.to_disk(torch.tensor(source.shape)), held.raw(name)
+            if not torch.equal(found.to(meant.dtype), meant):
                 problems.append(f"{name}: is not what shape {list(source.shape)} means")
-        elif stored.field == elements:
-            problems += _finite_problems(name, tensor)
-        else:
-            problems += _scale_problems(name, tensor)
+        elif stored is not elements:
+            problems += _scale_problems(name, held.raw(name))
     return problems
 
 

@@ -63,8 +63,9 @@ class Packed:
 
         As ``lost_between`` finds them of :meth:`read`, which raises the same.
         """
-        split = self._aligned(box) != box or box.size[1] % self.fmt.fields[0].block[1]
-        if split or self.group_of_column is not None:
+        cut = box.size != self.shape and self._aligned(box) != box
+        padded = box.size[1] % self.fmt.fields[0].block[1]
+        if cut or padded or self.group_of_column is not None:
             return lost_between(w_NK, self.read(box))
         return lost(w_NK, self.fields(box), self.fmt, (box.start[0], box.start[1]))
 

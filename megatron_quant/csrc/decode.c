@@ -111,11 +111,11 @@ INLINE double total(const double *sums) {
     return all;
 }
 
-INLINE void lost(const blocks_t *b, const scales_t *s, code_t code, const uint8_t *codes,
-                 const float *wide, double *out) {
+INLINE void compare(const blocks_t *b, const scales_t *s, code_t code, const uint8_t *codes,
+                 const float *wide, double *own, double *lost) {
+    double owns[LANES] = {0}, losts[LANES] = {0};
     float narrow[PIECE], decoded[PIECE];
     for (int64_t r = 0; r < b->rows; r++) {
-        double own[LANES] = {0}, lost[LANES] = {0};
         for (int64_t i = 0; i < b->cols; i += PIECE) {
             piece_t p = piece_of(b, s, r, i);
             int64_t at = r * b->cols + i;
@@ -123,23 +123,23 @@ INLINE void lost(const blocks_t *b, const scales_t *s, code_t code, const uint8_
             for (int64_t j = 0; !wide && j < p.n; j++) narrow[j] = bf16_value(p.x[j]);
             values_of_piece(p, codes + at / in_byte(code), code, decoded);
             for (int64_t j = 0; j < p.n; j++) decoded[j] = w[j] - decoded[j];
-            add_squares(w, p.n, own);
-            add_squares(decoded, p.n, lost);
+            add_squares(w, p.n, owns);
+            add_squares(decoded, p.n, losts);
         }
-        out[2 * r] = total(own);
-        out[2 * r + 1] = total(lost);
     }
+    *own = total(owns);
+    *lost = total(losts);
 }
 
-/* wide: the values in fp32, NULL where they are those of b. out: of each row the sums of x^2 and of
-   (x - decoded)^2, double [rows, 2]. */
+/* wide: the values in fp32, NULL where they are those of b. own: the sum of x^2. lost: that of
+   (x - decoded)^2. */
 CLONED void mq_lost(const blocks_t *b, const scales_t *s, code_t code, const uint8_t *codes,
-                    const float *wide, double *out) {
+                    const float *wide, double *own, double *lost) {
     switch (code) {
-    case CODE_E4M3: lost(b, s, CODE_E4M3, codes, wide, out); break;
-    case CODE_E2M1: lost(b, s, CODE_E2M1, codes, wide, out); break;
-    case CODE_INT4: lost(b, s, CODE_INT4, codes, wide, out); break;
-    case CODE_INT8: lost(b, s, CODE_INT8, codes, wide, out); break;
-    case CODE_UINT8: lost(b, s, CODE_UINT8, codes, wide, out); break;
+    case CODE_E4M3: compare(b, s, CODE_E4M3, codes, wide, own, lost); break;
+    case CODE_E2M1: compare(b, s, CODE_E2M1, codes, wide, own, lost); break;
+    case CODE_INT4: compare(b, s, CODE_INT4, codes, wide, own, lost); break;
+    case CODE_INT8: compare(b, s, CODE_INT8, codes, wide, own, lost); break;
+    case CODE_UINT8: compare(b, s, CODE_UINT8, codes, wide, own, lost); break;
     }
 }

@@ -101,7 +101,6 @@ def decode(
     return w
 
 
-@torch.no_grad()
 def lost(
     w: Tensor, fields: Mapping[str, Tensor], fmt: Format, origin: Origin = (0, 0)
 ) -> tuple[float, float]:
@@ -114,17 +113,17 @@ def lost(
     w_RK, elements_RK = as_rows(w), as_rows(fields[fmt.fields[0].name])
     if w.dtype == torch.float16:
         w_RK = w_RK.float()
-    chunks = [slice(None)] if native.reads(elements_RK) else row_chunks(w_RK)
-    return _total(rows.lost(c, w_RK[c], elements_RK[c]) for c in chunks)
+    if native.reads(elements_RK):
+        return rows.lost(slice(None), w_RK, elements_RK)
+    return _total(rows.lost(c, w_RK[c], elements_RK[c]) for c in row_chunks(w_RK))
 
 
-@torch.no_grad()
 def lost_between(w: Tensor, decoded: Tensor) -> tuple[float, float]:
     """As ``lost``, of values fp32 in the shape of ``w`` that are decoded already."""
     w_RK, decoded_RK = as_rows(w), as_rows(decoded)
     return _total(squares(w_RK[c].float(), decoded_RK[c]) for c in row_chunks(w_RK))
 
 
-def _total(sums: Iterable[Tensor]) -> tuple[float, float]:
-    own, difference = torch.stack(list(sums)).sum(0).tolist()
+def _total(sums: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    own, difference = map(sum, zip(*sums, strict=True))
     return own, difference

@@ -92,18 +92,18 @@ class Kernel:
 
     def lost(
         self, x_RK: Tensor, stored: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts
-    ) -> Tensor:
+    ) -> tuple[float, float]:
         """``squares`` of the rows, bf16 or fp32, and of what their stored elements stand for."""
         if native.reads(stored):
             steps = self.scale.steps(scales, dscale_R1)
-            return native.lost(x_RK, stored, steps, self.element.code, columns).sum(0)
+            return native.lost(x_RK, stored, steps, self.element.code, columns)
         return squares(x_RK, self.values(stored, scales, dscale_R1, columns))
 
 
-def squares(x_RK: Tensor, values_RK: Tensor) -> Tensor:
-    """fp64 [2]: sums of x^2 and of (x - value)^2, the differences in fp32."""
-    both = (t.double().reshape(-1) for t in (x_RK, x_RK - values_RK))
-    return torch.stack([torch.dot(t, t) for t in both])
+def squares(x_RK: Tensor, values_RK: Tensor) -> tuple[float, float]:
+    """(sum of x^2, sum of (x - value)^2) in fp64, the differences in fp32."""
+    own, difference = (t.double().reshape(-1) for t in (x_RK, x_RK - values_RK))
+    return torch.dot(own, own).item(), torch.dot(difference, difference).item()
 
 
 _BF16 = torch.bfloat16

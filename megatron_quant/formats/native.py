@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from functools import cache
 from itertools import pairwise
+from math import fsum
 from pathlib import Path
 
 import numpy as np
@@ -206,23 +207,28 @@ def decode(stored: Tensor, steps: Steps, code: Code, columns: Cuts) -> Tensor:
     return out_RK
 
 
-def lost(x_RK: Tensor, stored: Tensor, steps: Steps, code: Code, columns: Cuts) -> Tensor:
-    """Of values (bf16 or fp32) and their stored elements the squares -> fp64 [R, 2].
+def lost(
+    x_RK: Tensor, stored: Tensor, steps: Steps, code: Code, columns: Cuts
+) -> tuple[float, float]:
+    """(sum of x^2, sum of (x - decoded)^2) of values, bf16 or fp32, and their stored elements.
 
-    Sums over each row of x^2 and of (x - decoded)^2; the differences are rounded to fp32.
+    The differences are rounded to fp32, the sums are in fp64.
     """
     assert x_RK.dtype in (torch.bfloat16, torch.float32), x_RK.dtype
     wide = x_RK.dtype == torch.float32
-    out_R2 = x_RK.new_empty(x_RK.shape[0], 2, dtype=torch.float64)
-    bytes_ = _bytes(stored, x_RK, code)
+    bytes_, sums = _bytes(stored, x_RK, code), list[tuple[float, float]]()
 
     def call(lib: ctypes.CDLL, r: slice) -> None:
         blocks = _blocks(x_RK[r], columns.block, columns.first)
         codes, values = _at(bytes_[r]), _at(x_RK[r]) if wide else None
-        lib.mq_lost(blocks, _scales(*steps, r), int(code), codes, values, _at(out_R2[r]))
+        own, difference = ctypes.c_double(), ctypes.c_double()
+        at = ctypes.byref(own), ctypes.byref(difference)
+        lib.mq_lost(blocks, _scales(*steps, r), int(code), codes, values, *at)
+        sums.append((own.value, difference.value))
 
     _over_rows(x_RK, call)
-    return out_R2
+    own, difference = map(fsum, zip(*sums, strict=True))
+    return own, difference
 
 
 def blake2b(messages: Sequence[memoryview], digest_bytes: int) -> list[bytes] | None:

@@ -10,6 +10,7 @@ from megatron_quant.ckpt.held import Held
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import PLAIN_DTYPES
 from megatron_quant.ckpt.slots import slots
+from megatron_quant.formats import native
 from megatron_quant.models.spec import Param, Source
 from megatron_quant.recipes.kv_cache import attention_of
 
@@ -151,17 +152,7 @@ def _is_sound(scale: torch.Tensor) -> bool:
 
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     """``torch.equal`` once ``b`` has the dtype of ``a``: a NaN equals nothing, 0 equals -0."""
-    words = [t.view(torch.int64) for t in (a, b) if _in_words(t)]
-    if a.dtype == b.dtype and len(words) == 2 and torch.equal(*words):  # several times as fast
-        return not a.max().isnan()
-    return torch.equal(a, b.to(a.dtype))
-
-
-def _in_words(tensor: torch.Tensor) -> bool:
-    """Whether its bytes can be looked at as words of eight."""
-    count = 8 // tensor.itemsize
-    aligned = tensor.storage_offset() % count == 0 and tensor.shape[-1:].numel() % count == 0
-    return tensor.numel() > 0 and tensor.dim() > 0 and tensor.is_contiguous() and aligned
+    return native.same(a, b) or torch.equal(a, b.to(a.dtype))
 
 
 def cache_tensors(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> dict[str, Stored]:

@@ -75,6 +75,13 @@ STORED = {
 }
 
 
+_INFINITE = {
+    torch.bfloat16: ctypes.c_uint16(0x7F80),
+    torch.float16: ctypes.c_uint16(0x7C00),
+    torch.float32: ctypes.c_uint32(0x7F800000),
+}
+
+
 def in_byte(element: Element) -> int:
     """How many elements a byte holds."""
     bytes_ = (Element.E4M3, Element.E4M3_BY_BF16, Element.INT8, Element.UINT8_BY_BF16)
@@ -229,6 +236,22 @@ def lost(
     _over_rows(x_RK, call)
     own, difference = map(fsum, zip(*sums, strict=True))
     return own, difference
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are bf16, fp16 or fp32 on a CPU, equal bit for bit, and without NaN.
+
+    False too without the library.
+    """
+    library, dtype = _library(), a.dtype
+    if library is None or dtype not in _INFINITE or a.device.type != "cpu":
+        return False
+    if (dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
+        return False
+    if not (a.is_contiguous() and b.is_contiguous()):
+        return False
+    call = library.mq_same_16 if dtype.itemsize == 2 else library.mq_same_32
+    return bool(call(_at(a), _at(b), ctypes.c_int64(a.numel()), _INFINITE[dtype]))
 
 
 def blake2b(messages: Sequence[memoryview], digest_bytes: int) -> list[bytes] | None:

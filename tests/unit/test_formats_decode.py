@@ -166,3 +166,26 @@ def test_nothing_is_decoded_of_nothing():
     fmt = get_format("fp8_channel")
     fields = {"elements": torch.empty(0, 16, dtype=torch.float8_e4m3fn), "scale": torch.ones(0, 1)}
     assert decode(fields, fmt, torch.float32).shape == (0, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("count", [0, 1, 17, 4096, 10001])
+def test_same_numbers(both, dtype, count):  # noqa: F811
+    a = torch.randn(count, generator=generator(count)).to(dtype)
+    a[::7] = torch.inf
+    a[::5] = -torch.inf
+    assert both(native.same, a, a.clone()) == (True, False)
+    for at in {0, count // 2, count - 1} if count else ():
+        for value in (0.5, torch.nan):
+            b = a.clone()
+            b[at] = value
+            assert not native.same(a, b)
+            assert not native.same(b, b.clone()) or value == 0.5
+
+
+def test_what_is_never_taken_for_the_same():
+    a = torch.zeros(2, 3, dtype=torch.bfloat16)
+    for b in (-a, a.half(), a.float(), a.view(3, 2), a.t(), a[:1], a.view(torch.int16)):
+        assert not native.same(a, b) and not native.same(b, a)
+    assert not native.same(a.view(torch.int16), a.view(torch.int16))
+    assert not native.same(a.t(), a.t())

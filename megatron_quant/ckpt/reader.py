@@ -215,9 +215,10 @@ def open_directory(path: Path) -> Checkpoint:
     files = {name: _open(path / name) for name in names}
     tensors: dict[str, TensorInfo] = {}
     for file, handle in files.items():
+        at = path / file
         for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
             if where.get(name, file) == file:
-                tensors[name] = _info(path / file, handle, name)
+                tensors[name] = _info(at, handle, name)
     for name, file in where.items():
         if name not in tensors:
             raise CheckpointError(
@@ -234,7 +235,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     where = read_json(path / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{path / INDEX} has no weight_map; fetch it again")
+    seen: set[str] = set()
     for name, file in where.items():
+        if isinstance(file, str) and file in seen:
+            continue
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(
                 f"{path / INDEX}: {file!r} of {name} is no file name in its directory"
@@ -243,6 +247,7 @@ def _weight_map(path: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{path / file} is missing, though {INDEX} names it; fetch the checkpoint again"
             )
+        seen.add(file)
     return where
 
 

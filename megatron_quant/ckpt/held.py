@@ -34,7 +34,7 @@ def whole(shape: tuple[int, ...]) -> Box:
 
 
 class Held:
-    """``files``, of which what was read stays mapped: for the tensors of one module."""
+    """``files``, of which what was read whole stays mapped: for the tensors of one module."""
 
     def __init__(self, files: Files):
         """Nothing is read yet."""
@@ -51,5 +51,7 @@ class Held:
 
     def read(self, name: str, box: Box) -> Tensor:
         """The rectangle ``box`` of it, in its stored dtype."""
-        found = self.raw(name)
-        return found if found.shape == box.size else found[box.index]
+        if box.size == self.tensors[name].shape:
+            return self.raw(name)
+        found = self._read.get(name)
+        return self._files.read(name, box) if found is None else found[box.index]

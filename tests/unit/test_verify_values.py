@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_quant.ckpt import views
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.verify import verify
 from megatron_quant.formats import native
@@ -111,4 +112,18 @@ def test_without_the_library(tmp_path, weights, source, choice, monkeypatch):
         (t.name, t.format) for t in in_torch.tensors
     ]
     for a, b in zip(compiled.tensors, in_torch.tensors, strict=True):
+        assert a.error == (pytest.approx(b.error, rel=1e-12) if b.error else b.error)
+
+
+@pytest.mark.parametrize(("dialect", "choice"), WRITTEN)
+def test_parts_add_up(tmp_path, weights, source, dialect, choice, monkeypatch):
+    """Whole blocks and cut ones: the errors are those of the weights at once."""
+    quant = exported.written_plan(dialect, choice)
+    directory = exported.export(tmp_path / "out", dialect, quant, weights)
+    at_once = verify(directory, source)
+    monkeypatch.setattr(views, "_ELEMENTS", 1)
+    monkeypatch.setattr(views, "_ROWS", 32)
+    in_parts = verify(directory, source)
+    assert at_once.problems == in_parts.problems == ()
+    for a, b in zip(at_once.tensors, in_parts.tensors, strict=True):
         assert a.error == (pytest.approx(b.error, rel=1e-12) if b.error else b.error)

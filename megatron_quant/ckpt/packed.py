@@ -180,7 +180,7 @@ class Packed:
                 continue
             info = self.files.tensors[name]
             found = self.files.read(name, whole(info.shape))
-            if not torch.equal(found, stored.to_disk(torch.tensor(self.shape)).to(found.dtype)):
+            if not torch.equal(found, stored.constant(*self.shape).to(found.dtype)):
                 raise CheckpointError(
                     f"{self.files.path}: {name} is not what the config and the shape "
                     f"{list(self.shape)} of a {self.fmt.name} weight mean; correct sym, bits or "

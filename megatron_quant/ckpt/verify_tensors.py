@@ -107,7 +107,7 @@ def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: Held) 
     elements = checkpoint.stored(source.module)[0]
     for name, stored in _present(checkpoint, source):
         if stored.field == SHAPE:
-            meant, found = stored.to_disk(torch.tensor(source.shape)), held.raw(name)
+            meant, found = stored.constant(*source.shape), held.raw(name)
             if not torch.equal(found.to(meant.dtype), meant):
                 problems.append(f"{name}: is not what shape {list(source.shape)} means")
         elif stored is not elements:

@@ -115,7 +115,7 @@ def lost(
         w_RK = w_RK.float()
     if native.reads(elements_RK):
         return rows.lost(slice(None), w_RK, elements_RK)
-    return _total(rows.lost(c, w_RK[c], elements_RK[c]) for c in row_chunks(w_RK))
+    return lost_between(w, decode(fields, fmt, torch.float32, origin))
 
 
 def lost_between(w: Tensor, decoded: Tensor) -> tuple[float, float]:

@@ -93,17 +93,23 @@ class Kernel:
     def lost(
         self, x_RK: Tensor, stored: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts
     ) -> tuple[float, float]:
-        """``squares`` of the rows, bf16 or fp32, and of what their stored elements stand for."""
-        if native.reads(stored):
-            steps = self.scale.steps(scales, dscale_R1)
-            return native.lost(x_RK, stored, steps, self.element.code, columns)
-        return squares(x_RK, self.values(stored, scales, dscale_R1, columns))
+        """``squares`` of rows, bf16 or fp32, and of elements that ``native.reads``."""
+        steps = self.scale.steps(scales, dscale_R1)
+        return native.lost(x_RK, stored, steps, self.element.code, columns)
+
+
+_WIDENED = 1 << 15
+"""Elements that are fp64 at a time: so few that the heap need not grow and shrink for them."""
 
 
 def squares(x_RK: Tensor, values_RK: Tensor) -> tuple[float, float]:
     """(sum of x^2, sum of (x - value)^2) in fp64, the differences in fp32."""
-    own, difference = (t.double().reshape(-1) for t in (x_RK, x_RK - values_RK))
-    return torch.dot(own, own).item(), torch.dot(difference, difference).item()
+    return _square(x_RK), _square(x_RK - values_RK)
+
+
+def _square(x_RK: Tensor) -> float:
+    parts = (part.double() for part in x_RK.reshape(-1).split(_WIDENED))
+    return sum(torch.dot(part, part).item() for part in parts)
 
 
 _BF16 = torch.bfloat16

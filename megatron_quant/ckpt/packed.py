@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_quant.ckpt.dialects.base import FLOATS, INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
+from megatron_quant.ckpt.held import Files, whole
 from megatron_quant.ckpt.pieces import Scheme, packings
-from megatron_quant.ckpt.reader import Checkpoint
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode
+from megatron_quant.formats.codec import lost, lost_between
 from megatron_quant.formats.spec import GROUP_SIZES, WHOLE, Format, regrouped
 from megatron_quant.models.spec import Box
 
@@ -38,7 +39,7 @@ class Packed:
     follows from the shape alone are not read. shape: [N, K] of the weight.
     """
 
-    files: Checkpoint
+    files: Files
     module: str
     fmt: Format
     stored: tuple[Stored, ...]
@@ -57,14 +58,23 @@ class Packed:
         inner = zip(box.start, outer.start, box.size, strict=True)
         return w_NK[tuple(slice(a - o, a - o + n) for a, o, n in inner)]
 
+    def lost(self, w_NK: Tensor, box: Box) -> tuple[float, float]:
+        """(sum of w^2, sum of (w - decoded)^2) in fp64: ``w_NK`` is the original of ``box``.
+
+        As ``lost_between`` finds them of :meth:`read`, which raises the same.
+        """
+        cut = box.size != self.shape and self._aligned(box) != box
+        padded = box.size[1] % self.fmt.fields[0].block[1]
+        if cut or padded or self.group_of_column is not None:
+            return lost_between(w_NK, self.read(box))
+        return lost(w_NK, self.fields(box), self.fmt, (box.start[0], box.start[1]))
+
     def fields(self, box: Box) -> dict[str, Tensor]:
         """The codec's fields of all blocks that ``box`` touches; it may split no packed element.
 
         Scales of columns in another order than the natural one are those of all groups.
         """
-        names = {field.name for field in self.fmt.fields}
-        self._check_constants()
-        return {s.field: self._field(s, box) for s in self.stored if s.field in names}
+        return {s.field: self._field(s, box) for s in self._coded}
 
     def scales(self, box: Box) -> dict[str, Tensor]:
         """The codec's fields but the elements, of all blocks that ``box`` touches."""
@@ -109,14 +119,26 @@ class Packed:
         """All of the weight, fp32 [N, K]."""
         return self.read(whole(self.shape))
 
-    def _aligned(self, box: Box) -> Box:
-        """The smallest rectangle around ``box`` that splits nothing that is packed together."""
+    @cached_property
+    def _coded(self) -> tuple[Stored, ...]:
+        """What stores the codec's fields. Raises CheckpointError for wrong constants beside it."""
+        self._check_constants()
+        names = {field.name for field in self.fmt.fields}
+        return tuple(s for s in self.stored if s.field in names)
+
+    @cached_property
+    def _steps(self) -> tuple[int, int]:
+        """Of how many rows and columns what is packed together is a multiple."""
         steps = (1, 1)
         for _, packing in packings(Scheme(self.stored, self.fmt), self.shape):
             steps = (lcm(steps[0], packing[0]), lcm(steps[1], packing[1]))
+        return steps
+
+    def _aligned(self, box: Box) -> Box:
+        """The smallest rectangle around ``box`` that splits nothing that is packed together."""
         spans = [
             (o // b * b, min(-(-(o + n) // b) * b, length))
-            for o, n, b, length in zip(box.start, box.size, steps, self.shape, strict=True)
+            for o, n, b, length in zip(box.start, box.size, self._steps, self.shape, strict=True)
         ]
         return Box(tuple(a for a, _ in spans), tuple(e - a for a, e in spans))
 
@@ -158,7 +180,7 @@ class Packed:
                 continue
             info = self.files.tensors[name]
             found = self.files.read(name, whole(info.shape))
-            if not torch.equal(found, stored.to_disk(torch.tensor(self.shape)).to(found.dtype)):
+            if not torch.equal(found, stored.constant(*self.shape).to(found.dtype)):
                 raise CheckpointError(
                     f"{self.files.path}: {name} is not what the config and the shape "
                     f"{list(self.shape)} of a {self.fmt.name} weight mean; correct sym, bits or "
@@ -166,7 +188,7 @@ class Packed:
                 )
 
 
-def open_packed(files: Checkpoint, module: str, fmt: Format, stored: tuple[Stored, ...]) -> Packed:
+def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ...]) -> Packed:
     """The weight of ``module``, every tensor of which is there as ``fmt`` says.
 
     Reads headers, and what is stored of the shape. Raises CheckpointError naming the first tensor
@@ -192,7 +214,7 @@ def open_packed(files: Checkpoint, module: str, fmt: Format, stored: tuple[Store
     return Packed(files, module, fmt, own, shape)
 
 
-def _shape(files: Checkpoint, module: str, stored: tuple[Stored, ...]) -> tuple[int, int]:
+def _shape(files: Files, module: str, stored: tuple[Stored, ...]) -> tuple[int, int]:
     """[N, K]: as it is stored, where it is (columns may fill their last word in part)."""
     elements = stored[0]
     on_disk = files.tensors[f"{module}.{elements.suffix}"].shape
@@ -210,7 +232,7 @@ def _shape(files: Checkpoint, module: str, stored: tuple[Stored, ...]) -> tuple[
 
 
 def _check_form(
-    files: Checkpoint, name: str, stored: Stored, fmt: Format, shape: tuple[int, int]
+    files: Files, name: str, stored: Stored, fmt: Format, shape: tuple[int, int]
 ) -> None:
     info = files.tensors.get(name)
     if info is None:
@@ -247,11 +269,6 @@ def _within(start: int, size: int, outer: int, block: int, length: int) -> slice
     first, stop = _cells(start, size, block or length)
     skipped = outer // (block or length)
     return slice(first - skipped, stop - skipped)
-
-
-def whole(shape: tuple[int, ...]) -> Box:
-    """The box of all of a tensor."""
-    return Box((0,) * len(shape), shape)
 
 
 def with_scale_dtype(fmt: Format, dtype: torch.dtype) -> Format:

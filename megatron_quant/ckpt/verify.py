@@ -1,26 +1,27 @@
 """Is a written checkpoint what its own config says? Read with safetensors alone."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from math import hypot
+from math import isfinite, sqrt
 from pathlib import Path
 
-import torch
-
+from megatron_quant.ckpt.held import Held
 from megatron_quant.ckpt.index import index_problems
+from megatron_quant.ckpt.packed import Packed
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint, matrices
 from megatron_quant.ckpt.reader import Weights, open_directory
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.ckpt.verify_tensors import (
     cache_problems,
     cache_tensors,
+    element_problems,
     form_problems,
     fusion_problems,
     is_quantized,
+    same_values,
+    scale_problems,
     stray_problems,
-    value_problems,
 )
-from megatron_quant.ckpt.views import open_original, params_of, parts
+from megatron_quant.ckpt.views import open_original, params_of, plain_part, row_blocks
 from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
 from megatron_quant.models.spec import Param, Source, engine_groups
 
@@ -119,10 +120,10 @@ def _check(
     problems: list[str] = []
     checks: list[TensorCheck] = []
     for source in param.sources:
-        found = form_problems(checkpoint, source) or value_problems(checkpoint, source)
-        error = None
-        if against is not None and not found:
-            error, found = _compare(checkpoint, source, against)
+        held = checkpoint.held()
+        error, found = None, form_problems(checkpoint, source)
+        if not found:
+            error, found = _check_values(checkpoint, source, against, held)
         problems += found
         quantized = is_quantized(checkpoint, source)
         fmt = checkpoint.modules[source.module].weights.name if quantized else ""
@@ -130,8 +131,22 @@ def _check(
     return problems, checks
 
 
+def _check_values(
+    checkpoint: QuantizedCheckpoint, source: Source, against: Weights | None, held: Held
+) -> tuple[float | None, list[str]]:
+    """The error against the source's tensor, and what is wrong with values or error."""
+    scales = scale_problems(checkpoint, source, held)
+    error, differing = None, list[str]()
+    if against is not None and not scales:
+        error, differing = _compare(checkpoint, source, against, held)
+    if error is not None and isfinite(error):  # so is every element that it was summed over
+        return error, differing
+    found = element_problems(checkpoint, source, held) + scales
+    return (None, found) if found else (error, differing)
+
+
 def _compare(
-    checkpoint: QuantizedCheckpoint, source: Source, against: Weights
+    checkpoint: QuantizedCheckpoint, source: Source, against: Weights, held: Held
 ) -> tuple[float | None, list[str]]:
     """The error against the source's tensor, and whether it is beyond what the format explains."""
     name = source.name
@@ -139,23 +154,22 @@ def _compare(
     if info is None or info.shape != source.shape:
         return None, [f"{name}: {against.path} has no such tensor of shape {source.shape}"]
     if not is_quantized(checkpoint, source):
-        dtype = checkpoint.tensors[name].dtype
-        pair = (parts(c, name, info.shape, dtype) for c in (checkpoint, against))
-        same = all(map(torch.equal, *pair))
+        same = all(
+            same_values(plain_part(checkpoint, name, box), plain_part(against, name, box))
+            for box in row_blocks(info.shape)
+        )
         return None, [] if same else [f"{name}: differs from {against.path}, unquantized"]
-    w, decoded = (parts(c, name, info.shape, torch.float32) for c in (against, checkpoint))
-    error = relative_error(zip(w, decoded, strict=True))
+    error = _relative_error(checkpoint.packed(source.module, held), against, name)
     bound = BOUNDS[checkpoint.modules[source.module].weights.bits]
     if error <= bound:
         return error, []
     return error, [f"{name}: relative error {error:.3g} against the source is above {bound}"]
 
 
-def relative_error(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """||w - decoded|| / ||w||, of a zero weight ||decoded||; parts: (w, decoded) by rows."""
-    norms = [
-        (torch.linalg.vector_norm(w).item(), torch.linalg.vector_norm(w - decoded).item())
-        for w, decoded in parts
-    ]
-    norm, lost = (hypot(*column) for column in zip(*norms, strict=True))
-    return lost / (norm or 1.0)
+def _relative_error(packed: Packed, against: Weights, name: str) -> float:
+    """||w - decoded|| / ||w||, of a zero weight ||decoded||."""
+    own = lost = 0.0
+    for box in row_blocks(packed.shape):
+        part = packed.lost(plain_part(against, name, box), box)
+        own, lost = own + part[0], lost + part[1]
+    return sqrt(lost) / (sqrt(own) or 1.0)

@@ -1,13 +1,16 @@
 """What is wrong with the tensors of a checkpoint by its own config."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 
 import torch
 
 from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
+from megatron_quant.ckpt.held import Held
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import PLAIN_DTYPES
 from megatron_quant.ckpt.slots import slots
+from megatron_quant.formats import native
 from megatron_quant.models.spec import Param, Source
 from megatron_quant.recipes.kv_cache import attention_of
 
@@ -24,7 +27,15 @@ def is_quantized(checkpoint: QuantizedCheckpoint, source: Source) -> bool:
     return source.module in checkpoint.modules and source.name.endswith(".weight")
 
 
-def _stored(
+def _present(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[tuple[str, Stored]]:
+    """Each tensor that stores a quantized ``source``, by name; optional ones where they are."""
+    for stored in checkpoint.stored(source.module):
+        name = f"{source.module}.{stored.suffix}"
+        if not stored.optional or name in checkpoint.tensors:
+            yield name, stored
+
+
+def _expected(
     checkpoint: QuantizedCheckpoint, source: Source
 ) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
     """Name, possible dtypes and shape of each tensor that stores ``source``."""
@@ -32,19 +43,20 @@ def _stored(
         yield source.name, PLAIN_DTYPES, source.shape
         return
     rows, cols = source.shape
-    for stored in checkpoint.stored(source.module):
-        name = f"{source.module}.{stored.suffix}"
-        if name in checkpoint.tensors or not stored.optional:
-            yield name, (stored.dtype, *stored.also), stored.shape(rows, cols)
+    for name, stored in _present(checkpoint, source):
+        yield name, (stored.dtype, *stored.also), stored.shape(rows, cols)
 
 
 def stray_problems(
     checkpoint: QuantizedCheckpoint, params: tuple[Param, ...], cache: Mapping[str, Stored]
 ) -> list[str]:
     """Tensors that neither the model nor its quantization has; ``cache``: :func:`cache_tensors`."""
-    expected = set(cache) | {
-        name for p in params for s in p.sources for name, _, _ in _stored(checkpoint, s)
-    }
+    expected = set(cache)
+    for source in (s for p in params for s in p.sources):
+        if is_quantized(checkpoint, source):
+            expected |= {name for name, _ in _present(checkpoint, source)}
+        else:
+            expected.add(source.name)
     return [
         f"{name}: config.json knows no such tensor (its module is not quantized, or not in the "
         "model)"
@@ -65,7 +77,7 @@ def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
     if is_quantized(checkpoint, source) and info and info.dtype in PLAIN_DTYPES:
         return [f"{source.name}: neither quantized nor in the ignore list of config.json"]
     problems = []
-    for name, dtypes, shape in _stored(checkpoint, source):
+    for name, dtypes, shape in _expected(checkpoint, source):
         info = checkpoint.tensors.get(name)
         if info is None:
             problems.append(f"{name}: missing")
@@ -77,26 +89,29 @@ def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
     return problems
 
 
-def value_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
-    """Elements and scales that are not finite, scales that are not positive, a wrong shape."""
+def element_problems(checkpoint: QuantizedCheckpoint, source: Source, held: Held) -> list[str]:
+    """Elements that are not finite."""
+    if not is_quantized(checkpoint, source):
+        return []
+    name = f"{source.module}.{checkpoint.stored(source.module)[0].suffix}"
+    if not checkpoint.tensors[name].dtype.is_floating_point:
+        return []
+    return _finite_problems(name, held.raw(name))
+
+
+def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: Held) -> list[str]:
+    """Scales that are not finite or not positive, and a wrong shape."""
     if not is_quantized(checkpoint, source):
         return []
     problems = []
-    elements = checkpoint.modules[source.module].weights.fields[0].name
-    for stored in checkpoint.stored(source.module):
-        name = f"{source.module}.{stored.suffix}"
-        info = checkpoint.tensors.get(name)
-        if info is None or (stored.field == elements and not info.dtype.is_floating_point):
-            continue  # an optional one, or one that is always finite
-        tensor = checkpoint.raw(name)
+    elements = checkpoint.stored(source.module)[0]
+    for name, stored in _present(checkpoint, source):
         if stored.field == SHAPE:
-            meant = stored.to_disk(torch.tensor(source.shape))
-            if not torch.equal(tensor.to(meant.dtype), meant):
+            meant, found = stored.constant(*source.shape), held.raw(name)
+            if not torch.equal(found.to(meant.dtype), meant):
                 problems.append(f"{name}: is not what shape {list(source.shape)} means")
-        elif stored.field == elements:
-            problems += _finite_problems(name, tensor)
-        else:
-            problems += _scale_problems(name, tensor)
+        elif stored is not elements:
+            problems += _scale_problems(name, held.raw(name))
     return problems
 
 
@@ -114,10 +129,30 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _scale_problems(name: str, tensor: torch.Tensor) -> list[str]:
+    if _is_sound(tensor):
+        return []
     problems = _finite_problems(name, tensor)
     if not problems and tensor.is_floating_point() and not (tensor.float() > 0).all():
         problems.append(f"{name}: holds a scale that is not positive")
     return problems
+
+
+def _is_sound(scale: torch.Tensor) -> bool:
+    """Whether all numbers are finite and above zero; False too where one look does not tell."""
+    if scale.numel() == 0:
+        return False
+    if scale.dtype == torch.float8_e4m3fn:  # positive codes are 1 to 126
+        low, high = torch.aminmax(scale.view(torch.uint8))
+        return bool(low.item() > 0 and high.item() < 127)
+    if scale.dtype not in PLAIN_DTYPES:
+        return False
+    low, high = torch.aminmax(scale)
+    return bool(low.item() > 0 and high.item() < inf)
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """``torch.equal`` once ``b`` has the dtype of ``a``: a NaN equals nothing, 0 equals -0."""
+    return native.same(a, b) or torch.equal(a, b.to(a.dtype))
 
 
 def cache_tensors(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> dict[str, Stored]:

@@ -53,13 +53,23 @@ def parts(
 
     Raises CheckpointError where it cannot be read, or is none of an unquantized model.
     """
+    return (plain_part(checkpoint, name, box).to(dtype) for box in row_blocks(shape))
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[Box]:
+    """The boxes of :func:`parts`."""
     rows = shape[0] if shape else 1
     step = max(_ELEMENTS // max(prod(shape[1:]), 1) // _ROWS, 1) * _ROWS
     for start in range(0, rows, step):
         size = (min(step, rows - start), *shape[1:]) if shape else ()
-        part = checkpoint.read(name, Box((start, *(0 for _ in shape[1:]))[: len(shape)], size))
-        check_plain(checkpoint.path, name, part.dtype)
-        yield part.to(dtype)
+        yield Box((start, *(0 for _ in shape[1:]))[: len(shape)], size)
+
+
+def plain_part(checkpoint: Weights, name: str, box: Box) -> torch.Tensor:
+    """The rectangle ``box`` of a tensor of an unquantized model; raises as :func:`parts`."""
+    part = checkpoint.read(name, box)
+    check_plain(checkpoint.path, name, part.dtype)
+    return part
 
 
 def kept_dtypes(checkpoint: Weights) -> dict[str, torch.dtype]:

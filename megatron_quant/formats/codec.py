@@ -12,14 +12,15 @@ With these given, encoding commutes with slicing: a piece encodes to the piece o
 wherever the cut goes, as long as it splits no element of the stored fields' first one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from megatron_quant.formats import native
 from megatron_quant.formats.chunks import as_rows, row_chunks
 from megatron_quant.formats.cuts import Origin
-from megatron_quant.formats.kernels import kernel_of
+from megatron_quant.formats.kernels import kernel_of, squares
 from megatron_quant.formats.loops import loops_for
 from megatron_quant.formats.rows import Rows, check_storable, rows_of, rows_on, scale_fields
 from megatron_quant.formats.scales import Fields
@@ -93,6 +94,36 @@ def decode(
     w = elements.new_empty(*elements.shape[:-1], elements.shape[-1] * packed, dtype=dtype)
     rows = rows_on(w, fmt, fields, origin)
     w_RK, elements_RK = as_rows(w), as_rows(elements)
+    if dtype == torch.float32 and native.reads(elements_RK):
+        return rows.decode(slice(None), elements_RK).view(w.shape)
     for chunk in row_chunks(w_RK):
         w_RK[chunk] = rows.decode(chunk, elements_RK[chunk])
     return w
+
+
+def lost(
+    w: Tensor, fields: Mapping[str, Tensor], fmt: Format, origin: Origin = (0, 0)
+) -> tuple[float, float]:
+    """(sum of w^2, sum of (w - decoded)^2) in fp64, NaN and infinity as they come out.
+
+    w: bf16, fp16 or fp32 in the shape that ``decode`` gives of ``fields``, which are as there.
+    The differences are rounded to fp32 one by one.
+    """
+    rows = rows_on(w, fmt, fields, origin)
+    w_RK, elements_RK = as_rows(w), as_rows(fields[fmt.fields[0].name])
+    if w.dtype == torch.float16:
+        w_RK = w_RK.float()
+    if native.reads(elements_RK):
+        return rows.lost(slice(None), w_RK, elements_RK)
+    return lost_between(w, decode(fields, fmt, torch.float32, origin))
+
+
+def lost_between(w: Tensor, decoded: Tensor) -> tuple[float, float]:
+    """As ``lost``, of values fp32 in the shape of ``w`` that are decoded already."""
+    w_RK, decoded_RK = as_rows(w), as_rows(decoded)
+    return _total(squares(w_RK[c].float(), decoded_RK[c]) for c in row_chunks(w_RK))
+
+
+def _total(sums: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    own, difference = map(sum, zip(*sums, strict=True))
+    return own, difference

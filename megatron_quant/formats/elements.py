@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from megatron_quant.formats.native import Code
 from megatron_quant.formats.pack import nibble_values, pack_nibbles
 
 E4M3_MAX = 448.0
@@ -85,28 +86,33 @@ class Element:
     """How elements are stored along K: rounding and packing, and reading back.
 
     packed: elements to a stored one. store: quotients [R, K] (overwritten), K a multiple of
-    packed, -> [R, K / packed]; load: its values, fp32 [R, K].
+    packed, -> [R, K / packed]; load: its values, fp32 [R, K]. code: what the
+    compiled loops call it.
     """
 
     packed: int
+    code: Code
     store: Callable[[Tensor], Tensor]
     load: Callable[[Tensor], Tensor]
 
 
-E4M3 = Element(1, e4m3, e4m3_values)
-INT8 = Element(1, int8_codes, Tensor.float)
+E4M3 = Element(1, Code.E4M3, e4m3, e4m3_values)
+INT8 = Element(1, Code.INT8, int8_codes, Tensor.float)
 E2M1 = Element(
     2,
+    Code.E2M1,
     lambda q: pack_nibbles(e2m1_codes(q.float())),
     lambda bytes_: nibble_values(bytes_, E2M1_VALUES),
 )
 INT4 = Element(
     8,
+    Code.INT4,
     lambda q: pack_nibbles(int4_codes(q.float())).view(torch.int32),
     lambda words: nibble_values(words.view(torch.uint8), INT4_VALUES),
 )
 INT8_WORDS = Element(
     4,
+    Code.UINT8,
     lambda q: (int8_codes(q).view(torch.uint8) ^ 128).view(torch.int32),
     lambda words: (words.view(torch.uint8) ^ 128).view(torch.int8).float(),
 )

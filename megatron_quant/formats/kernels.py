@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_quant.formats import native
 from megatron_quant.formats.cuts import Cuts
 from megatron_quant.formats.elements import E2M1, E4M3, INT4, INT8, INT8_WORDS, Element
 from megatron_quant.formats.loops import loops_for
@@ -81,11 +82,34 @@ class Kernel:
 
     def values(self, stored: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts) -> Tensor:
         """fp32 [R, K] of stored elements."""
-        step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
+        steps = step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
+        if native.reads(stored):
+            return native.decode(stored, steps, self.element.code, columns)
         values = columns.split(self.element.load(stored))
         if zero_RB is not None:
             values -= zero_RB.unsqueeze(-1)
         return columns.join(values.mul_(step_RB.unsqueeze(-1)))
+
+    def lost(
+        self, x_RK: Tensor, stored: Tensor, scales: Fields, dscale_R1: Tensor, columns: Cuts
+    ) -> tuple[float, float]:
+        """``squares`` of rows, bf16 or fp32, and of elements that ``native.reads``."""
+        steps = self.scale.steps(scales, dscale_R1)
+        return native.lost(x_RK, stored, steps, self.element.code, columns)
+
+
+_WIDENED = 1 << 15
+"""Elements that are fp64 at a time: so few that the heap need not grow and shrink for them."""
+
+
+def squares(x_RK: Tensor, values_RK: Tensor) -> tuple[float, float]:
+    """(sum of x^2, sum of (x - value)^2) in fp64, the differences in fp32."""
+    return _square(x_RK), _square(x_RK - values_RK)
+
+
+def _square(x_RK: Tensor) -> float:
+    parts = (part.double() for part in x_RK.reshape(-1).split(_WIDENED))
+    return sum(torch.dot(part, part).item() for part in parts)
 
 
 _BF16 = torch.bfloat16

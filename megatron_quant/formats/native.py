@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from itertools import pairwise
+from math import fsum
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,16 @@ class Element(IntEnum):
     UINT8_BY_BF16 = 7
 
 
+class Code(IntEnum):
+    """What stored elements are, as csrc/decode.c lists it. INT4: + 8. UINT8: INT8 + 128."""
+
+    E4M3 = 0
+    E2M1 = 1
+    INT4 = 2
+    INT8 = 3
+    UINT8 = 4
+
+
 Steps = tuple[Tensor, Tensor | None]
 STORED = {
     Element.E4M3: torch.float8_e4m3fn,
@@ -63,6 +74,13 @@ STORED = {
     Element.INT4_ZERO_BY_BF16: torch.int32,
     Element.INT8: torch.int8,
     Element.UINT8_BY_BF16: torch.int32,
+}
+
+
+_INFINITE = {
+    torch.bfloat16: ctypes.c_uint16(0x7F80),
+    torch.float16: ctypes.c_uint16(0x7C00),
+    torch.float32: ctypes.c_uint32(0x7F800000),
 }
 
 
@@ -189,6 +207,64 @@ def nvfp4_fake_quant(x_RK: Tensor, dscale_R1: Tensor) -> Tensor:
     return out_RK
 
 
+def reads(stored: Tensor) -> bool:
+    """Whether the two functions below take these elements."""
+    return stored.device.type == "cpu" and stored.numel() > 0 and available()
+
+
+def decode(stored: Tensor, steps: Steps, code: Code, columns: Cuts) -> Tensor:
+    """(element - zero) * step of stored elements [R, K / packed] -> fp32 [R, K]."""
+    out_RK = stored.new_empty(stored.shape[0], columns.length, dtype=torch.float32)
+    bytes_ = _bytes(stored, out_RK, code)
+
+    def call(lib: ctypes.CDLL, r: slice) -> None:
+        blocks = _blocks(out_RK[r], columns.block, columns.first)
+        lib.mq_decode(blocks, _scales(*steps, r), int(code), _at(bytes_[r]), _at(out_RK[r]))
+
+    _over_rows(out_RK, call)
+    return out_RK
+
+
+def lost(
+    x_RK: Tensor, stored: Tensor, steps: Steps, code: Code, columns: Cuts
+) -> tuple[float, float]:
+    """(sum of x^2, sum of (x - decoded)^2) of values, bf16 or fp32, and their stored elements.
+
+    The differences are rounded to fp32, the sums are in fp64.
+    """
+    assert x_RK.dtype in (torch.bfloat16, torch.float32), x_RK.dtype
+    wide = x_RK.dtype == torch.float32
+    bytes_, sums = _bytes(stored, x_RK, code), list[tuple[float, float]]()
+
+    def call(lib: ctypes.CDLL, r: slice) -> None:
+        blocks = _blocks(x_RK[r], columns.block, columns.first)
+        codes, values = _at(bytes_[r]), _at(x_RK[r]) if wide else None
+        own, difference = ctypes.c_double(), ctypes.c_double()
+        at = ctypes.byref(own), ctypes.byref(difference)
+        lib.mq_lost(blocks, _scales(*steps, r), int(code), codes, values, *at)
+        sums.append((own.value, difference.value))
+
+    _over_rows(x_RK, call)
+    own, difference = map(fsum, zip(*sums, strict=True))
+    return own, difference
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are bf16, fp16 or fp32 on a CPU, equal bit for bit, and without NaN.
+
+    False too without the library.
+    """
+    library, dtype = _library(), a.dtype
+    if library is None or dtype not in _INFINITE or a.device.type != "cpu":
+        return False
+    if (dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
+        return False
+    if not (a.is_contiguous() and b.is_contiguous()):
+        return False
+    call = library.mq_same_16 if dtype.itemsize == 2 else library.mq_same_32
+    return bool(call(_at(a), _at(b), ctypes.c_int64(a.numel()), _INFINITE[dtype]))
+
+
 @dataclass(frozen=True)
 class Leaves:
     """A message for BLAKE2b's tree mode, or some leaves of one.
@@ -224,6 +300,15 @@ def blake2b(pieces: Sequence[Leaves], leaf_bytes: int, depth: int, count: int) -
 
 def _count(x_RK: Tensor, block: int, first: int) -> int:
     return -(-(first + x_RK.shape[1]) // block)
+
+
+def _bytes(stored: Tensor, x_RK: Tensor, code: Code) -> Tensor:
+    """Stored elements as bytes, of which ``x_RK`` are the values."""
+    bytes_ = stored.view(torch.uint8)
+    rows, cols = x_RK.shape
+    in_byte = 2 if code in (Code.E2M1, Code.INT4) else 1
+    assert bytes_.shape == (rows, cols // in_byte) and cols % in_byte == 0, (stored.shape, cols)
+    return bytes_
 
 
 def _at(t: Tensor) -> ctypes.c_void_p:

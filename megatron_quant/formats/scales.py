@@ -12,8 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_quant.formats import native
 from megatron_quant.formats.amax import true_div
+from megatron_quant.formats.cuts import Cuts
 from megatron_quant.formats.elements import E2M1_MAX, E4M3_MAX, E4M3_MIN, e4m3_values
+from megatron_quant.formats.spec import WHOLE
 
 Fields = tuple[Tensor, ...]
 _E8M0_BIAS = 127
@@ -131,7 +134,11 @@ class Nvfp4Scale:
 
     def steps(self, fields: Fields, dscale_R1: Tensor) -> tuple[Tensor, Tensor | None]:
         """block_scale * dscale."""
-        return e4m3_values(fields[0]).mul_(dscale_R1), None
+        scale_RB = fields[0]
+        if native.reads(scale_RB):
+            whole = Cuts.of(scale_RB.shape[1], WHOLE, 0)
+            return native.decode(scale_RB, (dscale_R1, None), native.Code.E4M3, whole), None
+        return e4m3_values(scale_RB).mul_(dscale_R1), None
 
 
 @cache

@@ -34,6 +34,7 @@ class Layer(Enum):
     EXPERT = "expert"  # one of a layer's routed experts, which run as one kernel
 
 
+@lru_cache(maxsize=64)
 def layer_of(module: str) -> Layer:
     """What the module of this Hugging Face name is."""
     return Layer.EXPERT if _EXPERT.search(module) else Layer.DENSE
@@ -81,6 +82,11 @@ class Stored:
         cells = (-(-n // (b or n)) for b, n in zip(self.block, (rows, cols), strict=True))
         return self.on_disk(tuple(cells), 1)
 
+    def constant(self, rows: int, cols: int) -> torch.Tensor:
+        """What is stored of ``SHAPE`` for a weight of ``rows`` x ``cols``; not to be written to."""
+        assert self.field == SHAPE, self.field
+        return _derived(self.to_disk, rows, cols)
+
     def on_disk(self, cells: tuple[int, ...], absent: int) -> tuple[int, ...]:
         """A number by (rows, columns) as a number by dim on disk; ``absent`` for dims of size 1."""
         return tuple(absent if dim < 0 else cells[dim] for dim in self.dims)
@@ -95,7 +101,14 @@ class Stored:
 def _derived_shape(
     of_shape: Callable[[torch.Tensor], torch.Tensor], rows: int, cols: int
 ) -> tuple[int, ...]:
-    return tuple(of_shape(torch.tensor((rows, cols))).shape)
+    return tuple(_derived(of_shape, rows, cols).shape)
+
+
+@lru_cache(maxsize=8)
+def _derived(
+    of_shape: Callable[[torch.Tensor], torch.Tensor], rows: int, cols: int
+) -> torch.Tensor:
+    return of_shape(torch.tensor((rows, cols)))
 
 
 def scalar(suffix: str, field: str) -> Stored:

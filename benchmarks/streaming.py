@@ -1,6 +1,7 @@
 """Streaming export against a plain copy and against other exporters, in interleaved turns.
 
-Every run is a process of its own with one thread. CPU and wall seconds are of the work alone: what
+Every run is a process of its own with one thread that does the work three times, of which the least
+counts; of several such runs (--turns) the median. CPU and wall seconds are of the work alone: what
 is done once a process (imports, compilation; measured with the smallest checkpoint) and verifying
 have columns of their own. Memory is the process's peak.
 """
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
 def _tables(
     args: argparse.Namespace, machine: Machine, tools: list[str], folder: Path
 ) -> Iterator[str]:
-    about = f"One thread of {host()}; torch {torch.__version__}; medians of {args.turns} turns."
+    about = f"One thread of {host()}; torch {torch.__version__}."
     if args.sizes:
         rows = [
             row for factor in args.sizes for row in _of_size(args, machine, tools, factor, folder)

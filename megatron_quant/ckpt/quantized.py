@@ -14,6 +14,7 @@ from megatron_quant.ckpt.dialects.base import (
     ModuleFormat,
     Stored,
     layer_of,
+    stored_by,
 )
 from megatron_quant.ckpt.held import Files, Held, whole
 from megatron_quant.ckpt.packed import GROUP_INDEX, Packed, open_packed, with_scale_dtype
@@ -26,7 +27,6 @@ from megatron_quant.ckpt.reader import (
     check_tensors,
     open_directory,
 )
-from megatron_quant.ckpt.stored import StoredBy
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.models.spec import Box, Param
 from megatron_quant.models.structure import table_names
@@ -86,10 +86,7 @@ class QuantizedCheckpoint:
         if quantization is not None:
             self.dialect = dialect_of(quantization, files.path)
             self.kv_cache = self.dialect.read_kv_cache(quantization)
-            self._stored = StoredBy(self.dialect)
-            self.modules = _read_modules(
-                files, self.dialect, self._stored, quantization, tuple(modules)
-            )
+            self.modules = _read_modules(files, self.dialect, quantization, tuple(modules))
         self._files = files
 
     @cached_property
@@ -98,7 +95,8 @@ class QuantizedCheckpoint:
 
     def stored(self, module: str) -> tuple[Stored, ...]:
         """The tensors that a quantized module should have on disk."""
-        return self._stored.of(self.modules[module], layer_of(module))
+        assert self.dialect is not None
+        return stored_by(self.dialect, self.modules[module], layer_of(module))
 
     def __iter__(self) -> Iterator[str]:
         cache = tuple(f".{s.suffix}" for s in self.cache_scales)
@@ -248,32 +246,30 @@ def matrices(files: Checkpoint) -> list[str]:
 def _read_modules(
     files: Checkpoint,
     dialect: Dialect,
-    stored: StoredBy,
     quantization: Mapping[str, Any],
     modules: tuple[str, ...],
 ) -> dict[str, ModuleFormat]:
     if dialect.by_tensors:
         modules = tuple(m for m in modules if not _is_plain(files.tensors.get(f"{m}.weight")))
     found = dialect.read_config(quantization, modules)
-    return {m: _as_found(files, stored, m, stored.shared(fmt)) for m, fmt in found.items()}
+    return {m: _as_found(files, dialect, m, fmt) for m, fmt in found.items()}
 
 
 def _is_plain(info: TensorInfo | None) -> bool:
     return info is not None and info.dtype in PLAIN_DTYPES
 
 
-def _as_found(files: Checkpoint, stored: StoredBy, module: str, fmt: ModuleFormat) -> ModuleFormat:
+def _as_found(files: Checkpoint, dialect: Dialect, module: str, fmt: ModuleFormat) -> ModuleFormat:
     """``fmt`` with the dtype in which the module's group scales are stored, where that is another.
 
     Producers round them to fp16 or bf16, before the codes: neither dtype holds the other's.
     """
     try:
-        tensors = stored.of(fmt, layer_of(module))
+        tensors = stored_by(dialect, fmt, layer_of(module))
     except FormatError as error:
         raise CheckpointError(f"{files.path}: {module}: {error}") from None
     for scale in (s for s in tensors if s.field == "scale" and s.also):
         info = files.tensors.get(f"{module}.{scale.suffix}")
         if info is not None and info.dtype in scale.also and info.dtype != scale.dtype:
-            changed = with_scale_dtype(fmt.weights, info.dtype)
-            return stored.shared(ModuleFormat(changed, fmt.inputs))
+            return ModuleFormat(with_scale_dtype(fmt.weights, info.dtype), fmt.inputs)
     return fmt

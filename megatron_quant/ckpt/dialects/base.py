@@ -188,3 +188,9 @@ class Dialect(ABC):
         files: content of ``extra_names``, by name.
         """
         return ()
+
+
+@lru_cache(maxsize=1024)
+def stored_by(dialect: Dialect, fmt: ModuleFormat, layer: Layer) -> tuple[Stored, ...]:
+    """``dialect.stored``, made once for the many modules of one format."""
+    return dialect.stored(fmt.weights, fmt.inputs, layer)

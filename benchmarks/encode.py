@@ -3,7 +3,7 @@
     python -m benchmarks.encode [--write docs/performance.md]
 
 All that stands in a row is measured in turns within one run, a copy of the weight included, and the
-median of its CPU seconds is taken. On a host that does other work too, trust the ratios of a row
+least of its CPU seconds is taken. On a host that does other work too, trust the ratios of a row
 more than its numbers.
 """
 
@@ -159,7 +159,7 @@ def measure(mib: int, rounds: int, experts: int) -> str:
     packers = f"{tools}|compressed-tensors {version('compressed-tensors')}"
     about = (
         f"One thread of {host()}; torch {torch.__version__.partition('+')[0]}; a bf16 weight of "
-        f"{mib} MiB; GB/s of that input from the median CPU time of {rounds} turns."
+        f"{mib} MiB; GB/s of that input from the least CPU time of {rounds} turns."
     )
     parts = [
         about,

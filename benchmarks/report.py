@@ -1,7 +1,6 @@
 """Timing in turns, and Markdown of what came out."""
 
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ _END = "<!-- end -->"
 
 
 def seconds(work: Sequence[Work | None], rounds: int) -> list[float | None]:
-    """Median CPU seconds of each piece of work, all of them in turns; one turn is not counted."""
+    """Least CPU seconds of each piece of work, all of them in turns; one turn is not counted."""
     taken: list[list[float]] = [[] for _ in work]
     for turn in range(rounds + 1):
         for times, run in zip(taken, work, strict=True):
@@ -22,7 +21,7 @@ def seconds(work: Sequence[Work | None], rounds: int) -> list[float | None]:
             run()
             if turn:
                 times.append(time.thread_time() - start)
-    return [statistics.median(times) if times else None for times in taken]
+    return [min(times) if times else None for times in taken]
 
 
 def host() -> str:

@@ -13,9 +13,9 @@ from megatron_quant.ckpt.files import TensorEntry
 from megatron_quant.ckpt.plan import ExportPlan, Part, cut_inside
 from megatron_quant.models.spec import Box, Domain
 
-LONG_BYTES = 2 << 10
-"""Pieces of rows that are at least so long are written one by one: that is as quick, see
-docs/performance.md."""
+LONG_BYTES = 8 << 10
+"""Pieces of rows that are at least so long are written one by one: that is about as quick, see
+docs/performance.md, and needs less memory."""
 BATCH_BYTES = 16 << 20
 """About what a rank has encoded of tensors that are exchanged together."""
 

@@ -79,9 +79,9 @@ INLINE node_t next_node(nodes_t *nodes) {
 #define PICKED(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
 #endif
 
-/* The widest vectors that the CPU has are chosen when it is called. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(MEGATRON_QUANT_ONE_CLONE)
-#define FOR_X86
+/* For CPUs whose vectors make it faster than one node after the other; the widest are chosen when it
+   is called. */
+#if defined(__x86_64__) && defined(__GNUC__)
 #define LANES 8
 #define SHUFFLES 0 /* it rotates words in one instruction */
 #define IN_LANES(name) name##_avx512
@@ -92,27 +92,27 @@ INLINE node_t next_node(nodes_t *nodes) {
 #define IN_LANES(name) name##_avx2
 #define TARGET __attribute__((target("avx2")))
 #include "blake2b_lanes.h"
-#endif
-#define LANES 4
-#define SHUFFLES 0
-#define IN_LANES(name) name##_any
-#define TARGET
-#include "blake2b_lanes.h"
 
-/* out: a digest for each leaf of n messages (depth 0: a message without bytes is one leaf, leaf_bytes
-   a multiple of 128), or for each message as a root (depth 1: the digests of its leaves). */
-void mq_blake2b(const message_t *messages, int64_t n, int64_t leaf_bytes, int64_t depth,
-                uint8_t *out) {
-    nodes_t nodes = {messages, messages + n, leaf_bytes, depth, 0, out};
-#ifdef FOR_X86
+INLINE int hash_all(nodes_t *nodes) {
     if (__builtin_cpu_supports("avx512f")) {
-        hash_avx512(&nodes);
-        return;
+        hash_avx512(nodes);
+        return 1;
     }
     if (__builtin_cpu_supports("avx2")) {
-        hash_avx2(&nodes);
-        return;
+        hash_avx2(nodes);
+        return 1;
     }
+    return 0;
+}
+#else
+INLINE int hash_all(nodes_t *nodes) { return 0; }
 #endif
-    hash_any(&nodes);
+
+/* out: a digest for each leaf of n messages (depth 0: a message without bytes is one leaf, leaf_bytes
+   a multiple of 128), or for each message as a root (depth 1: the digests of its leaves). 0 where the
+   CPU has no such vectors: then nothing is done. */
+int mq_blake2b(const message_t *messages, int64_t n, int64_t leaf_bytes, int64_t depth,
+               uint8_t *out) {
+    nodes_t nodes = {messages, messages + n, leaf_bytes, depth, 0, out};
+    return hash_all(&nodes);
 }

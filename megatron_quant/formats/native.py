@@ -12,7 +12,6 @@ first one before column 0.
 import ctypes
 import logging
 import os
-import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -279,12 +278,14 @@ class Leaves:
 
 
 def blake2b(pieces: Sequence[Leaves], leaf_bytes: int, depth: int, count: int) -> bytes | None:
-    """BLAKE2b-256 of ``count`` nodes of a tree, several at a time; None without the library.
+    """BLAKE2b-256 of ``count`` nodes of a tree, several at a time.
+
+    None without the library, or where the CPU is no faster so than :mod:`hashlib`.
 
     leaf_bytes: of all leaves but the last of a message, a multiple of 128. depth: 0 for the leaves
     of the pieces, 1 where each piece is what its root is made of.
     """
-    library = _library() if sys.byteorder == "little" else None
+    library = _library()
     if library is None:
         return None
     arrays = [np.frombuffer(piece.data, np.uint8) for piece in pieces]
@@ -294,8 +295,7 @@ def blake2b(pieces: Sequence[Leaves], leaf_bytes: int, depth: int, count: int) -
     )
     out = ctypes.create_string_buffer(_DIGEST_BYTES * count)
     numbers = (ctypes.c_int64(n) for n in (len(pieces), leaf_bytes, depth))
-    library.mq_blake2b(messages, *numbers, out)
-    return out.raw
+    return out.raw if library.mq_blake2b(messages, *numbers, out) else None
 
 
 def _count(x_RK: Tensor, block: int, first: int) -> int:

@@ -33,11 +33,10 @@ class Hashed:
 
 def hashed(pieces: Sequence[Leaves]) -> list[Hashed]:
     """All of the pieces."""
-    leaves = _hashed(pieces, depth=0)
-    of_each = []
+    leaves, of_each = memoryview(_hashed(pieces, depth=0)), []
     for piece in pieces:
         size = DIGEST_BYTES * count_leaves(len(piece.data))
-        of_each.append(leaves[:size])
+        of_each.append(bytes(leaves[:size]))
         leaves = leaves[size:]
     roots = _hashed([Leaves(memoryview(each)) for each in of_each], depth=1)
     digests = (roots[i : i + DIGEST_BYTES].hex() for i in range(0, len(roots), DIGEST_BYTES))

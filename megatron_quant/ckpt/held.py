@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_quant.ckpt.reader import TensorInfo
-from megatron_quant.models.spec import Box
+from megatron_quant.models.spec import Box, whole
 
 
 class Files(Protocol):
@@ -26,11 +26,6 @@ class Files(Protocol):
     def read(self, name: str, box: Box) -> Tensor:
         """The rectangle ``box`` of tensor ``name``, in its stored dtype."""
         ...
-
-
-def whole(shape: tuple[int, ...]) -> Box:
-    """The box of all of a tensor."""
-    return Box((0,) * len(shape), shape)
 
 
 class Held:

@@ -15,9 +15,10 @@ from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.files import TensorEntry, entries_of, read_header
 from megatron_quant.ckpt.origin import Origin, digest_of_parts
 from megatron_quant.ckpt.plan import ExportPlan
-from megatron_quant.ckpt.runs import hashed_on_disk, whole
+from megatron_quant.ckpt.runs import hashed_on_disk
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.errors import CheckpointError
+from megatron_quant.models.spec import whole
 
 MANIFEST = "megatron_quant_manifest.json"
 _VERSION = 2
@@ -62,7 +63,7 @@ def _named_digest(directory: Path, entry: TensorEntry) -> tuple[str, str]:
     with explained(path, "cannot be read back"):
         fd = os.open(path, os.O_RDONLY)
         try:
-            found = hashed_on_disk(fd, entry, whole(entry))
+            found = hashed_on_disk(fd, entry, whole(entry.shape))
             return entry.name, found.digest if found else ""
         finally:
             os.close(fd)

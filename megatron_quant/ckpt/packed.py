@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_quant.ckpt.dialects.base import FLOATS, INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
-from megatron_quant.ckpt.held import Files, whole
+from megatron_quant.ckpt.held import Files
 from megatron_quant.ckpt.pieces import Scheme, packings
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode
 from megatron_quant.formats.codec import lost, lost_between
 from megatron_quant.formats.spec import GROUP_SIZES, WHOLE, Format, regrouped
-from megatron_quant.models.spec import Box
+from megatron_quant.models.spec import Box, whole
 
 GROUP_INDEX = ("g_idx", "weight_g_idx")
 """Suffixes of the group of each column, int32 [K]: GPTQ's, and compressed-tensors'."""

@@ -16,7 +16,7 @@ from megatron_quant.ckpt.dialects.base import (
     layer_of,
     stored_by,
 )
-from megatron_quant.ckpt.held import Files, Held, whole
+from megatron_quant.ckpt.held import Files, Held
 from megatron_quant.ckpt.packed import GROUP_INDEX, Packed, open_packed, with_scale_dtype
 from megatron_quant.ckpt.quantization import dialect_of, quantization_of
 from megatron_quant.ckpt.reader import (
@@ -28,7 +28,7 @@ from megatron_quant.ckpt.reader import (
     open_directory,
 )
 from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.models.spec import Box, Param
+from megatron_quant.models.spec import Box, Param, whole
 from megatron_quant.models.structure import table_names
 
 _WEIGHTS = ("weight", "weight_packed", "qweight")

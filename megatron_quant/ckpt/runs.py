@@ -17,11 +17,6 @@ _READ_BYTES = 64 * LEAF_BYTES
 """Read at a time, to hash what is on disk."""
 
 
-def whole(entry: TensorEntry) -> Box:
-    """The box that is all of a tensor."""
-    return Box((0,) * len(entry.shape), entry.shape)
-
-
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, row-major and on the CPU; no copy where they are so already."""
     data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

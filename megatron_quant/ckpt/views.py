@@ -46,18 +46,8 @@ def open_original(directory: Path) -> Weights:
     return checkpoint if has_table(checkpoint.config) else logical(checkpoint)[0]
 
 
-def parts(
-    checkpoint: Weights, name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> Iterator[torch.Tensor]:
-    """A tensor of ``shape`` in blocks of rows: whole blocks of any format, alike for all sources.
-
-    Raises CheckpointError where it cannot be read, or is none of an unquantized model.
-    """
-    return (plain_part(checkpoint, name, box).to(dtype) for box in row_blocks(shape))
-
-
 def row_blocks(shape: tuple[int, ...]) -> Iterator[Box]:
-    """The boxes of :func:`parts`."""
+    """Blocks of rows of a tensor: whole blocks of any format, alike for all sources."""
     rows = shape[0] if shape else 1
     step = max(_ELEMENTS // max(prod(shape[1:]), 1) // _ROWS, 1) * _ROWS
     for start in range(0, rows, step):
@@ -66,7 +56,10 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[Box]:
 
 
 def plain_part(checkpoint: Weights, name: str, box: Box) -> torch.Tensor:
-    """The rectangle ``box`` of a tensor of an unquantized model; raises as :func:`parts`."""
+    """The rectangle ``box`` of a tensor.
+
+    Raises CheckpointError where it cannot be read, or is none of an unquantized model.
+    """
     part = checkpoint.read(name, box)
     check_plain(checkpoint.path, name, part.dtype)
     return part

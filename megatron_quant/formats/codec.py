@@ -12,7 +12,7 @@ With these given, encoding commutes with slicing: a piece encodes to the piece o
 wherever the cut goes, as long as it splits no element of the stored fields' first one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -114,16 +114,13 @@ def lost(
     if w.dtype == torch.float16:
         w_RK = w_RK.float()
     if native.reads(elements_RK):
-        return rows.lost(slice(None), w_RK, elements_RK)
+        return rows.lost(w_RK, elements_RK)
     return lost_between(w, decode(fields, fmt, torch.float32, origin))
 
 
 def lost_between(w: Tensor, decoded: Tensor) -> tuple[float, float]:
     """As ``lost``, of values fp32 in the shape of ``w`` that are decoded already."""
     w_RK, decoded_RK = as_rows(w), as_rows(decoded)
-    return _total(squares(w_RK[c].float(), decoded_RK[c]) for c in row_chunks(w_RK))
-
-
-def _total(sums: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    sums = (squares(w_RK[c].float(), decoded_RK[c]) for c in row_chunks(w_RK))
     own, difference = map(sum, zip(*sums, strict=True))
     return own, difference

@@ -103,10 +103,10 @@ class Rows:
         """Values of the rows ``chunk``, fp32, of their stored elements; needs ``scales``."""
         return self.kernel.values(stored, self._given(chunk), self.dscale_R1[chunk], self.columns)
 
-    def lost(self, chunk: slice, x_RK: Tensor, stored: Tensor) -> tuple[float, float]:
-        """Sums of squares of the rows ``chunk`` and of what they lost: see :meth:`Kernel.lost`."""
-        scales, dscale_R1 = self._given(chunk), self.dscale_R1[chunk]
-        return self.kernel.lost(x_RK, stored, scales, dscale_R1, self.columns)
+    def lost(self, x_RK: Tensor, stored: Tensor) -> tuple[float, float]:
+        """Sums of squares of all rows and of what they lost: see :meth:`Kernel.lost`."""
+        scales = self._given(slice(None))
+        return self.kernel.lost(x_RK, stored, scales, self.dscale_R1, self.columns)
 
     def requantize(self, chunk: slice, x_RK: Tensor) -> Tensor:
         """What encoding and decoding makes of ``x_RK``, fp32 or rounded to its dtype."""

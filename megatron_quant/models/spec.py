@@ -62,6 +62,11 @@ class Box:
         return tuple(slice(o, o + n) for o, n in zip(self.start, self.size, strict=True))
 
 
+def whole(shape: tuple[int, ...]) -> Box:
+    """The box of all of a tensor."""
+    return Box((0,) * len(shape), shape)
+
+
 @dataclass(frozen=True)
 class Source:
     """A Hugging Face tensor: its full name (``...q_proj.weight``) and shape."""

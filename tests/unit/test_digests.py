@@ -12,11 +12,11 @@ import torch
 
 from megatron_quant.ckpt.digest import hashed, hashed_in_pieces
 from megatron_quant.ckpt.files import TensorEntry
-from megatron_quant.ckpt.runs import hashed_on_disk, leaves_of, whole
+from megatron_quant.ckpt.runs import hashed_on_disk, leaves_of
 from megatron_quant.ckpt.tensor_digests import TensorDigests
 from megatron_quant.formats import native
 from megatron_quant.formats.native import Leaves
-from megatron_quant.models.spec import Box
+from megatron_quant.models.spec import Box, whole
 
 LEAF = 65536
 EDGES = [0, 1, 127, 128, 129, 256, 1000, LEAF - 1, LEAF, LEAF + 1, 3 * LEAF, 5 * LEAF + 128]
@@ -80,8 +80,8 @@ def test_on_disk_whatever_runs_it_lies_in(tmp_path: Path) -> None:
     later = TensorEntry("t", torch.uint8, (60000, 300), "file", 9, len(data) - 8)
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     try:
-        found = [hashed_on_disk(fd, entry, box) for box in (whole(entry), columns)]
-        assert hashed_on_disk(fd, later, whole(later)) is None
+        found = [hashed_on_disk(fd, entry, box) for box in (whole(entry.shape), columns)]
+        assert hashed_on_disk(fd, later, whole(later.shape)) is None
     finally:
         os.close(fd)
     rows = (data[8 + 300 * r + 200 :][:100] for r in range(1, 59999))
@@ -115,6 +115,9 @@ def test_of_parts_that_several_write(tmp_path: Path, known: str) -> None:
     columns = Box((0, 0), (1000, 256))
     found = hashed([leaves_of(entry, columns, memoryview(data)[: 1000 * 256])])[0]
     merged.add(
-        [(entry, columns, found), (entry, whole(entry), hashed([Leaves(memoryview(data))])[0])]
+        [
+            (entry, columns, found),
+            (entry, whole(entry.shape), hashed([Leaves(memoryview(data))])[0]),
+        ]
     )
     assert merged.complete == {"t": tree(data)}

@@ -22,16 +22,6 @@ FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"
 
 
-@pytest.fixture(scope="module")
-def weights():
-    return exported.source_weights()
-
-
-@pytest.fixture
-def source(tmp_path, weights):
-    return exported.write(tmp_path / "source", weights)
-
-
 @pytest.fixture
 def nvfp4(tmp_path, weights):
     return exported.export(tmp_path / "out", "modelopt", exported.plan("nvfp4"), weights)

@@ -11,11 +11,6 @@ DOWN = "model.layers.0.mlp.experts.1.down_proj"
 OUT = "model.layers.0.self_attn.o_proj"
 
 
-@pytest.fixture(scope="module")
-def weights():
-    return exported.source_weights()
-
-
 @pytest.fixture
 def nvfp4(tmp_path, weights):
     return exported.export(tmp_path, "modelopt", exported.plan("nvfp4"), weights)

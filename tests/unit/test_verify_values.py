@@ -12,16 +12,6 @@ from tests.unit.exported import WRITTEN
 from tests.unit.test_verify_checkpoint import EXPERT, ROUTER, broken
 
 
-@pytest.fixture(scope="module")
-def weights():
-    return exported.source_weights()
-
-
-@pytest.fixture
-def source(tmp_path, weights):
-    return exported.write(tmp_path / "source", weights)
-
-
 @pytest.mark.parametrize(("dialect", "choice"), WRITTEN)
 def test_errors_are_those_of_the_decoded_weights(tmp_path, weights, source, dialect, choice):
     quant = exported.written_plan(dialect, choice)

@@ -1,6 +1,5 @@
 """Where a Hugging Face checkpoint is: its directory, its config, the files beside its weights."""
 
-import json
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
+from megatron_quant import documents
+from megatron_quant.documents import CONFIG, Limits
 from megatron_quant.errors import CheckpointError
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab*", "merges*", "tokenizer*")
@@ -58,16 +59,16 @@ def _download(hub_id: str) -> Path:
     return Path(found)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, limits: Limits = CONFIG) -> dict[str, Any]:
     """The object in the JSON file ``path``; CheckpointError where it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise CheckpointError(
             f"{path} does not exist; give a checkpoint directory as save_pretrained writes it"
-        ) from None
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read as JSON: {e}; fetch it again") from e
+        )
+    try:
+        content = documents.read_json(path, limits)
+    except CheckpointError as e:
+        raise CheckpointError(f"{e}; fetch it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object but {type(content).__name__}")
     return content

@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-import yaml
-
+from megatron_quant.documents import RECIPE, parse_yaml, read_bytes
 from megatron_quant.errors import RecipeError
 from megatron_quant.recipes.parse import parse_recipe
 from megatron_quant.recipes.schema import Recipe
@@ -43,15 +42,10 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 def _load_file(name: str, path: Path) -> Recipe:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
+        content = read_bytes(path, RECIPE, RecipeError)
+    except RecipeError as e:
         raise RecipeError(
-            f"cannot read recipe {str(path)!r}: {e.strerror or e}; give the path of a .yaml file, "
-            f"or one of {', '.join(recipe_names())}"
+            f"cannot read recipe: {e}; give the path of a .yaml file, or one of "
+            f"{', '.join(recipe_names())}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        reason = " ".join(str(e).split())
-        raise RecipeError(
-            f'recipe {name!r} is not valid YAML: {reason} (patterns need quotes: "*mlp*")'
-        ) from None
-    return parse_recipe(name, document)
+    return parse_recipe(name, parse_yaml(content, f"recipe {name!r}", RecipeError))

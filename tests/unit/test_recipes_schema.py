@@ -252,7 +252,7 @@ def test_unknown_name_lists_the_choices() -> None:
 
 
 def test_missing_file() -> None:
-    with pytest.raises(RecipeError, match=r"cannot read recipe 'no/such.yaml': No such file"):
+    with pytest.raises(RecipeError, match=r"cannot read recipe: no/such.yaml does not exist"):
         load_recipe("no/such.yaml")
 
 

@@ -1,0 +1,269 @@
+"""The one door for documents that somebody else may have written: JSON and YAML, in files or bytes.
+
+Whoever reads one chooses the error; nothing else is raised for what a document holds. Limits come
+before the parser: bytes, values and depth. Only regular files are read, so that a pipe or a device
+cannot hold or fill the process.
+"""
+
+import json
+import os
+import stat
+import unicodedata
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_quant.errors import CheckpointError, QuantError
+
+MB = 1_000_000
+_SHOWN = 120  # characters of a value in a message
+_SCALAR = 1000  # characters of a YAML scalar that is no text: parsers of numbers are quadratic
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a document may be: bytes, values (and keys), and levels of nesting."""
+
+    nbytes: int
+    values: int
+    depth: int = 64
+
+
+CONFIG = Limits(64 * MB, 2_000_000)
+"""A config: the largest that are published list every module that is not quantized."""
+INDEX = Limits(256 * MB, 3_000_000)
+"""An index, a manifest: a line for every tensor."""
+HEADER = Limits(100 * MB, 3_000_000)
+"""A safetensors header: three lists for every tensor."""
+LINE = Limits(1 * MB, 1_000)
+"""A line of a journal."""
+RECORD = Limits(64 * MB, 1_000_000)
+"""A line of calibration data: a document, or a conversation."""
+RECIPE = Limits(2 * MB, 100_000)
+"""A recipe; its parser is slow."""
+TOKENIZER = Limits(128 * MB, 0)
+"""What a tokenizer or template is read from, by libraries that end the process when memory ends."""
+
+
+def read_bytes(path: Path, limits: Limits, error: type[QuantError] = CheckpointError) -> bytes:
+    """Content of the regular file ``path``; ``error`` where it is none, or too large."""
+    try:
+        # Without O_NONBLOCK the opening of a pipe waits for somebody who writes.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            _check_file(path, os.fstat(fd), limits, error)
+            with open(fd, "rb", closefd=False) as stream:
+                content = stream.read(limits.nbytes + 1)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except (OSError, ValueError) as e:  # ValueError: a NUL or a surrogate in the name
+        reason = getattr(e, "strerror", None) or str(e)
+        raise error(f"{path} cannot be read: {reason}") from None
+    if len(content) > limits.nbytes:
+        raise error(_too_large(path, len(content), limits))
+    return content
+
+
+def check_file(path: Path, limits: Limits, error: type[QuantError] = CheckpointError) -> None:
+    """Raise ``error`` unless ``path`` is a regular file that a library may be given to read."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or str(e)
+        raise error(f"{path} cannot be read: {reason}") from None
+    _check_file(path, found, limits, error)
+
+
+def check_regular(path: Path, error: type[QuantError] = CheckpointError) -> None:
+    """As :func:`check_file`, of any size."""
+    check_file(path, Limits(2**63, 0), error)
+
+
+def _check_file(path: Path, found: os.stat_result, limits: Limits, error: type[QuantError]) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{path} is no regular file")
+    if found.st_size > limits.nbytes:
+        raise error(_too_large(path, found.st_size, limits))
+
+
+def _too_large(path: Path, size: int, limits: Limits) -> str:
+    return (
+        f"{path} has {size} bytes, {limits.nbytes} are read of such a file: it is damaged, or no "
+        "such document"
+    )
+
+
+def read_json(
+    path: Path, limits: Limits = CONFIG, error: type[QuantError] = CheckpointError
+) -> Any:
+    """The value in the JSON file ``path``."""
+    return parse_json(read_bytes(path, limits, error), str(path), limits, error)
+
+
+def parse_json(
+    content: bytes | str,
+    where: str,
+    limits: Limits = CONFIG,
+    error: type[QuantError] = CheckpointError,
+) -> Any:
+    """The value of a JSON document; ``where`` names it in the message of ``error``.
+
+    NaN and Infinity are read, as the configs of transformers have them. Text that is not Unicode,
+    such as half of a surrogate pair, is refused.
+    """
+    refused = f"{where} cannot be read as JSON"
+    try:
+        text = _utf8(content)
+        opened = text.count("[") + text.count("{")
+        values = opened + text.count(",")
+        if len(text) > limits.nbytes:
+            raise error(f"{refused}: it has more than {limits.nbytes} characters")
+        if values > limits.values:
+            raise error(f"{refused}: it has {values} values, more than {limits.values}")
+        value = json.loads(text)
+        if opened > limits.depth and _depth(value) > limits.depth:
+            raise RecursionError
+        if "\\u" in text:
+            _text(value).encode()
+    except RecursionError:
+        raise error(f"{refused}: it is nested deeper than {limits.depth} levels") from None
+    except ValueError as e:  # as UnicodeError is
+        raise error(f"{refused}: {e}") from None
+    return value
+
+
+def _utf8(content: bytes | str) -> str:
+    return content if isinstance(content, str) else content.decode("utf-8-sig")
+
+
+def _text(value: Any) -> str:
+    """All text in a JSON value, one after another."""
+    found: list[str] = []
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            found.append(one)
+        elif isinstance(one, list):
+            left += one
+        elif isinstance(one, dict):
+            left += [*one, *one.values()]
+    return "\n".join(found)
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        inner = [v for v in level if isinstance(v, list | dict)]
+        level = [x for v in inner for x in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
+def read_yaml(
+    path: Path, limits: Limits = RECIPE, error: type[QuantError] = CheckpointError
+) -> Any:
+    """The value in the YAML file ``path``."""
+    return parse_yaml(read_bytes(path, RECIPE, error), str(path), error)
+
+
+def parse_yaml(
+    content: bytes | str, where: str, error: type[QuantError], limits: Limits = RECIPE
+) -> Any:
+    """The value of a YAML document; ``where`` names it in the message of ``error``.
+
+    Aliases are read; what they stand for counts as often as it is named.
+    """
+    try:
+        loader = yaml.SafeLoader(_utf8(content))
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_nodes(node, limits)
+            value = loader.construct_document(node)
+            _text(value).encode()
+            return value
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise error(f"{where} is nested deeper than {limits.depth} levels") from None
+    except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as e:
+        # a date, a number or a merge that is none: PyYAML raises whatever its parser does
+        reason = " ".join(str(e).split())
+        raise error(
+            f'{where} is not valid YAML: {reason} (patterns need quotes: "*mlp*")'
+        ) from None
+
+
+def _check_nodes(node: yaml.Node, limits: Limits, depth: int = 0, seen: Any = None) -> int:
+    """Values of a node with those of its aliases; ValueError where they are too many."""
+    seen = {} if seen is None else seen
+    if node in seen:
+        if seen[node] is None:
+            raise ValueError("an alias is inside of what it stands for")
+        return seen[node]
+    if depth > limits.depth:
+        raise RecursionError
+    seen[node] = None
+    if isinstance(node, yaml.ScalarNode):
+        if len(node.value) > _SCALAR and node.tag != "tag:yaml.org,2002:str":
+            raise ValueError(f"a number of {len(node.value)} characters")
+        inner: list[yaml.Node] = []
+    elif isinstance(node, yaml.MappingNode):
+        inner = [n for pair in node.value for n in pair]
+    else:
+        inner = node.value
+    count = 1
+    for one in inner:
+        count += _check_nodes(one, limits, depth + 1, seen)
+        if count > limits.values:
+            raise ValueError(f"more than {limits.values} values")
+    seen[node] = count
+    return count
+
+
+def shown(value: object) -> str:
+    """``value`` in a message: in Python's spelling, on one line, and not longer than a line."""
+    return clipped(repr(_few(value, 4)))
+
+
+def _few(value: object, depth: int) -> object:
+    """What of a value can be shown, made without going through all of it."""
+    if isinstance(value, str | bytes):
+        return value[: _SHOWN + 1]
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, list | dict) and depth == 0:
+        return ...
+    if isinstance(value, list):
+        return [_few(v, depth - 1) for v in value[:20]]
+    if isinstance(value, dict):
+        return {_few(k, 0): _few(value[k], depth - 1) for k in islice(value, 20)}
+    return value
+
+
+def clipped(text: str) -> str:
+    """``text``, or its first part where it is longer than a value in a message may be."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def printable(text: str) -> str:
+    """``text`` for a screen: characters that move the cursor or reorder text are escaped.
+
+    Line ends and tabs are too: what is printed of one name is on one line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == " " else _escaped(c) for c in text)
+
+
+def _escaped(char: str) -> str:
+    if unicodedata.category(char) == "Zs":  # other spaces are harmless
+        return char
+    return char.encode("unicode_escape").decode("ascii")

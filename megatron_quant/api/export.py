@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_quant.api.options import parse_size
 from megatron_quant.api.phases import Phases
-from megatron_quant.api.target import check_not_source, existing_of
+from megatron_quant.api.target import check_not_source, existing_of, with_beside
 from megatron_quant.ckpt.companions import companions
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.layout import Layout
@@ -15,7 +15,6 @@ from megatron_quant.ckpt.pipeline import WriteOptions
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.serving import check_serving
-from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.transcode import plan_of, transcode, whole_tensors
 from megatron_quant.ckpt.verify import verify
 from megatron_quant.ckpt.views import params_of
@@ -40,7 +39,15 @@ class ExportOptions:
     resume: bool = False
 
 
-def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> ExportPlan:
+@dataclass(frozen=True)
+class Rewritten:
+    """The files, and what the source has and they have not, one line each."""
+
+    plan: ExportPlan
+    left_out: tuple[str, ...]
+
+
+def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritten:
     """Write ``options.source`` in ``options.export_format``; the ranks share the work.
 
     Collective. Raises a QuantError, the same on every rank; an unfinished export is removed (with
@@ -62,14 +69,14 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> ExportPl
     shard_bytes = parse_size(options.max_shard_size)
     plan = plan_export(params, quant, dialect, layout, dtype, shard_bytes, kept)
     origin = together(groups, lambda: _origin(checkpoint, options))
-    carried = carry_over(options.source)
-    files = companions(checkpoint.config, quant, dialect, dtype, carried, origin)
+    files = companions(checkpoint.config, quant, dialect, dtype, origin=origin)
+    files = with_beside(files, options.source, checkpoint)
     own = sum(part.nbytes for part in plan.parts_of(groups.rank))
     with phases.transfer("export", own) as progress:
         produce = partial(transcode, checkpoint=checkpoint)
         export(plan, groups, produce, options.export_dir, files, existing, progress, writing)
     together(groups, lambda: _verify(options) if groups.rank == 0 else None)
-    return plan
+    return Rewritten(plan, files.left_out)
 
 
 def _origin(checkpoint: QuantizedCheckpoint, options: ExportOptions) -> Origin:

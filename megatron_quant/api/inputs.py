@@ -50,14 +50,11 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
     """
     existing = existing_of(options.overwrite, options.resume)
     writing = WriteOptions(options.io_threads, options.fsync)
-    job = prepare(options, world, saved)
-    checkpoint, kept = None, None
-    if saved is None:
-        checkpoint = open_source(job.source)
-        checkpoint.check(job.params)
-        if options.keep_scales:
-            quant, kept = keeping(job.quant, checkpoint)
-            job = replanned(job, quant, options)
+    job = prepare(options, world, saved, open_source if saved is None else None)
+    checkpoint, kept = job.checkpoint, None
+    if checkpoint is not None and options.keep_scales:
+        quant, kept = keeping(job.quant, checkpoint)
+        job = replanned(job, quant, options)
     files, origin = None, origin_of(job, saved)
     if options.export_dir is not None:
         files = checked_companions(job, options.export_dir, existing, origin)

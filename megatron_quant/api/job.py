@@ -1,6 +1,6 @@
 """Everything that is decided before a weight is read: from config.json and the flags alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from megatron_quant.ckpt.dialects.base import Dialect
 from megatron_quant.ckpt.figures import Cost, measured
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
+from megatron_quant.ckpt.reader import Weights
 from megatron_quant.ckpt.saved import EXPERT_SCALES, HF_FILES, Saved
 from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
+from megatron_quant.ckpt.views import kept_dtypes, logical
 from megatron_quant.errors import CheckpointError, LayoutError, QuantError, RecipeError
 from megatron_quant.models import (
     Architecture,
@@ -41,7 +43,7 @@ class Job:
     architecture: None where the checkpoint is streamed, which needs no model.
     layout: as Megatron's default rank order gives it; dialect and export: the files, owners at
     that layout, None where nothing is exported; cost: of planning them. expert_scales: whose
-    weight amaxes experts have. kept: as in :class:`Model`.
+    weight amaxes experts have. kept, checkpoint: as in :class:`Model`.
     """
 
     source: Path
@@ -57,12 +59,19 @@ class Job:
     cost: Cost | None
     expert_scales: str
     kept: Mapping[str, torch.dtype] = field(default_factory=dict)
+    checkpoint: Weights | None = None
 
 
-def prepare(options: QuantizeOptions, world: int, saved: Saved | None = None) -> Job:
-    """Check the flags against the model's config for ``world`` ranks; reads config.json only.
+def prepare(
+    options: QuantizeOptions,
+    world: int,
+    saved: Saved | None = None,
+    open_weights: Callable[[Path], Weights] | None = None,
+) -> Job:
+    """Check the flags against the model's config for ``world`` ranks.
 
-    saved: what ``options.megatron_load_path`` holds.
+    saved: what ``options.megatron_load_path`` holds. open_weights: how to open the checkpoint,
+    whose layers for speculation the export then takes along; None to read config.json alone.
     Raises the QuantError of whatever does not fit.
     """
     if options.amax_file is not None:
@@ -71,18 +80,26 @@ def prepare(options: QuantizeOptions, world: int, saved: Saved | None = None) ->
     hf_config = read_config(source)
     architecture = lookup(hf_config)
     params = architecture.params(hf_config)
+    checkpoint = open_weights(source) if open_weights is not None else None
+    kept: Mapping[str, torch.dtype] = {}
+    if checkpoint is not None:
+        hf_config = checkpoint.config
+        params, kept = logical(checkpoint)[1].params, kept_dtypes(checkpoint)
+        checkpoint.check(params)
     check_layout(hf_config, options.tp, options.ep, options.etp)
     stages = _pipeline(options).stages(num_layers(params))
     experts = num_experts(params)
     layout = Layout.simulate(world, options.tp, options.ep, options.etp, experts, stages)
-    return decide(options, Model(source, hf_config, architecture, params), layout, saved)
+    model = Model(source, hf_config, architecture, params, kept, checkpoint)
+    return decide(options, model, layout, saved)
 
 
 @dataclass(frozen=True)
 class Model:
     """What is quantized: where it lies, its config and its logical parameters.
 
-    kept: dtypes of Hugging Face tensors that keep theirs, whatever the export's is.
+    kept: dtypes of Hugging Face tensors that keep theirs, whatever the export's is. checkpoint:
+    of the weights; None where they are not read, or come from a Megatron checkpoint.
     """
 
     source: Path
@@ -90,6 +107,7 @@ class Model:
     architecture: Architecture | None
     params: tuple[Param, ...]
     kept: Mapping[str, torch.dtype] = field(default_factory=dict)
+    checkpoint: Weights | None = None
 
 
 def decide(
@@ -109,7 +127,8 @@ def decide(
     scales = options.expert_scales or (saved.expert_scales if saved else EXPERT_SCALES[0])
     about = (model.source, model.hf_config, model.architecture, params, recipe, quant)
     if options.export_dir is None and options.megatron_save_path is not None:
-        return Job(*about, None, layout, dtype, None, None, scales)
+        weights = model.checkpoint
+        return Job(*about, None, layout, dtype, None, None, scales, model.kept, weights)
     dialect = get_dialect(options.export_format)
     check_serving(quant, params, dialect.name, options.serve_engine, options.serve_tp)
     dialect.quantization_config(quant)  # refuses what it cannot say
@@ -117,7 +136,8 @@ def decide(
     export, cost = measured(
         lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes, model.kept)
     )
-    return Job(*about, dialect, layout, dtype, export, cost, scales, model.kept)
+    found = (export, cost, scales, model.kept, model.checkpoint)
+    return Job(*about, dialect, layout, dtype, *found)
 
 
 def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:

@@ -36,6 +36,9 @@ from megatron_quant.mcore.locate import local_params
 from megatron_quant.mcore.restore import open_saved, restore
 from megatron_quant.mcore.run import run
 from megatron_quant.mcore.state import describe_model
+from megatron_quant.models.spec import Role
+from megatron_quant.stream.produce import Producer
+from megatron_quant.stream.source import Source
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Outcome:
     statistics: (quantizer's state name, shape, largest value) of this rank's quantizers.
     fake_quant: sums over the evaluation text, of the quantized model in Megatron; None without one.
     verified: what verifying the export found, on rank 0; None on the others.
+    left_out: what the source has and the export has not, one line each.
     """
 
     job: Job
@@ -54,6 +58,7 @@ class Outcome:
     statistics: list[tuple[str, tuple[int, ...], float]]
     fake_quant: Sums | None
     verified: Report | None
+    left_out: tuple[str, ...] = ()
 
 
 def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcome:
@@ -87,11 +92,13 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     if options.export_dir is not None:
         found = (calibration.weight_amax, calibration.input_amax, kv_amax)
         digest = statistics_digest(job, options, *found)
-        _export(options, inputs, model, producer(model, layers, cached), digest, phases)
+        produced = producer(model, layers, cached, _drafts(job))
+        _export(options, inputs, model, produced, digest, phases)
         with phases.time("verify"):
             source = job.source if options.megatron_load_path is None else None
             report = verified(options.export_dir, source, groups)
-    return Outcome(job, calibration, kv_amax, statistics(model), fake_quant, report)
+    left_out = inputs.companions.left_out if inputs.companions else ()
+    return Outcome(job, calibration, kv_amax, statistics(model), fake_quant, report, left_out)
 
 
 def _model(inputs: Inputs, groups: Groups, phases: Phases) -> Model:
@@ -100,7 +107,8 @@ def _model(inputs: Inputs, groups: Groups, phases: Phases) -> Model:
     assert job.architecture is not None, "a live model needs a table"
     if inputs.checkpoint is None:
         return empty_model(job.architecture, job.hf_config, job.layout, groups, job.dtype)
-    held = len(local_params(job.params, job.layout, groups.rank))
+    live = [param for param in job.params if param.role is not Role.DRAFT]
+    held = len(local_params(live, job.layout, groups.rank))
     with phases.bar("load", held) as progress:
         return load_model(
             inputs.checkpoint, job.architecture, job.layout, groups, job.dtype, progress
@@ -211,10 +219,23 @@ def _export(
         )
 
 
+def _drafts(job: Job) -> Produce | None:
+    """Makes what no Megatron model has, layers for speculation, from the source's files."""
+    if job.checkpoint is None:
+        return None
+    return Producer(Source(job.checkpoint, job.dtype), job.quant, {})
+
+
 def producer(
-    model: Model, layers: Sequence[QuantLayer], cached: Sequence[CachedTensor] = ()
+    model: Model,
+    layers: Sequence[QuantLayer],
+    cached: Sequence[CachedTensor] = (),
+    drafts: Produce | None = None,
 ) -> Callable[[Part], Iterable[Produced]]:
-    """What the export asks for each part: the live weight with its quantizers' amaxes."""
+    """What the export asks for each part: the live weight with its quantizers' amaxes.
+
+    drafts: makes the parts of layers for speculation, which the model has not.
+    """
     tensors = {local.param.name: local for local in model.local}
     amaxes = {
         decision.slot.name: (layer, index)
@@ -225,6 +246,9 @@ def producer(
     scales = {tensor.slot.name: tensor for tensor in cached}
 
     def of_part(part: Part) -> Iterable[Produced]:
+        if part.param.role is Role.DRAFT:
+            assert drafts is not None, part.param.name
+            return drafts(part)
         if part.param.name in scales:
             return produce_cache_scale(part, scales[part.param.name].amax())
         local = model.tensor(tensors[part.param.name])

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_quant.ckpt.beside import beside as found_beside
 from megatron_quant.ckpt.companions import CONFIG
 from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.saved import HF_FILES
-from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.torch_dist import is_checkpoint
 from megatron_quant.ckpt.writer import Existing
 from megatron_quant.dist import Groups, together
@@ -63,8 +63,10 @@ def _commit(temporary: Path, path: Path, source: Path, hf_config: dict[str, Any]
         beside = temporary / HF_FILES
         beside.mkdir()
         (beside / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-        for file in carry_over(source):
-            shutil.copyfile(file, beside / file.name)
+        for file in found_beside(source).carried:
+            copy = beside / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)

@@ -31,7 +31,6 @@ from megatron_quant.ckpt.views import kept_dtypes, logical
 from megatron_quant.ckpt.writer import export
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
-from megatron_quant.models.structure import has_table
 from megatron_quant.stream.inputs import InputAmaxes
 from megatron_quant.stream.produce import Producer
 from megatron_quant.stream.scales import (
@@ -53,13 +52,14 @@ class Streamed:
     """What a run found.
 
     weight_amax: of each slot that has a tensor scale. inputs: None where none was measured.
-    verified: on rank 0; None on the others.
+    verified: on rank 0; None on the others. left_out: what the source has and the export has not.
     """
 
     job: Job
     weight_amax: Mapping[str, float]
     inputs: InputAmaxes | None
     verified: Report | None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
     source = open_source(resolve_source(options.hf_model_id))
     checkpoint, structure = logical(source)
     checkpoint.check(structure.params)
-    kept = {} if has_table(checkpoint.config) else kept_dtypes(checkpoint)
-    model = Model(checkpoint.path, checkpoint.config, None, structure.params, kept)
+    kept, params = kept_dtypes(checkpoint), structure.params
+    model = Model(checkpoint.path, checkpoint.config, None, params, kept, checkpoint)
     job = decide(options, model, Layout.simulate(world, 1, 1, 1))
     if job.quant.kv_cache == "fp8":
         raise RecipeError(
@@ -124,7 +124,7 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
         report = verified(options.export_dir, job.source, groups)
     if inputs is not None and groups.rank == 0:
         save_amaxes(options, job, inputs)
-    return Streamed(job, found, inputs, report)
+    return Streamed(job, found, inputs, report, files.left_out)
 
 
 def _with_statistics(

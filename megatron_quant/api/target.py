@@ -4,10 +4,11 @@ from pathlib import Path
 
 from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.ckpt.beside import beside
 from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.origin import Origin, digest_of, recipe_digest, source_digest
+from megatron_quant.ckpt.reader import Weights
 from megatron_quant.ckpt.saved import Saved
-from megatron_quant.ckpt.source import carry_over
 from megatron_quant.ckpt.target import Existing, check_target
 from megatron_quant.ckpt.verify import Report, verify
 from megatron_quant.dist import Groups, together
@@ -61,10 +62,25 @@ def checked_companions(
     """
     assert job.dialect is not None and job.export is not None
     check_not_source(export_dir, job.source)
-    carried = carry_over(job.source)
-    files = companions(job.hf_config, job.quant, job.dialect, job.dtype, carried, origin)
+    files = with_beside(
+        companions(job.hf_config, job.quant, job.dialect, job.dtype, origin=origin),
+        job.source,
+        job.checkpoint,
+    )
     check_target(export_dir, files, existing, job.export)
     return files
+
+
+def with_beside(files: Companions, source: Path, checkpoint: Weights | None) -> Companions:
+    """``files`` with those that lie beside the weights in ``source``.
+
+    checkpoint: the weights; None where they come from elsewhere.
+    """
+    found = beside(source)
+    unread = [
+        f"{name}: weights that nothing names" for name in (checkpoint.unread if checkpoint else ())
+    ]
+    return files.beside(source, found.carried, [*unread, *found.left_out])
 
 
 def verified(export_dir: Path, source: Path | None, groups: Groups) -> Report | None:

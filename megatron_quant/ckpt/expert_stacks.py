@@ -8,12 +8,11 @@ gate, up, gate, up. As transformers' ``integrations/mxfp4.py`` decodes them.
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_quant.ckpt.reader import PLAIN_DTYPES, Listed, TensorInfo, open_directory
+from megatron_quant.ckpt.reader import PLAIN_DTYPES, Checkpoint, Listed, TensorInfo
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode
 from megatron_quant.formats.spec import get_format
@@ -34,11 +33,16 @@ class ExpertStacks(Listed):
     [H, I] and [H]; all others keep their own. Iterating yields the names.
     """
 
-    def __init__(self, path: Path):
-        """Read the config and the headers; CheckpointError where they are broken or contradict."""
-        self._files = open_directory(path)
-        self.path, self.config = path, self._files.config
+    def __init__(self, files: Checkpoint):
+        """CheckpointError where the headers of ``files`` contradict one another."""
+        self._files = files
+        self.path, self.config = files.path, files.config
         self.tensors = dict(self._logical())
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """As of the files."""
+        return self._files.unread
 
     def read(self, name: str, box: Box) -> Tensor:
         """The rectangle ``box`` of tensor ``name``: fp32 of an expert's weight, else as stored.

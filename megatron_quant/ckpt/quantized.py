@@ -16,6 +16,7 @@ from megatron_quant.ckpt.dialects.base import (
     layer_of,
     stored_by,
 )
+from megatron_quant.ckpt.head import with_own_head
 from megatron_quant.ckpt.held import Files, Held
 from megatron_quant.ckpt.packed import GROUP_INDEX, Packed, open_packed, with_scale_dtype
 from megatron_quant.ckpt.quantization import dialect_of, quantization_of
@@ -64,14 +65,14 @@ class QuantizedCheckpoint:
 
         Raises CheckpointError where a file is missing or broken, or the config is not known.
         """
-        files = open_directory(directory)
+        files = with_own_head(open_directory(directory))
         self._open(files, matrices(files))
 
     @classmethod
     def over(cls, files: Checkpoint, modules: Iterable[str]) -> "QuantizedCheckpoint":
         """The checkpoint in ``files``, of whose ``modules`` the config says which are quantized.
 
-        For verification: their tensors may be missing or malformed.
+        For verification, their tensors may be missing or malformed.
         """
         checkpoint = cls.__new__(cls)
         checkpoint._open(files, modules)
@@ -88,6 +89,11 @@ class QuantizedCheckpoint:
             self.kv_cache = self.dialect.read_kv_cache(quantization)
             self.modules = _read_modules(files, self.dialect, quantization, tuple(modules))
         self._files = files
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """As of the files."""
+        return self._files.unread
 
     @cached_property
     def _of_table(self) -> frozenset[str]:

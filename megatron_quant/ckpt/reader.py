@@ -48,6 +48,11 @@ class Listed:
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """As :attr:`Weights.unread`."""
+        return ()
+
     def info(self, name: str) -> TensorInfo | None:
         """Dtype, shape and file of what is read of ``name``; None where there is no such tensor."""
         return self.tensors.get(name)
@@ -66,6 +71,7 @@ class Checkpoint(Listed):
     """An open checkpoint directory: its config, and where each tensor lies.
 
     config: content of config.json. tensors, entries: by name. files: of the directory.
+    unread: its safetensors files none of whose tensors are among these.
     """
 
     path: Path
@@ -73,6 +79,7 @@ class Checkpoint(Listed):
     tensors: dict[str, TensorInfo]
     entries: dict[str, TensorEntry] = field(repr=False)
     files: MappedFiles = field(repr=False)
+    unread: tuple[str, ...] = ()
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The rectangle ``box`` of tensor ``name``, in its stored dtype; nothing else is read."""
@@ -102,6 +109,11 @@ class Weights(Protocol):
     @property
     def config(self) -> dict[str, Any]:
         """Content of config.json."""
+        ...
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Names of safetensors files in its directory that are not read: nothing names them."""
         ...
 
     def read(self, name: str, box: Box) -> torch.Tensor:
@@ -140,7 +152,7 @@ def check_tensors(
         _check_tensor(path, tensors, name, shape)
     rest = [name for name in tensors if name not in sources]
     tied = all(p.role is not Role.OUTPUT for p in params)
-    ignored = {n for n in rest if _BUFFERS.fullmatch(n) or (tied and n == "lm_head.weight")}
+    ignored = {n for n in rest if is_buffer(n) or (tied and n == "lm_head.weight")}
     ignored |= {n for n in rest if is_draft(config, n)}
     unexpected = [name for name in rest if name not in ignored]
     if unexpected:
@@ -149,6 +161,11 @@ def check_tensors(
             "architecture in config.json; correct config.json or remove the tensor"
         )
     return tuple(n for n in rest if n in ignored)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is what old versions of transformers stored, and no model needs."""
+    return _BUFFERS.fullmatch(name) is not None
 
 
 def _check_tensor(
@@ -201,6 +218,8 @@ def open_directory(path: Path) -> Checkpoint:
     names = sorted(set(where.values())) if where else [_single_file(path)]
     found = (entry for name in names for entry in _entries(path / name))
     entries = {e.name: e for e in found if where.get(e.name, e.file) == e.file}
+    drafts, unread = _beside(path, config, names, entries)
+    entries |= drafts
     for name, file in where.items():
         if name not in entries:
             raise CheckpointError(
@@ -208,14 +227,49 @@ def open_directory(path: Path) -> Checkpoint:
                 "fetch the checkpoint again"
             )
     tensors = {name: TensorInfo(e.dtype, e.shape, e.file) for name, e in entries.items()}
-    return Checkpoint(path, config, tensors, entries, MappedFiles(path))
+    return Checkpoint(path, config, tensors, entries, MappedFiles(path), unread)
+
+
+def _beside(
+    path: Path, config: Mapping[str, Any], names: Sequence[str], named: Mapping[str, TensorEntry]
+) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
+    """Tensors of token prediction in files that nothing names, and the other such files.
+
+    GLM-4.7 is published with ``mtp.safetensors`` beside its index.
+    """
+    found: dict[str, TensorEntry] = {}
+    unread = []
+    for file in sorted(path.glob("*.safetensors")):
+        if file.name in names:
+            continue
+        try:
+            entries = _entries(file)
+        except CheckpointError:  # of no concern, as it is not read
+            entries = []
+        known = any(e.name in named or e.name in found for e in entries)
+        if entries and not known and all(is_draft(config, e.name) for e in entries):
+            found |= {e.name: e for e in entries}
+        else:
+            unread.append(file.name)
+    return found, tuple(unread)
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> file name of the index; empty where one file holds all (it then wins)."""
-    if (path / WEIGHTS).exists() or not (path / INDEX).exists():
+    """Tensor name -> file name of the index; empty where one file holds all.
+
+    That wins over an index of other files, as in transformers.
+    """
+    alone = (path / WEIGHTS).exists()
+    if not (path / INDEX).exists():
         return {}
-    where = read_json(path / INDEX).get("weight_map")
+    try:
+        where = read_json(path / INDEX).get("weight_map")
+    except CheckpointError:
+        if alone:
+            return {}
+        raise
+    if alone and not (isinstance(where, dict) and WEIGHTS in where.values()):
+        return {}
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{path / INDEX} has no weight_map; fetch it again")
     named = {file if isinstance(file, str) else "": name for name, file in where.items()}
@@ -233,6 +287,8 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _single_file(path: Path) -> str:
     found = sorted(p.name for p in path.glob("*.safetensors"))
+    if WEIGHTS in found:
+        return WEIGHTS
     if len(found) == 1:
         return found[0]
     if found:

@@ -1,6 +1,5 @@
 """Where a Hugging Face checkpoint is: its directory, its config, the files beside its weights."""
 
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,18 @@ from megatron_quant import documents
 from megatron_quant.documents import CONFIG, Limits
 from megatron_quant.errors import CheckpointError
 
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab*", "merges*", "tokenizer*")
-_UNWANTED = ("*/*", "consolidated*", "*.py", "*.bin", "*.pt", "*.pth", "*.gguf")
-_CARRIED = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
-    "*.model",
-    "*processor*.json",
+_WANTED = (
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "vocab*", "merges*", "tokenizer*"),
+    *("*.tiktoken", "LICENSE*", "NOTICE*", "README.md"),
 )
-_CARRIED_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken")
+_UNWANTED = ("*/*", "consolidated*", "*.py", "*.bin", "*.pt", "*.pth", "*.gguf")
 
 
 def resolve_source(path_or_hub_id: str) -> Path:
     """The local directory of a checkpoint, downloaded where it is a hub id (``owner/name``).
 
-    Of a hub repository only safetensors, JSON and tokenizer files are fetched, never code or
-    pickles. Raises CheckpointError where there is neither a directory nor a repository.
+    Of a hub repository only safetensors, JSON, tokenizer files and licences are fetched, never
+    code or pickles. Raises CheckpointError where there is neither a directory nor a repository.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
@@ -79,17 +69,3 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist; give a checkpoint directory")
     return read_json(directory / "config.json")
-
-
-def carry_over(directory: Path) -> list[Path]:
-    """Files that an export takes along unchanged: tokenizer, chat template, generation, processor.
-
-    Neither config.json, nor weights and their index, nor code; in the order of their names.
-    """
-    return [
-        path
-        for path in sorted(directory.iterdir())
-        if path.is_file()
-        and path.suffix in _CARRIED_SUFFIXES
-        and any(fnmatch(path.name, pattern) for pattern in _CARRIED)
-    ]

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from megatron_quant.ckpt.expert_stacks import ExpertStacks
+from megatron_quant.ckpt.head import with_own_head
 from megatron_quant.ckpt.quantization import has_expert_stacks, quantization_of
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.quantized import QuantizedCheckpoint, matrices
 from megatron_quant.ckpt.reader import Weights, open_directory
-from megatron_quant.ckpt.source import read_config
 from megatron_quant.ckpt.unstacked import unstacked
 from megatron_quant.models.structure import has_table
 
@@ -18,10 +18,9 @@ def open_source(path: Path) -> Weights:
 
     Raises CheckpointError where it is broken, or quantized in a way that is not known.
     """
-    config = read_config(path)
-    if has_expert_stacks(config):
-        return ExpertStacks(path)
-    if quantization_of(config, path) is not None:
-        return QuantizedCheckpoint(path)
-    checkpoint = open_directory(path)
-    return unstacked(checkpoint) if has_table(config) else checkpoint
+    checkpoint = with_own_head(open_directory(path))
+    if has_expert_stacks(checkpoint.config):
+        return ExpertStacks(checkpoint)
+    if quantization_of(checkpoint.config, path) is not None:
+        return QuantizedCheckpoint.over(checkpoint, matrices(checkpoint))
+    return unstacked(checkpoint) if has_table(checkpoint.config) else checkpoint

@@ -33,8 +33,8 @@ class Existing(Enum):
 
 
 def partial(directory: Path, name: str) -> Path:
-    """The temporary name of a file."""
-    return directory / f".{name}.partial"
+    """The temporary name of a file, in the directory itself where it belongs in a folder of it."""
+    return directory / f".{name.replace('/', '%')}.partial"
 
 
 def check_target(

@@ -16,8 +16,11 @@ from megatron_quant.ckpt.produce import Produced
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats.spec import get_format
-from megatron_quant.models.spec import Domain, Parallel, Param, Role
+from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source
 from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
+
+_KEEPING_CODES = (Role.LINEAR, Role.DRAFT, Role.OUTSIDE)
+"""Roles of linears that a source may have quantized, and an export then keeps so."""
 
 
 def whole_tensors(params: tuple[Param, ...]) -> tuple[Param, ...]:
@@ -52,14 +55,23 @@ def plan_of(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> Quant
     decisions = []
     for param in params:
         (source,) = param.sources
-        fixed = "" if param.role is Role.LINEAR else param.role.value
+        stored = checkpoint.modules.get(source.module) if _is_weight(source) else None
+        if stored is not None and param.role not in _KEEPING_CODES:
+            raise CheckpointError(
+                f"{checkpoint.path}: {source.module} is quantized, which other dialects do not "
+                f"have of the {param.role.value}; quantize this checkpoint instead"
+            )
+        fixed = "" if param.role is Role.LINEAR or stored else param.role.value
         slot = Slot(param.name, (source.module,), param.shape, fixed)
-        stored = None if fixed else checkpoint.modules.get(source.module)
         if stored is not None:  # engines run no other
             get_format(stored.weights.name, stored.weights.group_size)
         weights, inputs = (stored.weights, stored.inputs) if stored else (None, None)
         decisions.append(Decision(slot, checkpoint.dialect.name, weights, inputs))
     return QuantPlan(checkpoint.dialect.name, tuple(decisions), checkpoint.kv_cache)
+
+
+def _is_weight(source: Source) -> bool:
+    return source.name.endswith(".weight")
 
 
 def transcode(part: Part, checkpoint: QuantizedCheckpoint) -> Iterator[Produced]:

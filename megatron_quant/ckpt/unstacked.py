@@ -22,6 +22,11 @@ class Viewed(Listed):
     stored: Weights
     views: Mapping[str, View]
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """As of what is viewed."""
+        return self.stored.unread
+
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The rectangle ``box`` of tensor ``name``, as ``stored`` gives it; no more is read."""
         view = self.views.get(name)

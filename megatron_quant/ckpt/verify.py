@@ -1,14 +1,16 @@
 """Is a written checkpoint what its own config says? Read with safetensors alone."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from pathlib import Path
+from typing import Any
 
 from megatron_quant.ckpt.held import Held
 from megatron_quant.ckpt.index import index_problems
 from megatron_quant.ckpt.packed import Packed
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint, matrices
-from megatron_quant.ckpt.reader import Weights, open_directory
+from megatron_quant.ckpt.reader import Weights, is_buffer, open_directory
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.ckpt.verify_tensors import (
     cache_problems,
@@ -24,6 +26,7 @@ from megatron_quant.ckpt.verify_tensors import (
 from megatron_quant.ckpt.views import open_original, params_of, plain_part, row_blocks
 from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
 from megatron_quant.models.spec import Param, Source, engine_groups
+from megatron_quant.models.structure import has_drafts, is_draft
 
 BOUNDS = {8: 0.25, 4: 0.5}
 """Bits -> largest ||w - decoded|| / ||w|| that is no mistake. Gaussian weights have at most 0.03
@@ -90,6 +93,8 @@ def verify(directory: Path, against: Path | None = None) -> Report:
         problems += found
         checks += checked
         unsound |= set(param.sources if found else ())
+    if source is not None:
+        problems += _lost(checkpoint.config, params, source)
     for fused in engine_groups(params):
         problems += [] if unsound & set(fused) else fusion_problems(checkpoint, fused)
     return Report(directory, tuple(problems), tuple(checks))
@@ -100,6 +105,19 @@ def _open(directory: Path) -> tuple[QuantizedCheckpoint, tuple[Param, ...]]:
     params = params_of(QuantizedCheckpoint.over(files, matrices(files)))
     modules = [s.module for p in params for s in p.sources if len(s.shape) == 2]
     return QuantizedCheckpoint.over(files, modules), params
+
+
+def _lost(config: Mapping[str, Any], params: Sequence[Param], source: Weights) -> list[str]:
+    """Tensors of the source that the checkpoint has not, and does not say that it has not."""
+    known = {s.name for param in params for s in param.sources}
+    drafts = has_drafts(config)
+    return [
+        f"{name}: {source.path} has it, this checkpoint has not"
+        for name in source.dense()
+        if name not in known
+        and not is_buffer(name)
+        and (drafts or not is_draft(source.config, name))
+    ]
 
 
 def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:

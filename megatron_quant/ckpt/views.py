@@ -36,6 +36,7 @@ def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
     Raises ArchitectureError where a tensor cannot be told, as where an expert is missing.
     """
     config, table = checkpoint.config, has_table(checkpoint.config)
+    # verification reports what a table names and the checkpoint lacks
     wanted = [n for n in checkpoint if not table or is_draft(config, n)]
     return describe(config, {n: checkpoint.shape(n) for n in wanted}).params
 
@@ -68,11 +69,16 @@ def plain_part(checkpoint: Weights, name: str, box: Box) -> torch.Tensor:
 def kept_dtypes(checkpoint: Weights) -> dict[str, torch.dtype]:
     """Tensors whose dtype is not that of most of the checkpoint, with it: they need it.
 
-    What is decoded has none of its own.
+    What is decoded has none of its own. Of a model that has a table, which says so itself, those
+    of layers for speculation alone.
     """
+    config = checkpoint.config
     plain = {n: info for n, info in checkpoint.dense().items() if not info.decoded}
     sizes: Counter[torch.dtype] = Counter()
     for info in plain.values():
         sizes[info.dtype] += prod(info.shape)
     ((main, _),) = sizes.most_common(1)
-    return {n: i.dtype for n, i in plain.items() if i.dtype != main}
+    found = {n: i.dtype for n, i in plain.items() if i.dtype != main}
+    if has_table(config):
+        return {n: dtype for n, dtype in found.items() if is_draft(config, n)}
+    return found

@@ -142,12 +142,22 @@ def commit(
     documents = {**companions.documents, MANIFEST: manifest(plan, companions.origin, digests)}
     with explained(directory, "cannot be completed"):
         for source in companions.carried:
-            stage(directory, source.name, source.read_bytes())
+            stage(directory, companions.name_of(source), source.read_bytes())
         for name, content in {**documents, INDEX: plan.index}.items():
             stage(directory, name, (json.dumps(content, indent=2) + "\n").encode())
         for name in [*(file.name for file in plan.files), *companions.names, MANIFEST]:
-            partial(directory, name).rename(directory / name)
+            _rename(directory, name)
         sync_directory(directory)
         partial(directory, INDEX).rename(directory / INDEX)
         sync_directory(directory)
     discard(directory)
+
+
+def _rename(directory: Path, name: str) -> None:
+    """Give a file its own name, in a folder of the checkpoint where that has one."""
+    final = directory / name
+    if final.parent != directory:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    partial(directory, name).rename(final)
+    if final.parent != directory:
+        sync_directory(final.parent)

@@ -12,6 +12,7 @@ from megatron_quant.api.options import DTYPES, QuantizeOptions
 from megatron_quant.ckpt.saved import EXPERT_SCALES
 from megatron_quant.cli.console import Phases, console
 from megatron_quant.cli.ranks import start_ranks
+from megatron_quant.cli.report import left_out_lines
 from megatron_quant.cli.serving import add_dialect, add_layout, add_serving
 from megatron_quant.cli.tables import files_table
 from megatron_quant.cli.writing import add_writing
@@ -86,9 +87,11 @@ def _from_megatron(args: argparse.Namespace) -> None:
     given = {f.name: getattr(args, f.name) for f in fields(QuantizeOptions) if f.name in args}
     options = QuantizeOptions(export_quant_cfg=None, **given)
     out = console()
-    job = quantize(options, start_distributed(), Phases(out)).job
-    assert job.export is not None
-    out.print(files_table(job.export))
+    outcome = quantize(options, start_distributed(), Phases(out))
+    assert outcome.job.export is not None
+    out.print(files_table(outcome.job.export))
+    for line in left_out_lines(outcome.left_out):
+        out.print(line)
 
 
 def _rewrite(args: argparse.Namespace) -> None:
@@ -105,5 +108,7 @@ def _rewrite(args: argparse.Namespace) -> None:
         args.fsync,
         args.resume,
     )
-    plan = reexport(options, start_ranks(), Phases(out))
-    out.print(files_table(plan))
+    rewritten = reexport(options, start_ranks(), Phases(out))
+    out.print(files_table(rewritten.plan))
+    for line in left_out_lines(rewritten.left_out):
+        out.print(line)

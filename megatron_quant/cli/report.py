@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from megatron_quant.cli.tables import sizes_line
 
 if TYPE_CHECKING:  # it imports Megatron, which a host without a GPU must be readied for
@@ -28,6 +30,7 @@ def summary(outcome: "Outcome", seconds: Mapping[str, float]) -> Iterator[str]:
         yield f"fake-quantized model: perplexity {sums.perplexity:.4f}, KL {sums.mean_kl:.5f}"
     if outcome.verified:
         yield f"verified: {len(outcome.verified.tensors)} tensors"
+    yield from left_out_lines(outcome.left_out)
     if outcome.job.export:
         yield sizes_line(outcome.job.export)
     yield _times(seconds)
@@ -44,6 +47,7 @@ def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
         "kv_amax": dict(outcome.kv_amax),
         "expert_tokens": dict(calibration.tokens),
         "cold_experts": list(calibration.cold),
+        "left_out": list(outcome.left_out),
     }
     if plan:
         report |= {"bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after}
@@ -63,6 +67,7 @@ def summary_of_stream(streamed: "Streamed", seconds: Mapping[str, float]) -> Ite
         yield _cold(streamed.inputs.cold)
     if streamed.verified:
         yield f"verified: {len(streamed.verified.tensors)} tensors"
+    yield from left_out_lines(streamed.left_out)
     yield sizes_line(streamed.job.export)
     yield _times(seconds)
 
@@ -78,7 +83,13 @@ def stream_as_json(streamed: "Streamed", seconds: Mapping[str, float]) -> dict[s
         "weight_amax": dict(streamed.weight_amax),
         "input_amax": dict(streamed.inputs.found) if streamed.inputs else {},
         "cold_experts": list(streamed.inputs.cold) if streamed.inputs else [],
+        "left_out": list(streamed.left_out),
     }
+
+
+def left_out_lines(left_out: Sequence[str]) -> Iterator[str]:
+    """A line for each thing of the source that the export has not."""
+    return (escape(f"left out: {line}") for line in left_out)
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config
 from megatron_quant.models.moe import Block, blocks
 from megatron_quant.models.registry import ARCHITECTURES, lookup
-from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source
+from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
 from megatron_quant.models.stacks import Shapes, View, text_config, unstack
 
 _EMBEDDING = "embed_tokens.weight"
@@ -25,8 +25,9 @@ _FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """What engines fuse -> of which linears of one module. A layer may lack some of them."""
 _OF = {member: (fused, members) for fused, members in _FUSED for member in members}
-_TABLES = "model."
-"""What the names of the decoder begin with in all tables."""
+_PREDICTS = re.compile(r"(?:[^.]+\.)*?mtp\.")
+_NUMBERED = re.compile(r"(?:model\.|language_model\.)*layers\.([0-9]{1,9})\.")
+"""Tensors of layers for speculation: by the word for them, or by a number beyond the model's."""
 _ROW = ("o_proj", "down_proj", "w2", "out_proj")
 """Linears that engines cut along their input features."""
 _KINDS: tuple[tuple[re.Pattern[str], Role], ...] = (
@@ -54,8 +55,10 @@ def describe(config: Config, shapes: Shapes) -> Structure:
     """
     if not has_table(config):
         return recognise(config, shapes)
-    drafts = [_alone(n, s, Role.DRAFT) for n, s in shapes.items() if is_draft(config, n)]
-    return Structure((*lookup(config).params(config), *drafts), {})
+    params = lookup(config).params(config)
+    known = {s.name for p in params for s in p.sources}
+    drafts = [_draft(n, s) for n, s in shapes.items() if n not in known and is_draft(config, n)]
+    return Structure((*params, *drafts), {})
 
 
 def has_table(config: Config) -> bool:
@@ -80,12 +83,30 @@ def table_names(config: Config) -> frozenset[str]:
 def is_draft(config: Config, name: str) -> bool:
     """Whether a tensor is of the layers beyond the model's own, which predict for speculation.
 
-    Of a model that has a table.
+    They are called ``mtp``, or numbered on from the model's last layer.
     """
-    layers, drafts = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    if _PREDICTS.match(name):
+        return True
+    text = text_config(config)
+    layers, drafts = text.get("num_hidden_layers"), text.get("num_nextn_predict_layers")
     if not isinstance(layers, int) or not isinstance(drafts, int):
         return False
-    return _layer_of(name, _TABLES) in range(layers, layers + drafts)
+    match = _NUMBERED.match(name)
+    return match is not None and int(match[1]) in range(layers, layers + drafts)
+
+
+_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Keys of config.json, or of its text_config, that count the layers for speculation."""
+
+
+def draft_counts(config: Config) -> tuple[str, ...]:
+    """Those of the keys that ``config`` itself has, with a number above zero."""
+    return tuple(k for k in _COUNTS if isinstance(config.get(k), int) and config[k] > 0)
+
+
+def has_drafts(config: Config) -> bool:
+    """Whether config.json says that the checkpoint has layers for speculation."""
+    return bool(draft_counts(config) or draft_counts(text_config(config)))
 
 
 def recognise(config: Config, shapes: Shapes) -> Structure:
@@ -151,9 +172,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _of_rest(prefix: str, shapes: Shapes, layer: int | None) -> Iterator[Param]:
     for name, shape in shapes.items():
-        if layer is not None:
-            role = Role.DRAFT
-        elif name.endswith("lm_head.weight"):
+        if layer is not None or _PREDICTS.match(name):
+            yield _draft(name, shape)
+            continue
+        if name.endswith("lm_head.weight"):
             role = Role.OUTPUT
         elif not name.startswith(prefix):
             role = Role.OUTSIDE
@@ -162,6 +184,11 @@ def _of_rest(prefix: str, shapes: Shapes, layer: int | None) -> Iterator[Param]:
         else:
             role = Role.NORM if "norm" in name else Role.OTHER
         yield _alone(name, shape, role)
+
+
+def _draft(name: str, shape: tuple[int, ...]) -> Param:
+    """Of layers that no Megatron model has; where a pipeline has stages, its last one writes it."""
+    return replace(_alone(name, shape, Role.DRAFT), stage=Stage.LAST)
 
 
 def _alone(name: str, shape: tuple[int, ...], role: Role) -> Param:

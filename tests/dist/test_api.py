@@ -11,6 +11,7 @@ def quantize_live_model(source: Path, out: Path) -> int:
 
     from megatron_quant.api.quantize import producer
     from megatron_quant.calib.calibrate import calibrate
+    from megatron_quant.ckpt.beside import beside as found_beside
     from megatron_quant.ckpt.companions import companions
     from megatron_quant.ckpt.dialects import get_dialect
     from megatron_quant.ckpt.layout import Layout
@@ -18,7 +19,6 @@ def quantize_live_model(source: Path, out: Path) -> int:
     from megatron_quant.ckpt.plan import plan_export
     from megatron_quant.ckpt.reader import open_directory
     from megatron_quant.ckpt.slots import slots
-    from megatron_quant.ckpt.source import carry_over
     from megatron_quant.ckpt.writer import export
     from megatron_quant.layers.install import attach
     from megatron_quant.mcore.load import load_model, wrap_model
@@ -43,7 +43,7 @@ def quantize_live_model(source: Path, out: Path) -> int:
     dialect = get_dialect("modelopt")
     files = plan_export(model.params, plan, dialect, model.layout, torch.bfloat16, 300_000)
     origin = Origin(recipe_digest(recipe), source_digest(source))
-    carried = carry_over(source)
+    carried = found_beside(source).carried
     beside = companions(checkpoint.config, plan, dialect, torch.bfloat16, carried, origin)
     export(files, model.groups, producer(model, layers), out, beside)
     return len(layers)

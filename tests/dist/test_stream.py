@@ -9,7 +9,7 @@ from tests.dist import checkpoints, packed
 from tests.dist.command import quantize_argv, refused, spoiled
 from tests.dist.test_keep_scales import ROUTES, made, stored
 from tests.dist.test_layouts import FORMATS, SCALES, digests, export_all, folder
-from tests.unit import exported, hf_models
+from tests.unit import exported, hf_models, sources
 
 CASES: list[dict[str, object]] = [
     {"export_quant_cfg": recipe, "export_format": dialect, "algorithm": algorithm}
@@ -162,3 +162,30 @@ def test_one_ranks_error_is_every_ranks_and_leaves_nothing(tmp_path: Path, ranks
     assert "is the source checkpoint" in refused(ranks, tmp_path, argv)
     argv = quantize_argv(source, tmp_path / "out", tp=None, ep=None, amax_file="x")
     assert "--amax-file" in refused(ranks, tmp_path, argv)
+
+
+def test_layers_for_speculation_and_another_head_come_through_megatron(
+    tmp_path: Path, ranks
+) -> None:
+    """None of them is in a Megatron model built from config.json alone."""
+    source = checkpoints.save("deepseek_v3", tmp_path / "source", num_hidden_layers=3)
+    beyond = "model.layers.2."
+    found = sources.tensors(source)
+    bias = found[f"{beyond}mlp.gate.e_score_correction_bias"]
+    sources.write(source, {**found, f"{beyond}eh_proj.weight": torch.ones(128, 256).bfloat16()})
+    sources.config(
+        source, num_hidden_layers=2, num_nextn_predict_layers=1, tie_word_embeddings=True
+    )
+    case = {"export_quant_cfg": "int8_group", "export_format": "compressed-tensors"}
+    ranks(1, export_all, source, tmp_path / "live", 1, 1, 1, [case])
+    ranks(4, export_all, source, tmp_path / "cut", 2, 2, 1, [case])
+    stream_all(source, tmp_path / "streamed", [case])
+    at = folder(case)
+    streamed = digests(tmp_path / "streamed" / at)
+    assert digests(tmp_path / "live" / at) == digests(tmp_path / "cut" / at) == streamed
+    out = sources.tensors(tmp_path / "cut" / at)
+    assert torch.equal(out["lm_head.weight"], found["lm_head.weight"])
+    assert out[f"{beyond}eh_proj.weight"].sum() == 128 * 256
+    assert torch.equal(out[f"{beyond}mlp.gate.e_score_correction_bias"], bias)
+    config = sources.config(tmp_path / "cut" / at)
+    assert (config["num_nextn_predict_layers"], config["tie_word_embeddings"]) == (1, False)

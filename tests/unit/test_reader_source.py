@@ -4,12 +4,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-import transformers
-from tokenizers import Tokenizer, models
 
-from megatron_quant.ckpt.source import carry_over, resolve_source
+from megatron_quant.ckpt.source import resolve_source
 from megatron_quant.errors import CheckpointError
-from tests.unit import tiny
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:
@@ -46,20 +43,3 @@ def test_a_hub_id_that_cannot_be_fetched(
     with pytest.raises(CheckpointError, match="is no local directory and cannot") as caught:
         resolve_source(hub_id)
     assert "\n" not in str(caught.value)
-
-
-def test_carried_files_are_the_tokenizer_s_and_generation_s(tmp_path: Path) -> None:
-    tiny.save("mixtral", tmp_path, max_shard_size="20KB")
-    words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-    tokenizer.chat_template = "{{ messages }}"
-    made = {path.name for path in tmp_path.iterdir() if path.name == "generation_config.json"}
-    made |= {Path(file).name for file in tokenizer.save_pretrained(tmp_path)}
-    others = ("vocab.txt", "merges.txt", "tokenizer.model", "preprocessor_config.json")
-    unwanted = ("tokenization_x.py", "tokenizer.py", "README.md", "tokenizer.bin", "x.safetensors")
-    for name in (*others, *unwanted):
-        (tmp_path / name).touch()
-    carried = carry_over(tmp_path)
-    assert {path.name for path in carried} == made | set(others)
-    assert "chat_template.jinja" in made and "generation_config.json" in made
-    assert carried == sorted(carried)

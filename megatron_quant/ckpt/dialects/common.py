@@ -89,18 +89,28 @@ def refuse_cache(plan: QuantPlan, dialect: str) -> None:
 
 
 def excluded(plan: QuantPlan) -> list[str]:
-    """Hugging Face names of all 2-D weights that stay as they are, routers and lm_head included.
+    """Hugging Face names of all weights that stay as they are, routers and lm_head included.
+
+    These are matrices, and stacks of experts that are carried whole.
 
     Raises FormatError where a layer's experts are only partly quantized: engines run them as
     one kernel and read the format of the whole layer from one of them.
     """
     _refuse_partial_experts(plan)
-    kept = [d.slot for d in plan.decisions if not d.quantized and _is_matrix(d.slot.shape)]
+    kept = [d.slot for d in plan.decisions if not d.quantized and _may_be_linear(d.slot.shape)]
     return list(dict.fromkeys([n for slot in kept for n in slot.sources] + [LM_HEAD]))
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2
+
+
+def _may_be_linear(shape: tuple[int, ...]) -> bool:
+    """Whether engines may build it quantized: a matrix, or a stack of experts' matrices.
+
+    A depthwise convolution, [channels, 1, kernel], is neither.
+    """
+    return _is_matrix(shape) or (len(shape) == 3 and shape[1] > 1)
 
 
 def _refuse_partial_experts(plan: QuantPlan) -> None:

@@ -85,13 +85,15 @@ def prepare(
     if checkpoint is not None:
         hf_config = checkpoint.config
         params, kept = logical(checkpoint)[1].params, kept_dtypes(checkpoint)
-        checkpoint.check(params)
     check_layout(hf_config, options.tp, options.ep, options.etp)
     stages = _pipeline(options).stages(num_layers(params))
     experts = num_experts(params)
     layout = Layout.simulate(world, options.tp, options.ep, options.etp, experts, stages)
     model = Model(source, hf_config, architecture, params, kept, checkpoint)
-    return decide(options, model, layout, saved)
+    job = decide(options, model, layout, saved)
+    if checkpoint is not None:
+        checkpoint.check(params)
+    return job
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def companions(
     config = without_quantization(hf_config)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).split(".")[-1]
     config, left_out = _without_drafts(config, quant)
-    files = dict[str, Mapping[str, Any]]()
+    files: Mapping[str, Mapping[str, Any]] = {}
     if quant.quantized:
         config["quantization_config"] = dialect.quantization_config(quant)
         files = dialect.extra_files(quant)

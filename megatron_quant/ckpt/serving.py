@@ -14,7 +14,7 @@ from megatron_quant.ckpt.serving_facts import (
     STACKED_BIASES,
     Fact,
 )
-from megatron_quant.ckpt.serving_shapes import shape_problem
+from megatron_quant.ckpt.serving_shapes import ragged_problem, shape_problem
 from megatron_quant.errors import FormatError
 from megatron_quant.models.spec import Domain, Param, Role, engine_groups
 from megatron_quant.recipes.plan import Decision, QuantPlan
@@ -40,7 +40,7 @@ def check_serving(
     params: the model's logical parameters (fused); ``plan`` may be of them or of their sources.
     engine: one of ``ENGINES``; None refuses what no engine that reads the dialect can serve.
     tp: tensor-parallel size of the server, 1 where only an engine is given. Without either no
-        shapes are checked.
+        shapes are checked but for groups, which must fill a weight's rows.
     """
     if tp is not None and tp < 1:
         raise FormatError(f"--serve-tp is {tp}: give at least 1")
@@ -63,7 +63,7 @@ def obstacle(
 ) -> Obstacle | None:
     """The first thing that keeps ``engine`` from serving ``plan``; None where nothing is known.
 
-    tp: as for :func:`check_serving`; None leaves shapes unchecked.
+    tp: as for :func:`check_serving`; None looks for groups that are not whole alone.
     """
     return next(_obstacles(plan, params, dialect, engine, tp), None)
 
@@ -81,12 +81,13 @@ def _obstacles(
     decisions = {n: d for d in plan.decisions if not d.slot.fixed for n in d.slot.sources}
     yield from _of_fused(params, decisions)
     found = [(p, d) for p in params if (d := decisions[p.sources[0].module]).quantized]
+    sharded = tp is not None and engine in SHARDED
+    if not sharded and (ragged := ragged_problem(found, dialect)) is not None:
+        yield Obstacle(*ragged)
     yield from _of_mixtures(found, dialect, engine)
     yield from _of_formats(found, dialect, engine)
-    if tp is not None and engine in SHARDED:
-        shape = shape_problem(found, dialect, tp)
-        if shape is not None:
-            yield Obstacle(*shape)
+    if tp is not None and sharded and (shape := shape_problem(found, dialect, tp)) is not None:
+        yield Obstacle(*shape)
 
 
 _Found = Sequence[tuple[Param, Decision]]

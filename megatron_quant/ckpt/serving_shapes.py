@@ -27,6 +27,25 @@ def shape_problem(found: _Found, dialect: str, tp: int) -> tuple[str, str] | Non
     return None
 
 
+def ragged_problem(found: _Found, dialect: str) -> tuple[str, str] | None:
+    """What no engine reads at any size, a weight whose last group is not whole; and the way out.
+
+    compressed-tensors itself refuses it, vLLM and SGLang assert, and the packers of GPTQ and AWQ
+    have no place for it.
+    """
+    for param, decision in found:
+        fmt = decision.weights
+        assert fmt is not None
+        if fmt.name not in GROUP_SIZES or fmt.group_size == CHANNEL:
+            continue
+        for source in param.sources:
+            if source.shape[1] % fmt.group_size:
+                what = f"{source.module}: its {source.shape[1]} inputs end inside a group of "
+                same = [p for p, d in found if d.weights == fmt]
+                return f"{what}{fmt.group_size}", _instead(same, fmt, dialect, 1)
+    return None
+
+
 def _problem(param: Param, fmt: Format, dialect: str, tp: int) -> str | None:
     for source in param.sources:
         rows, cols = _local(param, source, tp)

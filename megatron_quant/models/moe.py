@@ -12,12 +12,16 @@ from megatron_quant.models.config import Config
 from megatron_quant.models.stacks import Shapes, text_config
 
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(.+)")
-_ROUTER = re.compile(r"(.*)\.(router(\..+)?|gate\.(weight|bias|e_score_correction_bias))")
+_ROUTER = re.compile(
+    r"(.*?)\.(router(\..+)?|router_bias|expert_bias|e_score_correction_bias|moe_statics\..+"
+    r"|gate\.(wg\.)?(weight|bias|expert_bias|e_score_correction_bias))"
+)
+"""A router's tensors; its bias lies in it or beside it (LFM2-MoE, AFMoE, Ling, MiniMax, Ernie)."""
 _LINEARS = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"})
 """Linears of an expert, as checkpoints name them."""
-_KNOWN = re.compile(r"(.*\.)?shared_experts?\..+|(.*\.)?shared_expert_gate\.weight")
+_KNOWN = re.compile(r"(.*\.)?shared?_experts?\..+|(.*\.)?shared_expert_gate\.weight")
 """Of names with ``expert`` in them those that are no routed expert's."""
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)

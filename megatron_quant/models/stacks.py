@@ -60,6 +60,38 @@ _LAYOUTS = {
 }
 
 
+_EITHER = ("qwen3_vl_moe", "qwen3_vl_moe_text")
+"""Of which the hub has [E, H, 2I] and [E, I, H], and transformers saves [E, 2I, H], [E, H, I]."""
+
+
+def _turned(config: Config, shapes: Shapes) -> dict[str, bool]:
+    """Module of a layer's stacks -> whether they are transposed, as their shapes say together.
+
+    Raises ArchitectureError where they do not say.
+    """
+    text = text_config(config)
+    hidden, inner = text.get("hidden_size"), text.get("moe_intermediate_size")
+    if not isinstance(hidden, int) or not isinstance(inner, int):
+        return {}
+    plain = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+    found: dict[str, set[bool]] = {}
+    for name, shape in shapes.items():
+        match = _STACK.fullmatch(name)
+        if match is None or match[3] or match[2] not in plain:
+            continue
+        wanted, own = plain[match[2]], tuple(shape[1:])
+        fits = {turned for turned in (False, True) if own == (wanted[::-1] if turned else wanted)}
+        found[match[1]] = found.get(match[1], {False, True}) & fits
+    for module, fits in found.items():
+        if len(fits) != 1:
+            raise ArchitectureError(
+                f"{module}: the shapes of its stacks do not tell rows from columns where "
+                f"hidden_size is {hidden} and moe_intermediate_size {inner} in config.json; "
+                "correct config.json, or store single experts"
+            )
+    return {module: fits.pop() for module, fits in found.items()}
+
+
 def text_config(config: Config) -> Config:
     """The part of config.json that describes the text decoder."""
     text = config.get("text_config")
@@ -72,12 +104,14 @@ def unstack(config: Config, shapes: Shapes) -> dict[str, View]:
     Raises ArchitectureError for a stack whose shape does not tell its rows from its columns.
     """
     kinds = {text_config(config).get("model_type"), config.get("model_type")}
-    layout = next((lay for kind, lay in _LAYOUTS.items() if kind in kinds), _Layout())
+    known = next((lay for kind, lay in _LAYOUTS.items() if kind in kinds), _Layout())
+    turned = _turned(config, shapes) if kinds & set(_EITHER) else {}
     views: dict[str, View] = {}
     for name, shape in shapes.items():
         match = _STACK.fullmatch(name)
         if match is None:
             continue
+        layout = _Layout(turned[match[1]]) if match[1] in turned else known
         _check(name, shape, match, config, layout)
         for expert in range(shape[0]):
             views.update(_of_expert(name, shape, match, expert, layout))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config
+from megatron_quant.models.dense import dense_role
 from megatron_quant.models.moe import Block, blocks
 from megatron_quant.models.registry import ARCHITECTURES, lookup
 from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
@@ -17,7 +18,7 @@ from megatron_quant.models.stacks import Shapes, View, text_config, unstack
 
 _EMBEDDING = "embed_tokens.weight"
 _FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj")),
     ("gate_up_proj", ("gate_proj", "up_proj")),
     ("gate_up_proj", ("w1", "w3")),
     ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
@@ -33,8 +34,6 @@ _ROW = ("o_proj", "down_proj", "w2", "out_proj")
 _KINDS: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"(.*[._])?norm\d*(_\d+)?\.(weight|bias)|.*layernorm(_\d+)?\.weight"), Role.NORM),
     (re.compile(r".*[._]bias|bias"), Role.BIAS),
-    (re.compile(r".*\bshared_expert_gate\.weight"), Role.ROUTER),
-    (re.compile(r"per_layer_.*|linear_attn\.in_proj_(a|b|ba)\.weight"), Role.OTHER),
 )
 """Tensors of a layer, by their names in it; of what is left matrices are linears."""
 
@@ -214,6 +213,8 @@ def _of_layer(config: Config, layer: str, shapes: Shapes) -> Iterator[Param]:
 
 
 def _role(name: str, shape: tuple[int, ...]) -> Role:
+    if (dense := dense_role(name)) is not None:
+        return dense
     for pattern, role in _KINDS:
         if pattern.fullmatch(name):
             return role

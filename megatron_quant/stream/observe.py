@@ -36,7 +36,8 @@ class Watched:
 class InputAmax(TorchDispatchMode):
     """While active: the largest magnitude of the inputs of each watched weight.
 
-    seen: key -> fp32 []; a weight that was given nothing, or zeros alone, has none.
+    seen: key -> fp32 []; a weight that was given nothing has none. Nor has one of a stack that
+        was given zeros alone: some models give these for tokens that go to other experts.
     """
 
     def __init__(self, watched: Iterable[Watched]) -> None:
@@ -71,8 +72,8 @@ class InputAmax(TorchDispatchMode):
         parts = [x] if count == 1 else list(x.unbind(0))
         assert len(parts) == count, (x.shape, w.shape, keys[0])
         for key, part in zip(keys[first : first + count], parts, strict=True):
-            self._add(key, amax(part))
+            self._add(key, amax(part), alone=len(keys) == 1)
 
-    def _add(self, key: str, found: torch.Tensor) -> None:
-        if found != 0:  # of experts that a token is not routed to, some models zero the input
+    def _add(self, key: str, found: torch.Tensor, alone: bool) -> None:
+        if found != 0 or alone:
             self.seen[key] = torch.maximum(self.seen.get(key, found), found)

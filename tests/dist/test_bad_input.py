@@ -101,8 +101,10 @@ def test_an_int4_word_that_tensor_parallelism_cuts(
 ) -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6}
     narrow = config_of(source, tmp_path / "narrow", **heads)
-    argv = quantize_argv(narrow, tmp_path / "out", export_quant_cfg="int4")
-    said = refused(ranks, tmp_path, argv)
+    weights = "{format: int4, group_size: channel}"
+    (tmp_path / "int4.yaml").write_text(f"rules: [{{{ALL}, weights: {weights}}}]")
+    recipe = {"export_quant_cfg": str(tmp_path / "int4.yaml"), "export_format": "gptq"}
+    said = refused(ranks, tmp_path, quantize_argv(narrow, tmp_path / "out", **recipe))
     assert "o_proj.weight: --tp 2 cuts its 24 inputs among 8" in said
     assert "choose another --tp, or exclude the weight" in said
 

@@ -17,9 +17,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def run(source: Path, out: Path, **changes: object) -> Streamed:
-    """``source`` streamed into ``out``: weights alone, in the recipe int8_group unless said."""
+    """``source`` streamed into ``out``: weights alone, in the recipe fp8_channel unless said."""
     options = {
-        "export_quant_cfg": "int8_group",
+        "export_quant_cfg": "fp8_channel",
         "export_format": "compressed-tensors",
         "weight_only": True,
         **changes,

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_quant.api.export import ExportOptions, reexport
 from megatron_quant.ckpt.beside import beside
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.reader import open_directory
 from megatron_quant.ckpt.verify import verify
+from megatron_quant.cli.console import Phases, console
+from megatron_quant.dist import Groups
 from tests.dist import checkpoints
 from tests.unit import hf_models, sources
 from tests.unit.sources import WEIGHTS
@@ -147,7 +150,7 @@ def test_an_export_has_them_in_their_folders(moe: Path, tmp_path: Path) -> None:
 def test_a_statement_nested_in_the_config_is_found_and_none_stays(tmp_path: Path) -> None:
     source = hf_models.save("gemma4", tmp_path / "source")
     first = tmp_path / "first"
-    sources.run(source, first, export_quant_cfg="int8_group")
+    sources.run(source, first)
     config = json.loads((first / "config.json").read_text())
     statement = config.pop("quantization_config")
     for key in ("quantization_config", "compression_config"):
@@ -159,3 +162,21 @@ def test_a_statement_nested_in_the_config_is_found_and_none_stays(tmp_path: Path
         again = sources.config(tmp_path / key)
         assert again["quantization_config"]["format"] == "mxfp4-pack-quantized"
         assert key not in again["text_config"]
+
+
+def test_an_fp8_layer_for_speculation_is_rewritten_with_its_scales(tmp_path: Path) -> None:
+    source = hf_models.save("deepseek_v3", tmp_path / "source")
+    first, out = tmp_path / "first", tmp_path / "out"
+    fp8 = {"export_quant_cfg": "fp8_block", "export_format": "fp8", "weight_only": False}
+    sources.run(source, first, **fp8)
+    name, scale = "model.layers.2.eh_proj.weight", torch.tensor([[0.5]])
+    codes = torch.ones(64, 128).to(torch.float8_e4m3fn)
+    sources.edit(first, lambda t: {**t, name: codes, f"{name}_scale_inv": scale})
+    sources.index(first, {WEIGHTS: sources.tensors(first)})
+    sources.config(first, num_nextn_predict_layers=1)
+    reexport(ExportOptions(first, out, "compressed-tensors"), Groups(), Phases(console()))
+    found = sources.tensors(out)
+    assert torch.equal(found[name].float(), codes.float())
+    assert torch.equal(found[f"{name}_scale"], scale)
+    assert "model.layers.2.eh_proj" in QuantizedCheckpoint(out).modules
+    assert not verify(out, first).problems

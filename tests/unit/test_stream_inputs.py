@@ -24,8 +24,9 @@ from megatron_quant.errors import CalibrationError, CheckpointError, QuantError
 from megatron_quant.stream.observe import InputAmax, Watched
 from tests.dist import checkpoints
 from tests.dist.command import command
-from tests.unit import hf_models
+from tests.unit import hf_models, sources
 
+UP = "model.layers.0.mlp.up_proj.weight"
 LAYERS = {"qwen3_moe": "model.layers.0.mlp", "gemma4": "model.language_model.layers.0"}
 
 
@@ -189,3 +190,12 @@ def test_the_command_reports_what_was_measured(gemma4: Path, tmp_path: Path) -> 
     assert "expert weights saw no token and took" in ended.out and "verified: 65" in ended.out
     found = json.loads(report.read_text())
     assert len(found["cold_experts"]) == 8 and len(found["input_amax"]) == 8
+
+
+def test_a_layer_that_is_given_zeros_alone_has_scale_one(tmp_path: Path) -> None:
+    source = checkpoints.save("qwen3", tmp_path / "source")
+    sources.edit(source, lambda t: t | {UP: torch.zeros_like(t[UP])})
+    run(source, tmp_path / "out", export_format="compressed-tensors")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.layers.0.mlp.down_proj.input_global_scale"].item() == 1
+    assert stored["model.layers.1.mlp.down_proj.input_global_scale"].item() != 1

@@ -78,6 +78,14 @@ def run(source: Path, out: Path, **changes: object) -> Path:
     return out
 
 
+def in_groups(directory: Path, name: str) -> str:
+    """A recipe with groups of 32, which rows of these models fill."""
+    path = directory / f"{name}.yaml"
+    weights = f"{{format: {name}, group_size: 32}}"
+    path.write_text(f"rules: [{{quantize: ['*'], weights: {weights}}}]")
+    return str(path)
+
+
 def experts_of(name: str, tensors: dict[str, torch.Tensor], expert: int) -> dict[str, torch.Tensor]:
     """gate, up and down of an expert, [N, K], as the model's own forward uses what is stored."""
     at = EXPERTS[name]
@@ -132,6 +140,7 @@ def test_the_export_verifies_and_says_what_is_excluded(model, tmp_path: Path) ->
 def test_decoding_by_blocks_of_rows_is_decoding(
     gemma4: Path, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recipe = in_groups(tmp_path, recipe) if recipe == "int8_group" else recipe
     out = run(gemma4, tmp_path / "out", export_quant_cfg=recipe, export_format="compressed-tensors")
     monkeypatch.setattr("megatron_quant.ckpt.views._ROWS", 128)
     monkeypatch.setattr("megatron_quant.ckpt.views._ELEMENTS", 1)
@@ -166,13 +175,12 @@ def test_tensors_of_another_dtype_keep_it(gemma4: Path, tmp_path: Path) -> None:
 
 
 def test_an_export_is_rewritten_in_another_dialect(gemma4: Path, tmp_path: Path) -> None:
-    out = run(gemma4, tmp_path / "out", export_quant_cfg="int4", export_format="gptq")
+    int4 = in_groups(tmp_path, "int4")
+    out = run(gemma4, tmp_path / "out", export_quant_cfg=int4, export_format="gptq")
     again = tmp_path / "again"
     argv = ["export", str(out), "--export-dir", str(again)]
     assert command(*argv, "--export-format", "compressed-tensors").status == 0
-    direct = run(
-        gemma4, tmp_path / "ct", export_quant_cfg="int4", export_format="compressed-tensors"
-    )
+    direct = run(gemma4, tmp_path / "ct", export_quant_cfg=int4, export_format="compressed-tensors")
     for path in direct.iterdir():
         if path.name != MANIFEST:  # which says of what it was made
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
@@ -285,7 +293,7 @@ def test_neither_megatron_nor_modelopt_is_imported(gemma4: Path, tmp_path: Path)
         "import sys\n"
         "from megatron_quant.cli.main import main\n"
         f"status = main(['quantize', '--stream', '--hf-model-id', {str(gemma4)!r}, "
-        f"'--export-quant-cfg', 'int4', '--dry-run'])\n"
+        f"'--export-quant-cfg', 'mxfp8', '--dry-run'])\n"
         "heavy = {'megatron', 'transformer_engine', 'modelopt', 'transformers'}\n"
         "sys.exit(status or sorted(heavy & set(sys.modules)) or 0)"
     )

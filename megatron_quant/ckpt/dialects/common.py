@@ -17,6 +17,8 @@ FUSED = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
     "v_proj": "qkv_proj",
+    "index_q_proj": "qkv_proj",
+    "index_k_proj": "qkv_proj",
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
     "q_a_proj": "fused_qkv_a_proj",

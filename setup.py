@@ -83,7 +83,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_quant", "megatron_quant.*"]),
-    package_data={"megatron_quant": ["configs/*.yaml"]},
+    package_data={"megatron_quant": ["configs/*.yaml", "py.typed"]},
     ext_modules=[NATIVE],
     install_requires=REQUIRED,
     extras_require=EXTRAS,

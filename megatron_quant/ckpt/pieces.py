@@ -31,6 +31,10 @@ class Scheme:
             return [source.name]
         return [f"{source.module}.{s.suffix}" for s in self.stored]
 
+    def stored_of(self, field: str) -> Stored | None:
+        """What carries ``field``; None where nothing of it is stored."""
+        return next((s for s in self.stored if s.field == field), None)
+
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
         """Their shapes, for a weight of ``shape``."""
         return _shapes(self, shape)

@@ -99,7 +99,9 @@ def _encoded(
     assert weights is not None
     dscale = None
     if weights.tensor_scale:
-        dscale = _dscale(weight_amax, weights, f"the weight {source.name}").to(w_NK.device)
+        stored = part.target.scheme.stored_of(weights.fields[-1].name)
+        what = f"the weight {source.name}"
+        dscale = _dscale(weight_amax, weights, what, stored).to(w_NK.device)
     _check_stat(part, weights, block_stat)
     start = part.region.start
     return encode(w_NK, weights, dscale, block_stat, (start[0], start[1]))
@@ -116,13 +118,15 @@ def _pseudo_fields(
     part: Part, weight_amax: torch.Tensor | None, input_amax: torch.Tensor | None
 ) -> Fields:
     source, scheme = part.target.source, part.target.scheme
-    names, fields = {stored.field for stored in scheme.stored}, {}
-    if SHAPE in names:
+    fields = {}
+    if scheme.stored_of(SHAPE) is not None:
         fields[SHAPE] = torch.tensor(source.shape)
-    if WEIGHT_SCALE in names:
-        fields[WEIGHT_SCALE] = _dscale(weight_amax, get_format("fp8"), f"the weight {source.name}")
+    if (stored := scheme.stored_of(WEIGHT_SCALE)) is not None:
+        what = f"the weight {source.name}"
+        fields[WEIGHT_SCALE] = _dscale(weight_amax, get_format("fp8"), what, stored)
     if scheme.inputs is not None and scheme.inputs.tensor_scale:
-        fields[INPUT_SCALE] = _dscale(input_amax, scheme.inputs, f"the inputs of {source.module}")
+        stored, what = scheme.stored_of(INPUT_SCALE), f"the inputs of {source.module}"
+        fields[INPUT_SCALE] = _dscale(input_amax, scheme.inputs, what, stored)
     return fields
 
 
@@ -165,19 +169,28 @@ def _cells_each(stored: Stored, field: Field, shape: tuple[int, ...]) -> tuple[i
     return tuple(count for count, _ in counts)
 
 
-def _dscale(amax: torch.Tensor | None, fmt: Format, what: str) -> torch.Tensor:
+def _dscale(
+    amax: torch.Tensor | None, fmt: Format, what: str, stored: Stored | None
+) -> torch.Tensor:
     if amax is None:
         raise CalibrationError(f"{what} have no amax, which {fmt.name} needs; calibrate first")
     value = amax.item()
     if not isfinite(value):
         raise CalibrationError(f"the amax of {what} is {value}; look for NaN in the model")
-    return _scale_of(value, fmt)
+    return _scale_of(value, fmt, stored)
 
 
 @lru_cache(maxsize=16384)
-def _scale_of(amax: float, fmt: Format) -> torch.Tensor:
-    """The same for all experts that share it; not to be changed."""
-    return tensor_scale(torch.tensor(amax), fmt)
+def _scale_of(amax: float, fmt: Format, stored: Stored | None) -> torch.Tensor:
+    """The same for all experts that share it; not to be changed.
+
+    It is the value that readers of ``stored`` get. Where a dialect stores the inverse, one scale
+    in six does not survive the way there and back, and its neighbour that does is taken: codes
+    are then made with the scale that decodes them. (A third inverse is the first again, for every
+    fp32 mantissa, so once is enough.)
+    """
+    scale = tensor_scale(torch.tensor(amax), fmt)
+    return scale if stored is None else stored.from_disk(stored.to_disk(scale)).reshape(())
 
 
 def _check_scale(piece: Piece, value: torch.Tensor, weights: Format) -> None:

@@ -69,9 +69,12 @@ def expected(target: Target) -> dict[str, torch.Tensor]:
     w, scheme = world.weights()[target.source.name], target.scheme
     fields = {PLAIN: w, SHAPE: torch.tensor(w.shape)}
     if scheme.weights is not None:
-        scaled = scheme.weights.tensor_scale
-        amax = world.weight_amax(target.param)
-        fields |= encode(w, scheme.weights, tensor_scale(amax, scheme.weights) if scaled else None)
+        dscale = None
+        if scheme.weights.tensor_scale:
+            dscale = tensor_scale(world.weight_amax(target.param), scheme.weights)
+            if any(entry.name.endswith("weight_global_scale") for entry in target.entries):
+                dscale = dscale.reciprocal().reciprocal()  # what readers of a divisor get
+        fields |= encode(w, scheme.weights, dscale)
     if scheme.inputs is not None:
         amax = torch.tensor(3.0 + (target.param.layer or 0))
         fields[INPUT_SCALE] = tensor_scale(amax, scheme.inputs)

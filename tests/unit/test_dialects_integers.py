@@ -319,6 +319,8 @@ def test_mixtures_that_are_refused():
         AWQ.quantization_config(mixed(int4, asym))
     with pytest.raises(FormatError, match="auto-round packs a checkpoint in one way"):
         ROUND.quantization_config(mixed(int4, asym))
+    with pytest.raises(FormatError, match="auto-round reads one microscaling format"):
+        ROUND.quantization_config(mixed(get_format("mxfp4"), get_format("mxfp8")))
 
 
 @pytest.mark.parametrize("dialect", [GPTQ, AWQ, ROUND, get_dialect("fp8")])

@@ -143,10 +143,16 @@ def _settings(fmt: ModuleFormat) -> dict[str, Any]:
 def _refuse_mixtures(formats: list[ModuleFormat]) -> None:
     base = formats[0]
     for other in formats[1:]:
+        both = f"{describe(base)} and {describe(other)}"
         if _PACKINGS[other.weights.name] != _PACKINGS[base.weights.name]:
             raise FormatError(
-                f"auto-round packs a checkpoint in one way, but {describe(base)} and "
-                f"{describe(other)} need two; use one of them, or export compressed-tensors"
+                f"auto-round packs a checkpoint in one way, but {both} need two; use one of them, "
+                "or export compressed-tensors"
+            )
+        if _PACKINGS[base.weights.name] == MX:  # read as one scheme of the whole checkpoint
+            raise FormatError(
+                f"auto-round reads one microscaling format a checkpoint, not {both}; use one of "
+                "them, or export compressed-tensors"
             )
 
 

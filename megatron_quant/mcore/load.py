@@ -10,14 +10,22 @@ from torch import nn
 
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.reader import Weights, fill
-from megatron_quant.dist import Groups, together
-from megatron_quant.errors import CheckpointError
+from megatron_quant.dist import Groups, gather, together
+from megatron_quant.errors import ArchitectureError, CheckpointError
 from megatron_quant.formats import amax
 from megatron_quant.mcore.build import build_model
-from megatron_quant.mcore.locate import LAYER, LocalParam, check_model, local_params
+from megatron_quant.mcore.check import check_model, check_place
+from megatron_quant.mcore.locate import LAYER, VOCABULARY, LocalParam, local_params
 from megatron_quant.mcore.parallel import megatron_layout, shards, start_megatron
-from megatron_quant.models import Architecture, copies, num_experts
-from megatron_quant.models.spec import Copy, Param
+from megatron_quant.mcore.settings import check_settings
+from megatron_quant.models import (
+    Architecture,
+    copies,
+    num_experts,
+    num_layers,
+    padded_vocab,
+)
+from megatron_quant.models.spec import Copy, Param, Role
 
 
 @dataclass(frozen=True)
@@ -57,25 +65,70 @@ class Model:
 
 
 def wrap_model(
-    module: GPTModel | Sequence[GPTModel],
+    module: nn.Module | Sequence[nn.Module],
     architecture: Architecture,
     hf_config: Mapping[str, Any],
     groups: Groups,
 ) -> Model:
     """A GPTModel that lives in Megatron's present process groups, as this library sees it.
 
-    module: this rank's part of it; its chunks in order where it has virtual pipeline stages.
+    module: this rank's part of it; its chunks in order where it has virtual pipeline stages. What
+    wraps them (Float16Module, DistributedDataParallel) is looked through.
 
-    Collective. Raises ArchitectureError where the model's parameters are not the table's.
+    Collective. Raises ArchitectureError, on every rank alike and before anything is changed, where
+    the model's settings, layers, parameters or shapes are not those of the config. The vocabulary
+    may be padded to any number of rows.
     """
+    given = (module,) if isinstance(module, nn.Module) else tuple(module)
+    described = architecture.megatron_config(hf_config)
+    chunks = together(groups, lambda: tuple(_checked(chunk, described) for chunk in given))
     params = architecture.params(hf_config)
-    chunks = (module,) if isinstance(module, nn.Module) else tuple(module)
     layout = megatron_layout(groups, num_experts(params), chunks)
-    local = local_params(params, layout, groups.rank)
+    together(groups, lambda: check_place(chunks, layout, num_layers(params)))
+    params = _padded(params, chunks, layout, groups)
+    local = together(groups, lambda: local_params(params, layout, groups.rank))
     together(groups, lambda: check_model(chunks, local))
     return Model(
         chunks, params, tuple(local), layout, replace(groups, shards=shards(groups.device))
     )
+
+
+def _checked(wrapped: nn.Module, described: Mapping[str, Any]) -> GPTModel:
+    chunk = _unwrapped(wrapped)
+    check_settings(chunk.config, described)
+    return chunk
+
+
+def _unwrapped(chunk: nn.Module) -> GPTModel:
+    while not isinstance(chunk, GPTModel):
+        inner = getattr(chunk, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise ArchitectureError(
+                f"{type(chunk).__name__} is no GPTModel of megatron-core and wraps none: give the "
+                "language model alone"
+            )
+        chunk = inner
+    return chunk
+
+
+def _padded(
+    params: tuple[Param, ...], chunks: Sequence[GPTModel], layout: Layout, groups: Groups
+) -> tuple[Param, ...]:
+    """``params`` whose vocabularies have as many rows as the live model gives them. Collective."""
+    named = [dict(chunk.named_parameters()) for chunk in chunks]
+    own = {len(held[name]) for held in named for name in VOCABULARY if name in held}
+    found = sorted({rows * layout.tp_size for of_rank in gather(own, groups) for rows in of_rank})
+    vocab = next(p.shape[0] for p in params if p.role is Role.EMBEDDING)
+    if len(found) != 1 or found[0] < vocab:
+        raise ArchitectureError(
+            f"the Megatron model's vocabulary has {' or '.join(map(str, found))} rows, its padding "
+            f"included, and config.json a vocab_size of {vocab}: give the config.json of this very "
+            "model"
+        )
+    if found[0] == padded_vocab(vocab, layout.tp_size):
+        return params
+    ends = (Role.EMBEDDING, Role.OUTPUT)
+    return tuple(replace(p, padded=found[0]) if p.role in ends else p for p in params)
 
 
 def empty_model(

@@ -9,12 +9,14 @@ from torch import nn
 
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.regions import regions
-from megatron_quant.errors import ArchitectureError
 from megatron_quant.layers.install import LocalWeight
 from megatron_quant.models.spec import Domain, Param, Stage
 
 LAYER = re.compile(r"(?<=\blayers\.)\d+")
 """The number of a layer in the name of what it owns."""
+_OUTPUT = "output_layer.weight"
+VOCABULARY = ("embedding.word_embeddings.weight", _OUTPUT)
+"""Parameters with a row for each token, as a chunk has them."""
 
 
 @dataclass(frozen=True)
@@ -68,40 +70,8 @@ def _local_params(params: Sequence[Param], layout: Layout, rank: int) -> Iterato
 
 def _name_in_chunk(param: Param, layout: Layout, pp: int, chunk: int) -> str:
     if param.stage is Stage.ENDS and pp > 0:
-        return "output_layer.weight"  # the last stage has the embedding as its output layer alone
+        return _OUTPUT  # the last stage has the embedding as its output layer alone
     if param.layer is None or not layout.stages:
         return param.name
     number = layout.stages[pp][chunk].index(param.layer)
     return LAYER.sub(str(number), param.name, count=1)
-
-
-_NORMED_QUERIES = ".self_attention.linear_q_proj.layer_norm_weight"
-"""What releases from 0.19 on give latent attention whose queries are not compressed."""
-
-
-def check_model(chunks: Sequence[nn.Module], local: Sequence[LocalParam]) -> None:
-    """Raise ArchitectureError unless the parameters of this rank's chunks are exactly ``local``."""
-    for number, chunk in enumerate(chunks):
-        _check_chunk(chunk, [p for p in local if p.chunk == number])
-
-
-def _check_chunk(chunk: nn.Module, local: Sequence[LocalParam]) -> None:
-    named = {name for name, _ in chunk.named_parameters()}
-    expected = {p.name for p in local if not p.param.fp32}
-    extra = sorted(named - expected)
-    if any(name.endswith(_NORMED_QUERIES) for name in extra):
-        raise ArchitectureError(
-            "q_lora_rank=None in config.json: this megatron-core release normalizes the inputs of "
-            "such queries twice, the model once; use megatron-core 0.16, or --stream"
-        )
-    if extra:
-        raise ArchitectureError(
-            f"the Megatron model has a parameter {extra[0]} that its table does not describe "
-            f"({len(extra)} in all): this megatron-core release differs, report it"
-        )
-    named |= {name for name, _ in chunk.named_buffers()}
-    if missing := sorted({p.name for p in local} - named):
-        raise ArchitectureError(
-            f"the Megatron model has no parameter {missing[0]} ({len(missing)} missing in all): "
-            "build it with the Transformer Engine layer spec and grouped experts"
-        )

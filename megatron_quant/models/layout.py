@@ -55,7 +55,8 @@ def local_shape(param: Param, rank: int, size: int) -> tuple[int, ...]:
         _require(_FLAGS[param.domain], size, param.shape[1], f"the columns of {param.name}")
         return (param.shape[0], param.shape[1] // size)
     if param.role in (Role.EMBEDDING, Role.OUTPUT):
-        return (padded_vocab(param.shape[0], size) // size, *param.shape[1:])
+        padded = param.padded or padded_vocab(param.shape[0], size)
+        return (padded // size, *param.shape[1:])
     for source in param.sources:
         rows = param.groups or source.shape[0]
         what = f"the query groups of {param.name}" if param.groups else f"the rows of {source.name}"

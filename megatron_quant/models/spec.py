@@ -103,6 +103,8 @@ class Param:
     fused: names what engines make of it together with other parameters, all of which then share
         format and scales; empty where they leave it alone.
     fp32: it stays in float32, whatever the dtype of the model; such are buffers in Megatron.
+    padded: rows of a vocabulary in a live model, its padding included; 0 for the next multiple of
+        the shards. No file has the padding.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Param:
     stage: Stage = Stage.LAYER
     fused: str = ""
     fp32: bool = False
+    padded: int = 0
 
     @property
     def module(self) -> str:

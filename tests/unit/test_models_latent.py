@@ -183,7 +183,7 @@ def test_gated_delta_nets_are_streamed(name: str) -> None:
 
 def with_normed_queries() -> None:
     """A layer as megatron-core 0.19 builds it."""
-    from megatron_quant.mcore.locate import check_model
+    from megatron_quant.mcore.check import check_model
 
     model = torch.nn.Module()
     model.register_parameter("layer_norm_weight", torch.nn.Parameter(torch.ones(1)))

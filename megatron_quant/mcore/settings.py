@@ -1,0 +1,97 @@
+"""What a live model's TransformerConfig must say for its weights to mean what the tables say.
+
+Some settings change the order, the names or the mathematics of weights and no shape: they would
+be exported wrongly without a word. Only values that this library knows are let through.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_quant.errors import ArchitectureError
+
+_NAMES = "gives the weights other names"
+_ROWS = "orders the rows of linear_fc1 in another way"
+_FUSER = "multiplies without the modules that carry quantizers"
+_OTHER_MODEL = "computes what no supported Hugging Face model does"
+
+# Megatron-Core 0.16 to 0.19. Name -> (values that are let through, what others do).
+KNOWN: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    # the order of weights, and of what is in them
+    "moe_mlp_glu_interleave_size": ((None,), _ROWS),
+    "moe_shared_expert_glu_interleave_size": ((None,), _ROWS),
+    "rotary_interleaved": ((False,), "orders the rows of q and k in another way"),
+    "layernorm_zero_centered_gamma": ((False,), "stores the weights of norms less 1"),
+    "attention_output_gate": ((False,), "puts a gate among the rows of linear_qkv"),
+    # where weights are
+    "moe_single_grouped_weight": ((False,), "leaves a grouped linear no weight of each expert"),
+    "moe_single_grouped_bias": ((False,), "leaves a grouped linear no bias of each expert"),
+    "mla_down_proj_fusion": ((False,), "makes one linear of q_a_proj and kv_a_proj"),
+    "use_grouped_gemm_for_dense_mlp": ((False,), _NAMES),
+    "use_grouped_gemm_for_shared_expert": ((False,), _NAMES),
+    "moe_use_legacy_grouped_gemm": ((False,), _NAMES),
+    "heterogeneous_block_specs": ((False,), "gives layers shapes of their own"),
+    "mtp_num_layers": ((None, 0), "adds layers that predict further tokens (MTP)"),
+    # what is computed with them
+    "use_transformer_engine_op_fuser": ((False,), _FUSER),
+    "use_inference_optimized_layers": ((False,), _FUSER),
+    "use_kitchen": ((False,), "rounds what quantizers gave again"),
+    "use_mup": ((False,), _OTHER_MODEL),
+    "moe_apply_probs_on_input": ((False,), _OTHER_MODEL),
+    "moe_latent_size": ((None,), _OTHER_MODEL),
+    "moe_router_force_biased": ((None,), "routes at random"),
+    "moe_router_force_load_balancing": ((False,), "routes at random"),
+    "apply_residual_connection_post_layernorm": ((False,), _OTHER_MODEL),
+    "qk_l2_norm": ((False,), _OTHER_MODEL),
+    "no_rope_freq": ((None,), _OTHER_MODEL),
+    "softmax_scale": ((None,), _OTHER_MODEL),
+    "experimental_attention_variant": ((None,), _OTHER_MODEL),
+    "linear_attention_freq": ((None,), _OTHER_MODEL),
+    "is_hybrid_model": ((False,), _OTHER_MODEL),
+}
+# Settings that config.json decides, where equal shapes can hide that they differ; and what they are
+# where the table of an architecture does not speak of them.
+_DECIDED: Mapping[str, Any] = {
+    "num_attention_heads": None,
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": None,
+    "gated_linear_unit": True,
+    "activation_func": None,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "softmax_type": "vanilla",
+    "num_moe_experts": None,
+}
+_OF_EXPERTS = ("moe_router_topk", "moe_router_score_function")
+_OF_GROUPED_QUERIES = ("num_query_groups", "kv_channels")
+_OF_LATENTS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+
+
+def check_settings(config: Any, described: Mapping[str, Any]) -> None:
+    """Raise ArchitectureError for a value of a TransformerConfig that the tables do not know.
+
+    described: what ``Architecture.megatron_config`` makes of the model's config.json.
+    """
+    for name, (allowed, why) in KNOWN.items():
+        value = getattr(config, name, allowed[0])
+        if not any(value is known or value == known for known in allowed):
+            raise ArchitectureError(
+                f"{name}={_spelled(value)} in the TransformerConfig {why}, which this library does "
+                f"not export: build the model with {name}={allowed[0]}"
+            )
+    latent = described.get("multi_latent_attention", False)
+    for name in (*_DECIDED, *_OF_EXPERTS, *(_OF_LATENTS if latent else _OF_GROUPED_QUERIES)):
+        if name in described or name in _DECIDED:
+            _check_decided(name, getattr(config, name), described.get(name, _DECIDED.get(name)))
+
+
+def _check_decided(name: str, value: Any, described: Any) -> None:
+    if value != described and _spelled(value) != _spelled(described):
+        raise ArchitectureError(
+            f"{name}={_spelled(value)} in the TransformerConfig, and config.json makes it "
+            f"{_spelled(described)}: give the config.json of this very model"
+        )
+
+
+def _spelled(value: Any) -> str:
+    """Functions by name: one activation has several definitions."""
+    return str(getattr(value, "__name__", value)) if callable(value) else repr(value)

@@ -1,0 +1,223 @@
+"""Models that somebody else's script built: any padding of the vocabulary, wrapped or not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_quant.errors import ArchitectureError
+from tests.dist import checkpoints, saved
+from tests.dist.pool import Ranks
+from tests.dist.test_layouts import digests
+
+# 258 tokens: Megatron-LM makes 384, 512 and 512 rows of them. At tp 4 the third rank has two rows
+# and the last one has none.
+SIZES = {"num_experts": 4, "moe_intermediate_size": 128, "mlp_only_layers": [1]}
+RECIPE = "w4a16_nvfp4"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save("qwen3_moe", tmp_path_factory.mktemp("source"), **SIZES)
+
+
+@pytest.fixture(scope="module")
+def streamed(source: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
+    """The same weights exported from the Hugging Face folder, without any model."""
+    out = tmp_path_factory.mktemp("streamed") / "out"
+    flags = {"export_quant_cfg": RECIPE, "export_dir": str(out), "max_shard_size": "300KB"}
+    words = [w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", value)]
+    argv = ["quantize", "--stream", "--hf-model-id", str(source), *words]
+    (ended,) = ranks(1, saved.commands, [argv])[0]
+    assert ended.status == 0, ended.err
+    return out
+
+
+def export_live(source: Path, out: Path, module: Any) -> None:
+    """Quantize and export a live model, as docs/api.md does."""
+    import torch
+
+    from megatron_quant.api.quantize import producer
+    from megatron_quant.calib.calibrate import calibrate
+    from megatron_quant.ckpt.companions import companions
+    from megatron_quant.ckpt.dialects import get_dialect
+    from megatron_quant.ckpt.origin import Origin, recipe_digest, source_digest
+    from megatron_quant.ckpt.plan import plan_export
+    from megatron_quant.ckpt.slots import slots
+    from megatron_quant.ckpt.source import carry_over
+    from megatron_quant.ckpt.writer import export
+    from megatron_quant.mcore.attach import attach_model
+    from megatron_quant.mcore.load import wrap_model
+    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.models import lookup
+    from megatron_quant.recipes.load import load_recipe
+    from megatron_quant.recipes.resolve import resolve
+
+    hf_config = json.loads((source / "config.json").read_text())
+    model = wrap_model(module, lookup(hf_config), hf_config, start_distributed())
+    recipe = load_recipe(RECIPE)
+    plan = resolve(recipe, slots(model.params))
+    layers, cached = attach_model(model, plan)
+    calibrate(layers, plan, model.groups)
+    dialect = get_dialect("modelopt")
+    files = plan_export(model.params, plan, dialect, model.layout, torch.bfloat16, 300_000)
+    origin = Origin(recipe_digest(recipe), source_digest(source))
+    carried = carry_over(source)
+    beside = companions(hf_config, plan, dialect, torch.bfloat16, carried, origin)
+    export(files, model.groups, producer(model, layers, cached), out, beside)
+
+
+def build_and_export(source: Path, out: Path, tp: int, wrapped: bool) -> int:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    from tests.dist import bare
+
+    module = bare.filled(bare.built(source, tp, ep=tp), source)
+    rows = module.output_layer.weight.shape[0]
+    if wrapped:
+        config = module.config
+        half = Float16Module(config, module)
+        module = [DistributedDataParallel(config, DistributedDataParallelConfig(), half)]
+    export_live(source, out, module)
+    return rows
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(1, 384), (2, 256), (4, 128)])
+def test_padded_as_megatron_lm_does(
+    tp: int, rows: int, source: Path, streamed: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Every byte is that of the weights in the Hugging Face folder, wrapped or not."""
+    assert ranks(tp, build_and_export, source, tmp_path / "out", tp, tp == 2) == [rows] * tp
+    assert weights(tmp_path / "out") == weights(streamed)
+
+
+def weights(directory: Path) -> dict[str, str]:
+    """Digests of everything but the manifest, which also says where it all came from."""
+    found = {k: v for k, v in digests(directory).items() if "manifest" not in k}
+    assert len(found) > 6, found
+    return found
+
+
+def train_and_save(source: Path, stored: Path, again: Path) -> None:
+    """A hook's model at tp 2 saved as Megatron-LM saves it; one at tp 4 prepared from that."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+    from megatron.core import parallel_state as mpu
+
+    from megatron_quant.mcore.hooks import prepare
+    from tests.dist import bare
+
+    model = bare.filled(bare.built(source, 2, ep=1), source)
+    prepare([model], RECIPE, hf_model=str(source))
+    dp = mpu.get_data_parallel_group(with_context_parallel=True)
+    if dist.get_rank() == 0:
+        stored.mkdir()
+    dist.barrier()
+    dist_checkpointing.save(model.sharded_state_dict(metadata={"dp_cp_group": dp}), str(stored))
+    other = bare.built(source, 4, ep=4)
+    for parameter in other.parameters():
+        parameter.data.fill_(float("nan"))
+    prepare([other], RECIPE, stored, hf_model=str(source))
+    dp = mpu.get_data_parallel_group(with_context_parallel=True)
+    if dist.get_rank() == 0:
+        again.mkdir()
+    dist.barrier()
+    dist_checkpointing.save(other.sharded_state_dict(metadata={"dp_cp_group": dp}), str(again))
+
+
+def test_saved_and_loaded_with_other_paddings(
+    source: Path, streamed: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Saved with 512 rows, read into 512 rows that are cut otherwise, exported from 258."""
+    ranks(4, train_and_save, source, tmp_path / "one", tmp_path / "two")
+    argvs = [
+        ["export", "--megatron-load-path", str(tmp_path / name), "--hf-model-id", str(source)]
+        + ["--export-dir", str(tmp_path / f"{name}.out"), "--export-format", "modelopt"]
+        + ["--max-shard-size", "300KB", "--tp", "2"]
+        for name in ("one", "two")
+    ]
+    for of_rank in ranks(2, saved.commands, argvs):
+        assert [ended.status for ended in of_rank] == [0, 0], of_rank
+    for name in ("one", "two"):
+        assert weights(tmp_path / f"{name}.out") == weights(streamed)
+
+
+def wrap(source: Path, tp: int, change: str, value: Any, hf: dict[str, Any]) -> None:
+    """What becomes of a model with one setting that differs, under a config with others."""
+    import torch
+
+    from megatron_quant.mcore.load import wrap_model
+    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.models import lookup
+    from tests.dist import bare
+
+    module: Any = bare.built(source, tp, 1)
+    if change == "linear":
+        module = torch.nn.Linear(2, 2)
+    elif change:
+        setattr(module.config, change, value)
+    hf_config = json.loads((source / "config.json").read_text()) | hf
+    names = [type(m) for m in module.modules()]
+    try:
+        wrap_model(module, lookup(hf_config), hf_config, start_distributed())
+    finally:
+        assert [type(m) for m in module.modules()] == names
+
+
+# (setting of the model, its value, changes of config.json, what is said)
+REFUSED = [
+    ("", None, {"intermediate_size": 256}, "decoder.layers.1.mlp.linear_fc1.weight is (512, 128)"),
+    ("", None, {"moe_intermediate_size": 64}, "experts.linear_fc1.weight0 is (256, 128)"),
+    ("", None, {"vocab_size": 600}, "vocabulary has 512 rows, its padding included"),
+    ("", None, {"num_hidden_layers": 3}, "has 2 layers (0, 1), config.json says 3"),
+    ("", None, {"num_local_experts": 8}, "num_moe_experts=4 in the TransformerConfig, and"),
+    ("", None, {"num_key_value_heads": 2, "head_dim": 128}, "num_query_groups=4"),
+    ("", None, {"rms_norm_eps": 1e-5}, "layernorm_epsilon=1e-06 in the TransformerConfig, and"),
+    ("layernorm_zero_centered_gamma", True, {}, "stores the weights of norms less 1"),
+    ("rotary_interleaved", True, {}, "orders the rows of q and k in another way"),
+    ("activation_func", max, {}, "activation_func=max in the TransformerConfig"),
+    ("moe_mlp_glu_interleave_size", 32, {}, "moe_mlp_glu_interleave_size=None"),
+    ("mtp_num_layers", 1, {}, "mtp_num_layers=1 in the TransformerConfig adds layers"),
+    ("linear", None, {}, "Linear is no GPTModel"),
+]
+
+
+def all_refused(source: Path) -> list[str]:
+    said = []
+    for change, value, hf, _ in REFUSED:
+        try:
+            wrap(source, 2, change, value, hf)
+        except ArchitectureError as e:
+            said.append(str(e))
+    return said
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes(source: Path, ranks: Ranks) -> None:
+    for said in ranks(2, all_refused, source):
+        assert len(said) == len(REFUSED), said
+        for line, (*_, words) in zip(said, REFUSED, strict=True):
+            assert words in line and "\n" not in line
+
+
+def groups_of_its_own(source: Path) -> None:
+    """Built at tp 2, while Megatron's present groups are at tp 1."""
+    from megatron.core import parallel_state as mpu
+
+    from megatron_quant.mcore.load import wrap_model
+    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.models import lookup
+    from tests.dist import bare
+
+    module = bare.built(source, 2, 1)
+    hf_config = json.loads((source / "config.json").read_text())
+    mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(1)
+    wrap_model(module, lookup(hf_config), hf_config, start_distributed())
+
+
+def test_process_groups_that_megatron_does_not_know(source: Path, ranks: Ranks) -> None:
+    for error in ranks.errors(2, groups_of_its_own, source):
+        assert isinstance(error, ArchitectureError)
+        assert "built with a tp group of its own (rank 0 of 2)" in str(error)

@@ -40,12 +40,12 @@ def export_live(source: Path, out: Path, module: Any) -> None:
 
     from megatron_quant.api.quantize import producer
     from megatron_quant.calib.calibrate import calibrate
+    from megatron_quant.ckpt.beside import beside as found_beside
     from megatron_quant.ckpt.companions import companions
     from megatron_quant.ckpt.dialects import get_dialect
     from megatron_quant.ckpt.origin import Origin, recipe_digest, source_digest
     from megatron_quant.ckpt.plan import plan_export
     from megatron_quant.ckpt.slots import slots
-    from megatron_quant.ckpt.source import carry_over
     from megatron_quant.ckpt.writer import export
     from megatron_quant.mcore.attach import attach_model
     from megatron_quant.mcore.load import wrap_model
@@ -63,7 +63,7 @@ def export_live(source: Path, out: Path, module: Any) -> None:
     dialect = get_dialect("modelopt")
     files = plan_export(model.params, plan, dialect, model.layout, torch.bfloat16, 300_000)
     origin = Origin(recipe_digest(recipe), source_digest(source))
-    carried = carry_over(source)
+    carried = found_beside(source).carried
     beside = companions(hf_config, plan, dialect, torch.bfloat16, carried, origin)
     export(files, model.groups, producer(model, layers, cached), out, beside)
 

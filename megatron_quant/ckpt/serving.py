@@ -40,7 +40,7 @@ def check_serving(
     params: the model's logical parameters (fused); ``plan`` may be of them or of their sources.
     engine: one of ``ENGINES``; None refuses what no engine that reads the dialect can serve.
     tp: tensor-parallel size of the server, 1 where only an engine is given. Without either no
-        shapes are checked but for groups, which must fill a weight's rows.
+        shapes are checked.
     """
     if tp is not None and tp < 1:
         raise FormatError(f"--serve-tp is {tp}: give at least 1")
@@ -63,7 +63,7 @@ def obstacle(
 ) -> Obstacle | None:
     """The first thing that keeps ``engine`` from serving ``plan``; None where nothing is known.
 
-    tp: as for :func:`check_serving`; None looks for groups that are not whole alone.
+    tp: as for :func:`check_serving`; None looks at no shapes.
     """
     return next(_obstacles(plan, params, dialect, engine, tp), None)
 
@@ -82,7 +82,7 @@ def _obstacles(
     yield from _of_fused(params, decisions)
     found = [(p, d) for p in params if (d := decisions[p.sources[0].module]).quantized]
     sharded = tp is not None and engine in SHARDED
-    if not sharded and (ragged := ragged_problem(found, dialect)) is not None:
+    if tp is not None and not sharded and (ragged := ragged_problem(found, dialect)) is not None:
         yield Obstacle(*ragged)
     yield from _of_mixtures(found, dialect, engine)
     yield from _of_formats(found, dialect, engine)

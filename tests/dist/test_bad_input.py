@@ -50,7 +50,7 @@ def config_of(source: Path, to: Path, **changes: object) -> Path:
         ({"ep": 3}, ["--ep 3 does not divide the experts of a layer (8); use one of 1, 2, 4, 8"]),
         ({"etp": 3}, ["--etp 3 does not divide the intermediate size of an expert (256); use"]),
         ({"export_quant_cfg": "fp9"}, ["config 'fp9'; choose one of", *recipe_names()]),
-        ({"export_quant_cfg": "no.yaml"}, ["'no.yaml': No such file", "give", *recipe_names()]),
+        ({"export_quant_cfg": "no.yaml"}, ["no.yaml does not exist", "give", *recipe_names()]),
         ({"export_dir": None}, ["--export-dir is missing: say where the checkpoint goes"]),
         ({"max_shard_size": "5XB"}, ["--max-shard-size '5XB' is no size: write it as 5GB"]),
         ({"max_shard_size": "0"}, ["--max-shard-size '0' is nothing: give at least"]),

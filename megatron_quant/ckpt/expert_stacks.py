@@ -102,7 +102,13 @@ class ExpertStacks(Listed):
         """Raise CheckpointError unless the tensors of a stack fit one another."""
         shape = blocks.shape
         odd = stack.endswith("gate_up_proj") and len(shape) == 4 and shape[1] % 2
-        if len(shape) != 4 or shape[3] != _GROUP // 2 or blocks.dtype != torch.uint8 or odd:
+        if (
+            len(shape) != 4
+            or 0 in shape
+            or shape[3] != _GROUP // 2
+            or blocks.dtype != torch.uint8
+            or odd
+        ):
             raise CheckpointError(
                 f"{self.path}: {stack}_blocks is {blocks.dtype} {list(shape)}, not uint8 [experts, "
                 f"rows, groups of {_GROUP}, {_GROUP // 2}]; fetch the checkpoint again"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_quant.documents import HEADER, check_regular, parse_json
 from megatron_quant.errors import CheckpointError
 
 DTYPES = {
@@ -128,6 +129,7 @@ def header_bytes(drafts: Sequence[Draft]) -> bytes:
 
 def read_header(path: Path) -> bytes:
     """Length and JSON of a safetensors file's header; CheckpointError where it is not whole."""
+    check_regular(path)
     try:
         with path.open("rb") as stream:
             length = stream.read(8)
@@ -150,9 +152,9 @@ class UnknownDtype(KeyError):
 def entries_of(file: str, header: bytes) -> Iterator[TensorEntry]:
     """The tensors of a file by its header: inverse of :func:`header_bytes`.
 
-    Raises ValueError, KeyError or TypeError where it is no header of safetensors.
+    Raises CheckpointError, ValueError, KeyError or TypeError where it is no header of safetensors.
     """
-    tensors = json.loads(header[8:])
+    tensors = parse_json(header[8:], f"the header of {file}", HEADER)
     tensors.pop("__metadata__", None)
     for name, tensor in tensors.items():
         start, stop = tensor["data_offsets"]

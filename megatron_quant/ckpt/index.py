@@ -1,15 +1,16 @@
 """The index of a sharded checkpoint against the files beside it."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_quant.ckpt.files import INDEX
+from megatron_quant import documents
+from megatron_quant.ckpt.files import INDEX, entries_of, read_header
 from megatron_quant.ckpt.reader import WEIGHTS
 from megatron_quant.ckpt.source import read_json
+from megatron_quant.documents import check_regular, shown
 from megatron_quant.errors import CheckpointError
 
 
@@ -28,12 +29,14 @@ def index_problems(directory: Path) -> list[str]:
             return _file_problems(directory, {}, [WEIGHTS])
         return [f"{INDEX} is missing; an export without it was interrupted, export again"]
     try:
-        index = read_json(directory / INDEX)
+        index = read_json(directory / INDEX, documents.INDEX)
     except CheckpointError as error:
         return [str(error)]
     where = index.get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
-        return [f"{INDEX} has no weight_map from tensor to file"]
+    if not isinstance(where, dict) or not all(
+        isinstance(f, str) and f and Path(f).name == f and "\0" not in f for f in where.values()
+    ):
+        return [f"{INDEX} has no weight_map from tensor to file of its directory"]
     named = sorted(set(where.values()))
     stray = [f"{f}: {INDEX} does not name this file" for f in files if f not in named]
     problems = _file_problems(directory, where, named)
@@ -48,7 +51,7 @@ def _file_problems(directory: Path, where: Mapping[str, str], files: list[str]) 
         except FileNotFoundError:
             problems.append(f"{file}: file is missing, though {INDEX} names it")
             continue
-        except (OSError, SafetensorError) as error:
+        except (CheckpointError, OSError, SafetensorError) as error:
             problems.append(f"{file}: no whole safetensors file: {error}")
             continue
         expected = {name for name, f in where.items() if f == file} if where else held
@@ -60,17 +63,18 @@ def _file_problems(directory: Path, where: Mapping[str, str], files: list[str]) 
 
 
 def _size_problems(directory: Path, index: Mapping[str, Any], files: list[str]) -> list[str]:
-    stated = (index.get("metadata") or {}).get("total_size")
+    metadata = index.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     size = sum(sum(_sizes(directory / file).values()) for file in files)
     if stated is None or stated == size:
         return []
-    return [f"{INDEX}: total_size is {stated}, but the tensors have {size} bytes"]
+    return [f"{INDEX}: total_size is {shown(stated)}, but the tensors have {size} bytes"]
 
 
 def _sizes(path: Path) -> dict[str, int]:
     """Bytes of each tensor in a file; SafetensorError where the file is not whole."""
-    with safe_open(path, "pt"), path.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    header.pop("__metadata__", None)
-    spans = {name: tensor["data_offsets"] for name, tensor in header.items()}
-    return {name: stop - start for name, (start, stop) in spans.items()}
+    if path.exists():
+        check_regular(path)
+    with safe_open(path, "pt"):
+        header = read_header(path)
+    return {entry.name: entry.nbytes for entry in entries_of(path.name, header)}

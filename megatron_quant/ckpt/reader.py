@@ -10,10 +10,13 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_quant import documents
 from megatron_quant.ckpt.files import INDEX, TensorEntry, UnknownDtype, entries_of, read_header
 from megatron_quant.ckpt.mapped import MappedFiles
 from megatron_quant.ckpt.source import read_config, read_json
+from megatron_quant.documents import check_regular
 from megatron_quant.errors import CheckpointError
+from megatron_quant.models.counts import check_counts
 from megatron_quant.models.spec import Box, Copy, Param, Role
 from megatron_quant.models.structure import is_draft
 
@@ -227,6 +230,7 @@ def open_directory(path: Path) -> Checkpoint:
                 "fetch the checkpoint again"
             )
     tensors = {name: TensorInfo(e.dtype, e.shape, e.file) for name, e in entries.items()}
+    check_counts(config, (info.shape for info in tensors.values()))
     return Checkpoint(path, config, tensors, entries, MappedFiles(path), unread)
 
 
@@ -263,7 +267,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not (path / INDEX).exists():
         return {}
     try:
-        where = read_json(path / INDEX).get("weight_map")
+        where = read_json(path / INDEX, documents.INDEX).get("weight_map")
     except CheckpointError:
         if alone:
             return {}
@@ -306,6 +310,7 @@ def _single_file(path: Path) -> str:
 
 def _entries(file: Path) -> list[TensorEntry]:
     """The tensors of a file by name, which safetensors has found to be sound."""
+    check_regular(file)
     try:
         with safe_open(file, framework="pt"):
             pass

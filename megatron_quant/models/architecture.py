@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.blocks import parameters
 from megatron_quant.models.config import Config
 from megatron_quant.models.decoder import Decoder, Experts, Latent, Rope, Sigmoid
@@ -11,6 +12,9 @@ from megatron_quant.models.spec import Param
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_EXPERTS = 200_000
+"""Of a model's layers together; some nine times those of Kimi-K2."""
 
 
 def _routing(decoder: Decoder, experts: Experts) -> dict[str, object]:
@@ -98,6 +102,18 @@ def quick_gelu(gate: "Tensor") -> "Tensor":
     return gate * (1.702 * gate).sigmoid()
 
 
+def _check_number_of_experts(decoder: Decoder) -> None:
+    """ArchitectureError where all layers together have more experts than any model."""
+    if decoder.experts is None:
+        return
+    layers, count = sum(decoder.experts.layers), decoder.experts.count
+    if layers * count > _EXPERTS:
+        raise ArchitectureError(
+            f"{layers} layers with {count} experts each in config.json are more than {_EXPERTS} "
+            "experts in all; correct config.json"
+        )
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One model class of transformers.
@@ -111,7 +127,9 @@ class Architecture:
 
     def params(self, hf_config: Config) -> tuple[Param, ...]:
         """Every logical parameter of the GPTModel (Transformer Engine layer spec), in its order."""
-        return tuple(parameters(self.decoder(hf_config)))
+        decoder = self.decoder(hf_config)
+        _check_number_of_experts(decoder)
+        return tuple(parameters(decoder))
 
     def megatron_config(self, hf_config: Config) -> dict[str, object]:
         """Keyword arguments of megatron-core's TransformerConfig that describe the model.

@@ -3,59 +3,58 @@
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
+from megatron_quant.fields import MOST, Fields
 from megatron_quant.models.decoder import Decoder, Experts, Rope, Yarn
 
 Config = Mapping[str, Any]
 
+_LAYERS, _EXPERTS = 10_000, 10_000
+"""More than any model has: a number beyond is a mistake, and would be paid for in memory."""
 
-def positive(config: Config, key: str) -> int:
+
+def fields(config: Config) -> Fields:
+    """Typed access to ``config``; ArchitectureError for what is not as asked for."""
+    return Fields(config, "config.json", ArchitectureError)
+
+
+def positive(config: Config, key: str, most: int = MOST) -> int:
     """``config[key]``, a whole number above zero; ArchitectureError otherwise."""
-    value = config.get(key)
-    if value is None:
-        raise ArchitectureError(f"config.json has no {key!r}; add it, as transformers writes it")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ArchitectureError(f"{key}={value!r} in config.json must be a whole number above 0")
-    return value
+    return fields(config).count(key, most=most)
 
 
 def positive_or(config: Config, key: str, default: int) -> int:
     """As :func:`positive`, but ``default`` where the key is absent or null."""
-    return default if config.get(key) is None else positive(config, key)
+    return fields(config).count(key, default)
+
+
+def experts_in(config: Config, key: str) -> int:
+    """As :func:`positive`, of the number of a layer's experts."""
+    return positive(config, key, _EXPERTS)
 
 
 def number(config: Config, key: str) -> float:
     """``config[key]`` as a number above zero; ArchitectureError otherwise."""
-    value = config.get(key)
-    if value is None:
-        raise ArchitectureError(f"config.json has no {key!r}; add it, as transformers writes it")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ArchitectureError(f"{key}={value!r} in config.json must be a number above 0")
-    return float(value)
+    return fields(config).number(key)
 
 
 def flag(config: Config, key: str) -> bool:
     """``config[key]``, false where absent or null; ArchitectureError where it is no boolean."""
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ArchitectureError(f"{key}={value!r} in config.json must be true or false")
-    return bool(value)
+    return fields(config).flag(key)
 
 
 def only(config: Config, key: str, allowed: tuple[object, ...]) -> None:
     """ArchitectureError where ``config[key]`` is given and is none of ``allowed``."""
-    value = config.get(key)
-    if value is not None and value not in allowed:
-        known = " or ".join(repr(a) for a in allowed)
-        raise ArchitectureError(
-            f"{key}={value!r} in config.json is not supported, only {known} is; "
-            "use a model without it"
-        )
+    fields(config).only(key, allowed)
 
 
-def full_attention(config: Config, window: int | None) -> None:
-    """ArchitectureError where a sliding ``window`` (in tokens) hides any position of the model."""
-    if window is not None and window < positive(config, "max_position_embeddings"):
+def full_attention(config: Config) -> None:
+    """ArchitectureError where ``sliding_window`` (in tokens) hides any position of the model."""
+    if config.get("sliding_window") is None:
+        return
+    window = positive(config, "sliding_window")
+    if window < positive(config, "max_position_embeddings"):
         raise ArchitectureError(
             f"sliding_window={window} in config.json is not supported; set it to null (attention "
             f"then differs beyond {window} tokens) or use a model without it"
@@ -68,7 +67,7 @@ def rope_dict(config: Config) -> dict[str, Any]:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
         raise ArchitectureError(
-            f"rope_parameters={rope!r} in config.json must be one object for all layers"
+            f"rope_parameters={shown(rope)} in config.json must be one object for all layers"
         )
     top = {k: config[k] for k in ("rope_theta", "partial_rotary_factor") if k in config}
     return {**top, **{k: v for k, v in rope.items() if v is not None}}
@@ -81,9 +80,10 @@ def _llama3(rope: dict[str, Any]) -> Rope:
         "original_max_position_embeddings": 8192,
     }
     for key, value in fixed.items():
-        if rope.get(key) != value:
+        given = rope.get(key)
+        if given != value or isinstance(given, bool):
             raise ArchitectureError(
-                f"{key}={rope.get(key)!r} of rope_type 'llama3' in config.json is not supported, "
+                f"{key}={shown(given)} of rope_type 'llama3' in config.json is not supported, "
                 f"Megatron-Core only has {value}; use a model without it"
             )
     return Rope(number(rope, "rope_theta"), llama3_factor=number(rope, "factor"))
@@ -92,11 +92,11 @@ def _llama3(rope: dict[str, Any]) -> Rope:
 def _yarn(rope: dict[str, Any]) -> Yarn:
     if (factor := rope.get("attention_factor")) is not None:
         raise ArchitectureError(
-            f"attention_factor={factor!r} of rope_type 'yarn' in config.json is not supported, "
-            "Megatron-Core derives it; remove it where it is 0.1 * ln(factor) + 1, or use a model "
-            "without it"
+            f"attention_factor={shown(factor)} of rope_type 'yarn' in config.json is not "
+            "supported, Megatron-Core derives it; remove it where it is 0.1 * ln(factor) + 1, or "
+            "use a model without it"
         )
-    scales = [float(rope[k]) if rope.get(k) else None for k in ("mscale", "mscale_all_dim")]
+    scales = [number(rope, k) if rope.get(k) else None for k in ("mscale", "mscale_all_dim")]
     both = None not in scales
     return Yarn(
         factor=number(rope, "factor"),
@@ -123,9 +123,9 @@ def read_rope(config: Config) -> Rope:
     if kind == "yarn":
         return Rope(number(rope, "rope_theta"), yarn=_yarn(rope))
     raise ArchitectureError(
-        f"rope_type={kind!r} in config.json is not supported, only 'default', 'linear', 'llama3' "
-        "and 'yarn' are; use a model without it, or remove rope_scaling to stay within the "
-        "original context length"
+        f"rope_type={shown(kind)} in config.json is not supported, only 'default', "
+        "'linear', 'llama3' and 'yarn' are; use a model without it, or remove rope_scaling to stay "
+        "within the original context length"
     )
 
 
@@ -156,7 +156,7 @@ def read_decoder(config: Config, *, qk_norm: bool) -> Decoder:
     only(config, "mlp_bias", (False,))
     heads, groups, head_dim = _heads(config)
     return Decoder(
-        layers=positive(config, "num_hidden_layers"),
+        layers=positive(config, "num_hidden_layers", _LAYERS),
         hidden=positive(config, "hidden_size"),
         heads=heads,
         query_groups=groups,

@@ -2,9 +2,18 @@
 
 from dataclasses import replace
 
+from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
-from megatron_quant.models.config import Config, flag, number, only, positive, read_decoder
+from megatron_quant.models.config import (
+    Config,
+    experts_in,
+    flag,
+    number,
+    only,
+    positive,
+    read_decoder,
+)
 from megatron_quant.models.decoder import Decoder, ExpertNames, Experts, Sigmoid
 from megatron_quant.models.latent import check_rotation, read_latent
 
@@ -36,14 +45,14 @@ def _experts(config: Config, layers: int) -> Experts:
     only(config, "topk_method", ("noaux_tc",))
     only(config, "moe_layer_freq", (1,))
     dense = config["first_k_dense_replace"]
-    if not isinstance(dense, int) or not 0 <= dense < layers:
+    if type(dense) is not int or not 0 <= dense < layers:
         raise ArchitectureError(
-            f"first_k_dense_replace={dense!r} in config.json must be a whole number from 0 to "
+            f"first_k_dense_replace={shown(dense)} in config.json must be a whole number from 0 to "
             f"{layers - 1}, so that a layer has experts"
         )
     ffn = positive(config, "moe_intermediate_size")
     return Experts(
-        count=positive(config, "n_routed_experts"),
+        count=experts_in(config, "n_routed_experts"),
         topk=positive(config, "num_experts_per_tok"),
         ffn=ffn,
         layers=tuple(i >= dense for i in range(layers)),

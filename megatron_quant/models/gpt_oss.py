@@ -6,11 +6,13 @@ layer ([E, H, 2I], or MXFP4); here they have the names that engines give to sing
 
 from dataclasses import replace
 
+from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import (
     Config,
     check_routing,
+    experts_in,
     number,
     only,
     positive,
@@ -42,10 +44,10 @@ def _window(config: Config, layers: int) -> Window | None:
         return None
     tokens = positive(config, "sliding_window")
     kinds = config.get("layer_types") or [_KINDS[i % 2] for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - set(_KINDS):
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in _KINDS for k in kinds):
         raise ArchitectureError(
-            f"layer_types={kinds!r} in config.json must name one of {' and '.join(_KINDS)} for "
-            f"each of {layers} layers"
+            f"layer_types={shown(kinds)} in config.json must name one of {' and '.join(_KINDS)} "
+            f"for each of {layers} layers"
         )
     windowed = tuple(kind == _KINDS[0] for kind in kinds)
     return Window(tokens, windowed) if any(windowed) else None
@@ -57,7 +59,7 @@ def _decoder(config: Config) -> Decoder:
     only(config, "swiglu_alpha", (1.702,))  # Megatron-Core has the number in its code
     decoder = read_decoder({**config, "attention_bias": False}, qk_norm=False)
     experts = Experts(
-        count=positive(config, "num_local_experts"),
+        count=experts_in(config, "num_local_experts"),
         topk=positive(config, "num_experts_per_tok"),
         ffn=decoder.ffn,
         layers=(True,) * decoder.layers,

@@ -1,5 +1,6 @@
 """Multi-head latent attention as transformers' configs describe it."""
 
+from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config, only, positive, rope_dict
 from megatron_quant.models.decoder import Latent, Rope
@@ -25,8 +26,9 @@ def check_rotation(config: Config, rope: Rope) -> None:
     """ArchitectureError for a rotary embedding that Megatron-Core's latent attention has not."""
     if config.get("rope_interleave") is not True:
         raise ArchitectureError(
-            f"rope_interleave={config.get('rope_interleave')!r} in config.json is not supported: "
-            "Megatron-Core's latent attention rotates pairs that lie side by side; use --stream"
+            f"rope_interleave={shown(config.get('rope_interleave'))} in config.json is not "
+            "supported: Megatron-Core's latent attention rotates pairs that lie side by side; use "
+            "--stream"
         )
     given = rope_dict(config)
     if rope.interpolation is not None or rope.llama3_factor is not None:
@@ -35,6 +37,6 @@ def check_rotation(config: Config, rope: Rope) -> None:
     only(given, "truncate", (True,))
     if given.get("mscale_all_dim") and not given.get("mscale"):
         raise ArchitectureError(
-            f"mscale_all_dim={given['mscale_all_dim']!r} without mscale in config.json is not "
+            f"mscale_all_dim={shown(given['mscale_all_dim'])} without mscale in config.json is not "
             "supported by Megatron-Core; use --stream"
         )

@@ -6,6 +6,7 @@ from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import (
     Config,
     check_routing,
+    experts_in,
     full_attention,
     positive,
     read_decoder,
@@ -26,9 +27,9 @@ _NAMES = ExpertNames(
 def _decoder(config: Config) -> Decoder:
     config = {**_DEFAULTS, **config}
     decoder = read_decoder(config, qk_norm=False)
-    full_attention(config, config.get("sliding_window"))
+    full_attention(config)
     experts = Experts(
-        count=positive(config, "num_local_experts"),
+        count=experts_in(config, "num_local_experts"),
         topk=positive(config, "num_experts_per_tok"),
         ffn=decoder.ffn,
         layers=(True,) * decoder.layers,

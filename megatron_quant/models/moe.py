@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass
 
 from megatron_quant.errors import ArchitectureError
-from megatron_quant.models.config import Config
+from megatron_quant.models.config import Config, positive
 from megatron_quant.models.stacks import Shapes, text_config
 
-_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"(.*)\.experts\.(\d{1,9})\.(.+)")
 _ROUTER = re.compile(
     r"(.*?)\.(router(\..+)?|router_bias|expert_bias|e_score_correction_bias|moe_statics\..+"
     r"|gate\.(wg\.)?(weight|bias|expert_bias|e_score_correction_bias))"
@@ -79,10 +79,14 @@ def _refuse_strays(layer: str, names: list[str]) -> None:
 def _checked(
     name: str, experts: dict[int, dict[str, str]], config: Config, shapes: Shapes
 ) -> tuple[tuple[str, ...], ...]:
-    count = next((c for k in _COUNTS if (c := text_config(config).get(k))), len(experts))
-    missing = [e for e in range(count) if e not in experts]
-    if missing or len(experts) != count:
-        which = f"expert {missing[0]} is missing" if missing else f"{len(experts)} are there"
+    text = text_config(config)
+    stated = next((k for k in _COUNTS if text.get(k) is not None and text[k] != 0), None)
+    count = len(experts) if stated is None else positive(text, stated)
+    missing = next((e for e in range(count) if e not in experts), None)
+    if missing is not None or len(experts) != count:
+        which = (
+            f"expert {missing} is missing" if missing is not None else f"{len(experts)} are there"
+        )
         raise ArchitectureError(
             f"{name}.experts: {which}, config.json has {count} experts; fetch the checkpoint "
             "again, or correct config.json"

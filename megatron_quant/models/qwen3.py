@@ -1,7 +1,14 @@
 """Qwen3 dense: transformers' Qwen3ForCausalLM."""
 
 from megatron_quant.models.architecture import Architecture
-from megatron_quant.models.config import Config, flag, full_attention, positive_or, read_decoder
+from megatron_quant.models.config import (
+    Config,
+    fields,
+    flag,
+    full_attention,
+    positive_or,
+    read_decoder,
+)
 from megatron_quant.models.decoder import Decoder
 
 # what Qwen3Config gives to keys that config.json lacks
@@ -13,20 +20,21 @@ _DEFAULTS = {
 }
 
 
-def _window(config: Config, layers: int) -> int | None:
-    """Tokens of the sliding window that some layer uses; None where none does."""
-    if not flag(config, "use_sliding_window") or config["sliding_window"] is None:
-        return None
-    from_layer = positive_or(config, "max_window_layers", 0)
-    windowed = ["sliding_attention" if i >= from_layer else "full" for i in range(layers)]
-    kinds = config.get("layer_types") or windowed
-    return config["sliding_window"] if "sliding_attention" in kinds else None
+def _is_windowed(config: Config, layers: int) -> bool:
+    """Whether some layer uses the sliding window."""
+    if not flag(config, "use_sliding_window"):
+        return False
+    kinds = fields(config).texts("layer_types")
+    if kinds:
+        return "sliding_attention" in kinds
+    return positive_or(config, "max_window_layers", 0) < layers
 
 
 def _decoder(config: Config) -> Decoder:
     config = {**_DEFAULTS, **config}
     decoder = read_decoder(config, qk_norm=True)
-    full_attention(config, _window(config, decoder.layers))
+    if _is_windowed(config, decoder.layers):
+        full_attention(config)
     return decoder
 
 

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import (
     Config,
     check_routing,
+    experts_in,
     flag,
     full_attention,
     positive,
@@ -30,15 +32,16 @@ def _expert_layers(config: Config, layers: int, dense_class: str) -> tuple[bool,
     """For each layer whether it has experts; ArchitectureError where none has."""
     step = positive_or(config, "decoder_sparse_step", 1)
     dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
+    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
         raise ArchitectureError(
-            f"mlp_only_layers={dense!r} in config.json must be a list of layer numbers"
+            f"mlp_only_layers={shown(dense)} in config.json must be a list of layer numbers"
         )
-    chosen = tuple((i + 1) % step == 0 and i not in dense for i in range(layers))
+    without = set(dense)
+    chosen = tuple((i + 1) % step == 0 and i not in without for i in range(layers))
     if not any(chosen):
         raise ArchitectureError(
-            f"decoder_sparse_step={step} and mlp_only_layers={dense!r} in config.json leave no "
-            f"layer with experts; convert the model to {dense_class}"
+            f"decoder_sparse_step={step} and mlp_only_layers={shown(dense)} in config.json leave "
+            f"no layer with experts; convert the model to {dense_class}"
         )
     return chosen
 
@@ -52,9 +55,9 @@ def read_mixture(
     """
     decoder = read_decoder(config, qk_norm=qk_norm)
     if flag(config, "use_sliding_window"):
-        full_attention(config, config["sliding_window"])
+        full_attention(config)
     # transformers >= 5 saves the number under Mixtral's name
-    count = positive(config, "num_experts" if "num_experts" in config else "num_local_experts")
+    count = experts_in(config, "num_experts" if "num_experts" in config else "num_local_experts")
     experts = Experts(
         count=count,
         topk=positive(config, "num_experts_per_tok"),

@@ -1,5 +1,6 @@
 """The architectures that have a table."""
 
+from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import Config
@@ -24,15 +25,16 @@ def lookup(hf_config: Config) -> Architecture:
     Raises ArchitectureError, which lists the known ones, where it names none or another.
     """
     names = hf_config.get("architectures")
-    if isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES:
-        return ARCHITECTURES[names[0]]
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if isinstance(name, str) and name in ARCHITECTURES:
+        return ARCHITECTURES[name]
     if isinstance(names, list) and any(str(name).startswith(_DELTA_NETS) for name in names):
         raise ArchitectureError(
-            f"architectures={names!r} in config.json has gated delta net layers, which "
+            f"architectures={shown(names)} in config.json has gated delta net layers, which "
             "Megatron-Core builds with flash-linear-attention alone and no table here describes; "
             "pass --stream, which needs no model in Megatron"
         )
     raise ArchitectureError(
-        f"architectures={names!r} in config.json is not known; use a model of "
+        f"architectures={shown(names)} in config.json is not known; use a model of "
         f"{', '.join(ARCHITECTURES)}, or pass --stream, which needs no table"
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config
 from megatron_quant.models.spec import Box
@@ -103,9 +104,9 @@ def unstack(config: Config, shapes: Shapes) -> dict[str, View]:
 
     Raises ArchitectureError for a stack whose shape does not tell its rows from its columns.
     """
-    kinds = {text_config(config).get("model_type"), config.get("model_type")}
+    kinds = [text_config(config).get("model_type"), config.get("model_type")]
     known = next((lay for kind, lay in _LAYOUTS.items() if kind in kinds), _Layout())
-    turned = _turned(config, shapes) if kinds & set(_EITHER) else {}
+    turned = _turned(config, shapes) if any(kind in kinds for kind in _EITHER) else {}
     views: dict[str, View] = {}
     for name, shape in shapes.items():
         match = _STACK.fullmatch(name)
@@ -121,7 +122,7 @@ def unstack(config: Config, shapes: Shapes) -> dict[str, View]:
 def _check(name: str, shape: Shape, match: re.Match[str], config: Config, lay: _Layout) -> None:
     hidden, bias = text_config(config).get("hidden_size"), bool(match[3])
     what = "[experts, features]" if bias else _meant(match[2], lay)
-    fits = len(shape) == 2 + (not bias)
+    fits = len(shape) == 2 + (not bias) and 0 not in shape
     if fits and not bias:
         inner = 1 if lay.transposed != (match[2] == "down_proj") else 2
         fits = shape[inner] == hidden
@@ -129,8 +130,8 @@ def _check(name: str, shape: Shape, match: re.Match[str], config: Config, lay: _
         fits = shape[_rows_dim(lay, bias)] % 2 == 0
     if not fits:
         raise ArchitectureError(
-            f"{name} has shape {list(shape)} where hidden_size is {hidden} in config.json: its "
-            f"experts cannot be told apart, {what} is known; correct config.json"
+            f"{name} has shape {list(shape)} where hidden_size is {shown(hidden)} in config.json: "
+            f"its experts cannot be told apart, {what} is known; correct config.json"
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from megatron_quant.errors import ArchitectureError
-from megatron_quant.models.config import Config
+from megatron_quant.models.config import Config, fields, positive
 from megatron_quant.models.dense import dense_role
 from megatron_quant.models.moe import Block, blocks
 from megatron_quant.models.registry import ARCHITECTURES, lookup
@@ -62,9 +62,6 @@ def describe(config: Config, shapes: Shapes) -> Structure:
 
 def has_table(config: Config) -> bool:
     """Whether :func:`lookup` knows the model, and its table describes it."""
-    names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-        return False
     try:
         lookup(config).decoder(config)
     except ArchitectureError:
@@ -88,7 +85,7 @@ def is_draft(config: Config, name: str) -> bool:
         return True
     text = text_config(config)
     layers, drafts = text.get("num_hidden_layers"), text.get("num_nextn_predict_layers")
-    if not isinstance(layers, int) or not isinstance(drafts, int):
+    if type(layers) is not int or type(drafts) is not int:
         return False
     match = _NUMBERED.match(name)
     return match is not None and int(match[1]) in range(layers, layers + drafts)
@@ -100,7 +97,7 @@ _COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 def draft_counts(config: Config) -> tuple[str, ...]:
     """Those of the keys that ``config`` itself has, with a number above zero."""
-    return tuple(k for k in _COUNTS if isinstance(config.get(k), int) and config[k] > 0)
+    return tuple(k for k in _COUNTS if type(config.get(k)) is int and config[k] > 0)
 
 
 def has_drafts(config: Config) -> bool:
@@ -142,16 +139,12 @@ def decoder_of(shapes: Shapes) -> str:
 
 
 def _layers(config: Config, prefix: str, shapes: Shapes) -> range:
-    count = text_config(config).get("num_hidden_layers")
-    if not isinstance(count, int) or count < 1:
-        raise ArchitectureError(
-            f"num_hidden_layers={count!r} in config.json must be a whole number above 0"
-        )
+    count = positive(text_config(config), "num_hidden_layers")
     present = {_layer_of(name, prefix) for name in shapes}
-    missing = [i for i in range(count) if i not in present]
-    if missing:
+    missing = next((i for i in range(count) if i not in present), None)
+    if missing is not None:
         raise ArchitectureError(
-            f"layer {missing[0]} ({prefix}layers.{missing[0]}) has no tensor, though config.json "
+            f"layer {missing} ({prefix}layers.{missing}) has no tensor, though config.json "
             f"has {count} layers; fetch the checkpoint again, or correct config.json"
         )
     return range(count)
@@ -161,12 +154,17 @@ def _layer_of(name: str, prefix: str) -> int | None:
     if not name.startswith(f"{prefix}layers."):
         return None
     number = name[len(prefix) :].split(".")[1]
-    return int(number) if number.isdigit() else None
+    return int(number) if _is_number(number) else None
+
+
+def _is_number(part: str) -> bool:
+    """Whether a part of a name counts something; beyond nine digits nothing does."""
+    return part.isdecimal() and len(part) <= 9
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Key that sorts numbers in names by value."""
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+    return [(int(p), "") if _is_number(p) else (-1, p) for p in re.split(r"(\d+)", name)]
 
 
 def _of_rest(prefix: str, shapes: Shapes, layer: int | None) -> Iterator[Param]:
@@ -247,14 +245,16 @@ def _groups(param: Param, config: Config) -> int:
     keys = [s for s in param.sources if s.module.endswith(".k_proj")]
     if not keys:
         return 0
-    text = text_config(config)
+    text = fields(text_config(config))
     for count, dim in (
         ("num_key_value_heads", "head_dim"),
         ("num_global_key_value_heads", "global_head_dim"),
     ):
-        heads, size = text.get(count), text.get(dim)
-        if heads and size and heads * size == keys[0].shape[0]:
-            return int(heads)
+        if text.get(count) is None or text.get(dim) is None:
+            continue
+        heads = text.count(count)
+        if heads * text.count(dim) == keys[0].shape[0]:
+            return heads
     return 0
 
 

@@ -250,7 +250,7 @@ def test_the_count_of_experts_and_layers_is_the_configs() -> None:
         recognise({**CONFIG, "num_experts": 3}, SHAPES)
     with pytest.raises(ArchitectureError, match=r"layer 1 \(model.layers.1\) has no tensor"):
         recognise({**CONFIG, "num_hidden_layers": 2}, SHAPES)
-    with pytest.raises(ArchitectureError, match="num_hidden_layers=None"):
+    with pytest.raises(ArchitectureError, match="has no 'num_hidden_layers'"):
         recognise({"hidden_size": 4}, SHAPES)
 
 

@@ -1,0 +1,108 @@
+"""Typed access to an object of a document that somebody else wrote.
+
+Whoever asks for a key says what it must be; what it is instead is one error that names the key,
+its value and what is expected. ``true`` is no number.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_quant.documents import shown
+from megatron_quant.errors import CheckpointError, QuantError
+
+MOST = 2**31 - 1
+"""The largest number of anything: what the kernels of engines index with."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """An object, by its keys; an absent key and one that is null are alike.
+
+    values: the object. where: what messages call it. error: what is raised.
+    """
+
+    values: Mapping[str, Any]
+    where: str = "config.json"
+    error: type[QuantError] = CheckpointError
+
+    def get(self, key: str) -> Any:
+        """The value, whatever it is; None where there is none."""
+        return self.values.get(key)
+
+    def refused(self, key: str, expected: str) -> QuantError:
+        """The error for a value that is not as ``expected``."""
+        return self.error(f"{key}={shown(self.get(key))} in {self.where} must be {expected}")
+
+    def count(self, key: str, default: int | None = None, most: int = MOST) -> int:
+        """A whole number above 0, and not above ``most``."""
+        value = self._or(key, default)
+        if type(value) is not int or value < 1:
+            raise self.refused(key, "a whole number above 0")
+        if value > most:
+            raise self.refused(key, f"at most {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self._or(key, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.refused(key, "a number above 0")
+        try:
+            return float(value)
+        except OverflowError:
+            raise self.refused(key, "a number above 0 that a float holds") from None
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string."""
+        value = self._or(key, default)
+        if not isinstance(value, str):
+            raise self.refused(key, "a string")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self._or(key, default)
+        if not isinstance(value, bool):
+            raise self.refused(key, "true or false")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings; empty where there is none."""
+        value = self._or(key, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self.refused(key, "a list of strings")
+        return tuple(value)
+
+    def inner(self, key: str) -> "Fields":
+        """An object; an empty one where there is none."""
+        value = self._or(key, {})
+        if not isinstance(value, dict):
+            raise self.refused(key, "an object")
+        return Fields(value, f"{key} of {self.where}", self.error)
+
+    def inners(self) -> dict[str, "Fields"]:
+        """All values, which must be objects; those that are null are empty ones."""
+        return {key: self.inner(key) for key in self.values}
+
+    def only(self, key: str, allowed: tuple[object, ...]) -> None:
+        """Refuse a value that is given and is none of ``allowed``."""
+        value = self.get(key)
+        if value is not None and not any(_same(value, one) for one in allowed):
+            known = " or ".join(repr(one) for one in allowed)
+            raise self.error(
+                f"{key}={shown(value)} in {self.where} is not supported, only {known} is; "
+                "use a model without it"
+            )
+
+    def _or(self, key: str, default: Any) -> Any:
+        value = self.get(key)
+        if value is None and default is None:
+            raise self.error(f"{self.where} has no {key!r}; add it, as transformers writes it")
+        return default if value is None else value
+
+
+def _same(value: object, other: object) -> bool:
+    """Whether two values are equal in JSON, where 1 is 1.0 but not true."""
+    return value == other and isinstance(value, bool) is isinstance(other, bool)

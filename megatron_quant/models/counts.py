@@ -1,0 +1,39 @@
+"""Counts that a config states, against the tensors that are there, before anything counts to them.
+
+A config may say a thousand million layers. Whatever is made for each of them would end the process.
+"""
+
+from collections.abc import Iterable
+
+from megatron_quant.documents import shown
+from megatron_quant.errors import ArchitectureError
+from megatron_quant.models.config import Config
+from megatron_quant.models.stacks import Shape, text_config
+
+_OF_TENSORS = (
+    "num_hidden_layers",
+    "num_nextn_predict_layers",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)
+"""Keys that count what has a tensor of its own, or a slice of a stack."""
+
+
+def check_counts(config: Config, shapes: Iterable[Shape]) -> None:
+    """Refuse a count of more layers or experts than a checkpoint has tensors.
+
+    shapes: of all its tensors; of a stack, 3-D or more, each slice counts as one. Raises
+    ArchitectureError, which names the key and both numbers.
+    """
+    tensors = sum(shape[0] if len(shape) > 2 and 0 not in shape else 1 for shape in shapes)
+    text = text_config(config)
+    for part, where in ((config, "config.json"), (text, "text_config of config.json")):
+        for key in _OF_TENSORS:
+            count = part.get(key)
+            if isinstance(count, int | float) and count > tensors:
+                raise ArchitectureError(
+                    f"{key}={shown(count)} in {where}, but the checkpoint has {tensors} tensors; "
+                    "correct config.json, or fetch the checkpoint again"
+                )

@@ -4,14 +4,18 @@ One rule keeps ranks from waiting for one another: whatever one rank raises betw
 calls, it raises through :func:`raise_together`, so every rank leaves at the same place.
 """
 
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_quant.errors import QuantError
+from megatron_quant.errors import LostRankError, RankError
+from megatron_quant.faults import fault_of, is_out_of_memory, one_line, shared
 
 T = TypeVar("T")
 
@@ -53,11 +57,27 @@ class Shards:
     experts: Groups
 
 
+@contextmanager
+def _answered() -> Iterator[None]:
+    """LostRankError where the other ranks cannot be reached."""
+    try:
+        yield
+    except RuntimeError as e:
+        text = one_line(str(e))
+        if not isinstance(e, dist.DistError) and "gloo" not in text:
+            raise
+        raise LostRankError(
+            "the other ranks do not answer: one of them has ended and said why, or is slower than "
+            f"the process group's timeout allows ({text[:200]})"
+        ) from e
+
+
 def _all_reduce(flat: torch.Tensor, op: Any, groups: Groups) -> torch.Tensor:
     if groups.size == 1:
         return flat
     on_device = flat.to(groups.device)
-    dist.all_reduce(on_device, op=op, group=groups.model)
+    with _answered():
+        dist.all_reduce(on_device, op=op, group=groups.model)
     return on_device.to(flat.device)
 
 
@@ -76,7 +96,8 @@ def gather(value: T, groups: Groups) -> list[T]:
     if groups.size == 1:
         return [value]
     values: list[Any] = [None] * groups.size
-    dist.all_gather_object(values, value, group=groups.model)
+    with _answered():
+        dist.all_gather_object(values, value, group=groups.model)
     return values
 
 
@@ -92,25 +113,48 @@ def exchange(parts: Sequence[torch.Tensor], sizes: Sequence[int], groups: Groups
     return received.cpu()
 
 
-def raise_together(error: QuantError | None, groups: Groups) -> None:
-    """Raise on every rank the error of the lowest rank that has one; nothing where none has."""
-    errors = gather(error, groups)
-    first = next((e for e in errors if e is not None), None)
-    if first is not None:
-        raise first
+def raise_together(error: BaseException | None, groups: Groups) -> None:
+    """Raise on every rank the error of the lowest rank that has one; nothing where none has.
+
+    A user's error (QuantError, OSError) is equal on all ranks. Anything else stays what it is on
+    the rank that raised it, and is a RankError that names rank and type on the others.
+    """
+    own = None if error is None else fault_of(error)
+    if error is not None and is_out_of_memory(error):
+        _free(error)
+    try:
+        faults = gather(own, groups)
+    except RankError:
+        if error is None:
+            raise
+        raise error from None  # what ended this rank is its own error, whatever ended the others
+    if any(fault is not None for fault in faults):
+        raise shared(error, faults, groups.rank)
+
+
+def _free(error: BaseException) -> None:
+    """Let go of what the failed work still holds, so that telling the others finds memory."""
+    traceback.clear_frames(error.__traceback__)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def together(groups: Groups, work: Callable[[], T]) -> T:
-    """``work()`` on every rank; a QuantError or OSError of one rank is raised on all.
+    """``work()`` on every rank; whatever one rank raises, Ctrl-C included, is raised on all.
 
-    ``work`` must not wait for other ranks itself.
+    ``work`` must not wait for other ranks itself. See :func:`raise_together`.
     """
-    error: QuantError | None = None
+    error: BaseException | None = None
     try:
         result = work()
-    except QuantError as e:
+    except BaseException as e:
         error = e
-    except OSError as e:
-        error = QuantError(f"{e.strerror or e}: {e.filename or ''}".rstrip(": "))
     raise_together(error, groups)
     return result
+
+
+def meet(seconds: float) -> None:
+    """Wait for all ranks, for so long at most, and whatever has become of them."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.barrier(async_op=True).wait(timedelta(seconds=seconds))

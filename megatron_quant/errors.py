@@ -46,3 +46,11 @@ class ExportError(QuantError):
 
 class VerifyError(QuantError):
     """A written checkpoint is not what its own config says."""
+
+
+class RankError(QuantError):
+    """Another rank failed or is gone, or the ranks of a run were not started alike."""
+
+
+class LostRankError(RankError):
+    """Other ranks do not answer: one was killed, perhaps. What was written may be continued."""

@@ -38,7 +38,7 @@ from megatron_quant.ckpt.target import (
 )
 from megatron_quant.ckpt.tensor_digests import TensorDigests
 from megatron_quant.dist import Groups, gather, together
-from megatron_quant.errors import QuantError
+from megatron_quant.errors import LostRankError, QuantError
 
 
 def export(
@@ -71,8 +71,9 @@ def export(
     try:
         digests = _write(plan, groups, produce, directory, progress, options)
         together(groups, lambda: commit(plan, directory, companions, digests) if first else None)
-    except QuantError:
-        if first and existing is not Existing.RESUME:
+    except QuantError as error:
+        # A run whose rank was killed goes on with what is there.
+        if first and existing is not Existing.RESUME and not isinstance(error, LostRankError):
             discard(directory, made)
         raise
 

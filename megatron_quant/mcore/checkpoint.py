@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_quant.ckpt.torch_dist import TorchDist
 from megatron_quant.dist import Groups, gather, raise_together, together
-from megatron_quant.errors import CheckpointError, ExportError, QuantError
+from megatron_quant.errors import CheckpointError, ExportError
 from megatron_quant.formats import amax
 from megatron_quant.mcore.state import CHILD, DESCRIPTION, decode
 
@@ -50,11 +50,14 @@ def save(chunks: Chunks, directory: Path, groups: Groups, optimizer: Any = None)
     if optimizer is not None:
         state[OPTIMIZER] = optimizer.sharded_state_dict(state, metadata=RESHARDABLE)
     content = {"singleton_local_shards": True}
-    error: QuantError | None = None
+    error: BaseException | None = None
     try:
         dist_checkpointing.save(state, str(directory), content_metadata=content)
     except (OSError, *_FAILURES) as e:
         error = ExportError(f"{directory} cannot be written: {_reason(e)}; choose another disk")
+        error.__cause__ = e
+    except BaseException as e:
+        error = e
     raise_together(error, groups)
 
 
@@ -95,7 +98,7 @@ def load(chunks: Chunks, stored: TorchDist, groups: Groups) -> None:
 
 def read_tensors(sharded: dict[str, Any], stored: TorchDist, groups: Groups) -> dict[str, Any]:
     """The tensors, from the files with tensors alone. Collective."""
-    error: QuantError | None = None
+    error: BaseException | None = None
     loaded: dict[str, Any] = {}
     try:
         loaded = TorchDistLoadShardedStrategy().load(sharded, stored.path)
@@ -103,6 +106,9 @@ def read_tensors(sharded: dict[str, Any], stored: TorchDist, groups: Groups) -> 
         error = CheckpointError(
             f"{stored.path} cannot be read: {_reason(e)}; fetch or save it again"
         )
+        error.__cause__ = e
+    except BaseException as e:
+        error = e
     raise_together(error, groups)
     return loaded
 

@@ -16,8 +16,9 @@ _ALL = _CORE | {"mcore", "stream"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "documents": {"errors"},
+    "faults": {"errors"},
     "fields": {"errors", "documents"},
-    "dist": {"errors"},
+    "dist": {"errors", "faults"},
     "formats": {"errors"},
     "models": {"errors", "documents", "fields"},
     "recipes": {"errors", "documents", "formats"},

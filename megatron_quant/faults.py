@@ -1,0 +1,157 @@
+"""What a rank raised, as it reaches the other ranks and the screen."""
+
+import pickle
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_quant.errors import QuantError, RankError
+
+_MARK = "_megatron_quant_reduction"
+_OUT_OF_MEMORY = (
+    "this rank has too little memory: use more ranks (a larger --tp, --pp or --ep), a smaller "
+    "--calib-batch-size or --calib-seq-length, or --stream"
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An error of one rank, in a form that every other rank can read.
+
+    line: what a person is told. key: equal for errors that are told once. error: what a user can
+    act on, raised alike on every rank; None for a bug or a foreign exception, whose traceback
+    matters. interrupted: whether it was Ctrl-C.
+    """
+
+    line: str
+    key: str
+    error: QuantError | None = None
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Told:
+    """An error that ``ranks`` had alike, told by the first of them; ``is_bug``: see Fault."""
+
+    line: str
+    ranks: tuple[int, ...]
+    is_bug: bool
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What all ``size`` ranks raised at one place.
+
+    rank: this one. told: each different error, in the order of the ranks. trace: the traceback of
+    what this rank raised itself; empty where it raised nothing.
+    """
+
+    rank: int
+    size: int
+    told: tuple[Told, ...]
+    trace: str
+
+
+def line_of(error: BaseException) -> str:
+    """One printable line: the message of a user's error, else the exception's type and message."""
+    text = one_line(str(error))
+    if isinstance(error, QuantError):
+        return text
+    kind = type(error).__name__
+    line = f"{kind}: {text}" if text else kind
+    return f"{line}; {_OUT_OF_MEMORY}" if is_out_of_memory(error) else line
+
+
+def one_line(text: str) -> str:
+    """``text`` without line breaks and with control characters escaped."""
+    words = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host's or the GPU's memory was full."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text or "alloc_failed" in text
+    )
+
+
+def trace_of(error: BaseException) -> str:
+    """The traceback as Python prints it."""
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+
+
+def fault_of(error: BaseException) -> Fault:
+    """``error`` for the other ranks, whether it can be pickled or not."""
+    if isinstance(error, OSError) and not isinstance(error, QuantError):
+        error = translated(error)
+    line = line_of(error)
+    if isinstance(error, QuantError):
+        return Fault(line, line, _portable(error))
+    kind = type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else line
+    return Fault(line, f"{kind} {place}", None, isinstance(error, KeyboardInterrupt))
+
+
+def translated(error: OSError) -> QuantError:
+    """The system's error as a user's: what is wrong, and with which file."""
+    found = QuantError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    found.__cause__ = error
+    return found
+
+
+def _portable(error: QuantError) -> QuantError:
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # of what an exception may hold anything can fail to be pickled
+        return QuantError(str(error))
+    return (
+        error if type(copy) is type(error) and str(copy) == str(error) else QuantError(str(error))
+    )
+
+
+def shared(error: BaseException | None, faults: Sequence[Fault | None], rank: int) -> BaseException:
+    """What ``rank``, which had ``error``, raises where the ranks had ``faults``, not all None.
+
+    The error of the lowest rank that has one; the exception itself on the rank that raised it.
+    KeyboardInterrupt goes before all, as nothing is removed after it.
+    """
+    having = [(r, fault) for r, fault in enumerate(faults) if fault is not None]
+    interrupts = [(r, fault) for r, fault in having if fault.interrupted]
+    first, fault = (interrupts or having)[0]
+    raised: BaseException
+    if first == rank:
+        assert error is not None
+        raised = translated(error) if isinstance(error, OSError) else error
+    elif fault.interrupted:
+        raised = KeyboardInterrupt(f"rank {first} was interrupted")
+    elif fault.error is not None:
+        raised = fault.error
+    else:
+        raised = RankError(f"rank {first} failed: {fault.line}")
+    if raised is not error and raised.__cause__ is None:
+        raised.__cause__ = error
+    trace = trace_of(error) if error is not None else ""
+    vars(raised)[_MARK] = Reduction(rank, len(faults), _told(having), trace)
+    return raised
+
+
+def _told(having: Sequence[tuple[int, Fault]]) -> tuple[Told, ...]:
+    ranks: dict[str, list[int]] = {}
+    lines: dict[str, Fault] = {}
+    for rank, fault in having:
+        ranks.setdefault(fault.key, []).append(rank)
+        lines.setdefault(fault.key, fault)
+    return tuple(
+        Told(lines[key].line, tuple(of), lines[key].error is None and not lines[key].interrupted)
+        for key, of in ranks.items()
+    )
+
+
+def reduction(error: BaseException) -> Reduction | None:
+    """What :func:`shared` noted on ``error``; None for one that this rank has alone."""
+    found = vars(error).get(_MARK)
+    return found if isinstance(found, Reduction) else None

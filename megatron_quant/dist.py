@@ -6,9 +6,8 @@ calls, it raises through :func:`raise_together`, so every rank leaves at the sam
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -151,10 +150,3 @@ def together(groups: Groups, work: Callable[[], T]) -> T:
         error = e
     raise_together(error, groups)
     return result
-
-
-def meet(seconds: float) -> None:
-    """Wait for all ranks, for so long at most, and whatever has become of them."""
-    if dist.is_initialized():
-        with suppress(RuntimeError):
-            dist.barrier(async_op=True).wait(timedelta(seconds=seconds))

@@ -38,14 +38,8 @@ INDEX = Limits(256 * MB, 3_000_000)
 """An index, a manifest: a line for every tensor."""
 HEADER = Limits(100 * MB, 3_000_000)
 """A safetensors header: three lists for every tensor."""
-LINE = Limits(1 * MB, 1_000)
-"""A line of a journal."""
-RECORD = Limits(64 * MB, 1_000_000)
-"""A line of calibration data: a document, or a conversation."""
 RECIPE = Limits(2 * MB, 100_000)
 """A recipe; its parser is slow."""
-TOKENIZER = Limits(128 * MB, 0)
-"""What a tokenizer or template is read from, by libraries that end the process when memory ends."""
 
 
 def read_bytes(path: Path, limits: Limits, error: type[QuantError] = CheckpointError) -> bytes:
@@ -163,13 +157,6 @@ def _depth(value: Any) -> int:
         inner = [v for v in level if isinstance(v, list | dict)]
         level = [x for v in inner for x in (v.values() if isinstance(v, dict) else v)]
     return depth
-
-
-def read_yaml(
-    path: Path, limits: Limits = RECIPE, error: type[QuantError] = CheckpointError
-) -> Any:
-    """The value in the YAML file ``path``."""
-    return parse_yaml(read_bytes(path, RECIPE, error), str(path), error)
 
 
 def parse_yaml(

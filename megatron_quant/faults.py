@@ -1,13 +1,12 @@
 """What a rank raised, as it reaches the other ranks and the screen."""
 
 import pickle
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_quant.documents import printable
 from megatron_quant.errors import QuantError, RankError
 
-_MARK = "_megatron_quant_reduction"
 _OUT_OF_MEMORY = (
     "this rank has too little memory: use more ranks (a larger --tp, --pp or --ep), a smaller "
     "--calib-batch-size or --calib-seq-length, or --stream"
@@ -18,38 +17,13 @@ _OUT_OF_MEMORY = (
 class Fault:
     """An error of one rank, in a form that every other rank can read.
 
-    line: what a person is told. key: equal for errors that are told once. error: what a user can
-    act on, raised alike on every rank; None for a bug or a foreign exception, whose traceback
-    matters. interrupted: whether it was Ctrl-C.
+    line: what a person is told. error: what a user can act on, raised alike on every rank; None
+    for a bug or a foreign exception. interrupted: whether it was Ctrl-C.
     """
 
     line: str
-    key: str
     error: QuantError | None = None
     interrupted: bool = False
-
-
-@dataclass(frozen=True)
-class Told:
-    """An error that ``ranks`` had alike, told by the first of them; ``is_bug``: see Fault."""
-
-    line: str
-    ranks: tuple[int, ...]
-    is_bug: bool
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """What all ``size`` ranks raised at one place.
-
-    rank: this one. told: each different error, in the order of the ranks. trace: the traceback of
-    what this rank raised itself; empty where it raised nothing.
-    """
-
-    rank: int
-    size: int
-    told: tuple[Told, ...]
-    trace: str
 
 
 def line_of(error: BaseException) -> str:
@@ -64,8 +38,7 @@ def line_of(error: BaseException) -> str:
 
 def one_line(text: str) -> str:
     """``text`` without line breaks and with control characters escaped."""
-    words = " ".join(text.split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    return printable(" ".join(text.split()))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -78,22 +51,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def trace_of(error: BaseException) -> str:
-    """The traceback as Python prints it."""
-    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-
-
 def fault_of(error: BaseException) -> Fault:
     """``error`` for the other ranks, whether it can be pickled or not."""
     if isinstance(error, OSError) and not isinstance(error, QuantError):
         error = translated(error)
     line = line_of(error)
     if isinstance(error, QuantError):
-        return Fault(line, line, _portable(error))
-    kind = type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else line
-    return Fault(line, f"{kind} {place}", None, isinstance(error, KeyboardInterrupt))
+        return Fault(line, _portable(error))
+    return Fault(line, interrupted=isinstance(error, KeyboardInterrupt))
 
 
 def translated(error: OSError) -> QuantError:
@@ -134,24 +99,4 @@ def shared(error: BaseException | None, faults: Sequence[Fault | None], rank: in
         raised = RankError(f"rank {first} failed: {fault.line}")
     if raised is not error and raised.__cause__ is None:
         raised.__cause__ = error
-    trace = trace_of(error) if error is not None else ""
-    vars(raised)[_MARK] = Reduction(rank, len(faults), _told(having), trace)
     return raised
-
-
-def _told(having: Sequence[tuple[int, Fault]]) -> tuple[Told, ...]:
-    ranks: dict[str, list[int]] = {}
-    lines: dict[str, Fault] = {}
-    for rank, fault in having:
-        ranks.setdefault(fault.key, []).append(rank)
-        lines.setdefault(fault.key, fault)
-    return tuple(
-        Told(lines[key].line, tuple(of), lines[key].error is None and not lines[key].interrupted)
-        for key, of in ranks.items()
-    )
-
-
-def reduction(error: BaseException) -> Reduction | None:
-    """What :func:`shared` noted on ``error``; None for one that this rank has alone."""
-    found = vars(error).get(_MARK)
-    return found if isinstance(found, Reduction) else None

@@ -54,13 +54,6 @@ class Fields:
         except OverflowError:
             raise self.refused(key, "a number above 0 that a float holds") from None
 
-    def text(self, key: str, default: str | None = None) -> str:
-        """A string."""
-        value = self._or(key, default)
-        if not isinstance(value, str):
-            raise self.refused(key, "a string")
-        return value
-
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false."""
         value = self._or(key, default)
@@ -74,17 +67,6 @@ class Fields:
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
             raise self.refused(key, "a list of strings")
         return tuple(value)
-
-    def inner(self, key: str) -> "Fields":
-        """An object; an empty one where there is none."""
-        value = self._or(key, {})
-        if not isinstance(value, dict):
-            raise self.refused(key, "an object")
-        return Fields(value, f"{key} of {self.where}", self.error)
-
-    def inners(self) -> dict[str, "Fields"]:
-        """All values, which must be objects; those that are null are empty ones."""
-        return {key: self.inner(key) for key in self.values}
 
     def only(self, key: str, allowed: tuple[object, ...]) -> None:
         """Refuse a value that is given and is none of ``allowed``."""

@@ -54,13 +54,13 @@ def companions(
     quant: QuantPlan,
     dialect: Dialect,
     dtype: torch.dtype,
-    carried: Sequence[Path] = (),
     origin: Origin = _UNKNOWN,
 ) -> Companions:
-    """config.json with ``quantization_config``, the dialect's own files, and those to carry over.
+    """config.json with ``quantization_config``, and the dialect's own files.
 
     hf_config: the source model's config.json. dtype: of the tensors that are not quantized.
     Layers for speculation that ``quant`` has not are none in config.json either.
+    :meth:`Companions.beside` adds what is carried over.
 
     Raises FormatError where the dialect cannot express ``quant``.
     """
@@ -71,7 +71,7 @@ def companions(
     if quant.quantized:
         config["quantization_config"] = dialect.quantization_config(quant)
         files = dialect.extra_files(quant)
-    return Companions({**files, CONFIG: config}, tuple(carried), origin, left_out=left_out)
+    return Companions({**files, CONFIG: config}, origin=origin, left_out=left_out)
 
 
 def _without_drafts(

@@ -81,7 +81,7 @@ def _obstacles(
     decisions = {n: d for d in plan.decisions if not d.slot.fixed for n in d.slot.sources}
     yield from _of_fused(params, decisions)
     found = [(p, d) for p in params if (d := decisions[p.sources[0].module]).quantized]
-    sharded = tp is not None and engine in SHARDED
+    sharded = engine in SHARDED
     if tp is not None and not sharded and (ragged := ragged_problem(found, dialect)) is not None:
         yield Obstacle(*ragged)
     yield from _of_mixtures(found, dialect, engine)

@@ -8,15 +8,13 @@ from collections.abc import Iterable
 from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config
+from megatron_quant.models.moe import EXPERT_COUNTS
 from megatron_quant.models.stacks import Shape, text_config
 
 _OF_TENSORS = (
     "num_hidden_layers",
     "num_nextn_predict_layers",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
+    *EXPERT_COUNTS,
 )
 """Keys that count what has a tensor of its own, or a slice of a stack."""
 

@@ -21,7 +21,8 @@ _LINEARS = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"})
 """Linears of an expert, as checkpoints name them."""
 _KNOWN = re.compile(r"(.*\.)?shared?_experts?\..+|(.*\.)?shared_expert_gate\.weight")
 """Of names with ``expert`` in them those that are no routed expert's."""
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json that count the experts of a layer."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _checked(
     name: str, experts: dict[int, dict[str, str]], config: Config, shapes: Shapes
 ) -> tuple[tuple[str, ...], ...]:
     text = text_config(config)
-    stated = next((k for k in _COUNTS if text.get(k) is not None and text[k] != 0), None)
+    stated = next((k for k in EXPERT_COUNTS if text.get(k) is not None and text[k] != 0), None)
     count = len(experts) if stated is None else positive(text, stated)
     missing = next((e for e in range(count) if e not in experts), None)
     if missing is not None or len(experts) != count:

@@ -43,8 +43,9 @@ def quantize_live_model(source: Path, out: Path) -> int:
     dialect = get_dialect("modelopt")
     files = plan_export(model.params, plan, dialect, model.layout, torch.bfloat16, 300_000)
     origin = Origin(recipe_digest(recipe), source_digest(source))
-    carried = found_beside(source).carried
-    beside = companions(checkpoint.config, plan, dialect, torch.bfloat16, carried, origin)
+    found = found_beside(source)
+    beside = companions(checkpoint.config, plan, dialect, torch.bfloat16, origin)
+    beside = beside.beside(source, found.carried, found.left_out)
     export(files, model.groups, producer(model, layers), out, beside)
     return len(layers)
 

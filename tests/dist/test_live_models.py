@@ -8,6 +8,7 @@ import pytest
 
 from megatron_quant.errors import ArchitectureError
 from tests.dist import checkpoints, saved
+from tests.dist.command import quantize_argv
 from tests.dist.pool import Ranks
 from tests.dist.test_layouts import digests
 
@@ -26,9 +27,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def streamed(source: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
     """The same weights exported from the Hugging Face folder, without any model."""
     out = tmp_path_factory.mktemp("streamed") / "out"
-    flags = {"export_quant_cfg": RECIPE, "export_dir": str(out), "max_shard_size": "300KB"}
-    words = [w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", value)]
-    argv = ["quantize", "--stream", "--hf-model-id", str(source), *words]
+    flags = {"export_quant_cfg": RECIPE, "max_shard_size": "300KB", "stream": True}
+    argv = quantize_argv(source, out, **flags, tp=None, ep=None, weight_only=None)
     (ended,) = ranks(1, saved.commands, [argv])[0]
     assert ended.status == 0, ended.err
     return out
@@ -63,8 +63,9 @@ def export_live(source: Path, out: Path, module: Any) -> None:
     dialect = get_dialect("modelopt")
     files = plan_export(model.params, plan, dialect, model.layout, torch.bfloat16, 300_000)
     origin = Origin(recipe_digest(recipe), source_digest(source))
-    carried = found_beside(source).carried
-    beside = companions(hf_config, plan, dialect, torch.bfloat16, carried, origin)
+    found = found_beside(source)
+    beside = companions(hf_config, plan, dialect, torch.bfloat16, origin)
+    beside = beside.beside(source, found.carried, found.left_out)
     export(files, model.groups, producer(model, layers, cached), out, beside)
 
 

@@ -110,7 +110,8 @@ def test_index_config_and_carried_files(tmp_path):
     tokenizer.write_text("{}")
     dialect, quant = get_dialect("modelopt"), world.quant("nvfp4", world.model())
     old = {"torch_dtype": "float32", "quantization_config": {"quant_method": "old"}}
-    beside = companions({**world.CONFIG, **old}, quant, dialect, torch.bfloat16, [tokenizer])
+    beside = companions({**world.CONFIG, **old}, quant, dialect, torch.bfloat16)
+    beside = beside.beside(tmp_path, [tokenizer])
     seen: list[int] = []
     export(plan, Groups(), producer(), out, beside, progress=seen.append)
     index = json.loads((out / INDEX).read_text())

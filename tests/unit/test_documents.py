@@ -17,7 +17,6 @@ from megatron_quant.documents import (
     printable,
     read_bytes,
     read_json,
-    read_yaml,
     shown,
 )
 from megatron_quant.errors import CheckpointError, RecipeError
@@ -106,7 +105,13 @@ def test_yaml_is_read_with_its_aliases(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("a: &x {b: [1, two]}\nc: *x\nd: {<<: *x, e: 0x10}\n")
     inner = {"b": [1, "two"]}
-    assert read_yaml(path, RecipeError) == {"a": inner, "c": inner, "d": {**inner, "e": 16}}
+    content = read_bytes(path, documents.RECIPE, RecipeError)
+    found = parse_yaml(content, "it", RecipeError)
+    assert found == {
+        "a": inner,
+        "c": inner,
+        "d": {**inner, "e": 16},
+    }
     assert parse_yaml("", "it", RecipeError) is None
 
 

@@ -16,7 +16,7 @@ _ALL = _CORE | {"mcore", "stream"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "documents": {"errors"},
-    "faults": {"errors"},
+    "faults": {"errors", "documents"},
     "fields": {"errors", "documents"},
     "dist": {"errors", "faults"},
     "formats": {"errors"},

@@ -100,15 +100,32 @@ def gather(value: T, groups: Groups) -> list[T]:
     return values
 
 
-def exchange(parts: Sequence[torch.Tensor], sizes: Sequence[int], groups: Groups) -> torch.Tensor:
-    """Send ``parts`` (uint8 [n], one for each rank) and get what the ranks have for this one.
+def exchange(
+    parts: Callable[[], Sequence[torch.Tensor]] | None, sizes: Sequence[int], groups: Groups
+) -> torch.Tensor | None:
+    """Send ``parts()`` (uint8 [n], one for each rank) and get what the ranks have for this one.
 
-    sizes: bytes that come from each rank. Returns them after one another.
+    parts: None on a rank that has failed; then, and where ``parts`` raises or the memory for what
+    is sent or received is not there, all ranks get None. sizes: bytes that come from each rank.
+    Returns them after one another. What ``parts`` raises is raised once the others know.
     """
-    sent = torch.cat(list(parts)).to(groups.device)
-    received = sent.new_empty(sum(sizes))
-    counts = [part.numel() for part in parts]
-    dist.all_to_all_single(received, sent, list(sizes), counts, group=groups.model)
+    error: BaseException | None = None
+    try:
+        if parts is not None:
+            own = list(parts())
+            sent = torch.cat(own).to(groups.device)
+            counts = [part.numel() for part in own]
+            received = sent.new_empty(sum(sizes))
+    except BaseException as e:
+        error = e
+    well = torch.tensor([parts is not None and error is None], dtype=torch.uint8)
+    all_well = _all_reduce(well, dist.ReduceOp.MIN, groups).item()
+    if error is not None:
+        raise error
+    if not all_well:
+        return None
+    with _answered():
+        dist.all_to_all_single(received, sent, list(sizes), counts, group=groups.model)
     return received.cpu()
 
 

@@ -1,6 +1,7 @@
 """Ranks that put rows of tensors together, and none of which waits for one that failed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,12 +9,11 @@ import torch
 from megatron_quant.ckpt.join import Join, Joint
 from megatron_quant.ckpt.pipeline import Encoded
 from megatron_quant.dist import Groups, Shards, exchange
-from megatron_quant.errors import QuantError
+from megatron_quant.errors import RankError
 from megatron_quant.models.spec import Domain
 
 Pieces = Mapping[str, memoryview]
 """Bytes that a member encoded, by file tensor."""
-_FAILED, _WELL = 0, 1
 
 
 def join_all(
@@ -30,24 +30,26 @@ def join_all(
     What either of them raises is raised when nobody waits for this rank any more. Returns whether
     all is well; False where another rank failed, which will say so.
     """
-    error: QuantError | OSError | None = None
+    error: BaseException | None = None
     left: set[tuple[int, ...]] = set()
     for batch in batches:
         members = batch[0].members
         if members in left:
             continue
-        pieces, well = None, error is None and not left
+        well = error is None and not left
+        message = partial(_message, batch, rank, encode) if well else None
         try:
-            pieces = encode(batch) if well else None
-        except (QuantError, OSError) as e:
-            error = e
-        rows = _exchanged(batch, rank, pieces, _group(batch[0], shards))
-        if rows is None:
+            received = exchange(message, _sizes(batch, rank), _group(batch[0], shards))
+        except RankError as e:
+            raise error or e from None  # nobody is there who could wait
+        except BaseException as e:
+            error, received = e, None  # the members know
+        if received is None:
             left.add(members)
             continue
         try:
-            write(batch, rows)
-        except (QuantError, OSError) as e:
+            write(batch, _joined(batch, rank, received))
+        except BaseException as e:
             error = e
     if error is not None:
         raise error
@@ -60,19 +62,15 @@ def _group(joint: Joint, shards: Shards) -> Groups:
     return group
 
 
-def _exchanged(
-    batch: tuple[Joint, ...], rank: int, pieces: Pieces | None, group: Groups
-) -> list[Encoded] | None:
-    """This rank's rows; None where a member failed. pieces: None where this one did."""
-    me = batch[0].members.index(rank)
-    joins = [join for joint in batch for join in joint.joins]
-    members = range(len(batch[0].members))
-    parts = [_for_member(joins, me, to, pieces) for to in members]
-    sizes = [1 + sum(_nbytes(join, me, of) for join in joins) for of in members]
-    received = [part.numpy() for part in exchange(parts, sizes, group).split(sizes)]
-    if any(part[0] != _WELL for part in received):
-        return None
-    return _joined(joins, me, received)
+def _joins(batch: tuple[Joint, ...]) -> list[Join]:
+    return [join for joint in batch for join in joint.joins]
+
+
+def _sizes(batch: tuple[Joint, ...], rank: int) -> list[int]:
+    """Bytes that come from each member."""
+    members = batch[0].members
+    me = members.index(rank)
+    return [sum(_nbytes(join, me, of) for join in _joins(batch)) for of in range(len(members))]
 
 
 def _nbytes(join: Join, to: int, of: int) -> int:
@@ -80,28 +78,37 @@ def _nbytes(join: Join, to: int, of: int) -> int:
     return (stop - start) * join.width(of)
 
 
-def _for_member(joins: Sequence[Join], me: int, to: int, pieces: Pieces | None) -> torch.Tensor:
-    """A byte that says how it went, and the member's rows of what this rank encoded."""
-    sent = torch.empty(1 + sum(_nbytes(join, to, me) for join in joins), dtype=torch.uint8)
-    sent[0] = _FAILED if pieces is None else _WELL
-    if pieces is not None:
-        data, at = sent.numpy(), 1
-        for join in joins:
-            if size := _nbytes(join, to, me):
-                first = join.rows(to)[0] * join.width(me)
-                data[at : at + size] = pieces[join.entry.name][first : first + size]
-                at += size
+def _message(
+    batch: tuple[Joint, ...], rank: int, encode: Callable[[tuple[Joint, ...]], Pieces]
+) -> list[torch.Tensor]:
+    """For each member its rows of what this rank encodes, uint8."""
+    members, pieces = batch[0].members, encode(batch)
+    me = members.index(rank)
+    return [_for_member(_joins(batch), me, to, pieces) for to in range(len(members))]
+
+
+def _for_member(joins: Sequence[Join], me: int, to: int, pieces: Pieces) -> torch.Tensor:
+    sent = torch.empty(sum(_nbytes(join, to, me) for join in joins), dtype=torch.uint8)
+    data, at = sent.numpy(), 0
+    for join in joins:
+        if size := _nbytes(join, to, me):
+            first = join.rows(to)[0] * join.width(me)
+            data[at : at + size] = pieces[join.entry.name][first : first + size]
+            at += size
     return sent
 
 
-def _joined(joins: Sequence[Join], me: int, received: Sequence[np.ndarray]) -> list[Encoded]:
-    at, found = [1] * len(received), list[Encoded]()
-    for join in joins:
+def _joined(batch: tuple[Joint, ...], rank: int, received: torch.Tensor) -> list[Encoded]:
+    """This rank's rows, of what came from the members."""
+    me, sizes = batch[0].members.index(rank), _sizes(batch, rank)
+    parts = [part.numpy() for part in received.split(sizes)]
+    at, found = [0] * len(parts), list[Encoded]()
+    for join in _joins(batch):
         box = join.box(me)
         if box is None:
             continue
         columns = []
-        for of, data in enumerate(received):
+        for of, data in enumerate(parts):
             size = _nbytes(join, me, of)
             columns.append(data[at[of] : at[of] + size].reshape(box.size[0], join.width(of)))
             at[of] += size

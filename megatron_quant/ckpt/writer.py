@@ -38,7 +38,7 @@ from megatron_quant.ckpt.target import (
 )
 from megatron_quant.ckpt.tensor_digests import TensorDigests
 from megatron_quant.dist import Groups, gather, together
-from megatron_quant.errors import LostRankError, QuantError
+from megatron_quant.errors import LostRankError
 
 
 def export(
@@ -53,8 +53,8 @@ def export(
 ) -> None:
     """Write the checkpoint; call it on every rank with the same plan.
 
-    Raises, on every rank, what any rank met: ExportError from the disk, or whatever QuantError
-    ``produce`` raises. Then nothing is left in ``directory`` but what was there, less an older
+    Raises, on every rank, what any rank met: ExportError from the disk, or whatever ``produce``
+    raises. Then nothing is left in ``directory`` but what was there, less an older
     checkpoint's files under ``Existing.REPLACE``; a directory that was made for it is gone. Under
     ``Existing.RESUME``, and whenever a rank is killed, what was written stays and can be continued.
     """
@@ -71,8 +71,8 @@ def export(
     try:
         digests = _write(plan, groups, produce, directory, progress, options)
         together(groups, lambda: commit(plan, directory, companions, digests) if first else None)
-    except QuantError as error:
-        # A run whose rank was killed goes on with what is there.
+    except Exception as error:
+        # A run whose rank was killed, or that Ctrl-C ended, goes on with what is there.
         if first and existing is not Existing.RESUME and not isinstance(error, LostRankError):
             discard(directory, made)
         raise

@@ -13,7 +13,7 @@ from megatron_quant.ckpt.produce import Produced
 from megatron_quant.ckpt.runs import runs
 from megatron_quant.ckpt.writer import Existing, export
 from megatron_quant.dist import Groups, Shards
-from megatron_quant.errors import ExportError, FormatError
+from megatron_quant.errors import ExportError, FormatError, RankError
 from tests.dist.pool import Ranks
 from tests.unit import ckpt_world as world
 from tests.unit.test_ckpt_writer import BESIDE, contents, producer
@@ -74,26 +74,34 @@ def test_rows_that_are_put_together_are_written_at_once(
     assert {n.split(".")[-2] for n in names} == {"o_proj", "down_proj"}
 
 
-def _fail_in(what: str, rank: int, directory: Path) -> None:
+def _fail_in(kind: type[Exception], what: str, rank: int, directory: Path) -> None:
     """Encode until ``rank`` fails at a tensor of this name."""
     me = dist.get_rank()
 
     def failing(part: Part) -> Iterator[Produced]:
         if me == rank and what in part.target.source.name:
-            raise FormatError(f"{part.target.source.name} is bad")
+            raise kind(f"{part.target.source.name} is bad")
         return producer("tp2-etp2", me)(part)
 
     plan = world.plan("nvfp4", "tp2-etp2")
     export(plan, joining("tp2-etp2"), failing, directory, BESIDE, Existing.REFUSE)
 
 
-@pytest.mark.parametrize(("what", "rank"), [("0.self_attn.o_proj", 1), ("down_proj", 2), ("norm", 0)])
+@pytest.mark.parametrize("kind", [FormatError, RuntimeError, MemoryError])
+@pytest.mark.parametrize(
+    ("what", "rank"), [("0.self_attn.o_proj", 1), ("down_proj", 2), ("norm", 0)]
+)
 def test_nobody_waits_for_a_rank_that_failed(
-    what: str, rank: int, ranks: Ranks, tmp_path: Path
+    what: str, rank: int, kind: type[Exception], ranks: Ranks, tmp_path: Path
 ) -> None:
-    errors = ranks.errors(4, _fail_in, what, rank, tmp_path, timeout=60)
-    assert {type(error) for error in errors} == {FormatError}
+    errors = ranks.errors(4, _fail_in, kind, what, rank, tmp_path, timeout=60)
+    others = FormatError if kind is FormatError else RankError
+    assert [type(e) for e in errors] == [kind if r == rank else others for r in range(4)]
     assert {what in str(error) for error in errors} == {True}
+    if others is RankError:
+        assert {f"rank {rank} failed" in str(e) for r, e in enumerate(errors) if r != rank} == {
+            True
+        }
     assert contents(tmp_path) == {}
 
 

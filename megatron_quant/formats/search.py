@@ -50,6 +50,7 @@ def errors(
     stat: Tensor,
     multipliers: Sequence[float],
     origin: Origin = (0, 0),
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Sum of squared dequantization errors for each multiple of ``stat``, as integers.
 
@@ -57,9 +58,11 @@ def errors(
     dscale: as ``encode`` has it; None where ``fmt`` has no blocks.
     stat: [..., N_b, K_b, P] as ``block_stat`` has it, merged; where ``fmt`` has no blocks the amax
         of the tensor, [] or [E, 1, 1].
+    weight: by which errors of each column are multiplied, fp32 [K], or [E, K] for a stack, from 0
+        to 1; equal ones where None.
     -> int64 [M, ..., N_b, K_b], or [M, *stat.shape] without blocks: each element's squared error
-        over the statistic's next power of two squared, rounded to a multiple of 2^-32, summed.
-        Errors of pieces of one block (with the same statistic) merge by SUM, exactly.
+        over the statistic's next power of two squared, weighted, rounded to a multiple of 2^-32,
+        summed. Errors of pieces of one block (with the same statistic) merge by SUM, exactly.
     Raises FormatError as ``encode`` does.
     """
     check_storable(w, fmt, stat, origin)
@@ -72,9 +75,10 @@ def errors(
     for chunk in row_chunks(w_RK):
         x_RK = w_RK[chunk].float()
         inverse = scale_RB[chunk if index_R is None else index_R[chunk]]
+        weight_RBb = None if weight is None else columns.split(_of_rows(weight, w, chunk))
         for m, how in enumerate(tried):
             error_RK = x_RK - _values(how, chunk, w_RK[chunk])
-            sums[m, chunk] = _counted(columns.split(error_RK), inverse)
+            sums[m, chunk] = _counted(columns.split(error_RK), inverse, weight_RBb)
     return _by_block(sums, w, fmt, stat, rows)
 
 
@@ -104,10 +108,20 @@ def _inverse_unit(amax: Tensor) -> Tensor:
     return ((127 - exponent) << 23).view(torch.float32)
 
 
-def _counted(error_RBb: Tensor, inverse_RB: Tensor) -> Tensor:
+def _of_rows(weight: Tensor, w: Tensor, chunk: slice) -> Tensor:
+    """Weights of the rows ``chunk`` of ``w``: [1, K] where all rows have the same."""
+    if weight.dim() == 1:
+        return weight.unsqueeze(0)
+    row_R = torch.arange(chunk.start, chunk.stop, device=w.device)
+    return weight[row_R.div(w.shape[-2], rounding_mode="floor")]
+
+
+def _counted(error_RBb: Tensor, inverse_RB: Tensor, weight_RBb: Tensor | None) -> Tensor:
     """Squared errors in units, each rounded, summed over the last dim: int64 [R, B]."""
-    relative = error_RBb.mul_(inverse_RB.unsqueeze(-1))
-    units = relative.square_().clamp_(max=_MOST).mul_(_UNITS).round_()
+    relative = error_RBb.mul_(inverse_RB.unsqueeze(-1)).square_().clamp_(max=_MOST)
+    if weight_RBb is not None:
+        relative.mul_(weight_RBb)
+    units = relative.mul_(_UNITS).round_()
     # Integers below 2^33, of which 2^20 add up in fp64 without rounding.
     return units.sum(-1, dtype=torch.float64).to(torch.int64)
 

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"errors"},
     "models": {"errors", "documents", "fields"},
     "recipes": {"errors", "documents", "formats"},
+    "rounding": {"errors", "formats"},
     "cpu": {"errors"},
     "layers": _LOWER,
     "calib": _CALIB,

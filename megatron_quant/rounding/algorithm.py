@@ -1,0 +1,170 @@
+"""GPTQ: rounding a weight so that its outputs, not its elements, lose least.
+
+Scales are found before and stay. Errors and coefficients are integers whose sums are exact in
+fp64, so a row comes out the same with whatever rows it is rounded, and in whatever order a matrix
+product adds: the result depends on the row, its scales and the second moment alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_quant.errors import FormatError
+from megatron_quant.formats.cuts import Origin
+from megatron_quant.formats.rows import check_storable
+from megatron_quant.formats.spec import Format
+from megatron_quant.rounding.feedback import Feedback, check_damp, check_moment, feedback
+from megatron_quant.rounding.grid import Grid, Steps, taken
+
+_DAMP = {"nvfp4": 0.05}
+_BLOCK, _INNER = 128, 16
+"""Columns whose errors reach the rest by one matrix product, and those within such a block."""
+_ERROR_BITS = 26
+"""Errors are counted in the row's largest weight / 2^26, rounded to a power of two, ..."""
+_MOST_ERROR = 2.0**28
+"""... and are no more than this: with ``SUM_BITS`` for the coefficients sums stay below 2^53."""
+_BYTES = {"cpu": 1 << 28}
+_BYTES_ELSEWHERE = 1 << 33
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What GPTQ makes of a weight.
+
+    w: fp32 in the weight's shape, every value on the grid.
+    loss_E: sum over rows of e H e^T, e = w - rounded, with the damped H: fp64, one a moment.
+    damp_E: the damp that each moment took.
+    """
+
+    w: Tensor
+    loss_E: Tensor
+    damp_E: Tensor
+
+
+def default_damp(fmt: Format) -> float:
+    """Part of the mean diagonal that is added to it where nobody says otherwise."""
+    return _DAMP.get(fmt.name, 0.01)
+
+
+@torch.no_grad()
+def gptq(
+    w: Tensor,
+    fmt: Format,
+    scales: Mapping[str, Tensor],
+    moment: Tensor,
+    damp: float | None = None,
+    names: Sequence[str] = (),
+    origin: Origin = (0, 0),
+) -> Rounded:
+    """Round ``w`` by columns, each making up for the errors of those before it.
+
+    w: finite bf16, fp16 or fp32, [N, K] or [E, N, K]: whole rows of the logical tensor.
+    scales: the fields of ``fmt`` but its elements, as ``encode_on`` has them. ``encode_on`` of the
+        result, with them, gives its codes exactly.
+    moment: sums (or means) of x x^T over the inputs, fp32 [E, K, K], or [K, K] for all.
+    damp: part of the moment's mean diagonal that is added to it, 0 < damp <= 1; see
+        ``default_damp``.
+    names: of the weights, one a matrix, for messages.
+    origin: row of the logical tensor at which w starts, and 0.
+    Raises FormatError as ``encode`` does, RecipeError for another damp, CalibrationError for a
+    moment that is not finite or has no Cholesky factor.
+    """
+    damp = default_damp(fmt) if damp is None else damp
+    check_damp(damp)
+    check_storable(w, fmt, torch.empty(0), origin)
+    if origin[1]:
+        raise FormatError(f"GPTQ needs whole rows; this piece starts at column {origin[1]}")
+    assert moment.shape[-2:] == (w.shape[-1], w.shape[-1]), (w.shape, moment.shape)
+    assert moment.dim() == 2 or len(moment) == len(w), (w.shape, moment.shape)
+    moment_EKK = moment.view(-1, *moment.shape[-2:])
+    matrices = len(moment_EKK)
+    names = names or [f"matrix {e}" for e in range(matrices)]
+    grid = Grid.of(w, fmt, scales, origin, matrices)
+    w_ENK = w.reshape(matrices, -1, w.shape[-1])
+    rounded = torch.empty(w_ENK.shape, device=w.device)
+    losses, damps = [], []
+    for part in _parts(w_ENK):
+        check_moment(moment_EKK[part], names[part])
+        how = feedback(moment_EKK[part], damp, names[part])
+        rounded[part], loss_E = _round(w_ENK[part], part, grid, how)
+        losses.append(loss_E)
+        damps.append(how.damp_E)
+    return Rounded(rounded.view(w.shape), torch.cat(losses), torch.cat(damps))
+
+
+def _parts(w_ENK: Tensor) -> Iterator[slice]:
+    """Matrices to round at once: many for an accelerator, few for a small host."""
+    matrices, rows, cols = w_ENK.shape
+    each = cols * (24 * cols + 24 * rows)
+    step = max(1, _BYTES.get(w_ENK.device.type, _BYTES_ELSEWHERE) // max(each, 1))
+    return (slice(start, min(start + step, matrices)) for start in range(0, matrices, step))
+
+
+def _round(w_ENK: Tensor, part: slice, grid: Grid, how: Feedback) -> tuple[Tensor, Tensor]:
+    """(values on the grid [E, N, K], loss [E])."""
+    experts, _, cols = w_ENK.shape
+    w_EKN = taken(w_ENK.mT.float(), how.order_EK)
+    unit_EN = error_units(w_ENK)
+    error_EKN = torch.empty(w_EKN.shape, dtype=torch.float64, device=w_ENK.device)
+    loss_E = torch.zeros(experts, dtype=torch.float64, device=w_ENK.device)
+    for stop in range(cols, 0, -_BLOCK):
+        columns = slice(max(0, stop - _BLOCK), stop)
+        made_up = how.coefficients_EKK[:, stop:, columns].mT @ error_EKN[:, stop:]
+        block = _Block(
+            w_EKN[:, columns],
+            grid.columns(part, how.order_EK[:, columns]),
+            how.coefficients_EKK[:, columns, columns],
+            how.unit_EK[:, columns],
+            unit_EN,
+        )
+        residual_ECN = block.round(made_up, error_EKN[:, columns])
+        loss_E += (residual_ECN.square_().sum(-1) * how.pivot_EK[:, columns]).sum(-1)
+    return _in_order(w_EKN, how.order_EK), loss_E
+
+
+def error_units(w_ENK: Tensor) -> Tensor:
+    """What errors of each row are counted in: powers of two, fp64 [E, N]."""
+    exponent = torch.frexp(w_ENK.abs().amax(-1).double()).exponent - _ERROR_BITS
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
+
+
+def _in_order(w_EKN: Tensor, order_EK: Tensor) -> Tensor:
+    """[E, N, K], columns where they were."""
+    return taken(w_EKN, order_EK.argsort(1)).mT
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some columns, to be rounded from the last to the first; w_ECN is overwritten."""
+
+    w_ECN: Tensor
+    steps: Steps
+    coefficients_ECC: Tensor
+    unit_EC: Tensor
+    unit_EN: Tensor
+
+    def round(self, made_up_ECN: Tensor, error_ECN: Tensor) -> Tensor:
+        """Fill ``error_ECN``; -> what the values had to be less what they became, fp64.
+
+        made_up_ECN: what errors of later columns add, in units; overwritten.
+        """
+        for stop in range(made_up_ECN.shape[1], 0, -_INNER):
+            start = max(0, stop - _INNER)
+            for column in range(stop - 1, start - 1, -1):
+                self._round_column(column, made_up_ECN, error_ECN)
+                before = self.coefficients_ECC[:, column, start:column, None]
+                made_up_ECN[:, start:column].addcmul_(before, error_ECN[:, column, None])
+            before = self.coefficients_ECC[:, start:stop, :start]
+            made_up_ECN[:, :start] += before.mT @ error_ECN[:, start:stop]
+        return made_up_ECN
+
+    def _round_column(self, column: int, made_up_ECN: Tensor, error_ECN: Tensor) -> None:
+        w_EN, made_up_EN = self.w_ECN[:, column], made_up_ECN[:, column]
+        made_up_EN.mul_(self.unit_EC[:, column, None]).mul_(self.unit_EN).add_(w_EN)
+        value_EN = self.steps.round(column, made_up_EN.float())
+        error = (w_EN - value_EN).double().div_(self.unit_EN).round_()
+        error_ECN[:, column] = error.clamp_(-_MOST_ERROR, _MOST_ERROR)
+        made_up_EN.sub_(value_EN)
+        w_EN.copy_(value_EN)

@@ -23,6 +23,7 @@ from megatron_quant.formats import amax
 from megatron_quant.layers.grouped import QuantGroupedLinear
 from megatron_quant.layers.install import QuantLayer
 from megatron_quant.recipes.plan import Decision, QuantPlan
+from megatron_quant.recipes.reached import accept_cold, check_reached, largest_shared
 
 
 class ColdExperts(Enum):
@@ -75,7 +76,8 @@ def calibrate(
     scaled = inputs
     if act_percentile < 100 and inputs:
         scaled = clip(plan, inputs, seen, act_percentile, groups)
-    cold = _cold_experts(plan, tokens, cold_experts)
+    unseen = (plan.by_name[name].slot for name, count in tokens.items() if not count)
+    cold = accept_cold(unseen, cold_experts is ColdExperts.LAYER_MAX)
     _load_weights(layers, plan, weights)
     _load_inputs(layers, plan, scaled)
     find_scales(layers, plan, groups)
@@ -123,7 +125,7 @@ def _merge_inputs(
     experts = [d for d in watched if d.slot.expert is not None]
     tokens = merge_sum(_names(experts), observed.tokens, groups) if experts else {}
     _check_finite("input of", inputs)
-    _check_reached(plan, watched, inputs)
+    check_reached((d.slot for d in watched), largest_shared(plan, inputs))
     return inputs, tokens
 
 
@@ -139,38 +141,10 @@ def _check_finite(what: str, amaxes: Mapping[str, float]) -> None:
             )
 
 
-def _check_reached(
-    plan: QuantPlan, watched: Sequence[Decision], inputs: Mapping[str, float]
-) -> None:
-    reached = _shared_max(plan, inputs).keys()
-    for decision in watched:
-        if decision.slot.sharing not in reached:
-            raise CalibrationError(
-                f"no calibration token reached {decision.slot.module}: "
-                "give more data with --calib-size"
-            )
-
-
-def _cold_experts(
-    plan: QuantPlan, tokens: Mapping[str, int], policy: ColdExperts
-) -> tuple[str, ...]:
-    cold = [slot for slot, count in tokens.items() if not count]
-    if cold and policy is ColdExperts.ERROR:
-        slots = [plan.by_name[name].slot for name in cold]
-        experts = list(dict.fromkeys((s.module.rpartition(".")[0], s.expert) for s in slots))
-        (module, expert), others = experts[0], len(experts) - 1
-        raise CalibrationError(
-            f"expert {expert} of {module} saw no calibration token"
-            f"{f' (and {others} more experts)' if others else ''}: raise --calib-size, or take "
-            "the layer's largest amax with --cold-experts layer-max"
-        )
-    return tuple(cold)
-
-
 def _load_weights(
     layers: Sequence[QuantLayer], plan: QuantPlan, weights: Mapping[str, float]
 ) -> None:
-    shared_weights = _shared_max(plan, weights)
+    shared_weights = largest_shared(plan, weights)
     for layer in layers:
         weight_amax = torch.tensor(shared_weights[layer.sharing])
         if isinstance(layer.module, QuantGroupedLinear) and layer.module.per_expert:
@@ -182,17 +156,8 @@ def _load_weights(
 def _load_inputs(
     layers: Sequence[QuantLayer], plan: QuantPlan, inputs: Mapping[str, float]
 ) -> None:
-    shared_inputs = _shared_max(plan, inputs)
+    shared_inputs = largest_shared(plan, inputs)
     for layer in layers:
         if layer.static_inputs:
             amax = torch.tensor(shared_inputs[layer.sharing])
             layer.module.input_quantizer.amax = amax.to(layer.weights()[0].device)
-
-
-def _shared_max(plan: QuantPlan, amaxes: Mapping[str, float]) -> dict[str, float]:
-    """The largest value of slots that share a scale: over all experts, whoever holds them."""
-    largest: dict[str, float] = {}
-    for slot, value in amaxes.items():
-        sharing = plan.by_name[slot].slot.sharing
-        largest[sharing] = max(largest.get(sharing, 0.0), value)
-    return largest

@@ -23,25 +23,16 @@ from megatron_quant.calib.search_tensors import search_tensors
 from megatron_quant.dist import Groups, sum_reduce
 from megatron_quant.formats import tensor_scale
 from megatron_quant.formats.search import (
-    FOUR_OVER_SIX,
     FOUR_OVER_SIX_RANGE,
-    MSE_MULTIPLIERS,
+    MULTIPLIERS,
     choose,
     errors,
 )
 from megatron_quant.layers.install import QuantLayer
 from megatron_quant.recipes.plan import QuantPlan
 
-_MULTIPLIERS = {"mse": MSE_MULTIPLIERS, "four_over_six": FOUR_OVER_SIX}
 _ERRORS_AT_ONCE = 1 << 23
 """Errors (one for each block and multiplier, 8 bytes) that are held at a time."""
-
-
-def searches_blocks(layer: QuantLayer) -> bool:
-    """Whether the scales of the layer's blocks are searched."""
-    return (
-        layer.decisions[0].algorithm in _MULTIPLIERS and layer.weight_format.stat_block is not None
-    )
 
 
 def find_scales(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
@@ -52,7 +43,7 @@ def find_scales(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -
     """
     widen(layers)
     search_tensors(layers, plan, groups)
-    static = [layer for layer in layers if is_cut(layer) or searches_blocks(layer)]
+    static = [layer for layer in layers if is_cut(layer) or layer.searches_blocks]
     blocks = merged_blocks(static, groups)
     search_blocks(blocks, groups)
     give(blocks)
@@ -63,7 +54,7 @@ def follow_weights(layers: Sequence[QuantLayer], groups: Groups) -> None:
 
     A constant number of collectives; every rank of ``groups`` calls it.
     """
-    give(merged_blocks([x for x in layers if is_cut(x) and not searches_blocks(x)], groups))
+    give(merged_blocks([x for x in layers if is_cut(x) and not x.searches_blocks], groups))
 
 
 def widen(layers: Iterable[QuantLayer]) -> None:
@@ -80,7 +71,7 @@ def search_blocks(held: Sequence[Held], groups: Groups) -> None:
     What belongs to layers that search nothing stays. One collective for each group that cuts
     blocks; every rank of ``groups`` calls it. Tensors have their amaxes.
     """
-    found = [_search(item) for item in held if searches_blocks(item.layer)]
+    found = [_search(item) for item in held if item.layer.searches_blocks]
     cut = [(best, best.sums) for best in found if best.sums is not None]
     merged = merge([(best.item, sums) for best, sums in cut], sum_reduce, groups)
     for (best, _), sums in zip(cut, merged, strict=True):
@@ -90,7 +81,7 @@ def search_blocks(held: Sequence[Held], groups: Groups) -> None:
 
 
 def _tried(layer: QuantLayer) -> Sequence[float]:
-    return _MULTIPLIERS[layer.decisions[0].algorithm]
+    return MULTIPLIERS[layer.decisions[0].algorithm]
 
 
 @dataclass(frozen=True, eq=False)

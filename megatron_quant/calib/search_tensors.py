@@ -17,10 +17,10 @@ def search_tensors(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups
 
     Three collectives at most; every rank of ``groups`` calls it.
     """
-    searched = [d for d in plan.quantized if _is_searched(d)]
+    searched = [d for d in plan.quantized if d.searches_tensor]
     if not searched:
         return
-    own = [layer for layer in layers if _is_searched(layer.decisions[0])]
+    own = [layer for layer in layers if layer.decisions[0].searches_tensor]
     sums = _of_all_slots(searched, own, groups)
     sharing: dict[str, list[Tensor]] = {}
     for decision in searched:
@@ -30,11 +30,6 @@ def search_tensors(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups
             _choose_amax(layer, torch.stack([sums[d.slot.name] for d in layer.decisions], 1))
         else:
             _choose_amax(layer, torch.stack(sharing[layer.sharing], 1).sum(1, keepdim=True))
-
-
-def _is_searched(decision: Decision) -> bool:
-    fmt = decision.weights
-    return decision.algorithm == "mse" and fmt is not None and fmt.stat_block is None
 
 
 def _of_all_slots(

@@ -36,6 +36,8 @@ MSE_MULTIPLIERS = (
 )
 """0.4 to 1.6 in steps of 0.05. Below 1 outliers are clipped; above it a block of floats moves to
 another part of their uneven grid, and a rounded scale to its neighbours."""
+MULTIPLIERS = {"mse": MSE_MULTIPLIERS, "four_over_six": FOUR_OVER_SIX}
+"""Algorithm of a recipe -> the multiples of a block's statistic that it tries."""
 
 _MOST = 2.0
 _UNITS = 2.0**32

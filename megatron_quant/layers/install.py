@@ -84,6 +84,11 @@ class QuantLayer:
         return fmt
 
     @property
+    def searches_blocks(self) -> bool:
+        """Whether the scales of the blocks of its weights are searched."""
+        return self.decisions[0].searches_blocks
+
+    @property
     def static_inputs(self) -> bool:
         """Whether the inputs' scale is calibrated; others follow from the inputs of each call."""
         inputs = self.decisions[0].inputs

@@ -13,7 +13,6 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_quant.calib.search import searches_blocks
 from megatron_quant.formats.region import Region
 from megatron_quant.layers.backend import BLOCK_AMAX
 from megatron_quant.layers.install import LocalWeight, QuantLayer
@@ -141,7 +140,7 @@ def grids_of(layers: Sequence[QuantLayer], weights: Sequence[LocalWeight]) -> li
     what it holds of their tensors.
     """
     held = {weight.slot: weight for weight in weights}
-    return [_grid(layer, held) for layer in layers if searches_blocks(layer)]
+    return [_grid(layer, held) for layer in layers if layer.searches_blocks]
 
 
 def _grid(layer: QuantLayer, held: Mapping[str, LocalWeight]) -> Grid:

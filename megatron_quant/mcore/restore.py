@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_quant.calib.calibrate import calibrate_weights
-from megatron_quant.calib.search import follow_weights, searches_blocks
+from megatron_quant.calib.search import follow_weights
 from megatron_quant.ckpt.saved import Saved, parse_description
 from megatron_quant.ckpt.torch_dist import open_torch_dist
 from megatron_quant.dist import Groups, together
@@ -59,7 +59,7 @@ def _reserve(layers: Sequence[QuantLayer], cached: Sequence[CachedTensor]) -> No
         module.weight_quantizer.amax = torch.ones(shape, device=device)
         if layer.static_inputs:
             module.input_quantizer.amax = torch.ones((), device=device)
-        if searches_blocks(layer):
+        if layer.searches_blocks:
             set_block_amax(module.weight_quantizer, torch.zeros(_stat_shape(layer), device=device))
     for tensor in cached:
         tensor.set_amax(1.0)

@@ -58,6 +58,20 @@ class Decision:
         """Whether the weight is stored in a quantized format."""
         return self.weights is not None
 
+    @property
+    def searches_tensor(self) -> bool:
+        """Whether the scale of the whole tensor, which has no blocks, is the one of least error."""
+        return self.algorithm == "mse" and self.quantized and not self._has_blocks
+
+    @property
+    def searches_blocks(self) -> bool:
+        """Whether the scale of each block is the one of least error."""
+        return self.algorithm != "max" and self._has_blocks
+
+    @property
+    def _has_blocks(self) -> bool:
+        return self.weights is not None and self.weights.stat_block is not None
+
 
 @dataclass(frozen=True)
 class QuantPlan:

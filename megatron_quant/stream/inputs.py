@@ -12,6 +12,7 @@ from megatron_quant.dist import Groups, max_reduce
 from megatron_quant.errors import CalibrationError
 from megatron_quant.models.spec import Param
 from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.recipes.reached import accept_cold, check_reached, largest_shared
 
 _LAYER_MAX = "layer-max"
 
@@ -53,38 +54,15 @@ def merge(
             row[i] = torch.stack(values).max().nan_to_num(nan=torch.inf)
     merged = zip(params, max_reduce(row, groups).tolist(), strict=True)
     found = {param.name: value for param, value in merged if value >= 0}
-    largest: dict[str, float] = {}
     for name, value in found.items():
         if not isfinite(value):
             raise CalibrationError(f"input of {name} contains NaN or Inf: repair the checkpoint")
-        module = quant.by_name[name].slot.module
-        largest[module] = max(largest.get(module, 0.0), value)
-    _check_reached(params, largest)
-    cold = _cold(params, found, cold_experts)
-    scales = {p.name: torch.tensor(largest[p.module]) for p in params}
+    slots, largest = [quant.by_name[p.name].slot for p in params], largest_shared(quant, found)
+    check_reached(slots, largest)
+    unseen = (slot for slot in slots if slot.name not in found)
+    cold = accept_cold(unseen, cold_experts == _LAYER_MAX)
+    scales = {slot.name: torch.tensor(largest[slot.sharing]) for slot in slots}
     return InputAmaxes(found, scales, cold)
-
-
-def _check_reached(params: Sequence[Param], largest: Mapping[str, float]) -> None:
-    for param in params:
-        if param.module not in largest:
-            raise CalibrationError(
-                f"no calibration token reached {param.module}: give more data with --calib-size"
-            )
-
-
-def _cold(
-    params: Sequence[Param], found: Mapping[str, float], cold_experts: str
-) -> tuple[str, ...]:
-    cold = [p for p in params if p.name not in found]
-    if cold and cold_experts != _LAYER_MAX:
-        first, others = cold[0], len({(p.layer, p.expert) for p in cold}) - 1
-        raise CalibrationError(
-            f"expert {first.expert} of {first.module.rpartition('.')[0]} saw no calibration token"
-            f"{f' (and {others} more experts)' if others else ''}: raise --calib-size, or take "
-            "the layer's largest amax with --cold-experts layer-max"
-        )
-    return tuple(p.name for p in cold)
 
 
 def save(path: Path, params: Sequence[Param], amaxes: InputAmaxes) -> None:

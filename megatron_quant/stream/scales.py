@@ -11,7 +11,7 @@ from megatron_quant.dist import Groups, max_reduce, sum_reduce, together
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats.amax import amax
 from megatron_quant.formats.search import FOUR_OVER_SIX_RANGE, MSE_MULTIPLIERS, choose, errors
-from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
+from megatron_quant.recipes.plan import QuantPlan, Slot
 from megatron_quant.stream.source import Source, scaled
 
 Progress = Callable[[int], None]
@@ -88,7 +88,7 @@ def searched_amaxes(
     groups: Groups,
 ) -> dict[str, torch.Tensor]:
     """``amaxes`` with those of least error where tensors without blocks are searched (mse)."""
-    names = [d.slot.name for d in quant.quantized if _is_searched(d)]
+    names = [d.slot.name for d in quant.quantized if d.searches_tensor]
     if not names:
         return amaxes
     index = {name: i for i, name in enumerate(names)}
@@ -108,8 +108,3 @@ def searched_amaxes(
     chosen = {key: choose(row, MSE_MULTIPLIERS) for key, row in of_scale.items()}
     best = {n: amaxes[n] * chosen[sharing(quant.by_name[n].slot)] for n in names}
     return {**amaxes, **best}
-
-
-def _is_searched(decision: Decision) -> bool:
-    fmt = decision.weights
-    return decision.algorithm == "mse" and fmt is not None and fmt.stat_block is None

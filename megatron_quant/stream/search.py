@@ -3,12 +3,11 @@
 import torch
 
 from megatron_quant.formats.amax import tensor_scale
-from megatron_quant.formats.search import FOUR_OVER_SIX, MSE_MULTIPLIERS, choose, errors
+from megatron_quant.formats.search import MULTIPLIERS, choose, errors
 from megatron_quant.formats.spec import Format
 from megatron_quant.formats.stat import block_stat
 from megatron_quant.recipes.plan import Decision
 
-_MULTIPLIERS = {"mse": MSE_MULTIPLIERS, "four_over_six": FOUR_OVER_SIX}
 _ELEMENTS = 1 << 22
 """Elements that are searched at a time."""
 
@@ -22,9 +21,10 @@ def searched_stat(
     the tensor's scale, where the format has one.
     """
     fmt = decision.weights
-    if fmt is None or fmt.stat_block is None or decision.algorithm not in _MULTIPLIERS:
+    if not decision.searches_blocks:
         return None
-    multipliers = _MULTIPLIERS[decision.algorithm]
+    assert fmt is not None and fmt.stat_block is not None
+    multipliers = MULTIPLIERS[decision.algorithm]
     step = max(_ELEMENTS // w_NK.shape[1] // fmt.stat_block[0], 1) * fmt.stat_block[0]
     found = [
         _of_rows(rows, fmt, amax, multipliers, (start[0] + i * step, start[1]))

@@ -22,6 +22,7 @@ REQUIRED = [
     "safetensors>=0.4",
     "rich",
     "PyYAML>=6.0",
+    "regex",  # stops an expression of a checkpoint's config that takes too long
     "transformers>=5.0",
     "tokenizers",
 ]

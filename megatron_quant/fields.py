@@ -61,6 +61,32 @@ class Fields:
             raise self.refused(key, "true or false")
         return value
 
+    def whole(self, key: str) -> int | None:
+        """A whole number, of either sign; None where there is none."""
+        value = self.get(key)
+        if value is not None and type(value) is not int:
+            raise self.refused(key, "a whole number")
+        return value
+
+    def text(self, key: str, default: str = "") -> str:
+        """A string."""
+        value = self._or(key, default)
+        if not isinstance(value, str):
+            raise self.refused(key, "a string")
+        return value
+
+    def part(self, key: str) -> "Fields":
+        """An object; an empty one where there is none."""
+        value = self._or(key, {})
+        if not isinstance(value, Mapping):
+            raise self.refused(key, "an object")
+        return Fields(value, f"{key} of {self.where}", self.error)
+
+    def parts(self, key: str) -> "dict[str, Fields]":
+        """An object of objects, by their keys."""
+        inner = self.part(key)
+        return {name: inner.part(name) for name in inner.values}
+
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of strings; empty where there is none."""
         value = self._or(key, [])

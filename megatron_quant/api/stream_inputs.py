@@ -8,6 +8,7 @@ from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
 from megatron_quant.dist import Groups, together
+from megatron_quant.models.config import positive
 from megatron_quant.models.stacks import text_config
 from megatron_quant.stream.inputs import InputAmaxes, merge, save, static_inputs
 
@@ -33,7 +34,7 @@ def calibrate_inputs(
 
         def start() -> tuple[list[torch.Tensor], "PreTrainedModel", InputAmax]:
             batches = calibration_batches(options, job.source)
-            check_ids(batches, job.source, text_config(job.hf_config)["vocab_size"])
+            check_ids(batches, job.source, positive(text_config(job.hf_config), "vocab_size"))
             model = load(job.source, job.dtype)
             return batches, model, InputAmax(watched(model, params))
 

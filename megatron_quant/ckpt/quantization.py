@@ -9,7 +9,9 @@ from megatron_quant.ckpt.dialects.base import Dialect
 from megatron_quant.ckpt.dialects.modelopt import HF_QUANT_CONFIG
 from megatron_quant.ckpt.dialects.modelopt_config import from_nested
 from megatron_quant.ckpt.source import read_json
+from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError
+from megatron_quant.fields import Fields
 
 GPT_OSS = "mxfp4"
 """``quant_method`` of stacks of experts in MXFP4; read alone, see ``ckpt.expert_stacks``."""
@@ -67,7 +69,8 @@ def _awq(document: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
         return None
     names = {"w_bit": "bits", "q_group_size": "group_size"}
     found = {names.get(key, key): value for key, value in document.items()}
-    return {"quant_method": "awq", **found, "version": str(found.get("version", "gemm")).lower()}
+    version = Fields(found, str(path)).text("version", "gemm")
+    return {"quant_method": "awq", **found, "version": version.lower()}
 
 
 def _gptq(document: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
@@ -93,10 +96,10 @@ def _beside(directory: Path) -> dict[str, Any] | None:
 
 def dialect_of(quantization: Mapping[str, Any], directory: Path) -> Dialect:
     """The dialect as ``quantization`` spells it; CheckpointError lists the known ones."""
-    method = quantization.get("quant_method")
+    method = Fields(quantization, f"{directory}: quantization_config").text("quant_method")
     if method not in DIALECTS:
         raise CheckpointError(
-            f"{directory}: quant_method {method!r} in config.json is not read; "
+            f"{directory}: quant_method {shown(method)} in config.json is not read; "
             f"known: {', '.join([*DIALECTS, GPT_OSS])}; or give the bf16 checkpoint that it was "
             "made from"
         )

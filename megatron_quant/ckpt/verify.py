@@ -127,9 +127,9 @@ def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
     paths = [checkpoint.path / name for name in dialect.extra_names]
     try:
         extra = {path.name: read_json(path) for path in paths}
+        return dialect.check_extra_files(quantization, extra)
     except CheckpointError as error:
         return (str(error),)
-    return dialect.check_extra_files(quantization, extra)
 
 
 def _check(

@@ -16,15 +16,18 @@ from megatron_quant.ckpt.dialects.common import (
     LM_HEAD,
     describe,
     excluded,
-    expression,
     format_of_modules,
     formats_of,
     linears,
     refuse_cache,
+    stated,
 )
 from megatron_quant.ckpt.dialects.compressed_tensors import CompressedTensors
+from megatron_quant.ckpt.dialects.expressions import Effort, Expression
 from megatron_quant.ckpt.dialects.gptq import gptq_tensors, integer_format
+from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.fields import Fields
 from megatron_quant.formats.spec import Format, get_format
 from megatron_quant.recipes.plan import QuantPlan
 
@@ -96,23 +99,25 @@ class AutoRound(Dialect):
 
         Raises CheckpointError for a packing or format that is not known.
         """
-        extra = config.get("extra_config") or {}
+        said = stated(config)
+        extra, blocks = _Extra(said, Effort()), _read_blocks(said)
         found = {}
         for module in linears(modules):
-            change = _change(extra, module)
-            if change is None and not _in_blocks(config, module):
+            change = extra.of(module)
+            if change is None and not _in_blocks(blocks, module):
                 continue
-            settings = {**config, **(change or {})}
-            if settings.get("bits", _UNQUANTIZED) < _UNQUANTIZED:
+            settings = stated({**config, **(change or {})})
+            if (settings.whole("bits") or _UNQUANTIZED) < _UNQUANTIZED:
                 found[module] = _read(settings)
         return found
 
     def variant(self, config: Mapping[str, Any]) -> Dialect:
         """The packing that the config states. CheckpointError for others."""
-        packing = config.get("packing_format") or GPTQ
+        packing = stated(config).text("packing_format") or GPTQ
         if packing not in (GPTQ, AWQ, MX):
             raise CheckpointError(
-                f"auto-round packing_format {packing!r} is not read; known: {GPTQ}, {AWQ}, {MX}"
+                f"auto-round packing_format {shown(packing)} is not read; known: {GPTQ}, {AWQ}, "
+                f"{MX}"
             )
         return AutoRound(packing)
 
@@ -175,37 +180,54 @@ def _extra(plan: QuantPlan, base: ModuleFormat) -> dict[str, dict[str, Any]]:
     return extra
 
 
-def _change(extra: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
-    """What ``extra_config`` says of a module; None where it says nothing."""
-    if module in extra:
-        return extra[module]
-    for name, change in extra.items():
-        by_suffix = name.startswith(".") and module.endswith(name)
-        if by_suffix or (_REGEX.search(name) and expression(name).search(module)):
-            return change
-    return None
+class _Extra:
+    """``extra_config``: what differs, by name, by the end of one, or by an expression."""
+
+    def __init__(self, config: Fields, effort: Effort) -> None:
+        self._effort = effort
+        self._exact = {name: part.values for name, part in config.parts("extra_config").items()}
+        self._ends = {n: c for n, c in self._exact.items() if n.startswith(".")}
+        self._parts = {n: Expression(n, effort) for n in self._exact if _REGEX.search(n)}
+        self._loose = [n for n in self._exact if n in self._ends or n in self._parts]
+
+    def of(self, module: str) -> Mapping[str, Any] | None:
+        """What it says of a module; None where it says nothing."""
+        self._effort.left()
+        if module in self._exact:
+            return self._exact[module]
+        return next((self._exact[n] for n in self._loose if self._means(n, module)), None)
+
+    def _means(self, name: str, module: str) -> bool:
+        by_end = name in self._ends and module.endswith(name)
+        return by_end or (name in self._parts and self._parts[name].search(module))
 
 
-def _in_blocks(config: Mapping[str, Any], module: str) -> bool:
-    blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names")
-    if isinstance(blocks, str):
-        blocks = blocks.split(",")
-    if not blocks:
-        return module != LM_HEAD
-    return any(module.startswith(f"{block}.") for block in blocks)
+def _read_blocks(config: Fields) -> tuple[str, ...]:
+    """What begins the names of the modules that are quantized; empty for all but the head."""
+    for key in ("block_name_to_quantize", "to_quant_block_names"):
+        if config.get(key):
+            names = config.get(key)
+            found = tuple(names.split(",")) if isinstance(names, str) else config.texts(key)
+            return tuple(f"{name}." for name in found)
+    return ()
 
 
-def _read(settings: Mapping[str, Any]) -> ModuleFormat:
-    bits, packing = settings.get("bits"), settings.get("packing_format") or GPTQ
+def _in_blocks(blocks: tuple[str, ...], module: str) -> bool:
+    return module.startswith(blocks) if blocks else module != LM_HEAD
+
+
+def _read(settings: Fields) -> ModuleFormat:
+    bits, packing = settings.whole("bits"), settings.text("packing_format") or GPTQ
     if packing != MX:
-        symmetric = settings.get("sym", True) and packing != AWQ
-        return integer_format(bits, settings.get("group_size"), symmetric)
+        symmetric = settings.flag("sym", True) and packing != AWQ
+        return integer_format(bits, settings.whole("group_size"), symmetric)
     known = {("mx_fp", 4): "mxfp4", ("mx_fp", 8): "mxfp8"}
-    name = known.get((str(settings.get("data_type")), int(bits or 0)))
-    act_bits = settings.get("act_bits") or _UNQUANTIZED
+    data_type = settings.text("data_type")
+    name = known.get((data_type, bits or 0))
+    act_bits = settings.whole("act_bits") or _UNQUANTIZED
     if name is None or act_bits not in (bits, _UNQUANTIZED):
         raise CheckpointError(
-            f"quantization_config: bits={bits!r}, data_type={settings.get('data_type')!r}, "
-            f"act_bits={act_bits!r} is not read; known: mx_fp of 4 and 8 bits"
+            f"quantization_config: bits={shown(bits)}, data_type={shown(data_type)}, "
+            f"act_bits={shown(act_bits)} is not read; known: mx_fp of 4 and 8 bits"
         )
     return ModuleFormat(get_format(name), get_format(name) if act_bits == bits else None)

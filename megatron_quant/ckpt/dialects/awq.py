@@ -19,7 +19,9 @@ from megatron_quant.ckpt.dialects.common import (
     only_format,
     refuse_cache,
     refuse_substrings,
+    stated,
 )
+from megatron_quant.ckpt.dialects.expressions import Effort
 from megatron_quant.ckpt.dialects.gptq import group_scales, integer_format
 from megatron_quant.ckpt.dialects.packing import (
     awq_words,
@@ -28,6 +30,7 @@ from megatron_quant.ckpt.dialects.packing import (
     from_awq_words,
     from_awq_zeros,
 )
+from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats.spec import WHOLE, Format
 from megatron_quant.recipes.plan import QuantPlan
@@ -97,12 +100,19 @@ class Awq(Dialect):
 
         Raises CheckpointError for another packing, bits or groups that are not known.
         """
-        version = str(config.get("version", "gemm")).lower()
-        bits = config.get("bits", config.get("w_bit"))
+        said, effort = stated(config), Effort()
+        version = said.text("version", "gemm").lower()
+        bits = said.whole("bits" if "bits" in config else "w_bit")
         if version != "gemm" or bits != 4:
             raise CheckpointError(
-                f"awq version {version!r} with bits={bits!r} is not read; known: 'gemm' with 4"
+                f"awq version {shown(version)} with bits={shown(bits)} is not read; known: 'gemm' "
+                "with 4"
             )
-        fmt = integer_format(bits, config.get("group_size", config.get("q_group_size")), False)
-        skipped = (*(config.get("modules_to_not_convert") or ()), LM_HEAD)
-        return {m: fmt for m in linears(modules) if not any(name in m for name in skipped)}
+        size = said.whole("group_size" if "group_size" in config else "q_group_size")
+        fmt = integer_format(bits, size, False)
+        skipped = (*said.texts("modules_to_not_convert"), LM_HEAD)
+        return {m: fmt for m in linears(modules) if effort.left() and not _has_any(m, skipped)}
+
+
+def _has_any(module: str, parts: tuple[str, ...]) -> bool:
+    return any(part in module for part in parts)

@@ -2,10 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from megatron_quant.ckpt.dialects.base import Layer, ModuleFormat, layer_of
-from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.errors import FormatError
+from megatron_quant.fields import Fields
 from megatron_quant.formats.spec import CHANNEL, Format
 from megatron_quant.recipes.plan import QuantPlan
 
@@ -181,14 +183,9 @@ def _pattern(parent: str, leaves: list[str]) -> str:
     return f"^{prefix}({'|'.join(map(re.escape, dict.fromkeys([*leaves, *fused])))})$"
 
 
-def expression(pattern: str) -> re.Pattern[str]:
-    """A regular expression of a checkpoint's config; CheckpointError where it is none."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise CheckpointError(
-            f"quantization_config: {pattern!r} is no regular expression: {error}"
-        ) from None
+def stated(config: Mapping[str, Any]) -> Fields:
+    """Typed access to a ``quantization_config``; CheckpointError for what is not as asked for."""
+    return Fields(config, "quantization_config")
 
 
 def linears(modules: Iterable[str]) -> list[str]:

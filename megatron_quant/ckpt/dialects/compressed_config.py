@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_quant.ckpt.dialects.base import ModuleFormat
-from megatron_quant.ckpt.dialects.common import describe
+from megatron_quant.ckpt.dialects.common import describe, stated
+from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.fields import Fields
 from megatron_quant.formats.spec import CHANNEL, GROUP_SIZES, Format, get_format, stored_format
 
 MIXED = "mixed-precision"
@@ -139,26 +141,29 @@ def _arguments(key: _Key, fmt: Format, dynamic: bool | str) -> dict[str, Any]:
     }
 
 
-def read_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> ModuleFormat:
-    """What a group means; CheckpointError for what is not one of the known formats."""
-    arguments = group.get("input_activations")
-    weights = _read_weights(group.get("weights") or {}, quantized_inputs=bool(arguments))
-    inputs = _read_inputs(arguments) if arguments else None
+def read_group(group: Fields, format_: str) -> ModuleFormat:
+    """What a group means; CheckpointError for what is not one of the known formats.
+
+    format_: ``format`` of the whole config, where the group has none of its own.
+    """
+    arguments = group.part("input_activations")
+    weights = _read_weights(group.part("weights"), quantized_inputs=bool(arguments.values))
+    inputs = _read_inputs(arguments) if arguments.values else None
     fmt = ModuleFormat(weights, inputs)
-    stated = group.get("format") or config.get("format")
+    stated = group.text("format") or format_
     try:
         known = layout(fmt)
     except FormatError:
         known = None
     if stated != known:
         raise CheckpointError(
-            f"compressed-tensors format {stated!r} with {describe(fmt)} is not read; "
+            f"compressed-tensors format {shown(stated)} with {describe(fmt)} is not read; "
             f"known: {', '.join(dict.fromkeys(_LAYOUTS.values()))}"
         )
     return fmt
 
 
-def _read_weights(arguments: Mapping[str, Any], quantized_inputs: bool) -> Format:
+def _read_weights(arguments: Fields, quantized_inputs: bool) -> Format:
     name = _WEIGHTS.get(_key(arguments))
     if name == "int8" and not quantized_inputs:
         name = "int8_group"
@@ -166,7 +171,7 @@ def _read_weights(arguments: Mapping[str, Any], quantized_inputs: bool) -> Forma
         raise _unread(arguments)
     if name == "fp8_block" and arguments.get("block_structure") != _BLOCK:
         raise _unread(arguments)
-    size = arguments.get("group_size")
+    size = arguments.whole("group_size")
     if name in GROUP_SIZES and arguments.get("strategy") == "channel":
         size = CHANNEL
     try:
@@ -176,32 +181,32 @@ def _read_weights(arguments: Mapping[str, Any], quantized_inputs: bool) -> Forma
         raise CheckpointError(f"quantization_config: {error}") from None
 
 
-def _read_inputs(arguments: Mapping[str, Any]) -> Format:
+def _read_inputs(arguments: Fields) -> Format:
     found = _ACTIVATIONS.get(_key(arguments))
     if found is None or (arguments.get("dynamic") or False) != found[1]:
         raise _unread(arguments)
     name = found[0]
-    if name == "fp8_group" and arguments.get("group_size") == get_format("mxfp8").group_size:
+    size = arguments.whole("group_size") or None
+    if name == "fp8_group" and size == get_format("mxfp8").group_size:
         name = "mxfp8"
     try:
-        return get_format(name, arguments.get("group_size") or None)
+        return get_format(name, size)
     except FormatError as error:
         raise CheckpointError(f"quantization_config: {error}") from None
 
 
-def _key(arguments: Mapping[str, Any]) -> _Key:
-    symmetric = arguments.get("symmetric")
+def _key(arguments: Fields) -> _Key:
     return (
-        int(arguments.get("num_bits") or 0),
-        str(arguments.get("type")),
-        str(arguments.get("strategy")),
-        True if symmetric is None else bool(symmetric),
+        arguments.whole("num_bits") or 0,
+        arguments.text("type"),
+        arguments.text("strategy"),
+        arguments.flag("symmetric", True),
     )
 
 
-def _unread(arguments: Mapping[str, Any]) -> CheckpointError:
-    shown = ("num_bits", "type", "strategy", "symmetric", "group_size", "dynamic")
-    said = ", ".join(f"{k}={arguments.get(k)!r}" for k in shown)
+def _unread(arguments: Fields) -> CheckpointError:
+    keys = ("num_bits", "type", "strategy", "symmetric", "group_size", "dynamic")
+    said = ", ".join(f"{k}={shown(arguments.get(k))}" for k in keys)
     return CheckpointError(
         f"quantization_config: {said} is not read; known weights: "
         f"{', '.join(dict.fromkeys(_WEIGHTS.values()))}"
@@ -215,9 +220,11 @@ def kv_cache_scheme(kv_cache: str) -> dict[str, Any] | None:
 
 def read_kv_cache(config: Mapping[str, Any]) -> str:
     """``fp8`` for FP8 keys and values with a scale a tensor. CheckpointError for others."""
-    scheme = config.get("kv_cache_scheme")
-    if not scheme:
+    scheme = stated(config).part("kv_cache_scheme")
+    if not scheme.values:
         return ""
     if _key(scheme) == (8, "float", "tensor", True) and not scheme.get("dynamic"):
         return "fp8"
-    raise CheckpointError(f"quantization_config: kv_cache_scheme {scheme!r} is not read")
+    raise CheckpointError(
+        f"quantization_config: kv_cache_scheme {shown(scheme.values)} is not read"
+    )

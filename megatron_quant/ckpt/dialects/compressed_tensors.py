@@ -5,7 +5,7 @@ scales are DIVISORS here: the inverse of the codec's. fp8 weights without quanti
 read by transformers and, outside experts, by vLLM, which refuses them for experts by name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,12 +26,13 @@ from megatron_quant.ckpt.dialects.base import (
 from megatron_quant.ckpt.dialects.common import (
     describe,
     excluded,
-    expression,
     format_of_modules,
     formats_of,
     linears,
     patterns,
+    stated,
 )
+from megatron_quant.ckpt.dialects.expressions import Effort, Expression
 from megatron_quant.ckpt.dialects.packing import (
     along_rows,
     along_rows_8,
@@ -39,6 +40,7 @@ from megatron_quant.ckpt.dialects.packing import (
     from_along_rows_8,
 )
 from megatron_quant.errors import FormatError
+from megatron_quant.fields import Fields
 from megatron_quant.formats.spec import WHOLE, Format
 from megatron_quant.recipes.plan import QuantPlan
 
@@ -173,8 +175,9 @@ class CompressedTensors(Dialect):
 
         Raises CheckpointError for arguments that are not of this dialect's formats.
         """
-        groups = [_read_group(g, config) for g in (config.get("config_groups") or {}).values()]
-        ignore = _Names(config.get("ignore") or ())
+        said, effort = stated(config), Effort()
+        groups = [_read_group(g, said, effort) for g in said.parts("config_groups").values()]
+        ignore = _Names(said.texts("ignore"), effort)
         found: dict[str, ModuleFormat] = {}
         for module in linears(modules):
             if ignore.match(module):
@@ -194,17 +197,16 @@ class CompressedTensors(Dialect):
 class _Names:
     """Exact names and ``re:`` patterns, as compressed-tensors matches them."""
 
-    def __init__(self, names: Any) -> None:
+    def __init__(self, names: Iterable[str], effort: Effort) -> None:
         self.exact = {n for n in names if not n.startswith("re:")}
-        self.patterns = [expression(n[3:]) for n in names if n.startswith("re:")]
+        self.patterns = [Expression(n[3:], effort) for n in names if n.startswith("re:")]
 
     def match(self, module: str) -> bool:
         return module in self.exact or any(p.match(module) for p in self.patterns)
 
 
-def _read_group(
-    group: Mapping[str, Any], config: Mapping[str, Any]
-) -> tuple[_Names, bool, ModuleFormat]:
+def _read_group(group: Fields, config: Fields, effort: Effort) -> tuple[_Names, bool, ModuleFormat]:
     """Named targets, whether all linears are meant, and the format."""
-    targets = group.get("targets") or ()
-    return _Names(targets), "Linear" in targets, compressed_config.read_group(group, config)
+    targets = group.texts("targets")
+    fmt = compressed_config.read_group(group, config.text("format"))
+    return _Names(targets, effort), "Linear" in targets, fmt

@@ -25,13 +25,14 @@ from megatron_quant.ckpt.dialects.common import (
     LM_HEAD,
     describe,
     excluded,
-    expression,
     format_of_modules,
     formats_of,
     linears,
     patterns,
     refuse_cache,
+    stated,
 )
+from megatron_quant.ckpt.dialects.expressions import Effort, Expression
 from megatron_quant.ckpt.dialects.packing import (
     constant_zeros,
     from_gptq_zeros,
@@ -39,6 +40,7 @@ from megatron_quant.ckpt.dialects.packing import (
     group_index,
     transposed,
 )
+from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats.spec import WHOLE, Format, stored_format
 from megatron_quant.recipes.plan import QuantPlan
@@ -89,12 +91,12 @@ def _zeros(weights: Format, version: int) -> Stored:
     return Stored("qzeros", SHAPE, torch.int32, _SCALAR, to_disk=constant, rows=rows)
 
 
-def integer_format(bits: Any, group_size: Any, symmetric: Any) -> ModuleFormat:
+def integer_format(bits: int | None, group_size: int | None, symmetric: bool) -> ModuleFormat:
     """The weight-only format of these settings; CheckpointError where there is none."""
-    name = (_SYMMETRIC if symmetric else _ASYMMETRIC).get(bits)
+    name = (_SYMMETRIC if symmetric else _ASYMMETRIC).get(bits or 0)
     if name is None:
         raise CheckpointError(
-            f"quantization_config: bits={bits!r} with sym={symmetric!r} is not read; known: "
+            f"quantization_config: bits={shown(bits)} with sym={symmetric} is not read; known: "
             "4 and 8 bits"
         )
     try:
@@ -157,13 +159,15 @@ class Gptq(Dialect):
 
         Raises CheckpointError for bits or groups that are not known.
         """
+        said, effort = stated(config), Effort()
+        head = said.flag("lm_head")
         rules = [
-            (expression(k.lstrip("+-").removeprefix(":")), k[:1] == "-", v or {})
-            for k, v in (config.get("dynamic") or {}).items()
+            (Expression(k.lstrip("+-").removeprefix(":"), effort), k[:1] == "-", v.values)
+            for k, v in said.parts("dynamic").items()
         ]
         found: dict[str, ModuleFormat] = {}
         for module in linears(modules):
-            if module == LM_HEAD and not config.get("lm_head"):
+            if module == LM_HEAD and not head:
                 continue
             skipped, change = next(
                 ((skip, v) for pattern, skip, v in rules if pattern.match(module)), (False, {})
@@ -174,12 +178,12 @@ class Gptq(Dialect):
 
     def variant(self, config: Mapping[str, Any]) -> Dialect:
         """Version 1 or 2, as ``checkpoint_format`` says. CheckpointError for others."""
-        stated = config.get("checkpoint_format") or "gptq"
-        if stated not in _VERSIONS:
+        found = stated(config).text("checkpoint_format") or "gptq"
+        if found not in _VERSIONS:
             raise CheckpointError(
-                f"gptq checkpoint_format {stated!r} is not read; known: {', '.join(_VERSIONS)}"
+                f"gptq checkpoint_format {shown(found)} is not read; known: {', '.join(_VERSIONS)}"
             )
-        return Gptq(_VERSIONS[stated])
+        return Gptq(_VERSIONS[found])
 
 
 def _settings(weights: Format) -> dict[str, Any]:
@@ -188,9 +192,8 @@ def _settings(weights: Format) -> dict[str, Any]:
 
 
 def _read(settings: Mapping[str, Any]) -> ModuleFormat:
-    return integer_format(
-        settings.get("bits"), settings.get("group_size"), settings.get("sym", True)
-    )
+    said = stated(settings)
+    return integer_format(said.whole("bits"), said.whole("group_size"), said.flag("sym", True))
 
 
 def _refuse_asymmetric(fmt: ModuleFormat) -> None:

@@ -5,13 +5,15 @@ As ModelOpt 0.47 writes both (``quant_utils.process_layer_quant_config`` and
 """
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from megatron_quant.ckpt.dialects.base import ModuleFormat
-from megatron_quant.ckpt.dialects.common import describe, linears
+from megatron_quant.ckpt.dialects.common import describe, linears, stated
+from megatron_quant.ckpt.dialects.expressions import Effort, Wildcard
+from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.fields import Fields
 from megatron_quant.formats.spec import CHANNEL, get_format
 
 ALGORITHMS: dict[str, tuple[str, str | None]] = {
@@ -163,24 +165,25 @@ def from_nested(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
     quantization = document.get("quantization")
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{path} has no quantization section; fetch it again")
-    cache = quantization.get("kv_cache_quant_algo")
+    cache = Fields(quantization, str(path)).text("kv_cache_quant_algo")
     return {
         "quant_method": "modelopt",
         "quant_algo": quantization.get("quant_algo"),
         "group_size": quantization.get("group_size"),
         "ignore": quantization.get("exclude_modules"),
         "quantized_layers": quantization.get("quantized_layers"),
-        "kv_cache_scheme": dict(_KV_SCHEME) if cache == "FP8" else cache,
+        "kv_cache_scheme": dict(_KV_SCHEME) if cache == "FP8" else cache or None,
     }
 
 
 def statements(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the flat form says that the nested form repeats."""
-    algorithm = config.get("quant_algo")
+    said = stated(config)
+    algorithm = said.get("quant_algo")
     return {
         "quant_algo": algorithm,
-        "group_size": _group_size(config) if algorithm != MIXED else None,
-        "exclude_modules": sorted(config.get("ignore") or ()),
+        "group_size": _group_size(said) if algorithm != MIXED else None,
+        "exclude_modules": sorted(said.texts("ignore")),
         "quantized_layers": config.get("quantized_layers"),
         "kv_cache_quant_algo": "FP8" if config.get("kv_cache_scheme") else None,
     }
@@ -188,12 +191,13 @@ def statements(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def nested_statements(quantization: Mapping[str, Any]) -> dict[str, Any]:
     """The same of the nested form."""
-    algorithm = quantization.get("quant_algo")
-    repeated = str(algorithm).upper() in _GROUPED
+    said = Fields(quantization, "quantization")
+    algorithm = said.text("quant_algo")
+    repeated = algorithm.upper() in _GROUPED
     return {
         "quant_algo": algorithm,
         "group_size": quantization.get("group_size") if repeated else None,
-        "exclude_modules": sorted(quantization.get("exclude_modules") or ()),
+        "exclude_modules": sorted(said.texts("exclude_modules")),
         "quantized_layers": quantization.get("quantized_layers"),
         "kv_cache_quant_algo": quantization.get("kv_cache_quant_algo"),
     }
@@ -201,41 +205,45 @@ def nested_statements(quantization: Mapping[str, Any]) -> dict[str, Any]:
 
 def read(config: Mapping[str, Any], modules: tuple[str, ...]) -> dict[str, ModuleFormat]:
     """Of ``modules`` those that the flat form quantizes. CheckpointError for what is not known."""
-    algorithm = str(config.get("quant_algo")).upper()
-    if algorithm == MIXED:
-        listed = config.get("quantized_layers") or {}
-        return {m: _read_layer(listed[m]) for m in modules if m in listed}
-    fmt = _read_layer({"quant_algo": algorithm, "group_size": _group_size(config)})
-    ignore = list(config.get("ignore") or ())
-    exact, wildcards = set(ignore), [n for n in ignore if "*" in n]
+    said, effort = stated(config), Effort()
+    algorithm = said.text("quant_algo")
+    if algorithm.upper() == MIXED:
+        listed = said.parts("quantized_layers")
+        layers = {m: listed[m] for m in modules if m in listed}
+        return {
+            m: _read_layer(layer.text("quant_algo"), layer.whole("group_size"))
+            for m, layer in layers.items()
+        }
+    fmt = _read_layer(algorithm, _group_size(said))
+    ignore = said.texts("ignore")
+    exact, wildcards = set(ignore), [Wildcard(n, effort) for n in ignore if "*" in n]
     return {
         m: fmt
         for m in linears(modules)
-        if m not in exact and not any(fnmatchcase(m, w) for w in wildcards)
+        if m not in exact and not any(w.match(m) for w in wildcards)
     }
 
 
-def _read_layer(statement: Mapping[str, Any]) -> ModuleFormat:
-    algorithm = str(statement.get("quant_algo")).upper()
-    algorithm = _READ_ALIASES.get(algorithm, algorithm)
+def _read_layer(said: str, group_size: int | None) -> ModuleFormat:
+    algorithm = _READ_ALIASES.get(said.upper(), said.upper())
     if algorithm not in ALGORITHMS:
         raise CheckpointError(
-            f"modelopt quant_algo {statement.get('quant_algo')!r} is not read; "
+            f"modelopt quant_algo {shown(said)} is not read; "
             f"known: {', '.join([*ALGORITHMS, MIXED])}"
         )
     weights, inputs = ALGORITHMS[algorithm]
     try:
-        stored = get_format(weights, statement.get("group_size"))
+        stored = get_format(weights, group_size)
     except FormatError as error:
         raise CheckpointError(f"quantization_config: {error}") from None
     return ModuleFormat(stored, get_format(inputs) if inputs else None)
 
 
-def _group_size(config: Mapping[str, Any]) -> int | None:
+def _group_size(config: Fields) -> int | None:
     """Group size of the weights as the config states it; None where it does not."""
-    for group in (config.get("config_groups") or {}).values():
-        return (group.get("weights") or {}).get("group_size")
-    return config.get("group_size")
+    for group in config.parts("config_groups").values():
+        return group.part("weights").whole("group_size")
+    return config.whole("group_size")
 
 
 def read_kv_cache(config: Mapping[str, Any]) -> str:
@@ -245,4 +253,4 @@ def read_kv_cache(config: Mapping[str, Any]) -> str:
         return ""
     if isinstance(scheme, dict) and (scheme.get("num_bits"), scheme.get("type")) == (8, "float"):
         return "fp8"
-    raise CheckpointError(f"quantization_config: kv_cache_scheme {scheme!r} is not read")
+    raise CheckpointError(f"quantization_config: kv_cache_scheme {shown(scheme)} is not read")

@@ -13,11 +13,13 @@ from megatron_quant.ckpt.dialects.base import FLOATS, Dialect, Layer, ModuleForm
 from megatron_quant.ckpt.dialects.common import (
     describe,
     excluded,
-    expression,
     linears,
     only_format,
     refuse_cache,
+    stated,
 )
+from megatron_quant.ckpt.dialects.expressions import Effort, Expression
+from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats.spec import Format, get_format
 from megatron_quant.recipes.plan import QuantPlan
@@ -66,21 +68,22 @@ class NativeFp8(Dialect):
 
         Raises CheckpointError for other blocks, static activations or another element type.
         """
-        stated = (
-            config.get("fmt", "e4m3"),
-            config.get("activation_scheme", "dynamic"),
-            config.get("weight_block_size"),
-        )
-        if stated != ("e4m3", "dynamic", _BLOCK):
+        said, effort = stated(config), Effort()
+        kind = [
+            said.text("fmt", "e4m3"),
+            said.text("activation_scheme", "dynamic"),
+            said.get("weight_block_size"),
+        ]
+        if kind != ["e4m3", "dynamic", _BLOCK]:
             raise CheckpointError(
-                f"fp8 with fmt, activation_scheme, weight_block_size = {stated!r} is not read; "
+                f"fp8 with fmt, activation_scheme, weight_block_size = {shown(kind)} is not read; "
                 f"known: e4m3, dynamic, {_BLOCK}"
             )
         fmt = ModuleFormat(get_format("fp8_block"), get_format("fp8_group"))
-        names = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
-        skipped = [expression(rf"(?:{name})(?:(?<=\.)|(?=\.|$))") for name in names]
+        names = said.texts("modules_to_not_convert") or said.texts("ignored_layers")
+        skipped = [Expression(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", effort) for name in names]
         return {
             m: fmt
             for m in linears(modules)
-            if not (m.endswith(tuple(names)) or any(s.match(m) for s in skipped))
+            if not (m.endswith(names) or any(s.match(m) for s in skipped))
         }

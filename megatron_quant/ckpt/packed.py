@@ -20,7 +20,7 @@ from megatron_quant.ckpt.pieces import Scheme, packings
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode
 from megatron_quant.formats.codec import lost, lost_between
-from megatron_quant.formats.spec import GROUP_SIZES, WHOLE, Format, regrouped
+from megatron_quant.formats.spec import WHOLE, Format, regrouped
 from megatron_quant.models.spec import Box, whole
 
 GROUP_INDEX = ("g_idx", "weight_g_idx")
@@ -100,7 +100,7 @@ class Packed:
         name = next(
             (n for s in GROUP_INDEX if (n := f"{self.module}.{s}") in self.files.tensors), ""
         )
-        if not name or self.fmt.name not in GROUP_SIZES:
+        if not name or not self.fmt.group_sizes:
             return None
         cols = self.shape[1]
         size = self.fmt.group_size if self.fmt.group_size > 0 else cols
@@ -273,5 +273,5 @@ def _within(start: int, size: int, outer: int, block: int, length: int) -> slice
 
 def with_scale_dtype(fmt: Format, dtype: torch.dtype) -> Format:
     """``fmt`` with its group scales in ``dtype``."""
-    fields = (replace(f, dtype=dtype) if f.name == "scale" else f for f in fmt.fields)
+    fields = (f.in_dtype(dtype) if f.name == "scale" else f for f in fmt.fields)
     return replace(fmt, fields=tuple(fields))

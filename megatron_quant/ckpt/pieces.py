@@ -154,7 +154,7 @@ def _unfit(scheme: Scheme, shape: Shape) -> str:
     fmt = scheme.weights.name
     if len(shape) != 2:
         return f"{fmt} needs a matrix, not {shape}; exclude the weight in the recipe"
-    if fmt in _FULL_BLOCKS and shape[1] % scheme.weights.group_size:
+    if scheme.weights.full_blocks and shape[1] % scheme.weights.group_size:
         return (
             f"its {shape[1]} inputs are not a multiple of {scheme.weights.group_size}, as {fmt}"
             " needs; exclude the weight in the recipe"
@@ -173,10 +173,6 @@ def _unfit(scheme: Scheme, shape: Shape) -> str:
                     " them; exclude the weight or choose another export format"
                 )
     return ""
-
-
-_FULL_BLOCKS = ("nvfp4", "mxfp8", "mxfp4")
-"""Formats whose matrix instructions read full blocks alone."""
 
 
 def packings(scheme: Scheme, shape: Shape) -> Iterator[tuple[Stored, Shape]]:

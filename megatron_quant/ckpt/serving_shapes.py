@@ -7,7 +7,7 @@ where a group is cut; none serves it.
 
 from collections.abc import Sequence
 
-from megatron_quant.formats.spec import CHANNEL, GROUP_SIZES, Format, get_format
+from megatron_quant.formats.spec import CHANNEL, Format, stored_format
 from megatron_quant.models.spec import Domain, Parallel, Param, Source
 from megatron_quant.recipes.plan import Decision
 
@@ -36,7 +36,7 @@ def ragged_problem(found: _Found, dialect: str) -> tuple[str, str] | None:
     for param, decision in found:
         fmt = decision.weights
         assert fmt is not None
-        if fmt.name not in GROUP_SIZES or fmt.group_size == CHANNEL:
+        if not fmt.group_sizes or fmt.group_size == CHANNEL:
             continue
         for source in param.sources:
             if source.shape[1] % fmt.group_size:
@@ -56,8 +56,9 @@ def _problem(param: Param, fmt: Format, dialect: str, tp: int) -> str | None:
         if cols % group:
             unit = "group" if fmt.group_size == group else "word"
             return f"{at}: a rank's {cols} inputs end inside a {unit} of {group}"
-        if rows % 128 and fmt.name == "fp8_block" and _is_followed(param, source, tp):
-            return f"{at}: a rank's {rows} outputs end inside a block of 128"
+        block = _block_rows(fmt)
+        if rows % block and _is_followed(param, source, tp):
+            return f"{at}: a rank's {rows} outputs end inside a block of {block}"
         if rows % 8 and _packs_rows(fmt, dialect):
             return f"{at}: a rank's {rows} outputs end inside a word of 8"
     return None
@@ -82,10 +83,15 @@ def _local(param: Param, source: Source, tp: int) -> tuple[int | None, int | Non
 def _group(param: Param, fmt: Format, dialect: str, tp: int) -> int:
     """Input features that must stay on one rank; 1 where any cut does."""
     cut = tp > 1 and param.parallel is Parallel.ROW
-    if fmt.name == "fp8_block" and not cut and dialect != "modelopt":
+    if _block_rows(fmt) > 1 and not cut and dialect != "modelopt":
         return 1  # the last block of a row may be smaller
     packed = fmt.fields[0].block[1]
     return packed if fmt.group_size in (0, CHANNEL) else fmt.group_size
+
+
+def _block_rows(fmt: Format) -> int:
+    """Outputs that share a scale; 1 where each has its own or all have one."""
+    return (fmt.stat_block and fmt.stat_block[0]) or 1
 
 
 def _is_followed(param: Param, source: Source, tp: int) -> bool:
@@ -97,7 +103,7 @@ def _is_followed(param: Param, source: Source, tp: int) -> bool:
 
 def _packs_rows(fmt: Format, dialect: str) -> bool:
     """Whether codes or zero points are packed along the outputs."""
-    return fmt.name == "int4_asym" or (fmt.name == "int4" and dialect in _PACKING_ROWS)
+    return fmt.arithmetic.element == "int4" and (fmt.zero_point or dialect in _PACKING_ROWS)
 
 
 def _instead(same: Sequence[Param], fmt: Format, dialect: str, tp: int) -> str:
@@ -107,7 +113,7 @@ def _instead(same: Sequence[Param], fmt: Format, dialect: str, tp: int) -> str:
         return all(_problem(param, candidate, dialect, size) is None for param in same)
 
     ways = []
-    groups = [get_format(fmt.name, g) for g in GROUP_SIZES.get(fmt.name, ())]
+    groups = [stored_format(fmt.name, g) for g in fmt.group_sizes]
     fitting = [g.group_size for g in groups if works(g, tp)]
     if fitting:  # the length of a channel counts as the largest, but costs most accuracy
         inner = [g for g in fitting if g != CHANNEL]

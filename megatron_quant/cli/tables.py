@@ -14,7 +14,6 @@ from megatron_quant.ckpt.plan import ExportPlan, Target
 from megatron_quant.ckpt.serving import obstacle
 from megatron_quant.ckpt.serving_facts import ENGINES
 from megatron_quant.cli.console import size
-from megatron_quant.formats.spec import GROUP_SIZES
 from megatron_quant.recipes.audit import audit
 from megatron_quant.recipes.kv_cache import cache_slots
 
@@ -51,7 +50,7 @@ def _bucket(target: Target) -> str:
     weights, group = scheme.weights, ""
     if weights.group_size > 0:
         group = f" g{weights.group_size}"
-    elif weights.name in GROUP_SIZES:
+    elif weights.group_sizes:
         group = " channel"
     inputs = f" x {scheme.inputs.name}" if scheme.inputs else ""
     return f"{weights.name}{group}{inputs}"

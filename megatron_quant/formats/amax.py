@@ -7,7 +7,6 @@ from torch import Tensor
 
 from megatron_quant.errors import FormatError
 from megatron_quant.formats.chunks import as_rows, chunks_to_read
-from megatron_quant.formats.elements import E2M1_MAX, E4M3_MAX
 from megatron_quant.formats.loops import loops_for
 from megatron_quant.formats.spec import Format
 
@@ -16,7 +15,6 @@ _BITS = {
     torch.float16: (torch.int16, 0x7FFF),
     torch.float32: (torch.int32, 0x7FFFFFFF),
 }
-_RANGE = {"fp8": E4M3_MAX, "nvfp4": E2M1_MAX * E4M3_MAX, "int8_tensor": 127.5}
 _MANY = 1 << 16
 """Elements from which on the loops in C beat torch by more than the call of them costs."""
 _SHARES = 64
@@ -93,5 +91,6 @@ def tensor_scale(amax: Tensor, fmt: Format) -> Tensor:
     which kernels that flush subnormals still read. NaN and Inf propagate. ``fmt`` is one with
     ``tensor_scale``.
     """
-    scale = true_div(amax.float(), _RANGE[fmt.name]).clamp(min=_SMALLEST)
+    assert fmt.largest is not None, f"{fmt.name} has no scale per tensor"
+    scale = true_div(amax.float(), fmt.largest).clamp(min=_SMALLEST)
     return torch.where(amax == 0, torch.ones_like(scale), scale)

@@ -6,6 +6,7 @@ anywhere, or columns between packed elements, changes no bit once the scales are
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from megatron_quant.formats.cuts import Cuts
 from megatron_quant.formats.elements import E2M1, E4M3, INT4, INT8, INT8_WORDS, Element
 from megatron_quant.formats.loops import loops_for
 from megatron_quant.formats.native import Element as Loop
+from megatron_quant.formats.record import Arithmetic, Format
 from megatron_quant.formats.scales import (
     Fields,
     Fp8Scale,
@@ -26,7 +28,6 @@ from megatron_quant.formats.scales import (
     ScaleRule,
     TensorScale,
 )
-from megatron_quant.formats.spec import Format
 
 
 def exact(x: Tensor, step: Tensor) -> Tensor:
@@ -113,26 +114,35 @@ def _square(x_RK: Tensor) -> float:
 
 
 _BF16 = torch.bfloat16
-_KERNELS = {
-    "fp8": Kernel(TensorScale(), in_dtype, E4M3, Loop.E4M3_BY_BF16),
-    "fp8_channel": Kernel(Fp8Scale(), exact, E4M3, Loop.E4M3),
-    "fp8_block": Kernel(Fp8Scale(), exact, E4M3, Loop.E4M3),
-    "fp8_group": Kernel(Fp8Scale(), exact, E4M3, Loop.E4M3),
-    "int8": Kernel(IntScale(127.5, torch.float32), exact, INT8, Loop.INT8),
-    "int8_tensor": Kernel(TensorScale(), exact, INT8, Loop.INT8),
-    "int4": Kernel(IntScale(7.5, _BF16), by_bf16, INT4, Loop.INT4_BY_BF16),
-    "int4_asym": Kernel(IntAsymScale(8), by_bf16, INT4, Loop.INT4_ZERO_BY_BF16),
-    "int8_group": Kernel(IntScale(127.5, _BF16), by_bf16, INT8_WORDS, Loop.UINT8_BY_BF16),
-    "int8_asym": Kernel(IntAsymScale(128), by_bf16, INT8_WORDS, None),
-    "nvfp4": Kernel(Nvfp4Scale(), exact, E2M1, Loop.E2M1),
-    "mxfp8": Kernel(Mxfp8Scale(), exact, E4M3, Loop.E4M3),
-    "mxfp4": Kernel(Mxfp4Scale(), by_bf16, E2M1, Loop.E2M1_BY_BF16),
+_SCALES: dict[str, ScaleRule] = {
+    "tensor": TensorScale(),
+    "fp8": Fp8Scale(),
+    "int8_fp32": IntScale(127.5, torch.float32),
+    "int8_bf16": IntScale(127.5, _BF16),
+    "int8_zero": IntAsymScale(128),
+    "int4_bf16": IntScale(7.5, _BF16),
+    "int4_zero": IntAsymScale(8),
+    "nvfp4": Nvfp4Scale(),
+    "mxfp8": Mxfp8Scale(),
+    "mxfp4": Mxfp4Scale(),
 }
+_QUOTIENTS = {"in_dtype": in_dtype, "exact": exact, "by_bf16": by_bf16}
+_ELEMENTS = {"e4m3": E4M3, "int8": INT8, "e2m1": E2M1, "int4": INT4, "int8_words": INT8_WORDS}
+
+
+@cache
+def _kernel(arithmetic: Arithmetic) -> Kernel:
+    return Kernel(
+        scale=_SCALES[arithmetic.scale],
+        quotient=_QUOTIENTS[arithmetic.divide],
+        element=_ELEMENTS[arithmetic.element],
+        loop=Loop[arithmetic.loop] if arithmetic.loop else None,
+    )
 
 
 def kernel_of(fmt: Format) -> Kernel:
     """The kernel of a format."""
-    kernel = _KERNELS[fmt.name]
+    kernel = _kernel(fmt.arithmetic)
     if kernel.quotient is by_bf16 and fmt.fields[1].dtype in (torch.float16, torch.float32):
         return replace(kernel, quotient=exact, loop=None)  # bf16 does not hold its steps
     return kernel

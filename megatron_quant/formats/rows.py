@@ -17,9 +17,6 @@ from megatron_quant.formats.scales import Fields
 from megatron_quant.formats.spec import WHOLE, Field, Format
 from megatron_quant.formats.stat import block_stat, cuts, row_stat
 
-# Blocks along K that cannot be short: the scales of a row lie in the engines' tiles.
-_WHOLE_BLOCKS = {"nvfp4": 16, "mxfp8": 32, "mxfp4": 32}
-
 
 def check_storable(x: Tensor, fmt: Format, stat: Tensor | None, origin: Origin) -> None:
     """Raise FormatError where a piece [..., K] cannot be stored in ``fmt``.
@@ -28,8 +25,8 @@ def check_storable(x: Tensor, fmt: Format, stat: Tensor | None, origin: Origin) 
     """
     check_dtype(x)
     multiple = kernel_of(fmt).element.packed
-    if stat is None:
-        multiple = _WHOLE_BLOCKS.get(fmt.name, multiple)
+    if stat is None and fmt.full_blocks:
+        multiple = fmt.group_size
     if x.shape[-1] % multiple:
         raise FormatError(
             f"{fmt.name} needs the last dim to be a multiple of {multiple}, which shape "
@@ -118,7 +115,8 @@ class Rows:
 
     def _in_one_pass(self, x_RK: Tensor) -> Loops | None:
         """Loops that make scales and elements together."""
-        return loops_for(x_RK) if self.fmt.name == "nvfp4" and self.scales is None else None
+        one_pass = self.fmt.arithmetic.one_pass and self.scales is None
+        return loops_for(x_RK) if one_pass else None
 
 
 def scale_fields(fmt: Format) -> list[Field]:

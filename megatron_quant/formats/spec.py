@@ -1,216 +1,205 @@
-"""What a number format is: one frozen row each.
+"""The number formats: one record each, which holds all that the library knows of it.
 
-A weight is ``w_NK`` ([N = out, K = in], row-major). Everything that a format stores about it
-is a *field*: a tensor whose every element stands for a ``block`` of the weight. This one fact is
-enough to slice a stored tensor the way its weight is sliced, whoever holds the pieces.
+A new format whose scale rule and element there are already is a new record here. A new rule or
+element has its name in :mod:`megatron_quant.formats.kernels` besides. What checkpoints call the
+format is each dialect's to say. Nothing here needs torch.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
-
-import torch
-
 from megatron_quant.errors import FormatError
+from megatron_quant.formats.record import (
+    CHANNEL,
+    WHOLE,
+    Arithmetic,
+    Field,
+    Format,
+    regrouped,
+)
 
-WHOLE = 0
-"""In :attr:`Field.block`: the block spans the whole dimension."""
-CHANNEL = -1
-"""As a group size: one group the length of K."""
+__all__ = [
+    "CHANNEL",
+    "FORMATS",
+    "GROUP_SIZES",
+    "WHOLE",
+    "Field",
+    "Format",
+    "get_format",
+    "regrouped",
+    "stored_format",
+]
 
+_SCALAR, _ROW = (WHOLE, WHOLE), (1, WHOLE)
+_E4M3, _U8, _I8, _I32 = "float8_e4m3fn", "uint8", "int8", "int32"
+_F32, _BF16 = "float32", "bfloat16"
+_SIZES = (32, 64, 128, CHANNEL)
+_E4M3_MAX, _E2M1_MAX = 448.0, 6.0
 
-@dataclass(frozen=True)
-class Field:
-    """One stored tensor of an encoded weight.
-
-    ``block = (rows, cols)``: how many weight elements one stored element stands for; ``WHOLE``
-    is the whole dimension. A field whose block is ``(WHOLE, WHOLE)`` is a scalar, stored 0-dim.
-    """
-
-    name: str
-    dtype: torch.dtype
-    block: tuple[int, int]
-
-    def shape(self, rows: int, cols: int) -> tuple[int, ...]:
-        """Shape of the field for a weight of ``rows`` x ``cols``."""
-        if self.block == (WHOLE, WHOLE):
-            return ()
-        sizes = zip(self.block, (rows, cols), strict=True)
-        return tuple(-(-n // block) if block else 1 for block, n in sizes)
-
-
-@dataclass(frozen=True)
-class Format:
-    """How the elements of a tensor are stored; weights [N, K] and activations [tokens, K] alike.
-
-    name: the term that recipes use.
-    bits: bits per element, scales not counted.
-    group_size: elements along K that share a scale (``CHANNEL``: all of K); 0 where no scale is
-        finer than the tensor's.
-    fields: what ``encode`` returns, in order; the first one holds the elements.
-    tensor_scale: whether ``encode`` needs the amax of the whole (fused) tensor. Where it does
-        not, scales follow from the statistic of the blocks alone.
-    zero_point: whether a block has a zero point beside its scale.
-    """
-
-    name: str
-    bits: int
-    group_size: int
-    fields: tuple[Field, ...]
-    tensor_scale: bool
-    zero_point: bool = False
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.group_size))  # plans count and look up formats by tensor
-
-    def field(self, name: str) -> Field:
-        """The field called ``name``."""
-        return next(f for f in self.fields if f.name == name)
-
-    @cached_property
-    def stat_block(self) -> tuple[int, int] | None:
-        """The block of which ``block_stat`` keeps a statistic; None with a tensor scale alone."""
-        scales = [f.block for f in self.fields[1:] if f.block != (WHOLE, WHOLE)]
-        return scales[0] if scales else None
-
-    @property
-    def stat_parts(self) -> int:
-        """Numbers in the statistic of a block: its amax, or both ends with a zero point."""
-        return 2 if self.zero_point else 1
-
-
-_SCALAR = (WHOLE, WHOLE)
-_ROW = (1, WHOLE)
-_E4M3, _U8 = torch.float8_e4m3fn, torch.uint8
-
-
-def _format(
-    name: str, bits: int, group: int, fields: list[Field], zero_point: bool = False
-) -> Format:
-    tensor_scale = any(f.block == _SCALAR for f in fields)
-    return Format(name, bits, group, tuple(fields), tensor_scale, zero_point)
-
-
-FORMATS: dict[str, Format] = {
-    f.name: f
-    for f in [
-        # E4M3 with one scale: weight = elements * scale, scale = amax / 448.
-        _format(
-            "fp8",
-            8,
-            0,
-            [Field("elements", _E4M3, (1, 1)), Field("scale", torch.float32, _SCALAR)],
+_ALL = (
+    # E4M3 with one scale: weight = elements * scale, scale = amax / 448.
+    Format(
+        name="fp8",
+        bits=8,
+        group_size=0,
+        fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _F32, _SCALAR)),
+        arithmetic=Arithmetic("tensor", "in_dtype", "e4m3", "E4M3_BY_BF16"),
+        largest=_E4M3_MAX,
+        inputs=("fp8", None),
+        algorithms=("max", "mse"),
+    ),
+    # The same with a scale per row: output channel of a weight, token of an activation.
+    Format(
+        name="fp8_channel",
+        bits=8,
+        group_size=CHANNEL,
+        fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _F32, _ROW)),
+        arithmetic=Arithmetic("fp8", "exact", "e4m3", "E4M3"),
+        inputs=("fp8_channel", None),
+        algorithms=("max", "mse"),
+    ),
+    # The same with a scale per 128 x 128 block (DeepSeek-V3).
+    Format(
+        name="fp8_block",
+        bits=8,
+        group_size=128,
+        fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _F32, (128, 128))),
+        arithmetic=Arithmetic("fp8", "exact", "e4m3", "E4M3"),
+        inputs=("fp8_group", None),
+        algorithms=("max", "mse"),
+    ),
+    # The same with a scale per 1 x 128: the activations that go with fp8_block.
+    Format(
+        name="fp8_group",
+        bits=8,
+        group_size=128,
+        fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _F32, (1, 128))),
+        arithmetic=Arithmetic("fp8", "exact", "e4m3", "E4M3"),
+    ),
+    # INT8 with a scale per row, scale = amax / 127.5 (compressed-tensors).
+    Format(
+        name="int8",
+        bits=8,
+        group_size=CHANNEL,
+        fields=(Field("elements", _I8, (1, 1)), Field("scale", _F32, _ROW)),
+        arithmetic=Arithmetic("int8_fp32", "exact", "int8", "INT8"),
+        inputs=("int8", "int8_tensor"),
+        algorithms=("max", "mse"),
+    ),
+    # INT8 with one scale: static activations.
+    Format(
+        name="int8_tensor",
+        bits=8,
+        group_size=0,
+        fields=(Field("elements", _I8, (1, 1)), Field("scale", _F32, _SCALAR)),
+        arithmetic=Arithmetic("tensor", "exact", "int8", "INT8"),
+        largest=127.5,
+    ),
+    # Symmetric INT4 in groups along K: eight codes (value + 8) an int32, bf16 scale per group.
+    Format(
+        name="int4",
+        bits=4,
+        group_size=128,
+        fields=(Field("elements", _I32, (1, 8)), Field("scale", _BF16, (1, 128))),
+        arithmetic=Arithmetic("int4_bf16", "by_bf16", "int4", "INT4_BY_BF16"),
+        group_sizes=_SIZES,
+        inputs=(None, "fp8", "fp8_channel"),
+        algorithms=("max", "mse"),
+    ),
+    # Asymmetric: value = (code - zero) * scale, zero a code in 0..15.
+    Format(
+        name="int4_asym",
+        bits=4,
+        group_size=128,
+        fields=(
+            Field("elements", _I32, (1, 8)),
+            Field("scale", _BF16, (1, 128)),
+            Field("zero", _U8, (1, 128)),
         ),
-        # The same with a scale per row: output channel of a weight, token of an activation.
-        _format(
-            "fp8_channel",
-            8,
-            CHANNEL,
-            [Field("elements", _E4M3, (1, 1)), Field("scale", torch.float32, _ROW)],
+        arithmetic=Arithmetic("int4_zero", "by_bf16", "int4", "INT4_ZERO_BY_BF16"),
+        zero_point=True,
+        group_sizes=_SIZES,
+        inputs=(None, "fp8"),
+        algorithms=("max", "mse"),
+    ),
+    # Symmetric INT8 in groups: four codes (value + 128) an int32.
+    Format(
+        name="int8_group",
+        bits=8,
+        group_size=128,
+        fields=(Field("elements", _I32, (1, 4)), Field("scale", _BF16, (1, 128))),
+        arithmetic=Arithmetic("int8_bf16", "by_bf16", "int8_words", "UINT8_BY_BF16"),
+        group_sizes=_SIZES,
+        inputs=(None,),
+        algorithms=("max", "mse"),
+    ),
+    # NVFP4: two E2M1 codes a byte (low nibble first), E4M3 scale per 16, fp32 scale per tensor.
+    Format(
+        name="nvfp4",
+        bits=4,
+        group_size=16,
+        fields=(
+            Field("elements", _U8, (1, 2)),
+            Field("block_scale", _E4M3, (1, 16)),
+            Field("tensor_scale", _F32, _SCALAR),
         ),
-        # The same with a scale per 128 x 128 block (DeepSeek-V3).
-        _format(
-            "fp8_block",
-            8,
-            128,
-            [Field("elements", _E4M3, (1, 1)), Field("scale", torch.float32, (128, 128))],
-        ),
-        # The same with a scale per 1 x 128: the activations that go with fp8_block.
-        _format(
-            "fp8_group",
-            8,
-            128,
-            [Field("elements", _E4M3, (1, 1)), Field("scale", torch.float32, (1, 128))],
-        ),
-        # INT8 with a scale per row, scale = amax / 127.5 (compressed-tensors).
-        _format(
-            "int8",
-            8,
-            CHANNEL,
-            [Field("elements", torch.int8, (1, 1)), Field("scale", torch.float32, _ROW)],
-        ),
-        # INT8 with one scale: static activations.
-        _format(
-            "int8_tensor",
-            8,
-            0,
-            [Field("elements", torch.int8, (1, 1)), Field("scale", torch.float32, _SCALAR)],
-        ),
-        # Symmetric INT4 in groups along K: eight codes (value + 8) an int32, bf16 scale per group.
-        _format(
-            "int4",
-            4,
-            128,
-            [Field("elements", torch.int32, (1, 8)), Field("scale", torch.bfloat16, (1, 128))],
-        ),
-        # Asymmetric: value = (code - zero) * scale, zero a code in 0..15.
-        _format(
-            "int4_asym",
-            4,
-            128,
-            [
-                Field("elements", torch.int32, (1, 8)),
-                Field("scale", torch.bfloat16, (1, 128)),
-                Field("zero", _U8, (1, 128)),
-            ],
-            zero_point=True,
-        ),
-        # Symmetric INT8 in groups: four codes (value + 128) an int32.
-        _format(
-            "int8_group",
-            8,
-            128,
-            [Field("elements", torch.int32, (1, 4)), Field("scale", torch.bfloat16, (1, 128))],
-        ),
-        # NVFP4: two E2M1 codes a byte (low nibble first), E4M3 scale per 16, fp32 scale per tensor.
-        _format(
-            "nvfp4",
-            4,
-            16,
-            [
-                Field("elements", _U8, (1, 2)),
-                Field("block_scale", _E4M3, (1, 16)),
-                Field("tensor_scale", torch.float32, _SCALAR),
-            ],
-        ),
-        # OCP microscaling: E8M0 scale (exponent + 127) per 32; E4M3 and E2M1 elements.
-        _format(
-            "mxfp8",
-            8,
-            32,
-            [Field("elements", _E4M3, (1, 1)), Field("scale", _U8, (1, 32))],
-        ),
-        _format(
-            "mxfp4",
-            4,
-            32,
-            [Field("elements", _U8, (1, 2)), Field("scale", _U8, (1, 32))],
-        ),
-    ]
-}
+        arithmetic=Arithmetic("nvfp4", "exact", "e2m1", "E2M1", one_pass=True),
+        largest=_E2M1_MAX * _E4M3_MAX,
+        full_blocks=True,
+        scale_bits=(4, 3),
+        inputs=("nvfp4", None),
+        algorithms=("max", "mse", "four_over_six"),
+    ),
+    # OCP microscaling: E8M0 scale (exponent + 127) per 32; E4M3 and E2M1 elements.
+    Format(
+        name="mxfp8",
+        bits=8,
+        group_size=32,
+        fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _U8, (1, 32))),
+        arithmetic=Arithmetic("mxfp8", "exact", "e4m3", "E4M3"),
+        full_blocks=True,
+        scale_bits=(8, 0),
+        inputs=("mxfp8", None),
+        algorithms=("max",),
+    ),
+    Format(
+        name="mxfp4",
+        bits=4,
+        group_size=32,
+        fields=(Field("elements", _U8, (1, 2)), Field("scale", _U8, (1, 32))),
+        arithmetic=Arithmetic("mxfp4", "by_bf16", "e2m1", "E2M1_BY_BF16"),
+        full_blocks=True,
+        scale_bits=(8, 0),
+        inputs=(None, "mxfp4"),
+        algorithms=("max",),
+    ),
+)
 
 _READ_ONLY: dict[str, Format] = {
     f.name: f
-    for f in [
+    for f in (
         # value = (code - zero) * scale, zero a code in 0..255.
-        _format(
-            "int8_asym",
-            8,
-            128,
-            [
-                Field("elements", torch.int32, (1, 4)),
-                Field("scale", torch.bfloat16, (1, 128)),
+        Format(
+            name="int8_asym",
+            bits=8,
+            group_size=128,
+            fields=(
+                Field("elements", _I32, (1, 4)),
+                Field("scale", _BF16, (1, 128)),
                 Field("zero", _U8, (1, 128)),
-            ],
+            ),
+            arithmetic=Arithmetic("int8_zero", "by_bf16", "int8_words"),
             zero_point=True,
+            group_sizes=_SIZES,
         ),
-    ]
+    )
 }
 """What other tools write and engines hardly run: no recipe may choose it."""
 
-GROUP_SIZES = dict.fromkeys(
-    ("int4", "int4_asym", "int8_group", "int8_asym"), (32, 64, 128, CHANNEL)
-)
-"""Formats whose group size a recipe may choose, and the sizes that engines read."""
+FORMATS: dict[str, Format] = {f.name: f for f in _ALL}
+"""What a recipe may choose, for weights or for inputs."""
+
+GROUP_SIZES: dict[str, tuple[int, ...]] = {
+    f.name: f.group_sizes for f in (*_ALL, *_READ_ONLY.values()) if f.group_sizes
+}
+"""Formats whose group size may be chosen, and the sizes that engines read."""
 
 
 def get_format(name: str, group_size: int | None = None) -> Format:
@@ -231,16 +220,8 @@ def stored_format(name: str, group_size: int | None = None) -> Format:
 def _in_groups(fmt: Format, group_size: int | None) -> Format:
     if group_size is None or group_size == fmt.group_size:
         return fmt
-    allowed = GROUP_SIZES.get(fmt.name, (fmt.group_size,))
+    allowed = fmt.group_sizes or (fmt.group_size,)
     if group_size not in allowed:
         spelled = ", ".join("channel" if g == CHANNEL else str(g) for g in allowed)
         raise FormatError(f"group_size {group_size} is not one of {fmt.name}'s: {spelled}")
     return regrouped(fmt, group_size)
-
-
-def regrouped(fmt: Format, group_size: int) -> Format:
-    """An integer format with groups of any size, 1 included."""
-    block = _ROW if group_size == CHANNEL else (1, group_size)
-    elements, *scales = fmt.fields
-    fields = (elements, *(replace(f, block=block) for f in scales))
-    return replace(fmt, group_size=group_size, fields=fields)

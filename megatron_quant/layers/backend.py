@@ -27,28 +27,16 @@ from megatron_quant.formats.spec import CHANNEL, Format, get_format
 BACKEND = "megatron_quant"
 AMAX, BLOCK_AMAX = "_amax", "_block_amax"  # buffers of a quantizer: ModelOpt's, and ours
 
-# The attributes by which ModelOpt's summaries describe a format; the backend computes by its name.
-_E4M3, _E2M1, _E8M0 = (4, 3), (2, 1), (8, 0)
-_NUM_BITS: dict[str, int | tuple[int, int]] = {
-    "fp8": _E4M3,
-    "fp8_channel": _E4M3,
-    "fp8_block": _E4M3,
-    "fp8_group": _E4M3,
-    "mxfp8": _E4M3,
-    "nvfp4": _E2M1,
-    "mxfp4": _E2M1,
-}
-_SCALE_BITS = {"nvfp4": _E4M3, "mxfp8": _E8M0, "mxfp4": _E8M0}
-
 
 def quantizer_attributes(fmt: Format, axis: int | None = None) -> dict[str, Any]:
     """Attribute config of a ModelOpt ``TensorQuantizer`` that stores in ``fmt``.
 
     ``axis``: the dim that has one amax an index (0 for one an expert of a stack); None for one
     amax over all. Block formats say ``dynamic``: their block scales follow from the values.
+    ModelOpt's summaries describe a format by these; the backend computes by its name.
     """
     return {
-        "num_bits": _NUM_BITS.get(fmt.name, fmt.bits),
+        "num_bits": fmt.float_bits or fmt.bits,
         "block_sizes": _block_sizes(fmt),
         "enable": True,
         "axis": axis,
@@ -61,8 +49,8 @@ def _block_sizes(fmt: Format) -> dict[Any, Any] | None:
     if fmt.group_size in (0, CHANNEL):
         return None
     sizes: dict[Any, Any] = {-1: fmt.group_size, "type": "dynamic"}
-    if fmt.name in _SCALE_BITS:
-        sizes["scale_bits"] = _SCALE_BITS[fmt.name]
+    if fmt.scale_bits is not None:
+        sizes["scale_bits"] = fmt.scale_bits
     return sizes
 
 

@@ -3,25 +3,15 @@
 from dataclasses import dataclass, replace
 
 from megatron_quant.errors import FormatError, RecipeError
-from megatron_quant.formats.spec import Format, get_format
+from megatron_quant.formats.spec import FORMATS, Format, get_format
 
 SUPPORTED: dict[str, tuple[str | None, ...]] = {
-    "fp8": ("fp8", None),
-    "fp8_channel": ("fp8_channel", None),
-    "fp8_block": ("fp8_group", None),
-    "int8": ("int8", "int8_tensor"),
-    "int4": (None, "fp8", "fp8_channel"),
-    "int4_asym": (None, "fp8"),
-    "int8_group": (None,),
-    "nvfp4": ("nvfp4", None),
-    "mxfp8": ("mxfp8", None),
-    "mxfp4": (None, "mxfp4"),
+    f.name: f.inputs for f in FORMATS.values() if f.inputs
 }
 """Format of the weights -> formats that their inputs may have; None is weight-only."""
 ALGORITHMS: dict[str, tuple[str, ...]] = {
-    "max": tuple(SUPPORTED),
-    "mse": ("fp8", "fp8_channel", "fp8_block", "int8", "int4", "int4_asym", "int8_group", "nvfp4"),
-    "four_over_six": ("nvfp4",),
+    algorithm: tuple(f.name for f in FORMATS.values() if algorithm in f.algorithms)
+    for algorithm in ("max", "mse", "four_over_six")
 }
 """How the scales of weights are found -> the formats whose scales it finds. ``max``: the largest
 magnitude is the largest code. ``mse``: the scale of least squared error. ``four_over_six``: the
@@ -133,11 +123,11 @@ def checked_rule(
 def checked_pair(weights: Format, inputs: Format | None, where: str) -> None:
     """Raise RecipeError, which names ``where``, for a pair that is not :data:`SUPPORTED`."""
     name, given = weights.name, inputs.name if inputs else None
-    if name not in SUPPORTED:
+    if not weights.inputs:
         known = ", ".join(SUPPORTED)
         raise RecipeError(f"{where}: {name} is a format of inputs; weights may be {known}")
-    if given not in SUPPORTED[name]:
-        known = " or ".join(f"{i or 'no'} inputs" for i in SUPPORTED[name])
+    if given not in weights.inputs:
+        known = " or ".join(f"{i or 'no'} inputs" for i in weights.inputs)
         way_out = "; weight-only INT8 is int8_group" if name == "int8" and not given else ""
         raise RecipeError(
             f"{where}: {name} weights with {given or 'no'} inputs; "
@@ -150,7 +140,7 @@ def checked_algorithm(algorithm: str, weights: Format, where: str) -> None:
     if algorithm not in tuple(ALGORITHMS):
         known = ", ".join(ALGORITHMS)
         raise RecipeError(f"{where}: algorithm must be one of {known}, got {algorithm!r}")
-    if weights.name not in ALGORITHMS[algorithm]:
+    if algorithm not in weights.algorithms:
         suitable = ", ".join(ALGORITHMS[algorithm])
         raise RecipeError(
             f"{where}: algorithm {algorithm} does not search the scales of {weights.name}, only "

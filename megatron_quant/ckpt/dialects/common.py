@@ -32,7 +32,6 @@ FUSED = {
 }
 """Engines fuse these on load, and match a config's names against the fused name too."""
 _EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
-_GROUPED = ("int4", "int4_asym", "int8_group")
 
 
 def format_of_modules(plan: QuantPlan) -> dict[str, ModuleFormat]:
@@ -78,7 +77,7 @@ def describe(fmt: ModuleFormat) -> str:
 
 
 def _group(weights: Format) -> str:
-    if weights.name not in _GROUPED:
+    if not weights.group_sizes:
         return ""
     return f" (group {'channel' if weights.group_size == CHANNEL else weights.group_size})"
 

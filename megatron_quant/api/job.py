@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from megatron_quant.api.options import DTYPES, QuantizeOptions, parse_size
+from megatron_quant.api.options import QuantizeOptions, dtype_of, parse_size
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import Dialect
 from megatron_quant.ckpt.figures import Cost, measured
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
 from megatron_quant.ckpt.reader import Weights
-from megatron_quant.ckpt.saved import EXPERT_SCALES, HF_FILES, Saved
+from megatron_quant.ckpt.saved import HF_FILES, Saved
 from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
@@ -33,7 +33,13 @@ from megatron_quant.recipes.kv_cache import cache_slots
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan, difference
 from megatron_quant.recipes.resolve import resolve
-from megatron_quant.recipes.schema import Recipe, weight_only, with_algorithm, with_kv_cache
+from megatron_quant.recipes.schema import (
+    EXPERT_SCALES,
+    Recipe,
+    weight_only,
+    with_algorithm,
+    with_kv_cache,
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def decide(
         _check_same(options, quant, resolve(saved.recipe, slots(params)))
     _check_samples(options, quant, saved)
     _check_cache(quant)
-    dtype = DTYPES[options.dtype]
+    dtype = dtype_of(options.dtype)
     scales = options.expert_scales or (saved.expert_scales if saved else EXPERT_SCALES[0])
     about = (model.source, model.hf_config, model.architecture, params, recipe, quant)
     if options.export_dir is None and options.megatron_save_path is not None:

@@ -3,12 +3,15 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_quant.errors import ExportError, QuantError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bf16", "fp16", "fp32")
+"""What ``--dtype`` may be."""
 _COUNTS = (
     *("tp", "pp", "ep", "etp"),
     "num_virtual_stages_per_pipeline_rank",
@@ -17,6 +20,13 @@ _COUNTS = (
     *("calib_size", "calib_seq_length", "calib_batch_size"),
 )
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def dtype_of(name: str) -> "torch.dtype":
+    """The dtype that ``--dtype`` calls ``name``, one of :data:`DTYPES`."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def parse_size(text: str) -> int:

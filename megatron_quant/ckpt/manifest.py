@@ -13,6 +13,7 @@ from typing import Any
 from megatron_quant.ckpt.digest import ABOUT
 from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.files import TensorEntry, entries_of, read_header
+from megatron_quant.ckpt.names import MANIFEST
 from megatron_quant.ckpt.origin import Origin, digest_of_parts
 from megatron_quant.ckpt.plan import ExportPlan
 from megatron_quant.ckpt.runs import hashed_on_disk
@@ -20,7 +21,6 @@ from megatron_quant.ckpt.source import read_json
 from megatron_quant.errors import CheckpointError
 from megatron_quant.models.spec import whole
 
-MANIFEST = "megatron_quant_manifest.json"
 _VERSION = 2
 
 

@@ -10,12 +10,10 @@ from megatron_quant.errors import CheckpointError, RecipeError
 from megatron_quant.recipes.document import to_document
 from megatron_quant.recipes.parse import parse_recipe
 from megatron_quant.recipes.plan import QuantPlan
-from megatron_quant.recipes.schema import Recipe
+from megatron_quant.recipes.schema import EXPERT_SCALES, Recipe
 
 HF_FILES = "hf"
 """Folder in the checkpoint with the model's config.json and its tokenizer's files."""
-EXPERT_SCALES = ("shared", "per_expert")
-"""Whose weight amax an expert's tensor scale comes from; the first is the default."""
 _SCHEMA = 1
 _APART = re.compile(r"\.experts\.\d+\.linear_fc\d\.weight_quantizer\._amax$")
 
@@ -25,7 +23,7 @@ class Saved:
     """A checkpoint with quantizers.
 
     recipe: None where it was saved without this library, by ModelOpt say.
-    expert_scales: whose weight amaxes it has, one of :data:`EXPERT_SCALES`.
+    expert_scales: whose weight amaxes it has, one of ``schema.EXPERT_SCALES``.
     source: digest of the Hugging Face checkpoint that was quantized; empty where it is not known.
     """
 

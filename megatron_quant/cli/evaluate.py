@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from megatron_quant.api.options import DTYPES
+from megatron_quant.api.options import DTYPES, dtype_of
 from megatron_quant.cli.console import check_file, console
 from megatron_quant.errors import QuantError
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         args.against,
         args.seq_length,
         args.max_tokens,
-        DTYPES[args.dtype],
+        dtype_of(args.dtype),
         {"decoded": decoded, "native": native}[args.load],
         lambda windows: track(windows, "evaluate", console=out, disable=not out.is_terminal),
     )

@@ -4,19 +4,15 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
-from megatron_quant import cpu
-from megatron_quant.api.export import ExportOptions, reexport
 from megatron_quant.api.options import DTYPES, QuantizeOptions
-from megatron_quant.ckpt.saved import EXPERT_SCALES
 from megatron_quant.cli.console import Phases, console
-from megatron_quant.cli.ranks import start_ranks
+from megatron_quant.cli.host import ready_host
 from megatron_quant.cli.report import left_out_lines
 from megatron_quant.cli.serving import add_dialect, add_layout, add_serving
 from megatron_quant.cli.tables import files_table
 from megatron_quant.cli.writing import add_writing
 from megatron_quant.errors import ExportError
+from megatron_quant.recipes.schema import EXPERT_SCALES
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -79,8 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _from_megatron(args: argparse.Namespace) -> None:
-    if not torch.cuda.is_available():
-        cpu.activate()  # before anything imports Megatron
+    ready_host()
     from megatron_quant.api.quantize import quantize
     from megatron_quant.mcore.parallel import start_distributed
 
@@ -95,6 +90,9 @@ def _from_megatron(args: argparse.Namespace) -> None:
 
 
 def _rewrite(args: argparse.Namespace) -> None:
+    from megatron_quant.api.export import ExportOptions, reexport
+    from megatron_quant.cli.ranks import start_ranks
+
     out = console()
     options = ExportOptions(
         args.source,

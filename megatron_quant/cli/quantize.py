@@ -6,12 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from megatron_quant import cpu
 from megatron_quant.api.options import DTYPES, QuantizeOptions
 from megatron_quant.cli.console import Phases, check_file, console, rank
-from megatron_quant.cli.ranks import start_ranks
+from megatron_quant.cli.host import ready_host
 from megatron_quant.cli.report import (
     as_json,
     stream_as_json,
@@ -31,10 +28,9 @@ from megatron_quant.cli.tables import (
     weights_table,
 )
 from megatron_quant.cli.writing import add_writing
-from megatron_quant.dist import together
 from megatron_quant.errors import ExportError, QuantError
 from megatron_quant.recipes.load import recipe_names
-from megatron_quant.recipes.schema import KV_CACHES
+from megatron_quant.recipes.schema import EXPERT_SCALES, KV_CACHES
 
 if TYPE_CHECKING:
     from megatron_quant.api.job import Job
@@ -131,7 +127,7 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--expert-scales",
-        choices=("shared", "per_expert"),
+        choices=EXPERT_SCALES,
         help="one weight scale for all experts of a layer, or one each (default shared, or as "
         "the --megatron-load-path has them); scales of groups and blocks always belong to their "
         "own weights",
@@ -210,8 +206,6 @@ def run(args: argparse.Namespace) -> None:
     if options.stream:
         _stream(options, args)
         return
-    if not torch.cuda.is_available():
-        cpu.activate()  # before anything imports Megatron
     if args.dry_run:
         _dry_run(options)
     else:
@@ -228,10 +222,11 @@ def _check_export_dir(options: QuantizeOptions) -> None:
 
 
 def _dry_run(options: QuantizeOptions) -> None:
-    from megatron_quant.api.job import prepare
-
     if options.megatron_load_path is not None:
         raise QuantError("--dry-run plans from config.json: leave out --megatron-load-path")
+    ready_host()
+    from megatron_quant.api.job import prepare
+
     world = math.lcm(options.tp, options.ep * options.etp) * options.pp
     _print_plan(prepare(options, world), options)
 
@@ -250,11 +245,14 @@ def _print_plan(job: "Job", options: QuantizeOptions) -> None:
 
 
 def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
+    if not args.dry_run:
+        _check_export_dir(options)
     from megatron_quant.api.stream import plan_stream, stream
+    from megatron_quant.cli.ranks import start_ranks
+    from megatron_quant.dist import together
 
     if args.dry_run:
         return _print_plan(plan_stream(options, 1).job, options)
-    _check_export_dir(options)
     out = console()
     phases = Phases(out)
     groups = start_ranks()
@@ -267,7 +265,9 @@ def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
 
 
 def _quantize(options: QuantizeOptions, report: Path | None) -> None:
+    ready_host()
     from megatron_quant.api.quantize import quantize
+    from megatron_quant.dist import together
     from megatron_quant.mcore.parallel import start_distributed
 
     out = console()

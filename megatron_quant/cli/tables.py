@@ -4,23 +4,24 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from math import prod
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_quant.api.job import Job
-from megatron_quant.ckpt.figures import spread
-from megatron_quant.ckpt.plan import ExportPlan, Target
-from megatron_quant.ckpt.serving import obstacle
 from megatron_quant.ckpt.serving_facts import ENGINES
 from megatron_quant.cli.console import size
 from megatron_quant.recipes.audit import audit
 from megatron_quant.recipes.kv_cache import cache_slots
 
+if TYPE_CHECKING:
+    from megatron_quant.api.job import Job
+    from megatron_quant.ckpt.plan import ExportPlan, Target
+
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
-def weights_table(job: Job) -> Table:
+def weights_table(job: "Job") -> Table:
     """Every weight: its bucket, its rule, its bytes before and after. Like experts share a row."""
     table = Table(title="Weights")
     table.add_column("Weight", overflow="fold")
@@ -43,7 +44,7 @@ def weights_table(job: Job) -> Table:
     return table
 
 
-def _bucket(target: Target) -> str:
+def _bucket(target: "Target") -> str:
     scheme = target.scheme
     if scheme.weights is None:
         return "excluded"
@@ -56,10 +57,10 @@ def _bucket(target: Target) -> str:
     return f"{weights.name}{group}{inputs}"
 
 
-def _alike(job: Job) -> Iterator[list[Target]]:
+def _alike(job: "Job") -> Iterator["list[Target]"]:
     """Targets in the order of the model, those that differ in the expert alone together."""
 
-    def key(target: Target) -> tuple[object, ...]:
+    def key(target: "Target") -> tuple[object, ...]:
         rule = job.quant.by_name[target.param.name].rule
         return (_EXPERT.sub("*", target.source.name), target.scheme, rule)
 
@@ -73,7 +74,7 @@ def _alike(job: Job) -> Iterator[list[Target]]:
         yield from rows.values()
 
 
-def _name(members: Sequence[Target]) -> str:
+def _name(members: "Sequence[Target]") -> str:
     name = members[0].source.name
     if len(members) == 1:
         return name
@@ -85,7 +86,7 @@ def _name(members: Sequence[Target]) -> str:
     return _EXPERT.sub(spelled, name)
 
 
-def rules_table(job: Job) -> Table:
+def rules_table(job: "Job") -> Table:
     """How many weights each rule, and each of its patterns, decided on."""
     table = Table("Rule", "Action", "Weights", "Of each pattern", title="Coverage")
     for row in audit(job.quant, job.recipe):
@@ -94,7 +95,7 @@ def rules_table(job: Job) -> Table:
     return table
 
 
-def files_table(plan: ExportPlan) -> Table:
+def files_table(plan: "ExportPlan") -> Table:
     """The files that an export writes."""
     table = Table("File", "Tensors", "Size", title="Files")
     for file in plan.files:
@@ -102,8 +103,10 @@ def files_table(plan: ExportPlan) -> Table:
     return table
 
 
-def engines_table(job: Job, serve_tp: int | None) -> Table:
+def engines_table(job: "Job", serve_tp: int | None) -> Table:
     """Which engines can serve the export at ``serve_tp`` (1 where it is not given), and why not."""
+    from megatron_quant.ckpt.serving import obstacle
+
     tp = serve_tp or 1
     table = Table("Engine", "Serves it", "Why not", title=f"Engines, tensor-parallel size {tp}")
     for engine in ENGINES:
@@ -114,7 +117,7 @@ def engines_table(job: Job, serve_tp: int | None) -> Table:
     return table
 
 
-def needs(job: Job) -> Iterator[str]:
+def needs(job: "Job") -> Iterator[str]:
     """Lines: what is stored of the KV cache, and whether calibration data is needed."""
     slots = cache_slots(job.quant)
     if slots:
@@ -123,14 +126,16 @@ def needs(job: Job) -> Iterator[str]:
     yield "calibration data: " + ("needed" if job.quant.needs_data else "not needed")
 
 
-def sizes_line(plan: ExportPlan) -> str:
+def sizes_line(plan: "ExportPlan") -> str:
     """Bytes before and after."""
     ratio = plan.bytes_before / plan.bytes_after
     return f"size: {size(plan.bytes_before)} -> {size(plan.bytes_after)} ({ratio:.2f}x smaller)"
 
 
-def planning_lines(job: Job) -> Iterator[str]:
+def planning_lines(job: "Job") -> Iterator[str]:
     """What the plan took, and what each rank writes."""
+    from megatron_quant.ckpt.figures import spread
+
     memory = f", {size(job.cost.nbytes)}" if job.cost.nbytes is not None else ""
     yield f"planned in {job.cost.seconds:.2f} s{memory}"
     found = spread(job.export, job.layout.world)

@@ -3,13 +3,16 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_quant.ckpt.manifest import MANIFEST, digest_problems
-from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.ckpt.names import MANIFEST
 from megatron_quant.cli.console import console
+
+if TYPE_CHECKING:
+    from megatron_quant.ckpt.verify import Report
 
 _WORST = 10
 _THREADS = 4  # that read and hash
@@ -42,6 +45,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> None:
     """Verify and print."""
+    from megatron_quant.ckpt.manifest import digest_problems
+    from megatron_quant.ckpt.verify import verify
+
     report = verify(args.directory, args.against)
     if args.digests:
         damaged = digest_problems(args.directory, _THREADS)
@@ -55,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     out.print(f"{args.directory}: {len(report.tensors)} tensors, no problem found")
 
 
-def _errors(report: Report) -> Table:
+def _errors(report: "Report") -> Table:
     table = Table("Tensor", "Format", "Relative error", title=f"Largest {_WORST} errors")
     for tensor in report.worst(_WORST):
         table.add_row(escape(tensor.name), tensor.format, f"{tensor.error:.4f}")

@@ -17,7 +17,7 @@ from torch import nn
 
 from megatron_quant.calib.calibrate import calibrate_weights
 from megatron_quant.calib.training import Ranges, ranges_of
-from megatron_quant.ckpt.saved import EXPERT_SCALES, Saved, describe
+from megatron_quant.ckpt.saved import Saved, describe
 from megatron_quant.ckpt.slots import slots
 from megatron_quant.ckpt.source import read_config, resolve_source
 from megatron_quant.dist import Groups, together
@@ -32,7 +32,7 @@ from megatron_quant.models import lookup
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan, difference
 from megatron_quant.recipes.resolve import resolve
-from megatron_quant.recipes.schema import Recipe
+from megatron_quant.recipes.schema import EXPERT_SCALES, Recipe
 
 _QUANTIZED = "_megatron_quant"
 """The attribute of a model that says what is quantized of it."""

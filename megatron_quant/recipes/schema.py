@@ -16,6 +16,8 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
 """How the scales of weights are found -> the formats whose scales it finds. ``max``: the largest
 magnitude is the largest code. ``mse``: the scale of least squared error. ``four_over_six``: the
 largest magnitude of a block is code 6 or code 4, whichever errs less."""
+EXPERT_SCALES = ("shared", "per_expert")
+"""Whose weight amax an expert's tensor scale comes from; the first is the default."""
 KV_CACHES = ("fp8", "fp8_cast")
 """``fp8``: scales from calibrated keys and values. ``fp8_cast``: scale 1, no calibration."""
 

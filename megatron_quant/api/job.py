@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_quant.api.options import QuantizeOptions, dtype_of, parse_size
+from megatron_quant.api.options import QuantizeOptions, chosen_recipe, dtype_of, parse_size
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import Dialect
 from megatron_quant.ckpt.figures import Cost, measured
@@ -30,16 +30,9 @@ from megatron_quant.models import (
     num_layers,
 )
 from megatron_quant.recipes.kv_cache import cache_slots
-from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan, difference
 from megatron_quant.recipes.resolve import resolve
-from megatron_quant.recipes.schema import (
-    EXPERT_SCALES,
-    Recipe,
-    weight_only,
-    with_algorithm,
-    with_kv_cache,
-)
+from megatron_quant.recipes.schema import EXPERT_SCALES, Recipe
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,7 @@ def decide(
 
     Raises the QuantError of whatever does not fit.
     """
-    recipe, params = _recipe(options, saved), model.params
+    recipe, params = chosen_recipe(options, saved), model.params
     quant = resolve(recipe, slots(params))
     if saved is not None and saved.recipe is not None:
         _check_same(options, quant, resolve(saved.recipe, slots(params)))
@@ -189,32 +182,6 @@ def _check_same(options: QuantizeOptions, quant: QuantPlan, saved: QuantPlan) ->
             f"{other} in another way than the flags ask for: leave out --export-quant-cfg and the "
             "flags that change it"
         )
-
-
-def _recipe(options: QuantizeOptions, saved: Saved | None) -> Recipe:
-    """The recipe as the other flags change it."""
-    if options.export_quant_cfg is not None:
-        recipe = load_recipe(options.export_quant_cfg)
-    elif saved is not None and saved.recipe is not None:
-        recipe = saved.recipe
-    else:
-        raise CheckpointError(
-            f"{options.megatron_load_path} does not say how it is quantized (it was saved without "
-            "megatron_quant): run quantize with --megatron-load-path, --hf-model-id and the recipe "
-            "in --export-quant-cfg"
-        )
-    if options.weight_only:
-        recipe = weight_only(recipe)
-    if options.algorithm is not None:
-        recipe = with_algorithm(recipe, options.algorithm)
-    if options.export_kv_cache_quant is not None:
-        recipe = with_kv_cache(recipe, options.export_kv_cache_quant)
-    if options.weight_only and recipe.kv_cache == "fp8":
-        raise RecipeError(
-            "--export-kv-cache-quant fp8 is calibrated, but --weight-only runs no data: "
-            "take fp8_cast, or leave out --weight-only"
-        )
-    return recipe
 
 
 def _check_cache(quant: QuantPlan) -> None:

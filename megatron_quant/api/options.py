@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_quant.errors import ExportError, QuantError
+from megatron_quant.errors import CheckpointError, ExportError, QuantError, RecipeError
+from megatron_quant.recipes.load import load_recipe
+from megatron_quant.recipes.schema import Recipe, weight_only, with_algorithm, with_kv_cache
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_quant.ckpt.saved import Saved
 
 DTYPES = ("bf16", "fp16", "fp32")
 """What ``--dtype`` may be."""
@@ -107,3 +111,33 @@ class QuantizeOptions:
                 f"--act-percentile is {self.act_percentile:g}: give a percentage above 0, such as "
                 "99.9; 100 clips nothing"
             )
+
+
+def chosen_recipe(options: QuantizeOptions, saved: "Saved | None") -> Recipe:
+    """The recipe as the other flags change it.
+
+    saved: what ``options.megatron_load_path`` holds. Raises RecipeError for one that is malformed,
+    or that the flags do not go with, CheckpointError where neither flags nor ``saved`` name one.
+    """
+    if options.export_quant_cfg is not None:
+        recipe = load_recipe(options.export_quant_cfg)
+    elif saved is not None and saved.recipe is not None:
+        recipe = saved.recipe
+    else:
+        raise CheckpointError(
+            f"{options.megatron_load_path} does not say how it is quantized (it was saved without "
+            "megatron_quant): run quantize with --megatron-load-path, --hf-model-id and the recipe "
+            "in --export-quant-cfg"
+        )
+    if options.weight_only:
+        recipe = weight_only(recipe)
+    if options.algorithm is not None:
+        recipe = with_algorithm(recipe, options.algorithm)
+    if options.export_kv_cache_quant is not None:
+        recipe = with_kv_cache(recipe, options.export_kv_cache_quant)
+    if options.weight_only and recipe.kv_cache == "fp8":
+        raise RecipeError(
+            "--export-kv-cache-quant fp8 is calibrated, but --weight-only runs no data: "
+            "take fp8_cast, or leave out --weight-only"
+        )
+    return recipe

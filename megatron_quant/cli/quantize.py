@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_quant.api.options import DTYPES, QuantizeOptions
+from megatron_quant.api.options import DTYPES, QuantizeOptions, chosen_recipe
 from megatron_quant.cli.console import Phases, check_file, console, rank
 from megatron_quant.cli.host import ready_host
 from megatron_quant.cli.report import (
@@ -29,7 +29,7 @@ from megatron_quant.cli.tables import (
 )
 from megatron_quant.cli.writing import add_writing
 from megatron_quant.errors import ExportError, QuantError
-from megatron_quant.recipes.load import recipe_names
+from megatron_quant.recipes.load import is_preset, recipe_names
 from megatron_quant.recipes.schema import EXPERT_SCALES, KV_CACHES
 
 if TYPE_CHECKING:
@@ -224,6 +224,8 @@ def _check_export_dir(options: QuantizeOptions) -> None:
 def _dry_run(options: QuantizeOptions) -> None:
     if options.megatron_load_path is not None:
         raise QuantError("--dry-run plans from config.json: leave out --megatron-load-path")
+    if options.export_quant_cfg and not is_preset(options.export_quant_cfg):
+        chosen_recipe(options, None)  # what is wrong with it is said before torch is loaded
     ready_host()
     from megatron_quant.api.job import prepare
 

@@ -17,6 +17,15 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
 
 
+def is_preset(name_or_path: str) -> bool:
+    """Whether :func:`load_recipe` asks ModelOpt for the recipe, which it imports then."""
+    if name_or_path in recipe_names():
+        return False
+    path = Path(name_or_path)
+    is_path = path.suffix in (".yaml", ".yml") or path.is_file()
+    return not is_path and _PRESET.fullmatch(name_or_path) is not None
+
+
 def load_recipe(name_or_path: str) -> Recipe:
     """The recipe called ``name_or_path``.
 
@@ -30,7 +39,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _load_file(name_or_path, path)
-    if _PRESET.fullmatch(name_or_path):
+    if is_preset(name_or_path):
         from megatron_quant.recipes import modelopt_presets
 
         return modelopt_presets.load_preset(name_or_path)

@@ -64,6 +64,8 @@ def test_argument_errors_come_without_torch() -> None:
         "": "--export-dir is missing",
         "--stream": "--export-dir is missing",
         "--dry-run --megatron-load-path X": "--dry-run plans from config.json",
+        "--dry-run --export-quant-cfg nvfp5": "unknown quantization config 'nvfp5'; choose one of",
+        "--dry-run --export-quant-cfg mxfp8 --algorithm mse": "recipe 'mxfp8', rule 1",
     }
     code = f"""
 from megatron_quant.cli.main import main

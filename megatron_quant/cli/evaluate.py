@@ -48,11 +48,11 @@ def _check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
+    _check(args)
     from transformers.utils import logging
 
     from megatron_quant.evaluate import decoded, evaluate, native
 
-    _check(args)
     out = console()
     if not out.is_terminal:
         logging.disable_progress_bar()

@@ -74,7 +74,9 @@ for flags in {list(refused)!r}:
     argv = ["quantize", "--hf-model-id", "M", "--export-quant-cfg", "fp8", *flags.split()]
     assert main(argv) == 1
 assert main(["export", "--export-dir", "D", "--export-format", "awq"]) == 1
+assert main(["eval", "D", "--text", "T", "--seq-length", "0"]) == 1
 """
     lines = without_torch(code).splitlines()
-    for line, told in zip(lines, [*refused.values(), "export needs either"], strict=True):
+    others = ["export needs either", "--seq-length is 0: give at least 1"]
+    for line, told in zip(lines, [*refused.values(), *others], strict=True):
         assert line.startswith(f"megatron-quant: error: {told}"), line

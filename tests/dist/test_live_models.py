@@ -222,3 +222,78 @@ def test_process_groups_that_megatron_does_not_know(source: Path, ranks: Ranks) 
     for error in ranks.errors(2, groups_of_its_own, source):
         assert isinstance(error, ArchitectureError)
         assert "built with a tp group of its own (rank 0 of 2)" in str(error)
+
+
+# Of megatron-core 0.19, with what a script would give them.
+NEWER = {
+    "moe_mlp_glu_interleave_size": 32,
+    "moe_shared_expert_glu_interleave_size": 32,
+    "moe_single_grouped_weight": True,
+    "moe_single_grouped_bias": True,
+    "mla_down_proj_fusion": True,
+    "use_grouped_gemm_for_dense_mlp": True,
+    "use_grouped_gemm_for_shared_expert": True,
+    "use_transformer_engine_op_fuser": True,
+    "use_mup": True,
+    "moe_router_force_biased": 1.0,
+}
+
+
+def settings(source: Path) -> tuple[str, set[str], list[str]]:
+    """The release, fields that it has, and what is said of every known setting's other values."""
+    from dataclasses import fields
+
+    import megatron.core
+    from megatron.core.transformer import MLATransformerConfig
+
+    from megatron_quant.mcore.settings import KNOWN, check_settings
+    from megatron_quant.models import lookup
+    from tests.dist import bare
+
+    config = bare.built(source, 1, 1).config
+    hf_config = json.loads((source / "config.json").read_text())
+    described = lookup(hf_config).megatron_config(hf_config)
+    check_settings(config, described)
+    said = []
+    for name in KNOWN:
+        before = getattr(config, name, KNOWN[name][0][0])
+        setattr(config, name, NEWER.get(name, "other"))
+        try:
+            check_settings(config, described)
+        except ArchitectureError as e:
+            said.append(str(e).partition("=")[0])
+        setattr(config, name, before)
+    assert said == list(KNOWN)
+    return megatron.core.__version__, {f.name for f in fields(MLATransformerConfig)}, said
+
+
+def test_settings_by_name(source: Path, ranks: Ranks) -> None:
+    """Defaults pass, every other value is refused, and the names are those of the release."""
+    ((release, has, said),) = ranks(1, settings, source)
+    assert NEWER.keys() <= set(said)
+    newer = tuple(map(int, release.split(".")[:2])) >= (0, 19)
+    of_old = {"moe_use_legacy_grouped_gemm", "heterogeneous_block_specs"}
+    assert set(said) - has <= (of_old if newer else NEWER.keys())
+
+
+def build_interleaved(source: Path) -> None:
+    """A model that 0.19 builds with other rows of the same shape; 0.16 has no such field."""
+    from megatron_quant.mcore.load import wrap_model
+    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.models import lookup
+    from tests.dist import bare
+
+    name, has = "moe_mlp_glu_interleave_size", settings(source)[1]
+    module = bare.built(source, 1, 1, **({name: 32} if name in has else {}))
+    plain = bare.built(source, 1, 1)
+    shapes = [[tuple(p.shape) for p in m.parameters()] for m in (module, plain)]
+    assert shapes[0] == shapes[1]
+    module.config.moe_mlp_glu_interleave_size = 32
+    hf_config = json.loads((source / "config.json").read_text())
+    wrap_model(module, lookup(hf_config), hf_config, start_distributed())
+
+
+def test_rows_that_a_release_interleaves(source: Path, ranks: Ranks) -> None:
+    (error,) = ranks.errors(1, build_interleaved, source)
+    assert isinstance(error, ArchitectureError), error
+    assert "moe_mlp_glu_interleave_size=32 in the TransformerConfig orders the rows" in str(error)

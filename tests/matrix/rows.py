@@ -16,6 +16,7 @@ TESTS = (
     "tests/dist/test_layers_modelopt.py",
     "tests/dist/test_calib_amax.py",
     "tests/dist/test_gpu_checks.py",
+    "tests/dist/test_live_models.py",
     "tests/dist/test_layouts.py::test_other_architectures",
     "tests/dist/test_exports_read_back.py::test_bytes_are_modelopts_own",
 )

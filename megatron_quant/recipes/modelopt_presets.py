@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from modelopt.torch.quantization import config as modelopt_config
-
 from megatron_quant.errors import RecipeError
 from megatron_quant.formats.spec import CHANNEL, Format, get_format
+from megatron_quant.recipes.modelopt_module import modelopt_config
 from megatron_quant.recipes.schema import Recipe, Rule, checked_format, checked_rule
 
 _SIDES = {"weight_quantizer": "weights", "input_quantizer": "inputs"}
@@ -85,14 +84,14 @@ def load_preset(name: str) -> Recipe:
 
 
 def _preset(name: str) -> Mapping[str, Any]:
-    if name not in modelopt_config.choices:
-        known = ", ".join(sorted(modelopt_config.choices))
+    if name not in modelopt_config().choices:
+        known = ", ".join(sorted(modelopt_config().choices))
         raise RecipeError(f"ModelOpt has no preset {name!r}; it has {known}")
-    return getattr(modelopt_config, name)
+    return getattr(modelopt_config(), name)
 
 
 def _raw_entries(name: str) -> list[Any]:
-    return list(modelopt_config.normalize_quant_cfg_list(_preset(name)["quant_cfg"]))
+    return list(modelopt_config().normalize_quant_cfg_list(_preset(name)["quant_cfg"]))
 
 
 def _algorithm(preset: Mapping[str, Any], where: str) -> str:
@@ -171,11 +170,11 @@ def _format(cfg: Any, side: str, where: str) -> Format:
 
 def _set_values(cfg: Any, where: str) -> dict[str, Any]:
     """Attributes that are not ModelOpt's defaults."""
-    if not isinstance(cfg, modelopt_config.QuantizerAttributeConfig):
+    if not isinstance(cfg, modelopt_config().QuantizerAttributeConfig):
         raise RecipeError(
             f"{where}: this number format is not supported (several in sequence, or none): {cfg!r}"
         )
-    defaults = modelopt_config.QuantizerAttributeConfig().model_dump()
+    defaults = modelopt_config().QuantizerAttributeConfig().model_dump()
     # effective_bits only feeds ModelOpt's search for mixed precision.
     defaults["effective_bits"] = cfg.effective_bits
     return {k: v for k, v in cfg.model_dump().items() if v != defaults[k]}

@@ -46,7 +46,7 @@ OWNERS = {
         "layers/sharded.py",
         "api/",
     ),
-    "modelopt": ("layers/", "recipes/modelopt_presets.py"),
+    "modelopt": ("layers/", "recipes/modelopt_module.py"),
     "datasets": ("calib/hub.py",),
     "rich": ("cli/",),
     "yaml": ("documents.py",),

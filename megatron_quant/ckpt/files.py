@@ -8,12 +8,14 @@ import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 
-from megatron_quant.documents import HEADER, check_regular, parse_json
+from megatron_quant.documents import HEADER, check_regular, clipped, parse_json, printable, shown
 from megatron_quant.errors import CheckpointError
+from megatron_quant.fields import Fields
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -146,19 +148,34 @@ class UnknownDtype(KeyError):
     """A tensor of a dtype that torch has not."""
 
     def __str__(self) -> str:
-        return "{} has dtype {}".format(*self.args)
+        name, dtype = self.args
+        return f"{clipped(printable(name))} has dtype {shown(dtype)}"
 
 
 def entries_of(file: str, header: bytes) -> Iterator[TensorEntry]:
     """The tensors of a file by its header: inverse of :func:`header_bytes`.
 
-    Raises CheckpointError, ValueError, KeyError or TypeError where it is no header of safetensors.
+    Raises CheckpointError where it is no header of safetensors, UnknownDtype for a tensor of a
+    dtype that torch has not.
     """
-    tensors = parse_json(header[8:], f"the header of {file}", HEADER)
-    tensors.pop("__metadata__", None)
-    for name, tensor in tensors.items():
-        start, stop = tensor["data_offsets"]
-        if tensor["dtype"] not in _DTYPES:
-            raise UnknownDtype(name, tensor["dtype"])
-        dtype, shape = _DTYPES[tensor["dtype"]], tuple(tensor["shape"])
-        yield TensorEntry(name, dtype, shape, file, len(header) + start, stop - start)
+    where = f"the header of {file}"
+    tensors = Fields({"it": parse_json(header[8:], where, HEADER)}, where).part("it").values
+    for name in tensors:
+        if name != "__metadata__":
+            yield _entry(name, Fields(tensors, where).part(name), file, len(header))
+
+
+def _entry(name: str, tensor: Fields, file: str, first: int) -> TensorEntry:
+    said = tensor.text("dtype")
+    if said not in _DTYPES:
+        raise UnknownDtype(name, said)
+    dtype, shape, span = _DTYPES[said], tensor.get("shape"), tensor.get("data_offsets")
+    if not _are_counts(shape):
+        raise tensor.refused("shape", "a list of whole numbers")
+    if not _are_counts(span) or len(span) != 2 or span[1] - span[0] != prod(shape) * dtype.itemsize:
+        raise tensor.refused("data_offsets", f"where its {prod(shape)} elements begin and end")
+    return TensorEntry(name, dtype, tuple(shape), file, first + span[0], span[1] - span[0])
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)

@@ -12,26 +12,44 @@ from pathlib import Path
 
 from megatron_quant.ckpt.disk import append, explained
 from megatron_quant.ckpt.tensor_digests import Written
+from megatron_quant.documents import MB, Limits, check_file, parse_json
+from megatron_quant.errors import CheckpointError, ExportError
 from megatron_quant.models.spec import Box
 
 Key = tuple[str, Box]
 """A box of the file tensor of this name."""
 _NAME = ".megatron_quant_journal_{}.partial"
+_JOURNAL = Limits(512 * MB, 0)
+_LINE = Limits(64_000, 100, 4)
 
 
 def read_journals(directory: Path) -> dict[Key, str]:
-    """All that the journals of ``directory`` say; a line that a kill cut short says nothing."""
+    """All that the journals of ``directory`` say; a line that is damaged or cut short says nothing.
+
+    Raises ExportError where one is no regular file, or larger than any that is written.
+    """
     found: dict[Key, str] = {}
     for path in sorted(directory.glob(_NAME.format("*"))):
-        with explained(path, "cannot be read"):
-            lines = path.read_bytes().splitlines()
-        for line in lines:
-            try:
-                name, start, size, digest = json.loads(line)
-            except ValueError:
-                continue
-            found[name, Box(tuple(start), tuple(size))] = digest
+        check_file(path, _JOURNAL, ExportError)
+        with explained(path, "cannot be read"), path.open("rb") as stream:
+            while line := stream.readline(_LINE.nbytes):
+                noted = _parsed(line)
+                if noted is not None:
+                    found[noted[0]] = noted[1]
     return found
+
+
+def _parsed(line: bytes) -> tuple[Key, str] | None:
+    """A box and its digest; None for a line that is none of a journal."""
+    try:
+        noted = parse_json(line, "a line", _LINE)
+    except CheckpointError:
+        return None
+    match noted:
+        case [str(name), [*start], [*size], str(digest)]:
+            if all(type(n) is int for n in (*start, *size)):
+                return (name, Box(tuple(start), tuple(size))), digest
+    return None
 
 
 class Journal:

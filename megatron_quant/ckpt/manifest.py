@@ -12,12 +12,13 @@ from typing import Any
 
 from megatron_quant.ckpt.digest import ABOUT
 from megatron_quant.ckpt.disk import explained
-from megatron_quant.ckpt.files import TensorEntry, entries_of, read_header
+from megatron_quant.ckpt.files import TensorEntry, UnknownDtype, entries_of, read_header
 from megatron_quant.ckpt.names import MANIFEST
 from megatron_quant.ckpt.origin import Origin, digest_of_parts
 from megatron_quant.ckpt.plan import ExportPlan
 from megatron_quant.ckpt.runs import hashed_on_disk
 from megatron_quant.ckpt.source import read_json
+from megatron_quant.documents import INDEX
 from megatron_quant.errors import CheckpointError
 from megatron_quant.models.spec import whole
 
@@ -78,11 +79,11 @@ def digest_problems(directory: Path, threads: int) -> Iterator[str]:
         yield f"{MANIFEST} is missing; verify without --digests, or export again"
         return
     try:
-        stated = read_json(directory / MANIFEST)
+        stated = read_json(directory / MANIFEST, INDEX)
         paths = sorted(directory.glob("*.safetensors"))
         headers = {path.name: read_header(path) for path in paths}
         entries = [e for name, header in headers.items() for e in entries_of(name, header)]
-    except (CheckpointError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, UnknownDtype) as error:
         yield str(error)
         return
     if stated.get("version") != _VERSION or not isinstance(stated.get("tensors"), dict):

@@ -7,17 +7,21 @@ it names. It is read here first, and refused where it names anything but what de
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_quant.ckpt.pickles import check_pickle
 from megatron_quant.ckpt.source import read_json
+from megatron_quant.documents import MB, Limits, clipped, read_bytes, shown
 from megatron_quant.errors import CheckpointError
 
 BACKEND = "torch_dist"
 _DESCRIPTION, _TENSORS = "metadata.json", ".metadata"  # Megatron's, and torch's
 TRACKER = "latest_checkpointed_iteration.txt"
+_TRACKED, _METADATA = Limits(64, 0), Limits(2048 * MB, 0)
 # What torch.distributed.checkpoint and Megatron write into .metadata.
 _TORCH_DCP = {
     "torch.distributed.checkpoint.metadata": (
@@ -63,7 +67,8 @@ def open_torch_dist(directory: Path) -> TorchDist:
     backend = read_json(path / _DESCRIPTION).get("sharded_backend")
     if backend != BACKEND:
         raise CheckpointError(
-            f"{path} is a checkpoint of format {backend!r}: save it as {BACKEND} (--ckpt-format)"
+            f"{path} is a checkpoint of format {shown(backend)}: save it as {BACKEND} "
+            "(--ckpt-format)"
         )
     return TorchDist(path, _shapes(path / _TENSORS))
 
@@ -81,9 +86,11 @@ def latest(directory: Path) -> Path:
     tracker = directory / TRACKER
     if not tracker.is_file():
         return directory
-    iteration = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    iteration = read_bytes(tracker, _TRACKED).decode(errors="replace").strip()
     if iteration != "release" and not iteration.isdecimal():
-        raise CheckpointError(f"{tracker} says {iteration!r}: give the checkpoint's own directory")
+        raise CheckpointError(
+            f"{tracker} says {shown(iteration)}: give the checkpoint's own directory"
+        )
     return directory / ("release" if iteration == "release" else f"iter_{int(iteration):07d}")
 
 
@@ -98,12 +105,25 @@ class _Reader(pickle.Unpickler):
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    content = read_bytes(file, _METADATA)
     try:
-        with file.open("rb") as stream:
-            tensors = _Reader(stream).load().state_dict_metadata
-        return {key: tuple(t.size) for key, t in tensors.items() if hasattr(t, "size")}
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as e:
+        check_pickle(content)
+        tensors = _Reader(BytesIO(content)).load().state_dict_metadata
+        return {_text(key): _shape(t.size) for key, t in tensors.items() if hasattr(t, "size")}
+    except Exception as e:  # whatever is in a pickle, that is raised
         raise CheckpointError(
-            f"{file} does not only describe a checkpoint's tensors ({e}): fetch the checkpoint "
-            "again, from where it can be trusted"
+            f"{file} does not only describe a checkpoint's tensors ({clipped(str(e))}): fetch the "
+            "checkpoint again, from where it can be trusted"
         ) from None
+
+
+def _text(key: object) -> str:
+    if not isinstance(key, str):
+        raise ValueError(f"a tensor is called {shown(key)}")
+    return key
+
+
+def _shape(size: object) -> tuple[int, ...]:
+    if not isinstance(size, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in size):
+        raise ValueError("a shape is no list of whole numbers")
+    return tuple(size)

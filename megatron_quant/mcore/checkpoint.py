@@ -25,7 +25,7 @@ from megatron_quant.ckpt.torch_dist import TorchDist
 from megatron_quant.dist import Groups, gather, raise_together, together
 from megatron_quant.errors import CheckpointError, ExportError
 from megatron_quant.formats import amax
-from megatron_quant.mcore.state import CHILD, DESCRIPTION, decode
+from megatron_quant.mcore.state import CHILD, DESCRIBED, DESCRIPTION, decode
 
 _FAILURES = (CheckpointException, CheckpointingException, RuntimeError, ValueError, KeyError)
 _OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.linear_fc|\.linear_fc1\.weight_[wv]$")
@@ -64,17 +64,23 @@ def save(chunks: Chunks, directory: Path, groups: Groups, optimizer: Any = None)
 def read_description(stored: TorchDist, groups: Groups) -> Any:
     """The document that a saved model brought along; None where it has none. Collective.
 
-    Raises CheckpointError where it is no JSON.
+    Raises CheckpointError where it is no JSON, or none of its size.
     """
     if DESCRIPTION not in stored.shapes:
         return None
-    empty = torch.empty(stored.shapes[DESCRIPTION], dtype=torch.uint8)
+    shape = stored.shapes[DESCRIPTION]
+    if len(shape) != 1 or shape[0] > DESCRIBED.nbytes:
+        raise CheckpointError(
+            f"{stored.path}: {DESCRIPTION} has shape {list(shape)[:8]}, not one dim of at most "
+            f"{DESCRIBED.nbytes} bytes: save it again"
+        )
+    empty = torch.empty(shape, dtype=torch.uint8)
     tensor = ShardedTensor.from_rank_offsets(DESCRIPTION, empty)
     loaded = read_tensors({DESCRIPTION: tensor}, stored, groups)
     try:
         return decode(loaded[DESCRIPTION])
-    except ValueError:
-        raise CheckpointError(f"{stored.path}: {DESCRIPTION} is no JSON: save it again") from None
+    except CheckpointError as e:
+        raise CheckpointError(f"{stored.path}: {e}: save it again") from None
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from torch import nn
 
+from megatron_quant.documents import MB, Limits, parse_json
 from megatron_quant.layers.backend import block_amax, set_block_amax
 from megatron_quant.layers.install import LocalWeight, QuantLayer
 from megatron_quant.mcore.grids import Grid, grids_of
@@ -22,6 +23,8 @@ from megatron_quant.mcore.load import Model
 
 CHILD = "megatron_quant"
 DESCRIPTION = f"{CHILD}.description"
+DESCRIBED = Limits(4 * MB, 100_000)
+"""What a description may be."""
 _PAGE = 4096  # bytes to a multiple of which the description is padded, so that its shape is stable
 
 
@@ -32,8 +35,8 @@ def encode(description: Mapping[str, Any]) -> torch.Tensor:
 
 
 def decode(stored: torch.Tensor) -> Any:
-    """Inverse of :func:`encode`; ValueError for other bytes."""
-    return json.loads(bytes(stored.tolist()).rstrip(b"\0 "))
+    """Inverse of :func:`encode`; CheckpointError for other bytes."""
+    return parse_json(stored.numpy().tobytes().rstrip(b"\0 "), DESCRIPTION, DESCRIBED)
 
 
 class QuantState(nn.Module):

@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_quant.errors import CheckpointError
 from tests.dist import checkpoints, saved
 from tests.dist.command import command, message, quantize_argv, refused
 from tests.dist.pool import Ranks
@@ -130,3 +132,22 @@ def test_overwriting_a_checkpoint(source: Path, stored: Path, tmp_path: Path, ra
 )
 def test_flags(argv: list[str], words: str, ranks: Ranks) -> None:
     assert words in message(ranks(1, command, *argv))
+
+
+def read_descriptions() -> list[str]:
+    """What is said of documents that are none, or larger than one may be."""
+    from megatron_quant.mcore.state import DESCRIBED, decode, encode
+
+    assert decode(encode({"a": [1, None]})) == {"a": [1, None]}
+    said = []
+    for stored in (b"", b"{", b"\xff", b"[" * 100 + b"]" * 100, b"[]" * DESCRIBED.nbytes):
+        try:
+            decode(torch.frombuffer(bytearray(stored + b"\0 "), dtype=torch.uint8))
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_description_that_is_none_or_too_large(ranks: Ranks) -> None:
+    (said,) = ranks(1, read_descriptions)
+    assert len(said) == 5 and all("cannot be read as JSON" in one for one in said)

@@ -4,11 +4,14 @@ import json
 import os
 import pickle
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
+from megatron_quant.ckpt import pickles, torch_dist
 from megatron_quant.ckpt.torch_dist import open_torch_dist
 from megatron_quant.errors import CheckpointError
 
@@ -67,6 +70,65 @@ def test_a_pickle_that_does_something(stored: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"\.metadata does not only describe .*system"):
         open_torch_dist(stored)
     assert not (tmp_path / "mark").exists()
+
+
+def nested(levels: int, end: bytes) -> bytes:
+    """A tuple of a tuple twice, of a tuple twice...: 2^levels to whoever hashes or shows it."""
+    twice = b"".join(b"2\x86" for _ in range(levels))  # DUP, TUPLE2
+    return b"\x80\x04}K\x01" + twice + end
+
+
+BOMBS = {
+    "hashed": nested(60, b"K\x01s."),
+    "many levels": b"\x80\x04}K\x01" + b"\x85" * 3_000_000 + b"K\x01s.",
+    "a place of the memo": b"\x80\x04K\x01r\xff\xff\xff\x7f.",
+    "a length": b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"x.",
+    "an index": b"\x80\x04j\xff\xff\xff\x7f.",
+    "a number": b"\x80\x04\x8b\xff\xff\xff\x7fx.",
+    "random": bytes(range(256)) * 1000,
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_pickle_that_nobody_could_load(
+    kind: str, stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pickles, "_CPU", (1, 0))
+    (stored / ".metadata").write_bytes(BOMBS[kind])
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"\.metadata does not only describe") as caught:
+        open_torch_dist(stored)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert getrusage(RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {1: torch.empty(1)},
+        {"a": SimpleNamespace(size=3)},
+        {"a": SimpleNamespace(size=(-1,))},
+        {"a": SimpleNamespace(size=(True,))},
+        {"a": SimpleNamespace(size=((1, 2), 3))},
+    ],
+)
+def test_names_and_shapes_that_are_none(
+    tensors: object, stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(load=lambda: SimpleNamespace(state_dict_metadata=tensors))
+    monkeypatch.setattr(torch_dist, "_Reader", lambda stream: found)
+    with pytest.raises(CheckpointError, match=r"a tensor is called|a shape is no list"):
+        open_torch_dist(stored)
+
+
+def test_files_that_are_no_regular_ones(stored: Path) -> None:
+    (stored.parent / torch_dist.TRACKER).write_text("1" * 5000)
+    with pytest.raises(CheckpointError, match="has 5000 bytes, 64 are read"):
+        open_torch_dist(stored.parent)
+    (stored / ".metadata").unlink()
+    os.mkfifo(stored / ".metadata")
+    with pytest.raises(CheckpointError, match="holds no distributed checkpoint"):
+        open_torch_dist(stored)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps({"a": 1})])

@@ -4,7 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.errors import CheckpointError
@@ -68,8 +75,7 @@ def _model(
 ) -> PreTrainedModel:
     """transformers' model of the config, filled with ``tensors`` under Hugging Face names."""
     config = _unquantized_config(directory)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    empty = _empty(directory, config)
     tensors = _in_stacks(empty, tensors)
     model, report = type(empty).from_pretrained(
         None,
@@ -84,6 +90,26 @@ def _model(
             names = ", ".join(sorted(map(str, report[what]))[:3])
             raise CheckpointError(f"{directory}: {what.replace('_', ' ')}: {names}")
     return model
+
+
+def _empty(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """transformers' model of the config on the meta device, with its towers where it has some.
+
+    Of the class that config.json names, as a text decoder alone has other names for its tensors.
+    """
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if len(names) == 1 else None
+    try:
+        with torch.device("meta"):
+            if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+                return kind._from_config(config)
+            if type(config) in AutoModelForCausalLM._model_mapping:
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    except Exception as e:  # of a config that contradicts itself a model's code raises anything
+        raise CheckpointError(
+            f"{directory}: transformers cannot build the model of its config: {_first_line(e)}"
+        ) from e
 
 
 def _in_stacks(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Calibration data: texts from a file, a folder, the standard library or the hub, as token ids."""
 
-import json
 import os
 import re
 import sysconfig
@@ -10,12 +9,16 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_quant.calib import records
+from megatron_quant.calib.records import Chat, Document
 from megatron_quant.errors import CalibrationError
 
 STDLIB = "stdlib"
 """The default data set: the sources of the Python standard library, which every host has."""
 
-_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")
+_LINES = (".jsonl", ".ndjson")
+_SUFFIXES = (".txt", ".md", ".py", ".rst", *_LINES, ".json", ".parquet")
+"""Of files of a folder; in whatever case."""
 # Not of the library itself, or absent from some hosts' packages of it.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -30,25 +33,30 @@ class Tokenizer(Protocol):
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any:
         """A mapping whose ``input_ids`` is one list of token ids per text."""
 
+    def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool) -> Any:
+        """The text of a conversation, where ``tokenize`` is off."""
 
-def load_texts(spec: str) -> list[str]:
+
+def load_texts(spec: str) -> list[Document]:
     """The documents that ``spec`` names, in an order that is the same on every rank and run.
 
-    spec: ``stdlib``; a text file; a ``.jsonl`` with a string ``text`` in every line; a folder
-    (.txt, .md, .py, .rst and .jsonl files in it, recursively, sorted); or a dataset of the
+    spec: ``stdlib``; a text file; JSON lines or a JSON list (.jsonl, .ndjson, .json) of records
+    with a string ``text`` or a chat (``messages``, ``conversations``); such a .parquet, where
+    ``pyarrow`` is installed; a folder of such files, recursively, sorted; or a dataset of the
     Hugging Face hub, ``id`` or ``id:configuration``, where the package ``datasets`` is installed.
-    Empty documents are left out. Raises CalibrationError where there is nothing to read.
+    Empty documents are left out. Raises CalibrationError where there is nothing to read, and for
+    a record that is neither.
     """
     path = Path(spec)
     if spec == STDLIB:
         texts = [text for p in _stdlib_files() for text in _read(p)]
     elif spec and path.is_dir():
-        texts = [text for p in _files(path) for text in _read(p)]
+        texts = [text for p in _files(path) for text in _read(p, in_folder=True)]
     elif path.is_file():
         texts = _read(path)
     else:
         texts = _load_hub(spec)
-    documents = [text for text in texts if text.strip()]
+    documents = [text for text in texts if isinstance(text, Chat) or text.strip()]
     if not documents:
         raise CalibrationError(
             f"no text in {spec!r}: give a text file, a .jsonl with 'text', or a folder of "
@@ -58,12 +66,13 @@ def load_texts(spec: str) -> list[str]:
 
 
 def token_batches(
-    texts: Sequence[str], tokenizer: Tokenizer, samples: int, seq_length: int, batch_size: int
+    texts: Sequence[Document], tokenizer: Tokenizer, samples: int, seq_length: int, batch_size: int
 ) -> list[torch.Tensor]:
     """``samples`` sequences from the start of ``texts``, as int64 tensors [B, S].
 
     Documents follow one another, each closed by the end-of-sequence token where the tokenizer
-    has one, and are cut every S = ``seq_length`` tokens, without padding. B is ``batch_size``,
+    has one, and are cut every S = ``seq_length`` tokens, without padding. Conversations become
+    text through the tokenizer's chat template. B is ``batch_size``,
     or less in the last batch. Raises CalibrationError where there is too little text.
     """
     sizes = {"samples": samples, "seq_length": seq_length, "batch_size": batch_size}
@@ -96,18 +105,36 @@ def shard(batches: Sequence[torch.Tensor], rank: int, size: int) -> list[torch.T
     return [batches[(i * size + rank) % len(batches)] for i in range(rounds)]
 
 
-def _tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _tokenize(texts: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
     eos = tokenizer.eos_token_id
     closing = [] if eos is None else [eos]
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        few = list(texts[start : start + _TEXTS_AT_ONCE])
+        few = [_text(t, tokenizer) for t in texts[start : start + _TEXTS_AT_ONCE]]
         # verbose is off: that a document is longer than the model's context does not matter here.
         for ids in tokenizer(few, add_special_tokens=False, verbose=False)["input_ids"]:
             yield [*ids, *closing]
 
 
+def _text(document: Document, tokenizer: Tokenizer) -> str:
+    if isinstance(document, str):
+        return document
+    if not getattr(tokenizer, "chat_template", None):
+        raise CalibrationError(
+            f"{document.where} is a chat, and the checkpoint's tokenizer has no chat template: "
+            "give records with 'text', or put its chat_template.jinja beside the tokenizer"
+        )
+    try:
+        text = tokenizer.apply_chat_template(list(document.messages), tokenize=False)
+    except Exception as e:  # a template raises whatever it likes
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise CalibrationError(
+            f"{document.where}: the tokenizer's chat template does not take it: {reason}"
+        ) from None
+    return str(text)
+
+
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
 
 
 def _stdlib_files() -> list[Path]:
@@ -118,31 +145,31 @@ def _stdlib_files() -> list[Path]:
     return sorted(found)
 
 
-def _read(path: Path) -> list[str]:
+def _read(path: Path, in_folder: bool = False) -> list[Document]:
+    """The documents of a file, told by its suffix.
+
+    in_folder: a JSON file that holds settings, as many folders of texts have, is left out.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return records.of_parquet(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         reason = "it is not UTF-8 text" if isinstance(e, UnicodeDecodeError) else e.strerror
         raise CalibrationError(f"cannot read calibration text {path}: {reason}") from None
-    if path.suffix != ".jsonl":
-        return [text]
-    lines = enumerate(text.split("\n"), start=1)
-    return [_json_text(line, f"{path}:{i}") for i, line in lines if line.strip()]
+    if suffix in _LINES:
+        return list(records.of_lines(text, str(path)))
+    if suffix == ".json":
+        if in_folder and records.is_settings(text):
+            return []
+        return list(records.of_json(text, str(path)))
+    return [text]
 
 
-def _json_text(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise CalibrationError(f"{where}: not a JSON line: {e}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise CalibrationError(f"{where}: needs an object with a string 'text'")
-    return record["text"]
-
-
-def _load_hub(spec: str) -> list[str]:
+def _load_hub(spec: str) -> list[Document]:
     missing = f"no calibration text file or folder {spec!r}"
-    if Path(spec).suffix in _SUFFIXES or not _HUB_ID.fullmatch(spec):
+    if Path(spec).suffix.lower() in _SUFFIXES or not _HUB_ID.fullmatch(spec):
         raise CalibrationError(f"{missing}: check the path")
     try:
         from megatron_quant.calib import hub

@@ -156,8 +156,8 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calib-dataset",
         default="stdlib",
-        help="text file, .jsonl with 'text', folder of them, or hub id (default: the Python "
-        "standard library's sources)",
+        help="text file; .jsonl, .json or .parquet of records with 'text' or a chat ('messages'); "
+        "folder of them; or hub id (default: the Python standard library's sources)",
     )
     group.add_argument(
         "--cold-experts",

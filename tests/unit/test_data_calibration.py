@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_quant.calib.data import load_texts, shard, token_batches
+from megatron_quant.calib.records import Chat
 from megatron_quant.errors import CalibrationError
 
 
@@ -17,6 +20,7 @@ class Characters:
     def __init__(self, eos_token_id: int | None = 0) -> None:
         self.eos_token_id = eos_token_id
         self.seen = 0
+        self.chat_template = ""
 
     def __call__(
         self, text: list[str], *, add_special_tokens: bool, verbose: bool
@@ -24,6 +28,10 @@ class Characters:
         assert not add_special_tokens
         self.seen += len(text)
         return {"input_ids": [[ord(c) for c in t] for t in text]}
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool) -> str:
+        assert not tokenize
+        return "".join(f"<{m['role']}>{m['content']}" for m in conversation)
 
 
 def words(batch: torch.Tensor) -> list[str]:
@@ -70,10 +78,16 @@ def test_standard_library() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "a"}\n{"text": ', r"a\.jsonl:2: not a JSON line"),
-        (b'{"txt": "a"}\n', r"a\.jsonl:1: needs an object with a string 'text'"),
-        (b'{"text": 3}\n', "needs an object with a string 'text'"),
-        (b'["a"]\n', "needs an object with a string 'text'"),
+        (b'{"text": "a"}\n{"text": ', r"a\.jsonl:2 cannot be read as JSON: Expecting value"),
+        (b'{"text": "\\ud800"}\n', r"a\.jsonl:1 cannot be read as JSON: .*surrogates not allowed"),
+        (b'{"txt": "a"}\n', r"a\.jsonl:1: needs a string 'text', or a chat .*; it has txt"),
+        (b'{"text": 3}\n', "needs a string 'text'.*; it has text"),
+        (b'["a"]\n', r"needs a string 'text'.*; it is \['a'\]"),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "a message needs a str",
+        ),
+        (b'{"messages": ["hello"]}', "a.jsonl:1: messages: 'hello' is no message"),
         (b"\xff\n", r"cannot read calibration text .*a\.jsonl: it is not UTF-8 text"),
         (b"\n\n", r"no text in '.*a\.jsonl': give a text file"),
     ],
@@ -88,6 +102,111 @@ def test_bad_file(content: bytes, message: str, tmp_path: Path) -> None:
 def test_folder_without_text(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"no text in .* folder of \.txt, \.md, \.py"):
         load_texts(str(tmp_path))
+
+
+TEXTS = [{"text": "one"}, {"text": "two"}]
+LINES = "\n".join(map(json.dumps, TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.json", json.dumps(TEXTS)),
+        ("indented.json", json.dumps(TEXTS, indent=1)),
+        ("strings.json", json.dumps(["one", "two"])),
+        ("lines.json", LINES),
+        ("lines.ndjson", LINES),
+        ("CAPS.JSONL", LINES),
+        ("CAPS.JSON", json.dumps(TEXTS)),
+        ("marked.jsonl", "\ufeff" + LINES),
+    ],
+)
+def test_records_by_what_they_are(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert load_texts(str(tmp_path / name)) == ["one", "two"]
+    assert load_texts(str(tmp_path)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"train": []}', "a.json: needs a string 'text', or a chat .*; it has train"),
+        ('[{"instruction": "x"}]', r"a\.json\[0\]: needs a string 'text'.*; it has instruction"),
+        ("plain words", "a.json cannot be read as JSON"),
+        ('["\\udc80"]', "a.json cannot be read as JSON: .*surrogates not allowed"),
+    ],
+)
+def test_a_json_file_that_holds_no_texts(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(CalibrationError, match=message):
+        load_texts(str(tmp_path / "a.json"))
+
+
+def test_settings_among_texts_are_no_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.TXT").write_text("text")
+    (tmp_path / "dataset_info.json").write_text('{"features": 1}')
+    assert load_texts(str(tmp_path)) == ["text"]
+    (tmp_path / "rows.json").write_text("[1]")
+    with pytest.raises(CalibrationError, match=r"rows\.json\[0\]: needs a string 'text'"):
+        load_texts(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                {"role": "assistant", "content": "A"},
+            ]
+        },
+    ],
+)
+def test_chats_go_through_the_chat_template(record: object, tmp_path: Path) -> None:
+    texts = load_texts(str(write_jsonl(tmp_path / "chat.jsonl", record)))
+    tokenizer = Characters()
+    with pytest.raises(CalibrationError, match=r"chat\.jsonl:1 is a chat, and .* no chat template"):
+        token_batches(texts, tokenizer, 1, 4, 1)
+    tokenizer.chat_template = "a template"
+    assert words(token_batches(texts, tokenizer, 1, 20, 1)[0]) == ["<user>Q<assistant>A|"]
+
+
+def test_a_chat_that_the_template_refuses() -> None:
+    tokenizer = Characters()
+    tokenizer.chat_template = "a template"
+    chat = Chat("a.jsonl:1", ({"role": "user"},))
+    with pytest.raises(
+        CalibrationError, match=r"a\.jsonl:1: .*template does not take it: 'content'"
+    ):
+        token_batches([chat], tokenizer, 1, 4, 1)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """A table where its reader is there, of texts and of chats."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["one", "two"], "id": [1, 2]}), tmp_path / "a.parquet")
+    assert load_texts(str(tmp_path / "a.parquet")) == ["one", "two"]
+    messages = [[{"role": "user", "content": "Q"}]]
+    pq.write_table(pa.table({"messages": messages}), tmp_path / "b.parquet")
+    assert load_texts(str(tmp_path / "b.parquet")) == [
+        Chat(f"{tmp_path / 'b.parquet'}, row 0", ({"role": "user", "content": "Q"},))
+    ]
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "c.parquet")
+    with pytest.raises(CalibrationError, match=r"c\.parquet, row 0: needs a string .* has id"):
+        load_texts(str(tmp_path / "c.parquet"))
+    (tmp_path / "d.parquet").write_bytes(b"no table")
+    with pytest.raises(CalibrationError, match=r"cannot read calibration data .*d\.parquet: "):
+        load_texts(str(tmp_path / "d.parquet"))
+
+
+def test_parquet_without_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.PARQUET").write_bytes(b"PAR1")
+    with pytest.raises(CalibrationError, match=r"a\.PARQUET needs: pip install pyarrow; or save"):
+        load_texts(str(tmp_path / "a.PARQUET"))
 
 
 @pytest.mark.parametrize("spec", ["missing.txt", "/no/such/folder", "a/b/c", ""])
@@ -113,7 +232,7 @@ def test_dataset_of_the_hub(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"cannot read dataset .*:other' from the hub"):
         load_hub_texts(f"{tmp_path}:other")
     write_jsonl(tmp_path / "train.jsonl", {"article": "one"})
-    with pytest.raises(CalibrationError, match="has no column 'text', only article; save"):
+    with pytest.raises(CalibrationError, match=r"row 0: needs a string 'text'.*; it has article"):
         load_hub_texts(str(tmp_path))
 
 

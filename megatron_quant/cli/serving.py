@@ -2,7 +2,7 @@
 
 import argparse
 
-from megatron_quant.ckpt.dialects import NAMES
+from megatron_quant.ckpt.dialects import DIALECT_NAMES
 from megatron_quant.ckpt.serving_facts import ENGINES
 
 DIALECT_HELP = (
@@ -17,7 +17,7 @@ def add_dialect(group: "argparse._ActionsContainer", default: str | None) -> Non
     """Add ``--export-format``, required where there is no default."""
     group.add_argument(
         "--export-format",
-        choices=NAMES,
+        choices=DIALECT_NAMES,
         default=default,
         required=default is None,
         help=f"who can read the export. {DIALECT_HELP}"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_quant.ckpt.dialects import DIALECTS, NAMES
+from megatron_quant.ckpt.dialects import DIALECT_NAMES, DIALECTS
 
 BLOCKED = """
 import sys
@@ -40,15 +40,17 @@ for name in recipe_names():
 
 def test_dialects_and_engines_are_named_without_torch() -> None:
     code = """
-from megatron_quant.ckpt.dialects import NAMES
+from megatron_quant.ckpt.dialects import DIALECT_NAMES
 from megatron_quant.ckpt.serving_facts import ENGINES
-print(*NAMES, *ENGINES)
+print(*DIALECT_NAMES, *ENGINES)
 """
     assert without_torch(code).split() == [
         *("modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "fp8"),
         *("vllm", "transformers", "tensorrt-llm", "sglang"),
     ]
-    assert {name: dialect.name for name, dialect in DIALECTS.items()} == {n: n for n in NAMES}
+    assert {name: dialect.name for name, dialect in DIALECTS.items()} == {
+        n: n for n in DIALECT_NAMES
+    }
 
 
 @pytest.mark.parametrize("verb", [(), ("quantize",), ("export",), ("verify",), ("eval",)])

@@ -1,7 +1,6 @@
 """On-disk conventions, by name. The names are there without torch; the dialects need it."""
 
 from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from megatron_quant.errors import FormatError
@@ -11,37 +10,33 @@ if TYPE_CHECKING:
 
     DIALECTS: dict[str, Dialect]
 
-_CLASSES = {
-    "modelopt": ("modelopt", "ModelOpt"),
-    "compressed-tensors": ("compressed_tensors", "CompressedTensors"),
-    "gptq": ("gptq", "Gptq"),
-    "awq": ("awq", "Awq"),
-    "auto-round": ("auto_round", "AutoRound"),
-    "fp8": ("native_fp8", "NativeFp8"),
-}
-"""Name -> the module and the class of the dialect."""
-NAMES = tuple(_CLASSES)
+DIALECT_NAMES = ("modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "fp8")
 """What ``--export-format`` may be."""
 
 
 def get_dialect(name: str) -> "Dialect":
     """The dialect called ``name``; FormatError lists the known ones."""
-    if name not in _CLASSES:
-        raise FormatError(f"unknown export format {name!r}; known: {', '.join(NAMES)}")
-    return _made(name)
+    if name not in DIALECT_NAMES:
+        raise FormatError(f"unknown export format {name!r}; known: {', '.join(DIALECT_NAMES)}")
+    return _dialects()[name]
 
 
 @cache
-def _made(name: str) -> "Dialect":
-    module, cls = _CLASSES[name]
-    made: Dialect = getattr(import_module(f"{__name__}.{module}"), cls)()
-    assert made.name == name, (made.name, name)
-    return made
+def _dialects() -> "dict[str, Dialect]":
+    from megatron_quant.ckpt.dialects.auto_round import AutoRound
+    from megatron_quant.ckpt.dialects.awq import Awq
+    from megatron_quant.ckpt.dialects.compressed_tensors import CompressedTensors
+    from megatron_quant.ckpt.dialects.gptq import Gptq
+    from megatron_quant.ckpt.dialects.modelopt import ModelOpt
+    from megatron_quant.ckpt.dialects.native_fp8 import NativeFp8
+
+    made = (ModelOpt(), CompressedTensors(), Gptq(), Awq(), AutoRound(), NativeFp8())
+    found: dict[str, Dialect] = {dialect.name: dialect for dialect in made}
+    assert tuple(found) == DIALECT_NAMES
+    return found
 
 
 def __getattr__(name: str) -> Any:
     if name != "DIALECTS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    dialects = {name: _made(name) for name in NAMES}
-    globals()["DIALECTS"] = dialects
-    return dialects
+    return _dialects()

@@ -64,7 +64,9 @@ def ours(source: Path, out: Path, clock: Clock, fmt: str) -> None:
     from megatron_quant.api.stream import stream
     from megatron_quant.dist import Groups
 
-    options = QuantizeOptions(str(source), export_dir=out, weight_only=True, **FORMATS[fmt])
+    options = QuantizeOptions(
+        hf_model_id=str(source), export_dir=out, weight_only=True, **FORMATS[fmt]
+    )
     stream(options, Groups(), clock)
 
 

@@ -33,7 +33,7 @@ def _ours(folder: Path, fmt: str, clock: Clock) -> None:
     groups = start_distributed()
     dense = {"export_quant_cfg": str(folder / "dense.yaml"), "export_format": "compressed-tensors"}
     options = QuantizeOptions(
-        str(folder / "source"),
+        hf_model_id=str(folder / "source"),
         export_dir=folder / "out",
         weight_only=True,
         tp=groups.size,

@@ -52,7 +52,9 @@ def figures(model: str, fmt: str, ranks: int) -> dict[str, float]:
     found = params(model)
     weights = get_format(fmt)
     decisions = (
-        Decision(slot, "all") if slot.fixed else Decision(slot, "all", weights)
+        Decision(slot=slot, rule="all")
+        if slot.fixed
+        else Decision(slot=slot, rule="all", weights=weights)
         for slot in slots(found)
     )
     quant = QuantPlan("all", tuple(decisions))

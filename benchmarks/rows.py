@@ -75,9 +75,18 @@ class Took:
 def _plan(width: int, ranks: int) -> ExportPlan:
     shape = (min(_BYTES // (width * ranks), _ROWS), width // 2 * ranks)
     names = [f"model.layers.{number}.o_proj.weight" for number in range(_TENSORS)]
-    params = [Param(n, (Source(n, shape),), shape, Role.LINEAR, Parallel.ROW) for n in names]
-    slots = (Slot(p.name, (p.sources[0].module,), p.shape) for p in params)
-    quant = QuantPlan("plain", tuple(Decision(slot, "none") for slot in slots))
+    params = [
+        Param(
+            name=n,
+            sources=(Source(n, shape),),
+            shape=shape,
+            role=Role.LINEAR,
+            parallel=Parallel.ROW,
+        )
+        for n in names
+    ]
+    slots = (Slot(name=p.name, sources=(p.sources[0].module,), shape=p.shape) for p in params)
+    quant = QuantPlan("plain", tuple(Decision(slot=slot, rule="none") for slot in slots))
     layout = Layout.simulate(ranks, ranks, 1, 1)
     return plan_export(params, quant, get_dialect("modelopt"), layout, torch.bfloat16, 10**10)
 
@@ -90,7 +99,7 @@ def _produce(part: Part) -> Iterator[Produced]:
 def _took(plan: ExportPlan, groups: Groups, out: Path) -> Took:
     dist.barrier()
     cpu, wall = time.process_time(), time.perf_counter()
-    export(plan, groups, _produce, out, Companions({}), options=WriteOptions(2, False))
+    export(plan, groups, _produce, out, Companions(documents={}), options=WriteOptions(2, False))
     took = torch.tensor([time.process_time() - cpu, time.perf_counter() - wall])
     most = took.clone()
     dist.all_reduce(took)

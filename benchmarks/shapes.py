@@ -96,14 +96,34 @@ class DeepSeek:
         sources = tuple(Source(f"{at}{name}.weight", inner) for name in ("gate_proj", "up_proj"))
         shape, role = (2 * ffn, self.hidden), Role.LINEAR
         first = f"{at}linear_fc1.weight"
-        yield Param(first, sources, shape, role, Parallel.COLUMN, domain, 0, layer, expert)
+        yield Param(
+            name=first,
+            sources=sources,
+            shape=shape,
+            role=role,
+            parallel=Parallel.COLUMN,
+            domain=domain,
+            groups=0,
+            layer=layer,
+            expert=expert,
+        )
         down = Source(f"{at}down_proj.weight", (self.hidden, ffn))
-        yield Param(down.name, (down,), down.shape, role, Parallel.ROW, domain, 0, layer, expert)
+        yield Param(
+            name=down.name,
+            sources=(down,),
+            shape=down.shape,
+            role=role,
+            parallel=Parallel.ROW,
+            domain=domain,
+            groups=0,
+            layer=layer,
+            expert=expert,
+        )
 
 
 def _one(module: str, shape: tuple[int, ...], role: Role, parallel: Parallel) -> Param:
     source = Source(f"{module}.weight", shape)
-    return Param(source.name, (source,), shape, role, parallel)
+    return Param(name=source.name, sources=(source,), shape=shape, role=role, parallel=parallel)
 
 
 def _linear(module: str, shape: tuple[int, ...], parallel: Parallel) -> Param:

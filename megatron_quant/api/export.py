@@ -23,7 +23,7 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.models.spec import Role
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """One run of ``export``; every field is the flag of the same name."""
 

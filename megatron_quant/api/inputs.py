@@ -21,7 +21,7 @@ from megatron_quant.ckpt.target import Existing
 from megatron_quant.evaluate.evaluate import read_windows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """A run's inputs, checked.
 
@@ -67,4 +67,14 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
     if job.quant.needs_data and saved is None:
         batches = calibration_batches(options, job.source)
     check_ids([*batches, *windows], job.source, job.hf_config["vocab_size"])
-    return Inputs(job, checkpoint, kept, origin, files, existing, writing, batches, windows)
+    return Inputs(
+        job=job,
+        checkpoint=checkpoint,
+        kept=kept,
+        origin=origin,
+        companions=files,
+        existing=existing,
+        writing=writing,
+        batches=batches,
+        windows=windows,
+    )

@@ -35,7 +35,7 @@ from megatron_quant.recipes.resolve import resolve
 from megatron_quant.recipes.schema import EXPERT_SCALES, Recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """A run that passed every check that needs no weights.
 
@@ -88,14 +88,21 @@ def prepare(
     stages = _pipeline(options).stages(num_layers(params))
     experts = num_experts(params)
     layout = Layout.simulate(world, options.tp, options.ep, options.etp, experts, stages)
-    model = Model(source, hf_config, architecture, params, kept, checkpoint)
+    model = Model(
+        source=source,
+        hf_config=hf_config,
+        architecture=architecture,
+        params=params,
+        kept=kept,
+        checkpoint=checkpoint,
+    )
     job = decide(options, model, layout, saved)
     if checkpoint is not None:
         checkpoint.check(params)
     return job
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """What is quantized: where it lies, its config and its logical parameters.
 
@@ -126,10 +133,24 @@ def decide(
     _check_cache(quant)
     dtype = dtype_of(options.dtype)
     scales = options.expert_scales or (saved.expert_scales if saved else EXPERT_SCALES[0])
-    about = (model.source, model.hf_config, model.architecture, params, recipe, quant)
+    job = Job(
+        source=model.source,
+        hf_config=model.hf_config,
+        architecture=model.architecture,
+        params=params,
+        recipe=recipe,
+        quant=quant,
+        dialect=None,
+        layout=layout,
+        dtype=dtype,
+        export=None,
+        cost=None,
+        expert_scales=scales,
+        kept=model.kept,
+        checkpoint=model.checkpoint,
+    )
     if options.export_dir is None and options.megatron_save_path is not None:
-        weights = model.checkpoint
-        return Job(*about, None, layout, dtype, None, None, scales, model.kept, weights)
+        return job
     dialect = get_dialect(options.export_format)
     check_serving(quant, params, dialect.name, options.serve_engine, options.serve_tp)
     dialect.quantization_config(quant)  # refuses what it cannot say
@@ -137,8 +158,7 @@ def decide(
     export, cost = measured(
         lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes, model.kept)
     )
-    found = (export, cost, scales, model.kept, model.checkpoint)
-    return Job(*about, dialect, layout, dtype, *found)
+    return replace(job, dialect=dialect, export=export, cost=cost)
 
 
 def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:

@@ -45,7 +45,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
     """One run of ``quantize``; every field is the flag of the same name.
 

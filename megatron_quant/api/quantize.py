@@ -41,7 +41,7 @@ from megatron_quant.stream.produce import Producer
 from megatron_quant.stream.source import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a run found.
 
@@ -98,7 +98,15 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
             source = job.source if options.megatron_load_path is None else None
             report = verified(options.export_dir, source, groups)
     left_out = inputs.companions.left_out if inputs.companions else ()
-    return Outcome(job, calibration, kv_amax, statistics(model), fake_quant, report, left_out)
+    return Outcome(
+        job=job,
+        calibration=calibration,
+        kv_amax=kv_amax,
+        statistics=statistics(model),
+        fake_quant=fake_quant,
+        verified=report,
+        left_out=left_out,
+    )
 
 
 def _model(inputs: Inputs, groups: Groups, phases: Phases) -> Model:
@@ -223,7 +231,7 @@ def _drafts(job: Job) -> Produce | None:
     """Makes what no Megatron model has, layers for speculation, from the source's files."""
     if job.checkpoint is None:
         return None
-    return Producer(Source(job.checkpoint, job.dtype), job.quant, {})
+    return Producer(source=Source(job.checkpoint, job.dtype), quant=job.quant, weight_amax={})
 
 
 def producer(

@@ -47,7 +47,7 @@ from megatron_quant.stream.split import split
 _SHARING: dict[str, Sharing] = {"shared": shared, "per_expert": per_expert}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Streamed:
     """What a run found.
 
@@ -85,7 +85,14 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
     checkpoint, structure = logical(source)
     checkpoint.check(structure.params)
     kept, params = kept_dtypes(checkpoint), structure.params
-    model = Model(checkpoint.path, checkpoint.config, None, params, kept, checkpoint)
+    model = Model(
+        source=checkpoint.path,
+        hf_config=checkpoint.config,
+        architecture=None,
+        params=params,
+        kept=kept,
+        checkpoint=checkpoint,
+    )
     job = decide(options, model, Layout.simulate(world, 1, 1, 1))
     if job.quant.kv_cache == "fp8":
         raise RecipeError(
@@ -116,7 +123,13 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
     inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
     source = Source(planned.checkpoint, job.dtype)
     found, amaxes = _weight_amaxes(job, source, groups, phases)
-    producer = Producer(source, job.quant, amaxes, inputs.scales if inputs else {}, planned.kept)
+    producer = Producer(
+        source=source,
+        quant=job.quant,
+        weight_amax=amaxes,
+        input_amax=inputs.scales if inputs else {},
+        kept=planned.kept,
+    )
     _export(
         options, job, groups, producer, _with_statistics(files, job, options, found, inputs), phases
     )
@@ -124,7 +137,9 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
         report = verified(options.export_dir, job.source, groups)
     if inputs is not None and groups.rank == 0:
         save_amaxes(options, job, inputs)
-    return Streamed(job, found, inputs, report, files.left_out)
+    return Streamed(
+        job=job, weight_amax=found, inputs=inputs, verified=report, left_out=files.left_out
+    )
 
 
 def _with_statistics(

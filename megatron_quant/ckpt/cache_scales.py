@@ -32,5 +32,11 @@ def cache_tensors(
         scheme = schemes[FIELDS[slot.part]]
         (stored,) = scheme.stored
         source = Source(f"{slot.attention}.{stored.suffix}", stored.scalar_shape)
-        param = Param(slot.name, (source,), source.shape, Role.CACHE, Parallel.REPLICATED)
+        param = Param(
+            name=slot.name,
+            sources=(source,),
+            shape=source.shape,
+            role=Role.CACHE,
+            parallel=Parallel.REPLICATED,
+        )
         yield replace(param, layer=layers[slot.attention]), source, scheme

@@ -17,7 +17,7 @@ CONFIG = "config.json"
 _UNKNOWN = Origin()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Companions:
     """documents: JSON file name -> content; carried: files to copy under their own names.
 
@@ -71,7 +71,7 @@ def companions(
     if quant.quantized:
         config["quantization_config"] = dialect.quantization_config(quant)
         files = dialect.extra_files(quant)
-    return Companions({**files, CONFIG: config}, origin=origin, left_out=left_out)
+    return Companions(documents={**files, CONFIG: config}, origin=origin, left_out=left_out)
 
 
 def _without_drafts(

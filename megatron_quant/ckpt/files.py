@@ -50,7 +50,7 @@ class Draft:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
     """A tensor on disk: ``nbytes`` at ``offset`` of ``file``, row-major, little-endian."""
 
@@ -111,7 +111,11 @@ def _file(name: str, drafts: Sequence[Draft]) -> OutFile:
     entries = []
     offset = len(header)
     for d in drafts:
-        entries.append(TensorEntry(d.name, d.dtype, d.shape, name, offset, d.nbytes))
+        entries.append(
+            TensorEntry(
+                name=d.name, dtype=d.dtype, shape=d.shape, file=name, offset=offset, nbytes=d.nbytes
+            )
+        )
         offset += d.nbytes
     return OutFile(name, header, offset, tuple(entries))
 
@@ -174,7 +178,14 @@ def _entry(name: str, tensor: Fields, file: str, first: int) -> TensorEntry:
         raise tensor.refused("shape", "a list of whole numbers")
     if not _are_counts(span) or len(span) != 2 or span[1] - span[0] != prod(shape) * dtype.itemsize:
         raise tensor.refused("data_offsets", f"where its {prod(shape)} elements begin and end")
-    return TensorEntry(name, dtype, tuple(shape), file, first + span[0], span[1] - span[0])
+    return TensorEntry(
+        name=name,
+        dtype=dtype,
+        shape=tuple(shape),
+        file=file,
+        offset=first + span[0],
+        nbytes=span[1] - span[0],
+    )
 
 
 def _are_counts(value: object) -> bool:

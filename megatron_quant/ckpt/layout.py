@@ -21,7 +21,7 @@ class Coord:
     pp: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The parallel layout of all ranks that hold one model.
 
@@ -56,7 +56,14 @@ class Layout:
         pp = len(stages) or 1
         _check_pipeline(world, tp, ep * etp, pp)
         coords = (Coord(r % tp, r // etp % ep, r % etp, r * pp // world) for r in range(world))
-        return Layout(tp, ep, etp, tuple(coords), experts, stages)
+        return Layout(
+            tp_size=tp,
+            ep_size=ep,
+            etp_size=etp,
+            coords=tuple(coords),
+            experts=experts,
+            stages=stages,
+        )
 
     @property
     def world(self) -> int:

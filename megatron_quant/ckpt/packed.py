@@ -31,7 +31,7 @@ _INTEGERS = (torch.int32, torch.int64)
 _Span = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Packed:
     """The quantized weight of ``module`` in the files of a checkpoint.
 
@@ -211,7 +211,7 @@ def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ..
                 f"{files.path}: {module}.{suffix} is {info.dtype} {list(info.shape)}, but the "
                 f"weight has {shape[1]} columns; fetch the checkpoint again"
             )
-    return Packed(files, module, fmt, own, shape)
+    return Packed(files=files, module=module, fmt=fmt, stored=own, shape=shape)
 
 
 def _shape(files: Files, module: str, stored: tuple[Stored, ...]) -> tuple[int, int]:

@@ -62,7 +62,9 @@ class Schemes:
         """The scheme of the tensor ``name`` where it is not quantized."""
         dtype = self._kept.get(name, self._dtype)
         if dtype not in self._plain:
-            self._plain[dtype] = Scheme((Stored("", PLAIN, dtype, (1, 1)),))
+            self._plain[dtype] = Scheme(
+                (Stored(suffix="", field=PLAIN, dtype=dtype, block=(1, 1)),)
+            )
         return self._plain[dtype]
 
     def of(self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE) -> Scheme:

@@ -106,7 +106,7 @@ class Pipeline:
         if self._file is None or self._file.out.path != path:
             self._seal()
             with explained(path, "cannot be opened"):
-                self._file = _File(OutputFile(path, direct=self._options.fsync))
+                self._file = _File(out=OutputFile(path, direct=self._options.fsync))
         nbytes = sum(len(data) for _, _, data in pieces)
         self._file.batch += pieces
         self._file.batched += nbytes
@@ -183,7 +183,7 @@ class Pipeline:
         return written
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _File:
     """A file that is being written, until it is sealed; ``batch`` is not under way yet."""
 

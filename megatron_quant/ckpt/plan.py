@@ -81,7 +81,7 @@ class Part:
         return nbytes(self.target.scheme, self.target.source.shape, self.src)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportPlan:
     """Everything about an export but the tensors' values.
 
@@ -144,7 +144,13 @@ def plan_export(
     files, targets = _place(params, quant, schemes, max_shard_bytes)
     before = sum(prod(source.shape) for p in params for source in p.sources) * dtype.itemsize
     after = sum(entry.nbytes for file in files for entry in file.entries)
-    return ExportPlan(files, targets, _own(_rectangles(targets, layout)), before, after)
+    return ExportPlan(
+        files=files,
+        targets=targets,
+        parts=_own(_rectangles(targets, layout)),
+        bytes_before=before,
+        bytes_after=after,
+    )
 
 
 def _place(

@@ -69,7 +69,7 @@ class Listed:
         return check_tensors(self.path, self.config, self.tensors, params)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint(Listed):
     """An open checkpoint directory: its config, and where each tensor lies.
 
@@ -231,7 +231,14 @@ def open_directory(path: Path) -> Checkpoint:
             )
     tensors = {name: TensorInfo(e.dtype, e.shape, e.file) for name, e in entries.items()}
     check_counts(config, (info.shape for info in tensors.values()))
-    return Checkpoint(path, config, tensors, entries, MappedFiles(path), unread)
+    return Checkpoint(
+        path=path,
+        config=config,
+        tensors=tensors,
+        entries=entries,
+        files=MappedFiles(path),
+        unread=unread,
+    )
 
 
 def _beside(

@@ -62,11 +62,13 @@ def plan_of(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> Quant
                 f"have of the {param.role.value}; quantize this checkpoint instead"
             )
         fixed = "" if param.role is Role.LINEAR or stored else param.role.value
-        slot = Slot(param.name, (source.module,), param.shape, fixed)
+        slot = Slot(name=param.name, sources=(source.module,), shape=param.shape, fixed=fixed)
         if stored is not None:  # engines run no other
             get_format(stored.weights.name, stored.weights.group_size)
         weights, inputs = (stored.weights, stored.inputs) if stored else (None, None)
-        decisions.append(Decision(slot, checkpoint.dialect.name, weights, inputs))
+        decisions.append(
+            Decision(slot=slot, rule=checkpoint.dialect.name, weights=weights, inputs=inputs)
+        )
     return QuantPlan(checkpoint.dialect.name, tuple(decisions), checkpoint.kv_cache)
 
 

@@ -12,7 +12,7 @@ from megatron_quant.models.spec import Box
 from megatron_quant.models.stacks import View, unstack
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Viewed(Listed):
     """``stored`` with the tensors of ``views`` in place of the stacks that hold them."""
 
@@ -47,7 +47,13 @@ def viewed(checkpoint: Weights, views: Mapping[str, View]) -> Weights:
     tensors = {n: info for n, info in stored.items() if n not in stacks}
     for name, view in views.items():
         tensors[name] = replace(stored[view.stored], shape=view.shape)
-    return Viewed(checkpoint.path, checkpoint.config, tensors, checkpoint, views)
+    return Viewed(
+        path=checkpoint.path,
+        config=checkpoint.config,
+        tensors=tensors,
+        stored=checkpoint,
+        views=views,
+    )
 
 
 def unstacked(checkpoint: Weights) -> Weights:

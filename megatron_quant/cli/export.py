@@ -95,16 +95,16 @@ def _rewrite(args: argparse.Namespace) -> None:
 
     out = console()
     options = ExportOptions(
-        args.source,
-        args.export_dir,
-        args.export_format,
-        args.max_shard_size,
-        args.overwrite,
-        args.serve_engine,
-        args.serve_tp,
-        args.io_threads,
-        args.fsync,
-        args.resume,
+        source=args.source,
+        export_dir=args.export_dir,
+        export_format=args.export_format,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+        serve_engine=args.serve_engine,
+        serve_tp=args.serve_tp,
+        io_threads=args.io_threads,
+        fsync=args.fsync,
+        resume=args.resume,
     )
     rewritten = reexport(options, start_ranks(), Phases(out))
     out.print(files_table(rewritten.plan))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Library:
     """A library and the versions between which (inclusive) it was tested."""
 
@@ -26,9 +26,19 @@ class Library:
 
 LIBRARIES = (
     Library(
-        "Transformer Engine", "transformer_engine", "transformer-engine==2.20.2", "2.10.0", "2.20.2"
+        title="Transformer Engine",
+        distribution="transformer_engine",
+        requirement="transformer-engine==2.20.2",
+        first="2.10.0",
+        last="2.20.2",
     ),
-    Library("Megatron-Core", "megatron-core", "megatron-core==0.16.1", "0.16.1", "0.19.2"),
+    Library(
+        title="Megatron-Core",
+        distribution="megatron-core",
+        requirement="megatron-core==0.16.1",
+        first="0.16.1",
+        last="0.19.2",
+    ),
 )
 
 

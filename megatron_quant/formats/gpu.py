@@ -98,7 +98,7 @@ def nvfp4_fake_quant(x_RK: Tensor, dscale_R1: Tensor) -> Tensor:
     return out_RK
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Blocks:
     """The blocks of contiguous rows: ``per_row`` in a row of ``cols``, ``total`` in all."""
 
@@ -113,7 +113,8 @@ class _Blocks:
         assert x_RK.is_contiguous() and 0 <= first < block, (x_RK.stride(), block, first)
         rows, cols = x_RK.shape
         per_row = -(-(first + cols) // block)
-        return cls(cols, block, first, per_row, rows * per_row)
+        total = rows * per_row
+        return cls(cols=cols, block=block, first=first, per_row=per_row, total=total)
 
     @property
     def tile(self) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class Field:
         return tuple(-(-n // block) if block else 1 for block, n in sizes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arithmetic:
     """How a format computes, by the names that ``formats.kernels`` has of rules and elements.
 
@@ -72,7 +72,7 @@ class Arithmetic:
     one_pass: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Format:
     """How the elements of a tensor are stored; weights [N, K] and activations [tokens, K] alike.
 

@@ -54,7 +54,7 @@ def row_scale(dscale: Tensor | None, x: Tensor, fmt: Format) -> Tensor:
     return dscale.float().expand(*leading, 1).reshape(-1, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rows:
     """How R rows of K values are stored.
 
@@ -129,7 +129,13 @@ def rows_on(x: Tensor, fmt: Format, fields: Mapping[str, Tensor], origin: Origin
     row_cuts, columns = cuts(x.shape, fmt, origin)
     dscale_R1 = row_scale(fields.get(fmt.fields[-1].name), x, fmt)
     scales = tuple(as_rows(fields[f.name]) for f in scale_fields(fmt))
-    return Rows(fmt, dscale_R1, columns, scales, block_index(x, row_cuts))
+    return Rows(
+        fmt=fmt,
+        dscale_R1=dscale_R1,
+        columns=columns,
+        scales=scales,
+        block_R=block_index(x, row_cuts),
+    )
 
 
 def rows_of(
@@ -141,10 +147,12 @@ def rows_of(
     if stat is None and rows.block > 1:
         stat = block_stat(x, fmt, origin)
     if stat is None or fmt.stat_block is None:
-        return Rows(fmt, dscale_R1, columns, None, None)
+        return Rows(fmt=fmt, dscale_R1=dscale_R1, columns=columns, scales=None, block_R=None)
     stat_RBP = flat_stat(stat, x, fmt, origin)
     scales = kernel_of(fmt).scale.fields(stat_RBP, dscale_R1, x.dtype)
-    return Rows(fmt, dscale_R1, columns, scales, block_index(x, rows))
+    return Rows(
+        fmt=fmt, dscale_R1=dscale_R1, columns=columns, scales=scales, block_R=block_index(x, rows)
+    )
 
 
 def flat_stat(stat: Tensor, x: Tensor, fmt: Format, origin: Origin) -> Tensor:

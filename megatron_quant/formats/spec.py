@@ -40,7 +40,9 @@ _ALL = (
         bits=8,
         group_size=0,
         fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _F32, _SCALAR)),
-        arithmetic=Arithmetic("tensor", "in_dtype", "e4m3", "E4M3_BY_BF16"),
+        arithmetic=Arithmetic(
+            scale="tensor", divide="in_dtype", element="e4m3", loop="E4M3_BY_BF16"
+        ),
         largest=_E4M3_MAX,
         inputs=("fp8", None),
         algorithms=("max", "mse"),
@@ -51,7 +53,7 @@ _ALL = (
         bits=8,
         group_size=CHANNEL,
         fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _F32, _ROW)),
-        arithmetic=Arithmetic("fp8", "exact", "e4m3", "E4M3"),
+        arithmetic=Arithmetic(scale="fp8", divide="exact", element="e4m3", loop="E4M3"),
         inputs=("fp8_channel", None),
         algorithms=("max", "mse"),
     ),
@@ -61,7 +63,7 @@ _ALL = (
         bits=8,
         group_size=128,
         fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _F32, (128, 128))),
-        arithmetic=Arithmetic("fp8", "exact", "e4m3", "E4M3"),
+        arithmetic=Arithmetic(scale="fp8", divide="exact", element="e4m3", loop="E4M3"),
         inputs=("fp8_group", None),
         algorithms=("max", "mse"),
     ),
@@ -71,7 +73,7 @@ _ALL = (
         bits=8,
         group_size=128,
         fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _F32, (1, 128))),
-        arithmetic=Arithmetic("fp8", "exact", "e4m3", "E4M3"),
+        arithmetic=Arithmetic(scale="fp8", divide="exact", element="e4m3", loop="E4M3"),
     ),
     # INT8 with a scale per row, scale = amax / 127.5 (compressed-tensors).
     Format(
@@ -79,7 +81,7 @@ _ALL = (
         bits=8,
         group_size=CHANNEL,
         fields=(Field("elements", _I8, (1, 1)), Field("scale", _F32, _ROW)),
-        arithmetic=Arithmetic("int8_fp32", "exact", "int8", "INT8"),
+        arithmetic=Arithmetic(scale="int8_fp32", divide="exact", element="int8", loop="INT8"),
         inputs=("int8", "int8_tensor"),
         algorithms=("max", "mse"),
     ),
@@ -89,7 +91,7 @@ _ALL = (
         bits=8,
         group_size=0,
         fields=(Field("elements", _I8, (1, 1)), Field("scale", _F32, _SCALAR)),
-        arithmetic=Arithmetic("tensor", "exact", "int8", "INT8"),
+        arithmetic=Arithmetic(scale="tensor", divide="exact", element="int8", loop="INT8"),
         largest=127.5,
     ),
     # Symmetric INT4 in groups along K: eight codes (value + 8) an int32, bf16 scale per group.
@@ -98,7 +100,9 @@ _ALL = (
         bits=4,
         group_size=128,
         fields=(Field("elements", _I32, (1, 8)), Field("scale", _BF16, (1, 128))),
-        arithmetic=Arithmetic("int4_bf16", "by_bf16", "int4", "INT4_BY_BF16"),
+        arithmetic=Arithmetic(
+            scale="int4_bf16", divide="by_bf16", element="int4", loop="INT4_BY_BF16"
+        ),
         group_sizes=_SIZES,
         inputs=(None, "fp8", "fp8_channel"),
         algorithms=("max", "mse"),
@@ -113,7 +117,9 @@ _ALL = (
             Field("scale", _BF16, (1, 128)),
             Field("zero", _U8, (1, 128)),
         ),
-        arithmetic=Arithmetic("int4_zero", "by_bf16", "int4", "INT4_ZERO_BY_BF16"),
+        arithmetic=Arithmetic(
+            scale="int4_zero", divide="by_bf16", element="int4", loop="INT4_ZERO_BY_BF16"
+        ),
         zero_point=True,
         group_sizes=_SIZES,
         inputs=(None, "fp8"),
@@ -125,7 +131,9 @@ _ALL = (
         bits=8,
         group_size=128,
         fields=(Field("elements", _I32, (1, 4)), Field("scale", _BF16, (1, 128))),
-        arithmetic=Arithmetic("int8_bf16", "by_bf16", "int8_words", "UINT8_BY_BF16"),
+        arithmetic=Arithmetic(
+            scale="int8_bf16", divide="by_bf16", element="int8_words", loop="UINT8_BY_BF16"
+        ),
         group_sizes=_SIZES,
         inputs=(None,),
         algorithms=("max", "mse"),
@@ -140,7 +148,9 @@ _ALL = (
             Field("block_scale", _E4M3, (1, 16)),
             Field("tensor_scale", _F32, _SCALAR),
         ),
-        arithmetic=Arithmetic("nvfp4", "exact", "e2m1", "E2M1", one_pass=True),
+        arithmetic=Arithmetic(
+            scale="nvfp4", divide="exact", element="e2m1", loop="E2M1", one_pass=True
+        ),
         largest=_E2M1_MAX * _E4M3_MAX,
         full_blocks=True,
         scale_bits=(4, 3),
@@ -153,7 +163,7 @@ _ALL = (
         bits=8,
         group_size=32,
         fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _U8, (1, 32))),
-        arithmetic=Arithmetic("mxfp8", "exact", "e4m3", "E4M3"),
+        arithmetic=Arithmetic(scale="mxfp8", divide="exact", element="e4m3", loop="E4M3"),
         full_blocks=True,
         scale_bits=(8, 0),
         inputs=("mxfp8", None),
@@ -164,7 +174,7 @@ _ALL = (
         bits=4,
         group_size=32,
         fields=(Field("elements", _U8, (1, 2)), Field("scale", _U8, (1, 32))),
-        arithmetic=Arithmetic("mxfp4", "by_bf16", "e2m1", "E2M1_BY_BF16"),
+        arithmetic=Arithmetic(scale="mxfp4", divide="by_bf16", element="e2m1", loop="E2M1_BY_BF16"),
         full_blocks=True,
         scale_bits=(8, 0),
         inputs=(None, "mxfp4"),
@@ -185,7 +195,7 @@ _READ_ONLY: dict[str, Format] = {
                 Field("scale", _BF16, (1, 128)),
                 Field("zero", _U8, (1, 128)),
             ),
-            arithmetic=Arithmetic("int8_zero", "by_bf16", "int8_words"),
+            arithmetic=Arithmetic(scale="int8_zero", divide="by_bf16", element="int8_words"),
             zero_point=True,
             group_sizes=_SIZES,
         ),

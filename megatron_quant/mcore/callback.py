@@ -25,7 +25,7 @@ from megatron_quant.errors import CalibrationError, QuantError
 from megatron_quant.mcore.hooks import Quantized, quantized
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Steps are counted from 0, the one before which nothing is trained.
 

@@ -36,7 +36,7 @@ class Piece:
     own: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """The block statistics of one layer's weights on this rank and in the checkpoint.
 
@@ -158,7 +158,14 @@ def _grid(layer: QuantLayer, held: Mapping[str, LocalWeight]) -> Grid:
         above += _cells(region.whole[0], block[0])
         columns = _cells(region.whole[1], block[1])
     is_cut = any(region.size != region.whole for region in regions)
-    return Grid(layer, (above, columns), tuple(pieces), slot.expert, _experts(layer), is_cut)
+    return Grid(
+        layer=layer,
+        whole=(above, columns),
+        pieces=tuple(pieces),
+        first=slot.expert,
+        experts=_experts(layer),
+        is_cut=is_cut,
+    )
 
 
 def _cells(length: int, step: int) -> int:

@@ -38,7 +38,7 @@ _QUANTIZED = "_megatron_quant"
 """The attribute of a model that says what is quantized of it."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Quantized:
     """A model that :func:`prepare` gave quantizers.
 
@@ -98,7 +98,9 @@ def prepare(
         restore(live, layers, (), plan, saved, scales)
     stored = ranges_of(layers) if saved else ()
     for chunk in model:
-        vars(chunk)[_QUANTIZED] = Quantized(live, chosen, plan, tuple(layers), stored)
+        vars(chunk)[_QUANTIZED] = Quantized(
+            model=live, recipe=chosen, plan=plan, layers=tuple(layers), stored=stored
+        )
     return model
 
 

@@ -28,7 +28,7 @@ from megatron_quant.models import (
 from megatron_quant.models.spec import Copy, Param, Role
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A live Megatron model with the meaning of its parameters.
 
@@ -89,7 +89,11 @@ def wrap_model(
     local = together(groups, lambda: local_params(params, layout, groups.rank))
     together(groups, lambda: check_model(chunks, local))
     return Model(
-        chunks, params, tuple(local), layout, replace(groups, shards=shards(groups.device))
+        chunks=chunks,
+        params=params,
+        local=tuple(local),
+        layout=layout,
+        groups=replace(groups, shards=shards(groups.device)),
     )
 
 

@@ -19,7 +19,7 @@ VOCABULARY = ("embedding.word_embeddings.weight", _OUTPUT)
 """Parameters with a row for each token, as a chunk has them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LocalParam:
     """This rank's shard ``shard_rank`` of ``shard_size`` of ``param``.
 
@@ -65,7 +65,9 @@ def _local_params(params: Sequence[Param], layout: Layout, rank: int) -> Iterato
             assert param.expert is not None
             local = param.expert - first.setdefault(param.module, param.expert)
             name = re.sub(r"\d+$", str(local), name)
-        yield LocalParam(param, name, *shard, chunk)
+        yield LocalParam(
+            param=param, name=name, shard_rank=shard[0], shard_size=shard[1], chunk=chunk
+        )
 
 
 def _name_in_chunk(param: Param, layout: Layout, pp: int, chunk: int) -> str:

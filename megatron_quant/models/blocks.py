@@ -15,7 +15,9 @@ def _linear(name: str, modules: tuple[str, ...], shapes: tuple[tuple[int, int], 
     """A column-parallel linear made of ``modules`` of ``shapes`` [N, K]."""
     sources = tuple(Source(f"{m}.weight", s) for m, s in zip(modules, shapes, strict=True))
     shape = (sum(n for n, _ in shapes), shapes[0][1])
-    return Param(name, sources, shape, Role.LINEAR, Parallel.COLUMN)
+    return Param(
+        name=name, sources=sources, shape=shape, role=Role.LINEAR, parallel=Parallel.COLUMN
+    )
 
 
 def _row_linear(name: str, module: str, shape: tuple[int, int]) -> Param:
@@ -45,7 +47,9 @@ def _with_bias(decoder: Decoder, weight: Param) -> Iterator[Param]:
 
 def _norm(name: str, module: str, size: int) -> Param:
     source = Source(f"{module}.weight", (size,))
-    return Param(name, (source,), (size,), Role.NORM, Parallel.REPLICATED)
+    return Param(
+        name=name, sources=(source,), shape=(size,), role=Role.NORM, parallel=Parallel.REPLICATED
+    )
 
 
 def embedding(decoder: Decoder) -> Param:
@@ -54,7 +58,14 @@ def embedding(decoder: Decoder) -> Param:
     source = Source("model.embed_tokens.weight", shape)
     name = "embedding.word_embeddings.weight"
     stage = Stage.ENDS if decoder.tied else Stage.FIRST
-    return Param(name, (source,), shape, Role.EMBEDDING, Parallel.COLUMN, stage=stage)
+    return Param(
+        name=name,
+        sources=(source,),
+        shape=shape,
+        role=Role.EMBEDDING,
+        parallel=Parallel.COLUMN,
+        stage=stage,
+    )
 
 
 def attention(decoder: Decoder, layer: int) -> Iterator[Param]:
@@ -83,7 +94,9 @@ def attention(decoder: Decoder, layer: int) -> Iterator[Param]:
 def _sinks(ours: str, theirs: str, heads: int) -> Param:
     source = Source(f"{theirs}.sinks", (heads,))
     name = f"{ours}.softmax_offset"
-    return Param(name, (source,), (heads,), Role.OTHER, Parallel.COLUMN)
+    return Param(
+        name=name, sources=(source,), shape=(heads,), role=Role.OTHER, parallel=Parallel.COLUMN
+    )
 
 
 def latent_attention(decoder: Decoder, latent: Latent, layer: int) -> Iterator[Param]:
@@ -142,12 +155,21 @@ def moe_mlp(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
     router = (experts.count, decoder.hidden)
     source = Source(f"{theirs}.{experts.names.router}.weight", router)
     name = f"{ours}.mlp.router.weight"
-    param = Param(name, (source,), router, Role.ROUTER, Parallel.REPLICATED)
+    param = Param(
+        name=name, sources=(source,), shape=router, role=Role.ROUTER, parallel=Parallel.REPLICATED
+    )
     yield from _with_bias(decoder, param)
     if experts.names.bias:
         name, shape = f"{ours}.mlp.router.expert_bias", (experts.count,)
         source = Source(f"{theirs}.{experts.names.bias}", shape)
-        yield Param(name, (source,), shape, Role.ROUTER, Parallel.REPLICATED, fp32=True)
+        yield Param(
+            name=name,
+            sources=(source,),
+            shape=shape,
+            role=Role.ROUTER,
+            parallel=Parallel.REPLICATED,
+            fp32=True,
+        )
     fc1 = (experts.ffn, decoder.hidden)
     for expert in range(experts.count):
         name = f"{ours}.mlp.experts.linear_fc1.weight{expert}"
@@ -171,7 +193,9 @@ def _shared_expert(decoder: Decoder, experts: Experts, layer: int) -> Iterator[P
         gate = (1, decoder.hidden)
         source = Source(f"{theirs}.{experts.names.shared_gate}.weight", gate)
         name = f"{ours}.gate_weight"
-        yield Param(name, (source,), gate, Role.ROUTER, Parallel.REPLICATED)
+        yield Param(
+            name=name, sources=(source,), shape=gate, role=Role.ROUTER, parallel=Parallel.REPLICATED
+        )
     fc1, mlp = (experts.shared_ffn, decoder.hidden), f"{theirs}.{experts.names.shared}"
     gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
     yield _linear(f"{ours}.linear_fc1.weight", gate_up, (fc1, fc1))
@@ -189,7 +213,13 @@ def head(decoder: Decoder) -> Iterator[Param]:
     if not decoder.tied:
         shape = (decoder.vocab, decoder.hidden)
         sources = (Source("lm_head.weight", shape),)
-        output = Param("output_layer.weight", sources, shape, Role.OUTPUT, Parallel.COLUMN)
+        output = Param(
+            name="output_layer.weight",
+            sources=sources,
+            shape=shape,
+            role=Role.OUTPUT,
+            parallel=Parallel.COLUMN,
+        )
         yield replace(output, stage=Stage.LAST)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Yarn:
     """YaRN of a rotary embedding (arXiv 2309.00071).
 
@@ -52,7 +52,7 @@ class Window:
     layers: tuple[bool, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Latent:
     """Multi-head latent attention: queries, keys and values from a token's compressed ones.
 
@@ -68,7 +68,7 @@ class Latent:
     value: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpertNames:
     """Hugging Face module names within a layer; ``{expert}`` stands for the expert's index.
 
@@ -98,7 +98,7 @@ class Sigmoid:
     scaling: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experts:
     """The mixture-of-experts layers.
 
@@ -122,7 +122,7 @@ class Experts:
     sigmoid: Sigmoid | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Decoder:
     """A decoder with RMSNorm, rotary grouped-query attention and gated MLPs.
 

@@ -89,7 +89,7 @@ class Copy:
     dst: Box
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Param:
     """One logical Megatron parameter.
 

@@ -23,7 +23,7 @@ class Halves(Enum):
     ALTERNATING = "gate and up in turn"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class View:
     """A matrix [N, K] or vector [N] inside a stored stack, as a tensor of its own.
 
@@ -157,5 +157,12 @@ def _of_expert(
     for i, kind in enumerate(kinds):
         fused = len(kinds) > 1 and lay.halves is Halves.ALTERNATING
         start, step = (i, len(kinds)) if fused else (i * count, 1)
-        view = View(name, (count, *inner), expert, start, step, transposed)
+        view = View(
+            stored=name,
+            shape=(count, *inner),
+            expert=expert,
+            start=start,
+            step=step,
+            transposed=transposed,
+        )
         yield f"{match[1]}.{expert}.{kind}.{leaf}", view

@@ -189,7 +189,13 @@ def _draft(name: str, shape: tuple[int, ...]) -> Param:
 
 
 def _alone(name: str, shape: tuple[int, ...], role: Role) -> Param:
-    return Param(name, (Source(name, shape),), shape, role, Parallel.REPLICATED)
+    return Param(
+        name=name,
+        sources=(Source(name, shape),),
+        shape=shape,
+        role=role,
+        parallel=Parallel.REPLICATED,
+    )
 
 
 def _of_layer(config: Config, layer: str, shapes: Shapes) -> Iterator[Param]:
@@ -235,7 +241,11 @@ def _fuse(linears: Shapes, config: Config) -> Iterator[Param]:
         rows = sum(s.shape[0] for s in sources)
         parallel = Parallel.ROW if leaf in _ROW else Parallel.COLUMN
         param = Param(
-            f"{parent}.{fused}.weight", sources, (rows, *shape[1:]), Role.LINEAR, parallel
+            name=f"{parent}.{fused}.weight",
+            sources=sources,
+            shape=(rows, *shape[1:]),
+            role=Role.LINEAR,
+            parallel=parallel,
         )
         yield replace(param, groups=_groups(param, config))
 

@@ -208,7 +208,7 @@ def _merge_sides(entries: Sequence[_Entry], algorithm: str, where: str) -> list[
         if weights is not None:
             rules.append(_rule(patterns, weights, inputs, algorithm, where))
         elif inputs is None:
-            rules.append(Rule(patterns, optional=True))
+            rules.append(Rule(patterns=patterns, optional=True))
         else:
             raise RecipeError(f"{where}: quantizes the inputs of {patterns[0]} but not its weights")
     return rules

@@ -46,7 +46,7 @@ def _parse_rule(value: Any, where: str) -> Rule:
             raise RecipeError(
                 f"{where}: weights, inputs and algorithm belong to quantize, not to exclude"
             )
-        return Rule(_parse_patterns(rule["exclude"], f"{where}, exclude"))
+        return Rule(patterns=_parse_patterns(rule["exclude"], f"{where}, exclude"))
     if "weights" not in rule:
         raise RecipeError(f"{where}: weights is missing; known formats: {', '.join(SUPPORTED)}")
     patterns = _parse_patterns(rule["quantize"], f"{where}, quantize")

@@ -6,7 +6,7 @@ from functools import cached_property
 from megatron_quant.formats.spec import Format
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slot:
     """One logical weight that a recipe decides on; equal on every rank and at every layout.
 
@@ -38,7 +38,7 @@ class Slot:
         return self.name.rpartition(".")[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Decision:
     """What happens to a slot: quantized (``weights`` is a format) or left as it is.
 

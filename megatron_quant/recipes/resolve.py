@@ -54,9 +54,15 @@ def _claim(recipe: Recipe, matchers: Sequence[Matcher], slot: Slot) -> int | Non
 
 def _decide(recipe: Recipe, slot: Slot, index: int | None) -> Decision:
     if index is None:
-        return Decision(slot, f"{slot.fixed}: never quantized")
+        return Decision(slot=slot, rule=f"{slot.fixed}: never quantized")
     rule = recipe.rules[index]
-    return Decision(slot, recipe.label(index), rule.weights, rule.inputs, rule.algorithm)
+    return Decision(
+        slot=slot,
+        rule=recipe.label(index),
+        weights=rule.weights,
+        inputs=rule.inputs,
+        algorithm=rule.algorithm,
+    )
 
 
 def _check_idle(

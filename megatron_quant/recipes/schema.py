@@ -24,7 +24,7 @@ KV_CACHES = ("fp8", "fp8_cast")
 _SHOWN_PATTERNS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """One line of a recipe: the weights that ``patterns`` match, and their formats.
 
@@ -119,7 +119,7 @@ def checked_rule(
     """A rule that quantizes; RecipeError names ``where`` for what is not supported."""
     checked_pair(weights, inputs, where)
     checked_algorithm(algorithm, weights, where)
-    return Rule(patterns, weights, inputs, algorithm=algorithm)
+    return Rule(patterns=patterns, weights=weights, inputs=inputs, algorithm=algorithm)
 
 
 def checked_pair(weights: Format, inputs: Format | None, where: str) -> None:

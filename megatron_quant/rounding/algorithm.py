@@ -113,11 +113,11 @@ def _round(w_ENK: Tensor, part: slice, grid: Grid, how: Feedback) -> tuple[Tenso
         columns = slice(max(0, stop - _BLOCK), stop)
         made_up = how.coefficients_EKK[:, stop:, columns].mT @ error_EKN[:, stop:]
         block = _Block(
-            w_EKN[:, columns],
-            grid.columns(part, how.order_EK[:, columns]),
-            how.coefficients_EKK[:, columns, columns],
-            how.unit_EK[:, columns],
-            unit_EN,
+            w_ECN=w_EKN[:, columns],
+            steps=grid.columns(part, how.order_EK[:, columns]),
+            coefficients_ECC=how.coefficients_EKK[:, columns, columns],
+            unit_EC=how.unit_EK[:, columns],
+            unit_EN=unit_EN,
         )
         residual_ECN = block.round(made_up, error_EKN[:, columns])
         loss_E += (residual_ECN.square_().sum(-1) * how.pivot_EK[:, columns]).sum(-1)
@@ -135,7 +135,7 @@ def _in_order(w_EKN: Tensor, order_EK: Tensor) -> Tensor:
     return taken(w_EKN, order_EK.argsort(1)).mT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Block:
     """Some columns, to be rounded from the last to the first; w_ECN is overwritten."""
 

@@ -20,7 +20,7 @@ SUM_BITS = 24
 _GROWTH, _TRIES = 10.0, 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Feedback:
     """F and D of each expert, for columns in the order in which they are rounded, last one first.
 
@@ -80,7 +80,13 @@ def feedback(moment_EKK: Tensor, damp: float, names: Sequence[str]) -> Feedback:
     exponent = torch.frexp(sum_EK).exponent.sub_(SUM_BITS)
     unit_EK = torch.ldexp(torch.ones_like(root_EK), exponent)
     lower_EKK.mul_(1 / (root_EK * unit_EK).unsqueeze(1)).round_()
-    return Feedback(order_EK, lower_EKK, unit_EK, root_EK.square_(), damp_E)
+    return Feedback(
+        order_EK=order_EK,
+        coefficients_EKK=lower_EKK,
+        unit_EK=unit_EK,
+        pivot_EK=root_EK.square_(),
+        damp_E=damp_E,
+    )
 
 
 def _permuted(matrix_EKK: Tensor, order_EK: Tensor) -> Tensor:

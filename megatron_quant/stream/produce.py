@@ -20,7 +20,7 @@ _CAST = torch.tensor(E4M3_MAX)
 """Amax of keys and values that are cast to FP8 as they are: their scale is 1."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Producer:
     """Reads, encodes and forgets. weight_amax, input_amax: by slot, fp32 [], where needed.
 

@@ -71,7 +71,7 @@ def restored(stored: Path, tp: int, ep: int, etp: int) -> Any:
 
     groups = start_distributed()
     options = QuantizeOptions(
-        None, None, megatron_load_path=stored, megatron_save_path=stored, tp=tp, ep=ep, etp=etp
+        hf_model_id=None, export_quant_cfg=None, megatron_load_path=stored, megatron_save_path=stored, tp=tp, ep=ep, etp=etp
     )
     saved = open_saved(stored, groups)
     job = prepare(options, dist.get_world_size(), saved)

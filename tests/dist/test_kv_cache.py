@@ -187,7 +187,7 @@ def reexported(source: Path, out: Path) -> None:
     from megatron_quant.cli.console import Phases, console
     from megatron_quant.mcore.parallel import start_distributed
 
-    options = ExportOptions(source, out, "compressed-tensors")
+    options = ExportOptions(source=source, export_dir=out, export_format="compressed-tensors")
     reexport(options, start_distributed(), Phases(console()))
 
 

@@ -64,7 +64,9 @@ def model() -> tuple[Param, ...]:
 def quant(recipe: str, params: tuple[Param, ...]) -> QuantPlan:
     _, weights, inputs = RECIPES[recipe]
     decisions = (
-        Decision(slot, "test") if slot.fixed else Decision(slot, "test", weights, inputs)
+        Decision(slot=slot, rule="test")
+        if slot.fixed
+        else Decision(slot=slot, rule="test", weights=weights, inputs=inputs)
         for slot in slots(params)
     )
     return QuantPlan(recipe, tuple(decisions))

@@ -27,7 +27,10 @@ class Raw:
     name = "raw"
 
     def stored(self, weights: Format, inputs: Format | None, layer: Layer) -> tuple[Stored, ...]:
-        return tuple(Stored(f.name, f.name, f.dtype, f.block) for f in weights.fields)
+        return tuple(
+            Stored(suffix=f.name, field=f.name, dtype=f.dtype, block=f.block)
+            for f in weights.fields
+        )
 
 
 def row(rows: int, inner: int) -> Param:
@@ -51,7 +54,14 @@ def qkv(query_groups: int, heads: int, head_dim: int, cols: int) -> Param:
 def _param(name: str, shapes: list[tuple[int, int]], parallel: Parallel, groups: int = 0) -> Param:
     sources = tuple(Source(f"{name}.{i}.weight", shape) for i, shape in enumerate(shapes))
     whole = (sum(n for n, _ in shapes), shapes[0][1])
-    return Param(f"{name}.weight", sources, whole, Role.LINEAR, parallel, groups=groups)
+    return Param(
+        name=f"{name}.weight",
+        sources=sources,
+        shape=whole,
+        role=Role.LINEAR,
+        parallel=parallel,
+        groups=groups,
+    )
 
 
 def weights(param: Param, dtype: torch.dtype = torch.bfloat16) -> Tensors:
@@ -111,7 +121,7 @@ def _merge(held: list[Shard], index: int, fmt: Format) -> None:
 
 def plan(param: Param, fmt: Format, size: int, dialect: Any = None) -> ExportPlan:
     """The export at ``size`` ranks, of the codec's fields or in a dialect."""
-    decisions = tuple(Decision(slot, "test", fmt) for slot in slots((param,)))
+    decisions = tuple(Decision(slot=slot, rule="test", weights=fmt) for slot in slots((param,)))
     quant = QuantPlan("crossing", decisions)
     layout = Layout.simulate(size, size, 1, 1)
     return plan_export((param,), quant, dialect or Raw(), layout, torch.bfloat16, 10**9)

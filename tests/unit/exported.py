@@ -109,9 +109,9 @@ def plan(
     """All linears in one format, but those with a source that ``keep`` names."""
     weights, inputs = formats(choice)
     decisions = [
-        Decision(slot, "test")
+        Decision(slot=slot, rule="test")
         if slot.fixed or any(map(keep, slot.sources))
-        else Decision(slot, "test", weights, inputs)
+        else Decision(slot=slot, rule="test", weights=weights, inputs=inputs)
         for slot in slots(params)
     ]
     return QuantPlan("test", tuple(decisions))

@@ -10,10 +10,20 @@ def _attention(layer: int) -> list[Slot]:
     qkv = tuple(f"{hf}.{p}_proj" for p in "qkv")
     norm = f"model.layers.{layer}.input_layernorm"
     return [
-        Slot(f"{megatron}.linear_qkv.layer_norm_weight", (norm,), (64,), "norm"),
-        Slot(f"{megatron}.linear_qkv.weight", qkv, (128, 64)),
-        Slot(f"{megatron}.q_layernorm.weight", (f"{hf}.q_norm",), (16,), "norm"),
-        Slot(f"{megatron}.linear_proj.weight", (f"{hf}.o_proj",), (64, 64)),
+        Slot(
+            name=f"{megatron}.linear_qkv.layer_norm_weight",
+            sources=(norm,),
+            shape=(64,),
+            fixed="norm",
+        ),
+        Slot(name=f"{megatron}.linear_qkv.weight", sources=qkv, shape=(128, 64)),
+        Slot(
+            name=f"{megatron}.q_layernorm.weight",
+            sources=(f"{hf}.q_norm",),
+            shape=(16,),
+            fixed="norm",
+        ),
+        Slot(name=f"{megatron}.linear_proj.weight", sources=(f"{hf}.o_proj",), shape=(64, 64)),
     ]
 
 
@@ -21,19 +31,30 @@ def _dense_mlp(layer: int, megatron_mlp: str = "mlp", hf_mlp: str = "mlp") -> li
     megatron, hf = f"decoder.layers.{layer}.{megatron_mlp}", f"model.layers.{layer}.{hf_mlp}"
     fused = (f"{hf}.gate_proj", f"{hf}.up_proj")
     return [
-        Slot(f"{megatron}.linear_fc1.weight", fused, (256, 64)),
-        Slot(f"{megatron}.linear_fc2.weight", (f"{hf}.down_proj",), (64, 128)),
+        Slot(name=f"{megatron}.linear_fc1.weight", sources=fused, shape=(256, 64)),
+        Slot(name=f"{megatron}.linear_fc2.weight", sources=(f"{hf}.down_proj",), shape=(64, 128)),
     ]
 
 
 def _moe(layer: int, block: str, gate: str, up: str, down: str) -> list[Slot]:
     megatron, hf = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.{block}"
-    slots = [Slot(f"{megatron}.router.weight", (f"{hf}.gate",), (EXPERTS, 64), "router")]
+    slots = [
+        Slot(
+            name=f"{megatron}.router.weight",
+            sources=(f"{hf}.gate",),
+            shape=(EXPERTS, 64),
+            fixed="router",
+        )
+    ]
     for e in range(EXPERTS):
         fc1 = (f"{hf}.experts.{e}.{gate}", f"{hf}.experts.{e}.{up}")
         fc2 = (f"{hf}.experts.{e}.{down}",)
-        slots.append(Slot(f"{megatron}.experts.linear_fc1.weight{e}", fc1, (128, 64)))
-        slots.append(Slot(f"{megatron}.experts.linear_fc2.weight{e}", fc2, (64, 64)))
+        slots.append(
+            Slot(name=f"{megatron}.experts.linear_fc1.weight{e}", sources=fc1, shape=(128, 64))
+        )
+        slots.append(
+            Slot(name=f"{megatron}.experts.linear_fc2.weight{e}", sources=fc2, shape=(64, 64))
+        )
     return slots
 
 
@@ -48,12 +69,28 @@ def _layer(architecture: str, layer: int) -> list[Slot]:
 def model(architecture: str, tied: bool = False) -> list[Slot]:
     """Slots of ``qwen3_moe``, ``mixtral``, ``qwen3`` or ``llama``."""
     embedding = ("model.embed_tokens",)
-    slots = [Slot("embedding.word_embeddings.weight", embedding, (512, 64), "embedding")]
+    slots = [
+        Slot(
+            name="embedding.word_embeddings.weight",
+            sources=embedding,
+            shape=(512, 64),
+            fixed="embedding",
+        )
+    ]
     for layer in range(LAYERS):
         slots += _attention(layer) + _layer(architecture, layer)
-    slots.append(Slot("decoder.final_layernorm.weight", ("model.norm",), (64,), "norm"))
+    slots.append(
+        Slot(
+            name="decoder.final_layernorm.weight",
+            sources=("model.norm",),
+            shape=(64,),
+            fixed="norm",
+        )
+    )
     if not tied:
-        slots.append(Slot("output_layer.weight", ("lm_head",), (512, 64), "output"))
+        slots.append(
+            Slot(name="output_layer.weight", sources=("lm_head",), shape=(512, 64), fixed="output")
+        )
     return slots
 
 

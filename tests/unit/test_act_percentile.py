@@ -9,9 +9,14 @@ from megatron_quant.errors import QuantError
 @pytest.mark.parametrize("percentile", [0.0, -1.0, 100.1, float("nan")])
 def test_a_percentile_that_is_none(percentile: float) -> None:
     with pytest.raises(QuantError, match=r"--act-percentile is .*: give a percentage above 0"):
-        QuantizeOptions("model", "fp8", act_percentile=percentile)
+        QuantizeOptions(hf_model_id="model", export_quant_cfg="fp8", act_percentile=percentile)
 
 
 def test_percentiles() -> None:
-    assert QuantizeOptions("model", "fp8").act_percentile == 100
-    assert QuantizeOptions("model", "fp8", act_percentile=99.9).act_percentile == 99.9
+    assert QuantizeOptions(hf_model_id="model", export_quant_cfg="fp8").act_percentile == 100
+    assert (
+        QuantizeOptions(
+            hf_model_id="model", export_quant_cfg="fp8", act_percentile=99.9
+        ).act_percentile
+        == 99.9
+    )

@@ -14,7 +14,15 @@ STAGES = (((0,), (2,)), ((1,), (3,)))  # two ranks of two chunks
 def param(parallel: Parallel, expert: int | None = None) -> Param:
     domain = Domain.DENSE if expert is None else Domain.EXPERT
     source = Source("m.weight", (8, 8))
-    return Param("m.weight", (source,), (8, 8), Role.LINEAR, parallel, domain, expert=expert)
+    return Param(
+        name="m.weight",
+        sources=(source,),
+        shape=(8, 8),
+        role=Role.LINEAR,
+        parallel=parallel,
+        domain=domain,
+        expert=expert,
+    )
 
 
 def test_rank_order_is_megatrons():

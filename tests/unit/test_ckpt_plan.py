@@ -98,7 +98,15 @@ def test_a_tensor_larger_than_the_limit_gets_its_own_file():
 def matrix(shape: tuple[int, int], parallel: Parallel, expert: int | None = None) -> Param:
     domain = Domain.DENSE if expert is None else Domain.EXPERT
     source = Source("model.layers.0.a.b.weight", shape)
-    return Param("a.b.weight", (source,), shape, Role.LINEAR, parallel, domain, expert=expert)
+    return Param(
+        name="a.b.weight",
+        sources=(source,),
+        shape=shape,
+        role=Role.LINEAR,
+        parallel=parallel,
+        domain=domain,
+        expert=expert,
+    )
 
 
 @pytest.mark.parametrize(("expert", "axis"), [(None, "--tp 2"), (1, "--etp 2")])
@@ -139,7 +147,13 @@ def test_a_shape_that_the_format_does_not_divide(recipe, shape, words):
 
 def test_a_vector_is_no_matrix():
     source = Source("x.weight", (32,))
-    param = Param("x.weight", (source,), (32,), Role.LINEAR, Parallel.REPLICATED)
+    param = Param(
+        name="x.weight",
+        sources=(source,),
+        shape=(32,),
+        role=Role.LINEAR,
+        parallel=Parallel.REPLICATED,
+    )
     with pytest.raises(FormatError, match=r"x\.weight: fp8 needs a matrix"):
         world.plan("fp8", "tp1", (param,))
 
@@ -179,7 +193,9 @@ def test_a_model_of_a_hundred_thousand_tensors():
     quant = QuantPlan(
         "large",
         tuple(
-            Decision(slot, "r") if slot.fixed else Decision(slot, "r", fmt)
+            Decision(slot=slot, rule="r")
+            if slot.fixed
+            else Decision(slot=slot, rule="r", weights=fmt)
             for slot in slots(params)
         ),
     )

@@ -30,7 +30,7 @@ from megatron_quant.formats.amax import tensor_scale
 from megatron_quant.formats.codec import encode
 from tests.unit import ckpt_world as world
 
-BESIDE = Companions({"config.json": {"model_type": "qwen3_moe"}})
+BESIDE = Companions(documents={"config.json": {"model_type": "qwen3_moe"}})
 
 
 def producer(layout: str = "tp1", rank: int = 0):
@@ -162,7 +162,7 @@ def test_overwrite_leaves_no_file_of_the_older_checkpoint(tmp_path):
 def test_overwriting_the_source_is_refused(tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
-    beside = Companions({}, (tokenizer,))
+    beside = Companions(documents={}, carried=(tokenizer,))
     with pytest.raises(ExportError, match="holds the source checkpoint"):
         export(world.plan("fp8", "tp1"), Groups(), producer(), tmp_path, beside, Existing.REPLACE)
     assert contents(tmp_path) == {"tokenizer.json": b"{}"}
@@ -182,7 +182,9 @@ def test_a_crash_leaves_no_index_beside_new_files(tmp_path):
 
 
 def test_a_failed_commit_leaves_nothing(tmp_path):
-    beside = Companions({"config.json": {}}, (tmp_path / "gone" / "tokenizer.json",))
+    beside = Companions(
+        documents={"config.json": {}}, carried=(tmp_path / "gone" / "tokenizer.json",)
+    )
     out = tmp_path / "out"
     with pytest.raises(ExportError, match=r"gone/tokenizer\.json: cannot be completed"):
         export(world.plan("fp8", "tp1"), Groups(), producer(), out, beside)

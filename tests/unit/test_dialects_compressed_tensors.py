@@ -41,8 +41,8 @@ def a_weight() -> torch.Tensor:
 
 
 def one_layer(fmt: Format, inputs: Format | None) -> QuantPlan:
-    slot = Slot("a.weight", ("a",), (128, 128))
-    return QuantPlan("test", (Decision(slot, "test", fmt, inputs),))
+    slot = Slot(name="a.weight", sources=("a",), shape=(128, 128))
+    return QuantPlan("test", (Decision(slot=slot, rule="test", weights=fmt, inputs=inputs),))
 
 
 def encoded(fmt: Format, inputs: Format | None) -> tuple[exported.Tensors, exported.Tensors]:

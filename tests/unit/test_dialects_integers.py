@@ -334,12 +334,17 @@ def test_kv_cache_is_refused(dialect):
 def test_awq_names_that_are_parts_of_quantized_ones():
     slots = [
         (
-            Slot("fc1.weight", ("l.0.mlp.gate_proj", "l.0.mlp.up_proj"), (64, 64)),
+            Slot(
+                name="fc1.weight", sources=("l.0.mlp.gate_proj", "l.0.mlp.up_proj"), shape=(64, 64)
+            ),
             get_format("int4"),
         ),
-        (Slot("router.weight", ("l.0.mlp.gate",), (4, 64), "router"), None),
+        (
+            Slot(name="router.weight", sources=("l.0.mlp.gate",), shape=(4, 64), fixed="router"),
+            None,
+        ),
     ]
-    quant = QuantPlan("test", tuple(Decision(s, "test", fmt) for s, fmt in slots))
+    quant = QuantPlan("test", tuple(Decision(slot=s, rule="test", weights=fmt) for s, fmt in slots))
     with pytest.raises(FormatError, match=r"leave quantized l\.0\.mlp\.gate_proj unquantized"):
         AWQ.quantization_config(quant)
     GPTQ.quantization_config(quant)

@@ -56,7 +56,7 @@ def written(param: Param, dialect: str, fmt: Format, size: int, directory: Path)
         stat = shard.stats[shard.regions.index(part.region)]
         return produce(part, shard.local, amax, None, stat)
 
-    beside = Companions({})
+    beside = Companions(documents={})
     prepare(plan, directory, beside, Existing.REFUSE)
     for rank in range(size):
         write_parts(work_of(plan, rank), made, directory)

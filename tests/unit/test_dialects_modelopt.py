@@ -244,8 +244,8 @@ def test_config_is_read_back(choice):
 
 def test_block_weights_alone_are_the_same_checkpoint():
     """Whatever reads FP8_PB_WO quantizes the inputs as they come, and so does evaluation."""
-    slot, block = Slot("a.weight", ("a",), (128, 128)), get_format("fp8_block")
-    quant = QuantPlan("test", (Decision(slot, "test", block),))
+    slot, block = Slot(name="a.weight", sources=("a",), shape=(128, 128)), get_format("fp8_block")
+    quant = QuantPlan("test", (Decision(slot=slot, rule="test", weights=block),))
     config = MODELOPT.quantization_config(quant)
     assert config["quant_algo"] == "FP8_PB_WO"
     found = MODELOPT.read_config(config | {"quant_algo": "fp8_pb_wo"}, ("a",))
@@ -254,8 +254,8 @@ def test_block_weights_alone_are_the_same_checkpoint():
 
 def test_group_size_is_read_back():
     fmt = get_format("int4", 32)
-    slot = Slot("a.weight", ("a",), (64, 64))
-    quant = QuantPlan("test", (Decision(slot, "test", fmt),))
+    slot = Slot(name="a.weight", sources=("a",), shape=(64, 64))
+    quant = QuantPlan("test", (Decision(slot=slot, rule="test", weights=fmt),))
     found = MODELOPT.read_config(MODELOPT.quantization_config(quant), ("a", "lm_head"))
     assert found == {"a": ModuleFormat(fmt, None)}
 
@@ -353,12 +353,12 @@ def dense(*excluded: str) -> QuantPlan:
     weights, inputs = exported.formats("fp8")
     mlp = "model.layers.0.mlp"
     slots = [
-        Slot("fc1.weight", (f"{mlp}.gate_proj", f"{mlp}.up_proj"), (64, 64)),
-        Slot("fc2.weight", (f"{mlp}.down_proj",), (64, 64)),
+        Slot(name="fc1.weight", sources=(f"{mlp}.gate_proj", f"{mlp}.up_proj"), shape=(64, 64)),
+        Slot(name="fc2.weight", sources=(f"{mlp}.down_proj",), shape=(64, 64)),
     ]
-    kept = [Slot(f"{n}.weight", (n,), (4, 64), "router") for n in excluded]
-    decisions = [Decision(s, "test", weights, inputs) for s in slots]
-    return QuantPlan("test", (*decisions, *(Decision(s, "test") for s in kept)))
+    kept = [Slot(name=f"{n}.weight", sources=(n,), shape=(4, 64), fixed="router") for n in excluded]
+    decisions = [Decision(slot=s, rule="test", weights=weights, inputs=inputs) for s in slots]
+    return QuantPlan("test", (*decisions, *(Decision(slot=s, rule="test") for s in kept)))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def through(start: Path, *dialects: str) -> Path:
     """``start`` written in each dialect in turn; the last one's directory."""
     for step, dialect in enumerate(dialects):
         target = start.parent / f"{step}-{dialect}"
-        reexport(ExportOptions(start, target, dialect), Groups(), Quiet())
+        reexport(
+            ExportOptions(source=start, export_dir=target, export_format=dialect), Groups(), Quiet()
+        )
         start = target
     return start
 

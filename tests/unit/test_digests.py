@@ -75,9 +75,13 @@ def test_on_disk_whatever_runs_it_lies_in(tmp_path: Path) -> None:
     """Rows of 300 bytes of which a box has 100: read together, up to many leaves."""
     data = random.Random(0).randbytes(8 + 60000 * 300)
     (tmp_path / "file").write_bytes(data)
-    entry = TensorEntry("t", torch.uint8, (60000, 300), "file", 8, len(data) - 8)
+    entry = TensorEntry(
+        name="t", dtype=torch.uint8, shape=(60000, 300), file="file", offset=8, nbytes=len(data) - 8
+    )
     columns = Box((1, 200), (59998, 100))
-    later = TensorEntry("t", torch.uint8, (60000, 300), "file", 9, len(data) - 8)
+    later = TensorEntry(
+        name="t", dtype=torch.uint8, shape=(60000, 300), file="file", offset=9, nbytes=len(data) - 8
+    )
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     try:
         found = [hashed_on_disk(fd, entry, box) for box in (whole(entry.shape), columns)]
@@ -98,7 +102,9 @@ def test_of_parts_that_several_write(tmp_path: Path, known: str) -> None:
     """Their leaves make the tensor's digest, in memory and on disk; columns and cut leaves none."""
     data = random.Random(2).randbytes(1000 * 512)
     (tmp_path / "file").write_bytes(data)
-    entry = TensorEntry("t", torch.uint8, (1000, 512), "file", 0, len(data))
+    entry = TensorEntry(
+        name="t", dtype=torch.uint8, shape=(1000, 512), file="file", offset=0, nbytes=len(data)
+    )
     boxes = [Box((a, 0), (b - a, 512)) for a, b in pairwise(ROWS[known])]
     ranks = [TensorDigests() for _ in boxes]
     with (tmp_path / "file").open("rb") as stream:

@@ -120,7 +120,13 @@ def test_vocabulary_rows_are_padded_at_the_end() -> None:
 
 def test_a_shard_may_hold_padding_alone() -> None:
     param = _param("llama", "output_layer")
-    small = Param(param.name, param.sources, (1, 32), param.role, param.parallel)
+    small = Param(
+        name=param.name,
+        sources=param.sources,
+        shape=(1, 32),
+        role=param.role,
+        parallel=param.parallel,
+    )
     assert copies(small, 1, 2) == ()
     assert local_shape(small, 1, 2) == (1, 32)
 

@@ -40,8 +40,8 @@ def a_weight(rows: int = ROWS, cols: int = COLS) -> torch.Tensor:
 
 
 def one_module(fmt: Format, inputs: Format | None) -> QuantPlan:
-    slot = Slot(f"{MODULE}.weight", (MODULE,), (ROWS, COLS))
-    return QuantPlan("test", (Decision(slot, "test", fmt, inputs),))
+    slot = Slot(name=f"{MODULE}.weight", sources=(MODULE,), shape=(ROWS, COLS))
+    return QuantPlan("test", (Decision(slot=slot, rule="test", weights=fmt, inputs=inputs),))
 
 
 def stored(dialect: str, fmt: Format, inputs: Format | None, w_NK: torch.Tensor) -> Any:

@@ -209,14 +209,31 @@ def test_permuted_columns_have_no_other_dialect(tmp_path: Path) -> None:
 def test_a_format_that_is_read_alone_has_no_other_dialect(tmp_path: Path) -> None:
     checkpoint = QuantizedCheckpoint(packed(tmp_path, "gptq_v1_asym8"))
     source = Source(f"{MODULE}.weight", (32, 224))
-    param = Param("a.weight", (source,), source.shape, Role.LINEAR, Parallel.REPLICATED)
+    param = Param(
+        name="a.weight",
+        sources=(source,),
+        shape=source.shape,
+        role=Role.LINEAR,
+        parallel=Parallel.REPLICATED,
+    )
     with pytest.raises(FormatError, match="unknown number format 'int8_asym'"):
         plan_of(checkpoint, (param,))
 
 
 def decision(fmt: str, *modules: str, algorithm: str = "max") -> QuantPlan:
-    slot = Slot("a.weight", modules, (32, 224))
-    return QuantPlan("test", (Decision(slot, "test", get_format(fmt, 64), None, algorithm),))
+    slot = Slot(name="a.weight", sources=modules, shape=(32, 224))
+    return QuantPlan(
+        "test",
+        (
+            Decision(
+                slot=slot,
+                rule="test",
+                weights=get_format(fmt, 64),
+                inputs=None,
+                algorithm=algorithm,
+            ),
+        ),
+    )
 
 
 def test_a_weight_without_scales_to_keep(tmp_path: Path) -> None:

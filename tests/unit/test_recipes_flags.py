@@ -24,7 +24,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(source: Path, recipe: str, **flags: Any) -> Job:
     flags = {"export_format": "compressed-tensors", **flags}
-    return prepare(QuantizeOptions(str(source), recipe, **flags), 1)
+    return prepare(QuantizeOptions(hf_model_id=str(source), export_quant_cfg=recipe, **flags), 1)
 
 
 def test_algorithm_replaces_the_recipes(source: Path) -> None:

@@ -10,12 +10,12 @@ from megatron_quant.recipes.reached import accept_cold, check_reached, largest_s
 
 def expert(index: int, part: str = "linear_fc1") -> Slot:
     name = f"decoder.layers.3.mlp.experts.{part}.weight{index}"
-    return Slot(name, ("m",), (4, 4), expert=index)
+    return Slot(name=name, sources=("m",), shape=(4, 4), expert=index)
 
 
 def test_the_largest_of_those_that_share() -> None:
     slots = (expert(0), expert(1), expert(0, "linear_fc2"))
-    plan = QuantPlan("r", tuple(Decision(slot, "rule") for slot in slots))
+    plan = QuantPlan("r", tuple(Decision(slot=slot, rule="rule") for slot in slots))
     amaxes = {slots[0].name: 1.0, slots[1].name: 3.0, slots[2].name: 2.0}
     assert largest_shared(plan, amaxes) == {slots[0].sharing: 3.0, slots[2].sharing: 2.0}
 
@@ -55,5 +55,5 @@ def test_cold_experts_are_counted_once_for_all_their_weights() -> None:
 )
 def test_what_is_searched(fmt: str | None, algorithm: str, tensor: bool, blocks: bool) -> None:
     weights = None if fmt is None else get_format(fmt)
-    found = Decision(expert(0), "rule", weights, algorithm=algorithm)
+    found = Decision(slot=expert(0), rule="rule", weights=weights, algorithm=algorithm)
     assert (found.searches_tensor, found.searches_blocks) == (tensor, blocks)

@@ -252,9 +252,9 @@ def test_layers_may_differ() -> None:
 def test_many_experts_of_a_large_model() -> None:
     slots = [
         Slot(
-            f"decoder.layers.{layer}.mlp.experts.linear_fc2.weight{e}",
-            (f"model.layers.{layer}.mlp.experts.{e}.down_proj",),
-            (4096, 1536),
+            name=f"decoder.layers.{layer}.mlp.experts.linear_fc2.weight{e}",
+            sources=(f"model.layers.{layer}.mlp.experts.{e}.down_proj",),
+            shape=(4096, 1536),
         )
         for layer in range(94)
         for e in range(128)

@@ -86,7 +86,10 @@ def test_file_by_path(tmp_path: Path) -> None:
     recipe = load_recipe(str(path))
     assert recipe == Recipe(
         str(path),
-        (Rule(("*.k_proj", "*.q_proj", "*.v_proj")), Rule(("*",), get_format("int4", 64))),
+        (
+            Rule(patterns=("*.k_proj", "*.q_proj", "*.v_proj")),
+            Rule(patterns=("*",), weights=get_format("int4", 64)),
+        ),
         "two formats",
     )
 

@@ -169,3 +169,29 @@ def test_the_checks_see_what_they_look_for() -> None:
     tree = ast.parse("def f():\n import a.b\n from c import d\n a.b.e = 1\n setattr(d, 'x', 1)")
     assert sorted(imports(tree)) == ["a.b", "c.d"]
     assert list(replacements(tree)) == [4, 5]
+
+
+def test_dataclasses_of_many_fields_are_made_by_name() -> None:
+    """More than four fields in a row of commas: nobody sees which is which."""
+    found = [
+        f"{file}:{node.lineno} {node.name}"
+        for file, tree in FILES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and is_positional(node)
+    ]
+    assert found == []
+
+
+def is_positional(node: ast.ClassDef) -> bool:
+    """Whether it is a dataclass with more than four fields that calls may give by place."""
+    decorators = [d for d in map(ast.unparse, node.decorator_list) if "dataclass" in d]
+    fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+    return bool(decorators) and len(fields) > 4 and "kw_only=True" not in decorators[0]
+
+
+def test_many_fields_are_seen() -> None:
+    made = "@dataclass{}\nclass A:\n" + "".join(f" {name}: int\n" for name in "abcde")
+    (plain,) = ast.parse(made.format("(frozen=True)")).body
+    (named,) = ast.parse(made.format("(frozen=True, kw_only=True)")).body
+    assert isinstance(plain, ast.ClassDef) and isinstance(named, ast.ClassDef)
+    assert is_positional(plain) and not is_positional(named)

@@ -30,7 +30,7 @@ def plan(recipe: Recipe) -> QuantPlan:
 def recipes() -> list[Recipe]:
     shipped = [load_recipe(name) for name in recipe_names()]
     changed = [weight_only(load_recipe("nvfp4")), with_algorithm(load_recipe("int4"), "mse")]
-    idle = Rule(("*of another model*",), optional=True)  # as presets have them
+    idle = Rule(patterns=("*of another model*",), optional=True)  # as presets have them
     preset = Recipe("preset", (idle, *load_recipe("nvfp4").rules))
     return [*shipped, *changed, preset, with_kv_cache(load_recipe("fp8"), "fp8_cast")]
 

@@ -174,7 +174,11 @@ def test_an_fp8_layer_for_speculation_is_rewritten_with_its_scales(tmp_path: Pat
     sources.edit(first, lambda t: {**t, name: codes, f"{name}_scale_inv": scale})
     sources.index(first, {WEIGHTS: sources.tensors(first)})
     sources.config(first, num_nextn_predict_layers=1)
-    reexport(ExportOptions(first, out, "compressed-tensors"), Groups(), Phases(console()))
+    reexport(
+        ExportOptions(source=first, export_dir=out, export_format="compressed-tensors"),
+        Groups(),
+        Phases(console()),
+    )
     found = sources.tensors(out)
     assert torch.equal(found[name].float(), codes.float())
     assert torch.equal(found[f"{name}_scale"], scale)

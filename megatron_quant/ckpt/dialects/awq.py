@@ -42,7 +42,15 @@ _INT32 = torch.int32
 def awq_tensors(weights: Format) -> tuple[Stored, ...]:
     """Tensors of a module in INT4 groups."""
     return (
-        Stored("qweight", "elements", _INT32, (8, 1), (), awq_words, from_awq_words, (1, 0)),
+        Stored(
+            suffix="qweight",
+            field="elements",
+            dtype=_INT32,
+            block=(8, 1),
+            to_disk=awq_words,
+            from_disk=from_awq_words,
+            dims=(1, 0),
+        ),
         _zeros(weights),
         group_scales(weights),
     )
@@ -51,9 +59,19 @@ def awq_tensors(weights: Format) -> tuple[Stored, ...]:
 def _zeros(weights: Format) -> Stored:
     if weights.zero_point:
         block = (8, weights.field("zero").block[1])
-        return Stored("qzeros", "zero", _INT32, block, (), awq_zeros, from_awq_zeros, (1, 0))
+        return Stored(
+            suffix="qzeros",
+            field="zero",
+            dtype=_INT32,
+            block=block,
+            to_disk=awq_zeros,
+            from_disk=from_awq_zeros,
+            dims=(1, 0),
+        )
     constant = partial(constant_zeros, bits=4, group_size=weights.group_size, code=8)
-    return Stored("qzeros", SHAPE, _INT32, (WHOLE, WHOLE), to_disk=constant, rows=8)
+    return Stored(
+        suffix="qzeros", field=SHAPE, dtype=_INT32, block=(WHOLE, WHOLE), to_disk=constant, rows=8
+    )
 
 
 class Awq(Dialect):

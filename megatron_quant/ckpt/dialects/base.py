@@ -45,7 +45,7 @@ def same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stored:
     """One tensor that a dialect writes for a quantized module ``P``: ``P.suffix``.
 
@@ -113,12 +113,20 @@ def _derived(
 
 def scalar(suffix: str, field: str) -> Stored:
     """An fp32 scale of the whole tensor, 0-dim."""
-    return Stored(suffix, field, torch.float32, _SCALAR)
+    return Stored(suffix=suffix, field=field, dtype=torch.float32, block=_SCALAR)
 
 
 def scalar_of_one(suffix: str, field: str) -> Stored:
     """An fp32 scale of the whole tensor, stored as [1]."""
-    return Stored(suffix, field, torch.float32, _SCALAR, (1,), _one, _zero_dim)
+    return Stored(
+        suffix=suffix,
+        field=field,
+        dtype=torch.float32,
+        block=_SCALAR,
+        scalar_shape=(1,),
+        to_disk=_one,
+        from_disk=_zero_dim,
+    )
 
 
 def _one(value: torch.Tensor) -> torch.Tensor:

@@ -62,44 +62,69 @@ def _zero_dim_inverse(scalar: torch.Tensor) -> torch.Tensor:
 
 
 def _divisor(suffix: str, field: str) -> Stored:
-    return Stored(suffix, field, _F32, _SCALAR, (1,), _one_inverse, _zero_dim_inverse)
+    return Stored(
+        suffix=suffix,
+        field=field,
+        dtype=_F32,
+        block=_SCALAR,
+        scalar_shape=(1,),
+        to_disk=_one_inverse,
+        from_disk=_zero_dim_inverse,
+    )
 
 
 def _scales(weights: Format) -> Stored:
     """Scales of rows, groups or blocks, in the dtype in which the codec rounds them."""
     field = weights.field("scale")
-    return Stored("weight_scale", "scale", field.dtype, field.block, also=FLOATS)
+    return Stored(
+        suffix="weight_scale", field="scale", dtype=field.dtype, block=field.block, also=FLOATS
+    )
 
 
 def _packed(weights: Format) -> tuple[Stored, ...]:
-    words = Stored("weight_packed", "elements", torch.int32, weights.fields[0].block)
-    tensors = (words, _scales(weights), Stored("weight_shape", SHAPE, torch.int64, _SCALAR))
+    words = Stored(
+        suffix="weight_packed", field="elements", dtype=torch.int32, block=weights.fields[0].block
+    )
+    tensors = (
+        words,
+        _scales(weights),
+        Stored(suffix="weight_shape", field=SHAPE, dtype=torch.int64, block=_SCALAR),
+    )
     if not weights.zero_point:
         return tensors
     block = (32 // weights.bits, weights.field("zero").block[1])
     to_disk, from_disk = _ZEROS[weights.bits]
-    zeros = Stored("weight_zero_point", "zero", torch.int32, block, (), to_disk, from_disk)
+    zeros = Stored(
+        suffix="weight_zero_point",
+        field="zero",
+        dtype=torch.int32,
+        block=block,
+        to_disk=to_disk,
+        from_disk=from_disk,
+    )
     return (*tensors, zeros)
 
 
 def _weight_tensors(weights: Format) -> tuple[Stored, ...]:
     group = (1, weights.group_size)
-    fp8 = Stored("weight", "elements", _E4M3, (1, 1))
-    nibbles = Stored("weight_packed", "elements", _U8, (1, 2))
+    fp8 = Stored(suffix="weight", field="elements", dtype=_E4M3, block=(1, 1))
+    nibbles = Stored(suffix="weight_packed", field="elements", dtype=_U8, block=(1, 2))
     match weights.name:
         case "fp8":
             return fp8, scalar_of_one("weight_scale", "scale")
         case "fp8_channel" | "fp8_block":
             return fp8, _scales(weights)
         case "int8":
-            return Stored("weight", "elements", torch.int8, (1, 1)), _scales(weights)
+            return Stored(
+                suffix="weight", field="elements", dtype=torch.int8, block=(1, 1)
+            ), _scales(weights)
         case "nvfp4":
-            blocks = Stored("weight_scale", "block_scale", _E4M3, group)
+            blocks = Stored(suffix="weight_scale", field="block_scale", dtype=_E4M3, block=group)
             return nibbles, blocks, _divisor("weight_global_scale", "tensor_scale")
         case "mxfp8":
-            return fp8, Stored("weight_scale", "scale", _U8, group)
+            return fp8, Stored(suffix="weight_scale", field="scale", dtype=_U8, block=group)
         case "mxfp4":
-            return nibbles, Stored("weight_scale", "scale", _U8, group)
+            return nibbles, Stored(suffix="weight_scale", field="scale", dtype=_U8, block=group)
         case _:
             return _packed(weights)
 

@@ -54,8 +54,16 @@ _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 def group_scales(weights: Format) -> Stored:
     """``scales`` [K / group, N], of GPTQ and AWQ alike."""
     scale = weights.field("scale")
-    both = (transposed, transposed)
-    return Stored("scales", "scale", scale.dtype, scale.block, (), *both, (1, 0), 1, FLOATS)
+    return Stored(
+        suffix="scales",
+        field="scale",
+        dtype=scale.dtype,
+        block=scale.block,
+        to_disk=transposed,
+        from_disk=transposed,
+        dims=(1, 0),
+        also=FLOATS,
+    )
 
 
 @lru_cache
@@ -64,14 +72,22 @@ def gptq_tensors(weights: Format, version: int) -> tuple[Stored, ...]:
     words = weights.fields[0].block[1]
     group = weights.group_size
     return (
-        Stored("qweight", "elements", torch.int32, (1, words), (), transposed, transposed, (1, 0)),
+        Stored(
+            suffix="qweight",
+            field="elements",
+            dtype=torch.int32,
+            block=(1, words),
+            to_disk=transposed,
+            from_disk=transposed,
+            dims=(1, 0),
+        ),
         _zeros(weights, version),
         group_scales(weights),
         Stored(
-            "g_idx",
-            SHAPE,
-            torch.int32,
-            _SCALAR,
+            suffix="g_idx",
+            field=SHAPE,
+            dtype=torch.int32,
+            block=_SCALAR,
             to_disk=partial(group_index, group_size=group),
             optional=True,
         ),
@@ -84,11 +100,21 @@ def _zeros(weights: Format, version: int) -> Stored:
         to_disk = partial(gptq_zeros, offset=offset, bits=bits)
         from_disk = partial(from_gptq_zeros, offset=offset, bits=bits)
         block = (32 // weights.bits, weights.field("zero").block[1])
-        return Stored("qzeros", "zero", torch.int32, block, (), to_disk, from_disk, (1, 0))
+        return Stored(
+            suffix="qzeros",
+            field="zero",
+            dtype=torch.int32,
+            block=block,
+            to_disk=to_disk,
+            from_disk=from_disk,
+            dims=(1, 0),
+        )
     code = 2 ** (weights.bits - 1) - (version == 1)
     constant = partial(constant_zeros, bits=weights.bits, group_size=weights.group_size, code=code)
     rows = 32 // weights.bits
-    return Stored("qzeros", SHAPE, torch.int32, _SCALAR, to_disk=constant, rows=rows)
+    return Stored(
+        suffix="qzeros", field=SHAPE, dtype=torch.int32, block=_SCALAR, to_disk=constant, rows=rows
+    )
 
 
 def integer_format(bits: int | None, group_size: int | None, symmetric: bool) -> ModuleFormat:

@@ -52,34 +52,59 @@ def _two_dims(value: torch.Tensor) -> torch.Tensor:
 
 
 _CHANNEL_SCALE = Stored(
-    "weight_scale", "scale", _F32, (1, WHOLE), (), torch.Tensor.flatten, _column, (0,)
+    suffix="weight_scale",
+    field="scale",
+    dtype=_F32,
+    block=(1, WHOLE),
+    to_disk=torch.Tensor.flatten,
+    from_disk=_column,
+    dims=(0,),
 )
 # The loader of block FP8 experts is that of DeepSeek's checkpoints; that of linears is not.
 _BLOCK = (128, 128)
 _BLOCK_SCALE = {
     Layer.DENSE: Stored(
-        "weight_scale", "scale", _F32, _BLOCK, (), _four_dims, _two_dims, (0, -1, 1, -1)
+        suffix="weight_scale",
+        field="scale",
+        dtype=_F32,
+        block=_BLOCK,
+        to_disk=_four_dims,
+        from_disk=_two_dims,
+        dims=(0, -1, 1, -1),
     ),
-    Layer.EXPERT: Stored("weight_scale_inv", "scale", _F32, _BLOCK),
+    Layer.EXPERT: Stored(suffix="weight_scale_inv", field="scale", dtype=_F32, block=_BLOCK),
 }
 
 
 def _weight_tensors(weights: Format, layer: Layer) -> tuple[Stored, ...]:
     group = (1, weights.group_size if weights.group_size > 0 else WHOLE)
-    fp8 = Stored("weight", "elements", _E4M3, (1, 1))
+    fp8 = Stored(suffix="weight", field="elements", dtype=_E4M3, block=(1, 1))
     tables: dict[str, tuple[Stored, ...]] = {
         "fp8": (fp8, scalar("weight_scale", "scale")),
         "fp8_channel": (fp8, _CHANNEL_SCALE),
         "fp8_block": (fp8, _BLOCK_SCALE[layer]),
-        "mxfp8": (fp8, Stored("weight_scale", "scale", _U8, group)),
+        "mxfp8": (fp8, Stored(suffix="weight_scale", field="scale", dtype=_U8, block=group)),
         "nvfp4": (
-            Stored("weight", "elements", _U8, (1, 2)),
-            Stored("weight_scale", "block_scale", _E4M3, group),
+            Stored(suffix="weight", field="elements", dtype=_U8, block=(1, 2)),
+            Stored(suffix="weight_scale", field="block_scale", dtype=_E4M3, block=group),
             scalar("weight_scale_2", "tensor_scale"),
         ),
         "int4": (
-            Stored("weight", "elements", _U8, (2, 1), (), row_pairs, from_row_pairs),
-            Stored("weight_scale", "scale", _F32, group, to_disk=torch.Tensor.float),
+            Stored(
+                suffix="weight",
+                field="elements",
+                dtype=_U8,
+                block=(2, 1),
+                to_disk=row_pairs,
+                from_disk=from_row_pairs,
+            ),
+            Stored(
+                suffix="weight_scale",
+                field="scale",
+                dtype=_F32,
+                block=group,
+                to_disk=torch.Tensor.float,
+            ),
         ),
     }
     return tables[weights.name]

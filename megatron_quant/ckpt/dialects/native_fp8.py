@@ -26,8 +26,10 @@ from megatron_quant.recipes.plan import QuantPlan
 
 _BLOCK = [128, 128]
 _TENSORS = (
-    Stored("weight", "elements", torch.float8_e4m3fn, (1, 1)),
-    Stored("weight_scale_inv", "scale", torch.float32, (128, 128), also=FLOATS),
+    Stored(suffix="weight", field="elements", dtype=torch.float8_e4m3fn, block=(1, 1)),
+    Stored(
+        suffix="weight_scale_inv", field="scale", dtype=torch.float32, block=(128, 128), also=FLOATS
+    ),
 )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,6 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from megatron_quant.documents import printable
 from megatron_quant.errors import QuantError
 
 _FILE_WIDTH = 160  # columns where the output is no terminal, so that no name is cut
@@ -39,10 +40,15 @@ def console() -> Console:
     return Console(quiet=rank() != 0, width=width)
 
 
+def escape(text: str) -> str:
+    """``text`` as a console prints it: no markup, and nothing that moves the cursor."""
+    return markup.escape(printable(text))
+
+
 def print_error(error: Exception) -> None:
     """One line on standard error, from every rank that has the error."""
     where = f"[rank {rank()}] " if "RANK" in os.environ else ""
-    message = " ".join(str(error).split())
+    message = printable(" ".join(str(error).split()))
     # In one write, newline included: other ranks may write to the same pipe.
     sys.stderr.write(f"{where}megatron-quant: error: {message}\n")
     sys.stderr.flush()

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
+from megatron_quant.cli.console import escape
 from megatron_quant.cli.tables import sizes_line
 
 if TYPE_CHECKING:  # it imports Megatron, which a host without a GPU must be readied for

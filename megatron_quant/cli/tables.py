@@ -6,11 +6,10 @@ from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from megatron_quant.ckpt.serving_facts import ENGINES
-from megatron_quant.cli.console import size
+from megatron_quant.cli.console import escape, size
 from megatron_quant.recipes.audit import audit
 from megatron_quant.recipes.kv_cache import cache_slots
 

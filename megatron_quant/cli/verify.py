@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from megatron_quant.ckpt.names import MANIFEST
-from megatron_quant.cli.console import console
+from megatron_quant.cli.console import console, escape
 
 if TYPE_CHECKING:
     from megatron_quant.ckpt.verify import Report
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.against:
         out.print(_errors(report))
     report.raise_for_problems()
-    out.print(f"{args.directory}: {len(report.tensors)} tensors, no problem found")
+    out.print(f"{escape(str(args.directory))}: {len(report.tensors)} tensors, no problem found")
 
 
 def _errors(report: "Report") -> Table:

@@ -94,17 +94,19 @@ def fusion_kept(model: nn.Module) -> Iterator[None]:
     """Layers that add weight gradients to ``main_grad`` still do after ModelOpt converted them.
 
     It turns that off, as its gradients may be masked. Ours are not: what a quantizer gives stands
-    in for the weight, ``main_grad`` and flags included.
+    in for the weight, ``main_grad`` and flags included. A conversion that failed leaves it on too.
     """
     fused = [m for m in model.modules() if getattr(m, "fuse_wgrad_accumulation", False)]
     for module in fused:
         module.fuse_wgrad_accumulation = False  # or it would warn
-    yield
-    for module in fused:
-        module.fuse_wgrad_accumulation = True
-        quantizer = getattr(module, "weight_quantizer", None)
-        if quantizer is not None and not isinstance(module, QuantGroupedLinear):
-            quantizer.register_forward_hook(follow)
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fuse_wgrad_accumulation = True
+            quantizer = getattr(module, "weight_quantizer", None)
+            if quantizer is not None and not isinstance(module, QuantGroupedLinear):
+                quantizer.register_forward_hook(follow)
 
 
 def refuse_fp8(module: nn.Module, args: object) -> None:

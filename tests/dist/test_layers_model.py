@@ -180,3 +180,22 @@ def test_experts_that_do_not_call_their_linears_are_refused(ranks: Ranks, moe: P
     (error,) = ranks.errors(1, _attach_to_fused_experts, moe)
     assert isinstance(error, QuantError), error
     assert "use_transformer_engine_op_fuser=True" in str(error)
+
+
+def _fusion_after_a_failed_conversion(path: Path) -> None:
+    from unittest import mock
+
+    from megatron_quant.layers import install
+    from tests.dist import live, training
+
+    model = live.load(path)
+    training.fuse(model.chunks)
+    fused = [m for m in model.module.modules() if getattr(m, "fuse_wgrad_accumulation", False)]
+    failing = mock.patch.object(install.mtq, "quantize", side_effect=RuntimeError("conversion"))
+    with failing, pytest.raises(RuntimeError, match="conversion"):
+        live.with_quantizers(model, "nvfp4")
+    assert fused and all(module.fuse_wgrad_accumulation for module in fused)
+
+
+def test_weight_gradients_stay_fused_after_a_failed_conversion(ranks: Ranks, dense: Path) -> None:
+    ranks(1, _fusion_after_a_failed_conversion, dense)

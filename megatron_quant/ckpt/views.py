@@ -77,7 +77,7 @@ def kept_dtypes(checkpoint: Weights) -> dict[str, torch.dtype]:
     sizes: Counter[torch.dtype] = Counter()
     for info in plain.values():
         sizes[info.dtype] += prod(info.shape)
-    ((main, _),) = sizes.most_common(1)
+    main = max(sizes, key=lambda dtype: sizes[dtype], default=None)
     found = {n: i.dtype for n, i in plain.items() if i.dtype != main}
     if has_table(config):
         return {n: dtype for n, dtype in found.items() if is_draft(config, n)}

@@ -67,6 +67,14 @@ def named(source: Path) -> None:
     exported.edit(source, lambda tensors: tensors.update({f"{CONTROL}.a": torch.ones(2, 2)}))
 
 
+def empty(source: Path) -> None:
+    exported.write(source, {"a": torch.ones(1)}, exported.CONFIG)
+    exported.edit(source, lambda tensors: tensors.clear())
+    (source / INDEX).unlink()
+    (source / FIRST).rename(source / "model.safetensors")
+    (source / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
 def header(source: Path) -> None:
     path = source / FIRST
     path.write_bytes((1 << 62).to_bytes(8, "little") + path.read_bytes()[8:])
@@ -96,6 +104,7 @@ SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pipe for weights": (fifo(FIRST), f"{FIRST}"),
     "weights without end": (endless(FIRST), f"{FIRST}"),
     "a header without end": (header, "truncated or no safetensors file"),
+    "no tensor": (empty, "has 0 tensors"),
     "pickles": (pickled, "which can run code"),
     "an expression": (expression, "takes longer than 0.2 s"),
     "a name for the screen": (config(architectures=[CONTROL]), "\\x1b]0;x"),

@@ -17,25 +17,6 @@ from megatron_quant.layers.backend import BACKEND, reset_block_amax
 from megatron_quant.layers.stand_in import stand_ins
 
 
-class ExpertQuantizer:
-    """One expert's place in a weight quantizer whose amax tells the experts apart.
-
-    Called with that expert's weight it has the layer's quantizer observe (or quantize) it, which is
-    all that a calibration loop over ``(weight, quantizer)`` pairs does.
-    """
-
-    def __init__(self, layer: "QuantGroupedLinear", expert: int) -> None:
-        self.layer = layer
-        self.expert = expert
-
-    def __call__(self, w_NK: torch.Tensor) -> torch.Tensor:
-        """``w_NK`` [N, K] -> the same shape."""
-        # Other experts' rows are zero: a running maximum does not see them.
-        w_ENK = w_NK.new_zeros(self.layer.num_gemms, *w_NK.shape)
-        w_ENK[self.expert] = w_NK
-        return self.layer.quantize(w_ENK)[self.expert]
-
-
 class QuantGroupedLinear(QuantModule):
     """A grouped linear with an input quantizer and one weight quantizer for its experts.
 
@@ -72,11 +53,16 @@ class QuantGroupedLinear(QuantModule):
         return self.weight_quantizer(w_ENK.flatten(0, 1)).view_as(w_ENK)
 
     def iter_weights_for_calibration(self) -> Iterator[tuple[torch.Tensor, Any]]:
-        """Yield ``(weight_i, quantizer)`` of every local expert (ModelOpt's calibration seam)."""
+        """Yield weights [N, K] and who is to observe them (ModelOpt's calibration seam).
+
+        Where the amax tells the experts apart they come once, as the stack [E, N, K].
+        """
         quantizer = self.weight_quantizer
-        one_amax = quantizer.axis is None and not quantizer.is_static_block_quant
-        for i, weight in enumerate(self.weights()):
-            yield weight, quantizer if one_amax else ExpertQuantizer(self, i)
+        if quantizer.axis is None and not quantizer.is_static_block_quant:
+            for weight in self.weights():
+                yield weight, quantizer
+        else:
+            yield torch.stack(self.weights()), self.quantize
 
     @torch.no_grad()
     def fold_weight(self, keep_attrs: bool = False) -> None:

@@ -51,7 +51,7 @@ class CalibrationReport:
     cold: tuple[str, ...]
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913
     layers: Sequence[QuantLayer],
     plan: QuantPlan,
     groups: Groups,

@@ -120,7 +120,7 @@ class ExportPlan:
         return self._by_rank.get(rank, ())
 
 
-def plan_export(
+def plan_export(  # noqa: PLR0913
     params: Sequence[Param],
     quant: QuantPlan,
     dialect: Dialect,

@@ -41,7 +41,7 @@ from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import LostRankError
 
 
-def export(
+def export(  # noqa: PLR0913
     plan: ExportPlan,
     groups: Groups,
     produce: Produce,

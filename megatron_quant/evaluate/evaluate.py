@@ -28,7 +28,7 @@ class Result:
     tokens: int
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913
     directory: Path,
     text_file: Path,
     against: Path | None = None,

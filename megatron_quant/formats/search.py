@@ -45,7 +45,7 @@ _UNITS = 2.0**32
 
 
 @torch.no_grad()
-def errors(
+def errors(  # noqa: PLR0913
     w: Tensor,
     fmt: Format,
     dscale: Tensor | None,

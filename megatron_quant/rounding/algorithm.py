@@ -49,7 +49,7 @@ def default_damp(fmt: Format) -> float:
 
 
 @torch.no_grad()
-def gptq(
+def gptq(  # noqa: PLR0913
     w: Tensor,
     fmt: Format,
     scales: Mapping[str, Tensor],

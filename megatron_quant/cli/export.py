@@ -30,7 +30,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     _megatron_flags(p)
     p.add_argument("--export-dir", type=Path, required=True, help="where the new one goes")
-    add_dialect(p, None)
+    add_dialect(p, "modelopt")
     add_serving(p)
     add_writing(p)
     p.set_defaults(run=run)
@@ -84,7 +84,7 @@ def _from_megatron(args: argparse.Namespace) -> None:
     out = console()
     outcome = quantize(options, start_distributed(), Phases(out))
     assert outcome.job.export is not None
-    out.print(files_table(outcome.job.export))
+    out.print(files_table(outcome.job.export, args.verbose))
     for line in left_out_lines(outcome.left_out):
         out.print(line)
 
@@ -107,6 +107,6 @@ def _rewrite(args: argparse.Namespace) -> None:
         resume=args.resume,
     )
     rewritten = reexport(options, start_ranks(), Phases(out))
-    out.print(files_table(rewritten.plan))
+    out.print(files_table(rewritten.plan, args.verbose))
     for line in left_out_lines(rewritten.left_out):
         out.print(line)

@@ -207,10 +207,10 @@ def run(args: argparse.Namespace) -> None:
         _stream(options, args)
         return
     if args.dry_run:
-        _dry_run(options)
+        _dry_run(options, args.verbose)
     else:
         _check_export_dir(options)
-        _quantize(options, args.report)
+        _quantize(options, args.report, args.verbose)
 
 
 def _check_export_dir(options: QuantizeOptions) -> None:
@@ -221,7 +221,7 @@ def _check_export_dir(options: QuantizeOptions) -> None:
         )
 
 
-def _dry_run(options: QuantizeOptions) -> None:
+def _dry_run(options: QuantizeOptions, verbose: bool) -> None:
     if options.megatron_load_path is not None:
         raise QuantError("--dry-run plans from config.json: leave out --megatron-load-path")
     if options.export_quant_cfg and not is_preset(options.export_quant_cfg):
@@ -230,14 +230,14 @@ def _dry_run(options: QuantizeOptions) -> None:
     from megatron_quant.api.job import prepare
 
     world = math.lcm(options.tp, options.ep * options.etp) * options.pp
-    _print_plan(prepare(options, world), options)
+    _print_plan(prepare(options, world), options, verbose)
 
 
-def _print_plan(job: "Job", options: QuantizeOptions) -> None:
+def _print_plan(job: "Job", options: QuantizeOptions, verbose: bool) -> None:
     out = console()
-    out.print(weights_table(job))
+    out.print(weights_table(job, verbose))
     out.print(rules_table(job))
-    out.print(files_table(job.export))
+    out.print(files_table(job.export, verbose))
     out.print(engines_table(job, options.serve_tp))
     for line in needs(job):
         out.print(line)
@@ -254,7 +254,7 @@ def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
     from megatron_quant.dist import together
 
     if args.dry_run:
-        return _print_plan(plan_stream(options, 1).job, options)
+        return _print_plan(plan_stream(options, 1).job, options, args.verbose)
     out = console()
     phases = Phases(out)
     groups = start_ranks()
@@ -266,7 +266,7 @@ def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
         write_json(args.report, stream_as_json(streamed, phases.seconds))
 
 
-def _quantize(options: QuantizeOptions, report: Path | None) -> None:
+def _quantize(options: QuantizeOptions, report: Path | None, verbose: bool) -> None:
     ready_host()
     from megatron_quant.api.quantize import quantize
     from megatron_quant.dist import together
@@ -277,7 +277,7 @@ def _quantize(options: QuantizeOptions, report: Path | None) -> None:
     groups = start_distributed()
     together(groups, lambda: check_file("--report", report) if rank() == 0 else None)
     outcome = quantize(options, groups, phases)
-    out.print(statistics_table(outcome.statistics))
+    out.print(statistics_table(outcome.statistics, verbose))
     for line in summary(outcome, phases.seconds):
         out.print(line)
     if report and rank() == 0:

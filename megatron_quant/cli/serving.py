@@ -13,15 +13,13 @@ DIALECT_HELP = (
 )
 
 
-def add_dialect(group: "argparse._ActionsContainer", default: str | None) -> None:
-    """Add ``--export-format``, required where there is no default."""
+def add_dialect(group: "argparse._ActionsContainer", default: str) -> None:
+    """Add ``--export-format``."""
     group.add_argument(
         "--export-format",
         choices=DIALECT_NAMES,
         default=default,
-        required=default is None,
-        help=f"who can read the export. {DIALECT_HELP}"
-        + (f" (default {default})" if default else ""),
+        help=f"who can read the export. {DIALECT_HELP} (default {default})",
     )
 
 

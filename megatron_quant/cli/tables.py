@@ -1,14 +1,13 @@
 """Tables: the coverage audit, the files of a plan, and the quantization statistics."""
 
-import re
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from megatron_quant.ckpt.serving_facts import ENGINES
+from megatron_quant.cli.collapse import collapse
 from megatron_quant.cli.console import escape, size
 from megatron_quant.recipes.audit import audit
 from megatron_quant.recipes.kv_cache import cache_slots
@@ -17,22 +16,25 @@ if TYPE_CHECKING:
     from megatron_quant.api.job import Job
     from megatron_quant.ckpt.plan import ExportPlan, Target
 
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_FILES = 8  # more are one row
 
 
-def weights_table(job: "Job") -> Table:
-    """Every weight: its bucket, its rule, its bytes before and after. Like experts share a row."""
+def weights_table(job: "Job", verbose: bool = False) -> Table:
+    """Every weight: its bucket, its rule, its bytes before and after.
+
+    Like experts share a row, and like layers unless ``verbose``.
+    """
     table = Table(title="Weights")
     table.add_column("Weight", overflow="fold")
     for name in ("Count", "Shape", "Bucket", "Rule", "Before", "After"):
         table.add_column(name, no_wrap=True)
-    for members in _alike(job):
+    for name, members in _alike(job, verbose):
         first = members[0]
         decision = job.quant.by_name[first.param.name]
         before = prod(first.source.shape) * job.dtype.itemsize * len(members)
         after = sum(entry.nbytes for t in members for entry in t.entries)
         table.add_row(
-            escape(_name(members)),
+            escape(name),
             str(len(members)),
             "x".join(map(str, first.source.shape)),
             _bucket(first),
@@ -56,33 +58,16 @@ def _bucket(target: "Target") -> str:
     return f"{weights.name}{group}{inputs}"
 
 
-def _alike(job: "Job") -> Iterator["list[Target]"]:
-    """Targets in the order of the model, those that differ in the expert alone together."""
+def _alike(job: "Job", verbose: bool) -> "Iterator[tuple[str, list[Target]]]":
+    """Targets in the order of the model, those that differ in their numbers alone together."""
 
-    def key(target: "Target") -> tuple[object, ...]:
+    def kind(target: "Target") -> tuple[object, ...]:
         rule = job.quant.by_name[target.param.name].rule
-        return (_EXPERT.sub("*", target.source.name), target.scheme, rule)
+        return target.source.shape, target.scheme, rule
 
     assert job.export is not None
     weights = (t for t in job.export.targets if t.param.name in job.quant.by_name)
-    layers = groupby(weights, lambda t: (t.param.layer, t.param.module))
-    for _, of_module in layers:
-        rows: dict[tuple[object, ...], list[Target]] = {}
-        for target in of_module:
-            rows.setdefault(key(target), []).append(target)
-        yield from rows.values()
-
-
-def _name(members: "Sequence[Target]") -> str:
-    name = members[0].source.name
-    if len(members) == 1:
-        return name
-    experts = sorted(t.param.expert or 0 for t in members)
-    whole = experts == list(range(experts[0], experts[-1] + 1))
-    spelled = (
-        f"{{{experts[0]}..{experts[-1]}}}" if whole else "{" + ",".join(map(str, experts)) + "}"
-    )
-    return _EXPERT.sub(spelled, name)
+    return collapse(weights, lambda t: t.source.name, kind, layers=not verbose)
 
 
 def rules_table(job: "Job") -> Table:
@@ -94,11 +79,17 @@ def rules_table(job: "Job") -> Table:
     return table
 
 
-def files_table(plan: "ExportPlan") -> Table:
-    """The files that an export writes."""
+def files_table(plan: "ExportPlan", verbose: bool = False) -> Table:
+    """The files that an export writes; many of them in one row unless ``verbose``."""
     table = Table("File", "Tensors", "Size", title="Files")
-    for file in plan.files:
-        table.add_row(file.name, str(len(file.entries)), size(file.size))
+    files = list(plan.files)
+    if verbose or len(files) <= _FILES:
+        for file in files:
+            table.add_row(file.name, str(len(file.entries)), size(file.size))
+    else:
+        tensors, total = sum(len(f.entries) for f in files), sum(f.size for f in files)
+        name = f"{files[0].name} to {files[-1].name}"
+        table.add_row(name, str(tensors), size(total))
     return table
 
 
@@ -144,9 +135,21 @@ def planning_lines(job: "Job") -> Iterator[str]:
     )
 
 
-def statistics_table(statistics: Sequence[tuple[str, tuple[int, ...], float]]) -> Table:
-    """Quantizer state as Megatron-Bridge's quantize.py shows it."""
+def statistics_table(
+    statistics: Sequence[tuple[str, tuple[int, ...], float]], verbose: bool = False
+) -> Table:
+    """Quantizer state as Megatron-Bridge's quantize.py shows it.
+
+    Like layers share a row, with their smallest and largest value, unless ``verbose``.
+    """
     table = Table("Parameter Name", "Shape", "Max Value", title="Quantization Statistics")
-    for name, shape, value in statistics:
-        table.add_row(escape(name), str(shape), f"{value:.4e}")
+    rows: Iterable[tuple[str, list[tuple[str, tuple[int, ...], float]]]]
+    if verbose:
+        rows = ((row[0], [row]) for row in statistics)
+    else:
+        rows = collapse(statistics, lambda row: row[0], lambda row: row[1])
+    for name, members in rows:
+        values = sorted(value for _, _, value in members)
+        ends = dict.fromkeys(f"{value:.4e}" for value in (values[0], values[-1]))
+        table.add_row(escape(name), str(members[0][1]), " to ".join(ends))
     return table

@@ -24,6 +24,11 @@ def add_writing(group: "argparse._ActionsContainer") -> None:
         "run can still be resumed",
     )
     group.add_argument(
+        "--verbose",
+        action="store_true",
+        help="tables with every layer and file (default: like layers share a row)",
+    )
+    group.add_argument(
         "--overwrite", action="store_true", help="replace the checkpoint that is there"
     )
     group.add_argument(

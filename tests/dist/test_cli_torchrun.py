@@ -33,7 +33,7 @@ def torchrun(*argv: str) -> "subprocess.CompletedProcess[str]":
 
 def test_a_quantized_checkpoint_with_its_tables_and_report(source: Path, tmp_path: Path) -> None:
     out, report = tmp_path / "out", tmp_path / "report.json"
-    done = torchrun(*quantize_argv(source, out, report=report))
+    done = torchrun(*quantize_argv(source, out, report=report), "--verbose")
     assert done.returncode == 0, done.stderr
     _check_console(done.stdout)
     _check_report(json.loads(report.read_text()))

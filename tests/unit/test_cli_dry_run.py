@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_quant.cli.collapse import collapse, spelled
+from megatron_quant.cli.tables import statistics_table
 from megatron_quant.models.registry import lookup
 from tests.dist.command import Ended, command, tree
 from tests.unit import tiny
@@ -43,7 +45,7 @@ def spelled_out(name: str) -> list[str]:
 
 def test_every_weight_once_with_bucket_rule_and_bytes(model: Path, tmp_path: Path) -> None:
     before = tree(tmp_path)
-    ended = dry_run(model)
+    ended = dry_run(model, "--verbose")
     assert (ended.status, ended.err) == (0, "")
     weights = [row for row in rows(ended.out) if len(row) == 7]
     names = [name for row in weights for name in spelled_out(row[0])]
@@ -60,8 +62,54 @@ def test_every_weight_once_with_bucket_rule_and_bytes(model: Path, tmp_path: Pat
     assert tree(tmp_path) == before
 
 
+def test_like_layers_share_a_row(model: Path) -> None:
+    config = {**MODEL, "num_hidden_layers": 94, "num_experts": 128}
+    (model / "config.json").write_text(json.dumps(config))
+    out = dry_run(model, "--max-shard-size", "1MB").out
+    assert len(out.splitlines()) < 60
+    weights = {row[0]: row[1:] for row in rows(out) if len(row) == 7}
+    name = "model.layers.{0..93}.mlp.experts.{0..127}.down_proj.weight"
+    count, shape, bucket, rule, before, _ = weights[name]
+    assert (count, shape, rule) == (str(94 * 128), "128x128", "rule 1")
+    assert (bucket, before) == ("nvfp4 g16 x nvfp4", "394.3 MB")  # 94 * 128 * 128 * 128 * 2
+    (files,) = (row for row in rows(out) if row[0].startswith("model-"))
+    found = re.fullmatch(r"model-00001-of-(\d+)\.safetensors to model-(\d+)-of-\1\.s.*", files[0])
+    assert found and found[1] == found[2] and int(found[1]) > 100
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([7], "7"), ([0, 1, 2], "{0..2}"), ([9, 0, 5, 6], "{0,5..6,9}")]
+)
+def test_numbers_are_spelled_in_runs(numbers: list[int], text: str) -> None:
+    assert spelled(numbers) == text
+
+
+def test_rows_of_other_experts_or_kinds_stay_apart() -> None:
+    names = [f"m.layers.{i}.experts.{e}.w" for i in range(3) for e in range(2 + (i == 2))]
+    names += ["m.layers.0.q.w", "m.layers.1.q.w", "mtp.layers.0.q.w", "head.w"]
+    kinds = {"m.layers.1.q.w": 4}
+    rows = list(collapse(names, str, lambda name: kinds.get(name, 8)))
+    assert [name for name, _ in rows] == [
+        "m.layers.{0..1}.experts.{0..1}.w",
+        "m.layers.2.experts.{0..2}.w",
+        "m.layers.0.q.w",
+        "m.layers.1.q.w",
+        "mtp.layers.0.q.w",
+        "head.w",
+    ]
+    assert sorted(n for _, members in rows for n in members) == sorted(names)
+
+
+def test_statistics_share_rows_with_their_ends() -> None:
+    found = [(f"decoder.layers.{i}.fc1.amax", (1,), float(i + 1)) for i in range(3)]
+    (name, shape, values) = (next(iter(c.cells)) for c in statistics_table(found).columns)
+    assert (name, shape) == ("decoder.layers.{0..2}.fc1.amax", "(1,)")
+    assert values == "1.0000e+00 to 3.0000e+00"
+    assert statistics_table(found, verbose=True).row_count == 3
+
+
 def test_rules_files_and_sizes(model: Path) -> None:
-    out = dry_run(model, "--max-shard-size", "200KB").out
+    out = dry_run(model, "--max-shard-size", "200KB", "--verbose").out
     titles = [line.strip() for line in out.splitlines()]
     assert {"Weights", "Coverage", "Files"} <= set(titles)
     files = [row[0] for row in rows(out) if row[0].startswith("model-")]

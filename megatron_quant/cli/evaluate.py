@@ -51,17 +51,15 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     from transformers.utils import logging
 
-    from megatron_quant.evaluate import decoded, evaluate, native
+    from megatron_quant.evaluate import Text, decoded, evaluate, native
 
     out = console()
     if not out.is_terminal:
         logging.disable_progress_bar()
     result = evaluate(
         args.directory,
-        args.text,
+        Text(args.text, args.seq_length, args.max_tokens),
         args.against,
-        args.seq_length,
-        args.max_tokens,
         dtype_of(args.dtype),
         {"decoded": decoded, "native": native}[args.load],
         lambda windows: track(windows, "evaluate", console=out, disable=not out.is_terminal),

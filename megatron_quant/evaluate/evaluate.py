@@ -28,12 +28,23 @@ class Result:
     tokens: int
 
 
-def evaluate(  # noqa: PLR0913
+@dataclass(frozen=True)
+class Text:
+    """A UTF-8 text file, and what of it is read.
+
+    seq_length: tokens that are predicted in each window. max_tokens: how many at most in all; None
+    for the whole text.
+    """
+
+    file: Path
+    seq_length: int = 512
+    max_tokens: int | None = None
+
+
+def evaluate(
     directory: Path,
-    text_file: Path,
+    text: Text,
     against: Path | None = None,
-    seq_length: int = 512,
-    max_tokens: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     load: Load = decoded,
     progress: Progress = iter,
@@ -45,7 +56,7 @@ def evaluate(  # noqa: PLR0913
     :func:`~megatron_quant.evaluate.load.native` by transformers alone; the reference is always
     decoded. Raises QuantError for a text, CheckpointError for a checkpoint that cannot be used.
     """
-    cut = read_windows(directory, text_file, seq_length, max_tokens)
+    cut = read_windows(directory, text.file, text.seq_length, text.max_tokens)
     model = load(directory, dtype)
     reference = decoded(against, dtype) if against else None
     total = score(model, progress(cut), reference)

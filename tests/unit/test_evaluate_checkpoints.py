@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from megatron_quant.errors import CheckpointError, QuantError
-from megatron_quant.evaluate import decoded, evaluate, native, read_windows
+from megatron_quant.evaluate import Text, decoded, evaluate, native, read_windows
 from megatron_quant.evaluate.activations import Activations, QuantizedInputs, linear_weights
 from megatron_quant.formats import amax, decode, encode, fake_quant, get_format, tensor_scale
 
@@ -122,7 +122,7 @@ def model_of(directory: Path):
 
 @torch.no_grad()
 def test_perplexity_of_bf16_equals_transformers_own_loss(moe, text):
-    result = evaluate(moe, text, seq_length=64, dtype=torch.float32)
+    result = evaluate(moe, Text(text, 64), dtype=torch.float32)
     model, cut = model_of(moe), torch.stack(read_windows(moe, text, 64))
     logits = model(cut[:, :-1]).logits
     loss = F.cross_entropy(logits.flatten(0, 1), cut[:, 1:].flatten())
@@ -132,17 +132,17 @@ def test_perplexity_of_bf16_equals_transformers_own_loss(moe, text):
 
 
 def test_kl_of_a_checkpoint_to_itself_is_zero(moe, text):
-    assert evaluate(moe, text, against=moe, seq_length=64).kl == 0
+    assert evaluate(moe, Text(text, 64), against=moe).kl == 0
 
 
 def test_a_quantized_checkpoint_moves_away_from_its_source(quantized, moe, text):
     _, directory = quantized
-    result = evaluate(directory, text, against=moe, seq_length=64, dtype=torch.float32)
+    result = evaluate(directory, Text(text, 64), against=moe, dtype=torch.float32)
     assert 1e-4 < result.kl < 1
 
 
 def test_max_tokens_cuts_the_text(moe, text):
-    assert evaluate(moe, text, seq_length=64, max_tokens=128).tokens == 128
+    assert evaluate(moe, Text(text, 64, 128)).tokens == 128
 
 
 def test_native_reads_bf16_as_decoded_does(moe, text):
@@ -263,14 +263,14 @@ def test_a_missing_tensor_is_named(moe, text, tmp_path):
     del tensors["model.norm.weight"]
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"missing keys: model\.norm\.weight"):
-        evaluate(directory, text, seq_length=64)
+        evaluate(directory, Text(text, 64))
 
 
 def test_a_reference_with_another_vocabulary_is_refused(moe, text, tmp_path):
     config = Qwen3Config(**{**SHAPE, "vocab_size": 300})
     other = save(Qwen3ForCausalLM(config), tmp_path / "other")
     with pytest.raises(CheckpointError, match="vocabulary is 257, the reference's 300"):
-        evaluate(moe, text, against=other, seq_length=64)
+        evaluate(moe, Text(text, 64), against=other)
 
 
 @pytest.mark.parametrize(
@@ -282,13 +282,13 @@ def test_texts_that_cannot_be_used_are_named(moe, tmp_path, content, message):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(QuantError, match=rf"bad\.txt: .*{message}"):
-        evaluate(moe, file, seq_length=64)
+        evaluate(moe, Text(file, 64))
 
 
 def test_a_directory_without_a_tokenizer_is_named(text, tmp_path):
     Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(tmp_path / "bare")
     with pytest.raises(CheckpointError, match="bare: no tokenizer"):
-        evaluate(tmp_path / "bare", text, seq_length=64)
+        evaluate(tmp_path / "bare", Text(text, 64))
 
 
 def test_native_says_what_transformers_cannot_read(text, tmp_path):

@@ -9,7 +9,7 @@ import torch
 import transformers as t
 from torch.nn.functional import cosine_similarity
 
-from megatron_quant.evaluate import decoded, evaluate
+from megatron_quant.evaluate import Text, decoded, evaluate
 from tests.dist.checkpoints import tokenizer
 from tests.unit import hf_models, sources
 
@@ -91,6 +91,6 @@ def test_a_number_and_the_logits_of_transformers(name: str, tmp_path: Path) -> N
     assert cosine_similarity(found.float(), logits.float(), dim=-1).min() > 0.995
     sources.run(source, out)
     text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
-    result = evaluate(out, text, source, seq_length=32, max_tokens=64)
+    result = evaluate(out, Text(text, 32, 64), source)
     assert math.isfinite(result.perplexity) and result.tokens == 64
     assert result.kl is not None and 0 < result.kl < 0.5

@@ -81,6 +81,7 @@ class QuantCallback:
         self._calibrated = False
         self._fresh = True
         self._updates = 0
+        self._step = 0
         self._drift: Drift | None = None
 
     def on_train_start(self, context: Any) -> None:
@@ -89,11 +90,12 @@ class QuantCallback:
 
     def on_train_step_start(self, context: Any) -> None:
         """Megatron-Bridge's event."""
-        self.on_step_begin(context.state.train_state.step)
+        self._step = context.state.train_state.step
+        self.on_step_begin(self._step)
 
     def on_train_step_end(self, context: Any) -> None:
-        """Megatron-Bridge's event, before which it has counted the step."""
-        self.on_step_end(context.state.train_state.step - 1)
+        """Megatron-Bridge's event, before or after which it counts the step."""
+        self.on_step_end(self._step)
 
     def on_train_end(self, context: Any) -> None:
         """Megatron-Bridge's event; also :meth:`finish`."""

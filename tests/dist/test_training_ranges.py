@@ -146,8 +146,8 @@ def _bridge(path: Path) -> list[str]:
     for _ in range(2):
         callback.on_train_step_start(context)
         script.step(BATCHES)
-        train_state.step += 1
         callback.on_train_step_end(context)
+        train_state.step += 1  # Megatron-Bridge counts after the event
     callback.on_checkpoint_save(context)
     callback.on_train_end(context)
     layers = quantized(script.model).layers

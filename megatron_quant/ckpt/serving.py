@@ -12,6 +12,7 @@ from megatron_quant.ckpt.serving_facts import (
     READS,
     SHARDED,
     STACKED_BIASES,
+    WHOLE_GROUPS,
     Fact,
 )
 from megatron_quant.ckpt.serving_shapes import ragged_problem, shape_problem
@@ -40,7 +41,7 @@ def check_serving(
     params: the model's logical parameters (fused); ``plan`` may be of them or of their sources.
     engine: one of ``ENGINES``; None refuses what no engine that reads the dialect can serve.
     tp: tensor-parallel size of the server, 1 where only an engine is given. Without either no
-        shapes are checked.
+        shapes are checked, but for rows that no reader of the dialect takes.
     """
     if tp is not None and tp < 1:
         raise FormatError(f"--serve-tp is {tp}: give at least 1")
@@ -63,7 +64,7 @@ def obstacle(
 ) -> Obstacle | None:
     """The first thing that keeps ``engine`` from serving ``plan``; None where nothing is known.
 
-    tp: as for :func:`check_serving`; None looks at no shapes.
+    tp: as for :func:`check_serving`; None looks at no cuts.
     """
     return next(_obstacles(plan, params, dialect, engine, tp), None)
 
@@ -82,7 +83,8 @@ def _obstacles(
     yield from _of_fused(params, decisions)
     found = [(p, d) for p in params if (d := decisions[p.sources[0].module]).quantized]
     sharded = engine in SHARDED
-    if tp is not None and not sharded and (ragged := ragged_problem(found, dialect)) is not None:
+    whole = dialect in WHOLE_GROUPS if tp is None else not sharded
+    if whole and (ragged := ragged_problem(found, dialect)) is not None:
         yield Obstacle(*ragged)
     yield from _of_mixtures(found, dialect, engine)
     yield from _of_formats(found, dialect, engine)

@@ -18,6 +18,8 @@ ENGINES = tuple(READS)
 """What ``--serve-engine`` may be."""
 SHARDED = ("vllm", "sglang", "tensorrt-llm")
 """Engines whose tensor parallelism gives each rank whole groups and blocks."""
+WHOLE_GROUPS = ("compressed-tensors",)
+"""Dialects none of whose readers takes a row that ends inside a group, whatever its server."""
 STACKED_BIASES = ("vllm", "transformers")
 """Engines that load experts with biases (GPT-OSS) as one stack a layer, and single ones not."""
 _INT4 = ("int4", "int4_asym")

@@ -40,7 +40,7 @@ CASES = {
         "expert_scales": "per_expert",
         **MODELOPT,
     },
-    "int4": {"export_quant_cfg": "int4", **COMPRESSED},
+    "int4": {"export_quant_cfg": "int4", "export_format": "gptq"},
     "fp8_block_mse": {"export_quant_cfg": "fp8_block", "algorithm": "mse", **COMPRESSED},
     "int8": {"export_quant_cfg": "int8", **COMPRESSED},
 }

@@ -16,7 +16,7 @@ from tests.dist.test_layouts import PATIENCE_S, digests, export_all, folder
 LAYOUTS = [(1, 1, 1, 1), (2, 2, 1, 2), (4, 4, 1, 4)]
 CASES = [
     {"export_quant_cfg": "nvfp4", "export_format": "modelopt", "weight_only": True},
-    {"export_quant_cfg": "int4", "export_format": "compressed-tensors", "weight_only": True},
+    {"export_quant_cfg": "int4", "export_format": "gptq", "weight_only": True},
 ]
 
 

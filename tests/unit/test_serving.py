@@ -152,7 +152,18 @@ def test_without_an_engine_one_that_serves_it_is_enough() -> None:
     for recipe, dialect in (("int4", "modelopt"), ("nvfp4", CT), ("int4_asym", CT)):
         check_serving(plan(recipe, of), of, dialect)
     ragged = params(EXPERT, moe_intermediate_size=192)
-    check_serving(plan("int4", ragged), ragged, CT)  # no shapes without an engine or a size
+    check_serving(plan("int4", ragged), ragged, "gptq")  # no shapes without an engine or a size
+    check_serving(plan("fp8_block", ragged), ragged, CT)  # whose last block may be smaller
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int4_asym", "int8_group"])
+def test_groups_that_rows_do_not_fill_are_refused_in_compressed_tensors(recipe: str) -> None:
+    """Without an engine or a size too: its own library refuses them, as every engine does."""
+    ragged = params(EXPERT, moe_intermediate_size=192)
+    assert refusal(plan(recipe, ragged), ragged, CT) == (
+        "no engine can serve this: model.layers.0.mlp.experts.0.down_proj: its 192 inputs end "
+        "inside a group of 128; take group_size: 64"
+    )
 
 
 def test_without_an_engine_what_none_serves_is_refused() -> None:

@@ -47,7 +47,7 @@ from megatron_quant.calib.data import load_texts, shard, token_batches
 from megatron_quant.ckpt.origin import digest_of
 from megatron_quant.ckpt.verify import verify
 from megatron_quant.ckpt.writer import export
-from megatron_quant.cli.console import print_error
+from megatron_quant.cli.failure import fail
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import QuantError
 from megatron_quant.evaluate.tokenizer import load_tokenizer
@@ -376,8 +376,7 @@ def main() -> int:
     try:
         run(parse())
     except QuantError as e:
-        print_error(e)
-        return 1
+        return fail(e)
     return 0
 
 

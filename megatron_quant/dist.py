@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_quant.errors import LostRankError, RankError
-from megatron_quant.faults import fault_of, is_out_of_memory, one_line, shared
+from megatron_quant.faults import MINUTES, fault_of, is_out_of_memory, shared
 
 T = TypeVar("T")
 
@@ -27,11 +27,13 @@ class Groups:
         torch.distributed is not initialized.
     device: where tensors must live for a collective (``cuda`` for NCCL, ``cpu`` for gloo).
     shards: those of them with whom this rank shares tensors; None where no tensor is cut.
+    minutes: how long a rank waits for the slowest, in groups that are made of this one.
     """
 
     model: Any = None
     device: str = "cpu"
     shards: "Shards | None" = None
+    minutes: float = MINUTES
 
     @property
     def rank(self) -> int:
@@ -62,12 +64,11 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        text = one_line(str(e))
-        if not isinstance(e, dist.DistError) and "gloo" not in text:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         raise LostRankError(
-            "the other ranks do not answer: one of them has ended and said why, or is slower than "
-            f"the process group's timeout allows ({text[:200]})"
+            "the other ranks do not answer: one of them has ended, or is slower than "
+            "--distributed-timeout-minutes allows"
         ) from e
 
 

@@ -1,12 +1,16 @@
 """What a rank raised, as it reaches the other ranks and the screen."""
 
 import pickle
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_quant.documents import printable
 from megatron_quant.errors import QuantError, RankError
 
+MINUTES = 120.0
+"""How long ranks wait for the slowest one, where nobody says it."""
+_HAD = "_megatron_quant_had"
 _OUT_OF_MEMORY = (
     "this rank has too little memory: use more ranks (a larger --tp, --pp or --ep), a smaller "
     "--calib-batch-size or --calib-seq-length, or --stream"
@@ -24,6 +28,29 @@ class Fault:
     line: str
     error: QuantError | None = None
     interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Had:
+    """What a person is told of an error that all ranks raise, and which of them had it first.
+
+    is_bug: whether it is none that a user can act on.
+    """
+
+    line: str
+    ranks: tuple[int, ...]
+    is_bug: bool
+
+
+def had(error: BaseException) -> Had | None:
+    """What :func:`shared` noted on ``error``; None for one that this rank has alone."""
+    found = vars(error).get(_HAD)
+    return found if isinstance(found, Had) else None
+
+
+def trace_of(error: BaseException) -> str:
+    """The traceback as Python prints it."""
+    return "".join(traceback.format_exception(error))
 
 
 def line_of(error: BaseException) -> str:
@@ -99,4 +126,8 @@ def shared(error: BaseException | None, faults: Sequence[Fault | None], rank: in
         raised = RankError(f"rank {first} failed: {fault.line}")
     if raised is not error and raised.__cause__ is None:
         raised.__cause__ = error
+    if had(raised) is None:
+        ranks = tuple(r for r, other in having if other.line == fault.line)
+        bug = fault.error is None and not fault.interrupted
+        vars(raised)[_HAD] = Had(fault.line, ranks, bug)
     return raised

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_quant.api.agree import check_options, check_plans
 from megatron_quant.api.options import parse_size
 from megatron_quant.api.phases import Phases
 from megatron_quant.api.target import check_not_source, existing_of, with_beside
-from megatron_quant.ckpt.companions import companions
+from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.layout import Layout
 from megatron_quant.ckpt.origin import Origin, digest_of, source_digest
@@ -15,6 +16,7 @@ from megatron_quant.ckpt.pipeline import WriteOptions
 from megatron_quant.ckpt.plan import ExportPlan, plan_export
 from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.serving import check_serving
+from megatron_quant.ckpt.target import Existing
 from megatron_quant.ckpt.transcode import plan_of, transcode, whole_tensors
 from megatron_quant.ckpt.verify import verify
 from megatron_quant.ckpt.views import params_of
@@ -53,30 +55,59 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritte
     Collective. Raises a QuantError, the same on every rank; an unfinished export is removed (with
     ``options.resume``: kept, to be continued).
     """
+    check_options(options, groups)
+    work = together(groups, lambda: _planned(options, groups.size))
+    check_plans(groups, work.origin, work.plan)
+    plan, files = work.plan, work.files
+    own = sum(part.nbytes for part in plan.parts_of(groups.rank))
+    with phases.transfer("export", own) as progress:
+        produce = partial(transcode, checkpoint=work.checkpoint)
+        out, existing = options.export_dir, work.existing
+        export(plan, groups, produce, out, files, existing, progress, work.writing)
+    together(groups, lambda: _verify(options) if groups.rank == 0 else None)
+    return Rewritten(plan, files.left_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is known before a tensor is read."""
+
+    checkpoint: QuantizedCheckpoint
+    plan: ExportPlan
+    files: Companions
+    origin: Origin
+    existing: Existing
+    writing: WriteOptions
+
+
+def _planned(options: ExportOptions, world: int) -> _Work:
+    """Raises the QuantError of whatever does not fit; nothing has been written then."""
     existing = existing_of(options.overwrite, options.resume)
     writing = WriteOptions(options.io_threads, options.fsync)
-    checkpoint = together(groups, lambda: QuantizedCheckpoint(options.source))
-    together(groups, lambda: check_not_source(options.export_dir, options.source))
-    fused = together(groups, lambda: params_of(checkpoint))
+    checkpoint = QuantizedCheckpoint(options.source)
+    check_not_source(options.export_dir, options.source)
+    fused = params_of(checkpoint)
     params = whole_tensors(fused)
-    quant = together(groups, lambda: plan_of(checkpoint, params))
+    quant = plan_of(checkpoint, params)
     dialect = get_dialect(options.export_format)
     check_serving(quant, fused, dialect.name, options.serve_engine, options.serve_tp)
-    layout = Layout.simulate(groups.size, 1, 1, 1)
+    layout = Layout.simulate(world, 1, 1, 1)
     embedding = next(param for param in params if param.role is Role.EMBEDDING)
     dtype = checkpoint.tensors[embedding.name].dtype
     kept = {name: info.dtype for name, info in checkpoint.tensors.items()}
     shard_bytes = parse_size(options.max_shard_size)
     plan = plan_export(params, quant, dialect, layout, dtype, shard_bytes, kept)
-    origin = together(groups, lambda: _origin(checkpoint, options))
+    origin = _origin(checkpoint, options)
     files = companions(checkpoint.config, quant, dialect, dtype, origin=origin)
     files = with_beside(files, options.source, checkpoint)
-    own = sum(part.nbytes for part in plan.parts_of(groups.rank))
-    with phases.transfer("export", own) as progress:
-        produce = partial(transcode, checkpoint=checkpoint)
-        export(plan, groups, produce, options.export_dir, files, existing, progress, writing)
-    together(groups, lambda: _verify(options) if groups.rank == 0 else None)
-    return Rewritten(plan, files.left_out)
+    return _Work(
+        checkpoint=checkpoint,
+        plan=plan,
+        files=files,
+        origin=origin,
+        existing=existing,
+        writing=writing,
+    )
 
 
 def _origin(checkpoint: QuantizedCheckpoint, options: ExportOptions) -> Origin:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state as mpu
 
+from megatron_quant.api.agree import check_options, check_plans, check_tokens, fetched
 from megatron_quant.api.inputs import Inputs, open_inputs
 from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
@@ -67,11 +68,15 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     Collective. Raises a QuantError, the same on every rank, before anything is written or with
     what was written removed (with ``options.resume``: kept, to be continued).
     """
+    check_options(options, groups)
     with phases.time("plan"):
+        options = fetched(options, groups)
         saved = None
         if options.megatron_load_path is not None:
             saved = open_saved(options.megatron_load_path, groups)
         inputs = together(groups, lambda: open_inputs(options, groups.size, saved))
+        check_plans(groups, inputs.origin, inputs.job.export)
+        check_tokens(groups, [*inputs.batches, *inputs.windows])
     job = inputs.job
     model = _model(inputs, groups, phases)
     assert model.layout == job.layout, "the plan's owners are not where Megatron put the ranks"
@@ -91,7 +96,7 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     report = None
     if options.export_dir is not None:
         found = (calibration.weight_amax, calibration.input_amax, kv_amax)
-        digest = statistics_digest(job, options, *found)
+        digest = together(groups, lambda: statistics_digest(job, options, *found))
         produced = producer(model, layers, cached, _drafts(job))
         _export(options, inputs, model, produced, digest, phases)
         with phases.time("verify"):
@@ -116,7 +121,7 @@ def _model(inputs: Inputs, groups: Groups, phases: Phases) -> Model:
     if inputs.checkpoint is None:
         return empty_model(job.architecture, job.hf_config, job.layout, groups, job.dtype)
     live = [param for param in job.params if param.role is not Role.DRAFT]
-    held = len(local_params(live, job.layout, groups.rank))
+    held = together(groups, lambda: len(local_params(live, job.layout, groups.rank)))
     with phases.bar("load", held) as progress:
         return load_model(
             inputs.checkpoint, job.architecture, job.layout, groups, job.dtype, progress

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_quant.api.agree import check_options, check_plans, fetched
 from megatron_quant.api.job import Job, Model, decide, replanned
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
@@ -115,11 +116,15 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
     anything is written or with what was written removed.
     """
     assert options.export_dir is not None, "an export needs a directory"
+    check_options(options, groups)
     with phases.time("plan"):
+        options = fetched(options, groups)
         planned = together(groups, lambda: plan_stream(options, groups.size))
-        job = planned.job
-        out, existing = options.export_dir, _existing(options)
-        files = together(groups, lambda: checked_companions(job, out, existing, origin_of(job)))
+        job, out = planned.job, options.export_dir
+        existing = together(groups, lambda: _existing(options))
+        origin = together(groups, lambda: origin_of(job))
+        check_plans(groups, origin, job.export)
+        files = together(groups, lambda: checked_companions(job, out, existing, origin))
     inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
     source = Source(planned.checkpoint, job.dtype)
     found, amaxes = _weight_amaxes(job, source, groups, phases)
@@ -135,8 +140,10 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
     )
     with phases.time("verify"):
         report = verified(options.export_dir, job.source, groups)
-    if inputs is not None and groups.rank == 0:
-        save_amaxes(options, job, inputs)
+    if inputs is not None:
+        measured = inputs
+        first = groups.rank == 0
+        together(groups, lambda: save_amaxes(options, job, measured) if first else None)
     return Streamed(
         job=job, weight_amax=found, inputs=inputs, verified=report, left_out=files.left_out
     )

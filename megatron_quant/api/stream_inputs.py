@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_quant.api.agree import check_tokens
 from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
@@ -39,6 +40,7 @@ def calibrate_inputs(
             return batches, model, InputAmax(watched(model, params))
 
         batches, model, seen = together(groups, start)
+        check_tokens(groups, batches)
     own = shard(batches, groups.rank, groups.size)
 
     def forward() -> None:

@@ -1,4 +1,4 @@
-"""What the user sees: progress, tables and one-line errors. Rank 0 talks; errors are everyone's."""
+"""What the user sees: progress, tables and one-line errors. Rank 0 talks."""
 
 import os
 import sys
@@ -43,15 +43,6 @@ def console() -> Console:
 def escape(text: str) -> str:
     """``text`` as a console prints it: no markup, and nothing that moves the cursor."""
     return markup.escape(printable(text))
-
-
-def print_error(error: Exception) -> None:
-    """One line on standard error, from every rank that has the error."""
-    where = f"[rank {rank()}] " if "RANK" in os.environ else ""
-    message = printable(" ".join(str(error).split()))
-    # In one write, newline included: other ranks may write to the same pipe.
-    sys.stderr.write(f"{where}megatron-quant: error: {message}\n")
-    sys.stderr.flush()
 
 
 def check_file(flag: str, path: Path | None) -> None:

@@ -82,7 +82,8 @@ def _from_megatron(args: argparse.Namespace) -> None:
     given = {f.name: getattr(args, f.name) for f in fields(QuantizeOptions) if f.name in args}
     options = QuantizeOptions(export_quant_cfg=None, **given)
     out = console()
-    outcome = quantize(options, start_distributed(), Phases(out))
+    groups = start_distributed(args.distributed_timeout_minutes)
+    outcome = quantize(options, groups, Phases(out))
     assert outcome.job.export is not None
     out.print(files_table(outcome.job.export, args.verbose))
     for line in left_out_lines(outcome.left_out):
@@ -106,7 +107,8 @@ def _rewrite(args: argparse.Namespace) -> None:
         fsync=args.fsync,
         resume=args.resume,
     )
-    rewritten = reexport(options, start_ranks(), Phases(out))
+    groups = start_ranks(args.distributed_timeout_minutes)
+    rewritten = reexport(options, groups, Phases(out))
     out.print(files_table(rewritten.plan, args.verbose))
     for line in left_out_lines(rewritten.left_out):
         out.print(line)

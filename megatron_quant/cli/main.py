@@ -1,13 +1,16 @@
 """``megatron-quant VERB``: parse, call, print."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 
+from megatron_quant import __version__
 from megatron_quant.cli import evaluate, export, quantize, verify
-from megatron_quant.cli.console import print_error
-from megatron_quant.errors import QuantError
+from megatron_quant.cli.failure import TRACEBACK, fail
+from megatron_quant.errors import QuantError, RankError
+from megatron_quant.faults import MINUTES
 
 _DESCRIPTION = """\
 Quantize Megatron-Core / Transformer Engine models, mixture-of-experts first.
@@ -29,24 +32,91 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for module in (quantize, export, verify, evaluate):
         module.add_parser(verbs)
+    for verb in verbs.choices.values():
+        _running_flags(verb)
     return top
+
+
+def _running_flags(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("running")
+    group.add_argument(
+        "--distributed-timeout-minutes",
+        type=float,
+        default=MINUTES,
+        metavar="M",
+        help="under torchrun: how long a rank waits for the slowest, which may read, download or "
+        f"write meanwhile, before it gives up (default {MINUTES:g})",
+    )
+    group.add_argument(
+        "--traceback",
+        action="store_true",
+        help=f"show where an error comes from; so does {TRACEBACK}=1",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Call the verb; its exit status. An error that the user can act on becomes one line."""
     try:
+        if not args.distributed_timeout_minutes > 0:
+            minutes = args.distributed_timeout_minutes
+            raise QuantError(f"--distributed-timeout-minutes is {minutes:g}: give more than 0")
+        if _is_one_of_many():
+            _check_started_alike(args)
         args.run(args)
-    except QuantError as error:
-        print_error(error)
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        return fail(error, args.traceback)
     return 0
+
+
+def _is_one_of_many() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _check_started_alike(args: argparse.Namespace) -> None:
+    # Only here: torch takes seconds to import.
+    from megatron_quant.rendezvous import check_started_alike
+
+    check_started_alike(_started(args), args.distributed_timeout_minutes)
+
+
+def _started(args: argparse.Namespace) -> dict[str, str]:
+    """What must be the same on all ranks, as a person calls it."""
+    import torch
+
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
+    del flags["--run"]
+    return {
+        "the command line": "well",
+        "the version of megatron_quant": __version__,
+        "the version of torch": torch.__version__,
+        "whether there is a GPU": str(torch.cuda.is_available()),
+        "the verb": str(flags.pop("--verb")),
+        **{name: str(value) for name, value in flags.items()},
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what other libraries warn of; python -W shows it
-    return run(parser().parse_args(argv))
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit:
+        _tell_the_others()
+        raise
+    return run(args)
+
+
+def _tell_the_others() -> None:
+    """That this rank does not run: its flags were refused, or ask for help."""
+    if not _is_one_of_many():
+        return
+    from megatron_quant.rendezvous import check_started_alike
+
+    try:
+        check_started_alike({"the command line": "none that runs"})
+    except RankError as error:
+        fail(error)
 
 
 if __name__ == "__main__":

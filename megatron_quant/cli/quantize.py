@@ -2,9 +2,10 @@
 
 import argparse
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_quant.api.options import DTYPES, QuantizeOptions, chosen_recipe
 from megatron_quant.cli.console import Phases, check_file, console, rank
@@ -34,6 +35,7 @@ from megatron_quant.recipes.schema import EXPERT_SCALES, KV_CACHES
 
 if TYPE_CHECKING:
     from megatron_quant.api.job import Job
+    from megatron_quant.dist import Groups
 
 _EPILOG = """\
 examples:
@@ -210,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
         _dry_run(options, args.verbose)
     else:
         _check_export_dir(options)
-        _quantize(options, args.report, args.verbose)
+        _quantize(options, args)
 
 
 def _check_export_dir(options: QuantizeOptions) -> None:
@@ -257,16 +259,15 @@ def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
         return _print_plan(plan_stream(options, 1).job, options, args.verbose)
     out = console()
     phases = Phases(out)
-    groups = start_ranks()
+    groups = start_ranks(args.distributed_timeout_minutes)
     together(groups, lambda: check_file("--report", args.report) if rank() == 0 else None)
     streamed = stream(options, groups, phases)
     for line in summary_of_stream(streamed, phases.seconds):
         out.print(line)
-    if args.report and rank() == 0:
-        write_json(args.report, stream_as_json(streamed, phases.seconds))
+    _write_report(args.report, groups, lambda: stream_as_json(streamed, phases.seconds))
 
 
-def _quantize(options: QuantizeOptions, report: Path | None, verbose: bool) -> None:
+def _quantize(options: QuantizeOptions, args: argparse.Namespace) -> None:
     ready_host()
     from megatron_quant.api.quantize import quantize
     from megatron_quant.dist import together
@@ -274,11 +275,19 @@ def _quantize(options: QuantizeOptions, report: Path | None, verbose: bool) -> N
 
     out = console()
     phases = Phases(out)
-    groups = start_distributed()
-    together(groups, lambda: check_file("--report", report) if rank() == 0 else None)
+    groups = start_distributed(args.distributed_timeout_minutes)
+    together(groups, lambda: check_file("--report", args.report) if rank() == 0 else None)
     outcome = quantize(options, groups, phases)
-    out.print(statistics_table(outcome.statistics, verbose))
+    out.print(statistics_table(outcome.statistics, args.verbose))
     for line in summary(outcome, phases.seconds):
         out.print(line)
-    if report and rank() == 0:
-        write_json(report, as_json(outcome, phases.seconds))
+    _write_report(args.report, groups, lambda: as_json(outcome, phases.seconds))
+
+
+def _write_report(
+    path: Path | None, groups: "Groups", content: Callable[[], Mapping[str, Any]]
+) -> None:
+    from megatron_quant.dist import together
+
+    if path is not None:
+        together(groups, lambda: write_json(path, content()) if groups.rank == 0 else None)

@@ -1,14 +1,16 @@
 """The ranks of verbs that need no model."""
 
-import os
-
 import torch.distributed as dist
 
 from megatron_quant.dist import Groups
+from megatron_quant.rendezvous import is_one_of_many, join
 
 
-def start_ranks() -> Groups:
-    """All ranks that ``torchrun`` started, which meet over gloo; one process without it."""
-    if not dist.is_initialized() and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
-    return Groups()
+def start_ranks(minutes: float) -> Groups:
+    """All ranks that ``torchrun`` started, which meet over gloo; one process without it.
+
+    minutes: how long a rank waits for the slowest.
+    """
+    if not dist.is_initialized() and is_one_of_many():
+        join("gloo", minutes)
+    return Groups(minutes=minutes)

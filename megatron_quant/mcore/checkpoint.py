@@ -96,10 +96,14 @@ def load(chunks: Chunks, stored: TorchDist, groups: Groups) -> None:
     sharded, _, factories = load_preprocess(state)
     check_keys(shapes_of(sharded), stored, groups)
     loaded = read_tensors(sharded, stored, groups)
-    merged = apply_factory_merges(loaded, factories)
-    for chunk, name in zip(chunks, state, strict=True):
-        _assign(chunk, merged[name])
-    together(groups, lambda: _check_finite(chunks, stored.path))
+
+    def assign() -> None:
+        merged = apply_factory_merges(loaded, factories)
+        for chunk, name in zip(chunks, state, strict=True):
+            _assign(chunk, merged[name])
+        _check_finite(chunks, stored.path)
+
+    together(groups, assign)
 
 
 def read_tensors(sharded: dict[str, Any], stored: TorchDist, groups: Groups) -> dict[str, Any]:

@@ -80,9 +80,13 @@ def wrap_model(
     may be padded to any number of rows.
     """
     given = (module,) if isinstance(module, nn.Module) else tuple(module)
-    described = architecture.megatron_config(hf_config)
-    chunks = together(groups, lambda: tuple(_checked(chunk, described) for chunk in given))
-    params = architecture.params(hf_config)
+
+    def understood() -> tuple[tuple[GPTModel, ...], tuple[Param, ...]]:
+        described = architecture.megatron_config(hf_config)
+        chunks = tuple(_checked(chunk, described) for chunk in given)
+        return chunks, architecture.params(hf_config)
+
+    chunks, params = together(groups, understood)
     layout = megatron_layout(groups, num_experts(params), chunks)
     together(groups, lambda: check_place(chunks, layout, num_layers(params)))
     params = _padded(params, chunks, layout, groups)
@@ -143,8 +147,11 @@ def empty_model(
     dtype: torch.dtype,
 ) -> Model:
     """Build the model at ``layout``, its weights not yet filled. Collective."""
-    start_megatron(layout)
-    chunks = build_model(architecture, hf_config, layout, dtype)
+    start_megatron(layout, groups.minutes)
+    if layout.pp_size == 1:
+        chunks = together(groups, lambda: build_model(architecture, hf_config, layout, dtype))
+    else:  # stages talk to one another as Megatron builds them
+        chunks = build_model(architecture, hf_config, layout, dtype)
     return wrap_model(chunks, architecture, hf_config, groups)
 
 

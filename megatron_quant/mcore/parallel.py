@@ -10,30 +10,28 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_quant.ckpt.layout import Coord, Layout
 from megatron_quant.dist import Groups, Shards, gather
+from megatron_quant.rendezvous import join
 
 
-def start_distributed() -> Groups:
+def start_distributed(minutes: float = Groups.minutes) -> Groups:
     """Join the ranks that ``torchrun`` started (one rank where it did not); idempotent.
 
-    NCCL with one GPU a local rank where CUDA is available, else gloo.
+    NCCL with one GPU a local rank where CUDA is available, else gloo. minutes: how long a rank
+    waits for the slowest.
     """
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Groups(None, "cuda" if cuda else "cpu")
+        join("nccl" if cuda else "gloo", minutes)
+    return Groups(None, "cuda" if cuda else "cpu", minutes=minutes)
 
 
-def start_megatron(layout: Layout) -> None:
+def start_megatron(layout: Layout, minutes: float = Groups.minutes) -> None:
     """Make Megatron's process groups at the sizes of ``layout``, in place of others there may be.
 
     Groups of these sizes stay: Megatron never closes what it replaces, and each of its some twenty
-    groups keeps a thread and a socket for each of its ranks.
+    groups keeps a thread and a socket for each of its ranks. minutes: as of the default group.
     """
     if _runs_at(layout):
         return
@@ -44,6 +42,7 @@ def start_megatron(layout: Layout) -> None:
         expert_tensor_parallel_size=layout.etp_size,
         pipeline_model_parallel_size=layout.pp_size,
         virtual_pipeline_model_parallel_size=virtual_size(layout),
+        distributed_timeout_minutes=minutes,
     )
 
 

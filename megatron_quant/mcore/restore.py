@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_quant.alike import check_alike
 from megatron_quant.calib.calibrate import calibrate_weights
 from megatron_quant.calib.search import follow_weights
+from megatron_quant.ckpt.origin import digest_of
 from megatron_quant.ckpt.saved import Saved, parse_description
 from megatron_quant.ckpt.torch_dist import open_torch_dist
 from megatron_quant.dist import Groups, together
@@ -25,6 +27,8 @@ def open_saved(directory: Path, groups: Groups) -> Saved:
     Raises CheckpointError, on every rank alike, where there is none or it cannot be read.
     """
     stored = together(groups, lambda: open_torch_dist(directory))
+    digest = digest_of([[key, *shape] for key, shape in sorted(stored.shapes.items())])
+    check_alike(groups, **{f"the digest of {directory}": digest[:12]})
     return parse_description(stored, checkpoint.read_description(stored, groups))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,15 +54,13 @@ def quantize_argv(source: Path, out: Path, **flags: object) -> list[str]:
 
 
 def message(ended: Sequence[Ended]) -> str:
-    """The one line that every rank ended with, without the rank's number."""
-    messages = set()
-    for rank, e in enumerate(ended):
-        assert e.status == 1, f"rank {rank}: {e}"
-        start = f"[rank {rank}] megatron-quant: error: "
-        assert e.err.startswith(start) and e.err.count("\n") == 1, f"rank {rank}: {e.err}"
-        messages.add(e.err.removeprefix(start).rstrip("\n"))
-    (only,) = messages
-    return only
+    """The one line that the ranks ended with, without who says it and how many had it."""
+    assert [e.status for e in ended] == [1] * len(ended), ended
+    (said,) = {rank: e.err for rank, e in enumerate(ended) if e.err}.items()
+    rank, line = said
+    start = f"[rank {rank}] megatron-quant: error: "
+    assert line.startswith(start) and line.count("\n") == 1, line
+    return re.sub(r" \(on \d+ ranks\)$", "", line.removeprefix(start).rstrip("\n"))
 
 
 def refused(ranks: Ranks, folder: Path, argv: Sequence[str], world: int = 2) -> str:

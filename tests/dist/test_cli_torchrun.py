@@ -87,11 +87,11 @@ def test_a_bad_weight_ends_all_ranks(source: Path, tmp_path: Path) -> None:
     done = torchrun(*quantize_argv(bad, tmp_path / "out"))
     assert done.returncode != 0
     said = re.findall(r"^\[rank (\d)\] megatron-quant: error: (.*)$", done.stderr, re.MULTILINE)
-    # torchrun ends the ranks that are left when the first one has gone, so not all need speak.
-    assert said and {rank for rank, _ in said} <= set("0123")
-    assert {text for _, text in said} == {
-        f"{bad}: {EXPERT} has NaN or Inf; repair the checkpoint or fetch it again"
-    }
+    ((rank, text),) = said  # told once, by one of the two ranks that hold the expert
+    assert rank in "0123"
+    assert text == (
+        f"{bad}: {EXPERT} has NaN or Inf; repair the checkpoint or fetch it again (on 2 ranks)"
+    )
     assert "megatron_quant/" not in done.stderr  # no traceback but torchrun's own, of its agent
     assert tree(tmp_path) == before
 

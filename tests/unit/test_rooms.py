@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 _LOWER = {"errors", "documents", "fields", "formats", "recipes"}
 _CALIB = _LOWER | {"dist", "layers"}
-_CORE = _CALIB | {"calib", "cpu", "ckpt", "models", "evaluate"}
+_CORE = _CALIB | {"alike", "rendezvous", "calib", "cpu", "ckpt", "models", "evaluate"}
 _ALL = _CORE | {"mcore", "stream"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -19,6 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "faults": {"errors", "documents"},
     "fields": {"errors", "documents"},
     "dist": {"errors", "faults"},
+    "alike": {"errors", "faults", "dist"},
+    "rendezvous": {"errors", "faults", "alike"},
     "formats": {"errors"},
     "models": {"errors", "documents", "fields"},
     "recipes": {"errors", "documents", "formats"},
@@ -31,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stream": _LOWER | {"dist", "models", "ckpt"},
     "mcore": _CORE,
     "api": _ALL,
-    "cli": _ALL | {"api"},
+    "cli": _ALL | {"api", "faults"},
     "__main__": _ALL | {"api", "cli"},
 }
 # An outside library, and the rooms or files that may import it.

@@ -1,0 +1,112 @@
+"""Where ranks that ``torchrun`` started meet: a store, over which they compare and then join.
+
+All of it works before there is a process group, and whatever state a group is in.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import cache
+from itertools import count
+
+import torch.distributed as dist
+
+from megatron_quant.alike import difference
+from megatron_quant.errors import LostRankError, RankError
+from megatron_quant.faults import MINUTES
+
+_RUNS, _MEETINGS = count(), count()
+_READ_SECONDS = 10.0
+
+
+def is_one_of_many() -> bool:
+    """Whether ``torchrun``, or whatever sets what it sets, started this process and others.
+
+    Raises RankError where it is one of several, but cannot find them.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return False
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing or not size.isdecimal():
+        raise RankError(
+            f"WORLD_SIZE is {size}{f', but {missing[0]} is not set' if missing else ''}: start the "
+            "ranks with torchrun, or unset WORLD_SIZE for one process"
+        )
+    return True
+
+
+@cache
+def _store() -> tuple[dist.Store, int, int]:
+    """The store, this rank and how many there are."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    return store, rank, size
+
+
+def join(backend: str, minutes: float = MINUTES) -> None:
+    """Make the default process group of all ranks, whose collectives wait for ``minutes``."""
+    timeout = timedelta(minutes=minutes)
+    if is_one_of_many():
+        store, rank, size = _store()
+        store.set_timeout(timeout)
+        group = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=timeout)
+    else:
+        alone = dist.HashStore()
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
+
+
+def check_started_alike(said: Mapping[str, str], minutes: float = MINUTES) -> None:
+    """Raise RankError, on every rank, where ``said`` is not the same on all.
+
+    It waits for all ranks, but needs no process group of them: call it before anything that does.
+    """
+    if not is_one_of_many():
+        return
+    run = f"run{next(_RUNS)}"
+    try:
+        store, rank, size = _store()
+        store.set_timeout(timedelta(minutes=minutes))
+        store.set(f"{run}/{rank}", json.dumps(said))
+        found = [json.loads(store.get(f"{run}/{other}")) for other in range(size)]
+    except (RuntimeError, ValueError) as error:
+        raise LostRankError(
+            f"not all of the {os.environ['WORLD_SIZE']} ranks came to {_address()} within "
+            f"{minutes:g} minutes: see what the others say, or raise --distributed-timeout-minutes"
+        ) from error
+    share("", _READ_SECONDS)  # all have read: the rank that keeps the store may end
+    other = difference(found)
+    if other is not None:
+        raise RankError(f"the ranks were not started alike: {other}; start all with one command")
+
+
+def share(said: str, seconds: float) -> dict[int, str]:
+    """What each rank says, by rank; without those that have not come here after ``seconds``.
+
+    It works whatever has become of the others, so that nothing waits for one that has ended.
+    """
+    try:
+        if not is_one_of_many():
+            return {0: said}
+        store, rank, size = _store()
+    except (RankError, RuntimeError, ValueError):
+        return {_rank(): said}
+    place, until = f"meeting{next(_MEETINGS)}", time.monotonic() + seconds
+    keys = [f"{place}/{other}" for other in range(size)]
+    try:
+        store.set(keys[rank], said)
+        while not store.check(keys) and time.monotonic() < until:
+            time.sleep(0.01)
+        return {r: store.get(key).decode() for r, key in enumerate(keys) if store.check([key])}
+    except RuntimeError:
+        return {rank: said}  # whoever kept the store has gone
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_quant.api.agree import check_options, check_plans
 from megatron_quant.api.options import parse_size
 from megatron_quant.api.phases import Phases
-from megatron_quant.api.target import check_not_source, existing_of, with_beside
+from megatron_quant.api.target import Verification, check_place, existing_of, with_beside
 from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.layout import Layout
@@ -18,7 +18,6 @@ from megatron_quant.ckpt.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.serving import check_serving
 from megatron_quant.ckpt.target import Existing
 from megatron_quant.ckpt.transcode import plan_of, transcode, whole_tensors
-from megatron_quant.ckpt.verify import verify
 from megatron_quant.ckpt.views import params_of
 from megatron_quant.ckpt.writer import export
 from megatron_quant.dist import Groups, together
@@ -63,8 +62,8 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritte
     with phases.transfer("export", own) as progress:
         produce = partial(transcode, checkpoint=work.checkpoint)
         out, existing = options.export_dir, work.existing
-        export(plan, groups, produce, out, files, existing, progress, work.writing)
-    together(groups, lambda: _verify(options) if groups.rank == 0 else None)
+        check = Verification(out, None, groups, phases)
+        export(plan, groups, produce, out, files, existing, progress, work.writing, check)
     return Rewritten(plan, files.left_out)
 
 
@@ -85,7 +84,7 @@ def _planned(options: ExportOptions, world: int) -> _Work:
     existing = existing_of(options.overwrite, options.resume)
     writing = WriteOptions(options.io_threads, options.fsync)
     checkpoint = QuantizedCheckpoint(options.source)
-    check_not_source(options.export_dir, options.source)
+    check_place(options.export_dir, options.source)
     fused = params_of(checkpoint)
     params = whole_tensors(fused)
     quant = plan_of(checkpoint, params)
@@ -114,7 +113,3 @@ def _origin(checkpoint: QuantizedCheckpoint, options: ExportOptions) -> Origin:
     """The recipe is whatever the source's config says of its quantization."""
     recipe = digest_of(checkpoint.config.get("quantization_config"))
     return Origin(recipe, source_digest(options.source))
-
-
-def _verify(options: ExportOptions) -> None:
-    verify(options.export_dir).raise_for_problems()

@@ -14,7 +14,7 @@ from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
 from megatron_quant.api.save import save_model
-from megatron_quant.api.target import statistics_digest, verified
+from megatron_quant.api.target import Verification, statistics_digest
 from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
 from megatron_quant.calib.kv_cache import calibrate_kv_cache, run_rest, watch
@@ -93,15 +93,15 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
         with phases.time("save"):
             path, config = options.megatron_save_path, dict(job.hf_config)
             save_model(model, path, job.source, config, groups)
-    report = None
+    check = None
     if options.export_dir is not None:
         found = (calibration.weight_amax, calibration.input_amax, kv_amax)
         digest = together(groups, lambda: statistics_digest(job, options, *found))
         produced = producer(model, layers, cached, _drafts(job))
-        _export(options, inputs, model, produced, digest, phases)
-        with phases.time("verify"):
-            source = job.source if options.megatron_load_path is None else None
-            report = verified(options.export_dir, source, groups)
+        source = job.source if options.megatron_load_path is None else None
+        check = Verification(options.export_dir, source, groups, phases)
+        _export(options, inputs, model, produced, digest, phases, check)
+    report = check.report if check else None
     left_out = inputs.companions.left_out if inputs.companions else ()
     return Outcome(
         job=job,
@@ -214,6 +214,7 @@ def _export(
     produced: Produce,
     scales: str,
     phases: Phases,
+    check: Verification,
 ) -> None:
     """Write the files; ``scales``: digest of what calibration found."""
     plan, beside = inputs.job.export, inputs.companions
@@ -229,6 +230,7 @@ def _export(
             inputs.existing,
             progress,
             inputs.writing,
+            check,
         )
 
 

@@ -11,11 +11,11 @@ from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.api.phases import Phases
 from megatron_quant.api.stream_inputs import calibrate_inputs, save_amaxes
 from megatron_quant.api.target import (
+    Verification,
     checked_companions,
     existing_of,
     origin_of,
     statistics_digest,
-    verified,
 )
 from megatron_quant.ckpt.companions import Companions
 from megatron_quant.ckpt.keep import check_fused, keeping
@@ -135,17 +135,15 @@ def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed
         input_amax=inputs.scales if inputs else {},
         kept=planned.kept,
     )
-    _export(
-        options, job, groups, producer, _with_statistics(files, job, options, found, inputs), phases
-    )
-    with phases.time("verify"):
-        report = verified(options.export_dir, job.source, groups)
+    check = Verification(options.export_dir, job.source, groups, phases)
+    files = _with_statistics(files, job, options, found, inputs)
+    _export(options, job, groups, producer, files, phases, check)
     if inputs is not None:
         measured = inputs
         first = groups.rank == 0
         together(groups, lambda: save_amaxes(options, job, measured) if first else None)
     return Streamed(
-        job=job, weight_amax=found, inputs=inputs, verified=report, left_out=files.left_out
+        job=job, weight_amax=found, inputs=inputs, verified=check.report, left_out=files.left_out
     )
 
 
@@ -169,12 +167,13 @@ def _export(
     producer: Producer,
     files: Companions,
     phases: Phases,
+    check: Verification,
 ) -> None:
     assert options.export_dir is not None
     writing = WriteOptions(options.io_threads, options.fsync)
     with phases.transfer("export", _nbytes(job.export.parts_of(groups.rank))) as progress:
         existing, out = _existing(options), options.export_dir
-        export(job.export, groups, producer, out, files, existing, progress, writing)
+        export(job.export, groups, producer, out, files, existing, progress, writing, check)
 
 
 def _existing(options: QuantizeOptions) -> Existing:

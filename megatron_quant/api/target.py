@@ -1,15 +1,17 @@
 """Where an export goes, checked alike for every verb that writes one, before and after."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_quant.api.job import Job
 from megatron_quant.api.options import QuantizeOptions
+from megatron_quant.api.phases import Phases
 from megatron_quant.ckpt.beside import beside
 from megatron_quant.ckpt.companions import Companions, companions
 from megatron_quant.ckpt.origin import Origin, digest_of, recipe_digest, source_digest
 from megatron_quant.ckpt.reader import Weights
 from megatron_quant.ckpt.saved import Saved
-from megatron_quant.ckpt.target import Existing, check_target
+from megatron_quant.ckpt.target import Existing, check_apart, check_target
 from megatron_quant.ckpt.verify import Report, verify
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import ExportError
@@ -27,12 +29,18 @@ def existing_of(overwrite: bool, resume: bool) -> Existing:
     return Existing.REPLACE if overwrite else Existing.REFUSE
 
 
-def check_not_source(export_dir: Path, source: Path) -> None:
-    """Raise ExportError where an export would replace the checkpoint that it is made of."""
-    if export_dir.is_dir() and export_dir.samefile(source):
+def check_place(export_dir: Path, *sources: Path) -> None:
+    """Raise ExportError where an export would lie in, or around, what it is made of.
+
+    Nor may it be the directory in which the run stands.
+    """
+    if export_dir.resolve() == Path.cwd():
         raise ExportError(
-            f"--export-dir {export_dir} is the source checkpoint; choose another directory"
+            f"--export-dir {export_dir} is the directory that the command runs in; give one of its"
+            " own"
         )
+    for source in sources:
+        check_apart(export_dir, source)
 
 
 def origin_of(job: Job, saved: Saved | None = None) -> Origin:
@@ -61,7 +69,7 @@ def checked_companions(
     Raises ExportError where they may not.
     """
     assert job.dialect is not None and job.export is not None
-    check_not_source(export_dir, job.source)
+    check_place(export_dir, job.source)
     files = with_beside(
         companions(job.hf_config, job.quant, job.dialect, job.dtype, origin=origin),
         job.source,
@@ -83,16 +91,30 @@ def with_beside(files: Companions, source: Path, checkpoint: Weights | None) -> 
     return files.beside(source, found.carried, [*unread, *found.left_out])
 
 
-def verified(export_dir: Path, source: Path | None, groups: Groups) -> Report | None:
-    """What verifying the export found, on rank 0; None on the others.
+class Verification:
+    """Verifies an export before its files have their own names; called on every rank.
 
-    source: what its tensors are compared with; None where that is not at hand.
-    Collective. Raises VerifyError, on every rank, for the first problem.
+    report: what was found, on rank 0; None on the others.
     """
-    return together(groups, lambda: _verify(export_dir, source) if groups.rank == 0 else None)
 
+    def __init__(
+        self, export_dir: Path, source: Path | None, groups: Groups, phases: Phases
+    ) -> None:
+        """``source``: what tensors are compared with; None where that is not at hand."""
+        self._phases = phases
+        self.report: Report | None = None
+        self._named, self._source, self._groups = export_dir, source, groups
 
-def _verify(export_dir: Path, source: Path | None) -> Report:
-    report = verify(export_dir, source)
-    report.raise_for_problems()
-    return report
+    def __call__(self, directory: Path) -> None:
+        """Collective. Raises VerifyError, on every rank, for the first problem."""
+        first = self._groups.rank == 0
+        with self._phases.time("verify"):
+            self.report = together(self._groups, lambda: self._verify(directory) if first else None)
+
+    def _verify(self, directory: Path) -> Report:
+        found = verify(directory, self._source)
+        where, named = str(directory), str(self._named)
+        problems = tuple(problem.replace(where, named) for problem in found.problems)
+        report = replace(found, directory=self._named, problems=problems)
+        report.raise_for_problems()
+        return report

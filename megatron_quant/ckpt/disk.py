@@ -1,5 +1,6 @@
 """Writing to a disk that may be full, and saying so in one line."""
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from megatron_quant.errors import ExportError
 
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system answers that has no such call."""
 _WAYS_OUT = {
     errno.ENOSPC: "free some space or choose another --export-dir",
     errno.EDQUOT: "free some of the quota or choose another --export-dir",
@@ -36,10 +39,22 @@ def explained(path: Path, doing: str) -> Iterator[None]:
 
 
 def allocate(fd: int, size: int) -> None:
-    """Give the file ``size`` bytes, claimed from the disk where the system can."""
+    """Give the file ``size`` bytes, claimed from the disk where the file system can.
+
+    The call of the system itself: ``posix_fallocate`` of glibc reads every page where the file
+    system has no such call, and so would a file that was written be read.
+    """
     os.ftruncate(fd, size)
-    if size and hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, size)
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if not size or call is None:
+        return
+    while call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        code = ctypes.get_errno()
+        if code in UNSUPPORTED:
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
@@ -49,12 +64,13 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """A whole file, onto the disk."""
+def write_file(path: Path, content: bytes, fsync: bool) -> None:
+    """A whole file; ``fsync``: onto the disk."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
+        if fsync:
+            os.fsync(stream.fileno())
 
 
 def forget(fd: int, offset: int, nbytes: int) -> None:
@@ -71,9 +87,20 @@ def append(fd: int, data: bytes) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in ``directory`` survive a power cut."""
+    """Make the names in ``directory`` survive a power cut, where the file system can."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(fd)
+
+
+def overlap(one: Path, other: Path) -> bool:
+    """Whether one of two directories is the other, or lies in it."""
+    one, other = one.resolve(), other.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        return True
+    return one.exists() and other.exists() and one.samefile(other)

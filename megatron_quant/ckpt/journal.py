@@ -23,13 +23,20 @@ _JOURNAL = Limits(512 * MB, 0)
 _LINE = Limits(64_000, 100, 4)
 
 
-def read_journals(directory: Path) -> dict[Key, str]:
-    """All that the journals of ``directory`` say; a line that is damaged or cut short says nothing.
+def journal_name(rank: int) -> str:
+    """Name of a rank's journal."""
+    return _NAME.format(rank)
+
+
+def read_journals(paths: Iterable[Path]) -> dict[Key, str]:
+    """All that these journals say, where they are there; a line that is damaged says nothing.
 
     Raises ExportError where one is no regular file, or larger than any that is written.
     """
     found: dict[Key, str] = {}
-    for path in sorted(directory.glob(_NAME.format("*"))):
+    for path in paths:
+        if not os.path.lexists(path):
+            continue
         check_file(path, _JOURNAL, ExportError)
         with explained(path, "cannot be read"), path.open("rb") as stream:
             while line := stream.readline(_LINE.nbytes):
@@ -56,7 +63,7 @@ class Journal:
     """The journal of one rank, open for what it writes; ``fd`` is None until it wrote."""
 
     def __init__(self, directory: Path, rank: int) -> None:
-        self._path = directory / _NAME.format(rank)
+        self._path = directory / journal_name(rank)
         self._fd: int | None = None
 
     def add(self, written: Iterable[Written], fsync: bool) -> None:

@@ -39,11 +39,13 @@ def identity(plan: ExportPlan, origin: Origin) -> dict[str, str]:
     return {"recipe": origin.recipe, "source": origin.source, "plan": plan_digest(plan)}
 
 
-def manifest(plan: ExportPlan, origin: Origin, digests: Mapping[str, str]) -> dict[str, Any]:
-    """Content of the manifest; ``digests``: by tensor name."""
+def manifest(
+    plan: ExportPlan, origin: Origin, digests: Mapping[str, str], files: Iterable[str]
+) -> dict[str, Any]:
+    """Content of the manifest; ``digests``: by tensor name. files: names of all of the export's."""
     tensors = {entry.name: digests[entry.name] for entry in plan.entries}
     about = {"version": _VERSION, "digest": ABOUT}
-    return {**about, **identity(plan, origin), "tensors": tensors}
+    return {**about, **identity(plan, origin), "files": sorted(files), "tensors": tensors}
 
 
 def digests_on_disk(

@@ -9,6 +9,7 @@ from functools import partial as bound
 from math import prod
 from pathlib import Path
 
+from megatron_quant.ckpt import unfinished
 from megatron_quant.ckpt.disk import explained, forget
 from megatron_quant.ckpt.exchange import Pieces, join_all
 from megatron_quant.ckpt.join import Filled, Joint, batches
@@ -17,8 +18,8 @@ from megatron_quant.ckpt.pipeline import Encoded, Pipeline, Progress, WriteOptio
 from megatron_quant.ckpt.plan import ExportPlan, Part
 from megatron_quant.ckpt.produce import Produced
 from megatron_quant.ckpt.runs import as_bytes, hashed_on_disk
-from megatron_quant.ckpt.target import partial
 from megatron_quant.ckpt.tensor_digests import TensorDigests, Written
+from megatron_quant.ckpt.unfinished import partial
 from megatron_quant.dist import Shards
 
 Produce = Callable[[Part], Iterable[Produced]]
@@ -85,7 +86,8 @@ def work_of(plan: ExportPlan, rank: int, joined: Sequence[Joint] = ()) -> Work:
 
 def find_intact(work: Work, directory: Path, options: WriteOptions) -> dict[Item, list[Written]]:
     """What an unfinished export has journaled, and whose bytes are still as it wrote them."""
-    journal = read_journals(directory)
+    begun = unfinished.read(directory)
+    journal = read_journals(begun.journals(directory)) if begun else {}
     filled = {item: work.filled(item) for item in work.items} if journal else {}
     noted = {i: f for i, f in filled.items() if all((e.name, box) in journal for e, box in f)}
     with ThreadPoolExecutor(options.io_threads) as pool:

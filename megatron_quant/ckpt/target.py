@@ -1,27 +1,29 @@
-"""The directory that an export goes to: what it may hold, and what an unfinished export leaves.
+"""The directory that an export goes to: what it may hold, and how its files get there.
 
-An unfinished export is temporary names alone: the files, a journal a rank, and one document that
-says of what it is made.
+An unfinished export is temporary names alone (:mod:`megatron_quant.ckpt.unfinished`), and one run
+at a time writes it (:mod:`megatron_quant.ckpt.lock`).
 """
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from uuid import uuid4
 
+from megatron_quant import __version__
+from megatron_quant.ckpt import unfinished
 from megatron_quant.ckpt.companions import CONFIG, Companions
 from megatron_quant.ckpt.dialects.modelopt import HF_QUANT_CONFIG
-from megatron_quant.ckpt.disk import allocate, explained, sync_directory, write_at, write_synced
+from megatron_quant.ckpt.disk import allocate, explained, overlap, sync_directory, write_at
 from megatron_quant.ckpt.files import INDEX, OutFile
+from megatron_quant.ckpt.lock import LOCK, Lock
 from megatron_quant.ckpt.manifest import MANIFEST, identity
 from megatron_quant.ckpt.plan import ExportPlan
 from megatron_quant.ckpt.source import read_json
+from megatron_quant.ckpt.unfinished import Unfinished, discard, partial
 from megatron_quant.errors import CheckpointError, ExportError
-
-_PARTIALS = ".*.partial"
-_UNFINISHED = "megatron_quant_unfinished.json"
 
 
 class Existing(Enum):
@@ -32,30 +34,79 @@ class Existing(Enum):
     RESUME = "resume"  # continue the unfinished export in it; start where there is none
 
 
-def partial(directory: Path, name: str) -> Path:
-    """The temporary name of a file, in the directory itself where it belongs in a folder of it."""
-    return directory / f".{name.replace('/', '%')}.partial"
+@dataclass(frozen=True)
+class Claim:
+    """A directory that this run alone writes, until :meth:`release`.
+
+    own: what its document says. made: directories that had to be made, the deepest first.
+    """
+
+    directory: Path
+    own: Unfinished
+    lock: Lock
+    made: tuple[Path, ...]
+    fsync: bool
+
+    def release(self) -> None:
+        """Let other runs in; what was written stays."""
+        self.lock.release()
+
+    def discard(self) -> None:
+        """Remove what this run wrote; a directory in which other files appeared stays."""
+        discard(self.directory, self.own)
+        self.release()
+        for path in self.made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def names_of(plan: ExportPlan, companions: Companions) -> tuple[str, ...]:
+    """Names of all files of an export, in the order in which they get them: the index last."""
+    names = (*(file.name for file in plan.files), *companions.names, MANIFEST, INDEX)
+    assert len(set(names)) == len(names), f"two files of one name: {names}"
+    return names
+
+
+def check_apart(directory: Path, source: Path) -> None:
+    """Raise ExportError where an export would be in the checkpoint it is made of, or around it."""
+    if not overlap(directory, source):
+        return
+    out, held = directory.resolve(), source.resolve()
+    where = "is the source checkpoint"
+    if out in held.parents:
+        where = f"lies around the source checkpoint {source}"
+    elif held in out.parents:
+        where = f"lies in the source checkpoint {source}"
+    raise ExportError(f"--export-dir {directory} {where}; choose another directory")
 
 
 def check_target(
     directory: Path, companions: Companions, existing: Existing, plan: ExportPlan
 ) -> None:
     """Raise ExportError unless an export may go to ``directory``. Changes nothing."""
+    carried = {path.parent for path in companions.carried}
     with explained(directory, "cannot be used"):
-        if not directory.exists() or not any(directory.iterdir()):
+        for source in {companions.root} if companions.root else carried:
+            check_apart(directory, source)
+        if not directory.exists() or _is_free(directory):
             return
         if existing is Existing.REFUSE:
             raise ExportError(_not_empty(directory))
-        if any(directory.samefile(path.parent) for path in companions.carried):
-            raise ExportError(
-                f"{directory} holds the source checkpoint; choose another --export-dir"
-            )
         if existing is Existing.RESUME:
             _check_same(directory, _stated(directory), _identity(plan, companions))
+            if is_finished(directory):
+                return
+        _check_own(directory, names_of(plan, companions))
+
+
+def _is_free(directory: Path) -> bool:
+    """Whether there is nothing but what a run leaves that was killed as it began."""
+    left = {directory / LOCK, unfinished.before_document(directory)}
+    return set(directory.iterdir()) <= left
 
 
 def _not_empty(directory: Path) -> str:
-    if partial(directory, _UNFINISHED).exists():
+    if unfinished.is_begun(directory):
         return (
             f"{directory} holds an unfinished export; continue it with --resume, start anew with"
             " --overwrite, or choose another --export-dir"
@@ -65,21 +116,28 @@ def _not_empty(directory: Path) -> str:
 
 def _identity(plan: ExportPlan, companions: Companions) -> dict[str, str]:
     origin = companions.origin
-    return {**identity(plan, origin), "statistics": origin.statistics}
+    made_of = {**identity(plan, origin), "statistics": origin.statistics}
+    return {**made_of, "encoder": f"megatron_quant {__version__}"}
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether an index of this library says that all is there."""
+    if not (directory / INDEX).exists() or not (directory / MANIFEST).exists():
+        return False
+    begun = _begun(directory)
+    return begun is None or (begun.naming and not partial(directory, INDEX).exists())
 
 
 def _stated(directory: Path) -> Mapping[str, str]:
-    """What the export in ``directory`` is made of; empty where one had hardly begun."""
-    complete, unfinished = directory / MANIFEST, partial(directory, _UNFINISHED)
+    """What the export in ``directory`` is made of."""
     try:
-        if (directory / INDEX).exists() and complete.exists():
-            return read_json(complete)
-        if not (directory / INDEX).exists() and unfinished.exists():
-            return read_json(unfinished)
+        if is_finished(directory):
+            return read_json(directory / MANIFEST)
+        begun = unfinished.read(directory)
     except CheckpointError as error:
         raise ExportError(f"{error}; start anew with --overwrite") from None
-    if set(directory.iterdir()) <= set(directory.glob(_PARTIALS)):
-        return {}
+    if begun is not None:
+        return begun.made_of
     raise ExportError(
         f"{directory} is not empty and holds no unfinished export that --resume could continue;"
         " pass --overwrite or choose another --export-dir"
@@ -91,6 +149,7 @@ _DIFFERENCES = {
     "source": "another source checkpoint",
     "plan": "other tensors or files (--export-format, --max-shard-size, --dtype)",
     "statistics": "other calibrated scales (the calibration's flags, or another layout)",
+    "encoder": "encoders of another release",
 }
 
 
@@ -98,82 +157,135 @@ def _check_same(directory: Path, stated: Mapping[str, str], own: Mapping[str, st
     """What is not known on one side, as statistics before calibration, is not compared."""
     for key, difference in _DIFFERENCES.items():
         if own[key] and stated.get(key) and own[key] != stated[key]:
+            made_by = f" ({stated[key]}, and this is {own[key]})" if key == "encoder" else ""
             raise ExportError(
-                f"{directory} holds an export with {difference}; --resume with what it was"
+                f"{directory} holds an export with {difference}{made_by}; --resume with what it was"
                 " started with, start anew with --overwrite, or choose another --export-dir"
             )
 
 
-def is_complete(directory: Path, existing: Existing) -> bool:
+def _begun(directory: Path) -> Unfinished | None:
+    """The document, where it can be read."""
+    with suppress(CheckpointError):
+        return unfinished.read(directory)
+    return None
+
+
+def _replaced(directory: Path) -> tuple[str, ...]:
+    """Names of the files of an older export, as its manifest lists them.
+
+    Manifests of older releases list none: there the index does. Raises ExportError where neither
+    can be read.
+    """
+    if not (directory / MANIFEST).exists():
+        return ()
+    try:
+        manifest = read_json(directory / MANIFEST)
+        listed = manifest.get("files")
+        if listed is None and (directory / INDEX).exists():
+            weights = read_json(directory / INDEX).get("weight_map", {})
+            listed = [*set(weights.values()), CONFIG, HF_QUANT_CONFIG]
+        return tuple({*unfinished.names_in(listed or ()), MANIFEST, INDEX})
+    except (CheckpointError, TypeError, ValueError, AttributeError):
+        raise ExportError(
+            f"{directory} holds a {MANIFEST} that does not say which files are its own; choose"
+            " another --export-dir, or remove what is there"
+        ) from None
+
+
+def _check_own(directory: Path, names: Iterable[str]) -> None:
+    """Raise ExportError where a file would be replaced that no export of ours has listed."""
+    begun = _begun(directory)
+    known = set(_replaced(directory))
+    if begun is not None:
+        known |= {*begun.replaces, *(begun.names if begun.naming else ())}
+    for name in names:
+        if name not in known and os.path.lexists(directory / name):
+            raise ExportError(
+                f"{directory / name} is there, and no export of this library has written it; move "
+                "it away or choose another --export-dir"
+            )
+
+
+def leave_finished(plan: ExportPlan, directory: Path, companions: Companions, ranks: int) -> bool:
     """On one rank, after :func:`check_target`: whether what is to be continued is finished.
 
     Then what a kill after the last rename may have left is removed.
     """
-    complete = existing is Existing.RESUME and (directory / INDEX).exists()
-    if complete:
-        discard(directory)
-    return complete
+    if not is_finished(directory):
+        return False
+    with explained(directory, "cannot be used"):
+        lock = Lock(directory)
+    discard(directory, Unfinished({}, names_of(plan, companions), ranks))
+    lock.release()
+    return True
 
 
 def prepare(
-    plan: ExportPlan, directory: Path, companions: Companions, existing: Existing
-) -> list[Path]:
+    plan: ExportPlan,
+    directory: Path,
+    companions: Companions,
+    existing: Existing,
+    ranks: int = 1,
+    fsync: bool = True,
+) -> Claim:
     """On one rank: empty the way, claim the space of every file, write the headers.
 
-    An older checkpoint's index goes first, so that it never lies beside new files. To continue an
-    export its files are kept. Returns the directories that had to be made, the deepest first.
+    An older export's index goes first, so that it never lies beside new files. To continue an
+    export its files are kept. ``ranks``: that may write. Raises ExportError, also where another
+    run is at it.
     """
-    names = [*companions.names, MANIFEST, INDEX, *(file.name for file in plan.files)]
-    assert len(set(names)) == len(names), f"two files of one name: {names}"
     check_target(directory, companions, existing, plan)
     with explained(directory, "cannot be used"):
-        made = [path for path in (directory, *directory.parents) if not path.exists()]
+        made = tuple(path for path in (directory, *directory.parents) if not path.exists())
         directory.mkdir(parents=True, exist_ok=True)
-        if existing is Existing.RESUME and partial(directory, _UNFINISHED).exists():
-            _take_back(directory, plan)
-        else:
-            _clear(directory)
+        lock = Lock(directory)
+    own = Unfinished(
+        _identity(plan, companions), names_of(plan, companions), ranks, run=uuid4().hex
+    )
+    claim = Claim(directory, own, lock, made, fsync)
     try:
-        _state(directory, _identity(plan, companions))
+        # Again: another run may have ended, or begun, before this one had the lock.
+        check_target(directory, companions, existing, plan)
+    except BaseException:
+        claim.release()
+        raise
+    try:
+        with explained(directory, "cannot be used"):
+            claim = replace(claim, own=_begin(directory, own, existing, fsync))
         for file in plan.files:
             _create(directory, file)
-        sync_directory(directory)
+        with explained(directory, "cannot be used"):
+            if fsync:
+                sync_directory(directory)
     except BaseException:
-        if existing is not Existing.RESUME:
-            discard(directory, made)
+        if existing is Existing.RESUME:
+            claim.release()
+        else:
+            claim.discard()
         raise
-    return made
+    return claim
 
 
-def _clear(directory: Path) -> None:
-    (directory / INDEX).unlink(missing_ok=True)
-    sync_directory(directory)
-    for old in (CONFIG, HF_QUANT_CONFIG, MANIFEST):
-        (directory / old).unlink(missing_ok=True)
-    for path in (*directory.glob("*.safetensors"), *directory.glob(_PARTIALS)):
-        path.unlink()
-
-
-def _take_back(directory: Path, plan: ExportPlan) -> None:
-    """Of an export that was stopped between its renames, make one that was stopped before."""
-    for file in plan.files:
-        if (directory / file.name).exists():
-            (directory / file.name).rename(partial(directory, file.name))
-
-
-def _state(directory: Path, identity: Mapping[str, str]) -> None:
-    """Say what the unfinished export is made of: all of it or nothing, as a kill may come."""
-    stage(directory, f"{_UNFINISHED}.new", (json.dumps(identity) + "\n").encode())
-    new = partial(directory, f"{_UNFINISHED}.new")
-    with explained(new, "cannot be written"):
-        new.rename(partial(directory, _UNFINISHED))
+def _begin(directory: Path, own: Unfinished, existing: Existing, fsync: bool) -> Unfinished:
+    """Have the document say what is to come, and older files gone."""
+    begun = _begun(directory)
+    if existing is Existing.RESUME and begun is not None:
+        unfinished.take_back(directory, begun)
+        own = replace(own, ranks=max(own.ranks, begun.ranks), replaces=begun.replaces)
+    else:
+        discard(directory, own)
+        own = replace(own, replaces=_replaced(directory))
+    unfinished.write(directory, own, fsync)
+    unfinished.remove_replaced(directory, own, fsync)
+    return own
 
 
 def _create(directory: Path, file: OutFile) -> None:
     """What is there of the file already, in the right size or not, is kept."""
     path = partial(directory, file.name)
     with explained(path, f"cannot take {file.size} bytes"):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             allocate(fd, file.size)
             write_at(fd, memoryview(file.header), 0)
@@ -181,21 +293,33 @@ def _create(directory: Path, file: OutFile) -> None:
             os.close(fd)
 
 
-def stage(directory: Path, name: str, content: bytes) -> None:
-    """Write a whole file under its temporary name, onto the disk."""
-    path = partial(directory, name)
-    with explained(path, "cannot be written"):
-        write_synced(path, content)
+def publish(claim: Claim) -> None:
+    """On one rank, when all is there and verified: give every file its name, the index last.
 
-
-def discard(directory: Path, made: Sequence[Path] = ()) -> None:
-    """Remove what an unfinished export left, and nothing else.
-
-    made: directories that it made, the deepest first; one in which other files appeared stays.
+    Raises ExportError; then all has temporary names again.
     """
-    for path in directory.glob(_PARTIALS):
-        with suppress(OSError):
-            path.unlink()
-    for path in made:
-        with suppress(OSError):
-            path.rmdir()
+    directory, own = claim.directory, replace(claim.own, naming=True, replaces=())
+    with explained(directory, "cannot be completed"):
+        _check_own(directory, own.names)
+        unfinished.write(directory, own, claim.fsync)
+        try:
+            for name in own.names:
+                if name == INDEX and claim.fsync:
+                    sync_directory(directory)
+                _rename(directory, name, claim.fsync)
+            if claim.fsync:
+                sync_directory(directory)
+        except BaseException:
+            unfinished.withdraw(directory, own)
+            raise
+    discard(directory, own)
+
+
+def _rename(directory: Path, name: str, fsync: bool) -> None:
+    """Give a file its own name, in a folder of the checkpoint where that has one."""
+    final = directory / name
+    if final.parent != directory:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(partial(directory, name), final)
+    if final.parent != directory and fsync:
+        sync_directory(final.parent)

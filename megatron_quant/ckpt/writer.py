@@ -1,18 +1,19 @@
 """Files from an export plan: every rank writes its own bytes, and the index comes last.
 
-Three phases, between which all ranks meet: :func:`prepare` and :func:`commit` on one rank,
-:func:`write_parts` on all. Until the commit every file carries a temporary name, so whatever
-stops an export leaves no index behind; a journal says which bytes are there already.
+Phases, between which all ranks meet: :func:`prepare` on one rank, :func:`write_parts` on all,
+:func:`stage_documents` on one, a check on all, :func:`publish` on one. Until then every file has
+a temporary name, so whatever stops an export leaves no index behind; a journal says which bytes
+are there already.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_quant.ckpt.check import check_plan
 from megatron_quant.ckpt.companions import Companions
-from megatron_quant.ckpt.disk import explained, sync_directory
+from megatron_quant.ckpt.disk import explained
 from megatron_quant.ckpt.files import INDEX, TensorEntry
 from megatron_quant.ckpt.join import joints
 from megatron_quant.ckpt.manifest import MANIFEST, digests_on_disk, manifest
@@ -27,18 +28,23 @@ from megatron_quant.ckpt.parts import (
 )
 from megatron_quant.ckpt.pipeline import Progress, WriteOptions
 from megatron_quant.ckpt.plan import ExportPlan
+from megatron_quant.ckpt.preview import Preview
 from megatron_quant.ckpt.target import (
+    Claim,
     Existing,
     check_target,
-    discard,
-    is_complete,
-    partial,
+    leave_finished,
+    names_of,
     prepare,
-    stage,
+    publish,
 )
 from megatron_quant.ckpt.tensor_digests import TensorDigests
+from megatron_quant.ckpt.unfinished import partial, stage, wait_for
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import LostRankError
+
+Check = Callable[[Path], object]
+"""Called on every rank with the directory of an export that is all there; raises what is wrong."""
 
 
 def export(  # noqa: PLR0913
@@ -50,8 +56,11 @@ def export(  # noqa: PLR0913
     existing: Existing = Existing.REFUSE,
     progress: Progress = quiet,
     options: WriteOptions = DEFAULTS,
+    check: Check | None = None,
 ) -> None:
     """Write the checkpoint; call it on every rank with the same plan.
+
+    ``check`` comes before any file has its own name, or where the export was finished already.
 
     Raises, on every rank, what any rank met: ExportError from the disk, or whatever ``produce``
     raises. Then nothing is left in ``directory`` but what was there, less an older
@@ -63,19 +72,38 @@ def export(  # noqa: PLR0913
 
     def complete() -> bool:
         check_target(directory, companions, existing, plan)
-        return is_complete(directory, existing)
+        resumes = first and existing is Existing.RESUME
+        return resumes and leave_finished(plan, directory, companions, groups.size)
 
-    if gather(together(groups, lambda: first and complete()), groups)[0]:
+    if gather(together(groups, complete), groups)[0]:
+        if check is not None:
+            check(directory)
         return
-    made = together(groups, lambda: prepare(plan, directory, companions, existing) if first else [])
+
+    def prepared() -> Claim | None:
+        if not first:
+            return None
+        return prepare(plan, directory, companions, existing, groups.size, options.fsync)
+
+    claim = together(groups, prepared)
     try:
+        run = gather(claim.own.run if claim else "", groups)[0]
+        together(groups, lambda: wait_for(directory, run))
         digests = _write(plan, groups, produce, directory, progress, options)
-        together(groups, lambda: commit(plan, directory, companions, digests) if first else None)
+        together(
+            groups, lambda: stage_documents(plan, claim, companions, digests) if claim else None
+        )
+        if check is not None:
+            _checked(check, names_of(plan, companions), directory, groups)
+        together(groups, lambda: publish(claim) if claim else None)
     except Exception as error:
         # A run whose rank was killed, or that Ctrl-C ended, goes on with what is there.
-        if first and existing is not Existing.RESUME and not isinstance(error, LostRankError):
-            discard(directory, made)
+        if claim and existing is not Existing.RESUME and not isinstance(error, LostRankError):
+            claim.discard()
         raise
+    finally:
+        if claim:
+            claim.release()
 
 
 def _write(
@@ -132,33 +160,29 @@ def read_digests(
     return digests_on_disk(directory, written, options.io_threads)
 
 
-def commit(
-    plan: ExportPlan, directory: Path, companions: Companions, digests: Mapping[str, str]
+def stage_documents(
+    plan: ExportPlan, claim: Claim, companions: Companions, digests: Mapping[str, str]
 ) -> None:
-    """On one rank, when all have written: add the other files and give every file its name.
+    """On one rank, when all have written: add the other files, under temporary names.
 
-    digests: of every tensor. Everything is on disk under a temporary name before the first rename.
-    The index is renamed last: where it is, the checkpoint is complete.
+    digests: of every tensor.
     """
-    documents = {**companions.documents, MANIFEST: manifest(plan, companions.origin, digests)}
-    with explained(directory, "cannot be completed"):
+    listed = names_of(plan, companions)
+    origin = companions.origin
+    documents = {**companions.documents, MANIFEST: manifest(plan, origin, digests, listed)}
+    with explained(claim.directory, "cannot be completed"):
         for source in companions.carried:
-            stage(directory, companions.name_of(source), source.read_bytes())
+            name = companions.name_of(source)
+            stage(claim.directory, name, source.read_bytes(), claim.fsync)
         for name, content in {**documents, INDEX: plan.index}.items():
-            stage(directory, name, (json.dumps(content, indent=2) + "\n").encode())
-        for name in [*(file.name for file in plan.files), *companions.names, MANIFEST]:
-            _rename(directory, name)
-        sync_directory(directory)
-        partial(directory, INDEX).rename(directory / INDEX)
-        sync_directory(directory)
-    discard(directory)
+            text = (json.dumps(content, indent=2) + "\n").encode()
+            stage(claim.directory, name, text, claim.fsync)
 
 
-def _rename(directory: Path, name: str) -> None:
-    """Give a file its own name, in a folder of the checkpoint where that has one."""
-    final = directory / name
-    if final.parent != directory:
-        final.parent.mkdir(parents=True, exist_ok=True)
-    partial(directory, name).rename(final)
-    if final.parent != directory:
-        sync_directory(final.parent)
+def _checked(check: Check, claim_names: Sequence[str], directory: Path, groups: Groups) -> None:
+    """Have ``check`` see the export as it will be, on every rank."""
+    preview = together(groups, lambda: Preview(directory, claim_names))
+    try:
+        check(preview.path)
+    finally:
+        preview.close()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_quant.ckpt.disk import explained, write_synced
+from megatron_quant.ckpt.disk import explained, write_file
 from megatron_quant.ckpt.source import read_json
 from megatron_quant.ckpt.torch_dist import TRACKER, latest, open_torch_dist
 from megatron_quant.dist import Groups, together
@@ -66,9 +66,9 @@ def _commit(path: Path, step: int, settings: Mapping[str, Any]) -> None:
     before = latest(path.parent)
     with explained(path, _DOING):
         progress = json.dumps({"step": step, "settings": settings}, indent=2)
-        write_synced(path / _PROGRESS, progress.encode())
+        write_file(path / _PROGRESS, progress.encode(), fsync=True)
         temporary = path.parent / f"{TRACKER}.incomplete"
-        write_synced(temporary, str(step).encode())
+        write_file(temporary, str(step).encode(), fsync=True)
         os.replace(temporary, path.parent / TRACKER)
         if before not in (path, path.parent):
             shutil.rmtree(before, ignore_errors=True)

@@ -23,7 +23,7 @@ from tests.dist.test_ckpt_export import joining
 from tests.unit import ckpt_world as world
 from tests.unit.test_ckpt_writer import BESIDE, contents, producer
 
-CALLS = ("pwrite", "write", "fsync", "rename", "posix_fallocate", "unlink")
+CALLS = ("pwrite", "write", "fsync", "rename", "ftruncate", "unlink")
 """What an export does to the disk; a kill comes before one of them, or within a write."""
 LAYOUT = "tp2-ep2"
 OTHER = "tp2"

@@ -22,8 +22,8 @@ from megatron_quant.ckpt.parts import work_of, write_parts
 from megatron_quant.ckpt.pieces import PLAIN
 from megatron_quant.ckpt.plan import ExportPlan, Part, Target
 from megatron_quant.ckpt.produce import Produced, produce
-from megatron_quant.ckpt.target import Existing, discard, prepare
-from megatron_quant.ckpt.writer import WriteOptions, commit, export, read_digests
+from megatron_quant.ckpt.target import Existing, prepare, publish
+from megatron_quant.ckpt.writer import WriteOptions, export, read_digests, stage_documents
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, ExportError, FormatError
 from megatron_quant.formats.amax import tensor_scale
@@ -44,10 +44,13 @@ def producer(layout: str = "tp1", rank: int = 0):
 
 
 def write_all_ranks(plan: ExportPlan, layout: str, directory: Path) -> None:
-    prepare(plan, directory, BESIDE, Existing.REFUSE)
+    claim = prepare(plan, directory, BESIDE, Existing.REFUSE, world.LAYOUTS[layout][0])
     for rank in reversed(range(world.LAYOUTS[layout][0])):
         write_parts(work_of(plan, rank), producer(layout, rank), directory)
-    commit(plan, directory, BESIDE, read_digests(plan.entries, directory, WriteOptions()))
+    digests = read_digests(plan.entries, directory, WriteOptions())
+    stage_documents(plan, claim, BESIDE, digests)
+    publish(claim)
+    claim.release()
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -106,12 +109,13 @@ def test_safetensors_reads_what_the_whole_tensors_encode_to(recipe, tmp_path):
 
 def test_index_config_and_carried_files(tmp_path):
     plan, out = world.plan("nvfp4", "tp1"), tmp_path / "new" / "out"
-    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer = tmp_path / "source" / "tokenizer.json"
+    tokenizer.parent.mkdir()
     tokenizer.write_text("{}")
     dialect, quant = get_dialect("modelopt"), world.quant("nvfp4", world.model())
     old = {"torch_dtype": "float32", "quantization_config": {"quant_method": "old"}}
     beside = companions({**world.CONFIG, **old}, quant, dialect, torch.bfloat16)
-    beside = beside.beside(tmp_path, [tokenizer])
+    beside = beside.beside(tokenizer.parent, [tokenizer])
     seen: list[int] = []
     export(plan, Groups(), producer(), out, beside, progress=seen.append)
     index = json.loads((out / INDEX).read_text())
@@ -163,7 +167,7 @@ def test_overwriting_the_source_is_refused(tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
     beside = Companions(documents={}, carried=(tokenizer,))
-    with pytest.raises(ExportError, match="holds the source checkpoint"):
+    with pytest.raises(ExportError, match="is the source checkpoint"):
         export(world.plan("fp8", "tp1"), Groups(), producer(), tmp_path, beside, Existing.REPLACE)
     assert contents(tmp_path) == {"tokenizer.json": b"{}"}
 
@@ -171,13 +175,13 @@ def test_overwriting_the_source_is_refused(tmp_path):
 def test_a_crash_leaves_no_index_beside_new_files(tmp_path):
     plan = world.plan("fp8", "tp1")
     export(plan, Groups(), producer(), tmp_path, BESIDE)
-    prepare(plan, tmp_path, BESIDE, Existing.REPLACE)
+    claim = prepare(plan, tmp_path, BESIDE, Existing.REPLACE)
     names = set(contents(tmp_path))
-    names -= {".megatron_quant_unfinished.json.partial"}
+    names -= {".megatron_quant_unfinished.json.partial", ".megatron_quant_lock.partial"}
     assert names == {f".{file.name}.partial" for file in plan.files}
     write_parts(work_of(plan, 0), producer(), tmp_path)
     assert all(name.endswith(".partial") for name in contents(tmp_path))
-    discard(tmp_path)
+    claim.discard()
     assert contents(tmp_path) == {}
 
 

@@ -11,8 +11,8 @@ from megatron_quant.ckpt.companions import Companions
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.parts import work_of, write_parts
 from megatron_quant.ckpt.produce import produce
-from megatron_quant.ckpt.target import Existing, prepare
-from megatron_quant.ckpt.writer import WriteOptions, commit, read_digests
+from megatron_quant.ckpt.target import Existing, prepare, publish
+from megatron_quant.ckpt.writer import WriteOptions, read_digests, stage_documents
 from megatron_quant.errors import FormatError, LayoutError
 from megatron_quant.formats.spec import CHANNEL, Format, get_format
 from megatron_quant.models import Param
@@ -57,10 +57,13 @@ def written(param: Param, dialect: str, fmt: Format, size: int, directory: Path)
         return produce(part, shard.local, amax, None, stat)
 
     beside = Companions(documents={})
-    prepare(plan, directory, beside, Existing.REFUSE)
+    claim = prepare(plan, directory, beside, Existing.REFUSE, size)
     for rank in range(size):
         write_parts(work_of(plan, rank), made, directory)
-    commit(plan, directory, beside, read_digests(plan.entries, directory, WriteOptions()))
+    digests = read_digests(plan.entries, directory, WriteOptions())
+    stage_documents(plan, claim, beside, digests)
+    publish(claim)
+    claim.release()
     return load_file(directory / plan.files[0].name)
 
 

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from uuid import uuid4
 
-from megatron_quant import __version__
+from megatron_quant import __version__, documents
 from megatron_quant.ckpt import unfinished
 from megatron_quant.ckpt.companions import CONFIG, Companions
 from megatron_quant.ckpt.dialects.modelopt import HF_QUANT_CONFIG
@@ -132,7 +132,7 @@ def _stated(directory: Path) -> Mapping[str, str]:
     """What the export in ``directory`` is made of."""
     try:
         if is_finished(directory):
-            return read_json(directory / MANIFEST)
+            return read_json(directory / MANIFEST, documents.INDEX)
         begun = unfinished.read(directory)
     except CheckpointError as error:
         raise ExportError(f"{error}; start anew with --overwrite") from None
@@ -180,10 +180,10 @@ def _replaced(directory: Path) -> tuple[str, ...]:
     if not (directory / MANIFEST).exists():
         return ()
     try:
-        manifest = read_json(directory / MANIFEST)
+        manifest = read_json(directory / MANIFEST, documents.INDEX)
         listed = manifest.get("files")
         if listed is None and (directory / INDEX).exists():
-            weights = read_json(directory / INDEX).get("weight_map", {})
+            weights = read_json(directory / INDEX, documents.INDEX).get("weight_map", {})
             listed = [*set(weights.values()), CONFIG, HF_QUANT_CONFIG]
         return tuple({*unfinished.names_in(listed or ()), MANIFEST, INDEX})
     except (CheckpointError, TypeError, ValueError, AttributeError):

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_quant import documents
 from megatron_quant.ckpt.disk import explained, sync_directory, write_file
 from megatron_quant.ckpt.files import INDEX
 from megatron_quant.ckpt.journal import journal_name
@@ -60,7 +61,7 @@ def read(directory: Path) -> Unfinished | None:
     path = partial(directory, DOCUMENT)
     if not path.exists():
         return None
-    found = read_json(path)
+    found = read_json(path, documents.INDEX)
     try:
         return Unfinished(
             {key: _text(value) for key, value in found["made_of"].items()},

@@ -39,7 +39,7 @@ def test_lines_of_a_journal_that_are_none_say_nothing(tmp_path: Path) -> None:
     for torn in range(1, len(texts[-1])):
         texts.append(json.dumps(["model.b", [0], [1], "x"])[:-torn] if torn < 20 else "")
     write_journal(tmp_path, "\n".join(texts).encode() + b"\n\xff\xfe\0{}\n" + os.urandom(10_000))
-    assert read_journals(tmp_path) == KNOWN
+    assert read_journals([tmp_path / ".megatron_quant_journal_0.partial"]) == KNOWN
 
 
 def _is_whole(line: Any) -> bool:
@@ -54,7 +54,7 @@ def test_a_journal_without_lines_is_read_piece_by_piece(tmp_path: Path) -> None:
         stream.seek(0, os.SEEK_END)
         stream.write(b"\n" + json.dumps(GOOD).encode())
     before = getrusage(RUSAGE_SELF).ru_maxrss
-    assert read_journals(tmp_path) == KNOWN
+    assert read_journals([tmp_path / ".megatron_quant_journal_0.partial"]) == KNOWN
     assert getrusage(RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
 
 
@@ -64,11 +64,11 @@ def test_a_journal_that_nobody_wrote_is_refused(
     path = write_journal(tmp_path, b" " * 101)
     monkeypatch.setattr(journal, "_JOURNAL", Limits(100, 0))
     with pytest.raises(ExportError, match="has 101 bytes, 100 are read"):
-        read_journals(tmp_path)
+        read_journals([tmp_path / ".megatron_quant_journal_0.partial"])
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ExportError, match="is no regular file"):
-        read_journals(tmp_path)
+        read_journals([tmp_path / ".megatron_quant_journal_0.partial"])
 
 
 def test_every_value_in_a_header() -> None:

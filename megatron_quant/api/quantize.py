@@ -207,7 +207,7 @@ def _evaluate(
         )
 
 
-def _export(
+def _export(  # noqa: PLR0913
     options: QuantizeOptions,
     inputs: Inputs,
     model: Model,

@@ -160,7 +160,7 @@ def _with_statistics(
     return replace(files, origin=replace(files.origin, statistics=statistics))
 
 
-def _export(
+def _export(  # noqa: PLR0913
     options: QuantizeOptions,
     job: Job,
     groups: Groups,

@@ -34,7 +34,7 @@ class Existing(Enum):
     RESUME = "resume"  # continue the unfinished export in it; start where there is none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """A directory that this run alone writes, until :meth:`release`.
 
@@ -216,7 +216,7 @@ def leave_finished(plan: ExportPlan, directory: Path, companions: Companions, ra
         return False
     with explained(directory, "cannot be used"):
         lock = Lock(directory)
-    discard(directory, Unfinished({}, names_of(plan, companions), ranks))
+    discard(directory, Unfinished(made_of={}, names=names_of(plan, companions), ranks=ranks))
     lock.release()
     return True
 
@@ -241,9 +241,12 @@ def prepare(
         directory.mkdir(parents=True, exist_ok=True)
         lock = Lock(directory)
     own = Unfinished(
-        _identity(plan, companions), names_of(plan, companions), ranks, run=uuid4().hex
+        made_of=_identity(plan, companions),
+        names=names_of(plan, companions),
+        ranks=ranks,
+        run=uuid4().hex,
     )
-    claim = Claim(directory, own, lock, made, fsync)
+    claim = Claim(directory=directory, own=own, lock=lock, made=made, fsync=fsync)
     try:
         # Again: another run may have ended, or begun, before this one had the lock.
         check_target(directory, companions, existing, plan)

@@ -31,7 +31,7 @@ def partial(directory: Path, name: str) -> Path:
     return directory / f".{name.replace('/', '%')}.partial"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Unfinished:
     """An export under way.
 
@@ -64,12 +64,12 @@ def read(directory: Path) -> Unfinished | None:
     found = read_json(path, documents.INDEX)
     try:
         return Unfinished(
-            {key: _text(value) for key, value in found["made_of"].items()},
-            names_in(found["names"]),
-            min(int(found["ranks"]), 1 << 20),
-            names_in(found["replaces"]),
-            found["naming"] is True,
-            _text(found["run"]),
+            made_of={key: _text(value) for key, value in found["made_of"].items()},
+            names=names_in(found["names"]),
+            ranks=min(int(found["ranks"]), 1 << 20),
+            replaces=names_in(found["replaces"]),
+            naming=found["naming"] is True,
+            run=_text(found["run"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{path} is not as this release writes it") from None

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,14 +142,18 @@ def test_one_run_at_a_time(tmp_path: Path, whole: dict[str, bytes]) -> None:
     reading, writing = os.pipe()
     holder = os.fork()
     if not holder:
-        Lock(tmp_path)
+        held = Lock(tmp_path)  # as long as this name lives
         os.write(writing, b"x")
-        os.read(os.pipe()[0], 1)  # until it is killed
-    os.read(reading, 1)
-    with pytest.raises(ExportError, match=f"being written by another run .process {holder} on"):
-        write(tmp_path)
-    os.kill(holder, 9)
-    os.waitpid(holder, 0)
+        signal.pause()
+        held.release()
+    try:
+        os.read(reading, 1)
+        said = f"being written by another run .process {holder} on"
+        with pytest.raises(ExportError, match=said):
+            write(tmp_path)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
     write(tmp_path)
     assert contents(tmp_path) == whole
 

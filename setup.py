@@ -20,6 +20,7 @@ REQUIRED = [
     "nvidia-modelopt>=0.46",
     "requests",  # nvidia-modelopt 0.47 imports it and does not declare it
     "safetensors>=0.4",
+    "lazy_loader>=0.4",  # faces of sub-packages import what is used, when it is used
     "rich",
     "PyYAML>=6.0",
     "regex",  # stops an expression of a checkpoint's config that takes too long
@@ -58,7 +59,7 @@ EXTRAS = {
 # in torch. The flags keep every fp32 operation as it is written; none ties the library to the CPU
 # that it is built on.
 NATIVE = Extension(
-    "megatron_quant.formats._native",
+    "megatron_quant.native._native",
     sources=sorted(str(p.relative_to(HERE)) for p in HERE.glob("megatron_quant/csrc/*.c")),
     depends=sorted(str(p.relative_to(HERE)) for p in HERE.glob("megatron_quant/csrc/*.h")),
     extra_compile_args=[
@@ -84,7 +85,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_quant", "megatron_quant.*"]),
-    package_data={"megatron_quant": ["configs/*.yaml", "py.typed"]},
+    package_data={"megatron_quant": ["configs/*.yaml", "py.typed", "*.pyi", "**/*.pyi"]},
     ext_modules=[NATIVE],
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -35,10 +35,10 @@ from megatron_quant.formats import (
     encode,
     fake_quant,
     get_format,
-    native,
     stack_amax,
     tensor_scale,
 )
+from megatron_quant.native import library
 
 
 def speeds(work: Sequence[Work | None], w: Tensor, rounds: int) -> Row:
@@ -72,7 +72,7 @@ def in_torch(work: Work) -> Work:
     """``work`` as a host without the library does it."""
 
     def run() -> object:
-        with patch.object(native, "available", return_value=False):
+        with patch.object(library, "available", return_value=False):
             return work()
 
     return run

@@ -60,9 +60,9 @@ def copy(source: Path, out: Path, clock: Clock, fmt: str) -> None:
 
 def ours(source: Path, out: Path, clock: Clock, fmt: str) -> None:
     """``quantize --stream``; on several ranks where torchrun started them."""
-    from megatron_quant.api.options import QuantizeOptions
-    from megatron_quant.api.stream import stream
     from megatron_quant.dist import Groups
+    from megatron_quant.runs.file_to_file import stream
+    from megatron_quant.runs.options import QuantizeOptions
 
     options = QuantizeOptions(
         hf_model_id=str(source), export_dir=out, weight_only=True, **FORMATS[fmt]

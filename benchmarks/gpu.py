@@ -17,15 +17,8 @@ from unittest.mock import patch
 import torch
 
 from megatron_quant import cpu
-from megatron_quant.formats import (
-    amax,
-    encode,
-    fake_quant,
-    get_format,
-    gpu,
-    stack_amax,
-    tensor_scale,
-)
+from megatron_quant.formats import amax, encode, fake_quant, get_format, stack_amax, tensor_scale
+from megatron_quant.formats.backends import gpu
 
 GOALS = {"codec": 70, "layer": 15}
 

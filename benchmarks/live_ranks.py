@@ -16,19 +16,19 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from benchmarks.exporters import FORMATS, Clock, peak_rss
 from megatron_quant import cpu
-from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.regions import regions
-from megatron_quant.ckpt.sources import open_source
+from megatron_quant.ckpt.plan.ranks import Layout
+from megatron_quant.ckpt.plan.shards import regions
+from megatron_quant.ckpt.read.open import open_source
 from megatron_quant.models import lookup, num_experts
 
 if TYPE_CHECKING:
-    from megatron_quant.mcore.load import Model
+    from megatron_quant.mcore.model.load import LiveModel
 
 
 def _ours(folder: Path, fmt: str, clock: Clock) -> None:
-    from megatron_quant.api.options import QuantizeOptions
-    from megatron_quant.api.quantize import quantize
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.mcore.model.parallel import start_distributed
+    from megatron_quant.runs.megatron import quantize
+    from megatron_quant.runs.options import QuantizeOptions
 
     groups = start_distributed()
     dense = {"export_quant_cfg": str(folder / "dense.yaml"), "export_format": "compressed-tensors"}
@@ -44,8 +44,8 @@ def _ours(folder: Path, fmt: str, clock: Clock) -> None:
 
 
 def _dcp(folder: Path, fmt: str, clock: Clock) -> None:
-    from megatron_quant.mcore.load import load_model
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.mcore.model.load import load_model
+    from megatron_quant.mcore.model.parallel import start_distributed
 
     groups, source = start_distributed(), open_source(folder / "source")
     architecture = lookup(source.config)
@@ -65,7 +65,7 @@ def _dcp(folder: Path, fmt: str, clock: Clock) -> None:
         dist.barrier()
 
 
-def _state(model: "Model") -> dict[str, torch.Tensor]:
+def _state(model: "LiveModel") -> dict[str, torch.Tensor]:
     """Hugging Face names -> what every rank holds of these tensors."""
     mesh = init_device_mesh("cpu", (model.groups.size,))
     state: dict[str, torch.Tensor] = {}

@@ -14,12 +14,12 @@ import torch
 
 from benchmarks.report import host, table
 from benchmarks.shapes import EXPERTS, MODELS, params
-from megatron_quant.ckpt.check import check_plan
-from megatron_quant.ckpt.dialects import get_dialect
-from megatron_quant.ckpt.figures import measured, spread
-from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.plan import ExportPlan, plan_export
-from megatron_quant.ckpt.slots import slots
+from megatron_quant.ckpt.dialects.registry import get_dialect
+from megatron_quant.ckpt.plan.cost import measured, spread
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, plan_export
+from megatron_quant.ckpt.plan.proof import check_plan
+from megatron_quant.ckpt.plan.quantizable import slots
+from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.formats.spec import get_format
 from megatron_quant.recipes.plan import Decision, QuantPlan
 

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.report import host, replace_measured, table
-from megatron_quant.ckpt import join
-from megatron_quant.ckpt.companions import Companions
-from megatron_quant.ckpt.dialects import get_dialect
-from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.pipeline import WriteOptions
-from megatron_quant.ckpt.plan import ExportPlan, Part, plan_export
-from megatron_quant.ckpt.produce import Produced
-from megatron_quant.ckpt.writer import export
+from megatron_quant.ckpt.dialects.registry import get_dialect
+from megatron_quant.ckpt.plan import row_joins
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, plan_export
+from megatron_quant.ckpt.plan.ranks import Layout
+from megatron_quant.ckpt.plan.sidecars import Companions
+from megatron_quant.ckpt.write.encode_part import Produced
+from megatron_quant.ckpt.write.exporter import export
+from megatron_quant.ckpt.write.pipeline import WriteOptions
 from megatron_quant.dist import Groups, Shards
 from megatron_quant.models.spec import Parallel, Param, Role, Source
 from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
@@ -91,7 +91,7 @@ def _plan(width: int, ranks: int) -> ExportPlan:
     return plan_export(params, quant, get_dialect("modelopt"), layout, torch.bfloat16, 10**10)
 
 
-def _produce(part: Part) -> Iterator[Produced]:
+def _produce(part: RankPart) -> Iterator[Produced]:
     for piece in part.pieces:
         yield piece.entry, piece.box, torch.ones(piece.box.size, dtype=torch.bfloat16)
 
@@ -113,7 +113,7 @@ def main() -> None:
     """On every rank: all widths, and a line of the table of each."""
     turns, out = int(sys.argv[1]), Path(sys.argv[2]) / "out"
     dist.init_process_group("gloo")
-    join.LONG_BYTES = 1 << 40  # all that may be joined
+    row_joins.LONG_BYTES = 1 << 40  # all that may be joined
     ways = (Groups(), Groups(shards=Shards(Groups(), Groups())))
     for width in _WIDTHS:
         plan = _plan(width, dist.get_world_size())

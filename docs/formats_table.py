@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_quant.ckpt.dialects import DIALECTS
 from megatron_quant.ckpt.dialects.base import Layer
-from megatron_quant.ckpt.serving_facts import FACTS
+from megatron_quant.ckpt.dialects.registry import DIALECTS
+from megatron_quant.engines.facts import FACTS
 from megatron_quant.errors import FormatError
 from megatron_quant.formats import amax, decode, encode, tensor_scale
 from megatron_quant.formats.spec import CHANNEL, Format

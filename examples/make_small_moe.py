@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from megatron_quant.evaluate.metrics import NOTHING, nll_and_kl, windows
+from megatron_quant.evaluation.metrics import NOTHING, nll_and_kl, windows
 
 EOS = "<|endoftext|>"
 EXCERPT = 2000

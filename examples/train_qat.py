@@ -40,24 +40,29 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_quant.api.inputs import Inputs, open_inputs
-from megatron_quant.api.options import QuantizeOptions
-from megatron_quant.api.quantize import producer
 from megatron_quant.calib.data import load_texts, shard, token_batches
-from megatron_quant.ckpt.origin import digest_of
-from megatron_quant.ckpt.verify import verify
-from megatron_quant.ckpt.writer import export
+from megatron_quant.ckpt.plan.provenance import digest_of
+from megatron_quant.ckpt.verify.checkpoint import verify
+from megatron_quant.ckpt.write.exporter import export
 from megatron_quant.cli.failure import fail
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import QuantError
-from megatron_quant.evaluate.tokenizer import load_tokenizer
+from megatron_quant.evaluation.tokenizer import load_tokenizer
 from megatron_quant.layers.install import ExpertScales
-from megatron_quant.mcore.callback import QuantCallback, Schedule
-from megatron_quant.mcore.hooks import prepare, quantized
-from megatron_quant.mcore.load import load_model
-from megatron_quant.mcore.parallel import start_distributed
-from megatron_quant.mcore.run import run as run_model
-from megatron_quant.mcore.train_state import Progress, last_save, load_progress, save_run
+from megatron_quant.mcore.model.load import load_model
+from megatron_quant.mcore.model.parallel import start_distributed
+from megatron_quant.mcore.model.schedule import run_schedule as run_model
+from megatron_quant.mcore.training.callback import QuantCallback, Schedule
+from megatron_quant.mcore.training.hooks import prepare, quantized
+from megatron_quant.mcore.training.train_state import (
+    TrainProgress,
+    last_save,
+    load_progress,
+    save_run,
+)
+from megatron_quant.runs.inputs import Inputs, open_inputs
+from megatron_quant.runs.megatron import producer
+from megatron_quant.runs.options import QuantizeOptions
 
 Microbatch = tuple[torch.Tensor, torch.Tensor | None]
 """Token ids [B, S + 1], and the teacher's logits of the first S where a rank has any."""
@@ -212,7 +217,7 @@ def calibrate(callback: QuantCallback, inputs: Inputs, student: Sequence[GPTMode
         callback.calibrate([lambda: run_model(student, own, lambda logits: None)])
 
 
-def last_saved(args: argparse.Namespace, groups: Groups) -> Progress | None:
+def last_saved(args: argparse.Namespace, groups: Groups) -> TrainProgress | None:
     """Where the run goes on; None where it starts."""
     saved = last_save(args.save_dir, groups) if args.save_dir else None
     for name in SETTINGS if saved else ():

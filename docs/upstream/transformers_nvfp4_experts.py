@@ -16,7 +16,7 @@ import tiny_moe as tiny
 import torch
 import transformers
 
-from megatron_quant.evaluate import decoded
+from megatron_quant.evaluation import decoded
 
 transformers.utils.logging.set_verbosity_error()
 SIZES = {

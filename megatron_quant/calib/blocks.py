@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from megatron_quant.dist import Groups, max_reduce
-from megatron_quant.formats import block_stat
-from megatron_quant.formats.region import Edge, Region, edge_of
-from megatron_quant.layers.backend import set_block_amax
-from megatron_quant.layers.install import QuantLayer
+from megatron_quant.formats import Edge, Region, block_stat, edge_of
+from megatron_quant.layers import QuantLayer, set_block_amax
 
 Reduce = Callable[[Tensor, Groups], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class RegionStat:
     """The blocks that one region of a layer's weights touches.
 
     edge: those of them that shards cut; None where they cut none.
@@ -50,7 +48,7 @@ def is_cut(layer: QuantLayer) -> bool:
     return any(edge_of(region, layer.weight_format) for region in layer.regions)
 
 
-def merged_blocks(layers: Sequence[QuantLayer], groups: Groups) -> list[Held]:
+def merged_blocks(layers: Sequence[QuantLayer], groups: Groups) -> list[RegionStat]:
     """The statistics of all blocks of ``layers``, as a rank that has whole tensors finds them.
 
     One collective for each group that cuts blocks of them; every rank of ``groups`` calls it.
@@ -63,15 +61,15 @@ def merged_blocks(layers: Sequence[QuantLayer], groups: Groups) -> list[Held]:
     return held
 
 
-def _own(layer: QuantLayer) -> Iterator[Held]:
+def _own(layer: QuantLayer) -> Iterator[RegionStat]:
     fmt, w_ENK = layer.weight_format, stacked(layer)
     for region in layer.regions:
         origin = (region.start[0], region.start[1])
         stat = block_stat(region.take(w_ENK), fmt, origin)
-        yield Held(layer, region, edge_of(region, fmt), stat)
+        yield RegionStat(layer, region, edge_of(region, fmt), stat)
 
 
-def merge(cut: Sequence[tuple[Held, Tensor]], reduce: Reduce, groups: Groups) -> list[Tensor]:
+def merge(cut: Sequence[tuple[RegionStat, Tensor]], reduce: Reduce, groups: Groups) -> list[Tensor]:
     """Merge what :meth:`Edge.pack` made over the ranks that hold the other shards.
 
     One collective for dense layers and one for experts, where there are any.
@@ -95,9 +93,9 @@ def shards_of(groups: Groups, experts: bool) -> Groups:
     return groups.shards.experts if experts else groups.shards.dense
 
 
-def give(held: Sequence[Held]) -> None:
+def give(held: Sequence[RegionStat]) -> None:
     """Give the statistics to the weight quantizers of their layers."""
-    by_layer: dict[int, list[Held]] = {}
+    by_layer: dict[int, list[RegionStat]] = {}
     for item in held:
         by_layer.setdefault(id(item.layer), []).append(item)
     for items in by_layer.values():

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_quant.dist import Groups, max_reduce, sum_reduce
-from megatron_quant.formats import amax
-from megatron_quant.formats.search import histogram, percentile_amax
-from megatron_quant.layers.install import QuantLayer
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.formats import amax, histogram, percentile_amax
+from megatron_quant.layers import QuantLayer
+from megatron_quant.recipes import QuantPlan
 
 BINS = 8192
 _LEAST = -126

@@ -10,10 +10,8 @@ from megatron_quant.calib.observe import InputAmax, unquantized
 from megatron_quant.calib.sync import merge_max
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError
-from megatron_quant.layers.install import QuantLayer
-from megatron_quant.layers.kv_cache import CachedTensor
-from megatron_quant.recipes.kv_cache import cache_slots
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.layers import CachedTensor, QuantLayer
+from megatron_quant.recipes import QuantPlan, cache_slots
 
 Seen = Mapping[str, InputAmax]
 """Cache slot -> running amax of this rank's heads."""

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from megatron_quant.formats import amax
-from megatron_quant.layers.grouped import QuantGroupedLinear
-from megatron_quant.layers.install import QuantLayer
-from megatron_quant.layers.kv_cache import CachedTensor
+from megatron_quant.layers import CachedTensor, QuantGroupedLinear, QuantLayer
 
 
 class InputAmax:

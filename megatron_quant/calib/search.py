@@ -11,25 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_quant.calib.blocks import (
-    Held,
-    give,
-    is_cut,
-    merge,
-    merged_blocks,
-    stacked,
-)
+from megatron_quant.calib.blocks import RegionStat, give, is_cut, merge, merged_blocks, stacked
 from megatron_quant.calib.search_tensors import search_tensors
 from megatron_quant.dist import Groups, sum_reduce
-from megatron_quant.formats import tensor_scale
-from megatron_quant.formats.search import (
-    FOUR_OVER_SIX_RANGE,
-    MULTIPLIERS,
-    choose,
-    errors,
-)
-from megatron_quant.layers.install import QuantLayer
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.formats import FOUR_OVER_SIX_RANGE, MULTIPLIERS, choose, errors, tensor_scale
+from megatron_quant.layers import QuantLayer
+from megatron_quant.recipes import QuantPlan
 
 _ERRORS_AT_ONCE = 1 << 23
 """Errors (one for each block and multiplier, 8 bytes) that are held at a time."""
@@ -65,7 +52,7 @@ def widen(layers: Iterable[QuantLayer]) -> None:
             quantizer.amax = quantizer.amax * FOUR_OVER_SIX_RANGE
 
 
-def search_blocks(held: Sequence[Held], groups: Groups) -> None:
+def search_blocks(held: Sequence[RegionStat], groups: Groups) -> None:
     """Replace, in place, the merged statistics of blocks by those of least error.
 
     What belongs to layers that search nothing stays. One collective for each group that cuts
@@ -93,7 +80,7 @@ class _Best:
     int64 [E, N_b, K_b, M]; None where shards cut none.
     """
 
-    item: Held
+    item: RegionStat
     multiplier: Tensor
     sums: Tensor | None
 
@@ -104,7 +91,7 @@ class _Best:
         self.item.edge.unpack(chosen, self.multiplier)
 
 
-def _search(item: Held) -> _Best:
+def _search(item: RegionStat) -> _Best:
     layer, fmt, edge, tried = item.layer, item.layer.weight_format, item.edge, _tried(item.layer)
     w_ENK = item.region.take(stacked(layer))
     dscale = tensor_scale(layer.amax_of_stack(), fmt) if fmt.tensor_scale else None
@@ -118,7 +105,7 @@ def _search(item: Held) -> _Best:
     return _Best(item, multiplier, torch.cat(packed, 1) if packed else None)
 
 
-def _chunks(item: Held, tried: int) -> Iterator[tuple[slice, slice, int]]:
+def _chunks(item: RegionStat, tried: int) -> Iterator[tuple[slice, slice, int]]:
     """Rows of blocks, the held rows that they touch, and the first of these in the tensor."""
     block = item.layer.weight_format.stat_block
     assert block is not None

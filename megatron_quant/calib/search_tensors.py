@@ -7,9 +7,9 @@ from torch import Tensor
 
 from megatron_quant.calib.blocks import shards_of, stacked
 from megatron_quant.dist import Groups, max_reduce, sum_reduce
-from megatron_quant.formats.search import MSE_MULTIPLIERS, choose, errors
-from megatron_quant.layers.install import QuantLayer
-from megatron_quant.recipes.plan import Decision, QuantPlan
+from megatron_quant.formats import MSE_MULTIPLIERS, choose, errors
+from megatron_quant.layers import QuantLayer
+from megatron_quant.recipes import Decision, QuantPlan
 
 
 def search_tensors(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:

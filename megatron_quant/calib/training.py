@@ -15,9 +15,8 @@ from megatron_quant.calib.sync import merge_max
 from megatron_quant.dist import Groups, gather
 from megatron_quant.errors import CalibrationError
 from megatron_quant.formats import amax
-from megatron_quant.layers.backend import AMAX, BLOCK_AMAX, set_block_amax
-from megatron_quant.layers.install import QuantLayer
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.layers import AMAX, BLOCK_AMAX, QuantLayer, set_block_amax
+from megatron_quant.recipes import QuantPlan
 
 
 class TrainingAmax(InputAmax):

@@ -45,7 +45,7 @@ def escape(text: str) -> str:
     return markup.escape(printable(text))
 
 
-def check_file(flag: str, path: Path | None) -> None:
+def check_output_file(flag: str, path: Path | None) -> None:
     """Refuse, before the work, a file of ``flag`` that could not be written after it."""
     if path and (path.is_dir() or not path.parent.is_dir()):
         reason = "is a directory" if path.is_dir() else "is in a directory that does not exist"
@@ -61,7 +61,7 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
-class Phases:
+class ConsolePhases:
     """Progress bars and the time of every phase."""
 
     def __init__(self, out: Console) -> None:

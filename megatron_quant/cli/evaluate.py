@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.progress import track
 
-from megatron_quant.api.options import DTYPES, dtype_of
-from megatron_quant.cli.console import check_file, console
+from megatron_quant.cli.console import check_output_file, console
 from megatron_quant.errors import QuantError
+from megatron_quant.runs import DTYPES, dtype_of
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,7 +43,7 @@ def _check(args: argparse.Namespace) -> None:
     for flag, value in (("--seq-length", args.seq_length), ("--max-tokens", args.max_tokens)):
         if value is not None and value < 1:
             raise QuantError(f"{flag} is {value}: give at least 1")
-    check_file("--json", args.json)
+    check_output_file("--json", args.json)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     from transformers.utils import logging
 
-    from megatron_quant.evaluate import Text, decoded, evaluate, native
+    from megatron_quant.evaluation import Text, decoded, evaluate, native
 
     out = console()
     if not out.is_terminal:

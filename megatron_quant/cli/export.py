@@ -4,15 +4,15 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_quant.api.options import DTYPES, QuantizeOptions
-from megatron_quant.cli.console import Phases, console
+from megatron_quant.cli.console import ConsolePhases, console
 from megatron_quant.cli.host import ready_host
 from megatron_quant.cli.report import left_out_lines
 from megatron_quant.cli.serving import add_dialect, add_layout, add_serving
 from megatron_quant.cli.tables import files_table
 from megatron_quant.cli.writing import add_writing
 from megatron_quant.errors import ExportError
-from megatron_quant.recipes.schema import EXPERT_SCALES
+from megatron_quant.recipes import EXPERT_SCALES
+from megatron_quant.runs import DTYPES, QuantizeOptions
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -76,14 +76,14 @@ def run(args: argparse.Namespace) -> None:
 
 def _from_megatron(args: argparse.Namespace) -> None:
     ready_host()
-    from megatron_quant.api.quantize import quantize
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.mcore.model import start_distributed
+    from megatron_quant.runs import quantize
 
     given = {f.name: getattr(args, f.name) for f in fields(QuantizeOptions) if f.name in args}
     options = QuantizeOptions(export_quant_cfg=None, **given)
     out = console()
     groups = start_distributed(args.distributed_timeout_minutes)
-    outcome = quantize(options, groups, Phases(out))
+    outcome = quantize(options, groups, ConsolePhases(out))
     assert outcome.job.export is not None
     out.print(files_table(outcome.job.export, args.verbose))
     for line in left_out_lines(outcome.left_out):
@@ -91,8 +91,8 @@ def _from_megatron(args: argparse.Namespace) -> None:
 
 
 def _rewrite(args: argparse.Namespace) -> None:
-    from megatron_quant.api.export import ExportOptions, reexport
     from megatron_quant.cli.ranks import start_ranks
+    from megatron_quant.runs import ExportOptions, reexport
 
     out = console()
     options = ExportOptions(
@@ -108,7 +108,7 @@ def _rewrite(args: argparse.Namespace) -> None:
         resume=args.resume,
     )
     groups = start_ranks(args.distributed_timeout_minutes)
-    rewritten = reexport(options, groups, Phases(out))
+    rewritten = reexport(options, groups, ConsolePhases(out))
     out.print(files_table(rewritten.plan, args.verbose))
     for line in left_out_lines(rewritten.left_out):
         out.print(line)

@@ -7,8 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_quant.api.options import DTYPES, QuantizeOptions, chosen_recipe
-from megatron_quant.cli.console import Phases, check_file, console, rank
+from megatron_quant.cli.console import ConsolePhases, check_output_file, console, rank
 from megatron_quant.cli.host import ready_host
 from megatron_quant.cli.report import (
     as_json,
@@ -30,12 +29,12 @@ from megatron_quant.cli.tables import (
 )
 from megatron_quant.cli.writing import add_writing
 from megatron_quant.errors import ExportError, QuantError
-from megatron_quant.recipes.load import is_preset, recipe_names
-from megatron_quant.recipes.schema import EXPERT_SCALES, KV_CACHES
+from megatron_quant.recipes import EXPERT_SCALES, KV_CACHES, is_preset, recipe_names
+from megatron_quant.runs import DTYPES, QuantizeOptions, chosen_recipe
 
 if TYPE_CHECKING:
-    from megatron_quant.api.job import Job
     from megatron_quant.dist import Groups
+    from megatron_quant.runs import Job
 
 _EPILOG = """\
 examples:
@@ -229,10 +228,10 @@ def _dry_run(options: QuantizeOptions, verbose: bool) -> None:
     if options.export_quant_cfg and not is_preset(options.export_quant_cfg):
         chosen_recipe(options, None)  # what is wrong with it is said before torch is loaded
     ready_host()
-    from megatron_quant.api.job import prepare
+    from megatron_quant.runs import prepare_job
 
     world = math.lcm(options.tp, options.ep * options.etp) * options.pp
-    _print_plan(prepare(options, world), options, verbose)
+    _print_plan(prepare_job(options, world), options, verbose)
 
 
 def _print_plan(job: "Job", options: QuantizeOptions, verbose: bool) -> None:
@@ -251,16 +250,16 @@ def _print_plan(job: "Job", options: QuantizeOptions, verbose: bool) -> None:
 def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
     if not args.dry_run:
         _check_export_dir(options)
-    from megatron_quant.api.stream import plan_stream, stream
     from megatron_quant.cli.ranks import start_ranks
     from megatron_quant.dist import together
+    from megatron_quant.runs import plan_stream, stream
 
     if args.dry_run:
         return _print_plan(plan_stream(options, 1).job, options, args.verbose)
     out = console()
-    phases = Phases(out)
+    phases = ConsolePhases(out)
     groups = start_ranks(args.distributed_timeout_minutes)
-    together(groups, lambda: check_file("--report", args.report) if rank() == 0 else None)
+    together(groups, lambda: check_output_file("--report", args.report) if rank() == 0 else None)
     streamed = stream(options, groups, phases)
     for line in summary_of_stream(streamed, phases.seconds):
         out.print(line)
@@ -269,14 +268,14 @@ def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
 
 def _quantize(options: QuantizeOptions, args: argparse.Namespace) -> None:
     ready_host()
-    from megatron_quant.api.quantize import quantize
     from megatron_quant.dist import together
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.mcore.model import start_distributed
+    from megatron_quant.runs import quantize
 
     out = console()
-    phases = Phases(out)
+    phases = ConsolePhases(out)
     groups = start_distributed(args.distributed_timeout_minutes)
-    together(groups, lambda: check_file("--report", args.report) if rank() == 0 else None)
+    together(groups, lambda: check_output_file("--report", args.report) if rank() == 0 else None)
     outcome = quantize(options, groups, phases)
     out.print(statistics_table(outcome.statistics, args.verbose))
     for line in summary(outcome, phases.seconds):

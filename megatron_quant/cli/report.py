@@ -9,8 +9,7 @@ from megatron_quant.cli.console import escape
 from megatron_quant.cli.tables import sizes_line
 
 if TYPE_CHECKING:  # it imports Megatron, which a host without a GPU must be readied for
-    from megatron_quant.api.quantize import Outcome
-    from megatron_quant.api.stream import Streamed
+    from megatron_quant.runs import Outcome, Streamed
 
 _COLD_SHOWN = 5
 

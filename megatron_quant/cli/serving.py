@@ -3,7 +3,7 @@
 import argparse
 
 from megatron_quant.ckpt.dialects import DIALECT_NAMES
-from megatron_quant.ckpt.serving_facts import ENGINES
+from megatron_quant.engines import ENGINES
 
 DIALECT_HELP = (
     "modelopt: vLLM, SGLang and TensorRT-LLM (int4 and w4a8 in it by TensorRT-LLM alone). "

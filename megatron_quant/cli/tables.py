@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from megatron_quant.ckpt.serving_facts import ENGINES
 from megatron_quant.cli.collapse import collapse
 from megatron_quant.cli.console import escape, size
-from megatron_quant.recipes.audit import audit
-from megatron_quant.recipes.kv_cache import cache_slots
+from megatron_quant.engines import ENGINES
+from megatron_quant.recipes import audit, cache_slots
 
 if TYPE_CHECKING:
-    from megatron_quant.api.job import Job
-    from megatron_quant.ckpt.plan import ExportPlan, Target
+    from megatron_quant.ckpt.plan import ExportPlan, StoredTensor
+    from megatron_quant.runs import Job
 
 _FILES = 8  # more are one row
 
@@ -45,7 +44,7 @@ def weights_table(job: "Job", verbose: bool = False) -> Table:
     return table
 
 
-def _bucket(target: "Target") -> str:
+def _bucket(target: "StoredTensor") -> str:
     scheme = target.scheme
     if scheme.weights is None:
         return "excluded"
@@ -58,10 +57,10 @@ def _bucket(target: "Target") -> str:
     return f"{weights.name}{group}{inputs}"
 
 
-def _alike(job: "Job", verbose: bool) -> "Iterator[tuple[str, list[Target]]]":
+def _alike(job: "Job", verbose: bool) -> "Iterator[tuple[str, list[StoredTensor]]]":
     """Targets in the order of the model, those that differ in their numbers alone together."""
 
-    def kind(target: "Target") -> tuple[object, ...]:
+    def kind(target: "StoredTensor") -> tuple[object, ...]:
         rule = job.quant.by_name[target.param.name].rule
         return target.source.shape, target.scheme, rule
 
@@ -95,7 +94,7 @@ def files_table(plan: "ExportPlan", verbose: bool = False) -> Table:
 
 def engines_table(job: "Job", serve_tp: int | None) -> Table:
     """Which engines can serve the export at ``serve_tp`` (1 where it is not given), and why not."""
-    from megatron_quant.ckpt.serving import obstacle
+    from megatron_quant.engines import obstacle
 
     tp = serve_tp or 1
     table = Table("Engine", "Serves it", "Why not", title=f"Engines, tensor-parallel size {tp}")
@@ -124,7 +123,7 @@ def sizes_line(plan: "ExportPlan") -> str:
 
 def planning_lines(job: "Job") -> Iterator[str]:
     """What the plan took, and what each rank writes."""
-    from megatron_quant.ckpt.figures import spread
+    from megatron_quant.ckpt.plan import spread
 
     memory = f", {size(job.cost.nbytes)}" if job.cost.nbytes is not None else ""
     yield f"planned in {job.cost.seconds:.2f} s{memory}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from megatron_quant.ckpt.names import MANIFEST
+from megatron_quant.ckpt.storage import MANIFEST
 from megatron_quant.cli.console import console, escape
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> None:
     """Verify and print."""
-    from megatron_quant.ckpt.manifest import digest_problems
     from megatron_quant.ckpt.verify import verify
+    from megatron_quant.ckpt.write import digest_problems
 
     report = verify(args.directory, args.against)
     if args.digests:

@@ -17,15 +17,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_quant.formats import native
-from megatron_quant.formats.chunks import as_rows, row_chunks
-from megatron_quant.formats.cuts import Origin
-from megatron_quant.formats.kernels import kernel_of, squares
-from megatron_quant.formats.loops import loops_for
-from megatron_quant.formats.rows import Rows, check_storable, rows_of, rows_on, scale_fields
-from megatron_quant.formats.scales import Fields
+from megatron_quant.formats.backends import loops_for
+from megatron_quant.formats.blocks import (
+    Rows,
+    as_rows,
+    check_storable,
+    cuts,
+    row_chunks,
+    rows_of,
+    rows_on,
+    scale_fields,
+)
+from megatron_quant.formats.numbers import ScaleFields, kernel_of, squares
 from megatron_quant.formats.spec import Format
-from megatron_quant.formats.stat import cuts
+from megatron_quant.native import Origin, library
 
 
 @torch.no_grad()
@@ -60,7 +65,7 @@ def encode(
     return fields
 
 
-def encode_rows(w_RK: Tensor, rows: Rows) -> tuple[Tensor, Fields]:
+def encode_rows(w_RK: Tensor, rows: Rows) -> tuple[Tensor, ScaleFields]:
     """Elements [R, K / packed], and the scale fields of all rows of blocks."""
     if loops_for(w_RK) is not None:  # cuts the rows by itself
         elements, own = rows.encode(slice(None), w_RK)
@@ -94,7 +99,7 @@ def decode(
     w = elements.new_empty(*elements.shape[:-1], elements.shape[-1] * packed, dtype=dtype)
     rows = rows_on(w, fmt, fields, origin)
     w_RK, elements_RK = as_rows(w), as_rows(elements)
-    if dtype == torch.float32 and native.reads(elements_RK):
+    if dtype == torch.float32 and library.reads(elements_RK):
         return rows.decode(slice(None), elements_RK).view(w.shape)
     for chunk in row_chunks(w_RK):
         w_RK[chunk] = rows.decode(chunk, elements_RK[chunk])
@@ -113,7 +118,7 @@ def lost(
     w_RK, elements_RK = as_rows(w), as_rows(fields[fmt.fields[0].name])
     if w.dtype == torch.float16:
         w_RK = w_RK.float()
-    if native.reads(elements_RK):
+    if library.reads(elements_RK):
         return rows.lost(w_RK, elements_RK)
     return lost_between(w, decode(fields, fmt, torch.float32, origin))
 

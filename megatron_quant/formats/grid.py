@@ -9,15 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_quant.formats.chunks import as_rows
+from megatron_quant.formats.blocks import as_rows, rows_on
 from megatron_quant.formats.codec import encode_rows
-from megatron_quant.formats.cuts import Origin
-from megatron_quant.formats.elements import E2M1
-from megatron_quant.formats.fake_quant import straight_through
-from megatron_quant.formats.kernels import kernel_of
-from megatron_quant.formats.pack import pack_nibbles
-from megatron_quant.formats.rows import rows_on
+from megatron_quant.formats.numbers import E2M1, kernel_of, pack_nibbles
+from megatron_quant.formats.quantize_dequantize import straight_through
 from megatron_quant.formats.spec import Format
+from megatron_quant.native import Origin
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from dataclasses import field as fact
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from megatron_quant.native import WHOLE
+
 if TYPE_CHECKING:  # recipes and the command line's help are read without it
     import torch
 
-WHOLE = 0
-"""In :attr:`Field.block`: the block spans the whole dimension."""
 CHANNEL = -1
 """As a group size: one group the length of K."""
 _SCALAR = (WHOLE, WHOLE)
@@ -57,7 +57,7 @@ class Field:
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """How a format computes, by the names that ``formats.kernels`` has of rules and elements.
+    """How a format computes, by the names of rules and elements in ``formats.numbers.arithmetic``.
 
     scale: the rule from the statistic of a block to its scale. divide: how values are divided by
     it. element: how a quotient is rounded and packed. loop: the compiled loop of ``csrc`` that

@@ -11,19 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_quant.formats.amax import check_dtype, tensor_scale
-from megatron_quant.formats.chunks import as_rows, row_chunks
-from megatron_quant.formats.cuts import Cuts, Origin
-from megatron_quant.formats.rows import (
+from megatron_quant.formats.blocks import (
     Rows,
+    as_rows,
     block_index,
     check_storable,
+    cuts,
     flat_stat,
+    row_chunks,
     row_scale,
     rows_of,
 )
+from megatron_quant.formats.numbers import check_dtype, tensor_scale
 from megatron_quant.formats.spec import Format
-from megatron_quant.formats.stat import cuts
+from megatron_quant.native import Cuts, Origin
 
 FOUR_OVER_SIX = (1.0, 1.5)
 """For nvfp4: a block's largest value becomes the code of 6 or that of 4."""

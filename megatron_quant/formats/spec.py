@@ -1,19 +1,13 @@
 """The number formats: one record each, which holds all that the library knows of it.
 
 A new format whose scale rule and element there are already is a new record here. A new rule or
-element has its name in :mod:`megatron_quant.formats.kernels` besides. What checkpoints call the
+element has its name in ``formats/numbers/arithmetic.py`` besides. What checkpoints call the
 format is each dialect's to say. Nothing here needs torch.
 """
 
 from megatron_quant.errors import FormatError
-from megatron_quant.formats.record import (
-    CHANNEL,
-    WHOLE,
-    Arithmetic,
-    Field,
-    Format,
-    regrouped,
-)
+from megatron_quant.formats.record import CHANNEL, Arithmetic, Field, Format, regrouped
+from megatron_quant.native import WHOLE
 
 __all__ = [
     "CHANNEL",

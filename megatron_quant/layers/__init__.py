@@ -1,0 +1,5 @@
+"""Quantized linear layers: ModelOpt's dense ones, grouped experts, the KV cache."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,10 +19,17 @@ from modelopt.torch.quantization.nn import TensorQuantizer, register_quant_backe
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
 
 from megatron_quant.errors import CalibrationError
-from megatron_quant.formats import block_stat, fake_quant, tensor_scale
-from megatron_quant.formats.grid import fake_quant_on
-from megatron_quant.formats.region import Region, put_together
-from megatron_quant.formats.spec import CHANNEL, Format, get_format
+from megatron_quant.formats import (
+    CHANNEL,
+    Format,
+    Region,
+    block_stat,
+    fake_quant,
+    fake_quant_on,
+    get_format,
+    put_together,
+    tensor_scale,
+)
 
 BACKEND = "megatron_quant"
 AMAX, BLOCK_AMAX = "_amax", "_block_amax"  # buffers of a quantizer: ModelOpt's, and ours
@@ -61,7 +68,7 @@ def quantizer_format(quantizer: TensorQuantizer) -> Format:
 
 
 @dataclass(frozen=True)
-class Grid:
+class KeptGrid:
     """Scales that a weight quantizer was given, as ``formats.grid`` has them.
 
     regions: what the weight holds of its logical tensors, in the order of its rows. scales: of
@@ -86,11 +93,11 @@ class _Layout:
     """What a weight quantizer knows of this rank's share; in no state dict."""
 
     regions: tuple[Region, ...] = ()
-    grid: Grid | None = None
+    grid: KeptGrid | None = None
 
 
 def set_regions(quantizer: TensorQuantizer, regions: Sequence[Region]) -> None:
-    """Tell a weight quantizer what its weight holds, as ``formats.region.grids`` has it.
+    """Tell a weight quantizer what its weight holds, as ``formats.blocks.region.grids`` has it.
 
     It is this rank's layout, hence in no state dict (ModelOpt keeps the attribute for backends).
     """
@@ -102,12 +109,12 @@ def regions_of(quantizer: TensorQuantizer) -> tuple[Region, ...]:
     return _layout_of(quantizer).regions
 
 
-def set_grid(quantizer: TensorQuantizer, grid: Grid) -> None:
+def set_grid(quantizer: TensorQuantizer, grid: KeptGrid) -> None:
     """Have a weight quantizer round onto ``grid``, whatever its statistics."""
     quantizer._quantizer_cache = replace(_layout_of(quantizer), grid=grid)
 
 
-def grid_of(quantizer: TensorQuantizer) -> Grid | None:
+def grid_of(quantizer: TensorQuantizer) -> KeptGrid | None:
     """What :func:`set_grid` gave; None where scales follow from statistics."""
     return _layout_of(quantizer).grid
 

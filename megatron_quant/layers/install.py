@@ -12,10 +12,9 @@ from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
 from torch import nn
 
 from megatron_quant.errors import CoverageError
-from megatron_quant.formats.region import Region, grids, whole_matrix
-from megatron_quant.formats.spec import WHOLE, Format
+from megatron_quant.formats import Format, Region, grids, whole_matrix
 from megatron_quant.layers.backend import (
-    Grid,
+    KeptGrid,
     block_amax,
     grid_of,
     quantizer_attributes,
@@ -26,13 +25,9 @@ from megatron_quant.layers.backend import (
     split_stat,
 )
 from megatron_quant.layers.grouped import QuantGroupedLinear
-from megatron_quant.layers.te import (
-    fusion_kept,
-    refuse_capture,
-    refuse_cuda_graphs,
-    refuse_fp8,
-)
-from megatron_quant.recipes.plan import Decision, QuantPlan
+from megatron_quant.layers.te import fusion_kept, refuse_capture, refuse_cuda_graphs, refuse_fp8
+from megatron_quant.native import WHOLE
+from megatron_quant.recipes import Decision, QuantPlan
 
 _ALL_OFF = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None}
 
@@ -146,7 +141,7 @@ class QuantLayer:
             return found[self.regions.index(region)]
         return torch.cat([own[start:stop] for start, stop in region.rows])  # a block has one row
 
-    def keep(self, grid: Grid) -> None:
+    def keep(self, grid: KeptGrid) -> None:
         """Have the weights rounded onto ``grid``."""
         set_grid(self.module.weight_quantizer, grid)
 

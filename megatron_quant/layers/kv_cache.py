@@ -12,11 +12,10 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
 from megatron_quant.errors import CoverageError
-from megatron_quant.formats.spec import get_format
+from megatron_quant.formats import get_format
 from megatron_quant.layers.backend import quantizer_attributes
 from megatron_quant.layers.install import LocalWeight
-from megatron_quant.recipes.kv_cache import CacheSlot, attention_of, cache_slots
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.recipes import CacheSlot, QuantPlan, attention_of, cache_slots
 
 CAST_AMAX = 448.0
 """With it an FP8 scale is 1: keys and values are cast as they are."""

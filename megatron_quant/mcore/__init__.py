@@ -1,0 +1,1 @@
+"""Megatron-Core: live models, their checkpoints, their training loops."""

@@ -26,7 +26,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 
 @dataclass(frozen=True)
-class Block:
+class MoeBlock:
     """One mixture of experts.
 
     name: the module that holds router and experts. routers: tensors of the router. experts: for
@@ -38,7 +38,7 @@ class Block:
     experts: tuple[tuple[str, ...], ...]
 
 
-def blocks(config: Config, layer: str, shapes: Shapes) -> tuple[Block, ...]:
+def blocks(config: Config, layer: str, shapes: Shapes) -> tuple[MoeBlock, ...]:
     """The mixtures of experts among the tensors ``shapes`` of one layer.
 
     layer: what their names begin with. Raises ArchitectureError for a router without experts or
@@ -63,7 +63,7 @@ def blocks(config: Config, layer: str, shapes: Shapes) -> tuple[Block, ...]:
             "nothing of it may be skipped in silence"
         )
     return tuple(
-        Block(name, tuple(routers[name]), _checked(name, of_block, config, shapes))
+        MoeBlock(name, tuple(routers[name]), _checked(name, of_block, config, shapes))
         for name, of_block in experts.items()
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config, fields, positive
 from megatron_quant.models.dense import dense_role
-from megatron_quant.models.moe import Block, blocks
+from megatron_quant.models.moe import MoeBlock, blocks
 from megatron_quant.models.registry import ARCHITECTURES, lookup
 from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
 from megatron_quant.models.stacks import Shapes, View, text_config, unstack
@@ -46,7 +46,7 @@ class Structure:
     views: Mapping[str, View]
 
 
-def describe(config: Config, shapes: Shapes) -> Structure:
+def describe_structure(config: Config, shapes: Shapes) -> Structure:
     """What ``shapes`` (of a checkpoint's tensors, by name) are to the model in ``config``.
 
     By its table, where it has one. Raises ArchitectureError where neither a table nor the names
@@ -268,7 +268,7 @@ def _groups(param: Param, config: Config) -> int:
     return 0
 
 
-def _experts(block: Block, shapes: Shapes, config: Config) -> Iterator[Param]:
+def _experts(block: MoeBlock, shapes: Shapes, config: Config) -> Iterator[Param]:
     """Each linear of all experts after another, as the tables have them."""
     found: dict[str, list[Param]] = {}
     for expert, names in enumerate(block.experts):
@@ -281,7 +281,7 @@ def _experts(block: Block, shapes: Shapes, config: Config) -> Iterator[Param]:
 
 
 def _of_expert(
-    block: Block, names: tuple[str, ...], shapes: Shapes, config: Config
+    block: MoeBlock, names: tuple[str, ...], shapes: Shapes, config: Config
 ) -> Iterator[Param]:
     weights = {n: shapes[n] for n in names if n.endswith(".weight")}
     number = names[0].removeprefix(f"{block.name}.experts.").partition(".")[0]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_quant.formats.spec import CHANNEL, FORMATS, Format
+from megatron_quant.formats import CHANNEL, FORMATS, Format
 from megatron_quant.recipes.plan import QuantPlan
 from megatron_quant.recipes.schema import Recipe, Rule
 

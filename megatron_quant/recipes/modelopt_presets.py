@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from megatron_quant.errors import RecipeError
-from megatron_quant.formats.spec import CHANNEL, Format, get_format
+from megatron_quant.formats import CHANNEL, Format, get_format
 from megatron_quant.recipes.modelopt_module import modelopt_config
 from megatron_quant.recipes.schema import Recipe, Rule, checked_format, checked_rule
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_quant.errors import RecipeError
-from megatron_quant.formats.spec import CHANNEL, Format
+from megatron_quant.formats import CHANNEL, Format
 from megatron_quant.recipes.schema import (
     SUPPORTED,
     Recipe,

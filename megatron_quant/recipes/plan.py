@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_quant.formats.spec import Format
+from megatron_quant.formats import Format
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from megatron_quant.errors import FormatError, RecipeError
-from megatron_quant.formats.spec import FORMATS, Format, get_format
+from megatron_quant.formats import FORMATS, Format, get_format
 
 SUPPORTED: dict[str, tuple[str | None, ...]] = {
     f.name: f.inputs for f in FORMATS.values() if f.inputs

@@ -1,7 +1,5 @@
-"""Rounding by what a layer's outputs lose: second moments of inputs, GPTQ, weights of searches."""
+"""Rounding weights against the inputs that they meet: GPTQ on any grid."""
 
-from megatron_quant.rounding.algorithm import Rounded, default_damp, gptq
-from megatron_quant.rounding.moment import Moments, merged
-from megatron_quant.rounding.weights import importance
+import lazy_loader
 
-__all__ = ["Moments", "Rounded", "default_damp", "gptq", "importance", "merged"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

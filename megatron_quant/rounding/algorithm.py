@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_quant.errors import FormatError
-from megatron_quant.formats.cuts import Origin
-from megatron_quant.formats.rows import check_storable
-from megatron_quant.formats.spec import Format
+from megatron_quant.formats import Format, check_storable
+from megatron_quant.native import Origin
 from megatron_quant.rounding.feedback import Feedback, check_damp, check_moment, feedback
 from megatron_quant.rounding.grid import Grid, Steps, taken
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_quant.formats.cuts import Origin
-from megatron_quant.formats.elements import (
+from megatron_quant.formats import (
     E2M1,
     E2M1_VALUES,
     E4M3,
@@ -19,14 +18,15 @@ from megatron_quant.formats.elements import (
     INT8_MIN,
     INT8_WORDS,
     Element,
+    Format,
+    ScaleFields,
     e2m1_codes,
     e4m3,
     e4m3_values,
+    kernel_of,
+    rows_on,
 )
-from megatron_quant.formats.kernels import kernel_of
-from megatron_quant.formats.rows import rows_on
-from megatron_quant.formats.scales import Fields
-from megatron_quant.formats.spec import Format
+from megatron_quant.native import Origin
 
 
 def _e2m1_values(quotient: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Grid:
         matrices: E, into which the rows of ``w`` are cut, in their order.
         """
         rows, kernel = rows_on(w, fmt, scales, origin), kernel_of(fmt)
-        own: Fields = rows.scales or ()
+        own: ScaleFields = rows.scales or ()
         if rows.block_R is not None:
             own = tuple(field.index_select(0, rows.block_R) for field in own)
         step_RB, zero_RB = kernel.scale.steps(own, rows.dscale_R1)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from megatron_quant.errors import CalibrationError
-from megatron_quant.formats.cuts import Cuts
-from megatron_quant.formats.spec import WHOLE, Format
+from megatron_quant.formats import Format
+from megatron_quant.native import WHOLE, Cuts
 
 _FLOOR = 0.01
 """Part of the mean that is added to every weight: inputs that were always 0 count a little."""

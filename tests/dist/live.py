@@ -12,19 +12,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_quant.calib.calibrate import CalibrationReport, ColdExperts, calibrate
+from megatron_quant.calib.calibration import CalibrationReport, ColdExperts, calibrate
 from megatron_quant.calib.data import shard
-from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.sources import open_source
-from megatron_quant.ckpt.slots import slots
+from megatron_quant.ckpt.plan.ranks import Layout
+from megatron_quant.ckpt.read.open import open_source
+from megatron_quant.ckpt.plan.quantizable import slots
 from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
-from megatron_quant.mcore.load import Model, load_model
-from megatron_quant.mcore.parallel import start_distributed
-from megatron_quant.mcore.run import forward
+from megatron_quant.mcore.model.load import LiveModel, load_model
+from megatron_quant.mcore.model.parallel import start_distributed
+from megatron_quant.mcore.model.schedule import forward
 from megatron_quant.models import Pipeline, lookup, num_experts, num_layers
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan
-from megatron_quant.recipes.resolve import resolve
+from megatron_quant.recipes.resolution import resolve
 from megatron_quant.recipes.schema import weight_only
 
 
@@ -42,7 +42,7 @@ class Parallelism:
 class Attached:
     """A model with quantizers, not yet calibrated."""
 
-    model: Model
+    model: LiveModel
     plan: QuantPlan
     layers: list[QuantLayer]
 
@@ -72,7 +72,7 @@ class Attached:
 
 def load(
     path: Path, parallelism: Parallelism = Parallelism(), dtype: torch.dtype = torch.bfloat16
-) -> Model:
+) -> LiveModel:
     """The checkpoint's model at ``parallelism``."""
     checkpoint = open_source(path)
     architecture = lookup(checkpoint.config)
@@ -86,7 +86,7 @@ def load(
 
 
 def with_quantizers(
-    model: Model,
+    model: LiveModel,
     recipe: str,
     expert_scales: ExpertScales = ExpertScales.SHARED,
     *,

@@ -15,12 +15,12 @@ Held = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]
 
 def quantize(**options: Any) -> Any:
     """One run with these options, in the process groups that the ranks have."""
-    from megatron_quant.api.options import QuantizeOptions
-    from megatron_quant.api.quantize import quantize as run
-    from megatron_quant.cli.console import Phases, console
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.runs.options import QuantizeOptions
+    from megatron_quant.runs.megatron import quantize as run
+    from megatron_quant.cli.console import ConsolePhases, console
+    from megatron_quant.mcore.model.parallel import start_distributed
 
-    return run(QuantizeOptions(**options), start_distributed(), Phases(console()))
+    return run(QuantizeOptions(**options), start_distributed(), ConsolePhases(console()))
 
 
 def quantize_all(source: Path, out: Path, sizes: Sequence[int], cases: Mapping[str, Case]) -> None:
@@ -59,26 +59,26 @@ def restored(stored: Path, tp: int, ep: int, etp: int) -> Any:
     """The model as ``quantize`` has it when it has loaded it."""
     import torch.distributed as dist
 
-    from megatron_quant.api.job import prepare
-    from megatron_quant.api.options import QuantizeOptions
-    from megatron_quant.ckpt.saved import describe
+    from megatron_quant.runs.job import prepare_job
+    from megatron_quant.runs.options import QuantizeOptions
+    from megatron_quant.mcore.checkpoint.saved import describe_run
     from megatron_quant.layers.install import ExpertScales
-    from megatron_quant.mcore.attach import attach_model
-    from megatron_quant.mcore.load import empty_model
-    from megatron_quant.mcore.parallel import start_distributed
-    from megatron_quant.mcore.restore import open_saved, restore
-    from megatron_quant.mcore.state import describe_model
+    from megatron_quant.mcore.model.attach import attach_model
+    from megatron_quant.mcore.model.load import empty_model
+    from megatron_quant.mcore.model.parallel import start_distributed
+    from megatron_quant.mcore.checkpoint.restored import open_saved, restore
+    from megatron_quant.mcore.checkpoint.state import describe_model
 
     groups = start_distributed()
     options = QuantizeOptions(
         hf_model_id=None, export_quant_cfg=None, megatron_load_path=stored, megatron_save_path=stored, tp=tp, ep=ep, etp=etp
     )
     saved = open_saved(stored, groups)
-    job = prepare(options, dist.get_world_size(), saved)
+    job = prepare_job(options, dist.get_world_size(), saved)
     model = empty_model(job.architecture, job.hf_config, job.layout, groups, job.dtype)
     scales = ExpertScales(saved.expert_scales)
     layers, cached = attach_model(model, job.quant, scales)
-    describe_model(model, describe(job.recipe, job.quant, job.expert_scales, saved.source), layers)
+    describe_model(model, describe_run(job.recipe, job.quant, job.expert_scales, saved.source), layers)
     restore(model, layers, cached, job.quant, saved, scales)
     return model.module
 
@@ -130,7 +130,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, whole, by torch alone."""
     from torch.distributed.checkpoint import FileSystemReader, load
 
-    from megatron_quant.ckpt.torch_dist import open_torch_dist
+    from megatron_quant.mcore.checkpoint.torch_dist import open_torch_dist
 
     assert open_torch_dist(directory).shapes
     described = FileSystemReader(directory).read_metadata().state_dict_metadata

@@ -9,23 +9,23 @@ from tests.dist.test_layouts import digests, export_all, folder
 def quantize_live_model(source: Path, out: Path) -> int:
     import torch
 
-    from megatron_quant.api.quantize import producer
-    from megatron_quant.calib.calibrate import calibrate
-    from megatron_quant.ckpt.beside import beside as found_beside
-    from megatron_quant.ckpt.companions import companions
-    from megatron_quant.ckpt.dialects import get_dialect
-    from megatron_quant.ckpt.layout import Layout
-    from megatron_quant.ckpt.origin import Origin, recipe_digest, source_digest
-    from megatron_quant.ckpt.plan import plan_export
-    from megatron_quant.ckpt.reader import open_directory
-    from megatron_quant.ckpt.slots import slots
-    from megatron_quant.ckpt.writer import export
+    from megatron_quant.runs.megatron import producer
+    from megatron_quant.calib.calibration import calibrate
+    from megatron_quant.ckpt.write.carried import beside as found_beside
+    from megatron_quant.ckpt.plan.sidecars import companions
+    from megatron_quant.ckpt.dialects.registry import get_dialect
+    from megatron_quant.ckpt.plan.ranks import Layout
+    from megatron_quant.ckpt.plan.provenance import Origin, recipe_digest, source_digest
+    from megatron_quant.ckpt.plan.export_plan import plan_export
+    from megatron_quant.ckpt.read.directory import open_directory
+    from megatron_quant.ckpt.plan.quantizable import slots
+    from megatron_quant.ckpt.write.exporter import export
     from megatron_quant.layers.install import attach
-    from megatron_quant.mcore.load import load_model, wrap_model
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.mcore.model.load import load_model, wrap_model
+    from megatron_quant.mcore.model.parallel import start_distributed
     from megatron_quant.models import lookup
     from megatron_quant.recipes.load import load_recipe
-    from megatron_quant.recipes.resolve import resolve
+    from megatron_quant.recipes.resolution import resolve
 
     groups = start_distributed()
     checkpoint = open_directory(source)

@@ -34,7 +34,7 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _calibrate(path: Path, policy: str, batches: int) -> tuple[tuple[str, ...], float, float]:
     """Cold experts, and the input amax of one and of another expert."""
-    from megatron_quant.calib.calibrate import ColdExperts
+    from megatron_quant.calib.calibration import ColdExperts
     from tests.dist import live
 
     attached = live.with_quantizers(live.load(path, live.Parallelism(2, 2)), "fp8")
@@ -131,7 +131,7 @@ class Collectives(TorchDispatchMode):
 
 
 def _collectives(path: Path, recipe: str, batches: int) -> list[str]:
-    from megatron_quant.calib.calibrate import ColdExperts, calibrate
+    from megatron_quant.calib.calibration import ColdExperts, calibrate
     from tests.dist import live
 
     model = live.load(path, live.Parallelism(ep=2))

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_quant.ckpt.join import joints
-from megatron_quant.ckpt.parts import work_of
-from megatron_quant.ckpt.plan import Part
-from megatron_quant.ckpt.produce import Produced
-from megatron_quant.ckpt.runs import runs
-from megatron_quant.ckpt.writer import Existing, export
+from megatron_quant.ckpt.plan.row_joins import joints
+from megatron_quant.ckpt.write.rank_work import work_of
+from megatron_quant.ckpt.plan.export_plan import RankPart
+from megatron_quant.ckpt.write.encode_part import Produced
+from megatron_quant.ckpt.storage.box_bytes import runs
+from megatron_quant.ckpt.write.exporter import Existing, export
 from megatron_quant.dist import Groups, Shards
 from megatron_quant.errors import ExportError, FormatError, RankError
 from tests.dist.pool import Ranks
@@ -47,7 +47,7 @@ def _export_joining(recipe: str, layout: str, directory: Path) -> list[tuple[str
 
 
 def _fail_on_rank_2(directory: Path) -> None:
-    def failing(part: Part) -> Iterator[Produced]:
+    def failing(part: RankPart) -> Iterator[Produced]:
         if dist.get_rank() == 2:
             raise FormatError(f"{part.target.source.name} is bad")
         return producer("tp2-ep2", dist.get_rank())(part)
@@ -78,7 +78,7 @@ def _fail_in(kind: type[Exception], what: str, rank: int, directory: Path) -> No
     """Encode until ``rank`` fails at a tensor of this name."""
     me = dist.get_rank()
 
-    def failing(part: Part) -> Iterator[Produced]:
+    def failing(part: RankPart) -> Iterator[Produced]:
         if me == rank and what in part.target.source.name:
             raise kind(f"{part.target.source.name} is bad")
         return producer("tp2-etp2", me)(part)

@@ -67,7 +67,7 @@ class Piece:
 
 
 def _computed_with(path: Path, recipe: str, tp: int, ep: int, etp: int) -> list[Piece]:
-    from megatron_quant.ckpt.regions import regions
+    from megatron_quant.ckpt.plan.shards import regions
     from tests.dist import live
 
     model = live.load(path, live.Parallelism(tp, ep, etp))
@@ -113,7 +113,7 @@ def test_a_forward_computes_with_slices_of_the_quantized_tensors(
 
 
 def _logits(path: Path, recipe: str, tp: int, ep: int, etp: int) -> torch.Tensor:
-    from megatron_quant.mcore.run import full_logits
+    from megatron_quant.mcore.model.schedule import full_logits
     from tests.dist import live
 
     model = live.load(path, live.Parallelism(tp, ep, etp))

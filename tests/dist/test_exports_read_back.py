@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_quant.evaluate import decoded, native
+from megatron_quant.evaluation import decoded, native
 from tests.dist import checkpoints
 from tests.dist.test_layouts import export_all, folder, same_bytes, tensors
 from tests.host import ready

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_quant.ckpt.verify import verify
-from megatron_quant.evaluate.load import decoded
+from megatron_quant.ckpt.verify.checkpoint import verify
+from megatron_quant.evaluation.load import decoded
 from megatron_quant.formats import decode, encode
 from megatron_quant.formats.spec import get_format
 from tests.dist import checkpoints, saved
@@ -104,7 +104,7 @@ def test_saved_by_megatron_and_loaded(source: Path, tmp_path: Path, ranks: Ranks
 
 
 def fake_quantized_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
-    from megatron_quant.mcore.run import full_logits
+    from megatron_quant.mcore.model.schedule import full_logits
     from tests.dist import live
 
     model = live.load(path, live.Parallelism(2, 2), torch.float32)

@@ -28,10 +28,10 @@ ROUTES = [
 
 
 def _through(source: Path, out: Path, recipe: str, dialects: tuple[str, ...], *layout: int) -> None:
-    from megatron_quant.api.options import QuantizeOptions
-    from megatron_quant.api.quantize import quantize
-    from megatron_quant.cli.console import Phases, console
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.runs.options import QuantizeOptions
+    from megatron_quant.runs.megatron import quantize
+    from megatron_quant.cli.console import ConsolePhases, console
+    from megatron_quant.mcore.model.parallel import start_distributed
 
     groups, (tp, ep, etp) = start_distributed(), layout
     for step, dialect in enumerate(dialects):
@@ -46,7 +46,7 @@ def _through(source: Path, out: Path, recipe: str, dialects: tuple[str, ...], *l
             weight_only=recipe != "fp8_block",
             keep_scales=True,
         )
-        quantize(options, groups, Phases(console()))
+        quantize(options, groups, ConsolePhases(console()))
         source = out / str(step)
 
 
@@ -96,9 +96,9 @@ def test_round_trips_are_bit_exact(sources, tmp_path: Path, ranks: Ranks, layout
 
 def _computed_with(path: Path, recipe: str, tp: int, etp: int) -> list[bool]:
     """Of each layer whether a changed weight is rounded onto the source's grid."""
-    from megatron_quant.ckpt.keep import keeping
-    from megatron_quant.ckpt.sources import open_source
-    from megatron_quant.mcore.keep import keep_scales
+    from megatron_quant.ckpt.read.scale_keeping import keeping
+    from megatron_quant.ckpt.read.open import open_source
+    from megatron_quant.mcore.model.keep import keep_scales
     from tests.dist import live
 
     model = live.load(path, live.Parallelism(tp=tp, etp=etp))

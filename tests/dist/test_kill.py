@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_quant.ckpt import writer
-from megatron_quant.ckpt.files import INDEX
-from megatron_quant.ckpt.plan import Part
-from megatron_quant.ckpt.produce import Produced
-from megatron_quant.ckpt.target import Existing
-from megatron_quant.ckpt.writer import export
+from megatron_quant.ckpt.write import exporter
+from megatron_quant.ckpt.storage.safetensors_header import INDEX
+from megatron_quant.ckpt.plan.export_plan import RankPart
+from megatron_quant.ckpt.write.encode_part import Produced
+from megatron_quant.ckpt.write.directory import Existing
+from megatron_quant.ckpt.write.exporter import export
 from tests.dist import checkpoints
 from tests.dist.command import command, message, quantize_argv, tree
 from tests.dist.pool import Ranks
@@ -86,7 +86,7 @@ def _resumed(layout: str, directory: Path) -> list[str]:
     plan = world.plan("nvfp4", layout, max_shard=20_000)
     encoded: list[str] = []
 
-    def made(part: Part) -> Iterator[Produced]:
+    def made(part: RankPart) -> Iterator[Produced]:
         encoded.append(part.target.source.name)
         yield from producer(layout, dist.get_rank())(part)
 
@@ -122,7 +122,7 @@ def test_a_kill_at_a_random_moment(
 def _killed_when_written(directory: Path) -> None:
     """All ranks have written and noted their parts; then the last one dies."""
     if dist.get_rank() == RANKS - 1:
-        writer.read_digests = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        exporter.read_digests = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     _export(LAYOUT, directory, Existing.REFUSE)
 
 

@@ -35,7 +35,7 @@ def calibrated(
     """What calibration reports of the cache, and what this rank's quantizers hold."""
     from dataclasses import replace
 
-    from megatron_quant.calib.calibrate import calibrate
+    from megatron_quant.calib.calibration import calibrate
     from megatron_quant.calib.kv_cache import calibrate_kv_cache, run_rest, watch
     from megatron_quant.layers.kv_cache import attach_kv_cache
     from tests.dist import live
@@ -100,7 +100,7 @@ def forwards(path: Path) -> None:
     from megatron_quant.calib.observe import unquantized
     from megatron_quant.formats import fake_quant, get_format
     from megatron_quant.layers.kv_cache import attach_kv_cache
-    from megatron_quant.mcore.run import full_logits
+    from megatron_quant.mcore.model.schedule import full_logits
     from tests.dist import live
 
     model = live.load(path, dtype=torch.float32)
@@ -183,12 +183,12 @@ def test_cast_exports_are_byte_equal_at_every_layout(
 
 
 def reexported(source: Path, out: Path) -> None:
-    from megatron_quant.api.export import ExportOptions, reexport
-    from megatron_quant.cli.console import Phases, console
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.runs.conversion import ExportOptions, reexport
+    from megatron_quant.cli.console import ConsolePhases, console
+    from megatron_quant.mcore.model.parallel import start_distributed
 
     options = ExportOptions(source=source, export_dir=out, export_format="compressed-tensors")
-    reexport(options, start_distributed(), Phases(console()))
+    reexport(options, start_distributed(), ConsolePhases(console()))
 
 
 def test_another_dialect_keeps_the_scales(checkpoint: Path, tmp_path: Path, ranks: Ranks) -> None:

@@ -26,7 +26,7 @@ def _fake_quantized_equals_decoded(path: Path, recipe: str, scales: str, tp: int
     """Raises unless the logits are equal; the relative change that quantization made."""
     from megatron_quant.formats import decode, encode, tensor_scale
     from megatron_quant.layers.install import ExpertScales
-    from megatron_quant.mcore.run import full_logits
+    from megatron_quant.mcore.model.schedule import full_logits
     from tests.dist import live
 
     model = live.load(path, live.Parallelism(tp, ep))
@@ -115,7 +115,7 @@ def test_a_layer_without_a_quantized_class_is_refused(ranks: Ranks, moe: Path) -
 def _moved_by_attaching(path: Path, probs_on_input: bool, tp: int, ep: int) -> float:
     """Largest change of the logits when quantizers that are off are attached."""
     from megatron_quant.calib.observe import unquantized
-    from megatron_quant.mcore.run import full_logits
+    from megatron_quant.mcore.model.schedule import full_logits
     from tests.dist import live
 
     model = live.load(path, live.Parallelism(tp, ep), torch.float32)
@@ -159,7 +159,7 @@ def _attach_with_graphs(path: Path, when: str) -> None:
 
 
 def full_forward(model: object) -> None:
-    from megatron_quant.mcore.run import full_logits
+    from megatron_quant.mcore.model.schedule import full_logits
 
     full_logits(model.module, IDS, 258)
 

@@ -42,10 +42,10 @@ FORMATS = [
 
 def export_all(source: Path, out: Path, tp: int, ep: int, etp: int, cases: list[dict]) -> None:
     """Every case (options of a run) at one layout, each into its own folder of ``out``."""
-    from megatron_quant.api.options import QuantizeOptions
-    from megatron_quant.api.quantize import quantize
-    from megatron_quant.cli.console import Phases, console
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.runs.options import QuantizeOptions
+    from megatron_quant.runs.megatron import quantize
+    from megatron_quant.cli.console import ConsolePhases, console
+    from megatron_quant.mcore.model.parallel import start_distributed
 
     groups = start_distributed()
     for case in cases:
@@ -61,7 +61,7 @@ def export_all(source: Path, out: Path, tp: int, ep: int, etp: int, cases: list[
             max_shard_size="300KB",
             **case,
         )
-        quantize(options, groups, Phases(console()))
+        quantize(options, groups, ConsolePhases(console()))
 
 
 def folder(case: dict) -> str:

@@ -38,21 +38,21 @@ def export_live(source: Path, out: Path, module: Any) -> None:
     """Quantize and export a live model, as docs/api.md does."""
     import torch
 
-    from megatron_quant.api.quantize import producer
-    from megatron_quant.calib.calibrate import calibrate
-    from megatron_quant.ckpt.beside import beside as found_beside
-    from megatron_quant.ckpt.companions import companions
-    from megatron_quant.ckpt.dialects import get_dialect
-    from megatron_quant.ckpt.origin import Origin, recipe_digest, source_digest
-    from megatron_quant.ckpt.plan import plan_export
-    from megatron_quant.ckpt.slots import slots
-    from megatron_quant.ckpt.writer import export
-    from megatron_quant.mcore.attach import attach_model
-    from megatron_quant.mcore.load import wrap_model
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.runs.megatron import producer
+    from megatron_quant.calib.calibration import calibrate
+    from megatron_quant.ckpt.write.carried import beside as found_beside
+    from megatron_quant.ckpt.plan.sidecars import companions
+    from megatron_quant.ckpt.dialects.registry import get_dialect
+    from megatron_quant.ckpt.plan.provenance import Origin, recipe_digest, source_digest
+    from megatron_quant.ckpt.plan.export_plan import plan_export
+    from megatron_quant.ckpt.plan.quantizable import slots
+    from megatron_quant.ckpt.write.exporter import export
+    from megatron_quant.mcore.model.attach import attach_model
+    from megatron_quant.mcore.model.load import wrap_model
+    from megatron_quant.mcore.model.parallel import start_distributed
     from megatron_quant.models import lookup
     from megatron_quant.recipes.load import load_recipe
-    from megatron_quant.recipes.resolve import resolve
+    from megatron_quant.recipes.resolution import resolve
 
     hf_config = json.loads((source / "config.json").read_text())
     model = wrap_model(module, lookup(hf_config), hf_config, start_distributed())
@@ -107,7 +107,7 @@ def train_and_save(source: Path, stored: Path, again: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as mpu
 
-    from megatron_quant.mcore.hooks import prepare
+    from megatron_quant.mcore.training.hooks import prepare
     from tests.dist import bare
 
     model = bare.filled(bare.built(source, 2, ep=1), source)
@@ -149,8 +149,8 @@ def wrap(source: Path, tp: int, change: str, value: Any, hf: dict[str, Any]) -> 
     """What becomes of a model with one setting that differs, under a config with others."""
     import torch
 
-    from megatron_quant.mcore.load import wrap_model
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.mcore.model.load import wrap_model
+    from megatron_quant.mcore.model.parallel import start_distributed
     from megatron_quant.models import lookup
     from tests.dist import bare
 
@@ -206,8 +206,8 @@ def groups_of_its_own(source: Path) -> None:
     """Built at tp 2, while Megatron's present groups are at tp 1."""
     from megatron.core import parallel_state as mpu
 
-    from megatron_quant.mcore.load import wrap_model
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.mcore.model.load import wrap_model
+    from megatron_quant.mcore.model.parallel import start_distributed
     from megatron_quant.models import lookup
     from tests.dist import bare
 
@@ -246,7 +246,7 @@ def settings(source: Path) -> tuple[str, set[str], list[str]]:
     import megatron.core
     from megatron.core.transformer import MLATransformerConfig
 
-    from megatron_quant.mcore.settings import KNOWN, check_settings
+    from megatron_quant.mcore.model.settings import KNOWN, check_settings
     from megatron_quant.models import lookup
     from tests.dist import bare
 
@@ -278,8 +278,8 @@ def test_settings_by_name(source: Path, ranks: Ranks) -> None:
 
 def build_interleaved(source: Path) -> None:
     """A model that 0.19 builds with other rows of the same shape; 0.16 has no such field."""
-    from megatron_quant.mcore.load import wrap_model
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.mcore.model.load import wrap_model
+    from megatron_quant.mcore.model.parallel import start_distributed
     from megatron_quant.models import lookup
     from tests.dist import bare
 

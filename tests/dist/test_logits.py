@@ -14,11 +14,11 @@ IDS = (torch.arange(2 * 15) * 7 % 50).view(2, 15)
 def megatron_logits(path: Path, tp: int, ep: int, dtype: torch.dtype) -> torch.Tensor:
     import torch.distributed as dist
 
-    from megatron_quant.ckpt.layout import Layout
-    from megatron_quant.ckpt.sources import open_source
-    from megatron_quant.mcore.load import load_model
-    from megatron_quant.mcore.parallel import start_distributed
-    from megatron_quant.mcore.run import full_logits
+    from megatron_quant.ckpt.plan.ranks import Layout
+    from megatron_quant.ckpt.read.open import open_source
+    from megatron_quant.mcore.model.load import load_model
+    from megatron_quant.mcore.model.parallel import start_distributed
+    from megatron_quant.mcore.model.schedule import full_logits
     from megatron_quant.models import lookup, num_experts
 
     checkpoint = open_source(path)

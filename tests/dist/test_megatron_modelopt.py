@@ -22,11 +22,11 @@ def of_modelopt(source: Path) -> tuple[Any, dict[str, Any]]:
     from megatron.core import parallel_state as mpu
     from modelopt.torch.quantization.nn import QuantModule
 
-    from megatron_quant.ckpt.layout import Layout
-    from megatron_quant.ckpt.source import read_config
-    from megatron_quant.mcore.build import build_model
-    from megatron_quant.mcore.parallel import start_megatron
-    from megatron_quant.mcore.run import forward
+    from megatron_quant.ckpt.plan.ranks import Layout
+    from megatron_quant.ckpt.storage.hub import read_config
+    from megatron_quant.mcore.model.build import build_model
+    from megatron_quant.mcore.model.parallel import start_megatron
+    from megatron_quant.mcore.model.schedule import forward
     from megatron_quant.models import lookup
 
     hf_config = read_config(source)

@@ -136,7 +136,7 @@ def test_flags(argv: list[str], words: str, ranks: Ranks) -> None:
 
 def read_descriptions() -> list[str]:
     """What is said of documents that are none, or larger than one may be."""
-    from megatron_quant.mcore.state import DESCRIBED, decode, encode
+    from megatron_quant.mcore.checkpoint.state import DESCRIBED, decode, encode
 
     assert decode(encode({"a": [1, None]})) == {"a": [1, None]}
     said = []

@@ -26,7 +26,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def _logits(path: Path, ids: torch.Tensor, tp: int, ep: int, etp: int) -> torch.Tensor:
-    from megatron_quant.mcore.run import full_logits
+    from megatron_quant.mcore.model.schedule import full_logits
     from tests.dist import live
 
     model = live.load(path, live.Parallelism(tp, ep, etp), torch.float32)

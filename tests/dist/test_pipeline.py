@@ -36,10 +36,10 @@ CALIBRATED = {
 
 def export_all(source: Path, out: Path, flags: dict, cases: list[dict]) -> list[float]:
     """The KL that each run reports, where it evaluates."""
-    from megatron_quant.api.options import QuantizeOptions
-    from megatron_quant.api.quantize import quantize
-    from megatron_quant.cli.console import Phases, console
-    from megatron_quant.mcore.parallel import start_distributed
+    from megatron_quant.runs.options import QuantizeOptions
+    from megatron_quant.runs.megatron import quantize
+    from megatron_quant.cli.console import ConsolePhases, console
+    from megatron_quant.mcore.model.parallel import start_distributed
 
     groups = start_distributed()
     found = []
@@ -55,7 +55,7 @@ def export_all(source: Path, out: Path, flags: dict, cases: list[dict]) -> list[
             **flags,
             **case,
         )
-        outcome = quantize(options, groups, Phases(console()))
+        outcome = quantize(options, groups, ConsolePhases(console()))
         if outcome.fake_quant:
             found += [outcome.fake_quant.perplexity, outcome.fake_quant.mean_kl]
     return found
@@ -110,11 +110,11 @@ def split_cache(found: dict[str, torch.Tensor]) -> tuple[dict, dict]:
 
 
 def megatron_logits(path: Path, pipeline: Pipeline) -> torch.Tensor | None:
-    from megatron_quant.ckpt.layout import Layout
-    from megatron_quant.ckpt.reader import open_directory
-    from megatron_quant.mcore.load import load_model
-    from megatron_quant.mcore.parallel import start_distributed
-    from megatron_quant.mcore.run import full_logits
+    from megatron_quant.ckpt.plan.ranks import Layout
+    from megatron_quant.ckpt.read.directory import open_directory
+    from megatron_quant.mcore.model.load import load_model
+    from megatron_quant.mcore.model.parallel import start_distributed
+    from megatron_quant.mcore.model.schedule import full_logits
     from megatron_quant.models import lookup, num_experts, num_layers
 
     checkpoint, groups = open_directory(path), start_distributed()
@@ -144,8 +144,8 @@ def deal(config: dict, stages: Stages) -> Stages:
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from megatron_quant.ckpt.layout import Layout
-    from megatron_quant.mcore.build import transformer_config
+    from megatron_quant.ckpt.plan.ranks import Layout
+    from megatron_quant.mcore.model.build import transformer_config
     from megatron_quant.models import lookup
 
     layout = Layout.simulate(len(stages), 1, 1, 1, stages=stages)

@@ -59,7 +59,7 @@ def test_the_same_bytes_when_tensors_are_cut_into_parts(
     source = checkpoints.save("qwen3", tmp_path / "source")
     cases = [weight_only(c) for c in CASES if c["export_quant_cfg"] in CUT]
     stream_all(source, tmp_path / "whole", cases)
-    monkeypatch.setattr("megatron_quant.stream.split._ELEMENTS", 1 << 10)
+    monkeypatch.setattr("megatron_quant.streaming.part_split._ELEMENTS", 1 << 10)
     stream_all(source, tmp_path / "cut", cases)
     for case in cases:
         assert digests(tmp_path / "cut" / folder(case)) == digests(
@@ -141,13 +141,13 @@ def test_ranks_share_the_calibration_data(tmp_path: Path, ranks) -> None:
 
 
 def stream_case(source: Path, out: Path, case: dict) -> None:
-    from megatron_quant.api.options import QuantizeOptions
-    from megatron_quant.api.stream import stream
-    from megatron_quant.cli.console import Phases, console
+    from megatron_quant.runs.options import QuantizeOptions
+    from megatron_quant.runs.file_to_file import stream
+    from megatron_quant.cli.console import ConsolePhases, console
     from megatron_quant.dist import Groups
 
     options = QuantizeOptions(hf_model_id=str(source), export_dir=out, **case)
-    stream(options, Groups(), Phases(console()))
+    stream(options, Groups(), ConsolePhases(console()))
 
 
 def test_one_ranks_error_is_every_ranks_and_leaves_nothing(tmp_path: Path, ranks) -> None:

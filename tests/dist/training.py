@@ -19,7 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_quant.mcore.hooks import prepare, quantized
+from megatron_quant.mcore.training.hooks import prepare, quantized
 from megatron_quant.models import copies
 from tests.dist import live
 

@@ -7,7 +7,8 @@ from tests.gpu import NO_GPU
 
 if not torch.cuda.is_available():
     pytest.skip(NO_GPU, allow_module_level=True)  # before Megatron is imported in this process
-from megatron_quant.formats import Format, encode, fake_quant, gpu, stack_amax
+from megatron_quant.formats import Format, encode, fake_quant, stack_amax
+from megatron_quant.formats.backends import gpu
 from tests.gpu import checks
 from tests.unit import test_formats_golden as goldens
 from tests.unit import test_formats_native as loops

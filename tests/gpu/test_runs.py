@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_quant.evaluate import decoded
+from megatron_quant.evaluation import decoded
 from tests.dist import checkpoints
 from tests.gpu import runs
 

@@ -4,10 +4,10 @@ from functools import cache
 
 import torch
 
-from megatron_quant.ckpt.dialects import get_dialect
-from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.plan import ExportPlan, Part, plan_export
-from megatron_quant.ckpt.slots import slots
+from megatron_quant.ckpt.dialects.registry import get_dialect
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, plan_export
+from megatron_quant.ckpt.plan.quantizable import slots
+from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.formats.spec import Format, get_format
 from megatron_quant.models import Param, copies, local_shape, lookup
 from megatron_quant.recipes.plan import Decision, QuantPlan
@@ -112,5 +112,5 @@ def weight_amax(param: Param) -> torch.Tensor:
     return torch.stack([weights()[s.name].float().abs().amax() for s in param.sources]).amax()
 
 
-def input_amax(part: Part) -> torch.Tensor:
+def input_amax(part: RankPart) -> torch.Tensor:
     return torch.tensor(3.0 + (part.param.layer or 0))

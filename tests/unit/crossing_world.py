@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from megatron_quant.ckpt.dialects.base import Layer, Stored
-from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.plan import ExportPlan, Part, plan_export
-from megatron_quant.ckpt.produce import produce
-from megatron_quant.ckpt.regions import regions
-from megatron_quant.ckpt.slots import slots
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, plan_export
+from megatron_quant.ckpt.plan.quantizable import slots
+from megatron_quant.ckpt.plan.ranks import Layout
+from megatron_quant.ckpt.plan.shards import regions
+from megatron_quant.ckpt.write.encode_part import produce
 from megatron_quant.formats import block_stat
-from megatron_quant.formats.region import Region, edge_of
+from megatron_quant.formats.blocks.region import Region, edge_of
 from megatron_quant.formats.spec import Format
 from megatron_quant.models import Parallel, Param, Role, Source, copies, local_shape
 from megatron_quant.recipes.plan import Decision, QuantPlan
@@ -141,7 +141,7 @@ def export(param: Param, whole: Tensors, fmt: Format, size: int) -> Tensors:
     return found
 
 
-def _produced(part: Part, held: list[Shard], amax: torch.Tensor) -> Iterator:
+def _produced(part: RankPart, held: list[Shard], amax: torch.Tensor) -> Iterator:
     shard = next(s for s in held if part.region in s.regions)
     stat = shard.stats[shard.regions.index(part.region)]
     return produce(part, shard.local, amax, None, stat)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import (
     INPUT_SCALE,
     SHAPE,
@@ -17,7 +16,8 @@ from megatron_quant.ckpt.dialects.base import (
     Stored,
     layer_of,
 )
-from megatron_quant.ckpt.slots import slots
+from megatron_quant.ckpt.dialects.registry import get_dialect
+from megatron_quant.ckpt.plan.quantizable import slots
 from megatron_quant.formats import amax, encode, get_format, tensor_scale
 from megatron_quant.formats.spec import Format
 from megatron_quant.models.registry import lookup

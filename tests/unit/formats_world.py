@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_quant.formats import FORMATS, stack_amax, tensor_scale
-from megatron_quant.formats.kernels import kernel_of
+from megatron_quant.formats.numbers.arithmetic import kernel_of
 from megatron_quant.formats.spec import CHANNEL, GROUP_SIZES, stored_format
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

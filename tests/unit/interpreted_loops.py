@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_quant.formats import block_stat, encode, fake_quant, gpu, stack_amax, tensor_scale
+from megatron_quant.formats import block_stat, encode, fake_quant, stack_amax, tensor_scale
+from megatron_quant.formats.backends import gpu
 from tests.unit.test_formats_native import ALL, INPUTS, random, same_bits, scales
 
 # One program does what many would: the interpreter's cost is by the operation.

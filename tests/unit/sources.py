@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_quant.api.options import QuantizeOptions
-from megatron_quant.api.stream import Streamed, stream
-from megatron_quant.cli.console import Phases, console
+from megatron_quant.cli.console import ConsolePhases, console
 from megatron_quant.dist import Groups
+from megatron_quant.runs.file_to_file import Streamed, stream
+from megatron_quant.runs.options import QuantizeOptions
 
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -25,7 +25,7 @@ def run(source: Path, out: Path, **changes: object) -> Streamed:
         **changes,
     }
     named = QuantizeOptions(hf_model_id=str(source), export_dir=out, stream=True, **options)
-    return stream(named, Groups(), Phases(console()))
+    return stream(named, Groups(), ConsolePhases(console()))
 
 
 def tensors(directory: Path) -> Tensors:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.errors import QuantError
+from megatron_quant.runs.options import QuantizeOptions
 
 
 @pytest.mark.parametrize("percentile", [0.0, -1.0, 100.1, float("nan")])

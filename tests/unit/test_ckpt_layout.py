@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_quant.ckpt.layout import Coord, Layout
+from megatron_quant.ckpt.plan.ranks import Coord, Layout
 from megatron_quant.errors import LayoutError
 from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
 

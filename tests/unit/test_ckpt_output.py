@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_quant.ckpt import output
-from megatron_quant.ckpt.disk import allocate
-from megatron_quant.ckpt.output import OutputFile, Run, Stage
+from megatron_quant.ckpt.storage import direct_io
+from megatron_quant.ckpt.storage.direct_io import OutputFile, Run, StagingBuffer
+from megatron_quant.ckpt.storage.disk import allocate
 
 
 def made(path: Path, size: int) -> Path:
@@ -28,7 +28,7 @@ def cut(data: bytes, edges: list[int]) -> list[Run]:
 def filled(path: Path, runs: list[Run], direct: bool) -> bytes:
     out = OutputFile(path, direct)
     try:
-        out.write(runs, Stage())
+        out.write(runs, StagingBuffer())
         out.sync()
     finally:
         out.close()
@@ -59,7 +59,7 @@ def test_neighbours_keep_what_others_write(tmp_path: Path) -> None:
     runs = cut(data, [*range(0, len(data), 777_777), len(data)])
     out = OutputFile(made(tmp_path / "file", len(data)), direct=True)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda run: out.write([run], Stage()), runs))
+        list(pool.map(lambda run: out.write([run], StagingBuffer()), runs))
     out.close()
     assert (tmp_path / "file").read_bytes() == data
 
@@ -68,7 +68,7 @@ def test_a_file_system_that_refuses_such_writes(tmp_path: Path) -> None:
     """Blocks of one byte are what no file system takes past its cache."""
     data = random.Random(1).randbytes(1_000_001)
     path = made(tmp_path / "file", len(data))
-    with patch.object(output, "_BLOCK", 1):
+    with patch.object(direct_io, "_BLOCK", 1):
         assert filled(path, cut(data, [0, 3, len(data)])[1:], direct=True)[3:] == data[3:]
 
 

@@ -7,11 +7,11 @@ from math import prod
 import pytest
 import torch
 
-from megatron_quant.ckpt.check import check_plan, tiles
-from megatron_quant.ckpt.dialects import get_dialect
-from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.plan import plan_export
-from megatron_quant.ckpt.slots import slots
+from megatron_quant.ckpt.dialects.registry import get_dialect
+from megatron_quant.ckpt.plan.export_plan import plan_export
+from megatron_quant.ckpt.plan.proof import check_plan, tiles
+from megatron_quant.ckpt.plan.quantizable import slots
+from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.errors import ExportError, FormatError, LayoutError
 from megatron_quant.formats.spec import get_format
 from megatron_quant.models import Box, Domain, Parallel, Param, Role, Source, lookup

@@ -12,22 +12,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_quant.ckpt.companions import Companions, companions
-from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE
-from megatron_quant.ckpt.files import INDEX
-from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.manifest import MANIFEST
-from megatron_quant.ckpt.parts import work_of, write_parts
-from megatron_quant.ckpt.pieces import PLAIN
-from megatron_quant.ckpt.plan import ExportPlan, Part, Target
-from megatron_quant.ckpt.produce import Produced, produce
-from megatron_quant.ckpt.target import Existing, prepare, publish
-from megatron_quant.ckpt.writer import WriteOptions, export, read_digests, stage_documents
+from megatron_quant.ckpt.dialects.registry import get_dialect
+from megatron_quant.ckpt.dialects.scheme import PLAIN
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, StoredTensor
+from megatron_quant.ckpt.plan.ranks import Layout
+from megatron_quant.ckpt.plan.sidecars import Companions, companions
+from megatron_quant.ckpt.storage.safetensors_header import INDEX
+from megatron_quant.ckpt.write.directory import Existing, prepare_directory, publish
+from megatron_quant.ckpt.write.encode_part import Produced, produce
+from megatron_quant.ckpt.write.exporter import WriteOptions, export, read_digests, stage_documents
+from megatron_quant.ckpt.write.manifest import MANIFEST
+from megatron_quant.ckpt.write.rank_work import work_of, write_parts
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, ExportError, FormatError
-from megatron_quant.formats.amax import tensor_scale
 from megatron_quant.formats.codec import encode
+from megatron_quant.formats.numbers.absmax import tensor_scale
 from tests.unit import ckpt_world as world
 
 BESIDE = Companions(documents={"config.json": {"model_type": "qwen3_moe"}})
@@ -36,7 +36,7 @@ BESIDE = Companions(documents={"config.json": {"model_type": "qwen3_moe"}})
 def producer(layout: str = "tp1", rank: int = 0):
     where = Layout.simulate(*world.LAYOUTS[layout], experts=world.EXPERTS)
 
-    def made(part: Part) -> Iterator[Produced]:
+    def made(part: RankPart) -> Iterator[Produced]:
         held = world.local(part.param, where, rank)
         return produce(part, held, world.weight_amax(part.param), world.input_amax(part))
 
@@ -44,7 +44,7 @@ def producer(layout: str = "tp1", rank: int = 0):
 
 
 def write_all_ranks(plan: ExportPlan, layout: str, directory: Path) -> None:
-    claim = prepare(plan, directory, BESIDE, Existing.REFUSE, world.LAYOUTS[layout][0])
+    claim = prepare_directory(plan, directory, BESIDE, Existing.REFUSE, world.LAYOUTS[layout][0])
     for rank in reversed(range(world.LAYOUTS[layout][0])):
         write_parts(work_of(plan, rank), producer(layout, rank), directory)
     digests = read_digests(plan.entries, directory, WriteOptions())
@@ -67,7 +67,7 @@ def test_files_are_byte_equal_at_every_layout(recipe, tmp_path):
         assert contents(tmp_path / layout) == reference, layout
 
 
-def expected(target: Target) -> dict[str, torch.Tensor]:
+def expected(target: StoredTensor) -> dict[str, torch.Tensor]:
     """What the file tensors of a target hold, encoded from the whole Hugging Face tensor."""
     w, scheme = world.weights()[target.source.name], target.scheme
     fields = {PLAIN: w, SHAPE: torch.tensor(w.shape)}
@@ -175,7 +175,7 @@ def test_overwriting_the_source_is_refused(tmp_path):
 def test_a_crash_leaves_no_index_beside_new_files(tmp_path):
     plan = world.plan("fp8", "tp1")
     export(plan, Groups(), producer(), tmp_path, BESIDE)
-    claim = prepare(plan, tmp_path, BESIDE, Existing.REPLACE)
+    claim = prepare_directory(plan, tmp_path, BESIDE, Existing.REPLACE)
     names = set(contents(tmp_path))
     names -= {".megatron_quant_unfinished.json.partial", ".megatron_quant_lock.partial"}
     assert names == {f".{file.name}.partial" for file in plan.files}
@@ -198,7 +198,7 @@ def test_a_failed_commit_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["linear_fc2.weight3", "router.weight", "final_layernorm.weight"])
 def test_a_weight_that_is_not_finite(value, name, tmp_path):
-    def poisoned(part: Part) -> Iterator[Produced]:
+    def poisoned(part: RankPart) -> Iterator[Produced]:
         held = world.local(part.param, Layout.simulate(1, 1, 1, 1), 0)
         if part.param.name.endswith(name):
             held.view(-1)[-1] = value
@@ -209,7 +209,7 @@ def test_a_weight_that_is_not_finite(value, name, tmp_path):
     assert contents(tmp_path) == {}
 
 
-def first_linear(recipe: str) -> tuple[Part, torch.Tensor]:
+def first_linear(recipe: str) -> tuple[RankPart, torch.Tensor]:
     part = next(p for p in world.plan(recipe, "tp1").parts if p.target.scheme.weights)
     return part, world.local(part.param, Layout.simulate(1, 1, 1, 1), 0)
 
@@ -255,7 +255,7 @@ def file_size_limit(nbytes: int) -> Iterator[None]:
 
 
 def test_no_room_is_found_before_anything_is_encoded(tmp_path):
-    def never(part: Part) -> Iterator[Produced]:
+    def never(part: RankPart) -> Iterator[Produced]:
         raise AssertionError("encoded before the space was claimed")
 
     words = r"partial: cannot take \d+ bytes: File too large; choose a smaller --max-shard-size"
@@ -267,7 +267,7 @@ def test_no_room_is_found_before_anything_is_encoded(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_a_disk_that_fills_while_writing(tmp_path):
     plan = world.plan("fp8", "tp1")
-    prepare(plan, tmp_path, BESIDE, Existing.REFUSE)
+    prepare_directory(plan, tmp_path, BESIDE, Existing.REFUSE)
     for path in tmp_path.iterdir():
         path.unlink()
         path.symlink_to("/dev/full")

@@ -5,12 +5,12 @@ import re
 
 from rich.console import Console
 
-from megatron_quant.cli.console import Phases
+from megatron_quant.cli.console import ConsolePhases
 
 
 def shown(terminal: bool) -> str:
     out = io.StringIO()
-    phases = Phases(Console(file=out, force_terminal=terminal, width=160))
+    phases = ConsolePhases(Console(file=out, force_terminal=terminal, width=160))
     with phases.transfer("export", 2 * 10**9) as progress:
         progress(10**9)
         progress(10**9)

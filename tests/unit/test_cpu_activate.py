@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from megatron_quant import cpu
+from megatron_quant.cpu import activation as cpu
 from megatron_quant.cpu import binary
 from megatron_quant.errors import HostError
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_quant.ckpt.regions import regions
+from megatron_quant.ckpt.plan.shards import regions
 from megatron_quant.formats import block_stat, get_format, tensor_scale
-from megatron_quant.formats.region import edge_of
+from megatron_quant.formats.blocks.region import edge_of
 from megatron_quant.formats.search import FOUR_OVER_SIX, MSE_MULTIPLIERS, choose, errors
 from megatron_quant.formats.spec import CHANNEL, Format
 from megatron_quant.models import Param

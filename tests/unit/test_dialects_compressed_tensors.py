@@ -7,8 +7,8 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 
-from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import Layer, ModuleFormat
+from megatron_quant.ckpt.dialects.registry import get_dialect
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats import amax, decode, encode, get_format, tensor_scale
 from megatron_quant.formats.spec import CHANNEL, Format

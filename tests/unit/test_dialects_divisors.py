@@ -3,8 +3,8 @@
 import torch
 
 from megatron_quant.ckpt.dialects.base import INPUT_SCALE
-from megatron_quant.ckpt.plan import Part
-from megatron_quant.ckpt.produce import encoded
+from megatron_quant.ckpt.plan.export_plan import RankPart
+from megatron_quant.ckpt.write.encode_part import encoded
 from megatron_quant.formats import encode, get_format, tensor_scale
 from tests.unit import ckpt_world
 
@@ -12,13 +12,13 @@ NVFP4 = get_format("nvfp4")
 AMAXES = torch.linspace(0.5, 8.0, 401)
 
 
-def a_part() -> Part:
+def a_part() -> RankPart:
     """Of a quantized weight of compressed-tensors, whose scales are divisors."""
     parts = ckpt_world.plan("nvfp4", "tp1").parts_of(0)
     return next(p for p in parts if p.target.scheme.weights is not None)
 
 
-def stored(part: Part, w_NK: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor]:
+def stored(part: RankPart, w_NK: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is on disk of ``part``, by the field that it carries."""
     fields = {piece.entry.name: piece.stored.field for piece in part.pieces}
     return {fields[entry.name]: value for entry, _, value in encoded(part, w_NK, amax, amax)}

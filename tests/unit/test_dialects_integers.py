@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import SHAPE, ModuleFormat
+from megatron_quant.ckpt.dialects.registry import get_dialect
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats import decode, encode, get_format
 from megatron_quant.formats.spec import CHANNEL, Format

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_quant.ckpt.check import check_plan
-from megatron_quant.ckpt.companions import Companions
-from megatron_quant.ckpt.dialects import get_dialect
-from megatron_quant.ckpt.parts import work_of, write_parts
-from megatron_quant.ckpt.produce import produce
-from megatron_quant.ckpt.target import Existing, prepare, publish
-from megatron_quant.ckpt.writer import WriteOptions, read_digests, stage_documents
+from megatron_quant.ckpt.dialects.registry import get_dialect
+from megatron_quant.ckpt.plan.proof import check_plan
+from megatron_quant.ckpt.plan.sidecars import Companions
+from megatron_quant.ckpt.write.directory import Existing, prepare_directory, publish
+from megatron_quant.ckpt.write.encode_part import produce
+from megatron_quant.ckpt.write.exporter import WriteOptions, read_digests, stage_documents
+from megatron_quant.ckpt.write.rank_work import work_of, write_parts
 from megatron_quant.errors import FormatError, LayoutError
 from megatron_quant.formats.spec import CHANNEL, Format, get_format
 from megatron_quant.models import Param
@@ -57,7 +57,7 @@ def written(param: Param, dialect: str, fmt: Format, size: int, directory: Path)
         return produce(part, shard.local, amax, None, stat)
 
     beside = Companions(documents={})
-    claim = prepare(plan, directory, beside, Existing.REFUSE, size)
+    claim = prepare_directory(plan, directory, beside, Existing.REFUSE, size)
     for rank in range(size):
         write_parts(work_of(plan, rank), made, directory)
     digests = read_digests(plan.entries, directory, WriteOptions())

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import Layer, ModuleFormat
 from megatron_quant.ckpt.dialects.modelopt import HF_QUANT_CONFIG
+from megatron_quant.ckpt.dialects.registry import get_dialect
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats import amax, decode, encode, get_format
 from megatron_quant.formats.spec import CHANNEL

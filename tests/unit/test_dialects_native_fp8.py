@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import Layer, ModuleFormat
+from megatron_quant.ckpt.dialects.registry import get_dialect
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats import get_format
 from megatron_quant.recipes.plan import QuantPlan

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_quant.api.export import ExportOptions, reexport
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
-from megatron_quant.ckpt.verify import verify
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.verify.checkpoint import verify
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats.spec import CHANNEL, get_format
 from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.runs.conversion import ExportOptions, reexport
 from tests.unit import exported
 
 ATTENTION = "model.layers.0.self_attn"

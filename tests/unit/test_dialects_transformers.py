@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
-from megatron_quant.evaluate.load import decoded
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.evaluation.load import decoded
 from megatron_quant.models.registry import lookup
 from megatron_quant.recipes.plan import QuantPlan
 from tests.unit import exported

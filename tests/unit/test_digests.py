@@ -10,13 +10,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_quant.ckpt.digest import hashed, hashed_in_pieces
-from megatron_quant.ckpt.files import TensorEntry
-from megatron_quant.ckpt.runs import hashed_on_disk, leaves_of
-from megatron_quant.ckpt.tensor_digests import TensorDigests
-from megatron_quant.formats import native
-from megatron_quant.formats.native import Leaves
+from megatron_quant.ckpt.storage.box_bytes import hashed_on_disk, leaves_of
+from megatron_quant.ckpt.storage.safetensors_header import TensorEntry
+from megatron_quant.ckpt.storage.tensor_digests import TensorDigests
+from megatron_quant.ckpt.storage.tree_digest import hashed, hashed_in_pieces
 from megatron_quant.models.spec import Box, whole
+from megatron_quant.native import library
+from megatron_quant.native.library import Leaves
 
 LEAF = 65536
 EDGES = [0, 1, 127, 128, 129, 256, 1000, LEAF - 1, LEAF, LEAF + 1, 3 * LEAF, 5 * LEAF + 128]
@@ -49,11 +49,11 @@ def test_with_the_library_and_without(count: int) -> None:
     given = messages(count, count)
     expected = [tree(bytes(message)) for message in given]
     assert digests(given) == expected
-    with patch.object(native, "_library", return_value=None):
+    with patch.object(library, "_library", return_value=None):
         assert digests(given) == expected
 
 
-@pytest.mark.skipif(not native.available(), reason="built without a compiler")
+@pytest.mark.skipif(not library.available(), reason="built without a compiler")
 def test_many_short_ones_beside_a_long_one() -> None:
     given = [memoryview(bytes(10 * LEAF)), *messages(3, 0), memoryview(b"x" * 100)] * 3
     assert digests(given) == [tree(bytes(message)) for message in given]

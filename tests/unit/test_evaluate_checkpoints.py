@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from megatron_quant.errors import CheckpointError, QuantError
-from megatron_quant.evaluate import Text, decoded, evaluate, native, read_windows
-from megatron_quant.evaluate.activations import Activations, QuantizedInputs, linear_weights
+from megatron_quant.evaluation import Text, decoded, evaluate, native, read_windows
+from megatron_quant.evaluation.activations import Activations, QuantizedInputs, linear_weights
 from megatron_quant.formats import amax, decode, encode, fake_quant, get_format, tensor_scale
 
 ALGORITHMS = {"NVFP4": "nvfp4", "FP8": "fp8"}

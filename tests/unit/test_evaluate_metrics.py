@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megatron_quant.evaluate.metrics import NOTHING, Sums, nll_and_kl, windows
+from megatron_quant.evaluation.metrics import NOTHING, Sums, nll_and_kl, windows
 
 
 def test_windows_predict_every_id_but_the_first_once():

@@ -9,7 +9,7 @@ import torch
 import transformers as t
 from torch.nn.functional import cosine_similarity
 
-from megatron_quant.evaluate import Text, decoded, evaluate
+from megatron_quant.evaluation import Text, decoded, evaluate
 from tests.dist.checkpoints import tokenizer
 from tests.unit import hf_models, sources
 

@@ -10,14 +10,14 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from megatron_quant.ckpt.companions import Companions
+from megatron_quant.ckpt.plan.sidecars import Companions
 from megatron_quant.ckpt.dialects import get_dialect
-from megatron_quant.ckpt.layout import Layout
-from megatron_quant.ckpt.parts import quiet
-from megatron_quant.ckpt.pipeline import WriteOptions
-from megatron_quant.ckpt.plan import plan_export
-from megatron_quant.ckpt import parts
-from megatron_quant.ckpt.writer import Existing, export
+from megatron_quant.ckpt.plan.ranks import Layout
+from megatron_quant.ckpt.write.rank_work import quiet
+from megatron_quant.ckpt.write.pipeline import WriteOptions
+from megatron_quant.ckpt.plan.export_plan import plan_export
+from megatron_quant.ckpt.write import rank_work as parts
+from megatron_quant.ckpt.write.exporter import Existing, export
 from megatron_quant.dist import Groups
 from megatron_quant.models.spec import Parallel, Param, Role, Source
 from megatron_quant.recipes.plan import Decision, QuantPlan, Slot

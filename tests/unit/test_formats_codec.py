@@ -5,7 +5,7 @@ import torch
 
 from megatron_quant.errors import FormatError
 from megatron_quant.formats import block_stat, decode, encode, fake_quant, get_format
-from megatron_quant.formats.scales import e8m0_values
+from megatron_quant.formats.numbers.scales import e8m0_values
 from tests.unit.formats_world import (
     ALL,
     BLOCKED,

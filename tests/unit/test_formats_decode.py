@@ -8,11 +8,13 @@ from math import isnan
 import pytest
 import torch
 
-from megatron_quant.ckpt.packed import with_scale_dtype
-from megatron_quant.formats import decode, native
+from megatron_quant.ckpt.read.packed_weight import with_scale_dtype
+from megatron_quant.formats import decode
 from megatron_quant.formats.codec import lost
-from megatron_quant.formats.kernels import kernel_of
-from megatron_quant.formats.spec import CHANNEL, WHOLE, get_format, regrouped, stored_format
+from megatron_quant.formats.numbers.arithmetic import kernel_of
+from megatron_quant.formats.spec import CHANNEL, get_format, regrouped, stored_format
+from megatron_quant.native import library
+from megatron_quant.native.sizes import WHOLE
 from tests.unit.test_formats_native import (  # noqa: F401 (fixtures)
     ALL,
     _library_is_looked_for_anew,
@@ -144,7 +146,7 @@ def test_nan_is_lost_beyond_all_bounds(both, where):  # noqa: F811
 
 
 def test_threads_share_the_rows(both, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(native, "_SHARE", 1 << 10)
+    monkeypatch.setattr(library, "_SHARE", 1 << 10)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -174,18 +176,18 @@ def test_same_numbers(both, dtype, count):  # noqa: F811
     a = torch.randn(count, generator=generator(count)).to(dtype)
     a[::7] = torch.inf
     a[::5] = -torch.inf
-    assert both(native.same, a, a.clone()) == (True, False)
+    assert both(library.same, a, a.clone()) == (True, False)
     for at in {0, count // 2, count - 1} if count else ():
         for value in (0.5, torch.nan):
             b = a.clone()
             b[at] = value
-            assert not native.same(a, b)
-            assert not native.same(b, b.clone()) or value == 0.5
+            assert not library.same(a, b)
+            assert not library.same(b, b.clone()) or value == 0.5
 
 
 def test_what_is_never_taken_for_the_same():
     a = torch.zeros(2, 3, dtype=torch.bfloat16)
     for b in (-a, a.half(), a.float(), a.view(3, 2), a.t(), a[:1], a.view(torch.int16)):
-        assert not native.same(a, b) and not native.same(b, a)
-    assert not native.same(a.view(torch.int16), a.view(torch.int16))
-    assert not native.same(a.t(), a.t())
+        assert not library.same(a, b) and not library.same(b, a)
+    assert not library.same(a.view(torch.int16), a.view(torch.int16))
+    assert not library.same(a.t(), a.t())

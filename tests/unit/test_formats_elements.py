@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_quant.formats.elements import (
+from megatron_quant.formats.numbers.elements import (
     E2M1_VALUES,
     INT4_VALUES,
     INT8_WORDS,
@@ -13,8 +13,8 @@ from megatron_quant.formats.elements import (
     int4_codes,
     int8_codes,
 )
-from megatron_quant.formats.pack import nibble_values, pack_nibbles
-from megatron_quant.formats.scales import e8m0_values
+from megatron_quant.formats.numbers.pack import nibble_values, pack_nibbles
+from megatron_quant.formats.numbers.scales import e8m0_values
 
 ALL_BF16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 FINITE = ALL_BF16[ALL_BF16.isfinite()].float()

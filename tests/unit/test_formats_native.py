@@ -15,12 +15,12 @@ from megatron_quant.formats import (
     encode,
     fake_quant,
     get_format,
-    native,
     stack_amax,
     tensor_scale,
 )
-from megatron_quant.formats.loops import loops_for
+from megatron_quant.formats.backends.choose import loops_for
 from megatron_quant.formats.spec import CHANNEL, regrouped
+from megatron_quant.native import library
 
 ALL = [
     *FORMATS.values(),
@@ -31,16 +31,16 @@ each_format = pytest.mark.parametrize("fmt", ALL, ids=lambda f: f"{f.name}-{f.gr
 
 @pytest.fixture(autouse=True)
 def _library_is_looked_for_anew() -> Iterator[None]:
-    native._library.cache_clear()
+    library._library.cache_clear()
     yield
-    native._library.cache_clear()
+    library._library.cache_clear()
 
 
 @pytest.fixture
 def both(monkeypatch):
     """Calls a function with the library and without, and returns both results."""
     monkeypatch.delenv("MEGATRON_QUANT_NATIVE", raising=False)
-    if native._library() is None:
+    if library._library() is None:
         if shutil.which("cc"):
             pytest.fail("the library is missing or stale: python setup.py build_ext --inplace")
         pytest.skip("no C compiler")
@@ -49,11 +49,11 @@ def both(monkeypatch):
         with_library = function(*args, **named)
         with monkeypatch.context() as without:
             without.setenv("MEGATRON_QUANT_NATIVE", "0")
-            native._library.cache_clear()
+            library._library.cache_clear()
             assert loops_for(torch.ones(1, dtype=torch.bfloat16)) is None
             in_torch = function(*args, **named)
-        native._library.cache_clear()
-        assert loops_for(torch.ones(1, dtype=torch.bfloat16)) is native
+        library._library.cache_clear()
+        assert loops_for(torch.ones(1, dtype=torch.bfloat16)) is library
         return with_library, in_torch
 
     return call
@@ -241,7 +241,7 @@ def test_what_is_not_finite_reaches_the_same_results(both, name, value):
 
 @each_format
 def test_threads_share_the_rows(both, fmt, monkeypatch):
-    monkeypatch.setattr(native, "_SHARE", 1 << 10)
+    monkeypatch.setattr(library, "_SHARE", 1 << 10)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -263,9 +263,9 @@ def test_other_dtypes_run_in_torch(dtype):
 def test_a_missing_library_is_a_note_and_no_more(found, monkeypatch, tmp_path, caplog):
     monkeypatch.delenv("MEGATRON_QUANT_NATIVE", raising=False)
     if found == "nothing":
-        monkeypatch.setattr(native, "_FILE", tmp_path / "absent.so")
+        monkeypatch.setattr(library, "_FILE", tmp_path / "absent.so")
     else:
-        monkeypatch.setattr(native, "_VERSION", -1)
+        monkeypatch.setattr(library, "_VERSION", -1)
     fmt = get_format("nvfp4")
     with caplog.at_level(logging.DEBUG):
         fields = encode(random(4, 32), fmt, torch.tensor(1e-4))

@@ -9,7 +9,7 @@ import torch
 
 from megatron_quant.errors import FormatError, RecipeError
 from megatron_quant.formats import FORMATS, Format, decode, encode, fake_quant, get_format
-from megatron_quant.formats.kernels import kernel_of
+from megatron_quant.formats.numbers.arithmetic import kernel_of
 from megatron_quant.formats.record import Field
 from megatron_quant.formats.spec import GROUP_SIZES, stored_format
 from megatron_quant.recipes.parse import parse_recipe

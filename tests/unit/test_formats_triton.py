@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_quant.formats import gpu
-from megatron_quant.formats.loops import loops_for
-from megatron_quant.formats.native import Element
+from megatron_quant.formats.backends import gpu
+from megatron_quant.formats.backends.choose import loops_for
+from megatron_quant.native.library import CElement
 
 triton = pytest.importorskip("triton", reason="no Triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from megatron_quant.formats import triton_kernels as kernels  # noqa: E402
+from megatron_quant.formats.backends import triton_kernels as kernels  # noqa: E402
 
 ARITHMETIC = "div|add|sub|mul|fma|mad|rcp|sqrt|ex2|cvt|min|max"
 BITS, FP32, BYTES = "*i16", "*fp32", "*u8"
@@ -40,14 +40,14 @@ FAKE_QUANT = ENCODE | {"out": BITS}
 NVFP4 = {"x": BITS, "dscale": FP32, "scale": BYTES, "out": BYTES}
 NVFP4_FAKE = {"x": BITS, "dscale": FP32, "out": BITS}
 STATISTIC = {"x": BITS, "out": FP32}
-FP8 = {"ELEMENT": int(Element.E4M3_BY_BF16), "PACKED": 1}
-INT4 = {"ELEMENT": int(Element.INT4_ZERO_BY_BF16), "PACKED": 2}
+FP8 = {"ELEMENT": int(CElement.E4M3_BY_BF16), "PACKED": 1}
+INT4 = {"ELEMENT": int(CElement.INT4_ZERO_BY_BF16), "PACKED": 2}
 # Kernel, its tensors, its constants, and columns of a block.
 LAUNCHES = {
     "fp8": (kernels.encode_kernel, ENCODE, FP8, 1024),
     "int4": (kernels.encode_kernel, ENCODE, INT4, 32),
-    "fake mxfp4": (kernels.fake_quant_kernel, FAKE_QUANT, {"ELEMENT": int(Element.E2M1)}, 32),
-    "fake int8": (kernels.fake_quant_kernel, FAKE_QUANT, {"ELEMENT": int(Element.INT8)}, 1024),
+    "fake mxfp4": (kernels.fake_quant_kernel, FAKE_QUANT, {"ELEMENT": int(CElement.E2M1)}, 32),
+    "fake int8": (kernels.fake_quant_kernel, FAKE_QUANT, {"ELEMENT": int(CElement.INT8)}, 1024),
     "nvfp4": (kernels.nvfp4_encode_kernel, NVFP4, {}, 16),
     "fake nvfp4": (kernels.nvfp4_fake_quant_kernel, NVFP4_FAKE, {}, 16),
     "amax": (kernels.amax_kernel, STATISTIC, {}, 1024),

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_quant.ckpt.dialects import DIALECTS, get_dialect
+from megatron_quant.ckpt.dialects.detect import dialect_of, quantization_of
 from megatron_quant.ckpt.dialects.modelopt import HF_QUANT_CONFIG
-from megatron_quant.ckpt.quantization import dialect_of, quantization_of
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
-from megatron_quant.ckpt.sources import open_source
-from megatron_quant.ckpt.views import logical, params_of
+from megatron_quant.ckpt.dialects.registry import DIALECTS, get_dialect
+from megatron_quant.ckpt.read.logical_tensors import logical, params_of
+from megatron_quant.ckpt.read.open import open_source
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.documents import parse_yaml
 from megatron_quant.errors import RecipeError
 from megatron_quant.models.layout import check_layout
 from megatron_quant.models.registry import lookup
-from megatron_quant.models.structure import describe
+from megatron_quant.models.structure import describe_structure
 from megatron_quant.recipes.parse import parse_recipe
 from tests.unit import exported, tiny
 from tests.unit.hostile import outcomes
@@ -129,7 +129,7 @@ def test_every_value_in_every_key_of_a_models_config(name: str) -> None:
     def of_model(one: Any) -> None:
         if not isinstance(one, dict):
             return
-        found = describe(one, shapes).params
+        found = describe_structure(one, shapes).params
         assert found
         architecture = lookup(one)
         architecture.gpt_config(one)

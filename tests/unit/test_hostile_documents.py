@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_quant.ckpt import journal
-from megatron_quant.ckpt.files import Draft, UnknownDtype, entries_of, header_bytes
-from megatron_quant.ckpt.journal import read_journals
-from megatron_quant.ckpt.manifest import digest_problems
-from megatron_quant.ckpt.names import MANIFEST
+from megatron_quant.ckpt.storage.names import MANIFEST
+from megatron_quant.ckpt.storage.safetensors_header import (
+    Draft,
+    UnknownDtype,
+    entries_of,
+    header_bytes,
+)
+from megatron_quant.ckpt.write import journal
+from megatron_quant.ckpt.write.journal import read_journals
+from megatron_quant.ckpt.write.manifest import digest_problems
 from megatron_quant.documents import Limits
 from megatron_quant.errors import CheckpointError, ExportError
 from megatron_quant.models.spec import Box

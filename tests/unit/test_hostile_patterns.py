@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from megatron_quant.ckpt.dialects import expressions, get_dialect
+from megatron_quant.ckpt.dialects import expressions
 from megatron_quant.ckpt.dialects.expressions import Effort, Expression, Wildcard
+from megatron_quant.ckpt.dialects.registry import get_dialect
 from megatron_quant.errors import CheckpointError
 from tests.unit import exported
 

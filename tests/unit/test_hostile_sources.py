@@ -14,7 +14,7 @@ import torch
 from megatron_quant.ckpt.dialects.expressions import Effort
 from megatron_quant.cli.console import escape
 from megatron_quant.errors import CheckpointError
-from megatron_quant.evaluate.tokenizer import load_tokenizer
+from megatron_quant.evaluation.tokenizer import load_tokenizer
 from tests.dist.command import command, tree
 from tests.unit import exported
 

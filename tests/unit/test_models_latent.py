@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_quant.ckpt.reader import open_directory
-from megatron_quant.ckpt.serving import obstacle
-from megatron_quant.ckpt.slots import slots
-from megatron_quant.ckpt.verify import verify
+from megatron_quant.ckpt.plan.quantizable import slots
+from megatron_quant.ckpt.read.directory import open_directory
+from megatron_quant.ckpt.verify.checkpoint import verify
+from megatron_quant.engines.serving import obstacle
 from megatron_quant.errors import ArchitectureError, CheckpointError, CoverageError, LayoutError
 from megatron_quant.models import Role, check_layout, lookup
 from megatron_quant.models.spec import engine_groups
-from megatron_quant.models.structure import describe, has_table
+from megatron_quant.models.structure import describe_structure, has_table
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.parse import parse_recipe
-from megatron_quant.recipes.resolve import resolve
+from megatron_quant.recipes.resolution import resolve
 from tests.dist.command import command
 from tests.dist.pool import Ranks
 from tests.unit import hf_models, tiny
@@ -171,7 +171,7 @@ def test_fused_linears_share_a_scale(drafting: Path, tmp_path: Path, scales: str
 def test_a_config_that_its_table_refuses_is_recognised() -> None:
     config = {**CONFIG, "rope_interleave": False}
     shapes = {s.name: s.shape for p in lookup(CONFIG).params(CONFIG) for s in p.sources}
-    names = {p.name for p in describe(config, shapes).params}
+    names = {p.name for p in describe_structure(config, shapes).params}
     assert "model.layers.0.self_attn.fused_qkv_a_proj.weight" in names
 
 
@@ -183,7 +183,7 @@ def test_gated_delta_nets_are_streamed(name: str) -> None:
 
 def with_normed_queries() -> None:
     """A layer as megatron-core 0.19 builds it."""
-    from megatron_quant.mcore.check import check_model
+    from megatron_quant.mcore.model.check import check_model
 
     model = torch.nn.Module()
     model.register_parameter("layer_norm_weight", torch.nn.Parameter(torch.ones(1)))

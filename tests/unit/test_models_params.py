@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_quant.ckpt.sources import open_source
+from megatron_quant.ckpt.read.open import open_source
 from megatron_quant.models import ARCHITECTURES, Domain, Role, lookup
 from tests.unit import tiny
 

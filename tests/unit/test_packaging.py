@@ -21,7 +21,7 @@ _BUILD = "import sys; from setuptools import build_meta as b; getattr(b, sys.arg
 _RUN = """\
 import megatron_quant, sys
 from megatron_quant.cli.main import main
-from megatron_quant.formats import native
+from megatron_quant.native import library as native
 assert not megatron_quant.__file__.startswith(sys.argv[1]), megatron_quant.__file__
 print("C:", native.available())
 main(["quantize", "--stream", "--hf-model-id", sys.argv[2], "--export-quant-cfg", "w4a16_nvfp4",

@@ -13,9 +13,9 @@ from compressed_tensors.quantization import QuantizationConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from megatron_quant.ckpt.dialects import get_dialect
-from megatron_quant.ckpt.expert_stacks import ExpertStacks
-from megatron_quant.ckpt.sources import open_source
+from megatron_quant.ckpt.dialects.registry import get_dialect
+from megatron_quant.ckpt.read.mxfp4_stacks import ExpertStacks
+from megatron_quant.ckpt.read.open import open_source
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats.spec import CHANNEL, Format, get_format, stored_format
 from megatron_quant.models.spec import Box

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_quant.ckpt.keep import keeping
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
-from megatron_quant.ckpt.sources import open_source
-from megatron_quant.ckpt.transcode import plan_of
+from megatron_quant.ckpt.convert import plan_of
+from megatron_quant.ckpt.read.open import open_source
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.read.scale_keeping import keeping
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats.spec import get_format
 from megatron_quant.models.spec import Box, Parallel, Param, Role, Source

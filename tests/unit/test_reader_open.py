@@ -8,13 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_quant.ckpt.reader import (
-    INDEX,
-    WEIGHTS,
-    TensorInfo,
-    fill,
-    open_directory,
-)
+from megatron_quant.ckpt.read.directory import INDEX, TensorInfo, fill, open_directory
+from megatron_quant.ckpt.storage.safetensors_header import WEIGHTS
 from megatron_quant.errors import CheckpointError
 from megatron_quant.models import Box, Copy, Source, copies, local_shape, lookup
 from tests.unit import tiny

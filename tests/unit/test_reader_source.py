@@ -5,7 +5,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from megatron_quant.ckpt.source import resolve_source
+from megatron_quant.ckpt.storage.hub import resolve_source
 from megatron_quant.errors import CheckpointError
 
 

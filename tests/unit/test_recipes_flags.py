@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_quant.api.job import Job, prepare
-from megatron_quant.api.options import QuantizeOptions
 from megatron_quant.errors import FormatError, QuantError, RecipeError
+from megatron_quant.runs.job import Job, prepare_job
+from megatron_quant.runs.options import QuantizeOptions
 
 from . import tiny
 
@@ -24,7 +24,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(source: Path, recipe: str, **flags: Any) -> Job:
     flags = {"export_format": "compressed-tensors", **flags}
-    return prepare(QuantizeOptions(hf_model_id=str(source), export_quant_cfg=recipe, **flags), 1)
+    return prepare_job(
+        QuantizeOptions(hf_model_id=str(source), export_quant_cfg=recipe, **flags), 1
+    )
 
 
 def test_algorithm_replaces_the_recipes(source: Path) -> None:

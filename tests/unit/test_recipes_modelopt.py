@@ -7,9 +7,9 @@ import pytest
 
 from megatron_quant.errors import RecipeError
 from megatron_quant.formats.spec import CHANNEL
-from megatron_quant.recipes.audit import audit
+from megatron_quant.recipes.coverage import audit
 from megatron_quant.recipes.load import load_recipe
-from megatron_quant.recipes.resolve import resolve
+from megatron_quant.recipes.resolution import resolve
 from tests.host import ready
 
 from .recipe_models import model

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from megatron_quant.errors import CoverageError, RecipeError
-from megatron_quant.recipes.audit import AuditRow, audit
+from megatron_quant.recipes.coverage import AuditRow, audit
 from megatron_quant.recipes.kv_cache import cache_slots
 from megatron_quant.recipes.load import load_recipe, recipe_names
 from megatron_quant.recipes.parse import parse_recipe
 from megatron_quant.recipes.plan import QuantPlan, Slot
-from megatron_quant.recipes.resolve import resolve
+from megatron_quant.recipes.resolution import resolve
 from megatron_quant.recipes.schema import Recipe, with_kv_cache
 
 from .recipe_models import EXPERTS, LAYERS, model, shared_experts

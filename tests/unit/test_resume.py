@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from megatron_quant.ckpt.files import INDEX
-from megatron_quant.ckpt.manifest import MANIFEST
-from megatron_quant.ckpt.origin import Origin, recipe_digest, source_digest
-from megatron_quant.ckpt.pipeline import WriteOptions
-from megatron_quant.ckpt.plan import ExportPlan, Part
-from megatron_quant.ckpt.produce import Produced
-from megatron_quant.ckpt.target import Existing
-from megatron_quant.ckpt.writer import export
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart
+from megatron_quant.ckpt.plan.provenance import Origin, recipe_digest, source_digest
+from megatron_quant.ckpt.storage.safetensors_header import INDEX
+from megatron_quant.ckpt.write.directory import Existing
+from megatron_quant.ckpt.write.encode_part import Produced
+from megatron_quant.ckpt.write.exporter import export
+from megatron_quant.ckpt.write.manifest import MANIFEST
+from megatron_quant.ckpt.write.pipeline import WriteOptions
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CheckpointError, ExportError, FormatError
 from megatron_quant.recipes.load import load_recipe
@@ -37,12 +37,12 @@ def write(
     directory: Path,
     existing: Existing = Existing.RESUME,
     origin: Origin = ORIGIN,
-    produce: Callable[[Part], Iterator[Produced]] | None = None,
+    produce: Callable[[RankPart], Iterator[Produced]] | None = None,
 ) -> list[str]:
     """Export to ``directory``; the tensors that were encoded."""
     encoded: list[str] = []
 
-    def made(part: Part) -> Iterator[Produced]:
+    def made(part: RankPart) -> Iterator[Produced]:
         encoded.append(part.target.source.name)
         return (produce or producer())(part)
 
@@ -54,11 +54,11 @@ class Stop(BaseException):
     """As a kill: nothing cleans up after it."""
 
 
-def stop_after(count: int) -> Callable[[Part], Iterator[Produced]]:
+def stop_after(count: int) -> Callable[[RankPart], Iterator[Produced]]:
     """Produce ``count`` parts and stop."""
     left = iter(range(count))
 
-    def made(part: Part) -> Iterator[Produced]:
+    def made(part: RankPart) -> Iterator[Produced]:
         if next(left, None) is None:
             raise Stop
         return producer()(part)
@@ -188,7 +188,7 @@ def test_a_kill_before_the_export_had_a_name(tmp_path: Path, whole: dict[str, by
 
 
 def test_a_failure_keeps_what_was_written_with_the_flag_alone(tmp_path: Path) -> None:
-    def failing(part: Part) -> Iterator[Produced]:
+    def failing(part: RankPart) -> Iterator[Produced]:
         if part is plan_parts[-1]:
             raise FormatError("bad")
         return producer()(part)
@@ -204,7 +204,7 @@ def test_a_failure_keeps_what_was_written_with_the_flag_alone(tmp_path: Path) ->
 
 
 def test_an_error_in_a_thread_is_the_ranks_error(tmp_path: Path) -> None:
-    def torn(part: Part) -> Iterator[Produced]:
+    def torn(part: RankPart) -> Iterator[Produced]:
         for path in tmp_path.glob(".model-*"):
             if not path.is_symlink():
                 path.unlink()

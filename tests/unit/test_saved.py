@@ -5,19 +5,13 @@ from typing import Any
 
 import pytest
 
-from megatron_quant.ckpt.saved import describe, parse_description
-from megatron_quant.ckpt.torch_dist import TorchDist
 from megatron_quant.errors import CheckpointError
+from megatron_quant.mcore.checkpoint.saved import describe_run, parse_description
+from megatron_quant.mcore.checkpoint.torch_dist import TorchDist
 from megatron_quant.recipes.load import load_recipe, recipe_names
 from megatron_quant.recipes.plan import QuantPlan, difference
-from megatron_quant.recipes.resolve import resolve
-from megatron_quant.recipes.schema import (
-    Recipe,
-    Rule,
-    weight_only,
-    with_algorithm,
-    with_kv_cache,
-)
+from megatron_quant.recipes.resolution import resolve
+from megatron_quant.recipes.schema import Recipe, Rule, weight_only, with_algorithm, with_kv_cache
 from tests.unit.recipe_models import model
 
 STORED = TorchDist(Path("/saved"), {})
@@ -37,7 +31,7 @@ def recipes() -> list[Recipe]:
 
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
 def test_recipes_come_back(recipe: Recipe) -> None:
-    saved = parse_description(STORED, describe(recipe, plan(recipe), "per_expert"))
+    saved = parse_description(STORED, describe_run(recipe, plan(recipe), "per_expert"))
     assert saved.recipe is not None and saved.recipe.name == recipe.name
     assert saved.expert_scales == "per_expert"
     assert difference(plan(saved.recipe), plan(recipe)) == ""
@@ -62,7 +56,7 @@ def test_plans_that_differ() -> None:
 def test_descriptions_that_cannot_be_read(change: dict[str, Any], words: str) -> None:
     recipe = load_recipe("fp8")
     with pytest.raises(CheckpointError, match=words) as caught:
-        parse_description(STORED, {**describe(recipe, plan(recipe), "shared"), **change})
+        parse_description(STORED, {**describe_run(recipe, plan(recipe), "shared"), **change})
     assert str(caught.value).startswith("/saved: its description")
 
 

@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 
-from megatron_quant.ckpt.dialects import DIALECTS
-from megatron_quant.ckpt.serving import check_serving, obstacle
-from megatron_quant.ckpt.serving_facts import ENGINES, FACTS, READS
-from megatron_quant.ckpt.slots import slots
-from megatron_quant.ckpt.transcode import whole_tensors
+from megatron_quant.ckpt.convert import whole_tensors
+from megatron_quant.ckpt.dialects.registry import DIALECTS
+from megatron_quant.ckpt.plan.quantizable import slots
+from megatron_quant.engines.facts import ENGINES, FACTS, READS
+from megatron_quant.engines.serving import check_serving, obstacle
 from megatron_quant.errors import FormatError
 from megatron_quant.models import Param, lookup
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.parse import parse_recipe
 from megatron_quant.recipes.plan import QuantPlan
-from megatron_quant.recipes.resolve import resolve
+from megatron_quant.recipes.resolution import resolve
 
 from . import tiny
 

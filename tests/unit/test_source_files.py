@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_quant.api.export import ExportOptions, reexport
-from megatron_quant.ckpt.beside import beside
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
-from megatron_quant.ckpt.reader import open_directory
-from megatron_quant.ckpt.verify import verify
-from megatron_quant.cli.console import Phases, console
+from megatron_quant.ckpt.read.directory import open_directory
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.verify.checkpoint import verify
+from megatron_quant.ckpt.write.carried import beside
+from megatron_quant.cli.console import ConsolePhases, console
 from megatron_quant.dist import Groups
+from megatron_quant.runs.conversion import ExportOptions, reexport
 from tests.dist import checkpoints
 from tests.unit import hf_models, sources
 from tests.unit.sources import WEIGHTS
@@ -177,7 +177,7 @@ def test_an_fp8_layer_for_speculation_is_rewritten_with_its_scales(tmp_path: Pat
     reexport(
         ExportOptions(source=first, export_dir=out, export_format="compressed-tensors"),
         Groups(),
-        Phases(console()),
+        ConsolePhases(console()),
     )
     found = sources.tensors(out)
     assert torch.equal(found[name].float(), codes.float())

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_quant.api.job import prepare
-from megatron_quant.api.options import QuantizeOptions
-from megatron_quant.ckpt.sources import open_source
-from megatron_quant.ckpt.verify import verify
+from megatron_quant.ckpt.read.open import open_source
+from megatron_quant.ckpt.verify.checkpoint import verify
+from megatron_quant.runs.job import prepare_job
+from megatron_quant.runs.options import QuantizeOptions
 from tests.dist import checkpoints
 from tests.unit import hf_models, sources
 
@@ -79,7 +79,7 @@ def test_the_last_row_decides_too(untied: Path, tmp_path: Path, monkeypatch) -> 
     sources.write(tmp_path, {**found, HEAD: head})
     (tmp_path / "config.json").write_bytes((untied / "config.json").read_bytes())
     sources.config(tmp_path, tie_word_embeddings=True)
-    monkeypatch.setattr("megatron_quant.ckpt.head._ELEMENTS", 1000)
+    monkeypatch.setattr("megatron_quant.ckpt.read.head._ELEMENTS", 1000)
     source = open_source(tmp_path)
     assert source.config["tie_word_embeddings"] is False and HEAD in source.dense()
 
@@ -91,7 +91,7 @@ def test_a_megatron_model_is_planned_untied(untied: Path, tmp_path: Path) -> Non
     options = QuantizeOptions(
         hf_model_id=str(tmp_path), export_quant_cfg="int4", export_dir=tmp_path / "out"
     )
-    job = prepare(options, 1, None, open_source)
+    job = prepare_job(options, 1, None, open_source)
     assert "output_layer.weight" in {p.name for p in job.params}
     assert job.architecture is not None
     assert not job.architecture.gpt_config(job.hf_config)["share_embeddings_and_output_weights"]

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel
 
-from megatron_quant.api.batches import calibration_batches
-from megatron_quant.api.options import QuantizeOptions
-from megatron_quant.api.stream import Streamed, stream
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
-from megatron_quant.ckpt.verify import verify
-from megatron_quant.cli.console import Phases, console
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.verify.checkpoint import verify
+from megatron_quant.cli.console import ConsolePhases, console
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, CheckpointError, QuantError
-from megatron_quant.stream.observe import InputAmax, Watched
+from megatron_quant.runs.batches import calibration_batches
+from megatron_quant.runs.file_to_file import Streamed, stream
+from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.streaming.observe import Watched, WeightInputAmax
 from tests.dist import checkpoints
 from tests.dist.command import command
 from tests.unit import hf_models, sources
@@ -54,7 +54,7 @@ def options(source: Path, out: Path, **changes: object) -> QuantizeOptions:
 
 
 def run(source: Path, out: Path, **changes: object) -> Streamed:
-    return stream(options(source, out, **changes), Groups(), Phases(console()))
+    return stream(options(source, out, **changes), Groups(), ConsolePhases(console()))
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def test_the_model_is_left_as_it_was() -> None:
     w_EKN = torch.randn(3, 4, 6)
     x_ETK = torch.randn(3, 5, 4)
     x_ETK[1] = 0
-    with InputAmax([Watched(w_EKN, ("a", "b", "c"))]) as mode:
+    with WeightInputAmax([Watched(w_EKN, ("a", "b", "c"))]) as mode:
         torch.bmm(x_ETK, w_EKN)
         x_ETK[2] @ w_EKN[torch.tensor(0)]
         F.linear(torch.full((2, 6), 9.0), w_EKN[2, :, :])
@@ -153,7 +153,7 @@ def test_cold_experts_stop_the_run(gemma4: Path, tmp_path: Path) -> None:
     few = options(gemma4, tmp_path / "out", calib_size=1, calib_seq_length=1)
     strict = QuantizeOptions(**{**vars(few), "cold_experts": "error"})
     with pytest.raises(CalibrationError, match=r"expert \d of model.layers.\d.experts saw no"):
-        stream(strict, Groups(), Phases(console()))
+        stream(strict, Groups(), ConsolePhases(console()))
     assert not any(tmp_path.iterdir())
 
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_quant.api.options import QuantizeOptions
-from megatron_quant.api.stream import stream
-from megatron_quant.ckpt.manifest import MANIFEST
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
-from megatron_quant.ckpt.verify import verify
-from megatron_quant.ckpt.views import plain_part, row_blocks
-from megatron_quant.cli.console import Phases, console
+from megatron_quant.ckpt.read.logical_tensors import plain_part, row_blocks
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.verify.checkpoint import verify
+from megatron_quant.ckpt.write.manifest import MANIFEST
+from megatron_quant.cli.console import ConsolePhases, console
 from megatron_quant.dist import Groups
 from megatron_quant.errors import ArchitectureError, QuantError
 from megatron_quant.formats import fake_quant
-from megatron_quant.formats.amax import amax, tensor_scale
+from megatron_quant.formats.numbers.absmax import amax, tensor_scale
 from megatron_quant.formats.spec import get_format
 from megatron_quant.models.structure import recognise
+from megatron_quant.runs.file_to_file import stream
+from megatron_quant.runs.options import QuantizeOptions
 from tests.dist.command import command
 from tests.unit import hf_models
 
@@ -73,7 +73,7 @@ def run(source: Path, out: Path, **changes: object) -> Path:
     stream(
         QuantizeOptions(hf_model_id=str(source), export_dir=out, **options),
         Groups(),
-        Phases(console()),
+        ConsolePhases(console()),
     )
     return out
 
@@ -142,8 +142,8 @@ def test_decoding_by_blocks_of_rows_is_decoding(
 ) -> None:
     recipe = in_groups(tmp_path, recipe) if recipe == "int8_group" else recipe
     out = run(gemma4, tmp_path / "out", export_quant_cfg=recipe, export_format="compressed-tensors")
-    monkeypatch.setattr("megatron_quant.ckpt.views._ROWS", 128)
-    monkeypatch.setattr("megatron_quant.ckpt.views._ELEMENTS", 1)
+    monkeypatch.setattr("megatron_quant.ckpt.read.logical_tensors._ROWS", 128)
+    monkeypatch.setattr("megatron_quant.ckpt.read.logical_tensors._ELEMENTS", 1)
     stored = QuantizedCheckpoint(out)
     for name in stored:
         boxes = row_blocks(stored.shape(name))

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from megatron_quant.ckpt import unfinished
-from megatron_quant.ckpt.disk import allocate, sync_directory
-from megatron_quant.ckpt.lock import Lock
-from megatron_quant.ckpt.pipeline import WriteOptions
-from megatron_quant.ckpt.target import Existing
-from megatron_quant.ckpt.writer import export
+from megatron_quant.ckpt.storage.disk import allocate, sync_directory
+from megatron_quant.ckpt.write import unfinished
+from megatron_quant.ckpt.write.directory import Existing
+from megatron_quant.ckpt.write.exporter import export
+from megatron_quant.ckpt.write.lock import Lock
+from megatron_quant.ckpt.write.pipeline import WriteOptions
 from megatron_quant.dist import Groups
 from megatron_quant.errors import ExportError, VerifyError
 from tests.unit import ckpt_world as world

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from megatron_quant.ckpt import pickles, torch_dist
-from megatron_quant.ckpt.torch_dist import open_torch_dist
 from megatron_quant.errors import CheckpointError
+from megatron_quant.mcore.checkpoint import pickles, torch_dist
+from megatron_quant.mcore.checkpoint.torch_dist import open_torch_dist
 
 
 @pytest.fixture

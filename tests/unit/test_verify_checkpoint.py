@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.dialects.base import Stored
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
-from megatron_quant.ckpt.verify import BOUNDS, verify
+from megatron_quant.ckpt.dialects.registry import get_dialect
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.verify.checkpoint import BOUNDS, verify
 from megatron_quant.errors import CheckpointError, VerifyError
 from tests.unit import exported
 from tests.unit.exported import CONFIG, INDEX, WRITTEN

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode, encode, tensor_scale
 from tests.unit import exported

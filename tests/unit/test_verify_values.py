@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_quant.ckpt import views
-from megatron_quant.ckpt.quantized import QuantizedCheckpoint
-from megatron_quant.ckpt.verify import verify
-from megatron_quant.formats import native
+from megatron_quant.ckpt.read import logical_tensors
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.verify.checkpoint import verify
+from megatron_quant.native import library
 from tests.unit import exported
 from tests.unit.exported import WRITTEN
 from tests.unit.test_verify_checkpoint import EXPERT, ROUTER, broken
@@ -92,11 +92,11 @@ def test_without_the_library(tmp_path, weights, source, choice, monkeypatch):
     exported.edit(directory, lambda t: t[f"{ROUTER}.weight"][0, 0].add_(1))
     compiled = verify(directory, source)
     monkeypatch.setenv("MEGATRON_QUANT_NATIVE", "0")
-    native._library.cache_clear()
+    library._library.cache_clear()
     try:
         in_torch = verify(directory, source)
     finally:
-        native._library.cache_clear()
+        library._library.cache_clear()
     assert compiled.problems == in_torch.problems != ()
     assert [(t.name, t.format) for t in compiled.tensors] == [
         (t.name, t.format) for t in in_torch.tensors
@@ -111,8 +111,8 @@ def test_parts_add_up(tmp_path, weights, source, dialect, choice, monkeypatch):
     quant = exported.written_plan(dialect, choice)
     directory = exported.export(tmp_path / "out", dialect, quant, weights)
     at_once = verify(directory, source)
-    monkeypatch.setattr(views, "_ELEMENTS", 1)
-    monkeypatch.setattr(views, "_ROWS", 32)
+    monkeypatch.setattr(logical_tensors, "_ELEMENTS", 1)
+    monkeypatch.setattr(logical_tensors, "_ROWS", 32)
     in_parts = verify(directory, source)
     assert at_once.problems == in_parts.problems == ()
     for a, b in zip(at_once.tensors, in_parts.tensors, strict=True):

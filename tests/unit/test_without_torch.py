@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_quant.ckpt.dialects import DIALECT_NAMES, DIALECTS
+from megatron_quant.ckpt.dialects.registry import DIALECT_NAMES, DIALECTS
 
 BLOCKED = """
 import sys
@@ -41,7 +41,7 @@ for name in recipe_names():
 def test_dialects_and_engines_are_named_without_torch() -> None:
     code = """
 from megatron_quant.ckpt.dialects import DIALECT_NAMES
-from megatron_quant.ckpt.serving_facts import ENGINES
+from megatron_quant.engines.facts import ENGINES
 print(*DIALECT_NAMES, *ENGINES)
 """
     assert without_torch(code).split() == [

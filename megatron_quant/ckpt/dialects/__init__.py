@@ -1,42 +1,5 @@
-"""On-disk conventions, by name. The names are there without torch; the dialects need it."""
+"""How each dialect of checkpoints stores a quantized weight."""
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-from megatron_quant.errors import FormatError
-
-if TYPE_CHECKING:
-    from megatron_quant.ckpt.dialects.base import Dialect
-
-    DIALECTS: dict[str, Dialect]
-
-DIALECT_NAMES = ("modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "fp8")
-"""What ``--export-format`` may be."""
-
-
-def get_dialect(name: str) -> "Dialect":
-    """The dialect called ``name``; FormatError lists the known ones."""
-    if name not in DIALECT_NAMES:
-        raise FormatError(f"unknown export format {name!r}; known: {', '.join(DIALECT_NAMES)}")
-    return _dialects()[name]
-
-
-@cache
-def _dialects() -> "dict[str, Dialect]":
-    from megatron_quant.ckpt.dialects.auto_round import AutoRound
-    from megatron_quant.ckpt.dialects.awq import Awq
-    from megatron_quant.ckpt.dialects.compressed_tensors import CompressedTensors
-    from megatron_quant.ckpt.dialects.gptq import Gptq
-    from megatron_quant.ckpt.dialects.modelopt import ModelOpt
-    from megatron_quant.ckpt.dialects.native_fp8 import NativeFp8
-
-    made = (ModelOpt(), CompressedTensors(), Gptq(), Awq(), AutoRound(), NativeFp8())
-    found: dict[str, Dialect] = {dialect.name: dialect for dialect in made}
-    assert tuple(found) == DIALECT_NAMES
-    return found
-
-
-def __getattr__(name: str) -> Any:
-    if name != "DIALECTS":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _dialects()
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

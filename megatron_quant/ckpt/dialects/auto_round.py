@@ -14,7 +14,7 @@ from megatron_quant.ckpt.dialects.awq import awq_tensors
 from megatron_quant.ckpt.dialects.base import Dialect, Layer, ModuleFormat, Stored
 from megatron_quant.ckpt.dialects.common import (
     LM_HEAD,
-    describe,
+    describe_format,
     excluded,
     format_of_modules,
     formats_of,
@@ -28,8 +28,8 @@ from megatron_quant.ckpt.dialects.gptq import gptq_tensors, integer_format
 from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.fields import Fields
-from megatron_quant.formats.spec import Format, get_format
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.formats import Format, get_format
+from megatron_quant.recipes import QuantPlan
 
 GPTQ, AWQ, MX = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:llm_compressor"
 _PACKINGS = {"int4": GPTQ, "int8_group": GPTQ, "int4_asym": AWQ, "mxfp4": MX, "mxfp8": MX}
@@ -60,9 +60,9 @@ class AutoRound(Dialect):
         allowed = _INPUTS.get(weights.name, (None,))
         if weights.name not in _PACKINGS or (inputs.name if inputs else None) not in allowed:
             raise FormatError(
-                f"auto-round export has no {describe(ModuleFormat(weights, inputs))}; it writes "
-                "int4, int4_asym and int8_group weights alone, mxfp4 and mxfp8 with inputs of the "
-                "same format or none: take one of them, or export compressed-tensors"
+                f"auto-round export has no {describe_format(ModuleFormat(weights, inputs))}; "
+                "it writes int4, int4_asym and int8_group weights alone, mxfp4 and mxfp8 with "
+                "inputs of the same format or none: take one of them, or export compressed-tensors"
             )
         packing = self.packing or _PACKINGS[weights.name]
         if packing == GPTQ:
@@ -148,7 +148,7 @@ def _settings(fmt: ModuleFormat) -> dict[str, Any]:
 def _refuse_mixtures(formats: list[ModuleFormat]) -> None:
     base = formats[0]
     for other in formats[1:]:
-        both = f"{describe(base)} and {describe(other)}"
+        both = f"{describe_format(base)} and {describe_format(other)}"
         if _PACKINGS[other.weights.name] != _PACKINGS[base.weights.name]:
             raise FormatError(
                 f"auto-round packs a checkpoint in one way, but {both} need two; use one of them, "

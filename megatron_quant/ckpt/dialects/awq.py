@@ -13,7 +13,7 @@ import torch
 from megatron_quant.ckpt.dialects.base import SHAPE, Dialect, Layer, ModuleFormat, Stored
 from megatron_quant.ckpt.dialects.common import (
     LM_HEAD,
-    describe,
+    describe_format,
     excluded,
     linears,
     only_format,
@@ -32,8 +32,9 @@ from megatron_quant.ckpt.dialects.packing import (
 )
 from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.formats.spec import WHOLE, Format
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.formats import Format
+from megatron_quant.native import WHOLE
+from megatron_quant.recipes import QuantPlan
 
 _INT32 = torch.int32
 
@@ -86,8 +87,8 @@ class Awq(Dialect):
         """Tensors of a quantized module. Raises FormatError for what AWQ has not."""
         if inputs is not None or weights.name not in ("int4", "int4_asym"):
             raise FormatError(
-                f"awq export has no {describe(ModuleFormat(weights, inputs))}; it writes int4 and "
-                "int4_asym weights alone: take one of them, or export compressed-tensors"
+                f"awq export has no {describe_format(ModuleFormat(weights, inputs))}; it writes "
+                "int4 and int4_asym weights alone: take one of them, or export compressed-tensors"
             )
         return awq_tensors(weights)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from megatron_quant.formats.spec import WHOLE, Format
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.formats import Format
+from megatron_quant.native import WHOLE
+from megatron_quant.recipes import QuantPlan
 
 INPUT_SCALE = "input_scale"
 """Pseudo field: the activations' tensor scale (multiply to dequantize), fp32, 0-dim."""

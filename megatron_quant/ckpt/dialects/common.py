@@ -8,8 +8,8 @@ from typing import Any
 from megatron_quant.ckpt.dialects.base import Layer, ModuleFormat, layer_of
 from megatron_quant.errors import FormatError
 from megatron_quant.fields import Fields
-from megatron_quant.formats.spec import CHANNEL, Format
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.formats import CHANNEL, Format
+from megatron_quant.recipes import QuantPlan
 
 LM_HEAD = "lm_head"
 """Always listed as unquantized: a tied output layer is a linear to the engines, but no tensor."""
@@ -62,7 +62,7 @@ def only_format(plan: QuantPlan, dialect: str) -> ModuleFormat:
     """
     found = formats_of(plan)
     if len(found) > 1:
-        listed = ", ".join(describe(f) for f in found)
+        listed = ", ".join(describe_format(f) for f in found)
         raise FormatError(
             f"recipe {plan.recipe!r} has {listed}, but a {dialect} checkpoint has one format: use "
             "one and exclude the other layers, or export compressed-tensors or modelopt"
@@ -70,7 +70,7 @@ def only_format(plan: QuantPlan, dialect: str) -> ModuleFormat:
     return found[0]
 
 
-def describe(fmt: ModuleFormat) -> str:
+def describe_format(fmt: ModuleFormat) -> str:
     """``nvfp4 weights with nvfp4 inputs``, for messages."""
     inputs = f"with {fmt.inputs.name} inputs" if fmt.inputs else "without quantized inputs"
     return f"{fmt.weights.name}{_group(fmt.weights)} weights {inputs}"

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_quant.ckpt.dialects.base import ModuleFormat
-from megatron_quant.ckpt.dialects.common import describe, stated
+from megatron_quant.ckpt.dialects.common import describe_format, stated
 from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.fields import Fields
-from megatron_quant.formats.spec import CHANNEL, GROUP_SIZES, Format, get_format, stored_format
+from megatron_quant.formats import CHANNEL, GROUP_SIZES, Format, get_format, stored_format
 
 MIXED = "mixed-precision"
 """``format`` of a config whose groups have several."""
@@ -96,7 +96,7 @@ def layout(fmt: ModuleFormat) -> str:
         instead = _INSTEAD.get((weights, inputs)) or "take inputs of " + (
             " or ".join(_INPUTS.get(weights, ())) or "no format"
         )
-        raise FormatError(f"compressed-tensors export has no {describe(fmt)}; {instead}")
+        raise FormatError(f"compressed-tensors export has no {describe_format(fmt)}; {instead}")
     return found
 
 
@@ -157,7 +157,7 @@ def read_group(group: Fields, format_: str) -> ModuleFormat:
         known = None
     if stated != known:
         raise CheckpointError(
-            f"compressed-tensors format {shown(stated)} with {describe(fmt)} is not read; "
+            f"compressed-tensors format {shown(stated)} with {describe_format(fmt)} is not read; "
             f"known: {', '.join(dict.fromkeys(_LAYOUTS.values()))}"
         )
     return fmt

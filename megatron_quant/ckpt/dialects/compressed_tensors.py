@@ -24,7 +24,7 @@ from megatron_quant.ckpt.dialects.base import (
     scalar_of_one,
 )
 from megatron_quant.ckpt.dialects.common import (
-    describe,
+    describe_format,
     excluded,
     format_of_modules,
     formats_of,
@@ -41,8 +41,9 @@ from megatron_quant.ckpt.dialects.packing import (
 )
 from megatron_quant.errors import FormatError
 from megatron_quant.fields import Fields
-from megatron_quant.formats.spec import WHOLE, Format
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.formats import Format
+from megatron_quant.native import WHOLE
+from megatron_quant.recipes import QuantPlan
 
 _E4M3, _U8, _F32 = torch.float8_e4m3fn, torch.uint8, torch.float32
 _SCALAR = (WHOLE, WHOLE)
@@ -174,7 +175,7 @@ class CompressedTensors(Dialect):
         compressed_config.layout(fmt)
         if layer is Layer.EXPERT and fmt.inputs and fmt.inputs.name == "int8_tensor":
             raise FormatError(
-                f"no engine runs experts with {describe(fmt)}; give experts inputs: int8 "
+                f"no engine runs experts with {describe_format(fmt)}; give experts inputs: int8 "
                 "(a scale per token, no calibration)"
             )
         return (*_weight_tensors(weights), *_input_tensors(inputs))

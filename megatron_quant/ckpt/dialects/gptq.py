@@ -13,17 +13,10 @@ from typing import Any
 
 import torch
 
-from megatron_quant.ckpt.dialects.base import (
-    FLOATS,
-    SHAPE,
-    Dialect,
-    Layer,
-    ModuleFormat,
-    Stored,
-)
+from megatron_quant.ckpt.dialects.base import FLOATS, SHAPE, Dialect, Layer, ModuleFormat, Stored
 from megatron_quant.ckpt.dialects.common import (
     LM_HEAD,
-    describe,
+    describe_format,
     excluded,
     format_of_modules,
     formats_of,
@@ -42,8 +35,9 @@ from megatron_quant.ckpt.dialects.packing import (
 )
 from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.formats.spec import WHOLE, Format, stored_format
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.formats import Format, stored_format
+from megatron_quant.native import WHOLE
+from megatron_quant.recipes import QuantPlan
 
 _SCALAR = (WHOLE, WHOLE)
 _SYMMETRIC = {4: "int4", 8: "int8_group"}
@@ -147,8 +141,8 @@ class Gptq(Dialect):
         integers = (*_SYMMETRIC.values(), *_ASYMMETRIC.values())
         if inputs is not None or weights.name not in integers:
             raise FormatError(
-                f"gptq export has no {describe(ModuleFormat(weights, inputs))}; it writes int4 "
-                "and int8_group weights alone: take one of them, or export compressed-tensors"
+                f"gptq export has no {describe_format(ModuleFormat(weights, inputs))}; it writes "
+                "int4 and int8_group weights alone: take one of them, or export compressed-tensors"
             )
         return gptq_tensors(weights, self.version)
 
@@ -225,6 +219,6 @@ def _read(settings: Mapping[str, Any]) -> ModuleFormat:
 def _refuse_asymmetric(fmt: ModuleFormat) -> None:
     if fmt.weights.zero_point:
         raise FormatError(
-            f"gptq export has no {describe(fmt)}: its engines refuse zero points, or add one to "
-            "them across words; take int4, or export awq, auto-round or compressed-tensors"
+            f"gptq export has no {describe_format(fmt)}: its engines refuse zero points, or add "
+            "one to them across words; take int4, or export awq, auto-round or compressed-tensors"
         )

@@ -32,8 +32,9 @@ from megatron_quant.ckpt.dialects.common import (
 from megatron_quant.ckpt.dialects.modelopt_config import algorithm_of
 from megatron_quant.ckpt.dialects.packing import from_row_pairs, row_pairs
 from megatron_quant.errors import FormatError
-from megatron_quant.formats.spec import WHOLE, Format
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.formats import Format
+from megatron_quant.native import WHOLE
+from megatron_quant.recipes import QuantPlan
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 _E4M3, _U8, _F32 = torch.float8_e4m3fn, torch.uint8, torch.float32

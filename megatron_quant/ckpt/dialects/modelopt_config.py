@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_quant.ckpt.dialects.base import ModuleFormat
-from megatron_quant.ckpt.dialects.common import describe, linears, stated
+from megatron_quant.ckpt.dialects.common import describe_format, linears, stated
 from megatron_quant.ckpt.dialects.expressions import Effort, Wildcard
 from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.fields import Fields
-from megatron_quant.formats.spec import CHANNEL, get_format
+from megatron_quant.formats import CHANNEL, get_format
 
 ALGORITHMS: dict[str, tuple[str, str | None]] = {
     "FP8": ("fp8", "fp8"),
@@ -57,7 +57,7 @@ def algorithm_of(fmt: ModuleFormat) -> str:
     if found is None:
         instead = _INSTEAD.get(pair)
         raise FormatError(
-            f"modelopt export has no {describe(fmt)}; it writes {', '.join(ALGORITHMS)}: "
+            f"modelopt export has no {describe_format(fmt)}; it writes {', '.join(ALGORITHMS)}: "
             f"{f'{instead}, or ' if instead else ''}export compressed-tensors"
         )
     if found in _AWQ and fmt.weights.group_size == CHANNEL:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_quant.ckpt.dialects.base import FLOATS, Dialect, Layer, ModuleFormat, Stored
 from megatron_quant.ckpt.dialects.common import (
-    describe,
+    describe_format,
     excluded,
     linears,
     only_format,
@@ -21,8 +21,8 @@ from megatron_quant.ckpt.dialects.common import (
 from megatron_quant.ckpt.dialects.expressions import Effort, Expression
 from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.formats.spec import Format, get_format
-from megatron_quant.recipes.plan import QuantPlan
+from megatron_quant.formats import Format, get_format
+from megatron_quant.recipes import QuantPlan
 
 _BLOCK = [128, 128]
 _TENSORS = (
@@ -45,8 +45,8 @@ class NativeFp8(Dialect):
         if (weights.name, inputs and inputs.name) != ("fp8_block", "fp8_group"):
             instead = "add inputs: fp8_group" if weights.name == "fp8_block" else "take that"
             raise FormatError(
-                f"fp8 export has no {describe(ModuleFormat(weights, inputs))}; it writes fp8_block "
-                f"with fp8_group inputs: {instead}, or export compressed-tensors"
+                f"fp8 export has no {describe_format(ModuleFormat(weights, inputs))}; it writes "
+                f"fp8_block with fp8_group inputs: {instead}, or export compressed-tensors"
             )
         return _TENSORS
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_quant.formats.pack import pack_nibbles
+from megatron_quant.formats import pack_nibbles
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Slot ``i`` of an AWQ word holds this element of the run of eight."""

@@ -1,0 +1,45 @@
+from .calibration import CalibrationReport as CalibrationReport
+from .calibration import ColdExperts as ColdExperts
+from .calibration import calibrate as calibrate
+from .calibration import calibrate_weights as calibrate_weights
+from .data import STDLIB as STDLIB
+from .data import load_texts as load_texts
+from .data import shard as shard
+from .data import token_batches as token_batches
+from .kv_cache import calibrate_kv_cache as calibrate_kv_cache
+from .kv_cache import run_rest as run_rest
+from .kv_cache import watch as watch
+from .observe import unquantized as unquantized
+from .search import follow_weights as follow_weights
+from .training import Drift as Drift
+from .training import Ranges as Ranges
+from .training import RunningInputs as RunningInputs
+from .training import largest_drift as largest_drift
+from .training import merge_live as merge_live
+from .training import ranges_of as ranges_of
+from .training import set_ranges as set_ranges
+from .training import update_inputs as update_inputs
+
+__all__ = [
+    "STDLIB",
+    "CalibrationReport",
+    "ColdExperts",
+    "Drift",
+    "Ranges",
+    "RunningInputs",
+    "calibrate",
+    "calibrate_kv_cache",
+    "calibrate_weights",
+    "follow_weights",
+    "largest_drift",
+    "load_texts",
+    "merge_live",
+    "ranges_of",
+    "run_rest",
+    "set_ranges",
+    "shard",
+    "token_batches",
+    "unquantized",
+    "update_inputs",
+    "watch",
+]

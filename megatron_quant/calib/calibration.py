@@ -1,0 +1,161 @@
+"""Calibration: statistics of the logical tensors into the quantizers of every rank.
+
+The amax of a slot is the largest magnitude over all its shards and replicas. Layer inputs are
+observed by a forward; what an expert layer's experts share (their input scale, and their weight
+scale unless it is per expert) is the largest of the layer's slots, which the merged vector holds on
+every rank.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import isfinite
+
+import torch
+
+from megatron_quant.calib.histogram import clip, histograms
+from megatron_quant.calib.observe import observe
+from megatron_quant.calib.search import find_scales
+from megatron_quant.calib.sync import merge_max, merge_sum
+from megatron_quant.dist import Groups
+from megatron_quant.errors import CalibrationError
+from megatron_quant.formats import amax
+from megatron_quant.layers import QuantGroupedLinear, QuantLayer
+from megatron_quant.recipes import Decision, QuantPlan, accept_cold, check_reached, largest_shared
+
+
+class ColdExperts(Enum):
+    """What to do with an expert that no calibration token reached."""
+
+    ERROR = "error"
+    LAYER_MAX = "layer-max"  # it takes the largest amax of the layer's experts
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration found, by slot name; equal on every rank.
+
+    weight_amax: of each weight alone, also where its layer's experts share the largest.
+    input_amax: of each weight's inputs, also where a percentile clips them.
+    tokens: how many tokens an expert was given, once for each of its weights (empty for weight-only
+        plans). All that was run is counted, hence padding too, and a batch as often as
+        data-parallel ranks ran it so that all run equally many.
+    cold: the weights of experts that saw none and took the layer's largest amax.
+    """
+
+    weight_amax: Mapping[str, float]
+    input_amax: Mapping[str, float]
+    tokens: Mapping[str, int]
+    cold: tuple[str, ...]
+
+
+def calibrate(  # noqa: PLR0913
+    layers: Sequence[QuantLayer],
+    plan: QuantPlan,
+    groups: Groups,
+    forwards: Iterable[Callable[[], None]] = (),
+    cold_experts: ColdExperts = ColdExperts.ERROR,
+    token_replicas: int = 1,
+    act_percentile: float = 100.0,
+) -> CalibrationReport:
+    """Fill the quantizers of ``layers``; every rank of ``groups`` calls it.
+
+    forwards: each runs one batch through the model; used only where inputs have a static scale.
+    token_replicas: how many ranks are given the same expert's tokens (the expert tensor-parallel
+        size), so that the report counts each token once.
+    act_percentile: how many percent of a layer's input values its scale covers; what is above is
+        clipped. 100 clips nothing.
+    Raises CalibrationError, on every rank alike, for a weight or input that is not finite, a layer
+    that no token reached, or a cold expert.
+    """
+    weights = _merge_weights(layers, plan, groups)
+    with histograms(layers if act_percentile < 100 else ()) as seen:
+        inputs, tokens = _merge_inputs(layers, plan, groups, forwards)
+    scaled = inputs
+    if act_percentile < 100 and inputs:
+        scaled = clip(plan, inputs, seen, act_percentile, groups)
+    unseen = (plan.by_name[name].slot for name, count in tokens.items() if not count)
+    cold = accept_cold(unseen, cold_experts is ColdExperts.LAYER_MAX)
+    _load_weights(layers, plan, weights)
+    _load_inputs(layers, plan, scaled)
+    find_scales(layers, plan, groups)
+    counts = {slot: count // token_replicas for slot, count in tokens.items()}
+    return CalibrationReport(weights, inputs, counts, cold)
+
+
+def calibrate_weights(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
+    """What :func:`calibrate` does for weights, which needs no data; inputs stay as they are.
+
+    ``layers`` are the rank's of ``plan``. Every rank of ``groups`` calls it. Raises
+    CalibrationError, on every rank alike, for a weight that is not finite.
+    """
+    _load_weights(layers, plan, _merge_weights(layers, plan, groups))
+    find_scales(layers, plan, groups)
+
+
+def _merge_weights(
+    layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups
+) -> dict[str, float]:
+    slots = _names(plan.quantized)
+    found = {
+        decision.slot.name: amax(weight.detach())
+        for layer in layers
+        for decision, weight in zip(layer.decisions, layer.weights(), strict=True)
+    }
+    merged = merge_max(slots, found, groups)
+    assert merged.keys() == set(slots), f"no rank holds {set(slots) - merged.keys()}"
+    _check_finite("weight", merged)
+    return merged
+
+
+def _merge_inputs(
+    layers: Sequence[QuantLayer],
+    plan: QuantPlan,
+    groups: Groups,
+    forwards: Iterable[Callable[[], None]],
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Input amaxes, and token counts of the experts; both empty without static input scales."""
+    watched = [d for d in plan.quantized if d.inputs and d.inputs.tensor_scale]
+    if not watched:
+        return {}, {}
+    observed = observe(layers, forwards)
+    inputs = merge_max(_names(watched), observed.input_amax, groups)
+    experts = [d for d in watched if d.slot.expert is not None]
+    tokens = merge_sum(_names(experts), observed.tokens, groups) if experts else {}
+    _check_finite("input of", inputs)
+    check_reached((d.slot for d in watched), largest_shared(plan, inputs))
+    return inputs, tokens
+
+
+def _names(decisions: Iterable[Decision]) -> list[str]:
+    return [d.slot.name for d in decisions]
+
+
+def _check_finite(what: str, amaxes: Mapping[str, float]) -> None:
+    for slot, value in amaxes.items():
+        if not isfinite(value):
+            raise CalibrationError(
+                f"{what} {slot} contains NaN or Inf: repair the checkpoint, or exclude the weight"
+            )
+
+
+def _load_weights(
+    layers: Sequence[QuantLayer], plan: QuantPlan, weights: Mapping[str, float]
+) -> None:
+    shared_weights = largest_shared(plan, weights)
+    for layer in layers:
+        weight_amax = torch.tensor(shared_weights[layer.sharing])
+        if isinstance(layer.module, QuantGroupedLinear) and layer.module.per_expert:
+            own = [weights[name] for name in _names(layer.decisions)]
+            weight_amax = torch.tensor(own).view(-1, 1, 1)
+        layer.module.weight_quantizer.amax = weight_amax.to(layer.weights()[0].device)
+
+
+def _load_inputs(
+    layers: Sequence[QuantLayer], plan: QuantPlan, inputs: Mapping[str, float]
+) -> None:
+    shared_inputs = largest_shared(plan, inputs)
+    for layer in layers:
+        if layer.static_inputs:
+            amax = torch.tensor(shared_inputs[layer.sharing])
+            layer.module.input_quantizer.amax = amax.to(layer.weights()[0].device)

@@ -1,0 +1,106 @@
+"""What a checkpoint's JSON says of its quantization, wherever the tool that wrote it put that."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_quant.ckpt.dialects.base import Dialect
+from megatron_quant.ckpt.dialects.modelopt import HF_QUANT_CONFIG
+from megatron_quant.ckpt.dialects.modelopt_config import from_nested
+from megatron_quant.ckpt.dialects.registry import DIALECTS
+from megatron_quant.ckpt.storage import read_object
+from megatron_quant.documents import shown
+from megatron_quant.errors import CheckpointError
+from megatron_quant.fields import Fields
+
+GPT_OSS = "mxfp4"
+"""``quant_method`` of stacks of experts in MXFP4; read alone, see ``ckpt.read.mxfp4_stacks``."""
+KEYS = ("quantization_config", "compression_config")
+"""Under which config.json says it; the second is compressed-tensors' older one."""
+_DEPTH = 4
+"""How many objects deep: Qwen3-Omni has ``thinker_config.text_config``."""
+
+
+def has_expert_stacks(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's experts are stacks in MXFP4."""
+    found = _stated(config)
+    return isinstance(found, dict) and found.get("quant_method") == GPT_OSS
+
+
+def quantization_of(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
+    """``quantization_config``, or what older exports have beside config.json alone.
+
+    That is looked for in config.json and in the configs in it, as Kimi-K2.5 has it in its
+    ``text_config``. None where nothing is quantized. Raises CheckpointError where it is no object.
+    """
+    found = _stated(config)
+    if found is None:
+        return _beside(directory)
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{directory}: quantization_config in config.json is no object; fetch it again"
+        )
+    return found
+
+
+def without_quantization(config: Mapping[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
+    """``config`` less all that it, or a config in it, says of quantization."""
+    return {
+        key: without_quantization(value, depth - 1) if isinstance(value, dict) and depth else value
+        for key, value in config.items()
+        if key not in KEYS
+    }
+
+
+def _stated(config: Mapping[str, Any], depth: int = _DEPTH) -> Any:
+    """The outermost statement; None where there is none."""
+    for key in KEYS:
+        if config.get(key) is not None:
+            return config[key]
+    nested = (v for v in config.values() if isinstance(v, dict)) if depth else ()
+    return next((f for part in nested if (f := _stated(part, depth - 1)) is not None), None)
+
+
+def _awq(document: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """AutoAWQ's file, whose keys had other names; None for another tool's."""
+    if not document.keys() & {"w_bit", "bits"}:
+        return None
+    names = {"w_bit": "bits", "q_group_size": "group_size"}
+    found = {names.get(key, key): value for key, value in document.items()}
+    version = Fields(found, str(path)).text("version", "gemm")
+    return {"quant_method": "awq", **found, "version": version.lower()}
+
+
+def _gptq(document: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """AutoGPTQ's file, whose keys are those of config.json; None for another tool's."""
+    return {"quant_method": "gptq", **document} if "bits" in document else None
+
+
+_FILES: dict[str, Callable[[Mapping[str, Any], Path], dict[str, Any] | None]] = {
+    HF_QUANT_CONFIG: from_nested,
+    "quant_config.json": _awq,
+    "quantize_config.json": _gptq,
+}
+"""Where tools said it before config.json did -> how to read that. Engines look there too."""
+FILES = tuple(_FILES)
+
+
+def _beside(directory: Path) -> dict[str, Any] | None:
+    for name, read in _FILES.items():
+        if (directory / name).is_file():
+            return read(read_object(directory / name), directory / name)
+    return None
+
+
+def dialect_of(quantization: Mapping[str, Any], directory: Path) -> Dialect:
+    """The dialect as ``quantization`` spells it; CheckpointError lists the known ones."""
+    method = Fields(quantization, f"{directory}: quantization_config").text("quant_method")
+    if method not in DIALECTS:
+        raise CheckpointError(
+            f"{directory}: quant_method {shown(method)} in config.json is not read; "
+            f"known: {', '.join([*DIALECTS, GPT_OSS])}; or give the bf16 checkpoint that it was "
+            "made from"
+        )
+    return DIALECTS[method].variant(quantization)

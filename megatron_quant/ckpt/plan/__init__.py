@@ -1,0 +1,5 @@
+"""What an export will write, and which rank writes it; nothing here touches a tensor."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

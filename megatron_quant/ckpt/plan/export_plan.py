@@ -1,0 +1,283 @@
+"""The export as a value: every tensor of every file, and which rank writes which part of it."""
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from megatron_quant.ckpt.dialects import (
+    Dialect,
+    StorageScheme,
+    StorageSchemes,
+    Stored,
+    boxes,
+    check_shape,
+    layer_of,
+    nbytes,
+    split_boxes,
+)
+from megatron_quant.ckpt.plan.cache_scales import cache_tensors
+from megatron_quant.ckpt.plan.ranks import Layout
+from megatron_quant.ckpt.plan.shards import regions
+from megatron_quant.ckpt.storage import Draft, OutFile, TensorEntry, lay_out
+from megatron_quant.errors import ExportError, LayoutError
+from megatron_quant.formats import Region
+from megatron_quant.models import Box, Domain, Param, Source
+from megatron_quant.recipes import Decision, QuantPlan
+
+_NOTHING: Mapping[str, torch.dtype] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The box of one file tensor that a part fills."""
+
+    entry: TensorEntry
+    stored: Stored
+    box: Box
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A Hugging Face tensor and the file tensors that store it (parallel to ``scheme.stored``)."""
+
+    param: Param
+    source: Source
+    scheme: StorageScheme
+    entries: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RankPart:
+    """A rectangle of a Hugging Face tensor that one rank writes, from what it holds itself.
+
+    region: the rectangle, and where the rank's parameter has it.
+    owner: the rank that writes it.
+    """
+
+    target: StoredTensor
+    region: Region
+    owner: int
+
+    @property
+    def param(self) -> Param:
+        """The logical parameter that holds it."""
+        return self.target.param
+
+    @cached_property
+    def src(self) -> Box:
+        """The rectangle in the Hugging Face tensor."""
+        return _box(self.region)
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """What it fills in the files."""
+        target = self.target
+        filled = boxes(target.scheme, target.source.shape, self.src)
+        for entry, stored, box in zip(target.entries, target.scheme.stored, filled, strict=True):
+            if box is not None:
+                yield Piece(entry, stored, box)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes that it fills."""
+        return nbytes(self.target.scheme, self.target.source.shape, self.src)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """Everything about an export but the tensors' values.
+
+    files, and the entries in them, do not depend on the layout; ``parts`` do.
+    bytes_before: bytes of the weights if none were quantized; bytes_after: as they are stored.
+    """
+
+    files: tuple[OutFile, ...]
+    targets: tuple[StoredTensor, ...]
+    parts: tuple[RankPart, ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """Every tensor, file by file."""
+        return tuple(entry for file in self.files for entry in file.entries)
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """Content of ``model.safetensors.index.json``."""
+        return {
+            "metadata": {"total_size": self.bytes_after},
+            "weight_map": {entry.name: entry.file for entry in self.entries},
+        }
+
+    @cached_property
+    def _by_rank(self) -> dict[int, tuple[RankPart, ...]]:
+        parts: dict[int, list[RankPart]] = {}
+        for part in self.parts:
+            parts.setdefault(part.owner, []).append(part)
+        return {rank: tuple(found) for rank, found in parts.items()}
+
+    def parts_of(self, rank: int) -> tuple[RankPart, ...]:
+        """What ``rank`` writes, in the order of the model."""
+        return self._by_rank.get(rank, ())
+
+
+def plan_export(  # noqa: PLR0913
+    params: Sequence[Param],
+    quant: QuantPlan,
+    dialect: Dialect,
+    layout: Layout,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    kept: Mapping[str, torch.dtype] = _NOTHING,
+) -> ExportPlan:
+    """Plan the files of ``params`` as ``quant`` decides and ``dialect`` spells them.
+
+    dtype: of whatever is not quantized. max_shard_bytes: tensor bytes per file. kept: Hugging Face
+    tensors that have another dtype than ``dtype`` where they are not quantized.
+
+    Raises FormatError where a shape does not suit its format and LayoutError where a shard's edge
+    splits elements that are stored together.
+    """
+    if max_shard_bytes < 1:
+        raise ExportError(f"--max-shard-size is {max_shard_bytes} bytes; give a positive size")
+    fp32 = {s.name: torch.float32 for p in params if p.fp32 for s in p.sources}
+    schemes = StorageSchemes(dialect, dtype, {**fp32, **kept})
+    files, targets = _place(params, quant, schemes, max_shard_bytes)
+    before = sum(prod(source.shape) for p in params for source in p.sources) * dtype.itemsize
+    after = sum(entry.nbytes for file in files for entry in file.entries)
+    return ExportPlan(
+        files=files,
+        targets=targets,
+        parts=_own(_rectangles(targets, layout)),
+        bytes_before=before,
+        bytes_after=after,
+    )
+
+
+def _place(
+    params: Sequence[Param], quant: QuantPlan, schemes: StorageSchemes, max_shard_bytes: int
+) -> tuple[tuple[OutFile, ...], tuple[StoredTensor, ...]]:
+    wanted: list[tuple[Param, Source, StorageScheme]] = []
+    for param in params:
+        decision = quant.by_name[param.name]
+        for source in param.sources:
+            wanted.append((param, source, _scheme(schemes, source, decision)))
+    wanted += cache_tensors(quant, schemes.dialect, params)
+    units = [_drafts(source, scheme) for _, source, scheme in wanted]
+    files = lay_out(units, max_shard_bytes)
+    entry_of = {entry.name: entry for file in files for entry in file.entries}
+    targets = (
+        StoredTensor(*item, tuple(entry_of[draft.name] for draft in unit))
+        for item, unit in zip(wanted, units, strict=True)
+    )
+    return files, tuple(targets)
+
+
+def _scheme(schemes: StorageSchemes, source: Source, decision: Decision) -> StorageScheme:
+    if decision.weights is None:
+        return schemes.plain(source.name)
+    return schemes.of(decision.weights, decision.inputs, layer_of(source.module))
+
+
+def _drafts(source: Source, scheme: StorageScheme) -> list[Draft]:
+    check_shape(scheme, source)
+    described = zip(scheme.names(source), scheme.stored, scheme.shapes(source.shape), strict=True)
+    return [
+        Draft(name, stored.dtype, shape, prod(shape) * stored.dtype.itemsize)
+        for name, stored, shape in described
+    ]
+
+
+def _box(region: Region) -> Box:
+    return Box(region.start, region.size)
+
+
+_Held = tuple[StoredTensor, Region, tuple[int, ...]]
+
+
+def _rectangles(targets: Sequence[StoredTensor], layout: Layout) -> Iterator[_Held]:
+    """Every rectangle of every target, with the ranks that hold it, in the order of the model."""
+    by_param: dict[str, dict[str, StoredTensor]] = {}
+    for target in targets:
+        by_param.setdefault(target.param.name, {})[target.source.name] = target
+    for of_source in by_param.values():
+        param = next(iter(of_source.values())).param
+        holders = layout.holders(param)
+        for shard, ranks in enumerate(holders):
+            for source, region in regions(param, shard, len(holders)):
+                target = of_source[source.name]
+                _check_split(target, region, len(holders))
+                yield target, region, ranks
+
+
+def _check_split(target: StoredTensor, region: Region, size: int) -> None:
+    found = split_boxes(target.scheme, target.source.shape, _box(region))
+    if found is None:
+        return
+    axis = "tp" if target.param.domain is Domain.DENSE else "etp"
+    what = ("outputs", "inputs")[found.dim]
+    raise LayoutError(
+        f"{target.source.name}: --{axis} {size} cuts its {target.source.shape[found.dim]} {what}"
+        f" among {found.count} that {found.suffix} stores in one element; choose another --{axis},"
+        " or exclude the weight"
+    )
+
+
+_Ranks = tuple[int, ...]
+
+
+def _own(rectangles: Iterator[_Held]) -> tuple[RankPart, ...]:
+    """One owner per rectangle: largest first, to the holder with the fewest bytes so far.
+
+    The shards of a tensor that are cut along its inputs go to one replica's ranks together, who
+    can then put its rows together among them.
+    """
+    found = list(rectangles)
+    sizes = [nbytes(t.scheme, t.source.shape, _box(region)) for t, region, _ in found]
+    owners = [0] * len(found)
+    load: dict[int, int] = defaultdict(int)
+    heaps: dict[tuple[_Ranks, ...], list[tuple[int, _Ranks]]] = {}
+    for unit in sorted(_units(found), key=lambda unit: -max(sizes[i] for i in unit)):
+        holders = tuple(found[i][2] for i in unit)
+        if holders not in heaps:
+            heaps[holders] = [(0, ranks) for ranks in zip(*holders, strict=True)]
+        for i, rank in zip(unit, _lightest(heaps[holders], load), strict=True):
+            owners[i] = rank
+            load[rank] += sizes[i]
+    return tuple(
+        RankPart(t, region, own) for (t, region, _), own in zip(found, owners, strict=True)
+    )
+
+
+def _units(found: Sequence[_Held]) -> list[list[int]]:
+    """Rectangles whose owners are chosen together."""
+    units: list[list[int]] = []
+    last: StoredTensor | None = None
+    for i, (target, region, _) in enumerate(found):
+        inner = cut_inside(region)
+        if inner and target is last:
+            units[-1].append(i)
+        else:
+            units.append([i])
+        last = target if inner else None
+    return units
+
+
+def cut_inside(region: Region) -> bool:
+    """Whether the region has a part of each row of its tensor."""
+    return region.size[1:] != region.whole[1:]
+
+
+def _lightest(heap: list[tuple[int, _Ranks]], load: dict[int, int]) -> _Ranks:
+    """The ranks of least load; the heap's loads may be out of date, but only ever too small."""
+    while heap[0][0] != (now := max(load[rank] for rank in heap[0][1])):
+        heapq.heapreplace(heap, (now, heap[0][1]))
+    return heap[0][1]

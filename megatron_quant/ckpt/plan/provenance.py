@@ -1,0 +1,68 @@
+"""What an export is made of, as digests: two runs with the same ones write the same bytes."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_quant.ckpt.storage import DIGEST_BYTES, read_header, read_object
+from megatron_quant.formats import Format
+from megatron_quant.recipes import Recipe, Rule
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an export is made of, each as a digest; empty where it is not known.
+
+    recipe: :func:`recipe_digest`, or :func:`digest_of` whatever decided in its place.
+    source: :func:`source_digest`.
+    statistics: :func:`digest_of` the scales that calibration found. An unfinished export is not
+        continued with others; the manifest leaves them out.
+    """
+
+    recipe: str = ""
+    source: str = ""
+    statistics: str = ""
+
+
+def digest_of(value: object) -> str:
+    """Digest of what JSON can say, whatever the order of its keys."""
+    return digest_of_parts([json.dumps(value, sort_keys=True).encode()])
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Digest of what a recipe does, whatever its name and description."""
+    return digest_of([recipe.kv_cache, *map(_rule, recipe.rules)])
+
+
+def _rule(rule: Rule) -> list[object]:
+    formats = [_format(rule.weights), _format(rule.inputs)]
+    return [rule.patterns, formats, rule.optional, rule.algorithm]
+
+
+def _format(fmt: Format | None) -> object:
+    return [fmt.name, fmt.group_size] if fmt else None
+
+
+def source_digest(directory: Path) -> str:
+    """Digest of a checkpoint's config.json, and of its safetensors files' names, sizes and headers.
+
+    Weights that were replaced by others of the same names and shapes are not noticed. Raises
+    CheckpointError where a file cannot be read.
+    """
+    described: list[object] = [read_object(directory / "config.json")]
+    for path in sorted(directory.glob("*.safetensors")):
+        header = digest_of_parts([read_header(path)])
+        described.append([path.name, path.stat().st_size, header])
+    return digest_of(described)
+
+
+def digest_of_parts(parts: Iterable[bytes]) -> str:
+    """Digest of byte strings, which tells where one ends and the next begins."""
+    found = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        found.update(struct.pack("<Q", len(part)))
+        found.update(part)
+    return found.hexdigest()

@@ -1,0 +1,21 @@
+"""From logical parameters to the slots that a recipe decides on."""
+
+from collections.abc import Sequence
+
+from megatron_quant.models import Param, Role
+from megatron_quant.recipes import Slot
+
+
+def slots(params: Sequence[Param]) -> tuple[Slot, ...]:
+    """One slot per parameter, in order; whatever is no linear weight is ``fixed`` as its role."""
+    return tuple(
+        Slot(
+            name=param.name,
+            sources=tuple(source.module for source in param.sources),
+            shape=param.shape,
+            fixed="" if param.role is Role.LINEAR else param.role.value,
+            expert=param.expert,
+            fused=param.fused,
+        )
+        for param in params
+    )

@@ -1,0 +1,161 @@
+"""Where every rank of a model sits, and hence which piece of a logical parameter it holds."""
+
+from dataclasses import dataclass, field
+from math import lcm
+
+from megatron_quant.errors import LayoutError
+from megatron_quant.models import Domain, Parallel, Param, Stage, Stages
+
+Replicas = tuple[tuple[int, ...], ...]
+"""For each shard the ranks that hold it."""
+
+
+@dataclass(frozen=True)
+class Coord:
+    """One rank's coordinates. Ranks that agree in those that cut a parameter are replicas."""
+
+    tp: int
+    ep: int
+    etp: int
+    pp: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The parallel layout of all ranks that hold one model.
+
+    coords: by rank in the model's group.
+    experts: experts per layer, 0 for a model without; split contiguously over ``ep_size``.
+    stages: the layers of every pipeline rank; empty where there is one, which holds all.
+    """
+
+    tp_size: int
+    ep_size: int
+    etp_size: int
+    coords: tuple[Coord, ...]
+    experts: int = 0
+    stages: Stages = ()
+    _held: dict[tuple[Domain, int, int, tuple[int, ...]], Replicas] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @staticmethod
+    def simulate(
+        world: int, tp: int, ep: int, etp: int, experts: int = 0, stages: Stages = ()
+    ) -> "Layout":
+        """The layout that Megatron's default rank order gives ``world`` ranks.
+
+        Dense: ``rank = tp + tp_size * (dp + dp_size * pp)``; experts: ``rank = etp + etp_size *
+        (ep + ep_size * (edp + edp_size * pp))`` (``RankGenerator`` of
+        megatron.core.parallel_state, order "tp-cp-ep-dp-pp").
+
+        Raises LayoutError where a size does not divide the world or the experts.
+        """
+        _check_sizes(world, tp, ep, etp, experts)
+        pp = len(stages) or 1
+        _check_pipeline(world, tp, ep * etp, pp)
+        coords = (Coord(r % tp, r // etp % ep, r % etp, r * pp // world) for r in range(world))
+        return Layout(
+            tp_size=tp,
+            ep_size=ep,
+            etp_size=etp,
+            coords=tuple(coords),
+            experts=experts,
+            stages=stages,
+        )
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return len(self.coords)
+
+    @property
+    def pp_size(self) -> int:
+        """Number of pipeline stages."""
+        return len(self.stages) or 1
+
+    def places(self, param: Param) -> tuple[tuple[int, int], ...]:
+        """The (pipeline rank, chunk of it) that hold the parameter, at most one of a rank."""
+        if not self.stages:
+            return ((0, 0),)
+        first, last = (0, 0), (self.pp_size - 1, len(self.stages[-1]) - 1)
+        if param.stage is not Stage.LAYER:
+            return {Stage.FIRST: (first,), Stage.LAST: (last,), Stage.ENDS: (first, last)}[
+                param.stage
+            ]
+        assert param.layer is not None, f"{param.name} has no layer, and names no stage"
+        chunks = ((pp, i, held) for pp, s in enumerate(self.stages) for i, held in enumerate(s))
+        return tuple((pp, chunk) for pp, chunk, held in chunks if param.layer in held)
+
+    def shards(self, param: Param) -> int:
+        """Into how many pieces the parameter (of one expert, if it is an expert's) is cut."""
+        if param.parallel is Parallel.REPLICATED:
+            return 1
+        return self.tp_size if param.domain is Domain.DENSE else self.etp_size
+
+    def shard_of(self, param: Param, rank: int) -> tuple[int, int] | None:
+        """``(shard_rank, shard_size)`` that ``rank`` holds; None if it holds nothing of it."""
+        coord, size = self.coords[rank], self.shards(param)
+        if param.domain is Domain.EXPERT and coord.ep != self._ep_of(param):
+            return None
+        if coord.pp not in dict(self.places(param)):
+            return None
+        return (_shard(coord, param.domain) if size > 1 else 0, size)
+
+    def holders(self, param: Param) -> Replicas:
+        """For each shard of the parameter the ranks that hold a replica of it, ascending."""
+        stages = tuple(pp for pp, _ in self.places(param))
+        key = (param.domain, self._ep_of(param), self.shards(param), stages)
+        if key not in self._held:
+            self._held[key] = self._find_holders(*key)
+        return self._held[key]
+
+    def _find_holders(
+        self, domain: Domain, ep: int, size: int, stages: tuple[int, ...]
+    ) -> Replicas:
+        shards: list[list[int]] = [[] for _ in range(size)]
+        for rank, coord in enumerate(self.coords):
+            if coord.pp in stages and (domain is Domain.DENSE or coord.ep == ep):
+                shards[_shard(coord, domain) if size > 1 else 0].append(rank)
+        assert all(shards), f"no rank holds a shard of {domain.value} ep {ep}"
+        return tuple(map(tuple, shards))
+
+    def _ep_of(self, param: Param) -> int:
+        assert (param.domain is Domain.EXPERT) == (param.expert is not None), param.name
+        if param.expert is None or self.ep_size == 1:
+            return 0
+        assert param.expert < self.experts, f"{param.name}: the layout has {self.experts} experts"
+        return param.expert // (self.experts // self.ep_size)
+
+
+def _shard(coord: Coord, domain: Domain) -> int:
+    return coord.tp if domain is Domain.DENSE else coord.etp
+
+
+def _check_sizes(world: int, tp: int, ep: int, etp: int, experts: int) -> None:
+    for name, size in (("tp", tp), ("ep", ep), ("etp", etp)):
+        if size < 1:
+            raise LayoutError(f"--{name} is {size}; it must be at least 1")
+    if world % tp:
+        raise LayoutError(
+            f"--tp {tp} does not divide the world size {world};"
+            f" start a multiple of {tp} ranks or choose another --tp"
+        )
+    if world % (ep * etp):
+        raise LayoutError(
+            f"--ep {ep} x --etp {etp} = {ep * etp} does not divide the world size {world};"
+            f" start a multiple of {ep * etp} ranks or choose other sizes"
+        )
+    if experts and experts % ep:
+        raise LayoutError(
+            f"--ep {ep} does not divide the model's {experts} experts; choose a divisor of them"
+        )
+
+
+def _check_pipeline(world: int, tp: int, expert_ranks: int, pp: int) -> None:
+    stage = lcm(tp, expert_ranks)
+    if world % (stage * pp):
+        raise LayoutError(
+            f"--pp {pp} stages of {stage} ranks or a multiple of them do not fill the world size"
+            f" {world}; start a multiple of {stage * pp} ranks or choose another --pp"
+        )

@@ -1,0 +1,96 @@
+"""The files beside the weights: config.json and what is carried over from the source."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_quant.ckpt.dialects import Dialect, without_quantization
+from megatron_quant.ckpt.plan.provenance import Origin
+from megatron_quant.models import draft_counts, is_draft
+from megatron_quant.recipes import QuantPlan
+
+CONFIG = "config.json"
+_UNKNOWN = Origin()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Companions:
+    """documents: JSON file name -> content; carried: files to copy under their own names.
+
+    origin: what the manifest says of where the export comes from. root: the directory of which
+    carried files keep their folders; None where all lie beside the weights. left_out: what the
+    source has and the export has not, one line each.
+    """
+
+    documents: Mapping[str, Mapping[str, Any]]
+    carried: tuple[Path, ...] = ()
+    origin: Origin = _UNKNOWN
+    root: Path | None = None
+    left_out: tuple[str, ...] = ()
+
+    def name_of(self, carried: Path) -> str:
+        """The name that one of ``carried`` takes, with its folder where it has one."""
+        return carried.relative_to(self.root).as_posix() if self.root else carried.name
+
+    @property
+    def names(self) -> list[str]:
+        """Names that they take in the checkpoint's directory."""
+        return [*self.documents, *map(self.name_of, self.carried)]
+
+    def beside(
+        self, root: Path, carried: Sequence[Path], left_out: Sequence[str] = ()
+    ) -> "Companions":
+        """The same with files ``carried`` from ``root``, and what else stays behind."""
+        said = (*self.left_out, *left_out)
+        return replace(self, root=root, carried=tuple(carried), left_out=said)
+
+
+def companions(
+    hf_config: Mapping[str, Any],
+    quant: QuantPlan,
+    dialect: Dialect,
+    dtype: torch.dtype,
+    origin: Origin = _UNKNOWN,
+) -> Companions:
+    """config.json with ``quantization_config``, and the dialect's own files.
+
+    hf_config: the source model's config.json. dtype: of the tensors that are not quantized.
+    Layers for speculation that ``quant`` has not are none in config.json either.
+    :meth:`Companions.beside` adds what is carried over.
+
+    Raises FormatError where the dialect cannot express ``quant``.
+    """
+    config = without_quantization(hf_config)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).split(".")[-1]
+    config, left_out = _without_drafts(config, quant)
+    files: Mapping[str, Mapping[str, Any]] = {}
+    if quant.quantized:
+        config["quantization_config"] = dialect.quantization_config(quant)
+        files = dialect.extra_files(quant)
+    return Companions(documents={**files, CONFIG: config}, origin=origin, left_out=left_out)
+
+
+def _without_drafts(
+    config: dict[str, Any], quant: QuantPlan
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """``config`` with no layers for speculation where ``quant`` has none, and a line that says so.
+
+    Engines look for what it counts.
+    """
+    nested = config.get("text_config")
+    inner = draft_counts(nested) if isinstance(nested, dict) else ()
+    stated = (*draft_counts(config), *inner)
+    if not stated or any(is_draft(config, f"{m}.weight") for m in _modules(quant)):
+        return config, ()
+    said = ", ".join(f"{key} is 0 in {CONFIG}" for key in dict.fromkeys(stated))
+    line = f"layers for speculation: the export has none, so {said}"
+    if isinstance(nested, dict):
+        config = {**config, "text_config": {**nested, **dict.fromkeys(inner, 0)}}
+    return {**config, **dict.fromkeys(draft_counts(config), 0)}, (line,)
+
+
+def _modules(quant: QuantPlan) -> Iterator[str]:
+    return (module for decision in quant.decisions for module in decision.slot.sources)

@@ -1,0 +1,45 @@
+from .directory import PLAIN_DTYPES as PLAIN_DTYPES
+from .directory import Weights as Weights
+from .directory import fill as fill
+from .directory import is_buffer as is_buffer
+from .directory import open_directory as open_directory
+from .logical_tensors import kept_dtypes as kept_dtypes
+from .logical_tensors import logical as logical
+from .logical_tensors import open_original as open_original
+from .logical_tensors import params_of as params_of
+from .logical_tensors import plain_part as plain_part
+from .logical_tensors import row_blocks as row_blocks
+from .open import open_source as open_source
+from .packed_weight import Packed as Packed
+from .quantized import QuantizedCheckpoint as QuantizedCheckpoint
+from .quantized import matrices as matrices
+from .read_once import ReadOnce as ReadOnce
+from .scale_keeping import Scales as Scales
+from .scale_keeping import check_fused as check_fused
+from .scale_keeping import check_shared as check_shared
+from .scale_keeping import keeping as keeping
+from .scale_keeping import kept_scales as kept_scales
+
+__all__ = [
+    "PLAIN_DTYPES",
+    "Packed",
+    "QuantizedCheckpoint",
+    "ReadOnce",
+    "Scales",
+    "Weights",
+    "check_fused",
+    "check_shared",
+    "fill",
+    "is_buffer",
+    "keeping",
+    "kept_dtypes",
+    "kept_scales",
+    "logical",
+    "matrices",
+    "open_directory",
+    "open_original",
+    "open_source",
+    "params_of",
+    "plain_part",
+    "row_blocks",
+]

@@ -1,0 +1,335 @@
+"""Reading a Hugging Face checkpoint slice by slice: what a rank does not hold it does not read."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_quant import documents
+from megatron_quant.ckpt.storage import (
+    INDEX,
+    WEIGHTS,
+    MappedFiles,
+    TensorEntry,
+    UnknownDtype,
+    entries_of,
+    read_config,
+    read_header,
+    read_object,
+)
+from megatron_quant.documents import check_regular
+from megatron_quant.errors import CheckpointError
+from megatron_quant.models import Box, Copy, Param, Role, check_counts, is_draft
+
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""In which a tensor that is not quantized may be stored."""
+_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attention\.masked_bias")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor; ``file`` is a name in the directory.
+
+    decoded: whether it is what quantized tensors stand for, so that no header says its dtype.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+    decoded: bool = False
+
+
+class Listed:
+    """A checkpoint all of whose tensors are known before one is read."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """As :attr:`Weights.unread`."""
+        return ()
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Dtype, shape and file of what is read of ``name``; None where there is no such tensor."""
+        return self.tensors.get(name)
+
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """All tensors."""
+        return self.tensors
+
+    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
+        """As :func:`check_tensors`."""
+        return check_tensors(self.path, self.config, self.tensors, params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Listed):
+    """An open checkpoint directory: its config, and where each tensor lies.
+
+    config: content of config.json. tensors, entries: by name. files: of the directory.
+    unread: its safetensors files none of whose tensors are among these.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    entries: dict[str, TensorEntry] = field(repr=False)
+    files: MappedFiles = field(repr=False)
+    unread: tuple[str, ...] = ()
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The rectangle ``box`` of tensor ``name``, in its stored dtype; nothing else is read."""
+        entry = self.entries[name]
+        try:
+            tensor = self.files.tensor(entry)
+        except OSError as e:
+            raise CheckpointError(f"{self.path / entry.file}: {name} cannot be read: {e}") from e
+        part = tensor if box.size == entry.shape else tensor[box.index]
+        assert tuple(part.shape) == box.size, (name, box, tuple(part.shape))
+        return part
+
+
+class Weights(Protocol):
+    """A checkpoint as loading sees it: tensors of an unquantized model, however they are stored.
+
+    Iterating yields their names.
+    """
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of config.json."""
+        ...
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Names of safetensors files in its directory that are not read: nothing names them."""
+        ...
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The rectangle ``box`` of tensor ``name``, in a float dtype that holds it exactly."""
+        ...
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
+        ...
+
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """:meth:`info` of every tensor that a model of these weights may have, by name."""
+        ...
+
+    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
+        """As :func:`check_tensors`, of :meth:`dense`."""
+        ...
+
+
+def check_tensors(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    params: Iterable[Param],
+) -> tuple[str, ...]:
+    """Every source of ``params`` is in ``tensors`` in its shape, and these are all such sources.
+
+    Returns the names of tensors that are rightly unused: buffers that old versions of
+    transformers stored, ``lm_head.weight`` where the embedding takes its place, and layers that
+    only speculation needs, as ``config`` tells. Raises CheckpointError naming the first tensor
+    that is missing, misshapen, not in bf16, fp16 or fp32, or unexpected.
+    """
+    params = tuple(params)
+    sources = {s.name: s.shape for p in params for s in p.sources}
+    for name, shape in sources.items():
+        _check_tensor(path, tensors, name, shape)
+    rest = [name for name in tensors if name not in sources]
+    tied = all(p.role is not Role.OUTPUT for p in params)
+    ignored = {n for n in rest if is_buffer(n) or (tied and n == "lm_head.weight")}
+    ignored |= {n for n in rest if is_draft(config, n)}
+    unexpected = [name for name in rest if name not in ignored]
+    if unexpected:
+        raise CheckpointError(
+            f"{path}: {unexpected[0]} ({len(unexpected)} such) is no tensor of the "
+            "architecture in config.json; correct config.json or remove the tensor"
+        )
+    return tuple(n for n in rest if n in ignored)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is what old versions of transformers stored, and no model needs."""
+    return _BUFFERS.fullmatch(name) is not None
+
+
+def _check_tensor(
+    path: Path, tensors: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]
+) -> None:
+    info = tensors.get(name)
+    if info is None:
+        raise CheckpointError(
+            f"{path}: tensor {name} is missing; fetch the checkpoint again, or correct config.json"
+        )
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{path / info.file}: {name} has shape {list(info.shape)} where config.json "
+            f"asks for {list(shape)}; correct config.json"
+        )
+    if info.dtype not in PLAIN_DTYPES:
+        raise CheckpointError(
+            f"{path / info.file}: {name} is stored as {info.dtype}; "
+            "give a checkpoint in bf16, fp16 or fp32"
+        )
+
+
+def check_plain(path: Path, name: str, dtype: torch.dtype) -> None:
+    """Raise CheckpointError where a tensor that is not quantized has a quantized one's dtype."""
+    if dtype not in PLAIN_DTYPES:
+        raise CheckpointError(
+            f"{path}: {name} is {dtype}, but its quantization_config does not say that it is "
+            "quantized"
+        )
+
+
+def fill(local: torch.Tensor, copies: Sequence[Copy], checkpoint: Weights) -> None:
+    """Copy each rectangle of the checkpoint into ``local``, in ``local``'s dtype and device.
+
+    Elements that are in no rectangle (vocabulary padding) keep their value.
+    """
+    with torch.no_grad():
+        for copy in copies:
+            local[copy.dst.index].copy_(checkpoint.read(copy.source.name, copy.src))
+
+
+def open_directory(path: Path) -> Checkpoint:
+    """Open a checkpoint of whatever dtypes, quantized ones included.
+
+    Raises CheckpointError where the directory, its config or its weights are missing, pickled,
+    truncated or inconsistent.
+    """
+    config = read_config(path)
+    where = _weight_map(path)
+    names = sorted(set(where.values())) if where else [_single_file(path)]
+    found = (entry for name in names for entry in _entries(path / name))
+    entries = {e.name: e for e in found if where.get(e.name, e.file) == e.file}
+    drafts, unread = _beside(path, config, names, entries)
+    entries |= drafts
+    for name, file in where.items():
+        if name not in entries:
+            raise CheckpointError(
+                f"{path / file}: tensor {name} is missing, though {INDEX} names it; "
+                "fetch the checkpoint again"
+            )
+    tensors = {name: TensorInfo(e.dtype, e.shape, e.file) for name, e in entries.items()}
+    check_counts(config, (info.shape for info in tensors.values()))
+    return Checkpoint(
+        path=path,
+        config=config,
+        tensors=tensors,
+        entries=entries,
+        files=MappedFiles(path),
+        unread=unread,
+    )
+
+
+def _beside(
+    path: Path, config: Mapping[str, Any], names: Sequence[str], named: Mapping[str, TensorEntry]
+) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
+    """Tensors of token prediction in files that nothing names, and the other such files.
+
+    GLM-4.7 is published with ``mtp.safetensors`` beside its index.
+    """
+    found: dict[str, TensorEntry] = {}
+    unread = []
+    for file in sorted(path.glob("*.safetensors")):
+        if file.name in names:
+            continue
+        try:
+            entries = _entries(file)
+        except CheckpointError:  # of no concern, as it is not read
+            entries = []
+        known = any(e.name in named or e.name in found for e in entries)
+        if entries and not known and all(is_draft(config, e.name) for e in entries):
+            found |= {e.name: e for e in entries}
+        else:
+            unread.append(file.name)
+    return found, tuple(unread)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file name of the index; empty where one file holds all.
+
+    That wins over an index of other files, as in transformers.
+    """
+    alone = (path / WEIGHTS).exists()
+    if not (path / INDEX).exists():
+        return {}
+    try:
+        where = read_object(path / INDEX, documents.INDEX).get("weight_map")
+    except CheckpointError:
+        if alone:
+            return {}
+        raise
+    if alone and not (isinstance(where, dict) and WEIGHTS in where.values()):
+        return {}
+    if not isinstance(where, dict) or not where:
+        raise CheckpointError(f"{path / INDEX} has no weight_map; fetch it again")
+    named = {file if isinstance(file, str) else "": name for name, file in where.items()}
+    for file, name in named.items():
+        if not file or Path(file).name != file:
+            raise CheckpointError(
+                f"{path / INDEX}: {where[name]!r} of {name} is no file name in its directory"
+            )
+        if not (path / file).is_file():
+            raise CheckpointError(
+                f"{path / file} is missing, though {INDEX} names it; fetch the checkpoint again"
+            )
+    return where
+
+
+def _single_file(path: Path) -> str:
+    found = sorted(p.name for p in path.glob("*.safetensors"))
+    if WEIGHTS in found:
+        return WEIGHTS
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"{path} has {len(found)} safetensors files and no {INDEX}; fetch the index too"
+        )
+    pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{path} has only pickled weights ({pickles[0]}), which can run code; convert it: "
+            "load it in transformers and save_pretrained(directory, safe_serialization=True)"
+        )
+    raise CheckpointError(f"{path} has no {WEIGHTS}; give a checkpoint with safetensors weights")
+
+
+def _entries(file: Path) -> list[TensorEntry]:
+    """The tensors of a file by name, which safetensors has found to be sound."""
+    check_regular(file)
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(
+            f"{file} is truncated or no safetensors file ({e}); fetch it again"
+        ) from e
+    try:
+        return sorted(entries_of(file.name, read_header(file)), key=attrgetter("name"))
+    except UnknownDtype as e:
+        raise CheckpointError(f"{file}: {e}, which is not known here") from e

@@ -1,0 +1,83 @@
+"""The output layer of a checkpoint whose config says that the embedding takes its place.
+
+transformers ties the two only where the checkpoint has no head: a fine-tune may have another one
+under a config that still says ``tie_word_embeddings``. Values decide.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+
+from megatron_quant.ckpt.read.directory import Checkpoint
+from megatron_quant.models import Box
+
+TIED = "tie_word_embeddings"
+_HEAD, _EMBEDDING, _WEIGHT = "lm_head", "embed_tokens.weight", ".weight"
+_NESTED = ("text_config", "llm_config", "language_config")
+_ELEMENTS = 1 << 22
+"""Of the two that are compared at a time."""
+
+
+def with_own_head(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint`` with a config that says of its head what its tensors say.
+
+    A head equal to the embedding is one tensor with it, where the config says so; of another one
+    the config then says that it is not tied. Reads both, block by block, up to the first
+    difference.
+    """
+    said = _said(checkpoint.config)
+    heads = [n for n in checkpoint.tensors if _is_head(n)]
+    if said is False or not heads:
+        return checkpoint
+    if not _is_equal(checkpoint, heads):
+        return replace(checkpoint, config=_untied(checkpoint.config))
+    if not said:
+        return checkpoint
+    rest = {n: info for n, info in checkpoint.tensors.items() if n not in heads}
+    return replace(checkpoint, tensors=rest)
+
+
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[0].rpartition(".")[2] == _HEAD
+
+
+def _said(config: Mapping[str, Any]) -> bool | None:
+    """Whether the embedding is the head; None where the config leaves that to the model's class."""
+    for part in (config, *(config.get(key) for key in _NESTED)):
+        if isinstance(part, dict) and isinstance(part.get(TIED), bool):
+            return bool(part[TIED])
+    return None
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: {**part, TIED: False}
+        for key in _NESTED
+        if isinstance(part := config.get(key), dict) and TIED in part
+    }
+    return {**config, **nested, TIED: False}
+
+
+def _is_equal(checkpoint: Checkpoint, heads: list[str]) -> bool:
+    """Whether the only tensor of the head is the embedding again."""
+    embeddings = sorted((n for n in checkpoint.tensors if n.endswith(_EMBEDDING)), key=len)
+    if len(heads) != 1 or not heads[0].endswith(_WEIGHT) or not embeddings:
+        return False
+    head, embedding = heads[0], embeddings[0]
+    shape = checkpoint.tensors[head].shape
+    if shape != checkpoint.tensors[embedding].shape:
+        return False
+    return all(
+        torch.equal(checkpoint.read(head, box).float(), checkpoint.read(embedding, box).float())
+        for box in _blocks(shape)
+    )
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[Box]:
+    step = max(_ELEMENTS // max(prod(shape[1:]), 1), 1)
+    zeros = (0,) * len(shape[1:])
+    for start in range(0, shape[0] if shape else 0, step):
+        yield Box((start, *zeros), (min(step, shape[0] - start), *shape[1:]))

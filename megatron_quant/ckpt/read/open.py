@@ -1,0 +1,26 @@
+"""Opening a source: a checkpoint to be quantized, which may be quantized already."""
+
+from pathlib import Path
+
+from megatron_quant.ckpt.dialects import has_expert_stacks, quantization_of
+from megatron_quant.ckpt.read.directory import Weights, open_directory
+from megatron_quant.ckpt.read.head import with_own_head
+from megatron_quant.ckpt.read.mxfp4_stacks import ExpertStacks
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint, matrices
+from megatron_quant.ckpt.read.stack_views import unstacked
+from megatron_quant.models import has_table
+
+
+def open_source(path: Path) -> Weights:
+    """The checkpoint in directory ``path`` as loading sees it: names and values of the dense model.
+
+    Where a model without a table stores its experts in stacks, so does what is returned.
+
+    Raises CheckpointError where it is broken, or quantized in a way that is not known.
+    """
+    checkpoint = with_own_head(open_directory(path))
+    if has_expert_stacks(checkpoint.config):
+        return ExpertStacks(checkpoint)
+    if quantization_of(checkpoint.config, path) is not None:
+        return QuantizedCheckpoint.over(checkpoint, matrices(checkpoint))
+    return unstacked(checkpoint) if has_table(checkpoint.config) else checkpoint

@@ -1,0 +1,283 @@
+"""Rectangles of quantized weights, decoded: only the stored cells that they touch are read.
+
+Groups and blocks count from the first column of the logical tensor, so a slice decodes to the slice
+of the decoded tensor, wherever it begins. Where a checkpoint says the group of each column
+(``g_idx``, GPTQ's activation order) and these are not in their natural order, every column takes
+the scale and zero point of its own group.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import lcm, prod
+
+import torch
+from torch import Tensor
+
+from megatron_quant.ckpt.dialects import (
+    FLOATS,
+    INPUT_SCALE,
+    SHAPE,
+    WEIGHT_SCALE,
+    StorageScheme,
+    Stored,
+    packings,
+)
+from megatron_quant.ckpt.read.read_once import Files
+from megatron_quant.errors import CheckpointError
+from megatron_quant.formats import Format, decode, lost, lost_between, regrouped
+from megatron_quant.models import Box, whole
+from megatron_quant.native import WHOLE
+
+GROUP_INDEX = ("g_idx", "weight_g_idx")
+"""Suffixes of the group of each column, int32 [K]: GPTQ's, and compressed-tensors'."""
+_SCALAR = (WHOLE, WHOLE)
+_WEIGHT_SHAPE = "weight_shape"
+_INTEGERS = (torch.int32, torch.int64)
+_Span = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """The quantized weight of ``module`` in the files of a checkpoint.
+
+    fmt: its format. stored: its tensors, as the dialect has them; those of activations and what
+    follows from the shape alone are not read. shape: [N, K] of the weight.
+    """
+
+    files: Files
+    module: str
+    fmt: Format
+    stored: tuple[Stored, ...]
+    shape: tuple[int, int]
+
+    def read(self, box: Box) -> Tensor:
+        """The rectangle ``box`` of the weight, fp32.
+
+        Raises CheckpointError where what is stored cannot be that of the module's format.
+        """
+        outer = self._aligned(box)
+        fields, fmt = self.fields(outer), self.fmt
+        if self.group_of_column is not None:
+            fields, fmt = self._per_column(fields, outer), regrouped(fmt, 1)
+        w_NK = decode(fields, fmt, torch.float32, (outer.start[0], outer.start[1]))
+        inner = zip(box.start, outer.start, box.size, strict=True)
+        return w_NK[tuple(slice(a - o, a - o + n) for a, o, n in inner)]
+
+    def lost(self, w_NK: Tensor, box: Box) -> tuple[float, float]:
+        """(sum of w^2, sum of (w - decoded)^2) in fp64: ``w_NK`` is the original of ``box``.
+
+        As ``lost_between`` finds them of :meth:`read`, which raises the same.
+        """
+        cut = box.size != self.shape and self._aligned(box) != box
+        padded = box.size[1] % self.fmt.fields[0].block[1]
+        if cut or padded or self.group_of_column is not None:
+            return lost_between(w_NK, self.read(box))
+        return lost(w_NK, self.fields(box), self.fmt, (box.start[0], box.start[1]))
+
+    def fields(self, box: Box) -> dict[str, Tensor]:
+        """The codec's fields of all blocks that ``box`` touches; it may split no packed element.
+
+        Scales of columns in another order than the natural one are those of all groups.
+        """
+        return {s.field: self._field(s, box) for s in self._coded}
+
+    def scales(self, box: Box) -> dict[str, Tensor]:
+        """The codec's fields but the elements, of all blocks that ``box`` touches."""
+        outer = self._aligned(box)
+        assert self.group_of_column is None, self.module
+        found = {}
+        for stored in self.stored:
+            field = next((f for f in self.fmt.fields[1:] if f.name == stored.field), None)
+            if field is None:
+                continue
+            value = self._field(stored, outer)
+            if field.block != _SCALAR:
+                extents = zip(
+                    box.start, box.size, outer.start, field.block, self.shape, strict=True
+                )
+                value = value[tuple(_within(*extent) for extent in extents)]
+            found[field.name] = value
+        return found
+
+    @cached_property
+    def group_of_column(self) -> Tensor | None:
+        """int64 [K], where the columns' groups are not in their natural order; else None."""
+        name = next(
+            (n for s in GROUP_INDEX if (n := f"{self.module}.{s}") in self.files.tensors), ""
+        )
+        if not name or not self.fmt.group_sizes:
+            return None
+        cols = self.shape[1]
+        size = self.fmt.group_size if self.fmt.group_size > 0 else cols
+        found = self.files.read(name, Box((0,), (cols,))).long()
+        count = -(-cols // size)
+        low, high = (int(end) for end in torch.aminmax(found))
+        if low < 0 or high >= count:
+            raise CheckpointError(
+                f"{self.files.path}: {name} holds {low if low < 0 else high}, but the weight has "
+                f"groups 0 to {count - 1}; fetch the checkpoint again"
+            )
+        natural = torch.arange(cols) // size
+        return None if torch.equal(found, natural) else found
+
+    def whole(self) -> Tensor:
+        """All of the weight, fp32 [N, K]."""
+        return self.read(whole(self.shape))
+
+    @cached_property
+    def _coded(self) -> tuple[Stored, ...]:
+        """What stores the codec's fields. Raises CheckpointError for wrong constants beside it."""
+        self._check_constants()
+        names = {field.name for field in self.fmt.fields}
+        return tuple(s for s in self.stored if s.field in names)
+
+    @cached_property
+    def _steps(self) -> tuple[int, int]:
+        """Of how many rows and columns what is packed together is a multiple."""
+        steps = (1, 1)
+        for _, packing in packings(StorageScheme(self.stored, self.fmt), self.shape):
+            steps = (lcm(steps[0], packing[0]), lcm(steps[1], packing[1]))
+        return steps
+
+    def _aligned(self, box: Box) -> Box:
+        """The smallest rectangle around ``box`` that splits nothing that is packed together."""
+        spans = [
+            (o // b * b, min(-(-(o + n) // b) * b, length))
+            for o, n, b, length in zip(box.start, box.size, self._steps, self.shape, strict=True)
+        ]
+        return Box(tuple(a for a, _ in spans), tuple(e - a for a, e in spans))
+
+    def _field(self, stored: Stored, box: Box) -> Tensor:
+        name = f"{self.module}.{stored.suffix}"
+        info = self.files.tensors[name]
+        if stored.block == _SCALAR:
+            value = self.files.read(name, whole(info.shape))
+            return stored.from_disk(value.float().reshape(stored.scalar_shape))
+        extents = zip(box.start, box.size, stored.block, self.shape, strict=True)
+        rows, cols = (_cells(o, n, b or length) for o, n, b, length in extents)
+        if self.group_of_column is not None and stored.field != self.fmt.fields[0].name:
+            cols = _cells(0, self.shape[1], stored.block[1] or self.shape[1])
+        where = Box(
+            stored.on_disk((rows[0], cols[0]), 0),
+            stored.on_disk((rows[1] - rows[0], cols[1] - cols[0]), 1),
+        )
+        part = self.files.read(name, where)
+        return stored.from_disk(part.view(torch.uint8) if _is_e8m0(part) else part)
+
+    def _per_column(self, fields: Mapping[str, Tensor], box: Box) -> dict[str, Tensor]:
+        elements = self.fmt.fields[0].name
+        assert self.group_of_column is not None
+        packed, (first, size) = self.fmt.fields[0].block[1], (box.start[1], box.size[1])
+        columns = torch.arange(first, first - -size // packed * packed)  # whole words
+        own = self.group_of_column[columns.clamp(max=self.shape[1] - 1)]
+        return {n: f if n == elements else f.index_select(1, own) for n, f in fields.items()}
+
+    def _check_constants(self) -> None:
+        """Raise CheckpointError unless what is stored of the shape alone is what it means.
+
+        These are the zero points of symmetric weights: others would be of another format.
+        """
+        for stored in self.stored:
+            name = f"{self.module}.{stored.suffix}"
+            if stored.field != SHAPE or stored.suffix in GROUP_INDEX:
+                continue
+            if name not in self.files.tensors and stored.optional:
+                continue
+            info = self.files.tensors[name]
+            found = self.files.read(name, whole(info.shape))
+            if not torch.equal(found, stored.constant(*self.shape).to(found.dtype)):
+                raise CheckpointError(
+                    f"{self.files.path}: {name} is not what the config and the shape "
+                    f"{list(self.shape)} of a {self.fmt.name} weight mean; correct sym, bits or "
+                    "checkpoint_format in quantization_config, or fetch the checkpoint again"
+                )
+
+
+def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ...]) -> Packed:
+    """The weight of ``module``, every tensor of which is there as ``fmt`` says.
+
+    Reads headers, and what is stored of the shape. Raises CheckpointError naming the first tensor
+    that is missing, or that contradicts the format or the others.
+    """
+    own = tuple(s for s in stored if s.field not in (INPUT_SCALE, WEIGHT_SCALE))
+    for s in own:
+        if not s.optional and f"{module}.{s.suffix}" not in files.tensors:
+            raise CheckpointError(
+                f"{files.path}: no tensor {module}.{s.suffix}, though config.json says that "
+                f"{module} is {fmt.name}; fetch the checkpoint again"
+            )
+    shape = _shape(files, module, own)
+    for s in own:
+        _check_form(files, f"{module}.{s.suffix}", s, fmt, shape)
+    for suffix in GROUP_INDEX:
+        info = files.tensors.get(f"{module}.{suffix}")
+        if info is not None and (info.shape != shape[1:] or info.dtype not in _INTEGERS):
+            raise CheckpointError(
+                f"{files.path}: {module}.{suffix} is {info.dtype} {list(info.shape)}, but the "
+                f"weight has {shape[1]} columns; fetch the checkpoint again"
+            )
+    return Packed(files=files, module=module, fmt=fmt, stored=own, shape=shape)
+
+
+def _shape(files: Files, module: str, stored: tuple[Stored, ...]) -> tuple[int, int]:
+    """[N, K]: as it is stored, where it is (columns may fill their last word in part)."""
+    elements = stored[0]
+    on_disk = files.tensors[f"{module}.{elements.suffix}"].shape
+    if len(on_disk) != 2:
+        raise CheckpointError(
+            f"{files.path}: {module}.{elements.suffix} has shape {list(on_disk)}, not two dims"
+        )
+    rows, cols = elements.weight_shape(on_disk)
+    name = f"{module}.{_WEIGHT_SHAPE}"
+    if name not in files.tensors or files.tensors[name].shape != (2,):
+        return rows, cols
+    found = files.read(name, Box((0,), (2,))).tolist()
+    fits = elements.shape(*found) == on_disk if min(found) > 0 else False
+    return (found[0], found[1]) if fits else (rows, cols)
+
+
+def _check_form(
+    files: Files, name: str, stored: Stored, fmt: Format, shape: tuple[int, int]
+) -> None:
+    info = files.tensors.get(name)
+    if info is None:
+        return
+    wanted = stored.shape(*shape)
+    dtypes = (stored.dtype, *stored.also)
+    if stored.block == _SCALAR and stored.field != SHAPE:
+        fits = prod(info.shape) == 1 and info.dtype in (*dtypes, *FLOATS)
+    else:
+        fits = info.shape == wanted and (info.dtype in dtypes or _same_bytes(info.dtype, dtypes))
+    if not fits:
+        groups = f" in groups of {fmt.group_size}" if fmt.group_size > 1 else ""
+        raise CheckpointError(
+            f"{files.path}: {name} is {info.dtype} {list(info.shape)}, but the config means "
+            f"{stored.dtype} {list(wanted)} for a {fmt.name} weight {list(shape)}{groups}; "
+            "correct quantization_config, or fetch the checkpoint again"
+        )
+
+
+def _same_bytes(dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return dtype == torch.float8_e8m0fnu and torch.uint8 in dtypes
+
+
+def _cells(start: int, size: int, block: int) -> _Span:
+    return start // block, -(-(start + size) // block)
+
+
+def _is_e8m0(part: Tensor) -> bool:
+    return part.dtype == torch.float8_e8m0fnu
+
+
+def _within(start: int, size: int, outer: int, block: int, length: int) -> slice:
+    """Blocks that ``size`` elements from ``start`` on touch, counted from that of ``outer``."""
+    first, stop = _cells(start, size, block or length)
+    skipped = outer // (block or length)
+    return slice(first - skipped, stop - skipped)
+
+
+def with_scale_dtype(fmt: Format, dtype: torch.dtype) -> Format:
+    """``fmt`` with its group scales in ``dtype``."""
+    fields = (f.in_dtype(dtype) if f.name == "scale" else f for f in fmt.fields)
+    return replace(fmt, fields=tuple(fields))

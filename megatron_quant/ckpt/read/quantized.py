@@ -1,0 +1,286 @@
+"""A Hugging Face checkpoint with its weights decoded, read with safetensors alone."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_quant.ckpt.dialects import (
+    INPUT_SCALE,
+    SHAPE,
+    Dialect,
+    ModuleFormat,
+    Stored,
+    dialect_of,
+    layer_of,
+    quantization_of,
+    stored_by,
+)
+from megatron_quant.ckpt.read.directory import (
+    PLAIN_DTYPES,
+    Checkpoint,
+    TensorInfo,
+    check_plain,
+    check_tensors,
+    open_directory,
+)
+from megatron_quant.ckpt.read.head import with_own_head
+from megatron_quant.ckpt.read.packed_weight import (
+    GROUP_INDEX,
+    Packed,
+    open_packed,
+    with_scale_dtype,
+)
+from megatron_quant.ckpt.read.read_once import Files, ReadOnce
+from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.models import Box, Param, table_names, whole
+
+_WEIGHTS = ("weight", "weight_packed", "qweight")
+_UNREAD = ("pre_quant_scale", "weight_zero_point")
+"""Tensors of which a module's values depend where they are, but not in any format known here."""
+_OF_ACTIVATIONS = (
+    "input_scale",
+    "input_global_scale",
+    "input_zero_point",
+    "output_scale",
+    "activation_scale",
+    "q_scale",
+    "k_scale",
+    "v_scale",
+    "prob_scale",
+)
+"""Last parts of names of tensors of which no weight depends."""
+
+
+class QuantizedCheckpoint:
+    """A checkpoint directory; plain ones are read as well.
+
+    modules: what the checkpoint's own config says of each quantized module (Hugging Face name).
+    dialect: the convention that it is in; None where nothing is quantized.
+    kv_cache: ``fp8`` where it has scales of an FP8 KV cache, else empty.
+
+    Iterating yields the tensor names of the unquantized model. Tensors are read when asked for,
+    one at a time.
+    """
+
+    def __init__(self, directory: Path):
+        """Read the config and the headers of ``directory``.
+
+        Raises CheckpointError where a file is missing or broken, or the config is not known.
+        """
+        files = with_own_head(open_directory(directory))
+        self._open(files, matrices(files))
+
+    @classmethod
+    def over(cls, files: Checkpoint, modules: Iterable[str]) -> "QuantizedCheckpoint":
+        """The checkpoint in ``files``, of whose ``modules`` the config says which are quantized.
+
+        For verification, their tensors may be missing or malformed.
+        """
+        checkpoint = cls.__new__(cls)
+        checkpoint._open(files, modules)
+        return checkpoint
+
+    def _open(self, files: Checkpoint, modules: Iterable[str]) -> None:
+        self.path = files.path
+        self.config = files.config
+        self.tensors = files.tensors
+        self.dialect, self.kv_cache, self.modules = None, "", {}
+        quantization = quantization_of(files.config, files.path)
+        if quantization is not None:
+            self.dialect = dialect_of(quantization, files.path)
+            self.kv_cache = self.dialect.read_kv_cache(quantization)
+            self.modules = _read_modules(files, self.dialect, quantization, tuple(modules))
+        self._files = files
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """As of the files."""
+        return self._files.unread
+
+    @cached_property
+    def _of_table(self) -> frozenset[str]:
+        return table_names(self.config)
+
+    def stored(self, module: str) -> tuple[Stored, ...]:
+        """The tensors that a quantized module should have on disk."""
+        assert self.dialect is not None
+        return stored_by(self.dialect, self.modules[module], layer_of(module))
+
+    def __iter__(self) -> Iterator[str]:
+        cache = tuple(f".{s.suffix}" for s in self.cache_scales)
+        for name in self.tensors:
+            module, _, suffix = name.rpartition(".")
+            suffixes = [s.suffix for s in self.stored(module)] if module in self.modules else []
+            if suffixes and suffix == suffixes[0]:
+                yield f"{module}.weight"
+            elif suffix not in (
+                *suffixes,
+                *(GROUP_INDEX if suffixes else ()),
+            ) and not name.endswith(cache):
+                yield name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor that the unquantized model calls ``name``, one of those iterated."""
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or module not in self.modules:
+            return self.tensors[name].shape
+        elements = self.stored(module)[0]
+        info = self.tensors[f"{module}.{elements.suffix}"]
+        if info.dtype in PLAIN_DTYPES:  # by mistake, which verifying reports
+            return info.shape
+        return elements.weight_shape(info.shape)
+
+    @property
+    def cache_scales(self) -> tuple[Stored, ...]:
+        """What every attention module has beside its weights; empty without an FP8 KV cache."""
+        return self.dialect.cache_scales if self.dialect and self.kv_cache else ()
+
+    def raw(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored. Raises CheckpointError where there is none of that name."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: no tensor {name}")
+        return self._files.read(name, whole(self.tensors[name].shape))
+
+    def weight(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor that the unquantized model calls ``name``, decoded, in ``dtype``.
+
+        Raises CheckpointError where one of its stored tensors is missing or malformed, or has a
+        companion that this library does not know (such as a scale of the inputs folded into it).
+        """
+        if not self._is_packed(name):
+            return self._plain(name).to(dtype)
+        return self.packed(name.rpartition(".")[0]).whole().to(dtype)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The rectangle ``box`` of :meth:`weight`: fp32 of a quantized one, else as it is stored.
+
+        Nothing else of it is read, but for tensors with a few numbers a row or column.
+        """
+        if not self._is_packed(name):
+            return self._files.read(name, box)
+        return self.packed(name.rpartition(".")[0]).read(box)
+
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """:meth:`info` of what is iterated, by name, but what no model needs.
+
+        That is what is stored of activations, and biases of zeros that the model's table has not,
+        which some packers add.
+        """
+        needed = (name for name in self if not self._is_needless(name))
+        return {name: info for name in needed if (info := self.info(name)) is not None}
+
+    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
+        """As :func:`megatron_quant.ckpt.read.directory.check_tensors`, of :meth:`dense`."""
+        return check_tensors(self.path, self.config, self.dense(), params)
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
+        if not self._is_packed(name):
+            return self.tensors.get(name)
+        packed = self.packed(name.rpartition(".")[0])
+        file = self.tensors[f"{packed.module}.{packed.stored[0].suffix}"].file
+        return TensorInfo(torch.float32, packed.shape, file, decoded=True)
+
+    def fields(self, module: str) -> dict[str, torch.Tensor]:
+        """A quantized module's fields and pseudo fields by name, but ``SHAPE``.
+
+        Raises CheckpointError where a tensor is missing or does not fit the others, or where the
+        columns are not in their natural order.
+        """
+        packed = self.packed(module)
+        if packed.group_of_column is not None:
+            raise CheckpointError(
+                f"{self.path}: the columns of {module} are not in their natural order (g_idx), "
+                "which no other dialect can say; quantize this checkpoint instead"
+            )
+        found = packed.fields(whole(packed.shape))
+        for stored in self.stored(module):
+            if stored.field not in found and stored.field != SHAPE:
+                found[stored.field] = stored.from_disk(self.raw(f"{module}.{stored.suffix}"))
+        return found
+
+    def held(self) -> ReadOnce:
+        """The tensors as they are stored, each read once while what is returned lives."""
+        return ReadOnce(self._files)
+
+    def packed(self, module: str, files: Files | None = None) -> Packed:
+        """The weight of a quantized module; CheckpointError where its tensors do not fit.
+
+        files: what reads them; the checkpoint itself where None.
+        """
+        known = [s.suffix for s in self.stored(module)]
+        for suffix in _UNREAD:
+            if suffix not in known and f"{module}.{suffix}" in self.tensors:
+                raise CheckpointError(f"{self.path}: {module}.{suffix} is not read")
+        fmt = self.modules[module].weights
+        return open_packed(files or self._files, module, fmt, self.stored(module))
+
+    def _is_packed(self, name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        return leaf == "weight" and module in self.modules
+
+    def _is_needless(self, name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        if module in self.modules and leaf == "bias":
+            return name not in self._of_table and not self.raw(name).any()
+        return leaf in _OF_ACTIVATIONS
+
+    def input_scale(self, module: str) -> float | None:
+        """Tensor scale of a module's inputs (multiply to dequantize); None where it has none."""
+        if module not in self.modules:
+            return None
+        for stored in self.stored(module):
+            if stored.field == INPUT_SCALE:
+                return stored.from_disk(self.raw(f"{module}.{stored.suffix}")).item()
+        return None
+
+    def _plain(self, name: str) -> torch.Tensor:
+        tensor = self.raw(name)
+        check_plain(self.path, name, tensor.dtype)
+        return tensor
+
+
+def matrices(files: Checkpoint) -> list[str]:
+    """Modules that have a 2-D weight that may be quantized.
+
+    Whatever a config's patterns say: a plain matrix without scales is not.
+    """
+    weights = [n.rpartition(".") for n, t in files.tensors.items() if len(t.shape) == 2]
+    modules = [module for module, _, leaf in weights if leaf in _WEIGHTS]
+    scaled = {n.rpartition(".weight_")[0] for n in files.tensors}
+    return [m for m in modules if m in scaled or not _is_plain(files.tensors.get(f"{m}.weight"))]
+
+
+def _read_modules(
+    files: Checkpoint,
+    dialect: Dialect,
+    quantization: Mapping[str, Any],
+    modules: tuple[str, ...],
+) -> dict[str, ModuleFormat]:
+    if dialect.by_tensors:
+        modules = tuple(m for m in modules if not _is_plain(files.tensors.get(f"{m}.weight")))
+    found = dialect.read_config(quantization, modules)
+    return {m: _as_found(files, dialect, m, fmt) for m, fmt in found.items()}
+
+
+def _is_plain(info: TensorInfo | None) -> bool:
+    return info is not None and info.dtype in PLAIN_DTYPES
+
+
+def _as_found(files: Checkpoint, dialect: Dialect, module: str, fmt: ModuleFormat) -> ModuleFormat:
+    """``fmt`` with the dtype in which the module's group scales are stored, where that is another.
+
+    Producers round them to fp16 or bf16, before the codes: neither dtype holds the other's.
+    """
+    try:
+        tensors = stored_by(dialect, fmt, layer_of(module))
+    except FormatError as error:
+        raise CheckpointError(f"{files.path}: {module}: {error}") from None
+    for scale in (s for s in tensors if s.field == "scale" and s.also):
+        info = files.tensors.get(f"{module}.{scale.suffix}")
+        if info is not None and info.dtype in scale.also and info.dtype != scale.dtype:
+            return ModuleFormat(with_scale_dtype(fmt.weights, info.dtype), fmt.inputs)
+    return fmt

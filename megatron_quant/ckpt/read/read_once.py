@@ -1,0 +1,52 @@
+"""Tensors that are read once, however many checks ask for them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_quant.ckpt.read.directory import TensorInfo
+from megatron_quant.models import Box, whole
+
+
+class Files(Protocol):
+    """The tensors of a checkpoint as they are stored."""
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors, by name."""
+        ...
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """The rectangle ``box`` of tensor ``name``, in its stored dtype."""
+        ...
+
+
+class ReadOnce:
+    """``files``, of which what was read whole stays mapped: for the tensors of one module."""
+
+    def __init__(self, files: Files):
+        """Nothing is read yet."""
+        self.path, self.tensors = files.path, files.tensors
+        self._files = files
+        self._read: dict[str, Tensor] = {}
+
+    def raw(self, name: str) -> Tensor:
+        """All of the tensor ``name``, one of ``tensors``."""
+        found = self._read.get(name)
+        if found is None:
+            found = self._read[name] = self._files.read(name, whole(self.tensors[name].shape))
+        return found
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """The rectangle ``box`` of it, in its stored dtype."""
+        if box.size == self.tensors[name].shape:
+            return self.raw(name)
+        found = self._read.get(name)
+        return self._files.read(name, box) if found is None else found[box.index]

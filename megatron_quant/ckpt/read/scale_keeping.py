@@ -1,0 +1,106 @@
+"""Keeping the scales of a source that is quantized already: same format, same grid."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from megatron_quant.ckpt.dialects import describe_format
+from megatron_quant.ckpt.read.directory import Weights
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.errors import CheckpointError
+from megatron_quant.formats import Format, Region
+from megatron_quant.models import Box
+from megatron_quant.recipes import Decision, QuantPlan
+
+_FLAG = "--keep-scales"
+_WITHOUT = f"leave out {_FLAG}"
+Scales = dict[str, torch.Tensor]
+
+
+def keeping(plan: QuantPlan, checkpoint: Weights) -> tuple[QuantPlan, QuantizedCheckpoint]:
+    """``plan`` with scales in the dtypes of the source's, and the source whose scales they are.
+
+    Raises CheckpointError naming the first weight whose grid in the source is not the plan's.
+    """
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        raise CheckpointError(f"{checkpoint.path} has no scales to keep; {_WITHOUT}")
+    kept = tuple(_kept(d, checkpoint) if d.quantized else d for d in plan.decisions)
+    return replace(plan, decisions=kept), checkpoint
+
+
+def _kept(decision: Decision, checkpoint: QuantizedCheckpoint) -> Decision:
+    first = decision.slot.sources[0]
+    if decision.algorithm != "max":
+        raise CheckpointError(
+            f"{first}: the recipe searches its scales ({decision.algorithm}), which {_FLAG} "
+            f"excludes; take algorithm max, or {_WITHOUT}"
+        )
+    formats = [_own_format(module, decision, checkpoint) for module in decision.slot.sources]
+    if len(set(formats)) > 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: the scales of {first} have another dtype than those of the "
+            f"weights that engines fuse with it; {_WITHOUT}"
+        )
+    return replace(decision, weights=formats[0])
+
+
+def _own_format(module: str, decision: Decision, checkpoint: QuantizedCheckpoint) -> Format:
+    """The format of a source of ``decision``, which is its target's but for the scales' dtype."""
+    assert decision.weights is not None
+    found = checkpoint.modules.get(module)
+    where = f"{checkpoint.path}: {module}"
+    if found is None:
+        raise CheckpointError(
+            f"{where} is not quantized, so it has no scales to keep; exclude it, or {_WITHOUT}"
+        )
+    if (found.weights.name, found.weights.group_size) != _grid(decision.weights):
+        wanted = describe_format(replace(found, weights=decision.weights, inputs=None))
+        own = describe_format(replace(found, inputs=None))
+        raise CheckpointError(
+            f"{where} is in {own}, whose scales are none of {wanted}; take a recipe with that "
+            f"format, exclude it, or {_WITHOUT}"
+        )
+    if checkpoint.packed(module).group_of_column is not None:
+        raise CheckpointError(
+            f"{where} has its columns in another order (g_idx), so its groups are none of an "
+            f"export's; {_WITHOUT}"
+        )
+    return found.weights
+
+
+def _grid(fmt: Format) -> tuple[str, int]:
+    return fmt.name, fmt.group_size
+
+
+def kept_scales(checkpoint: QuantizedCheckpoint, module: str, region: Region) -> Scales:
+    """Scales of all blocks of ``module``'s weight that ``region`` touches, and the tensor's."""
+    return checkpoint.packed(module).scales(Box(region.start, region.size))
+
+
+def check_fused(plan: QuantPlan, checkpoint: QuantizedCheckpoint) -> None:
+    """:func:`check_shared` of all that ``plan`` fuses; one block of scales of each is read."""
+    fused: dict[str, list[str]] = {}
+    for decision in plan.quantized:
+        if decision.weights and decision.weights.tensor_scale:
+            slot = decision.slot
+            fused.setdefault(slot.fused or slot.name, []).extend(slot.sources)
+    corner = Box((0, 0), (1, 1))
+    for modules in fused.values():
+        if len(modules) > 1:
+            found = {m: checkpoint.packed(m).scales(corner) for m in modules}
+            check_shared(found, checkpoint.path)
+
+
+def check_shared(found: Mapping[str, Scales], path: object) -> None:
+    """Raise CheckpointError where fused modules have unequal NVFP4 tensor scales.
+
+    found: by module. Engines use one of them for all.
+    """
+    scales = {m: s["tensor_scale"].item() for m, s in found.items() if "tensor_scale" in s}
+    if len(set(scales.values())) > 1:
+        low, high = min(scales, key=scales.__getitem__), max(scales, key=scales.__getitem__)
+        raise CheckpointError(
+            f"{path}: {low} and {high} have tensor scales {scales[low]:g} and {scales[high]:g}, of "
+            f"which engines would use one for both; {_WITHOUT}"
+        )

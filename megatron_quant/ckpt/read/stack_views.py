@@ -1,0 +1,64 @@
+"""A checkpoint that stores experts in stacks, with the single ones that engines load."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_quant.ckpt.read.directory import Listed, TensorInfo, Weights
+from megatron_quant.models import Box, View, unstack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Viewed(Listed):
+    """``stored`` with the tensors of ``views`` in place of the stacks that hold them."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    stored: Weights
+    views: Mapping[str, View]
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """As of what is viewed."""
+        return self.stored.unread
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The rectangle ``box`` of tensor ``name``, as ``stored`` gives it; no more is read."""
+        view = self.views.get(name)
+        if view is None:
+            return self.stored.read(name, box)
+        part = self.stored.read(view.stored, view.box(box))[0]
+        if view.transposed:
+            part = part.t()
+        return part[:: view.step].contiguous()
+
+
+def viewed(checkpoint: Weights, views: Mapping[str, View]) -> Weights:
+    """``checkpoint`` itself where there is nothing to view."""
+    if not views:
+        return checkpoint
+    stored = checkpoint.dense()
+    stacks = {view.stored for view in views.values()}
+    tensors = {n: info for n, info in stored.items() if n not in stacks}
+    for name, view in views.items():
+        tensors[name] = replace(stored[view.stored], shape=view.shape)
+    return Viewed(
+        path=checkpoint.path,
+        config=checkpoint.config,
+        tensors=tensors,
+        stored=checkpoint,
+        views=views,
+    )
+
+
+def unstacked(checkpoint: Weights) -> Weights:
+    """The checkpoint by the names that engines load, whatever its tensors are to the model.
+
+    Raises ArchitectureError for a stack whose experts cannot be told apart.
+    """
+    shapes = {name: info.shape for name, info in checkpoint.dense().items()}
+    return viewed(checkpoint, unstack(checkpoint.config, shapes))

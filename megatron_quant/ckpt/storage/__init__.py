@@ -1,0 +1,5 @@
+"""Bytes on disk: safetensors headers, mapped files, digests, durable writes."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,102 @@
+"""Boxes of tensors on disk: their bytes in a file, in the order of the box."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice, product
+from math import prod
+from operator import mul
+from os import preadv
+
+import torch
+
+from megatron_quant.ckpt.storage.safetensors_header import TensorEntry
+from megatron_quant.ckpt.storage.tree_digest import LEAF_BYTES, Hashed, hashed_in_pieces
+from megatron_quant.models import Box
+from megatron_quant.native import Leaves
+
+_READ_BYTES = 64 * LEAF_BYTES
+"""Read at a time, to hash what is on disk."""
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, row-major and on the CPU; no copy where they are so already."""
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def runs(entry: TensorEntry, box: Box) -> Iterator[tuple[int, int]]:
+    """(offset in the file, bytes) of each contiguous run of ``box``, as few as there can be."""
+    shape, item = entry.shape, entry.dtype.itemsize
+    strides = [prod(shape[dim + 1 :]) * item for dim in range(len(shape))]
+    cut = max((dim for dim, n in enumerate(shape) if n != box.size[dim]), default=0)
+    start = entry.offset + sum(map(mul, box.start, strides))
+    width = prod(box.size[cut:]) * item
+    for index in product(*map(range, box.size[:cut])):
+        yield start + sum(map(mul, index, strides)), width
+
+
+def placed(entry: TensorEntry, box: Box, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The runs of ``box`` with the part of ``data`` that each holds."""
+    done = 0
+    for offset, width in runs(entry, box):
+        yield offset, data[done : done + width]
+        done += width
+
+
+def leaves_of(entry: TensorEntry, box: Box, data: memoryview) -> Leaves:
+    """The bytes of ``box`` as leaves of the tensor's digest, or as a message of their own.
+
+    The latter where the box is none of whole leaves one after the other.
+    """
+    first, ends = _place(entry, box) or (0, True)
+    return Leaves(data, first, ends)
+
+
+def is_of_leaves(entry: TensorEntry, box: Box) -> bool:
+    """Whether :func:`leaves_of` are the tensor's."""
+    return _place(entry, box) is not None
+
+
+def _place(entry: TensorEntry, box: Box) -> tuple[int, bool] | None:
+    """Number of the first leaf, and whether the last is the tensor's."""
+    found = list(islice(runs(entry, box), 2))
+    if len(found) != 1:
+        return None
+    start, end = found[0][0] - entry.offset, sum(found[0]) - entry.offset
+    if start % LEAF_BYTES or (end % LEAF_BYTES and end != entry.nbytes):
+        return None
+    return start // LEAF_BYTES, end == entry.nbytes
+
+
+def hashed_on_disk(fd: int, entry: TensorEntry, box: Box) -> Hashed | None:
+    """What the file holds in ``box``; None where the file ends before."""
+    first, ends = _place(entry, box) or (0, True)
+    nbytes = prod(box.size) * entry.dtype.itemsize
+
+    def leaves() -> Iterator[Leaves]:
+        done = 0
+        for piece in _read(fd, runs(entry, box), nbytes):
+            last = done + len(piece) == nbytes
+            yield Leaves(piece, first + done // LEAF_BYTES, ends and last)
+            done += len(piece)
+
+    try:
+        return hashed_in_pieces(leaves())
+    except EOFError:
+        return None
+
+
+def _read(fd: int, where: Iterable[tuple[int, int]], nbytes: int) -> Iterator[memoryview]:
+    """The bytes of runs of a file, ``_READ_BYTES`` at a time, each time in the same memory."""
+    buffer, filled = memoryview(bytearray(min(nbytes, _READ_BYTES))), 0
+    for offset, width in where:
+        end = offset + width
+        while offset < end:
+            count = preadv(fd, [buffer[filled : filled + end - offset]], offset)
+            if not count:
+                raise EOFError
+            offset, filled = offset + count, filled + count
+            if filled == len(buffer):
+                yield buffer
+                filled = 0
+    if filled or not nbytes:
+        yield buffer[:filled]

@@ -1,0 +1,114 @@
+"""A file that is filled in place: past the system's cache, where its bytes are to reach the disk.
+
+What goes through the cache is copied into memory that nobody reads again, drives out what others
+read, and is on the disk no sooner.
+"""
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from mmap import mmap
+from pathlib import Path
+
+import numpy as np
+
+from megatron_quant.ckpt.storage.disk import write_at
+
+Run = tuple[int, memoryview]
+"""Bytes, and where in the file they belong."""
+_BLOCK = 4096
+"""Offset, length and address of what bypasses the cache are multiples of this."""
+_WORTH = 1 << 18
+"""Fewer bytes in a row go through the cache."""
+
+
+class StagingBuffer:
+    """Aligned memory of one thread, in which blocks are put together."""
+
+    def __init__(self) -> None:
+        self.memory = memoryview(mmap(-1, 1 << 22))
+        self.array = np.frombuffer(self.memory, np.uint8)
+
+
+class OutputFile:
+    """A file that has its final size, open for several threads at a time."""
+
+    def __init__(self, path: Path, direct: bool) -> None:
+        """``direct``: bypass the cache, if the file system can. Raises OSError."""
+        self.path = path
+        self._fd = os.open(path, os.O_WRONLY)
+        self._direct = _open_direct(path) if direct else None
+        self._bypass = self._direct is not None
+
+    def write(self, runs: Iterable[Run], stage: StagingBuffer) -> None:
+        """Write ``runs``, of which none overlap. Raises OSError."""
+        for group in _adjacent(runs):
+            start, end = group[0][0], group[-1][0] + len(group[-1][1])
+            start, end = -(-start // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
+            if not self._bypass or end - start < _WORTH:
+                start = end = group[0][0]
+            self._write_blocks(start, self._edges(group, start, end), stage)
+
+    def _edges(self, group: list[Run], start: int, end: int) -> Iterator[memoryview]:
+        """Write what is not from ``start`` to ``end``; what is, in its order."""
+        for offset, data in group:
+            first = min(max(start - offset, 0), len(data))
+            last = max(min(end - offset, len(data)), first)
+            write_at(self._fd, data[:first], offset)
+            write_at(self._fd, data[last:], offset + last)
+            yield data[first:last]
+
+    def _write_blocks(
+        self, offset: int, pieces: Iterable[memoryview], stage: StagingBuffer
+    ) -> None:
+        """The pieces one after the other from ``offset`` on: whole blocks together."""
+        filled, size = 0, len(stage.memory)
+        for piece in pieces:
+            while piece:
+                some = piece[: size - filled]
+                stage.array[filled : filled + len(some)] = np.frombuffer(some, np.uint8)
+                filled, piece = filled + len(some), piece[len(some) :]
+                if filled == size:
+                    self._write_stage(stage.memory, offset)
+                    offset, filled = offset + size, 0
+        self._write_stage(stage.memory[:filled], offset)
+
+    def _write_stage(self, blocks: memoryview, offset: int) -> None:
+        try:
+            write_at(self._direct if self._bypass and self._direct else self._fd, blocks, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._bypass:
+                raise
+            self._bypass = False  # it opens files so, and then refuses to write them so
+            write_at(self._fd, blocks, offset)
+
+    def sync(self) -> None:
+        """Return when what was written is on the disk. Raises OSError."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._fd)
+        if self._direct is not None:
+            os.close(self._direct)
+
+
+def _adjacent(runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """Runs that follow one another, together."""
+    group: list[Run] = []
+    end = 0
+    for offset, data in runs:
+        if group and offset != end:
+            yield group
+            group = []
+        group.append((offset, data))
+        end = offset + len(data)
+    if group:
+        yield group
+
+
+def _open_direct(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except (AttributeError, OSError):  # no such thing in this system, or in this file system
+        return None

@@ -1,0 +1,71 @@
+"""Where a Hugging Face checkpoint is: its directory, its config, the files beside its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+
+from megatron_quant import documents
+from megatron_quant.documents import CONFIG, Limits
+from megatron_quant.errors import CheckpointError
+
+_WANTED = (
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "vocab*", "merges*", "tokenizer*"),
+    *("*.tiktoken", "LICENSE*", "NOTICE*", "README.md"),
+)
+_UNWANTED = ("*/*", "consolidated*", "*.py", "*.bin", "*.pt", "*.pth", "*.gguf")
+
+
+def resolve_source(path_or_hub_id: str) -> Path:
+    """The local directory of a checkpoint, downloaded where it is a hub id (``owner/name``).
+
+    Of a hub repository only safetensors, JSON, tokenizer files and licences are fetched, never
+    code or pickles. Raises CheckpointError where there is neither a directory nor a repository.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path_or_hub_id} is a file; give the checkpoint's directory")
+    if path.is_absolute() or path_or_hub_id.startswith((".", "~")) or len(path.parts) != 2:
+        raise CheckpointError(
+            f"{path_or_hub_id} does not exist; give a checkpoint directory or a hub id (owner/name)"
+        )
+    return _download(path_or_hub_id)
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        found = huggingface_hub.snapshot_download(
+            hub_id, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+        )
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise CheckpointError(
+            f"{hub_id} is no local directory and cannot be fetched from the hub ({reason}); "
+            "give a checkpoint directory or another hub id"
+        ) from e
+    return Path(found)
+
+
+def read_object(path: Path, limits: Limits = CONFIG) -> dict[str, Any]:
+    """The object in the JSON file ``path``; CheckpointError where it holds none."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; give a checkpoint directory as save_pretrained writes it"
+        )
+    try:
+        content = documents.read_json(path, limits)
+    except CheckpointError as e:
+        raise CheckpointError(f"{e}; fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object but {type(content).__name__}")
+    return content
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint directory; CheckpointError where there is none."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} does not exist; give a checkpoint directory")
+    return read_object(directory / "config.json")

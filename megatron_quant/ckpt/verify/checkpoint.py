@@ -1,0 +1,199 @@
+"""Is a written checkpoint what its own config says? Read with safetensors alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from pathlib import Path
+from typing import Any
+
+from megatron_quant.ckpt.read import (
+    Packed,
+    QuantizedCheckpoint,
+    ReadOnce,
+    Weights,
+    is_buffer,
+    matrices,
+    open_directory,
+    open_original,
+    params_of,
+    plain_part,
+    row_blocks,
+)
+from megatron_quant.ckpt.storage import index_problems, read_object
+from megatron_quant.ckpt.verify.tensors import (
+    cache_problems,
+    element_problems,
+    form_problems,
+    fusion_problems,
+    is_quantized,
+    same_values,
+    scale_problems,
+    stored_cache_tensors,
+    stray_problems,
+)
+from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
+from megatron_quant.models import Param, Source, engine_groups, has_drafts, is_draft
+
+BOUNDS = {8: 0.25, 4: 0.5}
+"""Bits -> largest ||w - decoded|| / ||w|| that is no mistake. Gaussian weights have at most 0.03
+and 0.2; a wrong scale or packing gives 1 and more."""
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """One weight of the unquantized model.
+
+    format: of the stored weight; empty where it is not quantized.
+    error: ||w - decoded|| / ||w|| against the source checkpoint; None where it was not compared.
+    """
+
+    name: str
+    format: str
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`verify` found; every problem is one line that names the tensor or file."""
+
+    directory: Path
+    problems: tuple[str, ...]
+    tensors: tuple[TensorCheck, ...]
+
+    def worst(self, count: int) -> tuple[TensorCheck, ...]:
+        """The ``count`` compared weights that lost most, worst first."""
+        compared = [t for t in self.tensors if t.format and t.error is not None]
+        return tuple(sorted(compared, key=lambda t: -(t.error or 0))[:count])
+
+    def raise_for_problems(self) -> None:
+        """Raise VerifyError with the first problem and their number; nothing where all is well."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            raise VerifyError(f"{self.directory}: {self.problems[0]}{more}")
+
+
+def verify(directory: Path, against: Path | None = None) -> Report:
+    """Check files, index, config, tensors and scales; with ``against`` also the weights' values.
+
+    against: the checkpoint that was quantized. Tensors are read one at a time. Raises
+    CheckpointError where ``against`` cannot be read; what is wrong with ``directory`` is reported.
+    """
+    source = open_original(against) if against is not None else None
+    problems = index_problems(directory)
+    if problems:
+        return Report(directory, tuple(problems), ())
+    try:
+        checkpoint, params = _open(directory)
+    except (CheckpointError, ArchitectureError) as error:
+        return Report(directory, (str(error),), ())
+    cache = stored_cache_tensors(checkpoint, params)
+    problems = [
+        *_config_problems(checkpoint),
+        *stray_problems(checkpoint, params, cache),
+        *cache_problems(checkpoint, cache),
+    ]
+    checks: list[TensorCheck] = []
+    unsound: set[Source] = set()
+    for param in params:
+        found, checked = _check(checkpoint, param, source)
+        problems += found
+        checks += checked
+        unsound |= set(param.sources if found else ())
+    if source is not None:
+        problems += _lost(checkpoint.config, params, source)
+    for fused in engine_groups(params):
+        problems += [] if unsound & set(fused) else fusion_problems(checkpoint, fused)
+    return Report(directory, tuple(problems), tuple(checks))
+
+
+def _open(directory: Path) -> tuple[QuantizedCheckpoint, tuple[Param, ...]]:
+    files = open_directory(directory)
+    params = params_of(QuantizedCheckpoint.over(files, matrices(files)))
+    modules = [s.module for p in params for s in p.sources if len(s.shape) == 2]
+    return QuantizedCheckpoint.over(files, modules), params
+
+
+def _lost(config: Mapping[str, Any], params: Sequence[Param], source: Weights) -> list[str]:
+    """Tensors of the source that the checkpoint has not, and does not say that it has not."""
+    known = {s.name for param in params for s in param.sources}
+    drafts = has_drafts(config)
+    return [
+        f"{name}: {source.path} has it, this checkpoint has not"
+        for name in source.dense()
+        if name not in known
+        and not is_buffer(name)
+        and (drafts or not is_draft(source.config, name))
+    ]
+
+
+def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
+    dialect, quantization = checkpoint.dialect, checkpoint.config.get("quantization_config")
+    if dialect is None or quantization is None:
+        return ()
+    paths = [checkpoint.path / name for name in dialect.extra_names]
+    try:
+        extra = {path.name: read_object(path) for path in paths}
+        return dialect.check_extra_files(quantization, extra)
+    except CheckpointError as error:
+        return (str(error),)
+
+
+def _check(
+    checkpoint: QuantizedCheckpoint, param: Param, against: Weights | None
+) -> tuple[list[str], list[TensorCheck]]:
+    problems: list[str] = []
+    checks: list[TensorCheck] = []
+    for source in param.sources:
+        held = checkpoint.held()
+        error, found = None, form_problems(checkpoint, source)
+        if not found:
+            error, found = _check_values(checkpoint, source, against, held)
+        problems += found
+        quantized = is_quantized(checkpoint, source)
+        fmt = checkpoint.modules[source.module].weights.name if quantized else ""
+        checks.append(TensorCheck(source.name, fmt, error))
+    return problems, checks
+
+
+def _check_values(
+    checkpoint: QuantizedCheckpoint, source: Source, against: Weights | None, held: ReadOnce
+) -> tuple[float | None, list[str]]:
+    """The error against the source's tensor, and what is wrong with values or error."""
+    scales = scale_problems(checkpoint, source, held)
+    error, differing = None, list[str]()
+    if against is not None and not scales:
+        error, differing = _compare(checkpoint, source, against, held)
+    if error is not None and isfinite(error):  # so is every element that it was summed over
+        return error, differing
+    found = element_problems(checkpoint, source, held) + scales
+    return (None, found) if found else (error, differing)
+
+
+def _compare(
+    checkpoint: QuantizedCheckpoint, source: Source, against: Weights, held: ReadOnce
+) -> tuple[float | None, list[str]]:
+    """The error against the source's tensor, and whether it is beyond what the format explains."""
+    name = source.name
+    info = against.info(name)
+    if info is None or info.shape != source.shape:
+        return None, [f"{name}: {against.path} has no such tensor of shape {source.shape}"]
+    if not is_quantized(checkpoint, source):
+        same = all(
+            same_values(plain_part(checkpoint, name, box), plain_part(against, name, box))
+            for box in row_blocks(info.shape)
+        )
+        return None, [] if same else [f"{name}: differs from {against.path}, unquantized"]
+    error = _relative_error(checkpoint.packed(source.module, held), against, name)
+    bound = BOUNDS[checkpoint.modules[source.module].weights.bits]
+    if error <= bound:
+        return error, []
+    return error, [f"{name}: relative error {error:.3g} against the source is above {bound}"]
+
+
+def _relative_error(packed: Packed, against: Weights, name: str) -> float:
+    """||w - decoded|| / ||w||, of a zero weight ||decoded||."""
+    own = lost = 0.0
+    for box in row_blocks(packed.shape):
+        part = packed.lost(plain_part(against, name, box), box)
+        own, lost = own + part[0], lost + part[1]
+    return sqrt(lost) / (sqrt(own) or 1.0)

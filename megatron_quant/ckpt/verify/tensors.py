@@ -1,0 +1,200 @@
+"""What is wrong with the tensors of a checkpoint by its own config."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf
+
+import torch
+
+from megatron_quant.ckpt.dialects import INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
+from megatron_quant.ckpt.plan import slots
+from megatron_quant.ckpt.read import PLAIN_DTYPES, QuantizedCheckpoint, ReadOnce
+from megatron_quant.models import Param, Source
+from megatron_quant.native import library
+from megatron_quant.recipes import attention_of
+
+SHARED = ("tensor_scale", INPUT_SCALE, WEIGHT_SCALE)
+"""Fields that the members of a fused group must share: engines take one member's for all."""
+
+
+_ELEMENTS = 1 << 24
+"""Of a tensor that are looked at together."""
+
+
+def is_quantized(checkpoint: QuantizedCheckpoint, source: Source) -> bool:
+    """Whether the checkpoint's config quantizes ``source``."""
+    return source.module in checkpoint.modules and source.name.endswith(".weight")
+
+
+def _present(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[tuple[str, Stored]]:
+    """Each tensor that stores a quantized ``source``, by name; optional ones where they are."""
+    for stored in checkpoint.stored(source.module):
+        name = f"{source.module}.{stored.suffix}"
+        if not stored.optional or name in checkpoint.tensors:
+            yield name, stored
+
+
+def _expected(
+    checkpoint: QuantizedCheckpoint, source: Source
+) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
+    """Name, possible dtypes and shape of each tensor that stores ``source``."""
+    if not is_quantized(checkpoint, source):
+        yield source.name, PLAIN_DTYPES, source.shape
+        return
+    rows, cols = source.shape
+    for name, stored in _present(checkpoint, source):
+        yield name, (stored.dtype, *stored.also), stored.shape(rows, cols)
+
+
+def stray_problems(
+    checkpoint: QuantizedCheckpoint, params: tuple[Param, ...], cache: Mapping[str, Stored]
+) -> list[str]:
+    """Name tensors that neither the model nor its quantization has.
+
+    cache: what :func:`stored_cache_tensors` gives.
+    """
+    expected = set(cache)
+    for source in (s for p in params for s in p.sources):
+        if is_quantized(checkpoint, source):
+            expected |= {name for name, _ in _present(checkpoint, source)}
+        else:
+            expected.add(source.name)
+    return [
+        f"{name}: config.json knows no such tensor (its module is not quantized, or not in the "
+        "model)"
+        for name in checkpoint.tensors
+        if name not in expected and not _stands_for_weight(checkpoint, name)
+    ]
+
+
+def _stands_for_weight(checkpoint: QuantizedCheckpoint, name: str) -> bool:
+    """Whether a plain weight takes the place of quantized tensors (reported as that)."""
+    module, _, leaf = name.rpartition(".")
+    return module in checkpoint.modules and leaf == "weight"
+
+
+def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
+    """Tensors that are missing, or of another dtype or shape than the config says."""
+    info = checkpoint.tensors.get(source.name)
+    if is_quantized(checkpoint, source) and info and info.dtype in PLAIN_DTYPES:
+        return [f"{source.name}: neither quantized nor in the ignore list of config.json"]
+    problems = []
+    for name, dtypes, shape in _expected(checkpoint, source):
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            problems.append(f"{name}: missing")
+        elif info.dtype not in dtypes:
+            wanted = " or ".join(map(str, dtypes))
+            problems.append(f"{name}: dtype is {info.dtype}, config.json means {wanted}")
+        elif info.shape != shape:
+            problems.append(f"{name}: shape is {info.shape}, config.json means {shape}")
+    return problems
+
+
+def element_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOnce) -> list[str]:
+    """Elements that are not finite."""
+    if not is_quantized(checkpoint, source):
+        return []
+    name = f"{source.module}.{checkpoint.stored(source.module)[0].suffix}"
+    if not checkpoint.tensors[name].dtype.is_floating_point:
+        return []
+    return _finite_problems(name, held.raw(name))
+
+
+def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOnce) -> list[str]:
+    """Scales that are not finite or not positive, and a wrong shape."""
+    if not is_quantized(checkpoint, source):
+        return []
+    problems = []
+    elements = checkpoint.stored(source.module)[0]
+    for name, stored in _present(checkpoint, source):
+        if stored.field == SHAPE:
+            meant, found = stored.constant(*source.shape), held.raw(name)
+            if not torch.equal(found.to(meant.dtype), meant):
+                problems.append(f"{name}: is not what shape {list(source.shape)} means")
+        elif stored is not elements:
+            problems += _scale_problems(name, held.raw(name))
+    return problems
+
+
+def _finite_problems(name: str, tensor: torch.Tensor) -> list[str]:
+    if tensor.is_floating_point() and not all(map(_is_finite, tensor.view(-1).split(_ELEMENTS))):
+        return [f"{name}: holds NaN or infinity"]
+    return []
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.dtype == torch.float8_e4m3fn:  # all ones but for the sign is NaN, it has no infinity
+        codes = (tensor.view(torch.int8), tensor.view(torch.uint8))
+        return all(bool(c.max() < torch.iinfo(c.dtype).max) for c in codes)
+    return bool(tensor.float().isfinite().all())
+
+
+def _scale_problems(name: str, tensor: torch.Tensor) -> list[str]:
+    if _is_sound(tensor):
+        return []
+    problems = _finite_problems(name, tensor)
+    if not problems and tensor.is_floating_point() and not (tensor.float() > 0).all():
+        problems.append(f"{name}: holds a scale that is not positive")
+    return problems
+
+
+def _is_sound(scale: torch.Tensor) -> bool:
+    """Whether all numbers are finite and above zero; False too where one look does not tell."""
+    if scale.numel() == 0:
+        return False
+    if scale.dtype == torch.float8_e4m3fn:  # positive codes are 1 to 126
+        low, high = torch.aminmax(scale.view(torch.uint8))
+        return bool(low.item() > 0 and high.item() < 127)
+    if scale.dtype not in PLAIN_DTYPES:
+        return False
+    low, high = torch.aminmax(scale)
+    return bool(low.item() > 0 and high.item() < inf)
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """``torch.equal`` once ``b`` has the dtype of ``a``: a NaN equals nothing, 0 equals -0."""
+    return library.same(a, b) or torch.equal(a, b.to(a.dtype))
+
+
+def stored_cache_tensors(
+    checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]
+) -> dict[str, Stored]:
+    """Name -> scale of the KV cache, for every attention that makes keys."""
+    attentions = [a for slot in slots(params) if (a := attention_of(slot))]
+    return {f"{a}.{s.suffix}": s for a in attentions for s in checkpoint.cache_scales}
+
+
+def cache_problems(checkpoint: QuantizedCheckpoint, cache: Mapping[str, Stored]) -> list[str]:
+    """Scales of ``cache`` that are missing, malformed, not finite or not positive."""
+    problems = []
+    for name, stored in cache.items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            problems.append(f"{name}: missing, though config.json means an FP8 KV cache")
+        elif (info.dtype, info.shape) != (stored.dtype, stored.scalar_shape):
+            problems.append(
+                f"{name}: is {info.dtype} {list(info.shape)}, not {stored.dtype} "
+                f"{list(stored.scalar_shape)}"
+            )
+        else:
+            problems += _scale_problems(name, checkpoint.raw(name))
+    return problems
+
+
+def fusion_problems(checkpoint: QuantizedCheckpoint, fused: Sequence[Source]) -> list[str]:
+    """Members of a fused group of which some are not quantized, or whose scales differ."""
+    members = [s.module for s in fused if is_quantized(checkpoint, s)]
+    if not members or len(fused) == 1:
+        return []
+    if len(members) < len(fused):
+        rest = [s.module for s in fused if s.module not in members]
+        return [f"{members[0]}: quantized, but {rest[0]}, which engines fuse with it, is not"]
+    if len({checkpoint.modules[m] for m in members}) > 1:
+        return [f"{members[0]}: its format is not that of {members[1]}, fused with it"]
+    shared = [s.suffix for s in checkpoint.stored(members[0]) if s.field in SHARED]
+    return [
+        f"{members[0]}.{suffix}: not equal to that of {', '.join(members[1:])}, "
+        "though engines use one scale for all"
+        for suffix in shared
+        if len({checkpoint.raw(f"{m}.{suffix}").item() for m in members}) > 1
+    ]

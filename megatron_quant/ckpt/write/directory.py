@@ -1,0 +1,334 @@
+"""The directory that an export goes to: what it may hold, and how its files get there.
+
+An unfinished export is temporary names alone (see ``unfinished.py``), and one run at a
+time writes it (see ``lock.py``).
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from uuid import uuid4
+
+from megatron_quant import __version__, documents
+from megatron_quant.ckpt.dialects import HF_QUANT_CONFIG
+from megatron_quant.ckpt.plan import CONFIG, Companions, ExportPlan
+from megatron_quant.ckpt.storage import (
+    INDEX,
+    OutFile,
+    allocate,
+    explained,
+    overlap,
+    read_object,
+    sync_directory,
+    write_at,
+)
+from megatron_quant.ckpt.write import unfinished
+from megatron_quant.ckpt.write.lock import LOCK, Lock
+from megatron_quant.ckpt.write.manifest import MANIFEST, identity
+from megatron_quant.ckpt.write.unfinished import Unfinished, discard, partial
+from megatron_quant.errors import CheckpointError, ExportError
+
+
+class Existing(Enum):
+    """What to do with a directory that is not empty."""
+
+    REFUSE = "refuse"
+    REPLACE = "replace"
+    RESUME = "resume"  # continue the unfinished export in it; start where there is none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A directory that this run alone writes, until :meth:`release`.
+
+    own: what its document says. made: directories that had to be made, the deepest first.
+    """
+
+    directory: Path
+    own: Unfinished
+    lock: Lock
+    made: tuple[Path, ...]
+    fsync: bool
+
+    def release(self) -> None:
+        """Let other runs in; what was written stays."""
+        self.lock.release()
+
+    def discard(self) -> None:
+        """Remove what this run wrote; a directory in which other files appeared stays."""
+        discard(self.directory, self.own)
+        self.release()
+        for path in self.made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def names_of(plan: ExportPlan, companions: Companions) -> tuple[str, ...]:
+    """Names of all files of an export, in the order in which they get them: the index last."""
+    names = (*(file.name for file in plan.files), *companions.names, MANIFEST, INDEX)
+    assert len(set(names)) == len(names), f"two files of one name: {names}"
+    return names
+
+
+def check_apart(directory: Path, source: Path) -> None:
+    """Raise ExportError where an export would be in the checkpoint it is made of, or around it."""
+    if not overlap(directory, source):
+        return
+    out, held = directory.resolve(), source.resolve()
+    where = "is the source checkpoint"
+    if out in held.parents:
+        where = f"lies around the source checkpoint {source}"
+    elif held in out.parents:
+        where = f"lies in the source checkpoint {source}"
+    raise ExportError(f"--export-dir {directory} {where}; choose another directory")
+
+
+def check_target(
+    directory: Path, companions: Companions, existing: Existing, plan: ExportPlan
+) -> None:
+    """Raise ExportError unless an export may go to ``directory``. Changes nothing."""
+    carried = {path.parent for path in companions.carried}
+    with explained(directory, "cannot be used"):
+        for source in {companions.root} if companions.root else carried:
+            check_apart(directory, source)
+        if not directory.exists() or _is_free(directory):
+            return
+        if existing is Existing.REFUSE:
+            raise ExportError(_not_empty(directory))
+        if existing is Existing.RESUME:
+            _check_same(directory, _stated(directory), _identity(plan, companions))
+            if is_finished(directory):
+                return
+        _check_own(directory, names_of(plan, companions))
+
+
+def _is_free(directory: Path) -> bool:
+    """Whether there is nothing but what a run leaves that was killed as it began."""
+    left = {directory / LOCK, unfinished.before_document(directory)}
+    return set(directory.iterdir()) <= left
+
+
+def _not_empty(directory: Path) -> str:
+    if unfinished.is_begun(directory):
+        return (
+            f"{directory} holds an unfinished export; continue it with --resume, start anew with"
+            " --overwrite, or choose another --export-dir"
+        )
+    return f"{directory} is not empty; pass --overwrite or choose another --export-dir"
+
+
+def _identity(plan: ExportPlan, companions: Companions) -> dict[str, str]:
+    origin = companions.origin
+    made_of = {**identity(plan, origin), "statistics": origin.statistics}
+    return {**made_of, "encoder": f"megatron_quant {__version__}"}
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether an index of this library says that all is there."""
+    if not (directory / INDEX).exists() or not (directory / MANIFEST).exists():
+        return False
+    begun = _begun(directory)
+    return begun is None or (begun.naming and not partial(directory, INDEX).exists())
+
+
+def _stated(directory: Path) -> Mapping[str, str]:
+    """What the export in ``directory`` is made of."""
+    try:
+        if is_finished(directory):
+            return read_object(directory / MANIFEST, documents.INDEX)
+        begun = unfinished.read(directory)
+    except CheckpointError as error:
+        raise ExportError(f"{error}; start anew with --overwrite") from None
+    if begun is not None:
+        return begun.made_of
+    raise ExportError(
+        f"{directory} is not empty and holds no unfinished export that --resume could continue;"
+        " pass --overwrite or choose another --export-dir"
+    )
+
+
+_DIFFERENCES = {
+    "recipe": "another recipe",
+    "source": "another source checkpoint",
+    "plan": "other tensors or files (--export-format, --max-shard-size, --dtype)",
+    "statistics": "other calibrated scales (the calibration's flags, or another layout)",
+    "encoder": "encoders of another release",
+}
+
+
+def _check_same(directory: Path, stated: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """What is not known on one side, as statistics before calibration, is not compared."""
+    for key, difference in _DIFFERENCES.items():
+        if own[key] and stated.get(key) and own[key] != stated[key]:
+            made_by = f" ({stated[key]}, and this is {own[key]})" if key == "encoder" else ""
+            raise ExportError(
+                f"{directory} holds an export with {difference}{made_by}; --resume with what it was"
+                " started with, start anew with --overwrite, or choose another --export-dir"
+            )
+
+
+def _begun(directory: Path) -> Unfinished | None:
+    """The document, where it can be read."""
+    with suppress(CheckpointError):
+        return unfinished.read(directory)
+    return None
+
+
+def _replaced(directory: Path) -> tuple[str, ...]:
+    """Names of the files of an older export, as its manifest lists them.
+
+    Manifests of older releases list none: there the index does. Raises ExportError where neither
+    can be read.
+    """
+    if not (directory / MANIFEST).exists():
+        return ()
+    try:
+        manifest = read_object(directory / MANIFEST, documents.INDEX)
+        listed = manifest.get("files")
+        if listed is None and (directory / INDEX).exists():
+            weights = read_object(directory / INDEX, documents.INDEX).get("weight_map", {})
+            listed = [*set(weights.values()), CONFIG, HF_QUANT_CONFIG]
+        return tuple({*unfinished.names_in(listed or ()), MANIFEST, INDEX})
+    except (CheckpointError, TypeError, ValueError, AttributeError):
+        raise ExportError(
+            f"{directory} holds a {MANIFEST} that does not say which files are its own; choose"
+            " another --export-dir, or remove what is there"
+        ) from None
+
+
+def _check_own(directory: Path, names: Iterable[str]) -> None:
+    """Raise ExportError where a file would be replaced that no export of ours has listed."""
+    begun = _begun(directory)
+    known = set(_replaced(directory))
+    if begun is not None:
+        known |= {*begun.replaces, *(begun.names if begun.naming else ())}
+    for name in names:
+        if name not in known and os.path.lexists(directory / name):
+            raise ExportError(
+                f"{directory / name} is there, and no export of this library has written it; move "
+                "it away or choose another --export-dir"
+            )
+
+
+def leave_finished(plan: ExportPlan, directory: Path, companions: Companions, ranks: int) -> bool:
+    """On one rank, after :func:`check_target`: whether what is to be continued is finished.
+
+    Then what a kill after the last rename may have left is removed.
+    """
+    if not is_finished(directory):
+        return False
+    with explained(directory, "cannot be used"):
+        lock = Lock(directory)
+    discard(directory, Unfinished(made_of={}, names=names_of(plan, companions), ranks=ranks))
+    lock.release()
+    return True
+
+
+def prepare_directory(
+    plan: ExportPlan,
+    directory: Path,
+    companions: Companions,
+    existing: Existing,
+    ranks: int = 1,
+    fsync: bool = True,
+) -> Claim:
+    """On one rank: empty the way, claim the space of every file, write the headers.
+
+    An older export's index goes first, so that it never lies beside new files. To continue an
+    export its files are kept. ``ranks``: that may write. Raises ExportError, also where another
+    run is at it.
+    """
+    check_target(directory, companions, existing, plan)
+    with explained(directory, "cannot be used"):
+        made = tuple(path for path in (directory, *directory.parents) if not path.exists())
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = Lock(directory)
+    own = Unfinished(
+        made_of=_identity(plan, companions),
+        names=names_of(plan, companions),
+        ranks=ranks,
+        run=uuid4().hex,
+    )
+    claim = Claim(directory=directory, own=own, lock=lock, made=made, fsync=fsync)
+    try:
+        # Again: another run may have ended, or begun, before this one had the lock.
+        check_target(directory, companions, existing, plan)
+    except BaseException:
+        claim.release()
+        raise
+    try:
+        with explained(directory, "cannot be used"):
+            claim = replace(claim, own=_begin(directory, own, existing, fsync))
+        for file in plan.files:
+            _create(directory, file)
+        with explained(directory, "cannot be used"):
+            if fsync:
+                sync_directory(directory)
+    except BaseException:
+        if existing is Existing.RESUME:
+            claim.release()
+        else:
+            claim.discard()
+        raise
+    return claim
+
+
+def _begin(directory: Path, own: Unfinished, existing: Existing, fsync: bool) -> Unfinished:
+    """Have the document say what is to come, and older files gone."""
+    begun = _begun(directory)
+    if existing is Existing.RESUME and begun is not None:
+        unfinished.take_back(directory, begun)
+        own = replace(own, ranks=max(own.ranks, begun.ranks), replaces=begun.replaces)
+    else:
+        discard(directory, own)
+        own = replace(own, replaces=_replaced(directory))
+    unfinished.write(directory, own, fsync)
+    unfinished.remove_replaced(directory, own, fsync)
+    return own
+
+
+def _create(directory: Path, file: OutFile) -> None:
+    """What is there of the file already, in the right size or not, is kept."""
+    path = partial(directory, file.name)
+    with explained(path, f"cannot take {file.size} bytes"):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            allocate(fd, file.size)
+            write_at(fd, memoryview(file.header), 0)
+        finally:
+            os.close(fd)
+
+
+def publish(claim: Claim) -> None:
+    """On one rank, when all is there and verified: give every file its name, the index last.
+
+    Raises ExportError; then all has temporary names again.
+    """
+    directory, own = claim.directory, replace(claim.own, naming=True, replaces=())
+    with explained(directory, "cannot be completed"):
+        _check_own(directory, own.names)
+        unfinished.write(directory, own, claim.fsync)
+        try:
+            for name in own.names:
+                if name == INDEX and claim.fsync:
+                    sync_directory(directory)
+                _rename(directory, name, claim.fsync)
+            if claim.fsync:
+                sync_directory(directory)
+        except BaseException:
+            unfinished.withdraw(directory, own)
+            raise
+    discard(directory, own)
+
+
+def _rename(directory: Path, name: str, fsync: bool) -> None:
+    """Give a file its own name, in a folder of the checkpoint where that has one."""
+    final = directory / name
+    if final.parent != directory:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(partial(directory, name), final)
+    if final.parent != directory and fsync:
+        sync_directory(final.parent)

@@ -1,0 +1,183 @@
+"""Files from an export plan: every rank writes its own bytes, and the index comes last.
+
+Phases, between which all ranks meet: :func:`prepare_directory` on one rank, :func:`write_parts` on
+all, :func:`stage_documents` on one, a check on all, :func:`publish` on one. Until then every
+file has a temporary name, so whatever stops an export leaves no index behind; a journal says which bytes
+are there already.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_quant.ckpt.plan import Companions, ExportPlan, check_plan, joints
+from megatron_quant.ckpt.storage import INDEX, TensorDigests, TensorEntry, explained
+from megatron_quant.ckpt.write.directory import (
+    Claim,
+    Existing,
+    check_target,
+    leave_finished,
+    names_of,
+    prepare_directory,
+    publish,
+)
+from megatron_quant.ckpt.write.manifest import MANIFEST, digests_on_disk, manifest
+from megatron_quant.ckpt.write.pipeline import Progress, WriteOptions
+from megatron_quant.ckpt.write.preview import Preview
+from megatron_quant.ckpt.write.rank_work import (
+    DEFAULTS,
+    Produce,
+    find_intact,
+    nbytes_of,
+    quiet,
+    work_of,
+    write_parts,
+)
+from megatron_quant.ckpt.write.unfinished import partial, stage, wait_for
+from megatron_quant.dist import Groups, gather, together
+from megatron_quant.errors import LostRankError
+
+Check = Callable[[Path], object]
+"""Called on every rank with the directory of an export that is all there; raises what is wrong."""
+
+
+def export(  # noqa: PLR0913
+    plan: ExportPlan,
+    groups: Groups,
+    produce: Produce,
+    directory: Path,
+    companions: Companions,
+    existing: Existing = Existing.REFUSE,
+    progress: Progress = quiet,
+    options: WriteOptions = DEFAULTS,
+    check: Check | None = None,
+) -> None:
+    """Write the checkpoint; call it on every rank with the same plan.
+
+    ``check`` comes before any file has its own name, or where the export was finished already.
+
+    Raises, on every rank, what any rank met: ExportError from the disk, or whatever ``produce``
+    raises. Then nothing is left in ``directory`` but what was there, less an older
+    checkpoint's files under ``Existing.REPLACE``; a directory that was made for it is gone. Under
+    ``Existing.RESUME``, and whenever a rank is killed, what was written stays and can be continued.
+    """
+    check_plan(plan)
+    first = groups.rank == 0
+
+    def complete() -> bool:
+        check_target(directory, companions, existing, plan)
+        resumes = first and existing is Existing.RESUME
+        return resumes and leave_finished(plan, directory, companions, groups.size)
+
+    if gather(together(groups, complete), groups)[0]:
+        if check is not None:
+            check(directory)
+        return
+
+    def prepared() -> Claim | None:
+        if not first:
+            return None
+        return prepare_directory(plan, directory, companions, existing, groups.size, options.fsync)
+
+    claim = together(groups, prepared)
+    try:
+        run = gather(claim.own.run if claim else "", groups)[0]
+        together(groups, lambda: wait_for(directory, run))
+        digests = _write(plan, groups, produce, directory, progress, options)
+        together(
+            groups, lambda: stage_documents(plan, claim, companions, digests) if claim else None
+        )
+        if check is not None:
+            _checked(check, names_of(plan, companions), directory, groups)
+        together(groups, lambda: publish(claim) if claim else None)
+    except Exception as error:
+        # A run whose rank was killed, or that Ctrl-C ended, goes on with what is there.
+        if claim and existing is not Existing.RESUME and not isinstance(error, LostRankError):
+            claim.discard()
+        raise
+    finally:
+        if claim:
+            claim.release()
+
+
+def _write(
+    plan: ExportPlan,
+    groups: Groups,
+    produce: Produce,
+    directory: Path,
+    progress: Progress,
+    options: WriteOptions,
+) -> dict[str, str]:
+    """All parts, by all ranks; the digest of every tensor, on every rank.
+
+    All was hashed before it was written. What is cut through leaves of its digest is read back,
+    as the digest must not tell how it was cut; the ranks share that.
+    """
+    rank = groups.rank
+    work = work_of(plan, rank, joints(plan) if groups.shards else ())
+    intact = together(groups, lambda: find_intact(work, directory, options))
+    everywhere = gather({joint.name for joint in work.joined if joint in intact}, groups)
+    progress(sum(nbytes_of(work.filled(item)) for item in intact))
+    left = work.less(intact, everywhere)
+    digests = together(
+        groups,
+        lambda: write_parts(left, produce, directory, progress, options, groups.shards),
+    )
+    for written in intact.values():
+        digests.add(written)
+    entries, of_all = {entry.name: entry for entry in plan.entries}, TensorDigests()
+    for of_rank in gather(digests, groups):
+        of_all.merge(of_rank, entries)
+    rest = [entry for entry in plan.entries if entry.name not in of_all.complete]
+    found = together(
+        groups, lambda: read_digests(_share(rest, rank, groups.size), directory, options)
+    )
+    for read in gather(found, groups):
+        of_all.complete |= read
+    return of_all.complete
+
+
+def _share(entries: Sequence[TensorEntry], rank: int, size: int) -> Iterator[TensorEntry]:
+    """A rank's share of ``entries``, about equal in bytes and in the order of the files."""
+    total, before = sum(entry.nbytes for entry in entries), 0
+    for entry in entries:
+        if before * size // max(total, 1) == rank:
+            yield entry
+        before += entry.nbytes
+
+
+def read_digests(
+    entries: Iterable[TensorEntry], directory: Path, options: WriteOptions
+) -> dict[str, str]:
+    """Digests of tensors that are written, from files that still have their temporary names."""
+    written = (replace(entry, file=partial(directory, entry.file).name) for entry in entries)
+    return digests_on_disk(directory, written, options.io_threads)
+
+
+def stage_documents(
+    plan: ExportPlan, claim: Claim, companions: Companions, digests: Mapping[str, str]
+) -> None:
+    """On one rank, when all have written: add the other files, under temporary names.
+
+    digests: of every tensor.
+    """
+    listed = names_of(plan, companions)
+    origin = companions.origin
+    documents = {**companions.documents, MANIFEST: manifest(plan, origin, digests, listed)}
+    with explained(claim.directory, "cannot be completed"):
+        for source in companions.carried:
+            name = companions.name_of(source)
+            stage(claim.directory, name, source.read_bytes(), claim.fsync)
+        for name, content in {**documents, INDEX: plan.index}.items():
+            text = (json.dumps(content, indent=2) + "\n").encode()
+            stage(claim.directory, name, text, claim.fsync)
+
+
+def _checked(check: Check, claim_names: Sequence[str], directory: Path, groups: Groups) -> None:
+    """Have ``check`` see the export as it will be, on every rank."""
+    preview = together(groups, lambda: Preview(directory, claim_names))
+    try:
+        check(preview.path)
+    finally:
+        preview.close()

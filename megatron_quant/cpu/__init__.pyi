@@ -1,0 +1,5 @@
+from .activation import activate as activate
+from .activation import calls as calls
+from .activation import transformer_config_overrides as transformer_config_overrides
+
+__all__ = ["activate", "calls", "transformer_config_overrides"]

@@ -1,0 +1,5 @@
+"""What serving engines read, refuse or misread."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+from .facts import ENGINES as ENGINES
+from .serving import check_serving as check_serving
+from .serving import obstacle as obstacle
+
+__all__ = ["ENGINES", "check_serving", "obstacle"]

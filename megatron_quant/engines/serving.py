@@ -1,0 +1,140 @@
+"""Whether the engines that will read an export can serve it, checked before anything is written."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_quant.ckpt.dialects import Layer, layer_of
+from megatron_quant.engines.facts import (
+    ANY,
+    ENGINES,
+    EVERYWHERE,
+    FACTS,
+    READS,
+    SHARDED,
+    STACKED_BIASES,
+    WHOLE_GROUPS,
+    Fact,
+)
+from megatron_quant.engines.shapes import ragged_problem, shape_problem
+from megatron_quant.errors import FormatError
+from megatron_quant.models import Domain, Param, Role, engine_groups
+from megatron_quant.recipes import Decision, QuantPlan
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why an engine cannot serve an export, and the nearest that works."""
+
+    what: str
+    instead: str
+
+
+def check_serving(
+    plan: QuantPlan,
+    params: Sequence[Param],
+    dialect: str,
+    engine: str | None = None,
+    tp: int | None = None,
+) -> None:
+    """Raise FormatError where ``plan`` in ``dialect`` cannot be served.
+
+    params: the model's logical parameters (fused); ``plan`` may be of them or of their sources.
+    engine: one of ``ENGINES``; None refuses what no engine that reads the dialect can serve.
+    tp: tensor-parallel size of the server, 1 where only an engine is given. Without either no
+        shapes are checked, but for rows that no reader of the dialect takes.
+    """
+    if tp is not None and tp < 1:
+        raise FormatError(f"--serve-tp is {tp}: give at least 1")
+    if engine is not None and engine not in READS:
+        raise FormatError(f"--serve-engine {engine!r} is not one of {', '.join(ENGINES)}")
+    if engine is not None:
+        engines, tp = [engine], tp or 1
+    else:
+        parallel = ENGINES if tp is None else SHARDED
+        engines = [e for e in parallel if dialect in READS[e]]
+    found = [obstacle(plan, params, dialect, e, tp) for e in engines]
+    first = next(iter(found), None)
+    if first is not None and all(found):
+        who = f"{engine} cannot" if engine else "no engine can"
+        raise FormatError(f"{who} serve this: {first.what}; take {first.instead}")
+
+
+def obstacle(
+    plan: QuantPlan, params: Sequence[Param], dialect: str, engine: str, tp: int | None
+) -> Obstacle | None:
+    """The first thing that keeps ``engine`` from serving ``plan``; None where nothing is known.
+
+    tp: as for :func:`check_serving`; None looks at no cuts.
+    """
+    return next(_obstacles(plan, params, dialect, engine, tp), None)
+
+
+def _obstacles(
+    plan: QuantPlan, params: Sequence[Param], dialect: str, engine: str, tp: int | None
+) -> Iterator[Obstacle]:
+    if dialect not in READS[engine]:
+        yield Obstacle(f"{engine} does not read {dialect}", f"--export-format {READS[engine][0]}")
+        return
+    if engine in STACKED_BIASES:
+        yield from _of_biased_experts(params)
+    # a bias has its weight's module, and no format
+    params = [p for p in params if p.role is Role.LINEAR]
+    decisions = {n: d for d in plan.decisions if not d.slot.fixed for n in d.slot.sources}
+    yield from _of_fused(params, decisions)
+    found = [(p, d) for p in params if (d := decisions[p.sources[0].module]).quantized]
+    sharded = engine in SHARDED
+    whole = dialect in WHOLE_GROUPS if tp is None else not sharded
+    if whole and (ragged := ragged_problem(found, dialect)) is not None:
+        yield Obstacle(*ragged)
+    yield from _of_mixtures(found, dialect, engine)
+    yield from _of_formats(found, dialect, engine)
+    if tp is not None and sharded and (shape := shape_problem(found, dialect, tp)) is not None:
+        yield Obstacle(*shape)
+
+
+_Found = Sequence[tuple[Param, Decision]]
+
+
+def _of_fused(params: Sequence[Param], decisions: dict[str, Decision]) -> Iterator[Obstacle]:
+    """The members of what engines fuse need one format."""
+    for sources in engine_groups(params):
+        members = [decisions[source.module] for source in sources]
+        if len({(d.weights, d.inputs) for d in members}) > 1:
+            names = " and ".join(source.module for source in sources)
+            yield Obstacle(f"{names} are fused but differ in format", "one format for all of them")
+
+
+def _of_biased_experts(params: Sequence[Param]) -> Iterator[Obstacle]:
+    biases = (s.module for p in params if p.role is Role.BIAS for s in p.sources)
+    for module in biases:
+        if layer_of(module) is Layer.EXPERT:
+            yield Obstacle(
+                f"{module} has a bias, and such experts are loaded as stacks alone",
+                "an engine that loads single experts, with --serve-engine left out",
+            )
+            return
+
+
+def _of_mixtures(found: _Found, dialect: str, engine: str) -> Iterator[Obstacle]:
+    mixed = len({(d.weights, d.inputs) for _, d in found}) > 1
+    experts = any(p.domain is Domain.EXPERT for p, _ in found)
+    if mixed and experts and (engine, dialect) == ("transformers", "compressed-tensors"):
+        yield Obstacle(
+            "mixed precision with quantized experts fails to load",
+            "one format for all, or --serve-engine vllm",
+        )
+
+
+def _of_formats(found: _Found, dialect: str, engine: str) -> Iterator[Obstacle]:
+    facts = [f for f in FACTS if engine in f.engines and dialect == f.dialect]
+    for param, decision in found:
+        for fact in facts:
+            if _meets(fact, param, decision):
+                yield Obstacle(f"{param.sources[0].module}: {fact.reason}", fact.instead)
+
+
+def _meets(fact: Fact, param: Param, decision: Decision) -> bool:
+    assert decision.weights is not None
+    inputs = decision.inputs.name if decision.inputs else None
+    there = fact.where == EVERYWHERE or param.domain is Domain.EXPERT
+    return there and decision.weights.name in fact.weights and fact.inputs in (ANY, inputs)

@@ -1,0 +1,21 @@
+from .load import decoded as decoded
+from .load import native as native
+from .measure import Text as Text
+from .measure import evaluate as evaluate
+from .measure import read_windows as read_windows
+from .metrics import NOTHING as NOTHING
+from .metrics import Sums as Sums
+from .metrics import nll_and_kl as nll_and_kl
+from .tokenizer import load_tokenizer as load_tokenizer
+
+__all__ = [
+    "NOTHING",
+    "Sums",
+    "Text",
+    "decoded",
+    "evaluate",
+    "load_tokenizer",
+    "native",
+    "nll_and_kl",
+    "read_windows",
+]

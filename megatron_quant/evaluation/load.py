@@ -1,0 +1,165 @@
+"""A checkpoint directory as a function from token ids to logits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from megatron_quant.ckpt.read import QuantizedCheckpoint
+from megatron_quant.errors import CheckpointError
+from megatron_quant.evaluation.activations import Activations, QuantizedInputs, saved_tags
+from megatron_quant.models import Box, unstack
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+"""Token ids, int64 [tokens] -> logits [tokens, vocabulary] of one causal forward."""
+
+Load = Callable[[Path, torch.dtype], Logits]
+"""How a directory is read: :func:`decoded` or :func:`native`."""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _plain(model: PreTrainedModel) -> Logits:
+    @torch.inference_mode()
+    def logits(ids_T: torch.Tensor) -> torch.Tensor:
+        return model(ids_T[None], use_cache=False).logits[0]
+
+    return logits
+
+
+def native(directory: Path, dtype: torch.dtype) -> Logits:
+    """The checkpoint as transformers reads it by itself, quantized or not.
+
+    Pickled weights and remote code are never loaded. Raises CheckpointError where transformers
+    cannot read it. It reads NVFP4 experts wrongly without saying so, and has no reader for the
+    modelopt dialect: judge those with :func:`decoded`.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as e:
+        raise CheckpointError(f"{directory}: transformers cannot read it: {_first_line(e)}") from e
+    return _plain(model)
+
+
+def decoded(directory: Path, dtype: torch.dtype) -> Logits:
+    """The checkpoint decoded by this library's codecs, with quantized activations simulated.
+
+    One that is not quantized takes the same way, so that two checkpoints differ by their values
+    alone. Raises CheckpointError for a tensor that the model or the checkpoint lacks.
+    """
+    checkpoint = QuantizedCheckpoint(directory)
+    model = _model(directory, {n: checkpoint.weight(n, dtype) for n in checkpoint}, dtype)
+    inputs = _inputs(checkpoint)
+    return _quantized(model, QuantizedInputs(model, inputs)) if inputs else _plain(model)
+
+
+def _model(
+    directory: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """transformers' model of the config, filled with ``tensors`` under Hugging Face names."""
+    config = _unquantized_config(directory)
+    empty = _empty(directory, config)
+    tensors = _in_stacks(empty, tensors)
+    model, report = type(empty).from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype,
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            names = ", ".join(sorted(map(str, report[what]))[:3])
+            raise CheckpointError(f"{directory}: {what.replace('_', ' ')}: {names}")
+    return model
+
+
+def _empty(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """transformers' model of the config on the meta device, with its towers where it has some.
+
+    Of the class that config.json names, as a text decoder alone has other names for its tensors.
+    """
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if len(names) == 1 else None
+    try:
+        with torch.device("meta"):
+            if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+                return kind._from_config(config)
+            if type(config) in AutoModelForCausalLM._model_mapping:
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    except Exception as e:  # of a config that contradicts itself a model's code raises anything
+        raise CheckpointError(
+            f"{directory}: transformers cannot build the model of its config: {_first_line(e)}"
+        ) from e
+
+
+def _in_stacks(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``tensors`` with single experts put back into those stacks that transformers saves whole."""
+    shapes = {name: tuple(p.shape) for name, p in empty.named_parameters()}
+    whole_ones = {name: shapes[name] for name in shapes.keys() & saved_tags(empty).keys()}
+    views = unstack(empty.config.to_dict(), whole_ones)
+    if not views.keys() <= tensors.keys():
+        return tensors
+    found = {name: t for name, t in tensors.items() if name not in views}
+    for name, view in views.items():
+        if view.stored not in found:
+            found[view.stored] = tensors[name].new_empty(shapes[view.stored])
+        whole = view.box(Box((0,) * len(view.shape), view.shape))
+        part = found[view.stored][whole.index][0]
+        (part.t() if view.transposed else part)[:: view.step].copy_(tensors[name])
+    return found
+
+
+def _unquantized_config(directory: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{directory}: transformers cannot read it: {_first_line(e)}") from e
+    vars(config).pop("quantization_config", None)
+    return config
+
+
+def _inputs(checkpoint: QuantizedCheckpoint) -> dict[str, Activations]:
+    """How each module's input is stored, of those whose config quantizes it."""
+    inputs = {}
+    for module, form in checkpoint.modules.items():
+        if form.inputs is None:
+            continue
+        dscale = checkpoint.input_scale(module)
+        if dscale is None and form.inputs.tensor_scale:
+            raise CheckpointError(
+                f"{module}: {form.inputs.name} activations without an input scale"
+            )
+        inputs[module] = Activations(form.inputs, dscale)
+    return inputs
+
+
+def _quantized(model: PreTrainedModel, inputs: QuantizedInputs) -> Logits:
+    @torch.inference_mode()
+    def logits(ids_T: torch.Tensor) -> torch.Tensor:
+        with inputs:
+            out_TV = model(ids_T[None], use_cache=False).logits[0]
+        inputs.check()
+        return out_TV
+
+    return logits

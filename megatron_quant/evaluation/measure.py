@@ -1,0 +1,106 @@
+"""How good a checkpoint is on a text: perplexity, and divergence from a reference."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_quant.errors import CheckpointError, QuantError
+from megatron_quant.evaluation.load import Load, Logits, decoded
+from megatron_quant.evaluation.metrics import NOTHING, Sums, nll_and_kl, windows
+from megatron_quant.evaluation.tokenizer import load_tokenizer
+
+BatchProgress = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
+"""Wraps a list that is gone through once, to show how far it is."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a checkpoint scores on a text.
+
+    kl: mean KL(reference || model) per token, in nats; None without a reference.
+    tokens: how many were predicted.
+    """
+
+    perplexity: float
+    kl: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """A UTF-8 text file, and what of it is read.
+
+    seq_length: tokens that are predicted in each window. max_tokens: how many at most in all; None
+    for the whole text.
+    """
+
+    file: Path
+    seq_length: int = 512
+    max_tokens: int | None = None
+
+
+def evaluate(
+    directory: Path,
+    text: Text,
+    against: Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    load: Load = decoded,
+    progress: BatchProgress = iter,
+) -> Result:
+    """Perplexity of a bf16 or quantized checkpoint over a text, in windows that do not overlap.
+
+    against: a reference checkpoint with the same vocabulary, for the KL. dtype: of weights and
+    arithmetic, in both. load: :func:`~megatron_quant.evaluation.load.decoded` by our codecs or
+    :func:`~megatron_quant.evaluation.load.native` by transformers alone; the reference is always
+    decoded. Raises QuantError for a text, CheckpointError for a checkpoint that cannot be used.
+    """
+    cut = read_windows(directory, text.file, text.seq_length, text.max_tokens)
+    model = load(directory, dtype)
+    reference = decoded(against, dtype) if against else None
+    total = score(model, progress(cut), reference)
+    return Result(total.perplexity, total.mean_kl if reference else None, total.tokens)
+
+
+def score(model: Logits, cut: Iterable[torch.Tensor], reference: Logits | None = None) -> Sums:
+    """What windows (each int64 [seq_length + 1]) add up to under a model and its reference.
+
+    Raises CheckpointError where the two do not have the same vocabulary.
+    """
+    total = NOTHING
+    for window in cut:
+        ids_T, labels_T = window[:-1], window[1:]
+        logits_TV, ref_TV = model(ids_T), reference(ids_T) if reference else None
+        if ref_TV is not None and ref_TV.shape != logits_TV.shape:
+            raise CheckpointError(
+                f"the model's vocabulary is {logits_TV.shape[-1]}, the reference's "
+                f"{ref_TV.shape[-1]}; compare with the checkpoint that was quantized"
+            )
+        total += nll_and_kl(logits_TV, ref_TV, labels_T)
+    return total
+
+
+def read_windows(
+    directory: Path, text_file: Path, seq_length: int, max_tokens: int | None = None
+) -> list[torch.Tensor]:
+    """The windows of a text file under a checkpoint's tokenizer: each int64 [seq_length + 1].
+
+    max_tokens: how many tokens are predicted at most; None for the whole text. Raises QuantError
+    where the text cannot be read or does not fill one window.
+    """
+    try:
+        text = text_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise QuantError(f"{text_file}: not a readable UTF-8 text file ({e}); give another") from e
+    tokenizer = load_tokenizer(directory)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if max_tokens is not None:
+        ids = ids[: max_tokens + 1]
+    cut = list(windows(ids, seq_length))
+    if not cut:
+        raise QuantError(
+            f"{text_file}: {len(ids)} tokens do not fill a window of {seq_length} and its label; "
+            "give a longer text or a smaller sequence length"
+        )
+    return cut

@@ -1,0 +1,5 @@
+"""How a tensor is cut into the blocks that share a scale."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,31 @@
+"""A tensor as rows, cut into pieces whose temporaries stay in the cache."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_quant.formats.backends import loops_for
+
+_ELEMENTS = 1 << 18
+"""Per CPU thread: small enough for the cache, large enough that a call into torch costs little."""
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., K] -> [R, K], contiguous; a view where ``x`` is contiguous."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+
+
+def row_chunks(x_RK: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of ``x_RK``: one on an accelerator, cache-sized ones on a CPU."""
+    rows, cols = x_RK.shape
+    step = rows
+    if x_RK.device.type == "cpu":
+        step = _ELEMENTS * torch.get_num_threads() // max(cols, 1)
+    step = max(step, 1)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def chunks_to_read(x_RK: Tensor) -> Iterator[slice]:
+    """``row_chunks`` for a statistic of values: all rows at once where compiled loops take it."""
+    return iter([slice(None)]) if loops_for(x_RK) is not None else row_chunks(x_RK)

@@ -1,0 +1,41 @@
+from . import store as store
+from .restored import open_saved as open_saved
+from .restored import restore as restore
+from .saved import HF_FILES as HF_FILES
+from .saved import Saved as Saved
+from .saved import describe_run as describe_run
+from .state import describe_model as describe_model
+from .store import OPTIMIZER as OPTIMIZER
+from .store import RESHARDABLE as RESHARDABLE
+from .store import Chunks as Chunks
+from .store import check_keys as check_keys
+from .store import read_tensors as read_tensors
+from .store import shapes_of as shapes_of
+from .store import sharded_state as sharded_state
+from .torch_dist import TRACKER as TRACKER
+from .torch_dist import TorchDist as TorchDist
+from .torch_dist import is_checkpoint as is_checkpoint
+from .torch_dist import latest as latest
+from .torch_dist import open_torch_dist as open_torch_dist
+
+__all__ = [
+    "HF_FILES",
+    "OPTIMIZER",
+    "RESHARDABLE",
+    "TRACKER",
+    "Chunks",
+    "Saved",
+    "TorchDist",
+    "check_keys",
+    "describe_model",
+    "describe_run",
+    "is_checkpoint",
+    "latest",
+    "open_saved",
+    "open_torch_dist",
+    "read_tensors",
+    "restore",
+    "shapes_of",
+    "sharded_state",
+    "store",
+]

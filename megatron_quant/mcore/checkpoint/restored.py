@@ -1,0 +1,89 @@
+"""A quantized model as it was saved: its weights, and its quantizers without calibration."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_quant.alike import check_alike
+from megatron_quant.calib import calibrate_weights, follow_weights
+from megatron_quant.ckpt.plan import digest_of
+from megatron_quant.dist import Groups, together
+from megatron_quant.layers import (
+    CachedTensor,
+    ExpertScales,
+    QuantLayer,
+    set_block_amax,
+    set_expert_scales,
+)
+from megatron_quant.mcore.checkpoint import store
+from megatron_quant.mcore.checkpoint.saved import Saved, parse_description
+from megatron_quant.mcore.checkpoint.torch_dist import open_torch_dist
+from megatron_quant.mcore.model import LiveModel
+from megatron_quant.recipes import QuantPlan
+
+
+def open_saved(directory: Path, groups: Groups) -> Saved:
+    """The checkpoint in ``directory`` and what it says of its quantization. Collective.
+
+    Raises CheckpointError, on every rank alike, where there is none or it cannot be read.
+    """
+    stored = together(groups, lambda: open_torch_dist(directory))
+    digest = digest_of([[key, *shape] for key, shape in sorted(stored.shapes.items())])
+    check_alike(groups, **{f"the digest of {directory}": digest[:12]})
+    return parse_description(stored, store.read_description(stored, groups))
+
+
+def restore(
+    model: LiveModel,
+    layers: Sequence[QuantLayer],
+    cached: Sequence[CachedTensor],
+    plan: QuantPlan,
+    saved: Saved,
+    scales: ExpertScales,
+) -> None:
+    """Fill the model's weights and quantizers from the checkpoint. Collective.
+
+    layers, cached: as attached with the expert scales of ``saved``. scales: those wanted. Where
+    they are others, the experts' weight scales are found anew, from the loaded weights: they are
+    those of a model that was quantized so. Raises what :func:`store.load` does.
+    """
+    _reserve(layers, cached)
+    store.load(model.chunks, saved.stored, model.groups)
+    follow_weights(layers, model.groups)
+    if scales is not ExpertScales(saved.expert_scales):
+        _convert(layers, plan, model.groups, scales)
+
+
+def _reserve(layers: Sequence[QuantLayer], cached: Sequence[CachedTensor]) -> None:
+    """Give the quantizers all that a calibration would, of the right shapes."""
+    for layer in layers:
+        device, module = layer.weights()[0].device, layer.module
+        apart = layer.grouped and module.per_expert
+        shape = (len(layer.decisions), 1, 1) if apart else ()
+        module.weight_quantizer.amax = torch.ones(shape, device=device)
+        if layer.static_inputs:
+            module.input_quantizer.amax = torch.ones((), device=device)
+        if layer.searches_blocks:
+            set_block_amax(module.weight_quantizer, torch.zeros(_stat_shape(layer), device=device))
+    for tensor in cached:
+        tensor.set_amax(1.0)
+
+
+def _stat_shape(layer: QuantLayer) -> tuple[int, ...]:
+    fmt = layer.weight_format
+    assert fmt.stat_block is not None
+    touched = [region.touched(fmt.stat_block) for region in layer.regions]
+    shape = (sum(len(rows) for rows, _ in touched), len(touched[0][1]), fmt.stat_parts)
+    return (len(layer.decisions), *shape) if layer.grouped else shape
+
+
+def _convert(
+    layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups, scales: ExpertScales
+) -> None:
+    experts = [layer for layer in layers if layer.grouped]
+    for layer in experts:
+        set_expert_scales(layer, scales)
+    decisions = tuple(d for d in plan.decisions if d.slot.expert is not None)
+    calibrate_weights(experts, replace(plan, decisions=decisions), groups)

@@ -1,0 +1,113 @@
+"""What a model's own ``sharded_state_dict`` says of its quantization, beyond the amaxes.
+
+Amaxes are the quantized layers' to give. A child of the model gives the rest: one description (the
+recipe, formats, whose scales experts have, versions) as the bytes of a JSON document, and the grids
+of block statistics that a search chose.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.models.gpt import GPTModel
+from torch import nn
+
+from megatron_quant.documents import MB, Limits, parse_json
+from megatron_quant.layers import LocalWeight, QuantLayer, block_amax, set_block_amax
+from megatron_quant.mcore.checkpoint.grids import SavedGrid, grids_of
+from megatron_quant.mcore.model import LiveModel
+
+CHILD = "megatron_quant"
+DESCRIPTION = f"{CHILD}.description"
+DESCRIBED = Limits(4 * MB, 100_000)
+"""What a description may be."""
+_PAGE = 4096  # bytes to a multiple of which the description is padded, so that its shape is stable
+
+
+def encode(description: Mapping[str, Any]) -> torch.Tensor:
+    """A JSON document as uint8 [bytes], spaces at its end."""
+    text = json.dumps(description, sort_keys=True).encode()
+    return torch.tensor(list(text + b" " * (-len(text) % _PAGE)), dtype=torch.uint8)
+
+
+def decode(stored: torch.Tensor) -> Any:
+    """Inverse of :func:`encode`; CheckpointError for other bytes."""
+    return parse_json(stored.numpy().tobytes().rstrip(b"\0 "), DESCRIPTION, DESCRIBED)
+
+
+class QuantState(nn.Module):
+    """The child. Its buffer ``description`` is in every state dict, the grids in sharded ones.
+
+    virtual_stage: of the model where a rank has several.
+    """
+
+    def __init__(
+        self, description: Mapping[str, Any], grids: Sequence[SavedGrid], virtual_stage: int = 0
+    ) -> None:
+        super().__init__()
+        self.register_buffer("description", encode(description))
+        self.virtual_stage = virtual_stage
+        self.grids = {grid.key(None): grid for grid in grids}
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Megatron's seam: what this rank has of everything, with its place in the whole."""
+        assert not sharded_offsets, "the child of a whole model is on no axis"
+        given = metadata or {}
+        group = given.get("dp_cp_group") or mpu.get_data_parallel_group(with_context_parallel=True)
+        singleton = bool(given.get("singleton_local_shards", False))
+        rank, stages = group.rank(), mpu.get_pipeline_model_parallel_world_size()
+        stage = mpu.get_pipeline_model_parallel_rank() + stages * self.virtual_stage
+        replica = (stage, mpu.get_tensor_model_parallel_rank(), rank)
+        state: dict[str, Any] = {
+            f"{prefix}description": ShardedTensor.from_rank_offsets(
+                f"{prefix}description",
+                self.description,
+                replica_id=replica,
+                allow_shape_mismatch=True,
+            )
+        }
+        for key, grid in self.grids.items():
+            stat = block_amax(grid.layer.module.weight_quantizer)
+            if stat is not None:  # it is calibrated
+                state[f"{prefix}{key}"] = grid.factory(stat, singleton, rank)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key, grid in self.grids.items():
+            stat = state_dict.pop(f"{prefix}{key}", None)
+            if stat is not None:
+                quantizer = grid.layer.module.weight_quantizer
+                set_block_amax(quantizer, stat.to(self.description.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def add_state(
+    model: GPTModel,
+    description: Mapping[str, Any],
+    layers: Sequence[QuantLayer],
+    weights: Sequence[LocalWeight],
+) -> None:
+    """Give the model its child; ``layers`` are those of its weights that are quantized.
+
+    A second call replaces the first one's.
+    """
+    state = QuantState(description, grids_of(layers, weights), model.vp_stage or 0)
+    model.add_module(CHILD, state.to(next(model.parameters()).device))
+
+
+def describe_model(
+    model: LiveModel, description: Mapping[str, Any], layers: Sequence[QuantLayer]
+) -> None:
+    """Give every chunk of the model its child; ``layers`` are the quantized ones of all chunks."""
+    for number, chunk in enumerate(model.chunks):
+        modules = set(chunk.modules())
+        weights = [local.weight for local in model.local if local.chunk == number]
+        add_state(chunk, description, [x for x in layers if x.module in modules], weights)

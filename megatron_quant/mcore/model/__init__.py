@@ -1,0 +1,5 @@
+"""Live Megatron models: building, loading, attaching quantizers, running."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,23 @@
+from .attach import attach_model as attach_model
+from .evaluation import evaluate_model as evaluate_model
+from .keep import keep_scales as keep_scales
+from .load import LiveModel as LiveModel
+from .load import empty_model as empty_model
+from .load import load_model as load_model
+from .load import wrap_model as wrap_model
+from .locate import local_params as local_params
+from .parallel import start_distributed as start_distributed
+from .schedule import run_schedule as run_schedule
+
+__all__ = [
+    "LiveModel",
+    "attach_model",
+    "empty_model",
+    "evaluate_model",
+    "keep_scales",
+    "load_model",
+    "local_params",
+    "run_schedule",
+    "start_distributed",
+    "wrap_model",
+]

@@ -1,0 +1,204 @@
+"""A Megatron model filled from a Hugging Face checkpoint: every rank reads the slices it owns."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import nn
+
+from megatron_quant.ckpt.plan import Layout
+from megatron_quant.ckpt.read import Weights, fill
+from megatron_quant.dist import Groups, gather, together
+from megatron_quant.errors import ArchitectureError, CheckpointError
+from megatron_quant.formats import amax
+from megatron_quant.mcore.model.build import build_model
+from megatron_quant.mcore.model.check import check_model, check_place
+from megatron_quant.mcore.model.locate import LAYER, VOCABULARY, LocalParam, local_params
+from megatron_quant.mcore.model.parallel import megatron_layout, shards, start_megatron
+from megatron_quant.mcore.model.settings import check_settings
+from megatron_quant.models import (
+    Architecture,
+    Copy,
+    Param,
+    Role,
+    copies,
+    num_experts,
+    num_layers,
+    padded_vocab,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveModel:
+    """A live Megatron model with the meaning of its parameters.
+
+    chunks: this rank's part of it, as Megatron's schedules take it: one GPTModel, or several where
+    the pipeline has virtual stages. params: the logical parameters of the whole model; local: this
+    rank's shards of them.
+    """
+
+    chunks: tuple[GPTModel, ...]
+    params: tuple[Param, ...]
+    local: tuple[LocalParam, ...]
+    layout: Layout
+    groups: Groups
+
+    @property
+    def module(self) -> GPTModel:
+        """The only chunk of a rank without virtual stages."""
+        (module,) = self.chunks
+        return module
+
+    def tensor(self, local: LocalParam) -> torch.Tensor:
+        """The live parameter of one of ``local``."""
+        return local.tensor(self.chunks[local.chunk])
+
+    def global_name(self, chunk: int, name: str) -> str:
+        """The name, in the whole model, of what a chunk calls ``name``: its layer is the model's.
+
+        Experts keep the numbers that the rank gives them.
+        """
+        if not self.layout.stages:
+            return name
+        held = self.layout.stages[self.layout.coords[self.groups.rank].pp][chunk]
+        return LAYER.sub(lambda match: str(held[int(match[0])]), name, count=1)
+
+
+def wrap_model(
+    module: nn.Module | Sequence[nn.Module],
+    architecture: Architecture,
+    hf_config: Mapping[str, Any],
+    groups: Groups,
+) -> LiveModel:
+    """A GPTModel that lives in Megatron's present process groups, as this library sees it.
+
+    module: this rank's part of it; its chunks in order where it has virtual pipeline stages. What
+    wraps them (Float16Module, DistributedDataParallel) is looked through.
+
+    Collective. Raises ArchitectureError, on every rank alike and before anything is changed, where
+    the model's settings, layers, parameters or shapes are not those of the config. The vocabulary
+    may be padded to any number of rows.
+    """
+    given = (module,) if isinstance(module, nn.Module) else tuple(module)
+
+    def understood() -> tuple[tuple[GPTModel, ...], tuple[Param, ...]]:
+        described = architecture.megatron_config(hf_config)
+        chunks = tuple(_checked(chunk, described) for chunk in given)
+        return chunks, architecture.params(hf_config)
+
+    chunks, params = together(groups, understood)
+    layout = megatron_layout(groups, num_experts(params), chunks)
+    together(groups, lambda: check_place(chunks, layout, num_layers(params)))
+    params = _padded(params, chunks, layout, groups)
+    local = together(groups, lambda: local_params(params, layout, groups.rank))
+    together(groups, lambda: check_model(chunks, local))
+    return LiveModel(
+        chunks=chunks,
+        params=params,
+        local=tuple(local),
+        layout=layout,
+        groups=replace(groups, shards=shards(groups.device)),
+    )
+
+
+def _checked(wrapped: nn.Module, described: Mapping[str, Any]) -> GPTModel:
+    chunk = _unwrapped(wrapped)
+    check_settings(chunk.config, described)
+    return chunk
+
+
+def _unwrapped(chunk: nn.Module) -> GPTModel:
+    while not isinstance(chunk, GPTModel):
+        inner = getattr(chunk, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise ArchitectureError(
+                f"{type(chunk).__name__} is no GPTModel of megatron-core and wraps none: give the "
+                "language model alone"
+            )
+        chunk = inner
+    return chunk
+
+
+def _padded(
+    params: tuple[Param, ...], chunks: Sequence[GPTModel], layout: Layout, groups: Groups
+) -> tuple[Param, ...]:
+    """``params`` whose vocabularies have as many rows as the live model gives them. Collective."""
+    named = [dict(chunk.named_parameters()) for chunk in chunks]
+    own = {len(held[name]) for held in named for name in VOCABULARY if name in held}
+    found = sorted({rows * layout.tp_size for of_rank in gather(own, groups) for rows in of_rank})
+    vocab = next(p.shape[0] for p in params if p.role is Role.EMBEDDING)
+    if len(found) != 1 or found[0] < vocab:
+        raise ArchitectureError(
+            f"the Megatron model's vocabulary has {' or '.join(map(str, found))} rows, its padding "
+            f"included, and config.json a vocab_size of {vocab}: give the config.json of this very "
+            "model"
+        )
+    if found[0] == padded_vocab(vocab, layout.tp_size):
+        return params
+    ends = (Role.EMBEDDING, Role.OUTPUT)
+    return tuple(replace(p, padded=found[0]) if p.role in ends else p for p in params)
+
+
+def empty_model(
+    architecture: Architecture,
+    hf_config: Mapping[str, Any],
+    layout: Layout,
+    groups: Groups,
+    dtype: torch.dtype,
+) -> LiveModel:
+    """Build the model at ``layout``, its weights not yet filled. Collective."""
+    start_megatron(layout, groups.minutes)
+    if layout.pp_size == 1:
+        chunks = together(groups, lambda: build_model(architecture, hf_config, layout, dtype))
+    else:  # stages talk to one another as Megatron builds them
+        chunks = build_model(architecture, hf_config, layout, dtype)
+    return wrap_model(chunks, architecture, hf_config, groups)
+
+
+def load_model(
+    checkpoint: Weights,
+    architecture: Architecture,
+    layout: Layout,
+    groups: Groups,
+    dtype: torch.dtype,
+    progress: Callable[[int], None],
+) -> LiveModel:
+    """Build the model at ``layout`` and fill it. Collective.
+
+    progress: called with 1 for each parameter that this rank has read.
+    Raises CheckpointError, on every rank alike, for a weight that is not finite in ``dtype``.
+    """
+    model = empty_model(architecture, checkpoint.config, layout, groups, dtype)
+    together(groups, lambda: _fill(model, checkpoint, progress))
+    return model
+
+
+@torch.no_grad()
+def _fill(model: LiveModel, checkpoint: Weights, progress: Callable[[int], None]) -> None:
+    for local in model.local:
+        tensor = model.tensor(local)
+        tensor.zero_()  # rows that pad the vocabulary stay zero
+        pieces = copies(local.param, local.shard_rank, local.shard_size)
+        fill(tensor, pieces, checkpoint)
+        if not torch.isfinite(amax(tensor)):
+            _explain_not_finite(tensor.dtype, pieces, checkpoint)
+        progress(1)
+
+
+def _explain_not_finite(
+    dtype: torch.dtype, pieces: Sequence[Copy], checkpoint: Weights
+) -> NoReturn:
+    """Raise CheckpointError for the source of a parameter that holds NaN or Inf in ``dtype``."""
+    for piece in pieces:
+        name, stored = piece.source.name, checkpoint.read(piece.source.name, piece.src)
+        if not torch.isfinite(amax(stored)):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has NaN or Inf; repair the checkpoint or fetch it again"
+            )
+        if not torch.isfinite(amax(stored.to(dtype))):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has values beyond {dtype}; choose a wider --dtype"
+            )
+    raise AssertionError("every piece is finite, their parameter is not")

@@ -1,0 +1,78 @@
+"""Where a rank's model keeps its share of the logical parameters."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megatron_quant.ckpt.plan import Layout, regions
+from megatron_quant.layers import LocalWeight
+from megatron_quant.models import Domain, Param, Stage
+
+LAYER = re.compile(r"(?<=\blayers\.)\d+")
+"""The number of a layer in the name of what it owns."""
+_OUTPUT = "output_layer.weight"
+VOCABULARY = ("embedding.word_embeddings.weight", _OUTPUT)
+"""Parameters with a row for each token, as a chunk has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalParam:
+    """This rank's shard ``shard_rank`` of ``shard_size`` of ``param``.
+
+    name: as the rank's chunk number ``chunk`` of the model has it, which counts its own layers and
+    experts from 0.
+    """
+
+    param: Param
+    name: str
+    shard_rank: int
+    shard_size: int
+    chunk: int = 0
+
+    def tensor(self, model: nn.Module) -> torch.Tensor:
+        """The live parameter (a buffer, if it stays in float32) of the chunk that holds it."""
+        if self.param.fp32:
+            return model.get_buffer(self.name)
+        return model.get_parameter(self.name)
+
+    @property
+    def weight(self) -> LocalWeight:
+        """The same place, as the quantized layers are told it."""
+        module, _, attribute = self.name.rpartition(".")
+        held = regions(self.param, self.shard_rank, self.shard_size)
+        return LocalWeight(self.param.name, module, attribute, tuple(region for _, region in held))
+
+
+def local_params(params: Sequence[Param], layout: Layout, rank: int) -> list[LocalParam]:
+    """Those of ``params`` that ``rank`` holds, in order."""
+    return list(_local_params(params, layout, rank))
+
+
+def _local_params(params: Sequence[Param], layout: Layout, rank: int) -> Iterator[LocalParam]:
+    pp = layout.coords[rank].pp
+    first: dict[str, int] = {}  # module -> the lowest global expert that the rank holds
+    for param in params:
+        shard = layout.shard_of(param, rank)
+        if shard is None:
+            continue
+        chunk = dict(layout.places(param))[pp]
+        name = _name_in_chunk(param, layout, pp, chunk)
+        if param.domain is Domain.EXPERT:
+            assert param.expert is not None
+            local = param.expert - first.setdefault(param.module, param.expert)
+            name = re.sub(r"\d+$", str(local), name)
+        yield LocalParam(
+            param=param, name=name, shard_rank=shard[0], shard_size=shard[1], chunk=chunk
+        )
+
+
+def _name_in_chunk(param: Param, layout: Layout, pp: int, chunk: int) -> str:
+    if param.stage is Stage.ENDS and pp > 0:
+        return _OUTPUT  # the last stage has the embedding as its output layer alone
+    if param.layer is None or not layout.stages:
+        return param.name
+    number = layout.stages[pp][chunk].index(param.layer)
+    return LAYER.sub(str(number), param.name, count=1)

@@ -1,0 +1,122 @@
+"""Forwards of a Megatron model through all stages of its pipeline."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+T = TypeVar("T")
+ModelChunks = GPTModel | Sequence[GPTModel]
+"""What Megatron's schedules call a model: what a rank holds of it, one chunk or several."""
+
+
+def run_schedule(
+    model: ModelChunks,
+    batches: Sequence[torch.Tensor],
+    collect: Callable[[torch.Tensor], T],
+    progress: Callable[[int], None] = lambda steps: None,
+) -> list[T]:
+    """Run token ids [B, S] each, and ``collect`` this rank's logits [B, S, V / tp] of each.
+
+    Returns what ``collect`` does, in order, on ranks of the last pipeline stage; nothing elsewhere,
+    where there are no logits. progress: called with 1 as each batch enters this rank's last chunk.
+
+    Collective over the ranks that hold the model; data-parallel ranks give equally many batches.
+    Each is one microbatch of Megatron's own schedule. With virtual stages that wants at least as
+    many as the pipeline has stages: where there are fewer the first ones run again. Stages of a
+    model whose config lacks ``variable_seq_lengths`` take batches of one shape alone.
+    """
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    if not batches:
+        return []
+    fed = _enough(batches, chunks)
+    rest = fed[len(batches) :]
+    feeds = [iter(fed) for _ in chunks[1:]] + [chain(_counted(batches, progress), rest)]
+    found = get_forward_backward_func()(
+        forward_step_func=partial(_step, collect=collect),
+        data_iterator=feeds if len(chunks) > 1 else feeds[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(fed),
+        seq_length=fed[0].shape[1] + _padding(fed[0]),
+        micro_batch_size=fed[0].shape[0],
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return found[: len(batches)]
+
+
+def _enough(batches: Sequence[torch.Tensor], chunks: Sequence[GPTModel]) -> list[torch.Tensor]:
+    """As many as the schedule of virtual stages takes, whose groups of microbatches are set."""
+    if len(chunks) == 1:
+        return list(batches)
+    stages = mpu.get_pipeline_model_parallel_world_size()
+    count = max(len(batches), stages)
+    sizes = range(stages, count + 1)
+    fit = next(n for n in sizes if count % n == 0 or count % n >= stages)
+    chunks[0].config.microbatch_group_size_per_vp_stage = fit
+    return [batches[i % len(batches)] for i in range(count)]
+
+
+def _counted(
+    batches: Sequence[torch.Tensor], progress: Callable[[int], None]
+) -> Iterator[torch.Tensor]:
+    for batch in batches:
+        progress(1)
+        yield batch
+
+
+def _step(
+    batches: Iterator[torch.Tensor], chunk: GPTModel, collect: Callable[[torch.Tensor], Any]
+) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """One microbatch through one chunk, as the schedules call it.
+
+    Sequences are padded at the end to a multiple of the tensor-parallel size (sequence parallelism
+    splits them); causal attention keeps the padding from what precedes it.
+    """
+    ids_BS = next(batches)
+    length = ids_BS.shape[1]
+    padded = torch.nn.functional.pad(ids_BS, (0, _padding(ids_BS)))
+    ids = padded.to(next(chunk.parameters()).device)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
+
+    def collected(logits: torch.Tensor, non_loss_data: bool) -> Any:
+        return collect(logits[:, :length])
+
+    return chunk(ids, positions, mask.triu(1)), collected
+
+
+def _padding(ids_BS: torch.Tensor) -> int:
+    return -ids_BS.shape[1] % mpu.get_tensor_model_parallel_world_size()
+
+
+def forward(model: ModelChunks, ids_BS: torch.Tensor) -> torch.Tensor | None:
+    """This rank's logits [B, S, V / tp] of token ids [B, S]; None before the last stage."""
+    return next(iter(run_schedule(model, [ids_BS], _as_they_are)), None)
+
+
+def _as_they_are(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def full_logits(model: ModelChunks, ids_BS: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
+    """Logits [B, S, vocab_size] in fp32, equal on all ranks of the last pipeline stage.
+
+    None before it.
+    """
+    return next(iter(run_schedule(model, [ids_BS], partial(whole, vocab_size=vocab_size))), None)
+
+
+def whole(logits_BSV: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """[B, S, V / tp] -> [B, S, vocab_size] in fp32, on all ranks of the tensor-parallel group."""
+    local = logits_BSV.float().contiguous()
+    size = mpu.get_tensor_model_parallel_world_size()
+    shards = [torch.empty_like(local) for _ in range(size)]
+    dist.all_gather(shards, local, group=mpu.get_tensor_model_parallel_group())
+    return torch.cat(shards, -1)[..., :vocab_size]

@@ -1,0 +1,1 @@
+"""Hooks for the training loops of Megatron-LM and Megatron-Bridge."""

@@ -1,0 +1,213 @@
+"""When the ranges of a model in training are found, followed and frozen.
+
+:class:`QuantCallback` has the events of Megatron-Bridge's callbacks (``on_train_start``,
+``on_train_step_start``, ``on_train_step_end``, ``on_train_end``, ``on_checkpoint_save``), and for
+other loops ``start``, ``on_step_begin``, ``on_step_end``, ``on_save`` and ``finish``. All of them
+are collective.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_quant.calib import (
+    ColdExperts,
+    Drift,
+    RunningInputs,
+    calibrate,
+    calibrate_weights,
+    largest_drift,
+    merge_live,
+    ranges_of,
+    set_ranges,
+    update_inputs,
+)
+from megatron_quant.errors import CalibrationError, QuantError
+from megatron_quant.mcore.training.hooks import Quantized, quantized
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Steps are counted from 0, the one before which nothing is trained.
+
+    A model that `prepare` filled from a checkpoint is calibrated and warmed up: it has the
+    checkpoint's ranges and runs quantized from its first step on.
+
+    calibrate_before: the first step whose inputs have ranges; those before it run unquantized and
+        are what the ranges are found from. 0 where the model is calibrated already.
+    warm_up: how many steps more run unquantized.
+    every: the ranges follow the weights and inputs after every so many steps; 0 for never.
+    freeze_before: the step from which they stay as they are; None for never.
+    average: what the newest range of inputs counts for in an exponential average; None for a
+        running maximum.
+    """
+
+    calibrate_before: int = 1
+    warm_up: int = 0
+    every: int = 10
+    freeze_before: int | None = None
+    average: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no step, interval or share."""
+        for name in ("calibrate_before", "warm_up", "every"):
+            if getattr(self, name) < 0:
+                raise QuantError(f"{name}={getattr(self, name)}: give 0 or more steps")
+        if self.freeze_before is not None and self.freeze_before < self.calibrate_before:
+            raise QuantError(
+                f"freeze_before={self.freeze_before} is before calibrate_before="
+                f"{self.calibrate_before}, when there is nothing to freeze: give a later step"
+            )
+        if self.average is not None and not 0 < self.average <= 1:
+            raise QuantError(f"average={self.average}: give a share above 0, up to 1")
+
+    def frozen(self, step: int) -> bool:
+        """Whether the ranges that step ``step`` uses may not change."""
+        return self.freeze_before is not None and step > self.freeze_before
+
+
+class QuantCallback:
+    """Finds, follows and freezes the ranges of a model that :func:`prepare` gave quantizers."""
+
+    def __init__(
+        self,
+        schedule: Schedule = Schedule(),
+        log: Callable[[str], None] = print,
+    ) -> None:
+        """``log``: given what is said, on rank 0."""
+        self.schedule = schedule
+        self._log = log
+        self._of: Quantized | None = None
+        self._inputs: RunningInputs | None = None
+        self._calibrated = False
+        self._fresh = True
+        self._updates = 0
+        self._step = 0
+        self._drift: Drift | None = None
+
+    def on_train_start(self, context: Any) -> None:
+        """Megatron-Bridge's event; also :meth:`start`."""
+        self.start(context.model)
+
+    def on_train_step_start(self, context: Any) -> None:
+        """Megatron-Bridge's event."""
+        self._step = context.state.train_state.step
+        self.on_step_begin(self._step)
+
+    def on_train_step_end(self, context: Any) -> None:
+        """Megatron-Bridge's event, before or after which it counts the step."""
+        self.on_step_end(self._step)
+
+    def on_train_end(self, context: Any) -> None:
+        """Megatron-Bridge's event; also :meth:`finish`."""
+        self.finish(context.state.train_state.step)
+
+    def on_checkpoint_save(self, context: Any) -> None:
+        """Megatron-Bridge's event."""
+        self.on_save(context.state.train_state.step)
+
+    def start(self, model: Any) -> None:
+        """The model, wrapped or not, before its first step."""
+        self._of = of = quantized(model)
+        # Float16Module turns every buffer into 16 bits.
+        set_ranges(of.layers, of.stored or ranges_of(of.layers))
+        self._fresh = not of.stored
+        self._inputs = RunningInputs(of.layers)
+        inputs = [x.module.input_quantizer.amax for x in of.layers if x.static_inputs]
+        self._calibrated = all(amax is not None for amax in inputs)
+
+    def calibrate(
+        self,
+        forwards: Iterable[Callable[[], None]],
+        cold_experts: ColdExperts = ColdExperts.LAYER_MAX,
+    ) -> None:
+        """Find the ranges of inputs from batches of the caller; each of ``forwards`` runs one."""
+        of = self._started()
+        calibrate(of.layers, of.plan, of.model.groups, forwards, cold_experts)
+        self._calibrated = True
+
+    def on_step_begin(self, step: int) -> None:
+        """Before the forwards of step ``step``."""
+        of = self._started()
+        if self._fresh and not self.schedule.frozen(step):  # weights may have been loaded since
+            calibrate_weights(of.layers, of.plan, of.model.groups)
+        self._fresh = False
+        if step >= self.schedule.calibrate_before and not self._calibrated:
+            self._calibrate(step)
+        quantized_from = self.schedule.calibrate_before + self.schedule.warm_up
+        on = self._calibrated and (bool(of.stored) or step >= quantized_from)
+        for layer in of.layers:
+            quantizers = layer.quantizers if layer.decisions[0].inputs else layer.quantizers[:1]
+            for quantizer in quantizers:
+                quantizer.enable() if on else quantizer.disable()
+
+    def on_step_end(self, step: int) -> None:
+        """After the optimizer's step."""
+        every = self.schedule.every
+        if self._calibrated and every and (step + 1) % every == 0:
+            self._follow(step + 1)
+
+    def on_save(self, step: int) -> None:
+        """At a checkpoint after ``step`` steps: one line on what its quantizers hold."""
+        of = self._started()
+        formats = Counter(str(d.weights.name) for d in of.plan.quantized if d.weights)
+        held = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
+        if not self._calibrated:
+            ranges = f"not calibrated before step {self.schedule.calibrate_before}"
+        else:
+            ranges = "frozen" if self.schedule.frozen(step + 1) else "followed"
+            ranges += f" ({self._updates} updates)"
+        self._say(f"step {step}: {held} weights, ranges {ranges}, {self._largest()}")
+
+    def finish(self, step: int) -> None:
+        """After the last of ``step`` steps: the ranges are those of the weights as they are."""
+        if self._calibrated:
+            self._follow(step)
+        if self._inputs is not None:
+            self._inputs.close()
+
+    def _started(self) -> Quantized:
+        if self._of is None:
+            raise QuantError(
+                "the callback has no model: call start(model) before the first step (Megatron-"
+                "Bridge does as on_train_start)"
+            )
+        return self._of
+
+    def _calibrate(self, step: int) -> None:
+        of, watched = self._started(), self._inputs
+        assert watched is not None
+        live = merge_live(of.layers, of.plan, of.model.groups, watched.take())
+        for decision in of.plan.quantized:
+            name, inputs = decision.slot.module, decision.inputs
+            if inputs is not None and inputs.tensor_scale and name not in live.inputs:
+                raise CalibrationError(
+                    f"no token reached {name} before step {step}: raise calibrate_before (it is "
+                    f"{self.schedule.calibrate_before}), or give batches to QuantCallback.calibrate"
+                )
+        update_inputs(of.layers, live.inputs, self.schedule.average)
+        calibrate_weights(of.layers, of.plan, of.model.groups)
+        self._calibrated = True
+        self._say(f"step {step}: calibrated {len(of.plan.quantized)} weights")
+
+    def _follow(self, step: int) -> None:
+        """The drift of an interval, and unless they are frozen the ranges without it."""
+        of, watched = self._started(), self._inputs
+        assert watched is not None
+        live = merge_live(of.layers, of.plan, of.model.groups, watched.take())
+        self._drift = largest_drift(of.layers, live, of.model.groups)
+        self._say(f"step {step}: {self._largest()}")
+        if not self.schedule.frozen(step):
+            update_inputs(of.layers, live.inputs, self.schedule.average)
+            calibrate_weights(of.layers, of.plan, of.model.groups)
+            self._updates += 1
+
+    def _largest(self) -> str:
+        if self._drift is None:
+            return "no drift measured"
+        return f"largest drift {self._drift.ratio:.4f} ({self._drift.name})"
+
+    def _say(self, line: str) -> None:
+        if self._started().model.groups.rank == 0:
+            self._log(f"quantizers: {line}")

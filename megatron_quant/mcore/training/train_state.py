@@ -1,0 +1,106 @@
+"""A training run on disk: model, quantizers and optimizer after a step, for any layout to go on.
+
+    DIR/iter_0000040/                       a ``torch_dist`` checkpoint, and progress.json
+    DIR/latest_checkpointed_iteration.txt   "40", as Megatron-LM has it; renamed into place last
+
+A run that is killed at any moment leaves the last save that it finished. The optimizer's state is
+in Megatron-Core's ``fully_reshardable`` format, of whole parameters.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_quant.ckpt.storage import explained, read_object, write_file
+from megatron_quant.dist import Groups, together
+from megatron_quant.errors import CheckpointError
+from megatron_quant.mcore.checkpoint import TRACKER, latest, open_torch_dist, store
+from megatron_quant.mcore.training.hooks import quantized
+from megatron_quant.mcore.training.optimizer_state import load_optimizer
+
+_PROGRESS = "progress.json"
+_DOING = "cannot be written"
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """A finished save.
+
+    path: the checkpoint, which ``prepare`` takes. step: how many steps were done. settings: what
+    the run said of itself.
+    """
+
+    path: Path
+    step: int
+    settings: Mapping[str, Any]
+
+
+def save_run(
+    directory: Path, step: int, settings: Mapping[str, Any], model: Any, optimizer: Any
+) -> None:
+    """Save the run after ``step`` steps; the save before it is removed. Collective.
+
+    model: what ``prepare`` quantized, wrapped or not. optimizer: Megatron's, distributed.
+    settings: values of JSON. Raises ExportError, on every rank alike, for what the disk refuses.
+    """
+    of, path = quantized(model).model, directory / f"iter_{step:07d}"
+    first = of.groups.rank == 0
+    together(of.groups, lambda: _make(path) if first else None)
+    store.save(of.chunks, path, of.groups, optimizer)
+    together(of.groups, lambda: _commit(path, step, settings) if first else None)
+
+
+def _make(path: Path) -> None:
+    with explained(path, _DOING):
+        shutil.rmtree(path, ignore_errors=True)  # a killed run's
+        path.mkdir(parents=True)
+
+
+def _commit(path: Path, step: int, settings: Mapping[str, Any]) -> None:
+    before = latest(path.parent)
+    with explained(path, _DOING):
+        progress = json.dumps({"step": step, "settings": settings}, indent=2)
+        write_file(path / _PROGRESS, progress.encode(), fsync=True)
+        temporary = path.parent / f"{TRACKER}.incomplete"
+        write_file(temporary, str(step).encode(), fsync=True)
+        os.replace(temporary, path.parent / TRACKER)
+        if before not in (path, path.parent):
+            shutil.rmtree(before, ignore_errors=True)
+
+
+def last_save(directory: Path, groups: Groups) -> TrainProgress | None:
+    """The last save that a run finished in ``directory``; None where there is none. Collective.
+
+    Raises CheckpointError, on every rank alike, for one that cannot be read.
+    """
+    return together(groups, lambda: _last_save(directory))
+
+
+def _last_save(directory: Path) -> TrainProgress | None:
+    path = latest(directory)
+    if path == directory:
+        return None
+    if not (path / _PROGRESS).is_file():
+        raise CheckpointError(
+            f"{path} has no {_PROGRESS}: another program saved it: give an empty "
+            "directory, or that program"
+        )
+    found = read_object(path / _PROGRESS)
+    step, settings = found.get("step"), found.get("settings")
+    if not isinstance(step, int) or not isinstance(settings, dict):
+        raise CheckpointError(f"{path / _PROGRESS} says no step and settings: save the run again")
+    return TrainProgress(path, step, settings)
+
+
+def load_progress(saved: TrainProgress, model: Any, optimizer: Any) -> None:
+    """Give ``optimizer`` its state of the save from which ``model`` was prepared. Collective.
+
+    Raises CheckpointError, on every rank alike, for what the save lacks.
+    """
+    of = quantized(model).model
+    stored = together(of.groups, lambda: open_torch_dist(saved.path))
+    load_optimizer(of.chunks, optimizer, stored, saved.step, of.groups)

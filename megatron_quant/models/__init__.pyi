@@ -1,0 +1,71 @@
+from .architecture import Architecture as Architecture
+from .config import positive as positive
+from .counts import check_counts as check_counts
+from .layout import check_layout as check_layout
+from .layout import copies as copies
+from .layout import local_shape as local_shape
+from .layout import padded_vocab as padded_vocab
+from .pipeline import Pipeline as Pipeline
+from .pipeline import Stages as Stages
+from .registry import ARCHITECTURES as ARCHITECTURES
+from .registry import lookup as lookup
+from .spec import Box as Box
+from .spec import Copy as Copy
+from .spec import Domain as Domain
+from .spec import Parallel as Parallel
+from .spec import Param as Param
+from .spec import Role as Role
+from .spec import Source as Source
+from .spec import Stage as Stage
+from .spec import engine_groups as engine_groups
+from .spec import num_experts as num_experts
+from .spec import num_layers as num_layers
+from .spec import whole as whole
+from .stacks import View as View
+from .stacks import text_config as text_config
+from .stacks import unstack as unstack
+from .structure import Structure as Structure
+from .structure import decoder_of as decoder_of
+from .structure import describe_structure as describe_structure
+from .structure import draft_counts as draft_counts
+from .structure import has_drafts as has_drafts
+from .structure import has_table as has_table
+from .structure import is_draft as is_draft
+from .structure import table_names as table_names
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Box",
+    "Copy",
+    "Domain",
+    "Parallel",
+    "Param",
+    "Pipeline",
+    "Role",
+    "Source",
+    "Stage",
+    "Stages",
+    "Structure",
+    "View",
+    "check_counts",
+    "check_layout",
+    "copies",
+    "decoder_of",
+    "describe_structure",
+    "draft_counts",
+    "engine_groups",
+    "has_drafts",
+    "has_table",
+    "is_draft",
+    "local_shape",
+    "lookup",
+    "num_experts",
+    "num_layers",
+    "padded_vocab",
+    "positive",
+    "table_names",
+    "text_config",
+    "unstack",
+    "whole",
+]

@@ -1,0 +1,51 @@
+from .coverage import audit as audit
+from .document import to_document as to_document
+from .kv_cache import CacheSlot as CacheSlot
+from .kv_cache import attention_of as attention_of
+from .kv_cache import cache_slots as cache_slots
+from .load import is_preset as is_preset
+from .load import load_recipe as load_recipe
+from .load import recipe_names as recipe_names
+from .parse import parse_recipe as parse_recipe
+from .plan import Decision as Decision
+from .plan import QuantPlan as QuantPlan
+from .plan import Slot as Slot
+from .plan import difference as difference
+from .reached import accept_cold as accept_cold
+from .reached import check_reached as check_reached
+from .reached import largest_shared as largest_shared
+from .resolution import resolve as resolve
+from .schema import EXPERT_SCALES as EXPERT_SCALES
+from .schema import KV_CACHES as KV_CACHES
+from .schema import Recipe as Recipe
+from .schema import Rule as Rule
+from .schema import weight_only as weight_only
+from .schema import with_algorithm as with_algorithm
+from .schema import with_kv_cache as with_kv_cache
+
+__all__ = [
+    "EXPERT_SCALES",
+    "KV_CACHES",
+    "CacheSlot",
+    "Decision",
+    "QuantPlan",
+    "Recipe",
+    "Rule",
+    "Slot",
+    "accept_cold",
+    "attention_of",
+    "audit",
+    "cache_slots",
+    "check_reached",
+    "difference",
+    "is_preset",
+    "largest_shared",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_names",
+    "resolve",
+    "to_document",
+    "weight_only",
+    "with_algorithm",
+    "with_kv_cache",
+]

@@ -1,0 +1,130 @@
+"""A recipe and a model's slots -> a plan: every weight lands in exactly one bucket, or an error."""
+
+from collections.abc import Sequence
+
+from megatron_quant.errors import CoverageError, RecipeError
+from megatron_quant.formats import Format
+from megatron_quant.recipes.match import Matcher
+from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
+from megatron_quant.recipes.schema import Recipe
+
+_SHOWN_WEIGHTS = 3
+
+
+def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
+    """Decide on every slot by the first rule that matches it.
+
+    Fixed slots are excluded whatever the rules say; an exclude rule may name them.
+
+    Raises CoverageError for a slot that no rule claims, for one whose fused members a rule
+    matches only in part, and for experts of one layer, or other slots that engines fuse, that are
+    treated differently. Raises RecipeError for a rule that claims nothing and for a recipe that
+    quantizes nothing.
+    """
+    matchers = [Matcher(rule.patterns) for rule in recipe.rules]
+    claims = [None if slot.fixed else _claim(recipe, matchers, slot) for slot in slots]
+    for index, rule in enumerate(recipe.rules):
+        if index not in claims and not rule.optional:
+            _check_idle(recipe, index, matchers[index], slots, claims)
+    _check_unclaimed(recipe, slots, claims)
+    decisions = tuple(_decide(recipe, s, i) for s, i in zip(slots, claims, strict=True))
+    _check_experts(decisions)
+    _check_fused(decisions)
+    plan = QuantPlan(recipe.name, decisions, recipe.kv_cache)
+    if not plan.quantized:
+        raise RecipeError(f"recipe {recipe.name!r} excludes every weight: add a quantize rule")
+    return plan
+
+
+def _claim(recipe: Recipe, matchers: Sequence[Matcher], slot: Slot) -> int | None:
+    """Index of the first rule that matches ``slot``; it must match all of its members."""
+    assert slot.sources
+    for index, matcher in enumerate(matchers):
+        members = matcher.members(slot)
+        if len(members) == len(slot.sources):
+            return index
+        if members:
+            missing = ", ".join(s for s in slot.sources if s not in members)
+            raise CoverageError(
+                f"recipe {recipe.name!r}, {recipe.label(index)}: matches {', '.join(members)} but "
+                f"not {missing}, which are fused with it: name all of them or none"
+            )
+    return None
+
+
+def _decide(recipe: Recipe, slot: Slot, index: int | None) -> Decision:
+    if index is None:
+        return Decision(slot=slot, rule=f"{slot.fixed}: never quantized")
+    rule = recipe.rules[index]
+    return Decision(
+        slot=slot,
+        rule=recipe.label(index),
+        weights=rule.weights,
+        inputs=rule.inputs,
+        algorithm=rule.algorithm,
+    )
+
+
+def _check_idle(
+    recipe: Recipe,
+    index: int,
+    matcher: Matcher,
+    slots: Sequence[Slot],
+    claims: Sequence[int | None],
+) -> None:
+    """Raise for rule ``index``, which claims no slot, unless it excludes what is fixed anyway."""
+    fixed = sorted({s.fixed for s in slots if s.fixed and matcher.touches(s)})
+    if fixed and recipe.rules[index].weights is None:
+        return
+    takers = {i for s, i in zip(slots, claims, strict=True) if i is not None and matcher.touches(s)}
+    if takers:
+        first = recipe.label(min(takers))
+        reason = f"every weight it matches is claimed before it ({first}): reorder or remove it"
+    elif fixed:
+        reason = f"matches only weights that are never quantized ({', '.join(fixed)}): remove it"
+    else:
+        reason = "matches no weight of this model: correct the patterns or remove the rule"
+    patterns = ", ".join(recipe.rules[index].patterns)
+    raise RecipeError(f"recipe {recipe.name!r}, rule {index + 1} ({patterns}): {reason}")
+
+
+def _check_unclaimed(recipe: Recipe, slots: Sequence[Slot], claims: Sequence[int | None]) -> None:
+    free = [s for s, i in zip(slots, claims, strict=True) if i is None and not s.fixed]
+    if free:
+        shown = ", ".join(f"{s.name} ({', '.join(s.sources)})" for s in free[:_SHOWN_WEIGHTS])
+        more = len(free) - _SHOWN_WEIGHTS
+        raise CoverageError(
+            f"recipe {recipe.name!r} says nothing about {shown}"
+            f"{f' and {more} more' if more > 0 else ''}: match them in a quantize or exclude rule"
+        )
+
+
+def _check_experts(decisions: Sequence[Decision]) -> None:
+    """Engines run the experts of a layer as one fused layer: one format for all of them."""
+    first: dict[str, Decision] = {}
+    for d in decisions:
+        layer, is_expert, _ = d.slot.name.partition(".experts.")
+        if not is_expert or d.slot.fixed:
+            continue
+        other = first.setdefault(layer, d)
+        if _treatment(d) != _treatment(other):
+            raise CoverageError(
+                f"{other.slot.name} ({other.rule}) and {d.slot.name} ({d.rule}) are experts of one "
+                "layer but differ: give all experts of a layer the same formats"
+            )
+
+
+def _check_fused(decisions: Sequence[Decision]) -> None:
+    """One format for weights that engines fuse though they are several slots."""
+    first: dict[str, Decision] = {}
+    for d in decisions:
+        other = first.setdefault(d.slot.fused, d) if d.slot.fused else d
+        if _treatment(d) != _treatment(other):
+            raise CoverageError(
+                f"{other.slot.sources[0]} ({other.rule}) and {d.slot.sources[0]} ({d.rule}), which "
+                "engines fuse, differ: give them the same formats or exclude both"
+            )
+
+
+def _treatment(decision: Decision) -> tuple[Format | None, Format | None, str]:
+    return decision.weights, decision.inputs, decision.algorithm

@@ -1,0 +1,7 @@
+from .algorithm import default_damp as default_damp
+from .algorithm import gptq as gptq
+from .moment import Moments as Moments
+from .moment import merged as merged
+from .weights import importance as importance
+
+__all__ = ["Moments", "default_damp", "gptq", "importance", "merged"]

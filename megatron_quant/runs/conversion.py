@@ -1,0 +1,118 @@
+"""Rewriting a quantized checkpoint in another dialect, without a model."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_quant.ckpt.convert import plan_of, transcode, whole_tensors
+from megatron_quant.ckpt.dialects import get_dialect
+from megatron_quant.ckpt.plan import (
+    Companions,
+    ExportPlan,
+    Layout,
+    Origin,
+    companions,
+    digest_of,
+    plan_export,
+    source_digest,
+)
+from megatron_quant.ckpt.read import QuantizedCheckpoint, params_of
+from megatron_quant.ckpt.write import Existing, WriteOptions, export
+from megatron_quant.dist import Groups, together
+from megatron_quant.engines import check_serving
+from megatron_quant.models import Role
+from megatron_quant.runs.agree import check_options, check_plans
+from megatron_quant.runs.destination import Verification, check_place, existing_of, with_beside
+from megatron_quant.runs.options import parse_size
+from megatron_quant.runs.phases import Phases
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """One run of ``export``; every field is the flag of the same name."""
+
+    source: Path
+    export_dir: Path
+    export_format: str
+    max_shard_size: str = "5GB"
+    overwrite: bool = False
+    serve_engine: str | None = None
+    serve_tp: int | None = None
+    io_threads: int = 2
+    fsync: bool = True
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The files, and what the source has and they have not, one line each."""
+
+    plan: ExportPlan
+    left_out: tuple[str, ...]
+
+
+def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritten:
+    """Write ``options.source`` in ``options.export_format``; the ranks share the work.
+
+    Collective. Raises a QuantError, the same on every rank; an unfinished export is removed (with
+    ``options.resume``: kept, to be continued).
+    """
+    check_options(options, groups)
+    work = together(groups, lambda: _planned(options, groups.size))
+    check_plans(groups, work.origin, work.plan)
+    plan, files = work.plan, work.files
+    own = sum(part.nbytes for part in plan.parts_of(groups.rank))
+    with phases.transfer("export", own) as progress:
+        produce = partial(transcode, checkpoint=work.checkpoint)
+        out, existing = options.export_dir, work.existing
+        check = Verification(out, None, groups, phases)
+        export(plan, groups, produce, out, files, existing, progress, work.writing, check)
+    return Rewritten(plan, files.left_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is known before a tensor is read."""
+
+    checkpoint: QuantizedCheckpoint
+    plan: ExportPlan
+    files: Companions
+    origin: Origin
+    existing: Existing
+    writing: WriteOptions
+
+
+def _planned(options: ExportOptions, world: int) -> _Work:
+    """Raises the QuantError of whatever does not fit; nothing has been written then."""
+    existing = existing_of(options.overwrite, options.resume)
+    writing = WriteOptions(options.io_threads, options.fsync)
+    checkpoint = QuantizedCheckpoint(options.source)
+    check_place(options.export_dir, options.source)
+    fused = params_of(checkpoint)
+    params = whole_tensors(fused)
+    quant = plan_of(checkpoint, params)
+    dialect = get_dialect(options.export_format)
+    check_serving(quant, fused, dialect.name, options.serve_engine, options.serve_tp)
+    layout = Layout.simulate(world, 1, 1, 1)
+    embedding = next(param for param in params if param.role is Role.EMBEDDING)
+    dtype = checkpoint.tensors[embedding.name].dtype
+    kept = {name: info.dtype for name, info in checkpoint.tensors.items()}
+    shard_bytes = parse_size(options.max_shard_size)
+    plan = plan_export(params, quant, dialect, layout, dtype, shard_bytes, kept)
+    origin = _origin(checkpoint, options)
+    files = companions(checkpoint.config, quant, dialect, dtype, origin=origin)
+    files = with_beside(files, options.source, checkpoint)
+    return _Work(
+        checkpoint=checkpoint,
+        plan=plan,
+        files=files,
+        origin=origin,
+        existing=existing,
+        writing=writing,
+    )
+
+
+def _origin(checkpoint: QuantizedCheckpoint, options: ExportOptions) -> Origin:
+    """The recipe is whatever the source's config says of its quantization."""
+    recipe = digest_of(checkpoint.config.get("quantization_config"))
+    return Origin(recipe, source_digest(options.source))

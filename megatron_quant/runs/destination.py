@@ -1,0 +1,125 @@
+"""Where an export goes, checked alike for every verb that writes one, before and after."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_quant.ckpt.plan import (
+    Companions,
+    Origin,
+    companions,
+    digest_of,
+    recipe_digest,
+    source_digest,
+)
+from megatron_quant.ckpt.read import Weights
+from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.ckpt.write import Existing, beside, check_apart, check_target
+from megatron_quant.dist import Groups, together
+from megatron_quant.errors import ExportError
+from megatron_quant.mcore.checkpoint import Saved
+from megatron_quant.runs.job import Job
+from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.runs.phases import Phases
+
+
+def existing_of(overwrite: bool, resume: bool) -> Existing:
+    """What ``--overwrite`` and ``--resume`` mean; ExportError for both."""
+    if overwrite and resume:
+        raise ExportError(
+            "--resume continues what --overwrite would remove; give one of them, --resume to go on"
+            " with an export that --overwrite began"
+        )
+    if resume:
+        return Existing.RESUME
+    return Existing.REPLACE if overwrite else Existing.REFUSE
+
+
+def check_place(export_dir: Path, *sources: Path) -> None:
+    """Raise ExportError where an export would lie in, or around, what it is made of.
+
+    Nor may it be the directory in which the run stands.
+    """
+    if export_dir.resolve() == Path.cwd():
+        raise ExportError(
+            f"--export-dir {export_dir} is the directory that the command runs in; give one of its"
+            " own"
+        )
+    for source in sources:
+        check_apart(export_dir, source)
+
+
+def origin_of(job: Job, saved: Saved | None = None) -> Origin:
+    """What an export is made of, alike through a model and without one.
+
+    saved: the Megatron checkpoint that the model comes from. Raises CheckpointError where the
+    source cannot be read.
+    """
+    source = source_digest(job.source) if saved is None else saved.source
+    return Origin(recipe_digest(job.recipe), source)
+
+
+def statistics_digest(job: Job, options: QuantizeOptions, *found: object) -> str:
+    """Digest of the scales that were found, and of the flags that say how they become an export's.
+
+    An unfinished export is not continued with others.
+    """
+    return digest_of([job.expert_scales, options.keep_scales, *found])
+
+
+def checked_companions(
+    job: Job, export_dir: Path, existing: Existing, origin: Origin
+) -> Companions:
+    """The files beside the weights, once it is sure that they may go to ``export_dir``.
+
+    Raises ExportError where they may not.
+    """
+    assert job.dialect is not None and job.export is not None
+    check_place(export_dir, job.source)
+    files = with_beside(
+        companions(job.hf_config, job.quant, job.dialect, job.dtype, origin=origin),
+        job.source,
+        job.checkpoint,
+    )
+    check_target(export_dir, files, existing, job.export)
+    return files
+
+
+def with_beside(files: Companions, source: Path, checkpoint: Weights | None) -> Companions:
+    """``files`` with those that lie beside the weights in ``source``.
+
+    checkpoint: the weights; None where they come from elsewhere.
+    """
+    found = beside(source)
+    unread = [
+        f"{name}: weights that nothing names" for name in (checkpoint.unread if checkpoint else ())
+    ]
+    return files.beside(source, found.carried, [*unread, *found.left_out])
+
+
+class Verification:
+    """Verifies an export before its files have their own names; called on every rank.
+
+    report: what was found, on rank 0; None on the others.
+    """
+
+    def __init__(
+        self, export_dir: Path, source: Path | None, groups: Groups, phases: Phases
+    ) -> None:
+        """``source``: what tensors are compared with; None where that is not at hand."""
+        self._phases = phases
+        self.report: Report | None = None
+        self._named, self._source, self._groups = export_dir, source, groups
+
+    def __call__(self, directory: Path) -> None:
+        """Collective. Raises VerifyError, on every rank, for the first problem."""
+        first = self._groups.rank == 0
+        with self._phases.time("verify"):
+            self.report = together(self._groups, lambda: self._verify(directory) if first else None)
+
+    def _verify(self, directory: Path) -> Report:
+        found = verify(directory, self._source)
+        where, named = str(directory), str(self._named)
+        problems = tuple(problem.replace(where, named) for problem in found.problems)
+        report = replace(found, directory=self._named, problems=problems)
+        report.raise_for_problems()
+        return report

@@ -1,0 +1,59 @@
+"""Input scales from a forward of the transformers model itself."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_quant.dist import Groups, together
+from megatron_quant.models import positive, text_config
+from megatron_quant.runs.agree import check_tokens
+from megatron_quant.runs.job import Job
+from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.runs.phases import Phases
+from megatron_quant.streaming import InputAmaxes, merge_amaxes, static_inputs, write_amaxes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def calibrate_inputs(
+    options: QuantizeOptions, job: Job, groups: Groups, phases: Phases
+) -> InputAmaxes:
+    """Run the calibration data through the model, shared over the ranks, and merge what was seen.
+
+    Collective. Raises the QuantError of what is wrong with data or model, on every rank.
+    """
+    # Only here: transformers takes seconds to import.
+    from megatron_quant.calib import shard
+    from megatron_quant.runs.batches import calibration_batches, check_ids
+    from megatron_quant.streaming import WeightInputAmax, keys_of, load_model, run_model, watched
+
+    params = static_inputs(job.quant, job.params)
+    with phases.time("load"):
+
+        def start() -> tuple[list[torch.Tensor], "PreTrainedModel", WeightInputAmax]:
+            batches = calibration_batches(options, job.source)
+            check_ids(batches, job.source, positive(text_config(job.hf_config), "vocab_size"))
+            model = load_model(job.source, job.dtype)
+            return batches, model, WeightInputAmax(watched(model, params))
+
+        batches, model, seen = together(groups, start)
+        check_tokens(groups, batches)
+    own = shard(batches, groups.rank, groups.size)
+
+    def forward() -> None:
+        with phases.bar("calibrate", len(own)) as progress, torch.no_grad(), seen:
+            for batch in own:
+                run_model(model, batch)
+                progress(1)
+
+    together(groups, forward)
+    return merge_amaxes(job.quant, params, keys_of, seen.seen, options.cold_experts, groups)
+
+
+def save_amaxes(options: QuantizeOptions, job: Job, amaxes: InputAmaxes) -> None:
+    """Write what was measured where ``options`` say, by default beside the export."""
+    assert options.export_dir is not None
+    out = options.export_dir
+    path = options.amax_file or out.with_name(f"{out.name}.amax.safetensors")
+    write_amaxes(path, static_inputs(job.quant, job.params), amaxes)

@@ -1,0 +1,211 @@
+"""Quantizing file to file: no Megatron model, memory independent of the model's size."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_quant.ckpt.plan import Companions, Layout, RankPart
+from megatron_quant.ckpt.read import (
+    QuantizedCheckpoint,
+    Weights,
+    check_fused,
+    keeping,
+    kept_dtypes,
+    logical,
+    open_source,
+)
+from megatron_quant.ckpt.storage import resolve_source
+from megatron_quant.ckpt.verify import Report
+from megatron_quant.ckpt.write import Existing, WriteOptions, export
+from megatron_quant.dist import Groups, together
+from megatron_quant.errors import LayoutError, QuantError, RecipeError
+from megatron_quant.runs.agree import check_options, check_plans, fetched
+from megatron_quant.runs.destination import (
+    Verification,
+    checked_companions,
+    existing_of,
+    origin_of,
+    statistics_digest,
+)
+from megatron_quant.runs.file_inputs import calibrate_inputs, save_amaxes
+from megatron_quant.runs.job import Job, SourceModel, decide, replanned
+from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.runs.phases import Phases
+from megatron_quant.streaming import (
+    InputAmaxes,
+    PartSource,
+    Producer,
+    Sharing,
+    bounded_parts,
+    per_expert,
+    scaled,
+    searched_amaxes,
+    shared,
+    shared_amaxes,
+    slot_amaxes,
+)
+
+_SHARING: dict[str, Sharing] = {"shared": shared, "per_expert": per_expert}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """What a run found.
+
+    weight_amax: of each slot that has a tensor scale. inputs: None where none was measured.
+    verified: on rank 0; None on the others. left_out: what the source has and the export has not.
+    """
+
+    job: Job
+    weight_amax: Mapping[str, float]
+    inputs: InputAmaxes | None
+    verified: Report | None
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known before weights are read.
+
+    checkpoint: the source by the names of the export. kept: whose scales the export keeps; None
+    where weights get their own.
+    """
+
+    job: Job
+    checkpoint: Weights
+    kept: QuantizedCheckpoint | None
+
+
+def plan_stream(options: QuantizeOptions, world: int) -> Planned:
+    """Check everything that needs no weights, from config.json and the headers of the weights.
+
+    Raises the QuantError of whatever does not fit; nothing has been written then.
+    """
+    _check_flags(options)
+    source = open_source(resolve_source(options.hf_model_id))
+    checkpoint, structure = logical(source)
+    checkpoint.check(structure.params)
+    kept, params = kept_dtypes(checkpoint), structure.params
+    model = SourceModel(
+        source=checkpoint.path,
+        hf_config=checkpoint.config,
+        architecture=None,
+        params=params,
+        kept=kept,
+        checkpoint=checkpoint,
+    )
+    job = decide(options, model, Layout.simulate(world, 1, 1, 1))
+    if job.quant.kv_cache == "fp8":
+        raise RecipeError(
+            "--export-kv-cache-quant fp8 is not calibrated by --stream: take fp8_cast, or leave "
+            "--stream out"
+        )
+    keeps = None
+    if options.keep_scales:
+        quant, keeps = keeping(job.quant, source)
+        check_fused(quant, keeps)
+        job = replanned(job, quant, options)
+    assert job.export is not None, "a stream is exported"
+    return Planned(replace(job, export=bounded_parts(job.export)), checkpoint, keeps)
+
+
+def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed:
+    """Quantize a Hugging Face checkpoint into ``options.export_dir``, file to file.
+
+    Collective; the ranks share the tensors. Raises a QuantError, the same on every rank, before
+    anything is written or with what was written removed.
+    """
+    assert options.export_dir is not None, "an export needs a directory"
+    check_options(options, groups)
+    with phases.time("plan"):
+        options = fetched(options, groups)
+        planned = together(groups, lambda: plan_stream(options, groups.size))
+        job, out = planned.job, options.export_dir
+        existing = together(groups, lambda: _existing(options))
+        origin = together(groups, lambda: origin_of(job))
+        check_plans(groups, origin, job.export)
+        files = together(groups, lambda: checked_companions(job, out, existing, origin))
+    inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
+    source = PartSource(planned.checkpoint, job.dtype)
+    found, amaxes = _weight_amaxes(job, source, groups, phases)
+    producer = Producer(
+        source=source,
+        quant=job.quant,
+        weight_amax=amaxes,
+        input_amax=inputs.scales if inputs else {},
+        kept=planned.kept,
+    )
+    check = Verification(options.export_dir, job.source, groups, phases)
+    files = _with_statistics(files, job, options, found, inputs)
+    _export(options, job, groups, producer, files, phases, check)
+    if inputs is not None:
+        measured = inputs
+        first = groups.rank == 0
+        together(groups, lambda: save_amaxes(options, job, measured) if first else None)
+    return Streamed(
+        job=job, weight_amax=found, inputs=inputs, verified=check.report, left_out=files.left_out
+    )
+
+
+def _with_statistics(
+    files: Companions,
+    job: Job,
+    options: QuantizeOptions,
+    weights: Mapping[str, float],
+    inputs: InputAmaxes | None,
+) -> Companions:
+    """With a digest of what was found."""
+    of_inputs = {n: float(a) for n, a in inputs.scales.items()} if inputs else {}
+    statistics = statistics_digest(job, options, dict(weights), of_inputs)
+    return replace(files, origin=replace(files.origin, statistics=statistics))
+
+
+def _export(  # noqa: PLR0913
+    options: QuantizeOptions,
+    job: Job,
+    groups: Groups,
+    producer: Producer,
+    files: Companions,
+    phases: Phases,
+    check: Verification,
+) -> None:
+    assert options.export_dir is not None
+    writing = WriteOptions(options.io_threads, options.fsync)
+    with phases.transfer("export", _nbytes(job.export.parts_of(groups.rank))) as progress:
+        existing, out = _existing(options), options.export_dir
+        export(job.export, groups, producer, out, files, existing, progress, writing, check)
+
+
+def _existing(options: QuantizeOptions) -> Existing:
+    return existing_of(options.overwrite, options.resume)
+
+
+def _weight_amaxes(
+    job: Job, source: PartSource, groups: Groups, phases: Phases
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """What was found of each slot, and what its scale follows from."""
+    own, sharing = job.export.parts_of(groups.rank), _SHARING[job.expert_scales]
+    with phases.bar("amax", _nbytes(scaled(own))) as progress:
+        found = slot_amaxes(source, job.quant, own, groups, progress)
+    amaxes = shared_amaxes(job.quant, found, sharing)
+    with phases.time("search"):
+        return found, searched_amaxes(source, job.quant, own, amaxes, sharing, groups)
+
+
+def _nbytes(parts: Iterable[RankPart]) -> int:
+    return sum(part.nbytes for part in parts)
+
+
+def _check_flags(options: QuantizeOptions) -> None:
+    sizes = {name: getattr(options, name) for name in ("tp", "ep", "etp", "pp")}
+    if any(size > 1 for size in sizes.values()):
+        given = " ".join(f"--{name} {size}" for name, size in sizes.items() if size > 1)
+        raise LayoutError(
+            f"{given} with --stream: there is no model to cut, the ranks share its tensors; leave "
+            "it out"
+        )
+    if options.eval_text:
+        raise QuantError("--eval-text needs a model, which --stream has not: use the verb eval")
+    if options.act_percentile < 100:
+        raise QuantError("--act-percentile is not measured by --stream: leave one of them out")

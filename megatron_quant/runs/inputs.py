@@ -1,0 +1,75 @@
+"""What a run reads besides weights: the open checkpoint, calibration batches, evaluation text."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_quant.ckpt.plan import Companions, Origin
+from megatron_quant.ckpt.read import QuantizedCheckpoint, Weights, keeping, open_source
+from megatron_quant.ckpt.write import Existing, WriteOptions
+from megatron_quant.evaluation import read_windows
+from megatron_quant.mcore.checkpoint import Saved
+from megatron_quant.runs.batches import calibration_batches, check_ids
+from megatron_quant.runs.destination import checked_companions, existing_of, origin_of
+from megatron_quant.runs.job import Job, prepare_job, replanned
+from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.runs.save import check_save_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A run's inputs, checked.
+
+    checkpoint: of the weights; None where they come from a Megatron checkpoint. kept: the same,
+    where the export keeps its scales. companions: None where nothing is exported.
+    batches: token ids [B, S] each, empty where no input is quantized. windows: evaluation text,
+    int64 [T + 1] each.
+    """
+
+    job: Job
+    checkpoint: Weights | None
+    kept: QuantizedCheckpoint | None
+    origin: Origin
+    companions: Companions | None
+    existing: Existing
+    writing: WriteOptions
+    batches: list[torch.Tensor]
+    windows: list[torch.Tensor]
+
+
+def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None) -> Inputs:
+    """Check everything that a run of ``world`` ranks needs, the target directories included.
+
+    saved: what ``options.megatron_load_path`` holds.
+    Raises the QuantError of whatever is wrong; nothing has been written then.
+    """
+    existing = existing_of(options.overwrite, options.resume)
+    writing = WriteOptions(options.io_threads, options.fsync)
+    job = prepare_job(options, world, saved, open_source if saved is None else None)
+    checkpoint, kept = job.checkpoint, None
+    if checkpoint is not None and options.keep_scales:
+        quant, kept = keeping(job.quant, checkpoint)
+        job = replanned(job, quant, options)
+    files, origin = None, origin_of(job, saved)
+    if options.export_dir is not None:
+        files = checked_companions(job, options.export_dir, existing, origin)
+    if options.megatron_save_path is not None:
+        check_save_path(options.megatron_save_path, existing)
+    windows = []
+    if options.eval_text:
+        windows = read_windows(job.source, options.eval_text, options.calib_seq_length)
+    batches = []
+    if job.quant.needs_data and saved is None:
+        batches = calibration_batches(options, job.source)
+    check_ids([*batches, *windows], job.source, job.hf_config["vocab_size"])
+    return Inputs(
+        job=job,
+        checkpoint=checkpoint,
+        kept=kept,
+        origin=origin,
+        companions=files,
+        existing=existing,
+        writing=writing,
+        batches=batches,
+        windows=windows,
+    )

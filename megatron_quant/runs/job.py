@@ -1,0 +1,222 @@
+"""Everything that is decided before a weight is read: from config.json and the flags alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_quant.ckpt.dialects import Dialect, get_dialect
+from megatron_quant.ckpt.plan import Cost, ExportPlan, Layout, measured, plan_export, slots
+from megatron_quant.ckpt.read import Weights, kept_dtypes, logical
+from megatron_quant.ckpt.storage import read_config, resolve_source
+from megatron_quant.engines import check_serving
+from megatron_quant.errors import CheckpointError, LayoutError, QuantError, RecipeError
+from megatron_quant.mcore.checkpoint import HF_FILES, Saved
+from megatron_quant.models import (
+    Architecture,
+    Param,
+    Pipeline,
+    check_layout,
+    lookup,
+    num_experts,
+    num_layers,
+)
+from megatron_quant.recipes import (
+    EXPERT_SCALES,
+    QuantPlan,
+    Recipe,
+    cache_slots,
+    difference,
+    resolve,
+)
+from megatron_quant.runs.options import QuantizeOptions, chosen_recipe, dtype_of, parse_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that passed every check that needs no weights.
+
+    architecture: None where the checkpoint is streamed, which needs no model.
+    layout: as Megatron's default rank order gives it; dialect and export: the files, owners at
+    that layout, None where nothing is exported; cost: of planning them. expert_scales: whose
+    weight amaxes experts have. kept, checkpoint: as in :class:`SourceModel`.
+    """
+
+    source: Path
+    hf_config: Mapping[str, Any]
+    architecture: Architecture | None
+    params: tuple[Param, ...]
+    recipe: Recipe
+    quant: QuantPlan
+    dialect: Dialect | None
+    layout: Layout
+    dtype: torch.dtype
+    export: ExportPlan | None
+    cost: Cost | None
+    expert_scales: str
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
+    checkpoint: Weights | None = None
+
+
+def prepare_job(
+    options: QuantizeOptions,
+    world: int,
+    saved: Saved | None = None,
+    open_weights: Callable[[Path], Weights] | None = None,
+) -> Job:
+    """Check the flags against the model's config for ``world`` ranks.
+
+    saved: what ``options.megatron_load_path`` holds. open_weights: how to open the checkpoint,
+    whose layers for speculation the export then takes along; None to read config.json alone.
+    Raises the QuantError of whatever does not fit.
+    """
+    if options.amax_file is not None:
+        raise QuantError("--amax-file is written by --stream: pass that too, or leave it out")
+    source = _source(options, saved)
+    hf_config = read_config(source)
+    architecture = lookup(hf_config)
+    params = architecture.params(hf_config)
+    checkpoint = open_weights(source) if open_weights is not None else None
+    kept: Mapping[str, torch.dtype] = {}
+    if checkpoint is not None:
+        hf_config = checkpoint.config
+        params, kept = logical(checkpoint)[1].params, kept_dtypes(checkpoint)
+    check_layout(hf_config, options.tp, options.ep, options.etp)
+    stages = _pipeline(options).stages(num_layers(params))
+    experts = num_experts(params)
+    layout = Layout.simulate(world, options.tp, options.ep, options.etp, experts, stages)
+    model = SourceModel(
+        source=source,
+        hf_config=hf_config,
+        architecture=architecture,
+        params=params,
+        kept=kept,
+        checkpoint=checkpoint,
+    )
+    job = decide(options, model, layout, saved)
+    if checkpoint is not None:
+        checkpoint.check(params)
+    return job
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceModel:
+    """What is quantized: where it lies, its config and its logical parameters.
+
+    kept: dtypes of Hugging Face tensors that keep theirs, whatever the export's is. checkpoint:
+    of the weights; None where they are not read, or come from a Megatron checkpoint.
+    """
+
+    source: Path
+    hf_config: Mapping[str, Any]
+    architecture: Architecture | None
+    params: tuple[Param, ...]
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
+    checkpoint: Weights | None = None
+
+
+def decide(
+    options: QuantizeOptions, model: SourceModel, layout: Layout, saved: Saved | None = None
+) -> Job:
+    """The recipe's decisions on ``model`` and the files of its export.
+
+    Raises the QuantError of whatever does not fit.
+    """
+    recipe, params = chosen_recipe(options, saved), model.params
+    quant = resolve(recipe, slots(params))
+    if saved is not None and saved.recipe is not None:
+        _check_same(options, quant, resolve(saved.recipe, slots(params)))
+    _check_samples(options, quant, saved)
+    _check_cache(quant)
+    dtype = dtype_of(options.dtype)
+    scales = options.expert_scales or (saved.expert_scales if saved else EXPERT_SCALES[0])
+    job = Job(
+        source=model.source,
+        hf_config=model.hf_config,
+        architecture=model.architecture,
+        params=params,
+        recipe=recipe,
+        quant=quant,
+        dialect=None,
+        layout=layout,
+        dtype=dtype,
+        export=None,
+        cost=None,
+        expert_scales=scales,
+        kept=model.kept,
+        checkpoint=model.checkpoint,
+    )
+    if options.export_dir is None and options.megatron_save_path is not None:
+        return job
+    dialect = get_dialect(options.export_format)
+    check_serving(quant, params, dialect.name, options.serve_engine, options.serve_tp)
+    dialect.quantization_config(quant)  # refuses what it cannot say
+    shard_bytes = parse_size(options.max_shard_size)
+    export, cost = measured(
+        lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes, model.kept)
+    )
+    return replace(job, dialect=dialect, export=export, cost=cost)
+
+
+def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
+    """``job`` with ``quant`` in the place of its plan; raises as :func:`prepare_job`."""
+    if job.dialect is None:
+        return replace(job, quant=quant)
+    shard_bytes = parse_size(options.max_shard_size)
+    export = plan_export(
+        job.params, quant, job.dialect, job.layout, job.dtype, shard_bytes, job.kept
+    )
+    return replace(job, quant=quant, export=export)
+
+
+def _pipeline(options: QuantizeOptions) -> Pipeline:
+    return Pipeline(
+        options.pp,
+        options.num_virtual_stages_per_pipeline_rank,
+        options.num_layers_in_first_pipeline_stage,
+        options.num_layers_in_last_pipeline_stage,
+    )
+
+
+def _source(options: QuantizeOptions, saved: Saved | None) -> Path:
+    """Where config.json and the tokenizer are."""
+    if options.hf_model_id is not None:
+        return resolve_source(options.hf_model_id)
+    assert saved is not None
+    beside = saved.stored.path / HF_FILES
+    if not beside.is_dir():
+        raise CheckpointError(
+            f"{saved.stored.path} has no {HF_FILES} folder with config.json and the tokenizer: "
+            "say where they are with --hf-model-id"
+        )
+    return beside
+
+
+def _check_same(options: QuantizeOptions, quant: QuantPlan, saved: QuantPlan) -> None:
+    if other := difference(quant, saved):
+        raise RecipeError(
+            f"{options.megatron_load_path} was saved with recipe {saved.recipe!r}, which treats "
+            f"{other} in another way than the flags ask for: leave out --export-quant-cfg and the "
+            "flags that change it"
+        )
+
+
+def _check_cache(quant: QuantPlan) -> None:
+    """Raise RecipeError where there are no keys and values whose scales could be calibrated."""
+    if quant.kv_cache == "fp8" and not cache_slots(quant):
+        raise RecipeError(
+            "--export-kv-cache-quant fp8: latent attention caches keys and values as one vector, "
+            "compressed, which engines take without a calibrated scale; take fp8_cast, or none"
+        )
+
+
+def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
+    """Padding would be routed and observed, and so make the statistics depend on the layout."""
+    calibrates = quant.needs_data and saved is None
+    if (options.eval_text or calibrates) and options.calib_seq_length % options.tp:
+        raise LayoutError(
+            f"--tp {options.tp} does not divide --calib-seq-length {options.calib_seq_length}: "
+            "choose a multiple"
+        )

@@ -1,0 +1,41 @@
+from .inputs import InputAmaxes as InputAmaxes
+from .inputs import merge_amaxes as merge_amaxes
+from .inputs import static_inputs as static_inputs
+from .inputs import write_amaxes as write_amaxes
+from .model import keys_of as keys_of
+from .model import load_model as load_model
+from .model import run_model as run_model
+from .model import watched as watched
+from .observe import WeightInputAmax as WeightInputAmax
+from .part_source import PartSource as PartSource
+from .part_source import scaled as scaled
+from .part_split import bounded_parts as bounded_parts
+from .produce import Producer as Producer
+from .scales import Sharing as Sharing
+from .scales import per_expert as per_expert
+from .scales import searched_amaxes as searched_amaxes
+from .scales import shared as shared
+from .scales import shared_amaxes as shared_amaxes
+from .scales import slot_amaxes as slot_amaxes
+
+__all__ = [
+    "InputAmaxes",
+    "PartSource",
+    "Producer",
+    "Sharing",
+    "WeightInputAmax",
+    "bounded_parts",
+    "keys_of",
+    "load_model",
+    "merge_amaxes",
+    "per_expert",
+    "run_model",
+    "scaled",
+    "searched_amaxes",
+    "shared",
+    "shared_amaxes",
+    "slot_amaxes",
+    "static_inputs",
+    "watched",
+    "write_amaxes",
+]

@@ -1,0 +1,75 @@
+"""Input amaxes of all slots from what the ranks saw, and the file that keeps them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_quant.dist import Groups, max_reduce
+from megatron_quant.errors import CalibrationError
+from megatron_quant.models import Param
+from megatron_quant.recipes import QuantPlan, accept_cold, check_reached, largest_shared
+
+_LAYER_MAX = "layer-max"
+
+
+@dataclass(frozen=True)
+class InputAmaxes:
+    """found: of each slot that was reached. scales: what its scale follows from, fp32 [], for each
+    slot with static inputs: a layer's experts share the largest. cold: slots of experts that no
+    token reached."""
+
+    found: Mapping[str, float]
+    scales: Mapping[str, torch.Tensor]
+    cold: tuple[str, ...]
+
+
+def static_inputs(quant: QuantPlan, params: Sequence[Param]) -> list[Param]:
+    """Parameters whose inputs have a tensor scale."""
+    decisions = quant.by_name
+    return [p for p in params if (i := decisions[p.name].inputs) is not None and i.tensor_scale]
+
+
+def merge_amaxes(
+    quant: QuantPlan,
+    params: Sequence[Param],
+    keys_of: Callable[[Param], tuple[str, ...]],
+    seen: Mapping[str, torch.Tensor],
+    cold_experts: str,
+    groups: Groups,
+) -> InputAmaxes:
+    """Merge what every rank saw by key; one collective.
+
+    params: :func:`static_inputs`. Raises CalibrationError, on every rank, for inputs that are not
+    finite, a layer that no token reached, or, unless ``cold_experts`` is layer-max, an expert.
+    """
+    row = torch.full((len(params),), -1.0)
+    for i, param in enumerate(params):
+        values = [seen[key] for key in keys_of(param) if key in seen]
+        if values:
+            row[i] = torch.stack(values).max().nan_to_num(nan=torch.inf)
+    merged = zip(params, max_reduce(row, groups).tolist(), strict=True)
+    found = {param.name: value for param, value in merged if value >= 0}
+    for name, value in found.items():
+        if not isfinite(value):
+            raise CalibrationError(f"input of {name} contains NaN or Inf: repair the checkpoint")
+    slots, largest = [quant.by_name[p.name].slot for p in params], largest_shared(quant, found)
+    check_reached(slots, largest)
+    unseen = (slot for slot in slots if slot.name not in found)
+    cold = accept_cold(unseen, cold_experts == _LAYER_MAX)
+    scales = {slot.name: torch.tensor(largest[slot.sharing]) for slot in slots}
+    return InputAmaxes(found, scales, cold)
+
+
+def write_amaxes(path: Path, params: Sequence[Param], amaxes: InputAmaxes) -> None:
+    """A safetensors file with ``MODULE.input_amax``, fp32 [], of every module that was reached."""
+    tensors = {
+        f"{source.module}.input_amax": torch.tensor(amaxes.found[param.name])
+        for param in params
+        if param.name in amaxes.found
+        for source in param.sources
+    }
+    save_file(tensors, path)

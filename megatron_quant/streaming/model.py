@@ -1,0 +1,117 @@
+"""The transformers model of a checkpoint, and which of its parameters are which weights."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging
+
+from megatron_quant.errors import CalibrationError, CheckpointError
+from megatron_quant.models import Parallel, Param, decoder_of
+from megatron_quant.streaming.observe import Watched
+
+_STACK = re.compile(r"(.*\.)?experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
+_EXPERT = re.compile(r"(.*\.)?experts\.(\d+)\.(\w+)\.weight")
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_DOWN = ("down_proj", "w2")
+
+
+def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model (no head) in evaluation mode, experts computed one after another.
+
+    Local files alone, no remote code. Raises CheckpointError where transformers cannot load it, or
+    would leave a parameter at random.
+    """
+    try:
+        with _quiet():
+            model, info = AutoModel.from_pretrained(
+                directory,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                experts_implementation="eager",
+                output_loading_info=True,
+            )
+    except Exception as e:  # transformers raises whatever a model's code does
+        reason = " ".join(str(e).split())[:200]
+        raise CheckpointError(
+            f"{directory}: transformers cannot load the model ({reason}); pass --weight-only"
+        ) from e
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{directory} has nothing for {missing[0]} of transformers' model ({len(missing)} "
+            "such); fetch the checkpoint again, or pass --weight-only"
+        )
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bar: every rank would draw one."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def run_model(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """A forward of token ids [B, S] whose output nobody wants; CalibrationError where it fails."""
+    try:
+        model(input_ids=ids, use_cache=False)
+    except Exception as e:  # a model's code may need what a checkpoint has not
+        reason = " ".join(str(e).split())[:200]
+        raise CalibrationError(
+            f"transformers' forward of the model failed ({reason}); pass --weight-only"
+        ) from e
+
+
+def keys_of(param: Param) -> tuple[str, ...]:
+    """By which :func:`watched` calls the weights that ``param`` fuses."""
+    if param.expert is not None:
+        return (_expert_key(param.layer, param.expert, param.parallel is Parallel.ROW),)
+    return tuple(
+        f"{param.layer}.{m[2]}" for s in param.sources if (m := _LAYER.search(s.module)) is not None
+    )
+
+
+def _expert_key(layer: int | str | None, expert: int | str, down: bool) -> str:
+    return f"{layer}.experts.{expert}.{'down' if down else 'gate_up'}"
+
+
+def watched(model: PreTrainedModel, params: Sequence[Param]) -> list[Watched]:
+    """The parameters of ``model`` that hold weights of ``params``.
+
+    Raises CheckpointError for a weight that none of them holds.
+    """
+    named = dict(model.named_parameters())
+    prefix = decoder_of({name: tuple(p.shape) for name, p in named.items()})
+    found = []
+    for name, parameter in named.items():
+        match = _LAYER.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if match is not None:
+            found.append(Watched(parameter.data, _keys(match[1], match[2], parameter)))
+    wanted = {key: p for p in params for key in keys_of(p)}
+    lacking = wanted.keys() - {key for w in found for key in w.keys}
+    if lacking:
+        first = min(lacking)
+        raise CheckpointError(
+            f"transformers' model has no parameter for {wanted[first].sources[0].name}, whose "
+            "inputs are to be measured; exclude it in the recipe, or pass --weight-only"
+        )
+    return [w for w in found if wanted.keys() & set(w.keys)]
+
+
+def _keys(layer: str, name: str, parameter: torch.Tensor) -> tuple[str, ...]:
+    if (match := _STACK.fullmatch(name)) and parameter.dim() == 3:
+        down = match[2] in _DOWN
+        return tuple(_expert_key(layer, e, down) for e in range(parameter.shape[0]))
+    if match := _EXPERT.fullmatch(name):
+        return (_expert_key(layer, match[2], match[3] in _DOWN),)
+    return (f"{layer}.{name.removesuffix('.weight')}",)

@@ -1,0 +1,39 @@
+"""Parts of tensors as they come from the source checkpoint."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_quant.ckpt.dialects import WEIGHT_SCALE
+from megatron_quant.ckpt.plan import RankPart
+from megatron_quant.ckpt.read import Weights
+from megatron_quant.models import Role
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """A checkpoint, read part by part. dtype: in which weights are quantized."""
+
+    checkpoint: Weights
+    dtype: torch.dtype
+
+    def read(self, part: RankPart) -> torch.Tensor:
+        """The part's rectangle of its Hugging Face tensor, in the dtype of the run."""
+        return self.checkpoint.read(part.target.source.name, part.src).to(self._dtype_of(part))
+
+    def _dtype_of(self, part: RankPart) -> torch.dtype:
+        return self.dtype if part.target.scheme.weights else part.target.entries[0].dtype
+
+
+def needs_amax(part: RankPart) -> bool:
+    """Whether the part cannot be encoded before the amax of all that shares its scale is known."""
+    scheme = part.target.scheme
+    if part.param.role is Role.CACHE or scheme.weights is None:
+        return False
+    return scheme.weights.tensor_scale or any(s.field == WEIGHT_SCALE for s in scheme.stored)
+
+
+def scaled(parts: tuple[RankPart, ...]) -> Iterator[RankPart]:
+    """Those of ``parts`` that need an amax."""
+    return filter(needs_amax, parts)

@@ -1,0 +1,41 @@
+"""Parts of bounded size: what a rank holds does not grow with the model."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+
+from megatron_quant.ckpt.plan import ExportPlan, RankPart
+
+_ELEMENTS = 1 << 25
+"""Elements of a part, if its rows can be told apart."""
+_ROWS = 128
+"""Rows that a block, or a word of packed elements, may span."""
+
+
+def bounded_parts(plan: ExportPlan) -> ExportPlan:
+    """``plan`` with every large part cut into blocks of rows; owners and bytes stay."""
+    return replace(plan, parts=tuple(piece for part in plan.parts for piece in _pieces(part)))
+
+
+def _pieces(part: RankPart) -> Iterator[RankPart]:
+    rows = part.region.size[0] if part.region.size else 1
+    step = rows
+    while prod(part.region.size) // rows * step > _ELEMENTS and _halves(part, step):
+        step //= 2
+    if step == rows:
+        yield part
+        return
+    rest = (0,) * (len(part.region.size) - 1)
+    for start in range(0, rows, step):
+        size = (min(step, rows - start), *part.region.size[1:])
+        spans = ((start, start + size[0]),)
+        yield replace(
+            part, region=replace(part.region, rows=spans, start=(start, *rest), size=size)
+        )
+
+
+def _halves(part: RankPart, step: int) -> bool:
+    """Whether blocks of half of ``step`` rows are stored apart: a block's rows stay together."""
+    if part.target.scheme.weights is None:
+        return step > 1
+    return step % (2 * _ROWS) == 0

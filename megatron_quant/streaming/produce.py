@@ -1,0 +1,45 @@
+"""What an export asks for each part, made from the source checkpoint alone."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_quant.ckpt.plan import RankPart
+from megatron_quant.ckpt.read import QuantizedCheckpoint, kept_scales
+from megatron_quant.ckpt.write import Produced, check_finite, encoded, produce_cache_scale
+from megatron_quant.formats import E4M3_MAX
+from megatron_quant.models import Role
+from megatron_quant.recipes import QuantPlan
+from megatron_quant.streaming.part_source import PartSource
+from megatron_quant.streaming.search import searched_stat
+
+_CAST = torch.tensor(E4M3_MAX)
+"""Amax of keys and values that are cast to FP8 as they are: their scale is 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Producer:
+    """Reads, encodes and forgets. weight_amax, input_amax: by slot, fp32 [], where needed.
+
+    kept: whose scales weights keep; None where they get their own.
+    """
+
+    source: PartSource
+    quant: QuantPlan
+    weight_amax: Mapping[str, torch.Tensor]
+    input_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    kept: QuantizedCheckpoint | None = None
+
+    def __call__(self, part: RankPart) -> Iterator[Produced]:
+        """The tensors of ``part``."""
+        if part.param.role is Role.CACHE:
+            return produce_cache_scale(part, _CAST)
+        w, name = self.source.read(part), part.param.name
+        weight_amax, decision = self.weight_amax.get(name), self.quant.by_name[name]
+        stat, scales = searched_stat(w, decision, weight_amax, part.src.start), None
+        if self.kept is not None and decision.quantized:
+            scales = kept_scales(self.kept, part.target.source.module, part.region)
+        if weight_amax is None:  # else all of them were looked at
+            check_finite(part, w)
+        return encoded(part, w, weight_amax, self.input_amax.get(name), stat, scales)

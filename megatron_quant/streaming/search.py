@@ -1,0 +1,43 @@
+"""Statistics of blocks that leave the least error, one part at a time."""
+
+import torch
+
+from megatron_quant.formats import MULTIPLIERS, Format, block_stat, choose, errors, tensor_scale
+from megatron_quant.recipes import Decision
+
+_ELEMENTS = 1 << 22
+"""Elements that are searched at a time."""
+
+
+def searched_stat(
+    w_NK: torch.Tensor, decision: Decision, amax: torch.Tensor | None, start: tuple[int, ...]
+) -> torch.Tensor | None:
+    """Statistic of the part's blocks by the decision's algorithm; None where that is their amax.
+
+    w_NK: whole blocks of rows, from row ``start[0]`` of the tensor on. amax: of all that shares
+    the tensor's scale, where the format has one.
+    """
+    fmt = decision.weights
+    if not decision.searches_blocks:
+        return None
+    assert fmt is not None and fmt.stat_block is not None
+    multipliers = MULTIPLIERS[decision.algorithm]
+    step = max(_ELEMENTS // w_NK.shape[1] // fmt.stat_block[0], 1) * fmt.stat_block[0]
+    found = [
+        _of_rows(rows, fmt, amax, multipliers, (start[0] + i * step, start[1]))
+        for i, rows in enumerate(w_NK.split(step))
+    ]
+    return torch.cat(found)
+
+
+def _of_rows(
+    w_NK: torch.Tensor,
+    fmt: Format,
+    amax: torch.Tensor | None,
+    multipliers: tuple[float, ...],
+    origin: tuple[int, int],
+) -> torch.Tensor:
+    stat = block_stat(w_NK, fmt, origin)
+    dscale = None if amax is None else tensor_scale(amax, fmt) if fmt.tensor_scale else None
+    sums = errors(w_NK, fmt, dscale, stat, multipliers, origin)
+    return stat * choose(sums, multipliers).unsqueeze(-1)

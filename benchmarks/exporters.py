@@ -61,10 +61,10 @@ def copy(source: Path, out: Path, clock: Clock, fmt: str) -> None:
 def ours(source: Path, out: Path, clock: Clock, fmt: str) -> None:
     """``quantize --stream``; on several ranks where torchrun started them."""
     from megatron_quant.dist import Groups
-    from megatron_quant.runs.file_to_file import stream
+    from megatron_quant.runs.file_to_file import stream_files as stream
     from megatron_quant.runs.options import QuantizeOptions
 
-    options = QuantizeOptions(
+    options = QuantizeOptions.from_flags(
         hf_model_id=str(source), export_dir=out, weight_only=True, **FORMATS[fmt]
     )
     stream(options, Groups(), clock)

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 def _ours(folder: Path, fmt: str, clock: Clock) -> None:
     from megatron_quant.mcore.model.parallel import start_distributed
-    from megatron_quant.runs.megatron import quantize
+    from megatron_quant.runs.megatron import quantize_run as quantize
     from megatron_quant.runs.options import QuantizeOptions
 
     groups = start_distributed()
     dense = {"export_quant_cfg": str(folder / "dense.yaml"), "export_format": "compressed-tensors"}
-    options = QuantizeOptions(
+    options = QuantizeOptions.from_flags(
         hf_model_id=str(folder / "source"),
         export_dir=folder / "out",
         weight_only=True,

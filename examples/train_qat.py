@@ -49,11 +49,11 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.errors import QuantError
 from megatron_quant.evaluation.tokenizer import load_tokenizer
 from megatron_quant.layers.install import ExpertScales
+from megatron_quant.mcore.live import producer, quantized
 from megatron_quant.mcore.model.load import load_model
 from megatron_quant.mcore.model.parallel import start_distributed
 from megatron_quant.mcore.model.schedule import run_schedule as run_model
-from megatron_quant.mcore.training.callback import QuantCallback, Schedule
-from megatron_quant.mcore.training.hooks import prepare, quantized
+from megatron_quant.mcore.training import QuantCallback, Schedule, prepare
 from megatron_quant.mcore.training.train_state import (
     TrainProgress,
     last_save,
@@ -61,7 +61,6 @@ from megatron_quant.mcore.training.train_state import (
     save_run,
 )
 from megatron_quant.runs.inputs import Inputs, open_inputs
-from megatron_quant.runs.megatron import producer
 from megatron_quant.runs.options import QuantizeOptions
 
 Microbatch = tuple[torch.Tensor, torch.Tensor | None]
@@ -369,7 +368,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = ("tp", "pp", "ep", "etp", "num_virtual_stages_per_pipeline_rank", "calib_size")
     fields = ("hf_model_id", "export_quant_cfg", "export_dir", *sizes)
     names = (*fields, "calib_dataset", "expert_scales", "export_format", "overwrite", "dtype")
-    options = QuantizeOptions(
+    options = QuantizeOptions.from_flags(
         **{name: getattr(args, name) for name in names}, calib_seq_length=args.seq_length
     )
     together(groups, lambda: check(args, groups.size))

@@ -1,7 +1,6 @@
 """The ``export`` verb."""
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 
 from megatron_quant.cli.console import ConsolePhases, console
@@ -12,7 +11,7 @@ from megatron_quant.cli.tables import files_table
 from megatron_quant.cli.writing import add_writing
 from megatron_quant.errors import ExportError
 from megatron_quant.recipes import EXPERT_SCALES
-from megatron_quant.runs import DTYPES, QuantizeOptions
+from megatron_quant.runs import DTYPES, QuantizeOptions, Serve, Write, from_flags
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -77,13 +76,12 @@ def run(args: argparse.Namespace) -> None:
 def _from_megatron(args: argparse.Namespace) -> None:
     ready_host()
     from megatron_quant.mcore.model import start_distributed
-    from megatron_quant.runs import quantize
+    from megatron_quant.runs import quantize_run
 
-    given = {f.name: getattr(args, f.name) for f in fields(QuantizeOptions) if f.name in args}
-    options = QuantizeOptions(export_quant_cfg=None, **given)
+    options = QuantizeOptions.from_flags(**vars(args))
     out = console()
     groups = start_distributed(args.distributed_timeout_minutes)
-    outcome = quantize(options, groups, ConsolePhases(out))
+    outcome = quantize_run(options, groups, ConsolePhases(out))
     assert outcome.job.export is not None
     out.print(files_table(outcome.job.export, args.verbose))
     for line in left_out_lines(outcome.left_out):
@@ -99,13 +97,8 @@ def _rewrite(args: argparse.Namespace) -> None:
         source=args.source,
         export_dir=args.export_dir,
         export_format=args.export_format,
-        max_shard_size=args.max_shard_size,
-        overwrite=args.overwrite,
-        serve_engine=args.serve_engine,
-        serve_tp=args.serve_tp,
-        io_threads=args.io_threads,
-        fsync=args.fsync,
-        resume=args.resume,
+        serve=from_flags(Serve, vars(args)),
+        write=from_flags(Write, vars(args)),
     )
     groups = start_ranks(args.distributed_timeout_minutes)
     rewritten = reexport(options, groups, ConsolePhases(out))

@@ -1,9 +1,7 @@
 """The ``quantize`` verb: flags as Megatron-Bridge's quantize.py names them."""
 
 import argparse
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +26,9 @@ from megatron_quant.cli.tables import (
     weights_table,
 )
 from megatron_quant.cli.writing import add_writing
-from megatron_quant.errors import ExportError, QuantError
+from megatron_quant.errors import ExportError
 from megatron_quant.recipes import EXPERT_SCALES, KV_CACHES, is_preset, recipe_names
-from megatron_quant.runs import DTYPES, QuantizeOptions, chosen_recipe
+from megatron_quant.runs import DTYPES, QuantizeOptions, check_plannable, chosen_recipe
 
 if TYPE_CHECKING:
     from megatron_quant.dist import Groups
@@ -203,7 +201,7 @@ def _export_flags(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Quantize, or print the plan."""
-    options = QuantizeOptions(**{f.name: getattr(args, f.name) for f in fields(QuantizeOptions)})
+    options = QuantizeOptions.from_flags(**vars(args))
     if options.stream:
         _stream(options, args)
         return
@@ -223,15 +221,13 @@ def _check_export_dir(options: QuantizeOptions) -> None:
 
 
 def _dry_run(options: QuantizeOptions, verbose: bool) -> None:
-    if options.megatron_load_path is not None:
-        raise QuantError("--dry-run plans from config.json: leave out --megatron-load-path")
+    check_plannable(options)
     if options.export_quant_cfg and not is_preset(options.export_quant_cfg):
         chosen_recipe(options, None)  # what is wrong with it is said before torch is loaded
     ready_host()
-    from megatron_quant.runs import prepare_job
+    from megatron_quant.runs import planned
 
-    world = math.lcm(options.tp, options.ep * options.etp) * options.pp
-    _print_plan(prepare_job(options, world), options, verbose)
+    _print_plan(planned(options), options, verbose)
 
 
 def _print_plan(job: "Job", options: QuantizeOptions, verbose: bool) -> None:
@@ -239,7 +235,7 @@ def _print_plan(job: "Job", options: QuantizeOptions, verbose: bool) -> None:
     out.print(weights_table(job, verbose))
     out.print(rules_table(job))
     out.print(files_table(job.export, verbose))
-    out.print(engines_table(job, options.serve_tp))
+    out.print(engines_table(job, options.serve.tp))
     for line in needs(job):
         out.print(line)
     out.print(sizes_line(job.export))
@@ -252,7 +248,7 @@ def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
         _check_export_dir(options)
     from megatron_quant.cli.ranks import start_ranks
     from megatron_quant.dist import together
-    from megatron_quant.runs import plan_stream, stream
+    from megatron_quant.runs import plan_stream, stream_files
 
     if args.dry_run:
         return _print_plan(plan_stream(options, 1).job, options, args.verbose)
@@ -260,7 +256,7 @@ def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
     phases = ConsolePhases(out)
     groups = start_ranks(args.distributed_timeout_minutes)
     together(groups, lambda: check_output_file("--report", args.report) if rank() == 0 else None)
-    streamed = stream(options, groups, phases)
+    streamed = stream_files(options, groups, phases)
     for line in summary_of_stream(streamed, phases.seconds):
         out.print(line)
     _write_report(args.report, groups, lambda: stream_as_json(streamed, phases.seconds))
@@ -270,13 +266,13 @@ def _quantize(options: QuantizeOptions, args: argparse.Namespace) -> None:
     ready_host()
     from megatron_quant.dist import together
     from megatron_quant.mcore.model import start_distributed
-    from megatron_quant.runs import quantize
+    from megatron_quant.runs import quantize_run
 
     out = console()
     phases = ConsolePhases(out)
     groups = start_distributed(args.distributed_timeout_minutes)
     together(groups, lambda: check_output_file("--report", args.report) if rank() == 0 else None)
-    outcome = quantize(options, groups, phases)
+    outcome = quantize_run(options, groups, phases)
     out.print(statistics_table(outcome.statistics, args.verbose))
     for line in summary(outcome, phases.seconds):
         out.print(line)

@@ -23,6 +23,16 @@ _EARLIER = ("transformer_engine", "megatron.core", "modelopt.torch")
 _active = False
 
 
+def use_cpu() -> None:
+    """Ready this process for a host without a GPU; do nothing where CUDA is available.
+
+    Call it before anything imports Megatron or Transformer Engine. Raises HostError where one of
+    them was imported already, or is missing.
+    """
+    if not torch.cuda.is_available():
+        activate()
+
+
 def activate() -> None:
     """Make this process run Transformer Engine and Megatron-Core on CPU tensors; idempotent.
 

@@ -1,5 +1,6 @@
 from .load import decoded as decoded
 from .load import native as native
+from .measure import Result as Result
 from .measure import Text as Text
 from .measure import evaluate as evaluate
 from .measure import read_windows as read_windows
@@ -10,6 +11,7 @@ from .tokenizer import load_tokenizer as load_tokenizer
 
 __all__ = [
     "NOTHING",
+    "Result",
     "Sums",
     "Text",
     "decoded",

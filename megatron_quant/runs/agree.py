@@ -15,6 +15,7 @@ from megatron_quant.ckpt.write import plan_digest
 from megatron_quant.dist import Groups
 from megatron_quant.errors import QuantError
 from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.runs.settings import flags_of
 
 _DIGITS = 12  # of a digest, on the screen
 
@@ -22,9 +23,9 @@ _DIGITS = 12  # of a digest, on the screen
 def check_options(options: object, groups: Groups) -> None:
     """Raise RankError, on every rank, where the ranks have other options. Collective.
 
-    options: a dataclass's fields.
+    options: a dataclass, whose groups of settings count by their flags.
     """
-    check_alike(groups, **{name: str(value) for name, value in vars(options).items()})
+    check_alike(groups, **{name: str(value) for name, value in flags_of(options).items()})
 
 
 def fetched(options: QuantizeOptions, groups: Groups) -> QuantizeOptions:
@@ -41,9 +42,9 @@ def fetched(options: QuantizeOptions, groups: Groups) -> QuantizeOptions:
         source = resolve_source(given)
         with suppress(QuantError):  # whoever needs it says what is wrong
             source_digest(source)
-        if options.calib_dataset != STDLIB and not Path(options.calib_dataset).exists():
+        if options.calibration.dataset != STDLIB and not Path(options.calibration.dataset).exists():
             with suppress(QuantError):
-                load_texts(options.calib_dataset)
+                load_texts(options.calibration.dataset)
         return str(source)
 
     return replace(options, hf_model_id=once_a_host(groups, fetch))

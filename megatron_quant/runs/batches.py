@@ -8,11 +8,11 @@ import torch
 from megatron_quant.calib import load_texts, token_batches
 from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluation import load_tokenizer
-from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.runs.settings import Calibration
 
 
-def calibration_batches(options: QuantizeOptions, source: Path) -> list[torch.Tensor]:
-    """What ``options`` ask for, [B, S] each.
+def calibration_batches(calibration: Calibration, source: Path) -> list[torch.Tensor]:
+    """What ``calibration`` asks for, [B, S] each.
 
     Raises CheckpointError without a tokenizer and CalibrationError where there is too little text.
     """
@@ -20,9 +20,9 @@ def calibration_batches(options: QuantizeOptions, source: Path) -> list[torch.Te
         tokenizer = load_tokenizer(source)
     except CheckpointError as e:
         raise CheckpointError(f"{e}, or quantize with --weight-only") from None
-    texts = load_texts(options.calib_dataset)
+    texts = load_texts(calibration.dataset)
     return token_batches(
-        texts, tokenizer, options.calib_size, options.calib_seq_length, options.calib_batch_size
+        texts, tokenizer, calibration.size, calibration.seq_length, calibration.batch_size
     )
 
 

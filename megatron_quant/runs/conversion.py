@@ -1,6 +1,6 @@
 """Rewriting a quantized checkpoint in another dialect, without a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,24 +23,19 @@ from megatron_quant.engines import check_serving
 from megatron_quant.models import Role
 from megatron_quant.runs.agree import check_options, check_plans
 from megatron_quant.runs.destination import Verification, check_place, existing_of, with_beside
-from megatron_quant.runs.options import parse_size
 from megatron_quant.runs.phases import Phases
+from megatron_quant.runs.settings import Serve, Write, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """One run of ``export``; every field is the flag of the same name."""
+    """One run of ``export``; what is no group of settings is the flag of the same name."""
 
     source: Path
     export_dir: Path
     export_format: str
-    max_shard_size: str = "5GB"
-    overwrite: bool = False
-    serve_engine: str | None = None
-    serve_tp: int | None = None
-    io_threads: int = 2
-    fsync: bool = True
-    resume: bool = False
+    serve: Serve = field(default_factory=Serve)
+    write: Write = field(default_factory=Write)
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritte
     """Write ``options.source`` in ``options.export_format``; the ranks share the work.
 
     Collective. Raises a QuantError, the same on every rank; an unfinished export is removed (with
-    ``options.resume``: kept, to be continued).
+    ``options.write.resume``: kept, to be continued).
     """
     check_options(options, groups)
     work = together(groups, lambda: _planned(options, groups.size))
@@ -84,20 +79,20 @@ class _Work:
 
 def _planned(options: ExportOptions, world: int) -> _Work:
     """Raises the QuantError of whatever does not fit; nothing has been written then."""
-    existing = existing_of(options.overwrite, options.resume)
-    writing = WriteOptions(options.io_threads, options.fsync)
+    existing = existing_of(options.write)
+    writing = WriteOptions(options.write.io_threads, options.write.fsync)
     checkpoint = QuantizedCheckpoint(options.source)
     check_place(options.export_dir, options.source)
     fused = params_of(checkpoint)
     params = whole_tensors(fused)
     quant = plan_of(checkpoint, params)
     dialect = get_dialect(options.export_format)
-    check_serving(quant, fused, dialect.name, options.serve_engine, options.serve_tp)
+    check_serving(quant, fused, dialect.name, options.serve.engine, options.serve.tp)
     layout = Layout.simulate(world, 1, 1, 1)
     embedding = next(param for param in params if param.role is Role.EMBEDDING)
     dtype = checkpoint.tensors[embedding.name].dtype
     kept = {name: info.dtype for name, info in checkpoint.tensors.items()}
-    shard_bytes = parse_size(options.max_shard_size)
+    shard_bytes = parse_size(options.write.max_shard_size)
     plan = plan_export(params, quant, dialect, layout, dtype, shard_bytes, kept)
     origin = _origin(checkpoint, options)
     files = companions(checkpoint.config, quant, dialect, dtype, origin=origin)

@@ -20,18 +20,14 @@ from megatron_quant.mcore.checkpoint import Saved
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
+from megatron_quant.runs.settings import Write
 
 
-def existing_of(overwrite: bool, resume: bool) -> Existing:
-    """What ``--overwrite`` and ``--resume`` mean; ExportError for both."""
-    if overwrite and resume:
-        raise ExportError(
-            "--resume continues what --overwrite would remove; give one of them, --resume to go on"
-            " with an export that --overwrite began"
-        )
-    if resume:
+def existing_of(write: Write) -> Existing:
+    """What ``--overwrite`` and ``--resume`` mean for what is there already."""
+    if write.resume:
         return Existing.RESUME
-    return Existing.REPLACE if overwrite else Existing.REFUSE
+    return Existing.REPLACE if write.overwrite else Existing.REFUSE
 
 
 def check_place(export_dir: Path, *sources: Path) -> None:

@@ -32,7 +32,7 @@ def calibrate_inputs(
     with phases.time("load"):
 
         def start() -> tuple[list[torch.Tensor], "PreTrainedModel", WeightInputAmax]:
-            batches = calibration_batches(options, job.source)
+            batches = calibration_batches(options.calibration, job.source)
             check_ids(batches, job.source, positive(text_config(job.hf_config), "vocab_size"))
             model = load_model(job.source, job.dtype)
             return batches, model, WeightInputAmax(watched(model, params))
@@ -48,7 +48,9 @@ def calibrate_inputs(
                 progress(1)
 
     together(groups, forward)
-    return merge_amaxes(job.quant, params, keys_of, seen.seen, options.cold_experts, groups)
+    return merge_amaxes(
+        job.quant, params, keys_of, seen.seen, options.calibration.cold_experts, groups
+    )
 
 
 def save_amaxes(options: QuantizeOptions, job: Job, amaxes: InputAmaxes) -> None:

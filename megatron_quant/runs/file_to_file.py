@@ -110,7 +110,7 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
     return Planned(replace(job, export=bounded_parts(job.export)), checkpoint, keeps)
 
 
-def stream(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed:
+def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed:
     """Quantize a Hugging Face checkpoint into ``options.export_dir``, file to file.
 
     Collective; the ranks share the tensors. Raises a QuantError, the same on every rank, before
@@ -171,14 +171,14 @@ def _export(  # noqa: PLR0913
     check: Verification,
 ) -> None:
     assert options.export_dir is not None
-    writing = WriteOptions(options.io_threads, options.fsync)
+    writing = WriteOptions(options.write.io_threads, options.write.fsync)
     with phases.transfer("export", _nbytes(job.export.parts_of(groups.rank))) as progress:
         existing, out = _existing(options), options.export_dir
         export(job.export, groups, producer, out, files, existing, progress, writing, check)
 
 
 def _existing(options: QuantizeOptions) -> Existing:
-    return existing_of(options.overwrite, options.resume)
+    return existing_of(options.write)
 
 
 def _weight_amaxes(
@@ -198,7 +198,7 @@ def _nbytes(parts: Iterable[RankPart]) -> int:
 
 
 def _check_flags(options: QuantizeOptions) -> None:
-    sizes = {name: getattr(options, name) for name in ("tp", "ep", "etp", "pp")}
+    sizes = {name: getattr(options.parallel, name) for name in ("tp", "ep", "etp", "pp")}
     if any(size > 1 for size in sizes.values()):
         given = " ".join(f"--{name} {size}" for name, size in sizes.items() if size > 1)
         raise LayoutError(
@@ -207,5 +207,5 @@ def _check_flags(options: QuantizeOptions) -> None:
         )
     if options.eval_text:
         raise QuantError("--eval-text needs a model, which --stream has not: use the verb eval")
-    if options.act_percentile < 100:
+    if options.calibration.act_percentile < 100:
         raise QuantError("--act-percentile is not measured by --stream: leave one of them out")

@@ -13,7 +13,7 @@ from megatron_quant.runs.batches import calibration_batches, check_ids
 from megatron_quant.runs.destination import checked_companions, existing_of, origin_of
 from megatron_quant.runs.job import Job, prepare_job, replanned
 from megatron_quant.runs.options import QuantizeOptions
-from megatron_quant.runs.save import check_save_path
+from megatron_quant.runs.saving import check_save_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
     saved: what ``options.megatron_load_path`` holds.
     Raises the QuantError of whatever is wrong; nothing has been written then.
     """
-    existing = existing_of(options.overwrite, options.resume)
-    writing = WriteOptions(options.io_threads, options.fsync)
+    existing = existing_of(options.write)
+    writing = WriteOptions(options.write.io_threads, options.write.fsync)
     job = prepare_job(options, world, saved, open_source if saved is None else None)
     checkpoint, kept = job.checkpoint, None
     if checkpoint is not None and options.keep_scales:
@@ -57,10 +57,10 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
         check_save_path(options.megatron_save_path, existing)
     windows = []
     if options.eval_text:
-        windows = read_windows(job.source, options.eval_text, options.calib_seq_length)
+        windows = read_windows(job.source, options.eval_text, options.calibration.seq_length)
     batches = []
     if job.quant.needs_data and saved is None:
-        batches = calibration_batches(options, job.source)
+        batches = calibration_batches(options.calibration, job.source)
     check_ids([*batches, *windows], job.source, job.hf_config["vocab_size"])
     return Inputs(
         job=job,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from megatron_quant.recipes import (
     difference,
     resolve,
 )
-from megatron_quant.runs.options import QuantizeOptions, chosen_recipe, dtype_of, parse_size
+from megatron_quant.runs.options import QuantizeOptions, check_plannable, chosen_recipe, dtype_of
+from megatron_quant.runs.settings import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +85,12 @@ def prepare_job(
     if checkpoint is not None:
         hf_config = checkpoint.config
         params, kept = logical(checkpoint)[1].params, kept_dtypes(checkpoint)
-    check_layout(hf_config, options.tp, options.ep, options.etp)
+    check_layout(hf_config, options.parallel.tp, options.parallel.ep, options.parallel.etp)
     stages = _pipeline(options).stages(num_layers(params))
     experts = num_experts(params)
-    layout = Layout.simulate(world, options.tp, options.ep, options.etp, experts, stages)
+    layout = Layout.simulate(
+        world, options.parallel.tp, options.parallel.ep, options.parallel.etp, experts, stages
+    )
     model = SourceModel(
         source=source,
         hf_config=hf_config,
@@ -99,6 +103,16 @@ def prepare_job(
     if checkpoint is not None:
         checkpoint.check(params)
     return job
+
+
+def planned(options: QuantizeOptions) -> Job:
+    """Decide everything from config.json alone, for the fewest ranks that the layout takes.
+
+    Raises the QuantError of whatever does not fit.
+    """
+    check_plannable(options)
+    sizes = options.parallel
+    return prepare_job(options, lcm(sizes.tp, sizes.ep * sizes.etp) * sizes.pp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +165,9 @@ def decide(
     if options.export_dir is None and options.megatron_save_path is not None:
         return job
     dialect = get_dialect(options.export_format)
-    check_serving(quant, params, dialect.name, options.serve_engine, options.serve_tp)
+    check_serving(quant, params, dialect.name, options.serve.engine, options.serve.tp)
     dialect.quantization_config(quant)  # refuses what it cannot say
-    shard_bytes = parse_size(options.max_shard_size)
+    shard_bytes = parse_size(options.write.max_shard_size)
     export, cost = measured(
         lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes, model.kept)
     )
@@ -164,7 +178,7 @@ def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
     """``job`` with ``quant`` in the place of its plan; raises as :func:`prepare_job`."""
     if job.dialect is None:
         return replace(job, quant=quant)
-    shard_bytes = parse_size(options.max_shard_size)
+    shard_bytes = parse_size(options.write.max_shard_size)
     export = plan_export(
         job.params, quant, job.dialect, job.layout, job.dtype, shard_bytes, job.kept
     )
@@ -173,10 +187,10 @@ def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
 
 def _pipeline(options: QuantizeOptions) -> Pipeline:
     return Pipeline(
-        options.pp,
-        options.num_virtual_stages_per_pipeline_rank,
-        options.num_layers_in_first_pipeline_stage,
-        options.num_layers_in_last_pipeline_stage,
+        options.parallel.pp,
+        options.parallel.num_virtual_stages_per_pipeline_rank,
+        options.parallel.num_layers_in_first_pipeline_stage,
+        options.parallel.num_layers_in_last_pipeline_stage,
     )
 
 
@@ -215,8 +229,8 @@ def _check_cache(quant: QuantPlan) -> None:
 def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
     """Padding would be routed and observed, and so make the statistics depend on the layout."""
     calibrates = quant.needs_data and saved is None
-    if (options.eval_text or calibrates) and options.calib_seq_length % options.tp:
+    tp, length = options.parallel.tp, options.calibration.seq_length
+    if (options.eval_text or calibrates) and length % tp:
         raise LayoutError(
-            f"--tp {options.tp} does not divide --calib-seq-length {options.calib_seq_length}: "
-            "choose a multiple"
+            f"--tp {tp} does not divide --calib-seq-length {length}: choose a multiple"
         )

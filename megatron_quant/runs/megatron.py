@@ -1,6 +1,6 @@
 """The run itself: load, attach, calibrate, export, verify. Every rank calls :func:`quantize`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,22 +11,24 @@ from megatron.core import parallel_state as mpu
 from megatron_quant.calib import (
     CalibrationReport,
     ColdExperts,
-    calibrate,
-    calibrate_kv_cache,
-    run_rest,
     shard,
-    watch,
 )
-from megatron_quant.ckpt.plan import RankPart
 from megatron_quant.ckpt.verify import Report
-from megatron_quant.ckpt.write import Produce, Produced, export, produce, produce_cache_scale
+from megatron_quant.ckpt.write import Produce, export
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluation import Sums
-from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer
-from megatron_quant.mcore.checkpoint import Saved, describe_model, describe_run, open_saved, restore
+from megatron_quant.layers import ExpertScales
+from megatron_quant.mcore.checkpoint import Saved, open_saved, restore
+from megatron_quant.mcore.live import (
+    HFModel,
+    Quantized,
+    attach_plan,
+    calibrate_quantized,
+    describe,
+    producer,
+)
 from megatron_quant.mcore.model import (
     LiveModel,
-    attach_model,
     empty_model,
     evaluate_model,
     keep_scales,
@@ -41,7 +43,7 @@ from megatron_quant.runs.inputs import Inputs, open_inputs
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
-from megatron_quant.runs.save import save_model
+from megatron_quant.runs.saving import save_model
 from megatron_quant.streaming import PartSource, Producer
 
 
@@ -65,11 +67,11 @@ class Outcome:
     left_out: tuple[str, ...] = ()
 
 
-def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcome:
+def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcome:
     """Quantize a Hugging Face checkpoint into ``options.export_dir``, or load one that is.
 
     Collective. Raises a QuantError, the same on every rank, before anything is written or with
-    what was written removed (with ``options.resume``: kept, to be continued).
+    what was written removed (with ``options.write.resume``: kept, to be continued).
     """
     check_options(options, groups)
     with phases.time("plan"):
@@ -84,23 +86,24 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     model = _model(inputs, groups, phases)
     assert model.layout == job.layout, "the plan's owners are not where Megatron put the ranks"
     with phases.time("attach"):
-        scales = saved.expert_scales if saved else job.expert_scales
-        layers, cached = together(groups, lambda: _attach(inputs, model, ExpertScales(scales)))
+        handle = _attach(inputs, model, saved)
     if saved is not None:
-        calibration, kv_amax = _restore(job, model, layers, cached, saved, phases)
+        with phases.time("load"):
+            scales = ExpertScales(job.expert_scales)
+            restore(model, handle.layers, handle.cached, job.quant, saved, scales)
     else:
-        calibration, kv_amax = _calibrate(options, inputs, model, layers, cached, phases)
-    quantized = [*layers, *cached]
-    fake_quant = _evaluate(inputs, model, quantized, phases) if inputs.windows else None
+        handle = _calibrate(options, inputs, handle, phases)
+    calibration = handle.report or CalibrationReport({}, {}, {}, ())
+    fake_quant = _evaluate(inputs, handle, phases) if inputs.windows else None
     if options.megatron_save_path is not None:
         with phases.time("save"):
             path, config = options.megatron_save_path, dict(job.hf_config)
             save_model(model, path, job.source, config, groups)
     check = None
     if options.export_dir is not None:
-        found = (calibration.weight_amax, calibration.input_amax, kv_amax)
+        found = (calibration.weight_amax, calibration.input_amax, handle.kv_amax)
         digest = together(groups, lambda: statistics_digest(job, options, *found))
-        produced = producer(model, layers, cached, _drafts(job))
+        produced = producer(model, handle.layers, handle.cached, _drafts(job))
         source = job.source if options.megatron_load_path is None else None
         check = Verification(options.export_dir, source, groups, phases)
         _export(options, inputs, model, produced, digest, phases, check)
@@ -109,7 +112,7 @@ def quantize(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcom
     return Outcome(
         job=job,
         calibration=calibration,
-        kv_amax=kv_amax,
+        kv_amax=handle.kv_amax,
         statistics=statistics(model),
         fake_quant=fake_quant,
         verified=report,
@@ -131,19 +134,6 @@ def _model(inputs: Inputs, groups: Groups, phases: Phases) -> LiveModel:
         )
 
 
-def _restore(
-    job: Job,
-    model: LiveModel,
-    layers: list[QuantLayer],
-    cached: list[CachedTensor],
-    saved: Saved,
-    phases: Phases,
-) -> tuple[CalibrationReport, dict[str, float]]:
-    with phases.time("load"):
-        restore(model, layers, cached, job.quant, saved, ExpertScales(job.expert_scales))
-    return CalibrationReport({}, {}, {}, ()), {}
-
-
 def statistics(model: LiveModel) -> list[tuple[str, tuple[int, ...], float]]:
     """State name (global layer), shape and largest value of every amax that this rank holds."""
     return [
@@ -154,59 +144,47 @@ def statistics(model: LiveModel) -> list[tuple[str, tuple[int, ...], float]]:
     ]
 
 
-def _attach(
-    inputs: Inputs, model: LiveModel, scales: ExpertScales
-) -> tuple[list[QuantLayer], list[CachedTensor]]:
-    job = inputs.job
-    layers, cached = attach_model(model, job.quant, scales)
-    if inputs.kept is not None:
-        keep_scales(layers, model, inputs.kept)
-    about = describe_run(job.recipe, job.quant, job.expert_scales, inputs.origin.source)
-    describe_model(model, about, layers)
-    return layers, cached
+def _attach(inputs: Inputs, model: LiveModel, saved: Saved | None) -> Quantized:
+    job, kept = inputs.job, inputs.kept
+    handle = attach_plan(
+        model,
+        HFModel(job.hf_config, job.source),
+        job.recipe,
+        job.quant,
+        ExpertScales(saved.expert_scales if saved else job.expert_scales),
+        source=inputs.origin.source,
+        keep=None if kept is None else partial(keep_scales, model=model, checkpoint=kept),
+    )
+    wanted = replace(handle, expert_scales=ExpertScales(job.expert_scales))
+    together(model.groups, lambda: describe(wanted))
+    return wanted.remember()
 
 
 def _calibrate(
-    options: QuantizeOptions,
-    inputs: Inputs,
-    model: LiveModel,
-    layers: list[QuantLayer],
-    cached: list[CachedTensor],
-    phases: Phases,
-) -> tuple[CalibrationReport, dict[str, float]]:
+    options: QuantizeOptions, inputs: Inputs, handle: Quantized, phases: Phases
+) -> Quantized:
     batches: list[torch.Tensor] = []
     if inputs.batches:
         size = mpu.get_data_parallel_world_size()
         batches = shard(inputs.batches, mpu.get_data_parallel_rank(), size)
+    how, chunks = options.calibration, handle.model.chunks
     with phases.bar("calibrate", len(batches)) as progress:
         # One call for all: a pipeline is full only while batches follow one another.
-        steps = iter([partial(run_schedule, model.chunks, batches, _drop, progress)])
-        with watch(cached) as seen:
-            report = calibrate(
-                layers,
-                inputs.job.quant,
-                model.groups,
-                steps,
-                ColdExperts(options.cold_experts),
-                token_replicas=model.layout.etp_size,
-                act_percentile=options.act_percentile,
-            )
-            run_rest(layers, steps)
-        return report, calibrate_kv_cache(cached, inputs.job.quant, model.groups, seen)
+        steps = [partial(run_schedule, chunks, batches, _drop, progress)]
+        return calibrate_quantized(handle, steps, ColdExperts(how.cold_experts), how.act_percentile)
 
 
 def _drop(logits: torch.Tensor) -> None:
     """Calibration looks at inputs of layers alone."""
 
 
-def _evaluate(
-    inputs: Inputs, model: LiveModel, layers: list[QuantLayer | CachedTensor], phases: Phases
-) -> Sums:
+def _evaluate(inputs: Inputs, handle: Quantized, phases: Phases) -> Sums:
+    model, quantized = handle.model, [*handle.layers, *handle.cached]
     size = mpu.get_data_parallel_world_size()
     vocab_size = inputs.job.hf_config["vocab_size"]
     with phases.bar("evaluate", -(-len(inputs.windows) // size)) as progress:
         return evaluate_model(
-            model.chunks, layers, inputs.windows, vocab_size, model.groups, progress
+            model.chunks, quantized, inputs.windows, vocab_size, model.groups, progress
         )
 
 
@@ -242,41 +220,3 @@ def _drafts(job: Job) -> Produce | None:
     if job.checkpoint is None:
         return None
     return Producer(source=PartSource(job.checkpoint, job.dtype), quant=job.quant, weight_amax={})
-
-
-def producer(
-    model: LiveModel,
-    layers: Sequence[QuantLayer],
-    cached: Sequence[CachedTensor] = (),
-    drafts: Produce | None = None,
-) -> Callable[[RankPart], Iterable[Produced]]:
-    """What the export asks for each part: the live weight with its quantizers' amaxes.
-
-    drafts: makes the parts of layers for speculation, which the model has not.
-    """
-    tensors = {local.param.name: local for local in model.local}
-    amaxes = {
-        decision.slot.name: (layer, index)
-        for layer in layers
-        for index, decision in enumerate(layer.decisions)
-    }
-
-    scales = {tensor.slot.name: tensor for tensor in cached}
-
-    def of_part(part: RankPart) -> Iterable[Produced]:
-        if part.param.role is Role.DRAFT:
-            assert drafts is not None, part.param.name
-            return drafts(part)
-        if part.param.name in scales:
-            return produce_cache_scale(part, scales[part.param.name].amax())
-        local = model.tensor(tensors[part.param.name])
-        if part.param.name not in amaxes:
-            return produce(part, local)
-        layer, index = amaxes[part.param.name]
-        amax, inputs = layer.weight_amax(index), layer.input_amax()
-        kept = layer.scales(index, part.region)
-        if kept is not None:
-            return produce(part, local, amax, inputs, scales=kept)
-        return produce(part, local, amax, inputs, layer.block_stat(index, part.region))
-
-    return of_part

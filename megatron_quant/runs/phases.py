@@ -1,7 +1,7 @@
 """How a run shows its progress."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -19,3 +19,23 @@ class Phases(Protocol):
     def time(self, name: str) -> AbstractContextManager[None]:
         """A phase without steps."""
         ...
+
+
+class Quiet:
+    """Shows nothing: for programs that import the library."""
+
+    def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show nothing of a phase of ``total`` steps."""
+        return nullcontext(_ignore)
+
+    def transfer(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show nothing of a phase that moves ``nbytes`` bytes."""
+        return nullcontext(_ignore)
+
+    def time(self, name: str) -> AbstractContextManager[None]:
+        """Show nothing of a phase without steps."""
+        return nullcontext()
+
+
+def _ignore(steps: int) -> None:
+    """Count nothing."""

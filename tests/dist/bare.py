@@ -60,6 +60,7 @@ def _config(hf: dict[str, Any], tp: int, ep: int, fields: dict[str, Any]) -> Tra
         "num_moe_experts": hf["num_local_experts"],
         "moe_ffn_hidden_size": hf["moe_intermediate_size"],
         "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_router_pre_softmax": not hf["norm_topk_prob"],
         "moe_layer_freq": [int(i not in hf["mlp_only_layers"]) for i in layers],
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",

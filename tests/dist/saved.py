@@ -20,7 +20,7 @@ def quantize(**options: Any) -> Any:
     from megatron_quant.cli.console import ConsolePhases, console
     from megatron_quant.mcore.model.parallel import start_distributed
 
-    return run(QuantizeOptions(**options), start_distributed(), ConsolePhases(console()))
+    return run(QuantizeOptions.from_flags(**options), start_distributed(), ConsolePhases(console()))
 
 
 def quantize_all(source: Path, out: Path, sizes: Sequence[int], cases: Mapping[str, Case]) -> None:
@@ -70,7 +70,7 @@ def restored(stored: Path, tp: int, ep: int, etp: int) -> Any:
     from megatron_quant.mcore.checkpoint.state import describe_model
 
     groups = start_distributed()
-    options = QuantizeOptions(
+    options = QuantizeOptions.from_flags(
         hf_model_id=None, export_quant_cfg=None, megatron_load_path=stored, megatron_save_path=stored, tp=tp, ep=ep, etp=etp
     )
     saved = open_saved(stored, groups)

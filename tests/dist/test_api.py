@@ -1,58 +1,61 @@
-"""The pieces as docs/api.md puts them together, on a model that was built elsewhere."""
+"""The snippets of docs/api.md, run as they stand there on a model that megatron-core built."""
 
+import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.dist import checkpoints
-from tests.dist.test_layouts import digests, export_all, folder
+from tests.dist.pool import Ranks
+
+PAGE = Path(__file__).parents[2] / "docs" / "api.md"
+SIZES = {"num_experts": 4, "moe_intermediate_size": 128, "mlp_only_layers": [1]}
 
 
-def quantize_live_model(source: Path, out: Path) -> int:
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save("qwen3_moe", tmp_path_factory.mktemp("source"), **SIZES)
+
+
+def snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def run_page(source: Path, out: Path) -> dict[str, Any]:
+    """Run every snippet in one namespace; its paths are put in, and sizes made small."""
     import torch
 
-    from megatron_quant.runs.megatron import producer
-    from megatron_quant.calib.calibration import calibrate
-    from megatron_quant.ckpt.write.carried import beside as found_beside
-    from megatron_quant.ckpt.plan.sidecars import companions
-    from megatron_quant.ckpt.dialects.registry import get_dialect
-    from megatron_quant.ckpt.plan.ranks import Layout
-    from megatron_quant.ckpt.plan.provenance import Origin, recipe_digest, source_digest
-    from megatron_quant.ckpt.plan.export_plan import plan_export
-    from megatron_quant.ckpt.read.directory import open_directory
-    from megatron_quant.ckpt.plan.quantizable import slots
-    from megatron_quant.ckpt.write.exporter import export
-    from megatron_quant.layers.install import attach
-    from megatron_quant.mcore.model.load import load_model, wrap_model
-    from megatron_quant.mcore.model.parallel import start_distributed
-    from megatron_quant.models import lookup
-    from megatron_quant.recipes.load import load_recipe
-    from megatron_quant.recipes.resolution import resolve
+    from megatron_quant.mcore.model import run_schedule
+    from tests.dist import bare
 
-    groups = start_distributed()
-    checkpoint = open_directory(source)
-    architecture = lookup(checkpoint.config)
-    layout = Layout.simulate(groups.size, 2, 2, 1, 8)
-    elsewhere = load_model(
-        checkpoint, architecture, layout, groups, torch.bfloat16, lambda steps: None
-    )
+    def forward_loop(model: Any) -> None:
+        run_schedule(model, [torch.arange(256).view(4, 64)], lambda logits: None)
 
-    model = wrap_model(elsewhere.module, architecture, checkpoint.config, groups)
-    recipe = load_recipe("w4a16_nvfp4")
-    plan = resolve(recipe, slots(model.params))
-    layers = attach(model.module, plan, [p.weight for p in model.local])
-    calibrate(layers, plan, model.groups)
-    dialect = get_dialect("modelopt")
-    files = plan_export(model.params, plan, dialect, model.layout, torch.bfloat16, 300_000)
-    origin = Origin(recipe_digest(recipe), source_digest(source))
-    found = found_beside(source)
-    beside = companions(checkpoint.config, plan, dialect, torch.bfloat16, origin)
-    beside = beside.beside(source, found.carried, found.left_out)
-    export(files, model.groups, producer(model, layers), out, beside)
-    return len(layers)
+    (out / "corpus.jsonl").write_text('{"text": "%s"}\n' % ("a b c d " * 400))
+    (out / "text.txt").write_text("a b c d e f g h " * 400)
+    sent: dict[str, torch.Tensor] = {}
+    built = [bare.filled(bare.built(source, 1, 1), source) for _ in range(2)]
+    names: dict[str, Any] = {
+        "model": built[0],
+        "another_model": built[1],
+        "forward_loop": forward_loop,
+        "send": sent.__setitem__,
+    }
+    for number, snippet in enumerate(snippets()):
+        text = snippet.replace('"PATH"', repr(str(source)))
+        for name in ("OUT2", "OUT", "SAVED", "corpus.jsonl", "text.txt"):
+            where = f"{number}-{name}" if name == "OUT" and number else name
+            text = text.replace(f'"{name}"', repr(str(out / where)))
+        text = text.replace("size=512, seq_length=2048", "size=8, seq_length=64")
+        if "mq.stream(" in text:  # the page's lines stand for alternatives
+            text = text.replace("mq.use_cpu()", "")
+        exec(compile(text, f"docs/api.md, snippet {number}", "exec"), names)
+    return {"sent": len(sent), "files": sorted(p.name for p in out.iterdir())}
 
 
-def test_a_live_model_is_exported_as_the_command_does(tmp_path: Path, ranks) -> None:
-    source = checkpoints.save("qwen3_moe", tmp_path / "source")
-    assert ranks(4, quantize_live_model, source, tmp_path / "live") == [8] * 4
-    case = {"export_quant_cfg": "w4a16_nvfp4"}
-    ranks(1, export_all, source, tmp_path, 1, 1, 1, [case])
-    assert digests(tmp_path / "live") == digests(tmp_path / folder(case))
+def test_the_page(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    assert len(snippets()) == 5
+    (found,) = ranks(1, run_page, source, tmp_path)
+    assert found["sent"] > 20
+    assert {"OUT", "OUT2", "SAVED", "4-OUT"} <= set(found["files"])

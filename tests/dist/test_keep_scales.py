@@ -29,13 +29,13 @@ ROUTES = [
 
 def _through(source: Path, out: Path, recipe: str, dialects: tuple[str, ...], *layout: int) -> None:
     from megatron_quant.runs.options import QuantizeOptions
-    from megatron_quant.runs.megatron import quantize
+    from megatron_quant.runs.megatron import quantize_run as quantize
     from megatron_quant.cli.console import ConsolePhases, console
     from megatron_quant.mcore.model.parallel import start_distributed
 
     groups, (tp, ep, etp) = start_distributed(), layout
     for step, dialect in enumerate(dialects):
-        options = QuantizeOptions(
+        options = QuantizeOptions.from_flags(
             hf_model_id=str(source),
             export_quant_cfg=recipe,
             export_dir=out / str(step),

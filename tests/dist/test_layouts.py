@@ -43,13 +43,13 @@ FORMATS = [
 def export_all(source: Path, out: Path, tp: int, ep: int, etp: int, cases: list[dict]) -> None:
     """Every case (options of a run) at one layout, each into its own folder of ``out``."""
     from megatron_quant.runs.options import QuantizeOptions
-    from megatron_quant.runs.megatron import quantize
+    from megatron_quant.runs.megatron import quantize_run as quantize
     from megatron_quant.cli.console import ConsolePhases, console
     from megatron_quant.mcore.model.parallel import start_distributed
 
     groups = start_distributed()
     for case in cases:
-        options = QuantizeOptions(
+        options = QuantizeOptions.from_flags(
             hf_model_id=str(source),
             export_dir=out / folder(case),
             tp=tp,

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron_quant.errors import ArchitectureError
 from tests.dist import checkpoints, saved
@@ -35,38 +37,23 @@ def streamed(source: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Rank
 
 
 def export_live(source: Path, out: Path, module: Any) -> None:
-    """Quantize and export a live model, as docs/api.md does."""
-    import torch
+    """Quantize and export a live model, as docs/api.md does; its tensors are those of the files."""
+    import megatron_quant as mq
 
-    from megatron_quant.runs.megatron import producer
-    from megatron_quant.calib.calibration import calibrate
-    from megatron_quant.ckpt.write.carried import beside as found_beside
-    from megatron_quant.ckpt.plan.sidecars import companions
-    from megatron_quant.ckpt.dialects.registry import get_dialect
-    from megatron_quant.ckpt.plan.provenance import Origin, recipe_digest, source_digest
-    from megatron_quant.ckpt.plan.export_plan import plan_export
-    from megatron_quant.ckpt.plan.quantizable import slots
-    from megatron_quant.ckpt.write.exporter import export
-    from megatron_quant.mcore.model.attach import attach_model
-    from megatron_quant.mcore.model.load import wrap_model
-    from megatron_quant.mcore.model.parallel import start_distributed
-    from megatron_quant.models import lookup
-    from megatron_quant.recipes.load import load_recipe
-    from megatron_quant.recipes.resolution import resolve
+    handle = mq.quantize(module, RECIPE, hf_model=source)
+    mq.export(module, out, write=mq.Write(max_shard_size="300KB"))
+    files = {}
+    for path in sorted(out.glob("*.safetensors")):
+        files |= load_file(path)
+    streamed = dict(mq.export_tensors(handle, max_bytes=50_000))
+    assert streamed.keys() == files.keys()
+    for name, tensor in files.items():
+        assert streamed[name].dtype == tensor.dtype, name
+        assert torch.equal(stored_bytes(streamed[name]), stored_bytes(tensor)), name
 
-    hf_config = json.loads((source / "config.json").read_text())
-    model = wrap_model(module, lookup(hf_config), hf_config, start_distributed())
-    recipe = load_recipe(RECIPE)
-    plan = resolve(recipe, slots(model.params))
-    layers, cached = attach_model(model, plan)
-    calibrate(layers, plan, model.groups)
-    dialect = get_dialect("modelopt")
-    files = plan_export(model.params, plan, dialect, model.layout, torch.bfloat16, 300_000)
-    origin = Origin(recipe_digest(recipe), source_digest(source))
-    found = found_beside(source)
-    beside = companions(hf_config, plan, dialect, torch.bfloat16, origin)
-    beside = beside.beside(source, found.carried, found.left_out)
-    export(files, model.groups, producer(model, layers, cached), out, beside)
+
+def stored_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def build_and_export(source: Path, out: Path, tp: int, wrapped: bool) -> int:
@@ -107,7 +94,7 @@ def train_and_save(source: Path, stored: Path, again: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as mpu
 
-    from megatron_quant.mcore.training.hooks import prepare
+    from megatron_quant.mcore.training import prepare
     from tests.dist import bare
 
     model = bare.filled(bare.built(source, 2, ep=1), source)

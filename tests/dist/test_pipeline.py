@@ -37,14 +37,14 @@ CALIBRATED = {
 def export_all(source: Path, out: Path, flags: dict, cases: list[dict]) -> list[float]:
     """The KL that each run reports, where it evaluates."""
     from megatron_quant.runs.options import QuantizeOptions
-    from megatron_quant.runs.megatron import quantize
+    from megatron_quant.runs.megatron import quantize_run as quantize
     from megatron_quant.cli.console import ConsolePhases, console
     from megatron_quant.mcore.model.parallel import start_distributed
 
     groups = start_distributed()
     found = []
     for case in cases:
-        options = QuantizeOptions(
+        options = QuantizeOptions.from_flags(
             hf_model_id=str(source),
             export_dir=out / folder(case),
             calib_size=12,

@@ -142,11 +142,11 @@ def test_ranks_share_the_calibration_data(tmp_path: Path, ranks) -> None:
 
 def stream_case(source: Path, out: Path, case: dict) -> None:
     from megatron_quant.runs.options import QuantizeOptions
-    from megatron_quant.runs.file_to_file import stream
+    from megatron_quant.runs.file_to_file import stream_files as stream
     from megatron_quant.cli.console import ConsolePhases, console
     from megatron_quant.dist import Groups
 
-    options = QuantizeOptions(hf_model_id=str(source), export_dir=out, **case)
+    options = QuantizeOptions.from_flags(hf_model_id=str(source), export_dir=out, **case)
     stream(options, Groups(), ConsolePhases(console()))
 
 

@@ -26,8 +26,8 @@ ALONE: Layout = (1, 1, Pipeline())
 
 def _script(path: Path, recipe: str, layout: Layout, fused: bool, **ddp: bool) -> object:
     """A wrapped model whose inputs have ranges already."""
-    from megatron_quant.mcore.training.callback import QuantCallback, Schedule
-    from megatron_quant.mcore.training.hooks import prepare
+    from megatron_quant.mcore.training import QuantCallback, Schedule
+    from megatron_quant.mcore.training import prepare
     from tests.dist import live, training
 
     tp, ep, pipeline = layout
@@ -59,7 +59,7 @@ def _steady(path: Path, recipe: str, candidates: list[list[torch.Tensor]]) -> in
     No input of a quantized layer, moved by a millionth of the largest one beside it, is quantized
     to another value.
     """
-    from megatron_quant.mcore.training.hooks import quantized
+    from megatron_quant.mcore.live import quantized
 
     script, held = _script(path, recipe, ALONE, False, use_distributed_optimizer=False), []
 
@@ -191,7 +191,7 @@ def test_the_line_takes_virtual_stages(ranks: Ranks, deep: Path) -> None:
 
 
 def _prepare(path: Path, change: str) -> None:
-    from megatron_quant.mcore.training.hooks import prepare, wrap_provider
+    from megatron_quant.mcore.training import prepare, wrap_provider
     from tests.dist import live, training
 
     model = training.build(path, live.Parallelism())

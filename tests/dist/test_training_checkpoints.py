@@ -39,7 +39,7 @@ def _build(path: Path, layout: Layout, dtype: torch.dtype = torch.float32) -> li
 
 def _next(model: list, callback: object, step: int) -> Found:
     """What step ``step`` of a prepared model starts from."""
-    from megatron_quant.mcore.training.hooks import quantized
+    from megatron_quant.mcore.live import quantized
     from tests.dist import training
 
     script = training.wrap(model)
@@ -55,8 +55,9 @@ def _next(model: list, callback: object, step: int) -> Found:
 def _save(path: Path, out: Path) -> Found:
     """Calibrate, train two steps with ranges of the first one's weights, and save."""
     from megatron_quant.mcore.checkpoint import store
-    from megatron_quant.mcore.training.callback import QuantCallback, Schedule
-    from megatron_quant.mcore.training.hooks import prepare, quantized
+    from megatron_quant.mcore.training import QuantCallback, Schedule
+    from megatron_quant.mcore.live import quantized
+    from megatron_quant.mcore.training import prepare
     from megatron_quant.mcore.model.schedule import forward
     from tests.dist import training
 
@@ -88,8 +89,8 @@ def first(
 
 
 def _load(path: Path, stored: Path, layout: Layout) -> Found:
-    from megatron_quant.mcore.training.callback import QuantCallback
-    from megatron_quant.mcore.training.hooks import prepare
+    from megatron_quant.mcore.training import QuantCallback
+    from megatron_quant.mcore.training import prepare
 
     model = prepare(_build(path, layout), "nvfp4", stored, hf_model=str(path))
     return _next(model, QuantCallback(log=lambda line: None), 0)
@@ -117,8 +118,9 @@ def _sixteen_bits(path: Path, stored: Path) -> None:
 
     from megatron_quant.calib.training import ranges_of
     from megatron_quant.layers.install import ExpertScales
-    from megatron_quant.mcore.training.callback import QuantCallback
-    from megatron_quant.mcore.training.hooks import prepare, quantized
+    from megatron_quant.mcore.training import QuantCallback
+    from megatron_quant.mcore.live import quantized
+    from megatron_quant.mcore.training import prepare
     from megatron_quant.mcore.model.schedule import forward
     from tests.dist import training
 
@@ -147,7 +149,7 @@ def test_ranges_stay_until_calibration_is_asked_for(
 
 
 def _refused(path: Path, stored: Path, recipe: str) -> None:
-    from megatron_quant.mcore.training.hooks import prepare
+    from megatron_quant.mcore.training import prepare
 
     prepare(_build(path, (2, 1, Pipeline())), recipe, str(stored), hf_model=str(path))
 

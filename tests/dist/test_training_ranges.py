@@ -19,7 +19,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _prepared(path: Path, recipe: str, tp: int = 1, ep: int = 1) -> list:
-    from megatron_quant.mcore.training.hooks import prepare
+    from megatron_quant.mcore.training import prepare
     from tests.dist import live, training
 
     return prepare(training.build(path, live.Parallelism(tp, ep)), recipe, hf_model=str(path))
@@ -27,8 +27,8 @@ def _prepared(path: Path, recipe: str, tp: int = 1, ep: int = 1) -> list:
 
 def _scheduled(path: Path, tp: int, ep: int) -> tuple[list[str], list[dict[str, float]]]:
     """Lines said, and the ranges of inputs before each of five steps."""
-    from megatron_quant.mcore.training.callback import QuantCallback, Schedule
-    from megatron_quant.mcore.training.hooks import quantized
+    from megatron_quant.mcore.training import QuantCallback, Schedule
+    from megatron_quant.mcore.live import quantized
     from tests.dist import training
 
     lines: list[str] = []
@@ -68,7 +68,7 @@ def test_ranges_are_found_followed_and_frozen(ranks: Ranks, moe: Path) -> None:
 
 def _averaged(path: Path) -> None:
     from megatron_quant.calib.training import update_inputs
-    from megatron_quant.mcore.training.hooks import quantized
+    from megatron_quant.mcore.live import quantized
 
     layers = quantized(_prepared(path, "fp8")).layers
     first = layers[0]
@@ -87,7 +87,7 @@ def test_a_running_maximum_and_an_average(ranks: Ranks, moe: Path) -> None:
 def _observed_once(path: Path) -> None:
     from megatron_quant.calib.observe import InputAmax
     from megatron_quant.calib.training import TrainingAmax
-    from megatron_quant.mcore.training.hooks import quantized
+    from megatron_quant.mcore.live import quantized
     from megatron_quant.mcore.model.schedule import forward
     from tests.dist import training
 
@@ -126,8 +126,9 @@ def _bridge(path: Path) -> list[str]:
     """Megatron-Bridge's events, on a model in bf16."""
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_quant.mcore.training.callback import QuantCallback, Schedule
-    from megatron_quant.mcore.training.hooks import quantized, wrap_provider
+    from megatron_quant.mcore.training import QuantCallback, Schedule
+    from megatron_quant.mcore.live import quantized
+    from megatron_quant.mcore.training import wrap_provider
     from tests.dist import live, training
 
     def provider(pre_process: bool = True, post_process: bool = True) -> torch.nn.Module:
@@ -163,8 +164,8 @@ def test_bridges_events_and_sixteen_bits(ranks: Ranks, moe: Path) -> None:
 def _fail(path: Path, how: str) -> None:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    from megatron_quant.mcore.training.callback import QuantCallback, Schedule
-    from megatron_quant.mcore.training.hooks import quantized
+    from megatron_quant.mcore.training import QuantCallback, Schedule
+    from megatron_quant.mcore.live import quantized
     from tests.dist import live, training
 
     if how == "average":

@@ -19,7 +19,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_quant.mcore.training.hooks import prepare, quantized
+from megatron_quant.mcore.live import quantized
+from megatron_quant.mcore.training import prepare
 from megatron_quant.models import copies
 from tests.dist import live
 

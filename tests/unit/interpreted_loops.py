@@ -19,7 +19,10 @@ from tests.unit.test_formats_native import ALL, INPUTS, random, same_bits, scale
 # One program does what many would: the interpreter's cost is by the operation.
 gpu._TILE = 1 << 16
 _INPUTS = {name: INPUTS[name] for name in ("every", "ties", "near zero")}
-_USERS = ("amax", "chunks", "codec", "fake_quant", "kernels", "rows", "stat")
+_USERS = (
+    *("numbers.absmax", "numbers.arithmetic", "blocks.chunks", "blocks.rows", "blocks.stat"),
+    *("codec", "quantize_dequantize"),
+)
 
 
 def main() -> int:

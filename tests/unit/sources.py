@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_quant.cli.console import ConsolePhases, console
 from megatron_quant.dist import Groups
-from megatron_quant.runs.file_to_file import Streamed, stream
+from megatron_quant.runs.file_to_file import Streamed
+from megatron_quant.runs.file_to_file import stream_files as stream
 from megatron_quant.runs.options import QuantizeOptions
 
 WEIGHTS = "model.safetensors"
@@ -24,7 +25,9 @@ def run(source: Path, out: Path, **changes: object) -> Streamed:
         "weight_only": True,
         **changes,
     }
-    named = QuantizeOptions(hf_model_id=str(source), export_dir=out, stream=True, **options)
+    named = QuantizeOptions.from_flags(
+        hf_model_id=str(source), export_dir=out, stream=True, **options
+    )
     return stream(named, Groups(), ConsolePhases(console()))
 
 

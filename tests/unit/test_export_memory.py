@@ -30,11 +30,17 @@ def peak():
 def param(number, rows):
     name = f"model.layers.{number}.weight"
     shape = (rows, 1024)
-    return Param(name, (Source(name, shape),), shape, Role.LINEAR, Parallel.REPLICATED)
+    return Param(
+        name=name,
+        sources=(Source(name, shape),),
+        shape=shape,
+        role=Role.LINEAR,
+        parallel=Parallel.REPLICATED,
+    )
 
 def export_to(directory, rows, count, threads):
     params = [param(number, rows) for number in range(count)]
-    slots = [Slot(p.name, (p.sources[0].module,), p.shape) for p in params]
+    slots = [Slot(name=p.name, sources=(p.sources[0].module,), shape=p.shape) for p in params]
     quant = QuantPlan("plain", tuple(Decision(slot, "test") for slot in slots))
     layout = Layout.simulate(1, 1, 1, 1)
     plan = plan_export(params, quant, get_dialect("modelopt"), layout, torch.bfloat16, 10**9)

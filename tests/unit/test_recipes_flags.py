@@ -25,7 +25,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(source: Path, recipe: str, **flags: Any) -> Job:
     flags = {"export_format": "compressed-tensors", **flags}
     return prepare_job(
-        QuantizeOptions(hf_model_id=str(source), export_quant_cfg=recipe, **flags), 1
+        QuantizeOptions.from_flags(hf_model_id=str(source), export_quant_cfg=recipe, **flags), 1
     )
 
 

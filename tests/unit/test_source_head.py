@@ -88,7 +88,7 @@ def test_a_megatron_model_is_planned_untied(untied: Path, tmp_path: Path) -> Non
     sources.write(tmp_path, sources.tensors(untied))
     (tmp_path / "config.json").write_bytes((untied / "config.json").read_bytes())
     sources.config(tmp_path, tie_word_embeddings=True)
-    options = QuantizeOptions(
+    options = QuantizeOptions.from_flags(
         hf_model_id=str(tmp_path), export_quant_cfg="int4", export_dir=tmp_path / "out"
     )
     job = prepare_job(options, 1, None, open_source)

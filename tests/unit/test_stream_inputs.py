@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from megatron_quant.cli.console import ConsolePhases, console
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, CheckpointError, QuantError
 from megatron_quant.runs.batches import calibration_batches
-from megatron_quant.runs.file_to_file import Streamed, stream
+from megatron_quant.runs.file_to_file import Streamed
+from megatron_quant.runs.file_to_file import stream_files as stream
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.streaming.observe import Watched, WeightInputAmax
 from tests.dist import checkpoints
@@ -48,7 +50,7 @@ def gemma4(tmp_path_factory) -> Path:
 def options(source: Path, out: Path, **changes: object) -> QuantizeOptions:
     chosen = {"export_quant_cfg": "nvfp4", "calib_size": 4, "calib_seq_length": 32, **changes}
     chosen.setdefault("calib_dataset", __file__)
-    return QuantizeOptions(
+    return QuantizeOptions.from_flags(
         hf_model_id=str(source), export_dir=out, cold_experts="layer-max", **chosen
     )
 
@@ -98,7 +100,7 @@ def test_amaxes_are_those_found_by_hand(model, tmp_path: Path) -> None:
         source, dtype=torch.bfloat16, experts_implementation="eager"
     )
     with torch.no_grad(), by_hand(reference) as found:
-        for batch in calibration_batches(options(source, tmp_path), source):
+        for batch in calibration_batches(options(source, tmp_path).calibration, source):
             reference(input_ids=batch, use_cache=False)
     kept = load_file(tmp_path / "out.amax.safetensors")
     assert len(kept) > 20
@@ -151,7 +153,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_cold_experts_stop_the_run(gemma4: Path, tmp_path: Path) -> None:
     few = options(gemma4, tmp_path / "out", calib_size=1, calib_seq_length=1)
-    strict = QuantizeOptions(**{**vars(few), "cold_experts": "error"})
+    strict = replace(few, calibration=replace(few.calibration, cold_experts="error"))
     with pytest.raises(CalibrationError, match=r"expert \d of model.layers.\d.experts saw no"):
         stream(strict, Groups(), ConsolePhases(console()))
     assert not any(tmp_path.iterdir())

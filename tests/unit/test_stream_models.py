@@ -20,7 +20,7 @@ from megatron_quant.formats import fake_quant
 from megatron_quant.formats.numbers.absmax import amax, tensor_scale
 from megatron_quant.formats.spec import get_format
 from megatron_quant.models.structure import recognise
-from megatron_quant.runs.file_to_file import stream
+from megatron_quant.runs.file_to_file import stream_files as stream
 from megatron_quant.runs.options import QuantizeOptions
 from tests.dist.command import command
 from tests.unit import hf_models
@@ -71,7 +71,7 @@ def gemma4(tmp_path_factory) -> Path:
 def run(source: Path, out: Path, **changes: object) -> Path:
     options = {"export_quant_cfg": "w4a16_nvfp4", "weight_only": True, **changes}
     stream(
-        QuantizeOptions(hf_model_id=str(source), export_dir=out, **options),
+        QuantizeOptions.from_flags(hf_model_id=str(source), export_dir=out, **options),
         Groups(),
         ConsolePhases(console()),
     )

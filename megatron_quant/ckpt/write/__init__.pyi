@@ -12,6 +12,7 @@ from .manifest import digest_problems as digest_problems
 from .manifest import plan_digest as plan_digest
 from .pipeline import WriteOptions as WriteOptions
 from .rank_work import Produce as Produce
+from .tensors_in_memory import in_memory as in_memory
 
 __all__ = [
     "Existing",
@@ -25,6 +26,7 @@ __all__ = [
     "digest_problems",
     "encoded",
     "export",
+    "in_memory",
     "plan_digest",
     "produce",
     "produce_cache_scale",

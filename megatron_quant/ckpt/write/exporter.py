@@ -2,8 +2,8 @@
 
 Phases, between which all ranks meet: :func:`prepare_directory` on one rank, :func:`write_parts` on
 all, :func:`stage_documents` on one, a check on all, :func:`publish` on one. Until then every
-file has a temporary name, so whatever stops an export leaves no index behind; a journal says which bytes
-are there already.
+file has a temporary name, so whatever stops an export leaves no index behind; a journal says which
+bytes are there already.
 """
 
 import json

@@ -24,7 +24,7 @@ from megatron_quant.calib import (
     update_inputs,
 )
 from megatron_quant.errors import CalibrationError, QuantError
-from megatron_quant.mcore.training.hooks import Quantized, quantized
+from megatron_quant.mcore.live import Quantized, quantized
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from megatron_quant.ckpt.storage import explained, read_object, write_file
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CheckpointError
 from megatron_quant.mcore.checkpoint import TRACKER, latest, open_torch_dist, store
-from megatron_quant.mcore.training.hooks import quantized
+from megatron_quant.mcore.live import quantized
 from megatron_quant.mcore.training.optimizer_state import load_optimizer
 
 _PROGRESS = "progress.json"

@@ -1,0 +1,48 @@
+from .cpu import use_cpu as use_cpu
+from .dist import Groups as Groups
+from .errors import QuantError as QuantError
+from .mcore.live import Quantized as Quantized
+from .mcore.live import quantized as quantized
+from .recipes import Recipe as Recipe
+from .recipes import load_recipe as load_recipe
+from .runs import Calibration as Calibration
+from .runs import Parallel as Parallel
+from .runs import Serve as Serve
+from .runs import Write as Write
+from .runs import convert as convert
+from .runs import evaluate as evaluate
+from .runs import export as export
+from .runs import export_tensors as export_tensors
+from .runs import plan as plan
+from .runs import quantize as quantize
+from .runs import quantize_checkpoint as quantize_checkpoint
+from .runs import restore as restore
+from .runs import save as save
+from .runs import stream as stream
+from .runs import verify as verify
+
+__version__: str
+__all__ = [
+    "Calibration",
+    "Groups",
+    "Parallel",
+    "QuantError",
+    "Quantized",
+    "Recipe",
+    "Serve",
+    "Write",
+    "convert",
+    "evaluate",
+    "export",
+    "export_tensors",
+    "load_recipe",
+    "plan",
+    "quantize",
+    "quantize_checkpoint",
+    "quantized",
+    "restore",
+    "save",
+    "stream",
+    "use_cpu",
+    "verify",
+]

@@ -1,0 +1,19 @@
+from .handle import HFModel as HFModel
+from .handle import Quantized as Quantized
+from .handle import quantized as quantized
+from .live_parts import producer as producer
+from .sequence import attach_plan as attach_plan
+from .sequence import attach_recipe as attach_recipe
+from .sequence import calibrate_quantized as calibrate_quantized
+from .sequence import describe as describe
+
+__all__ = [
+    "HFModel",
+    "Quantized",
+    "attach_plan",
+    "attach_recipe",
+    "calibrate_quantized",
+    "describe",
+    "producer",
+    "quantized",
+]

@@ -1,0 +1,125 @@
+"""The handle of a live model that has quantizers."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from megatron_quant.calib import CalibrationReport, Ranges
+from megatron_quant.ckpt.storage import read_config, resolve_source
+from megatron_quant.errors import QuantError
+from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer
+from megatron_quant.mcore.model import LiveModel
+from megatron_quant.recipes import QuantPlan, Recipe
+
+_ATTRIBUTE = "_megatron_quant"
+"""Where a model chunk keeps its handle; in ``vars``, so that no state dict has it."""
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """What the Hugging Face side says of a model: config.json, and the directory that has it.
+
+    directory: None where only the config was given.
+    """
+
+    config: Mapping[str, Any]
+    directory: Path | None = None
+
+
+def read_hf_model(hf_model: str | Path | Mapping[str, Any]) -> HFModel:
+    """Read ``hf_model``: a directory, a hub id, or the content of config.json.
+
+    Raises CheckpointError where there is no config.json to read.
+    """
+    if isinstance(hf_model, Mapping):
+        return HFModel(hf_model)
+    directory = resolve_source(str(hf_model))
+    return HFModel(read_config(directory), directory)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Quantized:
+    """A live model with quantizers.
+
+    model: this rank's part, with the meaning of its parameters. plan: the recipe's decision on
+    every weight. layers, cached: this rank's quantized linears and KV caches. stored: ranges that
+    a Megatron checkpoint gave; empty where calibration finds them. source: digest of the Hugging
+    Face checkpoint, for the manifest; empty where it is not known. report, kv_amax: what
+    calibration found; None and empty before it.
+    """
+
+    model: LiveModel
+    hf: HFModel
+    recipe: Recipe
+    plan: QuantPlan
+    expert_scales: ExpertScales
+    layers: tuple[QuantLayer, ...]
+    cached: tuple[CachedTensor, ...] = ()
+    stored: Ranges = ()
+    source: str = ""
+    report: CalibrationReport | None = None
+    kv_amax: Mapping[str, float] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Give a copied model no handle: its tensors are others."""
+
+    def remember(self) -> "Quantized":
+        """Make this the handle that :func:`quantized` finds on the model; return it."""
+        for chunk in self.model.chunks:
+            vars(chunk)[_ATTRIBUTE] = self
+        return self
+
+    def enable(self) -> None:
+        """Quantize in every forward from now on."""
+        for quantizer in self._quantizers():
+            quantizer.enable()
+
+    def disable(self) -> None:
+        """Run every forward unquantized from now on; calibrated ranges stay."""
+        for quantizer in self._quantizers():
+            quantizer.disable()
+
+    def _quantizers(self) -> list[Any]:
+        quantizers = []
+        for layer in self.layers:
+            quantizers += layer.quantizers if layer.decisions[0].inputs else layer.quantizers[:1]
+        return [*quantizers, *(q for tensor in self.cached for q in tensor.quantizers)]
+
+    def summary(self) -> str:
+        """Say in a few lines what is quantized, in which formats, and what calibration saw."""
+        decided = self.plan.decisions
+        formats = Counter(d.weights.name if d.weights else "unquantized" for d in decided)
+        lines = [f"recipe {self.recipe.name}: {len(decided)} weights"]
+        lines += [f"  {count:>6} {name}" for name, count in formats.most_common()]
+        if self.plan.kv_cache:
+            lines.append(f"  KV cache: {self.plan.kv_cache}")
+        if self.report is None:
+            return "\n".join([*lines, "not calibrated"])
+        if tokens := sorted(self.report.tokens.values()):
+            median = tokens[len(tokens) // 2]
+            lines.append(f"tokens an expert saw: {tokens[0]} to {tokens[-1]}, median {median}")
+        if self.report.cold:
+            lines.append(f"cold experts' weights: {len(self.report.cold)}")
+        return "\n".join(lines)
+
+
+def quantized(model: nn.Module | Sequence[nn.Module] | Quantized) -> Quantized:
+    """Return the handle of a model that was given quantizers, whatever wraps it since.
+
+    model: the model, or the list of its chunks. Raises QuantError where it has no quantizers.
+    """
+    if isinstance(model, Quantized):
+        return model
+    chunk: Any = model[0] if isinstance(model, Sequence) else model
+    while not isinstance(found := vars(chunk).get(_ATTRIBUTE), Quantized):
+        if not hasattr(chunk, "module"):
+            raise QuantError(
+                f"{type(chunk).__name__} has no quantizers: give it to megatron_quant.quantize, "
+                "or to the hook megatron_quant.mcore.training.prepare before it is wrapped"
+            )
+        chunk = chunk.module
+    return found

@@ -1,0 +1,159 @@
+"""From a live model to a quantized one: check, resolve, attach, calibrate."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from megatron_quant.calib import (
+    ColdExperts,
+    calibrate,
+    calibrate_kv_cache,
+    ranges_of,
+    run_rest,
+    watch,
+)
+from megatron_quant.ckpt.plan import slots, source_digest
+from megatron_quant.dist import Groups, together
+from megatron_quant.errors import RecipeError
+from megatron_quant.layers import ExpertScales, QuantLayer
+from megatron_quant.mcore.checkpoint import Saved, describe_model, describe_run, restore
+from megatron_quant.mcore.live.handle import HFModel, Quantized, read_hf_model
+from megatron_quant.mcore.model import LiveModel, attach_model, wrap_model
+from megatron_quant.models import lookup
+from megatron_quant.recipes import QuantPlan, Recipe, difference, load_recipe, resolve
+
+
+def attach_recipe(  # noqa: PLR0913
+    model: nn.Module | Sequence[nn.Module],
+    recipe: str | Recipe,
+    hf_model: str | Path | Mapping[str, Any],
+    groups: Groups,
+    *,
+    saved: Saved | None = None,
+    expert_scales: ExpertScales | None = None,
+    check: Callable[[QuantPlan], None] = lambda plan: None,
+    of_weights: bool = False,
+) -> Quantized:
+    """Give a live model the quantizers that ``recipe`` asks for, in place. Collective.
+
+    model: this rank's GPTModel or the list of its chunks; wrappers are looked through. hf_model:
+    the model's Hugging Face directory, hub id or config; recipes name weights as it does. saved:
+    a Megatron checkpoint of a model quantized so, which gives weights and ranges. expert_scales:
+    None for those of ``saved``, without one for shared ones. check: raises for a plan that the
+    caller cannot use. of_weights: whether ``model`` has the weights that ``hf_model`` names, so
+    that its digest may stand in the export's manifest.
+    Raises QuantError, on every rank alike and before anything changes, where settings, names or
+    shapes are not those of the config, or the recipe does not fit.
+    """
+    hf, chosen = together(groups, lambda: (read_hf_model(hf_model), _loaded(recipe)))
+    architecture = together(groups, lambda: lookup(hf.config))
+    live = wrap_model(model, architecture, hf.config, groups)
+    plan = together(groups, lambda: _resolved(chosen, live, saved, check))
+    given = together(groups, lambda: saved.source if saved else _digest(hf) if of_weights else "")
+    scales = expert_scales or ExpertScales(saved.expert_scales if saved else "shared")
+    first = ExpertScales(saved.expert_scales) if saved else scales
+    attached = attach_plan(live, hf, chosen, plan, first, source=given)
+    wanted = replace(attached, expert_scales=scales)
+    together(groups, lambda: describe(wanted))
+    if saved is None:
+        return wanted.remember()
+    restore(live, wanted.layers, wanted.cached, plan, saved, scales)
+    return replace(wanted, stored=ranges_of(wanted.layers)).remember()
+
+
+def _loaded(recipe: str | Recipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+
+
+def _digest(hf: HFModel) -> str:
+    has_weights = hf.directory is not None and any(hf.directory.glob("*.safetensors"))
+    return source_digest(hf.directory) if has_weights and hf.directory else ""
+
+
+def _resolved(
+    recipe: Recipe, live: LiveModel, saved: Saved | None, check: Callable[[QuantPlan], None]
+) -> QuantPlan:
+    described = slots(live.params)
+    plan = resolve(recipe, described)
+    check(plan)
+    if saved is None or saved.recipe is None:
+        return plan
+    if other := difference(plan, resolve(saved.recipe, described)):
+        raise RecipeError(
+            f"{saved.stored.path} was saved with recipe {saved.recipe.name!r}, which treats "
+            f"{other} in another way than {recipe.name!r}: give that one"
+        )
+    return plan
+
+
+def attach_plan(  # noqa: PLR0913
+    live: LiveModel,
+    hf: HFModel,
+    recipe: Recipe,
+    plan: QuantPlan,
+    scales: ExpertScales,
+    *,
+    source: str = "",
+    keep: Callable[[Sequence[QuantLayer]], None] | None = None,
+) -> Quantized:
+    """Attach the quantizers of a plan that is resolved already. Collective.
+
+    source: digest of the Hugging Face checkpoint. keep: gives the attached layers the scales of a
+    source that was quantized before. Raises CoverageError, on every rank, for a layer that cannot
+    carry what the plan asks of it.
+    """
+
+    def attached() -> Quantized:
+        layers, cached = attach_model(live, plan, scales)
+        if keep is not None:
+            keep(layers)
+        return Quantized(
+            model=live,
+            hf=hf,
+            recipe=recipe,
+            plan=plan,
+            expert_scales=scales,
+            layers=tuple(layers),
+            cached=tuple(cached),
+            source=source,
+        )
+
+    return together(live.groups, attached)
+
+
+def describe(quantized: Quantized) -> None:
+    """Put what is quantized, and how, into the model's own sharded state dict."""
+    about = describe_run(
+        quantized.recipe, quantized.plan, quantized.expert_scales.value, quantized.source
+    )
+    describe_model(quantized.model, about, quantized.layers)
+
+
+def calibrate_quantized(
+    quantized: Quantized,
+    forwards: Iterable[Callable[[], None]] = (),
+    cold_experts: ColdExperts = ColdExperts.ERROR,
+    act_percentile: float = 100.0,
+) -> Quantized:
+    """Fill all quantizers and return the handle with its report. Collective.
+
+    forwards: each runs calibration data through the model; all are run where the KV cache or any
+    input has a static scale. Raises CalibrationError, on every rank alike.
+    """
+    live, steps = quantized.model, iter(forwards)
+    with watch(quantized.cached) as seen:
+        report = calibrate(
+            quantized.layers,
+            quantized.plan,
+            live.groups,
+            steps,
+            cold_experts,
+            token_replicas=live.layout.etp_size,
+            act_percentile=act_percentile,
+        )
+        run_rest(quantized.layers, steps)
+    found = calibrate_kv_cache(quantized.cached, quantized.plan, live.groups, seen)
+    return replace(quantized, report=report, kv_amax=found).remember()

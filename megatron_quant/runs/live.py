@@ -1,0 +1,290 @@
+"""The front door for live models: quantize, export, save, restore."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from torch import nn
+
+from megatron_quant.calib import ColdExperts, shard
+from megatron_quant.ckpt.dialects import Dialect, get_dialect
+from megatron_quant.ckpt.plan import (
+    Companions,
+    ExportPlan,
+    Origin,
+    companions,
+    digest_of,
+    plan_export,
+    recipe_digest,
+)
+from megatron_quant.ckpt.read import Weights, kept_dtypes, logical, open_source
+from megatron_quant.ckpt.verify import Report
+from megatron_quant.ckpt.write import WriteOptions, check_target, in_memory
+from megatron_quant.ckpt.write import export as write_files
+from megatron_quant.dist import Groups, together
+from megatron_quant.engines import check_serving
+from megatron_quant.errors import CalibrationError
+from megatron_quant.layers import ExpertScales
+from megatron_quant.mcore.checkpoint import open_saved
+from megatron_quant.mcore.live import (
+    Quantized,
+    attach_recipe,
+    calibrate_quantized,
+    producer,
+    quantized,
+)
+from megatron_quant.mcore.model import LiveModel, run_schedule, start_distributed
+from megatron_quant.models import Param, Role
+from megatron_quant.recipes import Recipe
+from megatron_quant.runs.batches import calibration_batches, check_ids
+from megatron_quant.runs.destination import Verification, check_place, existing_of, with_beside
+from megatron_quant.runs.phases import Quiet
+from megatron_quant.runs.saving import save_model
+from megatron_quant.runs.settings import Calibration, Serve, Write, parse_size
+from megatron_quant.streaming import PartSource, Producer
+
+Chunks = nn.Module | Sequence[nn.Module]
+HFSource = str | Path | Mapping[str, Any]
+
+
+def quantize(
+    model: Chunks,
+    recipe: str | Recipe,
+    forward_loop: Callable[[Any], None] | None = None,
+    *,
+    hf_model: HFSource,
+    expert_scales: str = "shared",
+    calibration: Calibration = Calibration(),
+    groups: Groups | None = None,
+) -> Quantized:
+    """Quantize a live Megatron model in place: attach quantizers and calibrate them. Collective.
+
+    Args:
+        model: this rank's GPTModel, or the list of its pipeline chunks, wrapped
+            (Float16Module, DistributedDataParallel) or not.
+        recipe: as ``--export-quant-cfg`` takes it: a name, a YAML path, a ModelOpt preset, or a
+            Recipe.
+        forward_loop: runs the calibration data through ``model``, its only argument; every rank
+            calls it. None: the text of ``calibration`` is run, with the tokenizer in ``hf_model``.
+        hf_model: the model's Hugging Face directory, hub id or config. Recipes name weights as it
+            does.
+        expert_scales: ``shared``, one weight scale for the experts of a layer, or ``per_expert``.
+        groups: the ranks that hold the model; None for all of torch.distributed's.
+
+    Returns:
+        The handle. :func:`quantized` finds it again on the model.
+
+    Raises:
+        QuantError: on every rank alike, for a model that is not the config's, a recipe that does
+            not fit, or data that reaches not every layer.
+    """
+    groups = groups or start_distributed()
+    handle = attach_recipe(
+        model,
+        recipe,
+        hf_model,
+        groups,
+        expert_scales=_expert_scales(expert_scales),
+        of_weights=True,
+    )
+    steps: list[Callable[[], None]] = []
+    if handle.plan.needs_data:
+        steps = [_own_loop(handle, calibration, groups)]
+        if forward_loop is not None:
+            steps = [partial(forward_loop, model)]
+    cold = ColdExperts(calibration.cold_experts)
+    return calibrate_quantized(handle, steps, cold, calibration.act_percentile)
+
+
+def _expert_scales(name: str) -> ExpertScales:
+    try:
+        return ExpertScales(name)
+    except ValueError:
+        known = ", ".join(scales.value for scales in ExpertScales)
+        raise CalibrationError(f"expert_scales={name!r}: give one of {known}") from None
+
+
+def _own_loop(handle: Quantized, calibration: Calibration, groups: Groups) -> Callable[[], None]:
+    """Run the text of ``calibration`` through the model; read when it is called first."""
+    hf, chunks = handle.hf, handle.model.chunks
+
+    def read() -> list[torch.Tensor]:
+        if hf.directory is None:
+            raise CalibrationError(
+                f"recipe {handle.recipe.name!r} is calibrated on data: give a forward_loop, or the "
+                "directory of the Hugging Face model as hf_model, which has its tokenizer"
+            )
+        batches = calibration_batches(calibration, hf.directory)
+        check_ids(batches, hf.directory, hf.config["vocab_size"])
+        return batches
+
+    def loop() -> None:
+        batches = together(groups, read)
+        size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+        run_schedule(chunks, shard(batches, rank, size), lambda logits: None)
+
+    return loop
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export that was written.
+
+    plan: its files. verified: what verification found, on rank 0; None on the others. left_out:
+    what the source has and the export has not, one line each.
+    """
+
+    plan: ExportPlan
+    verified: Report | None
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Described:
+    """Files of an export, the tensors in them, and how their values are made."""
+
+    plan: ExportPlan
+    files: Companions
+    produce: Any
+
+
+def export(
+    model: Quantized | Chunks,
+    out: str | Path,
+    *,
+    format: str = "modelopt",
+    serve: Serve = Serve(),
+    write: Write = Write(),
+) -> Exported:
+    """Write the serving checkpoint of a quantized live model. Collective.
+
+    The bytes do not depend on the layout. Whatever the Hugging Face directory has and Megatron has
+    not (draft layers, tokenizer files) is carried over from it.
+
+    Args:
+        model: the handle that :func:`quantize` returned, or the model itself.
+        out: the directory to write; it must not hold a checkpoint, unless ``write`` says so.
+        format: ``modelopt``, ``compressed-tensors``, ``gptq``, ``awq``, ``auto-round`` or
+            ``native-fp8``.
+
+    Raises:
+        QuantError: on every rank alike; what was written is removed then, or kept to be continued
+            where ``write.resume`` says so.
+    """
+    handle, directory = quantized(model), Path(out)
+    groups, existing = handle.model.groups, existing_of(write)
+
+    def described() -> _Described:
+        found = _describe(handle, format, serve, parse_size(write.max_shard_size))
+        if handle.hf.directory is not None:
+            check_place(directory, handle.hf.directory)
+        check_target(directory, found.files, existing, found.plan)
+        return found
+
+    found = together(groups, described)
+    options = WriteOptions(write.io_threads, write.fsync)
+    check = Verification(directory, None, groups, Quiet())
+    files = (directory, found.files, existing)
+    write_files(found.plan, groups, found.produce, *files, options=options, check=check)
+    return Exported(found.plan, check.report, found.files.left_out)
+
+
+def _describe(handle: Quantized, format: str, serve: Serve, shard_bytes: int) -> _Described:
+    model, dialect = handle.model, get_dialect(format)
+    source = _weights_beside(handle)
+    kept = kept_dtypes(source) if source else {}
+    drafts = _draft_params(source)
+    dtype = _dtype_of(model)
+    params = (*model.params, *drafts)
+    check_serving(handle.plan, params, dialect.name, serve.engine, serve.tp)
+    dialect.quantization_config(handle.plan)  # refuses what it cannot say
+    plan = plan_export(params, handle.plan, dialect, model.layout, dtype, shard_bytes, kept)
+    made = _draft_producer(handle, source, dtype) if source and drafts else None
+    produce = producer(model, handle.layers, handle.cached, made)
+    return _Described(plan, _files(handle, dialect, dtype, source), produce)
+
+
+def _draft_producer(handle: Quantized, source: Weights, dtype: torch.dtype) -> Producer:
+    return Producer(source=PartSource(source, dtype), quant=handle.plan, weight_amax={})
+
+
+def _files(
+    handle: Quantized, dialect: Dialect, dtype: torch.dtype, source: Weights | None
+) -> Companions:
+    report = handle.report
+    amaxes = (report.weight_amax, report.input_amax) if report else ({}, {})
+    statistics = digest_of([handle.expert_scales.value, *amaxes, handle.kv_amax])
+    origin = Origin(recipe_digest(handle.recipe), handle.source, statistics=statistics)
+    files = companions(handle.hf.config, handle.plan, dialect, dtype, origin=origin)
+    return with_beside(files, handle.hf.directory, source) if handle.hf.directory else files
+
+
+def _weights_beside(handle: Quantized) -> Weights | None:
+    """Open the weights that the Hugging Face directory has; None where it has none."""
+    directory = handle.hf.directory
+    if directory is None or not any(directory.glob("*.safetensors")):
+        return None
+    return open_source(directory)
+
+
+def _draft_params(source: Weights | None) -> tuple[Param, ...]:
+    if source is None:
+        return ()
+    return tuple(p for p in logical(source)[1].params if p.role is Role.DRAFT)
+
+
+def _dtype_of(model: LiveModel) -> torch.dtype:
+    """Return the dtype of the model's linear weights: of what stays unquantized in an export."""
+    return next(
+        model.tensor(local).dtype for local in model.local if local.param.role is Role.LINEAR
+    )
+
+
+def save(model: Quantized | Chunks, directory: str | Path) -> None:
+    """Save a quantized live model as a Megatron checkpoint (torch_dist). Collective.
+
+    It can be restored, exported or trained on at any layout. Raises ExportError, on every rank
+    alike, for what the disk refuses; nothing is left of it then.
+    """
+    handle = quantized(model)
+    hf = handle.hf
+    save_model(handle.model, Path(directory), hf.directory, dict(hf.config), handle.model.groups)
+
+
+def restore(
+    model: Chunks, directory: str | Path, *, hf_model: HFSource, groups: Groups | None = None
+) -> Quantized:
+    """Fill a live model and its quantizers from a checkpoint that :func:`save` wrote. Collective.
+
+    model: unquantized, of the same architecture, at any layout. Raises CheckpointError, on every
+    rank alike, where the checkpoint is another model's or does not say how it is quantized.
+    """
+    groups = groups or start_distributed()
+    saved = open_saved(Path(directory), groups)
+    if saved.recipe is None:
+        raise CalibrationError(
+            f"{directory} does not say how it is quantized: it was saved without megatron_quant"
+        )
+    return attach_recipe(model, saved.recipe, hf_model, groups, saved=saved)
+
+
+def export_tensors(
+    model: Quantized | Chunks, *, format: str = "modelopt", max_bytes: int = 1 << 28
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every (name, tensor) of the export on every rank, in file order, without a disk.
+
+    The tensors have the bytes that :func:`export` writes. Collective: all ranks go through the
+    iterator to its end, in step.
+
+    Args:
+        format: as in :func:`export`.
+        max_bytes: of tensors under way at a time; one tensor that is larger is under way alone.
+    """
+    handle = quantized(model)
+    groups = handle.model.groups
+    found = together(groups, lambda: _describe(handle, format, Serve(), 1 << 62))
+    yield from in_memory(found.plan, found.produce, groups, max_bytes)

@@ -1,0 +1,158 @@
+"""Groups of settings that the front door takes. Nothing here imports torch."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from megatron_quant.errors import ExportError, QuantError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _at_least_one(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise QuantError(f"--{name.replace('_', '-')} is {value}: give at least 1")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``5GB``, ``200MB`` or a plain number; ExportError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ExportError(f"--max-shard-size {text!r} is no size: write it as 5GB or 200MB")
+    size = int(float(match.group(1)) * _UNITS[(match.group(2) or "").upper()])
+    if size < 1:
+        raise ExportError(f"--max-shard-size {text!r} is nothing: give at least a few MB")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How Megatron cuts the model over ranks; the field names are Megatron's flags.
+
+    tp, pp, ep, etp: tensor, pipeline, expert and expert-tensor parallel sizes.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    num_virtual_stages_per_pipeline_rank: int = 1
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse sizes below one."""
+        _at_least_one(self, *self.__dataclass_fields__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What text calibration runs, and what it does with it.
+
+    dataset: as ``--calib-dataset``. size: samples. seq_length: tokens a sample. batch_size: samples
+    a forward. cold_experts: ``error`` stops at an expert that saw no token, ``layer-max`` gives it
+    the largest amax of its layer. act_percentile: the percentage of a layer's input values that
+    its scale covers; 100 clips nothing.
+    """
+
+    dataset: str = "stdlib"
+    size: int = 512
+    seq_length: int = 512
+    batch_size: int = 4
+    cold_experts: str = "error"
+    act_percentile: float = 100.0
+
+    def __post_init__(self) -> None:
+        """Refuse counts below one, a percentage out of range, an unknown policy."""
+        for name in ("size", "seq_length", "batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise QuantError(f"--calib-{name.replace('_', '-')} is {value}: give at least 1")
+        if self.cold_experts not in ("error", "layer-max"):
+            raise QuantError(
+                f"--cold-experts is {self.cold_experts!r}: give one of error, layer-max"
+            )
+        if not 0 < self.act_percentile <= 100:
+            raise QuantError(
+                f"--act-percentile is {self.act_percentile:g}: give a percentage above 0, such as "
+                "99.9; 100 clips nothing"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write:
+    """How files are written.
+
+    overwrite: replace a checkpoint that is there. resume: go on with an unfinished one.
+    max_shard_size: tensor bytes of a file, as ``5GB``. io_threads: threads of a rank that hash and
+    write. fsync: make sure that all is on the disk.
+    """
+
+    overwrite: bool = False
+    resume: bool = False
+    max_shard_size: str = "5GB"
+    io_threads: int = 2
+    fsync: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what excludes one another, and what is no size or count."""
+        if self.overwrite and self.resume:
+            raise ExportError(
+                "--resume continues what --overwrite would remove; give one of them, --resume to "
+                "go on with an export that --overwrite began"
+            )
+        parse_size(self.max_shard_size)
+        _at_least_one(self, "io_threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Where the checkpoint will be served: planning refuses what the engine cannot read.
+
+    engine: one of ``vllm``, ``sglang``, ``tensorrt-llm``; None where it is not known. tp: the
+    server's tensor-parallel size.
+    """
+
+    engine: str | None = None
+    tp: int | None = None
+
+
+_FLAGS = {
+    "dataset": "calib_dataset",
+    "size": "calib_size",
+    "seq_length": "calib_seq_length",
+    "batch_size": "calib_batch_size",
+    "engine": "serve_engine",
+}
+"""Field -> its flag, where that has another name."""
+Settings = TypeVar("Settings", Parallel, Calibration, Write, Serve)
+
+
+def from_flags(group: type[Settings], flags: Mapping[str, Any]) -> Settings:
+    """Make ``group`` of the flags that the command line has for its fields; others are left out.
+
+    flags: values by the flag's name with underscores. A flag that is missing has its default.
+    """
+    names = _names(group)
+    return group(**{name: flags[flag] for name, flag in names.items() if flag in flags})
+
+
+def flags_of(options: object) -> dict[str, Any]:
+    """Flag -> value of a dataclass of options: what :func:`from_flags` takes."""
+    found: dict[str, Any] = {}
+    for name, value in vars(options).items():
+        if isinstance(value, Parallel | Calibration | Write | Serve):
+            names = _names(type(value))
+            found |= {flag: getattr(value, own) for own, flag in names.items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _names(group: type) -> dict[str, str]:
+    """Field -> flag."""
+    names = {f.name: _FLAGS.get(f.name, f.name) for f in fields(group)}
+    return names | {"tp": "serve_tp"} if group is Serve else names

@@ -11,6 +11,8 @@ from .install import attach as attach
 from .install import set_expert_scales as set_expert_scales
 from .kv_cache import CachedTensor as CachedTensor
 from .kv_cache import attach_kv_cache as attach_kv_cache
+from .registry import register as register
+from .registry import unregister as unregister
 
 __all__ = [
     "AMAX",
@@ -24,6 +26,8 @@ __all__ = [
     "attach",
     "attach_kv_cache",
     "block_amax",
+    "register",
     "set_block_amax",
     "set_expert_scales",
+    "unregister",
 ]

@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer, register_quant_backend
-from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
+from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+    is_registered_quant_backend,
+    unregister_quant_backend,
+)
 
 from megatron_quant.errors import CalibrationError
 from megatron_quant.formats import (
@@ -192,3 +195,8 @@ def register_backend() -> None:
     """Make ``backend="megatron_quant"`` known to ModelOpt; a second call does nothing."""
     if not is_registered_quant_backend(BACKEND):
         register_quant_backend(BACKEND, _fake_quantize)
+
+
+def unregister_backend() -> None:
+    """Have ModelOpt forget it; a second call does nothing."""
+    unregister_quant_backend(BACKEND)

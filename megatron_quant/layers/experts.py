@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.experts import TEGroupedMLP
-from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry
+from modelopt.torch.quantization.nn import QuantModule
 
 from megatron_quant.errors import QuantError
 
+EXPERTS = TEGroupedMLP
 
-class _Experts(QuantModule):
+
+class QuantExperts(QuantModule):
     """A ``TEGroupedMLP`` that weighs its experts' outputs instead of their activations."""
 
     def _setup(self) -> None:
@@ -34,15 +36,3 @@ class _Experts(QuantModule):
         out_TH, bias = super().forward(x_TH, tokens_per_expert, torch.ones_like(probs_T))
         assert bias is None, "TEGroupedMLP adds its bias itself"
         return (out_TH * probs_T.unsqueeze(-1)).to(out_TH.dtype), None
-
-
-def _register() -> None:
-    """Put our class in the place of ModelOpt's entry."""
-    if TEGroupedMLP in QuantModuleRegistry:
-        QuantModuleRegistry.unregister(TEGroupedMLP)
-    QuantModuleRegistry.register({TEGroupedMLP: "megatron_quant_TEGroupedMLP"})(_Experts)
-
-
-_register()
-
-QuantTEGroupedMLP = QuantModuleRegistry[TEGroupedMLP]

@@ -25,6 +25,7 @@ from megatron_quant.layers.backend import (
     split_stat,
 )
 from megatron_quant.layers.grouped import QuantGroupedLinear
+from megatron_quant.layers.registry import register
 from megatron_quant.layers.te import fusion_kept, refuse_capture, refuse_cuda_graphs, refuse_fp8
 from megatron_quant.native import WHOLE
 from megatron_quant.recipes import Decision, QuantPlan
@@ -180,6 +181,7 @@ def attach(
     QuantError for a model that is to be recorded in CUDA graphs.
     """
     refuse_cuda_graphs(model)
+    register()
     chosen = _by_module(plan, weights)
     for name in chosen:
         _check(name, model.get_submodule(name))

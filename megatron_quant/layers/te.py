@@ -1,8 +1,8 @@
-"""The quantized classes on Transformer Engine's grouped linears, registered with ModelOpt.
+"""The quantized classes on Transformer Engine's grouped linears, as ModelOpt's registry takes them.
 
-``QuantTEColumnParallelGroupedLinear`` and ``QuantTERowParallelGroupedLinear`` are subclasses of
-Megatron's ``TEColumnParallelGroupedLinear`` / ``TERowParallelGroupedLinear``, that is of TE's
-``GroupedLinear``; ModelOpt's registry makes them (its naming: ``Quant`` + the base's name).
+It makes ``QuantTEColumnParallelGroupedLinear`` and ``QuantTERowParallelGroupedLinear`` of them,
+subclasses of Megatron's ``TEColumnParallelGroupedLinear`` / ``TERowParallelGroupedLinear``, that is
+of TE's ``GroupedLinear`` (its naming: ``Quant`` + the base's name).
 """
 
 from collections.abc import Iterator
@@ -24,11 +24,12 @@ from torch import nn
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from megatron_quant.errors import QuantError
-from megatron_quant.layers import experts  # noqa: F401  (registers its class)
-from megatron_quant.layers.backend import register_backend
 from megatron_quant.layers.grouped import QuantGroupedLinear
 from megatron_quant.layers.sharded import Place, quantizer_state
 from megatron_quant.layers.stand_in import follow
+
+COLUMN, ROW = TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
+ATTENTION, DENSE_MLP = TEDotProductAttention, MLP
 
 
 class _QuantTEGroupedLinear(QuantGroupedLinear):
@@ -158,16 +159,23 @@ def _check_options(module: nn.Module) -> None:
         )
 
 
-class _Column(_QuantTEGroupedLinear):
+class Column(_QuantTEGroupedLinear):
+    """A linear whose shards are rows of the weight [N, K]."""
+
     _is_column_parallel = True
 
 
-class _Row(_QuantTEGroupedLinear):
+class Row(_QuantTEGroupedLinear):
+    """A linear whose shards are columns of the weight [N, K]."""
+
     _is_row_parallel = True
 
 
-def _attention() -> type[QuantModule]:
-    """ModelOpt's quantized attention, whose sinks a distributed checkpoint has whole."""
+def attention() -> type[QuantModule]:
+    """ModelOpt's quantized attention, whose sinks a distributed checkpoint has whole.
+
+    Its base is what the registry has: call it before that is replaced.
+    """
     modelopts: Any = QuantModuleRegistry[TEDotProductAttention].__bases__[0]
 
     class _Attention(modelopts):
@@ -184,25 +192,3 @@ def _attention() -> type[QuantModule]:
             return owner.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
     return _Attention
-
-
-def _register() -> None:
-    """Put our classes in the place of ModelOpt's entries."""
-    for base, quantized, key in (
-        (TEColumnParallelGroupedLinear, _Column, "megatron_quant_TEColumnParallelGroupedLinear"),
-        (TERowParallelGroupedLinear, _Row, "megatron_quant_TERowParallelGroupedLinear"),
-        (TEDotProductAttention, _attention(), "megatron_quant_TEDotProductAttention"),
-    ):
-        if base in QuantModuleRegistry:
-            QuantModuleRegistry.unregister(base)
-        QuantModuleRegistry.register({base: key})(quantized)
-    # ModelOpt's sets singleton_local_shards in the caller's metadata, for all layers after it.
-    if MLP in QuantModuleRegistry:
-        QuantModuleRegistry.unregister(MLP)
-
-
-register_backend()
-_register()
-
-QuantTEColumnParallelGroupedLinear = QuantModuleRegistry[TEColumnParallelGroupedLinear]
-QuantTERowParallelGroupedLinear = QuantModuleRegistry[TERowParallelGroupedLinear]

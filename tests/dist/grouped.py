@@ -15,11 +15,12 @@ from megatron.core.transformer import TransformerConfig
 from modelopt.torch.quantization.nn import QuantModuleRegistry
 
 from megatron_quant.formats import Format, amax, fake_quant, tensor_scale
-from megatron_quant.layers import te  # noqa: F401  (registers the classes)
+from megatron_quant.layers import register
 from megatron_quant.layers.backend import quantizer_attributes
 from megatron_quant.layers.grouped import QuantGroupedLinear
 from tests.dist import tiny
 
+register()
 CLASSES = {"column": TEColumnParallelGroupedLinear, "row": TERowParallelGroupedLinear}
 N, K = 48, 128
 

@@ -16,18 +16,67 @@ def _classes() -> None:
     )
     from modelopt.torch.quantization.nn import QuantModuleRegistry
 
-    from megatron_quant.layers import te
+    from megatron_quant.layers import register
     from megatron_quant.layers.grouped import QuantGroupedLinear
 
-    for ours, base in (
-        (te.QuantTEColumnParallelGroupedLinear, TEColumnParallelGroupedLinear),
-        (te.QuantTERowParallelGroupedLinear, TERowParallelGroupedLinear),
-    ):
+    register()
+    for base in (TEColumnParallelGroupedLinear, TERowParallelGroupedLinear):
+        ours = QuantModuleRegistry[base]
         assert ours.__name__ == f"Quant{base.__name__}"
         assert issubclass(ours, base)
         assert issubclass(ours, te_pytorch.GroupedLinear)
         assert issubclass(ours, QuantGroupedLinear)
-        assert QuantModuleRegistry[base] is ours
+
+
+def _entries() -> dict[str, tuple[type, str] | None]:
+    """What ModelOpt converts each of the classes to that we replace, and by which name."""
+    from megatron.core.extensions import transformer_engine as te
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+    from modelopt.torch.quantization.nn import QuantModuleRegistry as registry
+
+    bases = (
+        te.TEColumnParallelGroupedLinear,
+        te.TERowParallelGroupedLinear,
+        te.TEDotProductAttention,
+        TEGroupedMLP,
+        MLP,
+    )
+    return {
+        base.__name__: (registry[base].__bases__[0], registry.get_key(base))
+        if base in registry
+        else None
+        for base in bases
+    }
+
+
+def _registered_and_not() -> None:
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
+
+    import megatron_quant.layers.install  # noqa: F401  (attach is there, and has not been called)
+    from megatron_quant.layers import register, unregister
+
+    theirs = _entries()
+    assert not any("megatron_quant" in entry[1] for entry in theirs.values() if entry)
+    assert not is_registered_quant_backend("megatron_quant")
+    unregister()
+    assert _entries() == theirs
+    register()
+    ours = _entries()
+    assert {name for name, entry in ours.items() if entry is None} == {"MLP"}
+    assert all(entry[1] == f"megatron_quant_{name}" for name, entry in ours.items() if entry)
+    assert is_registered_quant_backend("megatron_quant")
+    register()
+    assert _entries() == ours
+    unregister()
+    assert _entries() == theirs and theirs["MLP"] is not None
+    assert not is_registered_quant_backend("megatron_quant")
+    register()
+    assert _entries().keys() == ours.keys() and _entries()["MLP"] is None
+
+
+def test_registering_is_a_call_and_can_be_undone(ranks: Ranks) -> None:
+    ranks(1, _registered_and_not)
 
 
 def _quantize(tp: int, ep: int, etp: int, config: object) -> dict[str, torch.Tensor]:
@@ -37,9 +86,10 @@ def _quantize(tp: int, ep: int, etp: int, config: object) -> dict[str, torch.Ten
 
     import modelopt.torch.quantization as mtq
 
-    from megatron_quant.layers import te
+    from megatron_quant.layers import QuantGroupedLinear, register
     from tests.dist import tiny
 
+    register()
     tiny.start(tp, ep, etp)
     built = tiny.model(tiny.config(4))
     before = tiny.logits(built)
@@ -48,8 +98,9 @@ def _quantize(tp: int, ep: int, etp: int, config: object) -> dict[str, torch.Ten
     after = tiny.logits(built)
     assert 0 < (before - after).norm() / before.norm() < 0.5
     experts = built.decoder.layers[0].mlp.experts
-    assert type(experts.linear_fc1) is te.QuantTEColumnParallelGroupedLinear
-    assert type(experts.linear_fc2) is te.QuantTERowParallelGroupedLinear
+    assert type(experts.linear_fc1).__name__ == "QuantTEColumnParallelGroupedLinear"
+    assert type(experts.linear_fc2).__name__ == "QuantTERowParallelGroupedLinear"
+    assert isinstance(experts.linear_fc1, QuantGroupedLinear)
     summary = io.StringIO()
     with contextlib.redirect_stdout(summary):
         mtq.print_quant_summary(built)
@@ -95,10 +146,11 @@ def _per_expert(ep: int) -> list[torch.Tensor]:
     import modelopt.torch.quantization as mtq
 
     from megatron_quant.formats import get_format
-    from megatron_quant.layers import te
+    from megatron_quant.layers import QuantGroupedLinear, register
     from megatron_quant.layers.backend import quantizer_attributes
     from tests.dist import tiny
 
+    register()
     tiny.start(1, ep)
     built = tiny.model(tiny.config(4))
     attributes = quantizer_attributes(get_format("fp8"), axis=0)
@@ -109,7 +161,7 @@ def _per_expert(ep: int) -> list[torch.Tensor]:
     ]
     mtq.quantize(built, {"quant_cfg": rules, "algorithm": "max"})
     layer = built.decoder.layers[0].mlp.experts.linear_fc1
-    assert type(layer) is te.QuantTEColumnParallelGroupedLinear and layer.per_expert
+    assert isinstance(layer, QuantGroupedLinear) and layer.per_expert
     seen: list[int] = []
     hook = layer.weight_quantizer.register_forward_pre_hook(lambda _, x: seen.append(x[0].numel()))
     for weight, quantizer in layer.iter_weights_for_calibration():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from megatron_quant.ckpt.storage.hub import resolve_source
 from megatron_quant.errors import CheckpointError
@@ -39,7 +40,73 @@ def test_a_hub_id_that_cannot_be_fetched(
     hub_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="is no local directory and cannot") as caught:
         resolve_source(hub_id)
     assert "\n" not in str(caught.value)
+
+
+PUBLISHED = {
+    "model-00001-of-00002.safetensors": True,
+    "model.safetensors.index.json": True,
+    "mtp.safetensors": True,
+    "config.json": True,
+    "tekken.json": True,
+    "tokenizer.model.v3": True,
+    "qwen.tiktoken": True,
+    "merges.txt": True,
+    "vocab.txt": True,
+    "chat_template.jinja": True,
+    "LICENSE": True,
+    "README.md": True,
+    "additional_chat_templates/tool_use.jinja": True,
+    "1_Pooling/config.json": True,
+    "consolidated.safetensors": False,
+    "consolidated.safetensors.index.json": False,
+    "modeling_kimi.py": False,
+    "tokenization_kimi.py": False,
+    "tokenizer.py": False,
+    "tokenizer.sh": False,
+    "tokenizer.pkl": False,
+    "tokenizer_native.so": False,
+    "vocab.bin": False,
+    "LICENSE.py": False,
+    "pytorch_model.bin": False,
+    "1_Pooling/pooling.py": False,
+    "additional_chat_templates/load.py": False,
+    "original/model.safetensors": False,
+    "original/config.json": False,
+    "onnx/model.json": False,
+    "figures/benchmark.png": False,
+}
+"""Files of repositories -> whether they are fetched."""
+
+
+def test_no_code_and_no_needless_folder_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = tmp_path / "snapshots" / "0123abcd"
+    fetched: list[str] = []
+    revisions = []
+
+    def snapshot_download(
+        repo_id: str,
+        *,
+        allow_patterns: list[str],
+        ignore_patterns: list[str] | None = None,
+        revision: str | None = None,
+    ) -> str:
+        assert repo_id == "owner/name"
+        revisions.append(revision)
+        fetched.extend(
+            filter_repo_objects(
+                PUBLISHED, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
+        return str(commit)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_source("owner/name") == commit
+    assert sorted(fetched) == sorted(name for name, wanted in PUBLISHED.items() if wanted)
+    assert revisions == [None, commit.name]  # all files are of one commit

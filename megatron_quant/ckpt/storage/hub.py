@@ -11,17 +11,22 @@ from megatron_quant.documents import CONFIG, Limits
 from megatron_quant.errors import CheckpointError
 
 _WANTED = (
-    *("*.safetensors", "*.json", "*.jinja", "*.model", "vocab*", "merges*", "tokenizer*"),
-    *("*.tiktoken", "LICENSE*", "NOTICE*", "README.md"),
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.model.v[0-9]*", "*.tiktoken"),
+    *("vocab.txt", "merges.txt", "*.bpe", "LICENSE*", "NOTICE*", "README.md"),
 )
-_UNWANTED = ("*/*", "consolidated*", "*.py", "*.bin", "*.pt", "*.pth", "*.gguf")
+"""Files that are fetched, of the repository's root alone."""
+_UNWANTED = ("*/*", "consolidated*", "*.py")
+"""Not fetched: what lies in folders, the same weights again for other tools, and code."""
+_FOLDERS = ("additional_chat_templates/*.jinja", "[0-9]_*/config.json")
+"""Files in folders that are fetched: chat templates, and modules of embedding models."""
 
 
 def resolve_source(path_or_hub_id: str) -> Path:
     """The local directory of a checkpoint, downloaded where it is a hub id (``owner/name``).
 
-    Of a hub repository only safetensors, JSON, tokenizer files and licences are fetched, never
-    code or pickles. Raises CheckpointError where there is neither a directory nor a repository.
+    Of a hub repository only safetensors, JSON, tokenizer files and licences of its root are
+    fetched, and chat templates; never code or pickles. Raises CheckpointError where there is
+    neither a directory nor a repository.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
@@ -39,6 +44,10 @@ def _download(hub_id: str) -> Path:
     try:
         found = huggingface_hub.snapshot_download(
             hub_id, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+        )
+        # A pattern's * goes through folders, so that these have a call of their own.
+        huggingface_hub.snapshot_download(
+            hub_id, revision=Path(found).name, allow_patterns=list(_FOLDERS)
         )
     except (HfHubHTTPError, OSError, ValueError) as e:
         reason = " ".join(str(e).split()) or type(e).__name__

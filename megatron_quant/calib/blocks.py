@@ -101,4 +101,4 @@ def give(held: Sequence[RegionStat]) -> None:
     for items in by_layer.values():
         layer = items[0].layer
         stat = torch.cat([item.stat for item in items], dim=-3)
-        set_block_amax(layer.module.weight_quantizer, stat if layer.grouped else stat[0])
+        set_block_amax(layer.weight_quantizer, stat if layer.grouped else stat[0])

@@ -20,7 +20,7 @@ from megatron_quant.calib.sync import merge_max, merge_sum
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError
 from megatron_quant.formats import amax
-from megatron_quant.layers import QuantGroupedLinear, QuantLayer
+from megatron_quant.layers import QuantLayer
 from megatron_quant.recipes import Decision, QuantPlan, accept_cold, check_reached, largest_shared
 
 
@@ -53,7 +53,7 @@ def calibrate(  # noqa: PLR0913
     layers: Sequence[QuantLayer],
     plan: QuantPlan,
     groups: Groups,
-    forwards: Iterable[Callable[[], None]] = (),
+    forwards: Iterable[Callable[[], object]] = (),
     cold_experts: ColdExperts = ColdExperts.ERROR,
     token_replicas: int = 1,
     act_percentile: float = 100.0,
@@ -112,7 +112,7 @@ def _merge_inputs(
     layers: Sequence[QuantLayer],
     plan: QuantPlan,
     groups: Groups,
-    forwards: Iterable[Callable[[], None]],
+    forwards: Iterable[Callable[[], object]],
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Input amaxes, and token counts of the experts; both empty without static input scales."""
     watched = [d for d in plan.quantized if d.inputs and d.inputs.tensor_scale]
@@ -145,10 +145,10 @@ def _load_weights(
     shared_weights = largest_shared(plan, weights)
     for layer in layers:
         weight_amax = torch.tensor(shared_weights[layer.sharing])
-        if isinstance(layer.module, QuantGroupedLinear) and layer.module.per_expert:
+        if layer.per_expert:
             own = [weights[name] for name in _names(layer.decisions)]
             weight_amax = torch.tensor(own).view(-1, 1, 1)
-        layer.module.weight_quantizer.amax = weight_amax.to(layer.weights()[0].device)
+        layer.weight_quantizer.amax = weight_amax.to(layer.weights()[0].device)
 
 
 def _load_inputs(
@@ -158,4 +158,4 @@ def _load_inputs(
     for layer in layers:
         if layer.static_inputs:
             amax = torch.tensor(shared_inputs[layer.sharing])
-            layer.module.input_quantizer.amax = amax.to(layer.weights()[0].device)
+            layer.input_quantizer.amax = amax.to(layer.weights()[0].device)

@@ -55,8 +55,7 @@ def histograms(layers: Sequence[QuantLayer]) -> Iterator[dict[str, InputHistogra
     watched = [layer for layer in layers if layer.static_inputs]
     found = {layer.name: InputHistogram(layer.weights()[0].device) for layer in watched}
     hooks = [
-        layer.module.input_quantizer.register_forward_pre_hook(found[layer.name])
-        for layer in watched
+        layer.input_quantizer.register_forward_pre_hook(found[layer.name]) for layer in watched
     ]
     try:
         yield found

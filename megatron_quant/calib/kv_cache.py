@@ -30,7 +30,7 @@ def watch(cached: Sequence[CachedTensor]) -> Iterator[Seen]:
             hook.remove()
 
 
-def run_rest(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], None]]) -> None:
+def run_rest(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], object]]) -> None:
     """Run, with the model unquantized, the forwards that calibrating ``layers`` had no need of."""
     with torch.no_grad(), unquantized(layers):
         for forward in forwards:

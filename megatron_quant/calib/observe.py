@@ -44,13 +44,13 @@ class Observed:
     tokens: dict[str, torch.Tensor]
 
 
-def observe(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], None]]) -> Observed:
+def observe(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], object]]) -> Observed:
     """Run ``forwards`` with the model unquantized and the inputs of static scale watched."""
     watched = [layer for layer in layers if layer.static_inputs]
     grouped = [layer for layer in watched if isinstance(layer.module, QuantGroupedLinear)]
     inputs = [(layer, InputAmax()) for layer in watched]
-    counts = [(layer, TokenCount(layer.module.num_gemms)) for layer in grouped]
-    hooks = [x.module.input_quantizer.register_forward_pre_hook(hook) for x, hook in inputs]
+    counts = [(layer, TokenCount(len(layer.decisions))) for layer in grouped]
+    hooks = [x.input_quantizer.register_forward_pre_hook(hook) for x, hook in inputs]
     hooks += [x.module.register_forward_pre_hook(count) for x, count in counts]
     try:
         with torch.no_grad(), unquantized(layers):

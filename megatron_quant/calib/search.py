@@ -48,7 +48,7 @@ def widen(layers: Iterable[QuantLayer]) -> None:
     """Give tensors whose blocks may map to 4 of 6 the range that their block scales then need."""
     for layer in layers:
         if layer.decisions[0].algorithm == "four_over_six":
-            quantizer = layer.module.weight_quantizer
+            quantizer = layer.weight_quantizer
             quantizer.amax = quantizer.amax * FOUR_OVER_SIX_RANGE
 
 

@@ -26,7 +26,7 @@ def search_tensors(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups
     for decision in searched:
         sharing.setdefault(decision.slot.sharing, []).append(sums[decision.slot.name])
     for layer in own:
-        if layer.grouped and layer.module.per_expert:
+        if layer.per_expert:
             _choose_amax(layer, torch.stack([sums[d.slot.name] for d in layer.decisions], 1))
         else:
             _choose_amax(layer, torch.stack(sharing[layer.sharing], 1).sum(1, keepdim=True))
@@ -36,7 +36,7 @@ def _of_all_slots(
     searched: Sequence[Decision], own: Sequence[QuantLayer], groups: Groups
 ) -> dict[str, Tensor]:
     """The errors of each slot's whole tensor, int64 [M] on the CPU, on every rank."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for experts in (False, True):
         found |= _of_domain([layer for layer in own if layer.grouped is experts], groups, experts)
     rows = torch.full((len(searched), len(MSE_MULTIPLIERS)), -1, dtype=torch.int64)
@@ -68,6 +68,6 @@ def _of_layer(layer: QuantLayer) -> Tensor:
 
 def _choose_amax(layer: QuantLayer, errors_ME: Tensor) -> None:
     """``errors_ME``: of each amax of the layer's quantizer (one, or one an expert)."""
-    quantizer = layer.module.weight_quantizer
+    quantizer = layer.weight_quantizer
     chosen = choose(errors_ME, MSE_MULTIPLIERS).to(quantizer.amax.device)
     quantizer.amax = quantizer.amax * chosen.view(quantizer.amax.shape)

@@ -37,7 +37,7 @@ class RunningInputs:
     def __init__(self, layers: Sequence[QuantLayer]) -> None:
         self._seen = {layer.name: TrainingAmax() for layer in layers if layer.static_inputs}
         self._hooks = [
-            layer.module.input_quantizer.register_forward_pre_hook(self._seen[layer.name])
+            layer.input_quantizer.register_forward_pre_hook(self._seen[layer.name])
             for layer in layers
             if layer.static_inputs
         ]
@@ -132,7 +132,7 @@ def update_inputs(
     for layer in layers:
         if not layer.static_inputs or layer.name not in live:
             continue
-        quantizer, newest = layer.module.input_quantizer, live[layer.name]
+        quantizer, newest = layer.input_quantizer, live[layer.name]
         if quantizer.amax is not None:
             stored = float(quantizer.amax)
             newest = (
@@ -162,8 +162,8 @@ def _drifts(layers: Sequence[QuantLayer], live: Live) -> Iterator[Drift]:
             if stored is not None:
                 name = decision.slot.name
                 yield _drift(live.weights[name], stored, name)
-        if layer.name in live.inputs and layer.module.input_quantizer.amax is not None:
-            stored = layer.module.input_quantizer.amax
+        if layer.name in live.inputs and layer.input_quantizer.amax is not None:
+            stored = layer.input_quantizer.amax
             yield _drift(live.inputs[layer.name], stored, f"inputs of {layer.name}")
 
 

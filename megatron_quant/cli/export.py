@@ -82,8 +82,7 @@ def _from_megatron(args: argparse.Namespace) -> None:
     out = console()
     groups = start_distributed(args.distributed_timeout_minutes)
     outcome = quantize_run(options, groups, ConsolePhases(out))
-    assert outcome.job.export is not None
-    out.print(files_table(outcome.job.export, args.verbose))
+    out.print(files_table(outcome.job.exported, args.verbose))
     for line in left_out_lines(outcome.left_out):
         out.print(line)
 

@@ -222,7 +222,8 @@ def _check_export_dir(options: QuantizeOptions) -> None:
 
 def _dry_run(options: QuantizeOptions, verbose: bool) -> None:
     check_plannable(options)
-    if options.export_quant_cfg and not is_preset(options.export_quant_cfg):
+    recipe = options.export_quant_cfg
+    if isinstance(recipe, str) and not is_preset(recipe):
         chosen_recipe(options, None)  # what is wrong with it is said before torch is loaded
     ready_host()
     from megatron_quant.runs import planned
@@ -234,11 +235,11 @@ def _print_plan(job: "Job", options: QuantizeOptions, verbose: bool) -> None:
     out = console()
     out.print(weights_table(job, verbose))
     out.print(rules_table(job))
-    out.print(files_table(job.export, verbose))
+    out.print(files_table(job.exported, verbose))
     out.print(engines_table(job, options.serve.tp))
     for line in needs(job):
         out.print(line)
-    out.print(sizes_line(job.export))
+    out.print(sizes_line(job.exported))
     for line in planning_lines(job):
         out.print(line)
 

@@ -66,13 +66,13 @@ def summary_of_stream(streamed: "Streamed", seconds: Mapping[str, float]) -> Ite
     if streamed.verified:
         yield f"verified: {len(streamed.verified.tensors)} tensors"
     yield from left_out_lines(streamed.left_out)
-    yield sizes_line(streamed.job.export)
+    yield sizes_line(streamed.job.exported)
     yield _times(seconds)
 
 
 def stream_as_json(streamed: "Streamed", seconds: Mapping[str, float]) -> dict[str, Any]:
     """The same, and every amax that was needed, by slot name."""
-    plan = streamed.job.export
+    plan = streamed.job.exported
     return {
         "recipe": streamed.job.quant.recipe,
         "bytes_before": plan.bytes_before,

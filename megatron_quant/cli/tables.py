@@ -64,8 +64,7 @@ def _alike(job: "Job", verbose: bool) -> "Iterator[tuple[str, list[StoredTensor]
         rule = job.quant.by_name[target.param.name].rule
         return target.source.shape, target.scheme, rule
 
-    assert job.export is not None
-    weights = (t for t in job.export.targets if t.param.name in job.quant.by_name)
+    weights = (t for t in job.exported.targets if t.param.name in job.quant.by_name)
     return collapse(weights, lambda t: t.source.name, kind, layers=not verbose)
 
 
@@ -125,9 +124,10 @@ def planning_lines(job: "Job") -> Iterator[str]:
     """What the plan took, and what each rank writes."""
     from megatron_quant.ckpt.plan import spread
 
+    assert job.cost is not None
     memory = f", {size(job.cost.nbytes)}" if job.cost.nbytes is not None else ""
     yield f"planned in {job.cost.seconds:.2f} s{memory}"
-    found = spread(job.export, job.layout.world)
+    found = spread(job.exported, job.layout.world)
     yield (
         f"bytes a rank writes, of {found.ranks}: {size(found.smallest)} to {size(found.largest)} "
         f"(imbalance {found.imbalance:.3f})"

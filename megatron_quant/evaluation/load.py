@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -76,7 +77,8 @@ def _model(
     config = _unquantized_config(directory)
     empty = _empty(directory, config)
     tensors = _in_stacks(empty, tensors)
-    model, report = type(empty).from_pretrained(
+    load: Any = type(empty).from_pretrained  # typed as if it never told what it loaded
+    model, report = load(
         None,
         config=config,
         state_dict=tensors,

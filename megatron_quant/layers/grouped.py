@@ -26,6 +26,8 @@ class QuantGroupedLinear(QuantModule):
     their rows under one another, [E * N, K].
     """
 
+    num_gemms: int
+
     def _setup(self) -> None:
         if self.num_gemms < 1:
             raise LayoutError(
@@ -37,7 +39,7 @@ class QuantGroupedLinear(QuantModule):
         self.output_quantizer = TensorQuantizer()
         self.output_quantizer.disable()
 
-    def weights(self) -> list[torch.nn.Parameter]:
+    def weights(self) -> list[torch.Tensor]:
         """The rank's expert weights, each [N, K], in local order."""
         return [self._parameters[f"weight{i}"] for i in range(self.num_gemms)]
 

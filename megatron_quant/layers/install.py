@@ -98,12 +98,27 @@ class QuantLayer:
     @property
     def regions(self) -> tuple[Region, ...]:
         """What each weight holds of its logical tensors, each with a block grid of its own."""
-        return regions_of(self.module.weight_quantizer)
+        return regions_of(self.weight_quantizer)
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each of its weights is an expert's with an amax of its own."""
+        return isinstance(self.module, QuantGroupedLinear) and self.module.per_expert
+
+    @property
+    def weight_quantizer(self) -> TensorQuantizer:
+        """What its weights go through."""
+        return _quantizer(self.module.weight_quantizer)
+
+    @property
+    def input_quantizer(self) -> TensorQuantizer:
+        """What its inputs go through."""
+        return _quantizer(self.module.input_quantizer)
 
     @property
     def quantizers(self) -> tuple[TensorQuantizer, ...]:
         """The quantizers that a forward calls."""
-        return (self.module.weight_quantizer, self.module.input_quantizer)
+        return (self.weight_quantizer, self.input_quantizer)
 
     def weights(self) -> list[torch.Tensor]:
         """The rank's shards [N, K], one a decision."""
@@ -114,26 +129,25 @@ class QuantLayer:
 
         None for microscaling formats, whose quantizers have none (ModelOpt).
         """
-        amax = self.module.weight_quantizer.amax
+        amax = self.weight_quantizer.amax
         if amax is None:
             return None
         return amax.float()[index if amax.numel() > 1 else ...].reshape(())
 
     def amax_of_stack(self) -> torch.Tensor:
         """The calibrated amaxes of the weights as codecs take them: fp32 [] or [E, 1, 1]."""
-        return self.module.weight_quantizer.amax.float()
+        return self.weight_quantizer.amax.float()
 
     def input_amax(self) -> torch.Tensor | None:
         """The calibrated amax of the inputs, fp32 []; None where they have no static scale."""
-        quantizer = self.module.input_quantizer
-        return quantizer.amax.float().reshape(()) if self.static_inputs else None
+        return self.input_quantizer.amax.float().reshape(()) if self.static_inputs else None
 
     def block_stat(self, index: int, region: Region) -> torch.Tensor | None:
         """Statistics of the blocks that a region of the ``index``-th weight touches.
 
         fp32 [N_b, K_b, P]; None where they follow from the region alone.
         """
-        stat = block_amax(self.module.weight_quantizer)
+        stat = block_amax(self.weight_quantizer)
         if stat is None:
             return None
         own = stat[index] if self.grouped else stat
@@ -144,11 +158,11 @@ class QuantLayer:
 
     def keep(self, grid: KeptGrid) -> None:
         """Have the weights rounded onto ``grid``."""
-        set_grid(self.module.weight_quantizer, grid)
+        set_grid(self.weight_quantizer, grid)
 
     def scales(self, index: int, region: Region) -> dict[str, torch.Tensor] | None:
         """Scales that a region of the ``index``-th weight keeps; None where it keeps none."""
-        grid = grid_of(self.module.weight_quantizer)
+        grid = grid_of(self.weight_quantizer)
         if grid is None:
             return None
         kept = grid.scales[grid.regions.index(region)]
@@ -158,10 +172,16 @@ class QuantLayer:
         return {n: t[index].reshape(shape.get(n, t.shape[1:])) for n, t in kept.items()}
 
 
+def _quantizer(found: object) -> TensorQuantizer:
+    """An attribute of a module, which torch types as Tensor or Module."""
+    assert isinstance(found, TensorQuantizer), type(found)
+    return found
+
+
 def set_expert_scales(layer: QuantLayer, scales: ExpertScales) -> None:
     """Have the layer's experts share their weight amax or not; there is none then."""
     assert layer.grouped, layer.name
-    quantizer = layer.module.weight_quantizer
+    quantizer = layer.weight_quantizer
     quantizer.reset_amax()
     reset_block_amax(quantizer)
     axis = 0 if scales is ExpertScales.PER_EXPERT else None
@@ -214,18 +234,18 @@ def _check(name: str, module: nn.Module) -> None:
 def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> QuantLayer:
     decisions, weights = zip(*members, strict=True)
     layer = QuantLayer(module, decisions, tuple(weight.attribute for weight in weights))
-    if layer.grouped:
+    if isinstance(module, QuantGroupedLinear):
         expected = tuple(f"weight{i}" for i in range(module.num_gemms))
         assert layer.attributes == expected, f"{layer.name} has {layer.attributes}"
     axis = 0 if layer.grouped and scales is ExpertScales.PER_EXPERT else None
     module.register_forward_pre_hook(refuse_fp8)
     module.register_forward_pre_hook(refuse_capture)
-    quantizer, fmt = module.weight_quantizer, layer.weight_format
+    quantizer, fmt = layer.weight_quantizer, layer.weight_format
     quantizer.set_from_attribute_config(quantizer_attributes(fmt, axis))
     set_regions(quantizer, grids(_regions(weights[0], layer), fmt))
     inputs = decisions[0].inputs
     if inputs is not None:
-        module.input_quantizer.set_from_attribute_config(quantizer_attributes(inputs))
+        layer.input_quantizer.set_from_attribute_config(quantizer_attributes(inputs))
     return layer
 
 

@@ -35,6 +35,8 @@ ATTENTION, DENSE_MLP = TEDotProductAttention, MLP
 class _QuantTEGroupedLinear(QuantGroupedLinear):
     """What Transformer Engine's options and ModelOpt's own calibration need of a grouped linear."""
 
+    parallel_state: ParallelState | None
+
     def _setup(self) -> None:
         _check_options(self)
         # ModelOpt's own formats may mask gradients; `fusion_kept` turns it on again for ours.
@@ -68,6 +70,7 @@ class _QuantTEGroupedLinear(QuantGroupedLinear):
         """
         amax = self.weight_quantizer.amax
         if amax is not None and amax.numel() == 1 and not self.per_expert:
+            assert self.parallel_state is not None
             group = self.parallel_state.expert_model_parallel_group
             self.weight_quantizer.sync_amax_across_distributed_group(group)
 
@@ -81,7 +84,7 @@ def _drop_modelopt_state(module: nn.Module) -> None:
         vars(module).pop(name, None)
 
 
-def _place(module: nn.Module) -> Place:
+def _place(module: QuantGroupedLinear) -> Place:
     return Place(
         mpu.get_expert_tensor_parallel_rank(),
         mpu.get_expert_model_parallel_rank(),
@@ -97,7 +100,7 @@ def fusion_kept(model: nn.Module) -> Iterator[None]:
     It turns that off, as its gradients may be masked. Ours are not: what a quantizer gives stands
     in for the weight, ``main_grad`` and flags included. A conversion that failed leaves it on too.
     """
-    fused = [m for m in model.modules() if getattr(m, "fuse_wgrad_accumulation", False)]
+    fused: list[Any] = [m for m in model.modules() if getattr(m, "fuse_wgrad_accumulation", False)]
     for module in fused:
         module.fuse_wgrad_accumulation = False  # or it would warn
     try:
@@ -146,7 +149,7 @@ def refuse_cuda_graphs(model: nn.Module) -> None:
         )
 
 
-def _check_options(module: nn.Module) -> None:
+def _check_options(module: Any) -> None:
     if module.wgrad_store.delay_wgrad_compute():
         raise QuantError(
             "delay_wgrad_compute=True gives a quantized grouped linear no weight gradients: "

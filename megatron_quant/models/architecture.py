@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.blocks import parameters
@@ -184,7 +184,7 @@ class Architecture:
             "yarn_correction_range_round_to_int": yarn.truncate,
         }
 
-    def gpt_config(self, hf_config: Config) -> dict[str, object]:
+    def gpt_config(self, hf_config: Config) -> dict[str, Any]:
         """Keyword arguments of megatron-core's GPTModel that describe the model.
 
         ``vocab_size`` is the checkpoint's; at tp > 1 pass ``padded_vocab`` of it instead.

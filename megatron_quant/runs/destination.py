@@ -69,14 +69,14 @@ def checked_companions(
 
     Raises ExportError where they may not.
     """
-    assert job.dialect is not None and job.export is not None
+    assert job.dialect is not None
     check_place(export_dir, job.source)
     files = with_beside(
         companions(job.hf_config, job.quant, job.dialect, job.dtype, origin=origin),
         job.source,
         job.checkpoint,
     )
-    check_target(export_dir, files, existing, job.export)
+    check_target(export_dir, files, existing, job.exported)
     return files
 
 

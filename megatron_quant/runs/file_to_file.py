@@ -83,6 +83,7 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
     Raises the QuantError of whatever does not fit; nothing has been written then.
     """
     _check_flags(options)
+    assert options.hf_model_id is not None, "checked with the flags"
     source = open_source(resolve_source(options.hf_model_id))
     checkpoint, structure = logical(source)
     checkpoint.check(structure.params)
@@ -106,8 +107,7 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
         quant, keeps = keeping(job.quant, source)
         check_fused(quant, keeps)
         job = replanned(job, quant, options)
-    assert job.export is not None, "a stream is exported"
-    return Planned(replace(job, export=bounded_parts(job.export)), checkpoint, keeps)
+    return Planned(replace(job, export=bounded_parts(job.exported)), checkpoint, keeps)
 
 
 def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed:
@@ -116,12 +116,13 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
     Collective; the ranks share the tensors. Raises a QuantError, the same on every rank, before
     anything is written or with what was written removed.
     """
-    assert options.export_dir is not None, "an export needs a directory"
+    out = options.export_dir
+    assert out is not None, "an export needs a directory"
     check_options(options, groups)
     with phases.time("plan"):
         options = fetched(options, groups)
         planned = together(groups, lambda: plan_stream(options, groups.size))
-        job, out = planned.job, options.export_dir
+        job = planned.job
         existing = together(groups, lambda: _existing(options))
         origin = together(groups, lambda: origin_of(job))
         check_plans(groups, origin, job.export)
@@ -136,7 +137,7 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
         input_amax=inputs.scales if inputs else {},
         kept=planned.kept,
     )
-    check = Verification(options.export_dir, job.source, groups, phases)
+    check = Verification(out, job.source, groups, phases)
     files = _with_statistics(files, job, options, found, inputs)
     _export(options, job, groups, producer, files, phases, check)
     if inputs is not None:
@@ -172,9 +173,9 @@ def _export(  # noqa: PLR0913
 ) -> None:
     assert options.export_dir is not None
     writing = WriteOptions(options.write.io_threads, options.write.fsync)
-    with phases.transfer("export", _nbytes(job.export.parts_of(groups.rank))) as progress:
+    with phases.transfer("export", _nbytes(job.exported.parts_of(groups.rank))) as progress:
         existing, out = _existing(options), options.export_dir
-        export(job.export, groups, producer, out, files, existing, progress, writing, check)
+        export(job.exported, groups, producer, out, files, existing, progress, writing, check)
 
 
 def _existing(options: QuantizeOptions) -> Existing:
@@ -185,7 +186,7 @@ def _weight_amaxes(
     job: Job, source: PartSource, groups: Groups, phases: Phases
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """What was found of each slot, and what its scale follows from."""
-    own, sharing = job.export.parts_of(groups.rank), _SHARING[job.expert_scales]
+    own, sharing = job.exported.parts_of(groups.rank), _SHARING[job.expert_scales]
     with phases.bar("amax", _nbytes(scaled(own))) as progress:
         found = slot_amaxes(source, job.quant, own, groups, progress)
     amaxes = shared_amaxes(job.quant, found, sharing)
@@ -205,6 +206,12 @@ def _check_flags(options: QuantizeOptions) -> None:
             f"{given} with --stream: there is no model to cut, the ranks share its tensors; leave "
             "it out"
         )
+    for flag in ("megatron_load_path", "megatron_save_path"):
+        if getattr(options, flag) is not None:
+            raise QuantError(
+                f"--{flag.replace('_', '-')} needs a model, which --stream has not: leave one of "
+                "them out"
+            )
     if options.eval_text:
         raise QuantError("--eval-text needs a model, which --stream has not: use the verb eval")
     if options.calibration.act_percentile < 100:

@@ -61,6 +61,12 @@ class Job:
     kept: Mapping[str, torch.dtype] = field(default_factory=dict)
     checkpoint: Weights | None = None
 
+    @property
+    def exported(self) -> ExportPlan:
+        """:attr:`export` of a run that has one."""
+        assert self.export is not None, "nothing is exported"
+        return self.export
+
 
 def prepare_job(
     options: QuantizeOptions,
@@ -108,11 +114,12 @@ def prepare_job(
 def planned(options: QuantizeOptions) -> Job:
     """Decide everything from config.json alone, for the fewest ranks that the layout takes.
 
-    Raises the QuantError of whatever does not fit.
+    An export is planned also where the run would only save. Raises the QuantError of whatever does
+    not fit.
     """
     check_plannable(options)
-    sizes = options.parallel
-    return prepare_job(options, lcm(sizes.tp, sizes.ep * sizes.etp) * sizes.pp)
+    sizes, exporting = options.parallel, replace(options, megatron_save_path=None)
+    return prepare_job(exporting, lcm(sizes.tp, sizes.ep * sizes.etp) * sizes.pp)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from megatron_quant.ckpt.verify import Report
 from megatron_quant.ckpt.write import Produce, export
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluation import Sums
-from megatron_quant.layers import ExpertScales
+from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer
 from megatron_quant.mcore.checkpoint import Saved, open_saved, restore
 from megatron_quant.mcore.live import (
     HFModel,
@@ -179,7 +179,8 @@ def _drop(logits: torch.Tensor) -> None:
 
 
 def _evaluate(inputs: Inputs, handle: Quantized, phases: Phases) -> Sums:
-    model, quantized = handle.model, [*handle.layers, *handle.cached]
+    model = handle.model
+    quantized: list[QuantLayer | CachedTensor] = [*handle.layers, *handle.cached]
     size = mpu.get_data_parallel_world_size()
     vocab_size = inputs.job.hf_config["vocab_size"]
     with phases.bar("evaluate", -(-len(inputs.windows) // size)) as progress:

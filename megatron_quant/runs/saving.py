@@ -32,10 +32,11 @@ def check_save_path(path: Path, existing: Existing) -> None:
 
 
 def save_model(
-    model: LiveModel, path: Path, source: Path, hf_config: dict[str, Any], groups: Groups
+    model: LiveModel, path: Path, source: Path | None, hf_config: dict[str, Any], groups: Groups
 ) -> None:
     """Save the model to ``path``, in place of a checkpoint there, with ``source``'s small files.
 
+    source: None where only ``hf_config`` is known.
     Collective. Until it is complete its name ends in ``.incomplete``. Raises ExportError, on every
     rank alike, for what the disk refuses; then nothing is left of it.
     """
@@ -56,15 +57,20 @@ def _prepare(temporary: Path) -> None:
         temporary.mkdir(parents=True)
 
 
-def _commit(temporary: Path, path: Path, source: Path, hf_config: dict[str, Any]) -> None:
+def _commit(temporary: Path, path: Path, source: Path | None, hf_config: dict[str, Any]) -> None:
     with explained(temporary, _DOING):
         beside = temporary / HF_FILES
         beside.mkdir()
         (beside / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-        for file in found_beside(source).carried:
-            copy = beside / file.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+        if source is not None:
+            _carry(source, beside)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
+
+
+def _carry(source: Path, beside: Path) -> None:
+    for file in found_beside(source).carried:
+        copy = beside / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_quant.formats import amax
 
-_FACTORS = {
+_FACTORS: dict[Callable[..., Any], tuple[int, int]] = {
     torch.ops.aten.mm.default: (0, 1),
     torch.ops.aten.addmm.default: (1, 2),
     torch.ops.aten.bmm.default: (0, 1),

@@ -1,5 +1,6 @@
 """The library's front door on live models: calibrate, export, save and restore at any layout."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,27 @@ def test_quantize_export_save_restore(
     assert weights(tmp_path / "restored") == weights(tmp_path / "live")
     if tp == ep == 1:  # elsewhere the sums of a forward round otherwise
         assert weights(tmp_path / "live") == weights(by_command)
+
+
+def save_of_config(source: Path, out: Path) -> None:
+    from tests.dist import bare
+
+    config = json.loads((source / "config.json").read_text())
+    module = bare.filled(bare.built(source, 1, 1), source)
+    saved = mq.quantize(module, "w4a16_nvfp4", hf_model=config)
+    mq.save(saved, out)
+    restored = mq.restore(bare.built(source, 1, 1), out, hf_model=config)
+    assert restored.plan == saved.plan
+    found = [[layer.weight_amax(0) for layer in of.layers] for of in (saved, restored)]
+    assert found[0] == found[1] != []
+
+
+def test_saved_with_the_content_of_config_alone(
+    source: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    ranks(1, save_of_config, source, tmp_path / "saved")
+    beside = [path.name for path in (tmp_path / "saved" / "hf").iterdir()]
+    assert beside == ["config.json"]
 
 
 def forward_loops(source: Path) -> tuple[int, str, Any]:

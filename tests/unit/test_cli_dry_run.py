@@ -62,6 +62,14 @@ def test_every_weight_once_with_bucket_rule_and_bytes(model: Path, tmp_path: Pat
     assert tree(tmp_path) == before
 
 
+def test_the_export_is_shown_of_a_run_that_would_only_save(model: Path, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    ended = dry_run(model, "--megatron-save-path", str(tmp_path / "saved"))
+    assert (ended.status, ended.err) == (0, "")
+    assert rows(ended.out) == rows(dry_run(model).out) != []
+    assert tree(tmp_path) == before
+
+
 def test_like_layers_share_a_row(model: Path) -> None:
     config = {**MODEL, "num_hidden_layers": 94, "num_experts": 128}
     (model / "config.json").write_text(json.dumps(config))

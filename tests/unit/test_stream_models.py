@@ -267,6 +267,8 @@ def test_layers_beyond_the_models_are_never_quantized() -> None:
         ({"ep": 2, "pp": 2}, "--ep 2 --pp 2 with --stream"),
         ({"eval_text": Path("x")}, "use the verb eval"),
         ({"act_percentile": 99.0}, "--act-percentile"),
+        ({"megatron_save_path": Path("x")}, "^--megatron-save-path needs a model, which --stream"),
+        ({"megatron_load_path": Path("x")}, "^--megatron-load-path needs a model, which --stream"),
     ],
 )
 def test_flags_that_need_a_model_are_refused(gemma4: Path, tmp_path, flags, said) -> None:

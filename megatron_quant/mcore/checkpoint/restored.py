@@ -59,14 +59,13 @@ def restore(
 def _reserve(layers: Sequence[QuantLayer], cached: Sequence[CachedTensor]) -> None:
     """Give the quantizers all that a calibration would, of the right shapes."""
     for layer in layers:
-        device, module = layer.weights()[0].device, layer.module
-        apart = layer.grouped and module.per_expert
-        shape = (len(layer.decisions), 1, 1) if apart else ()
-        module.weight_quantizer.amax = torch.ones(shape, device=device)
+        device = layer.weights()[0].device
+        shape = (len(layer.decisions), 1, 1) if layer.per_expert else ()
+        layer.weight_quantizer.amax = torch.ones(shape, device=device)
         if layer.static_inputs:
-            module.input_quantizer.amax = torch.ones((), device=device)
+            layer.input_quantizer.amax = torch.ones((), device=device)
         if layer.searches_blocks:
-            set_block_amax(module.weight_quantizer, torch.zeros(_stat_shape(layer), device=device))
+            set_block_amax(layer.weight_quantizer, torch.zeros(_stat_shape(layer), device=device))
     for tensor in cached:
         tensor.set_amax(1.0)
 

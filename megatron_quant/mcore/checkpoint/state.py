@@ -75,7 +75,7 @@ class QuantState(nn.Module):
             )
         }
         for key, grid in self.grids.items():
-            stat = block_amax(grid.layer.module.weight_quantizer)
+            stat = block_amax(grid.layer.weight_quantizer)
             if stat is not None:  # it is calibrated
                 state[f"{prefix}{key}"] = grid.factory(stat, singleton, rank)
         return state
@@ -84,7 +84,7 @@ class QuantState(nn.Module):
         for key, grid in self.grids.items():
             stat = state_dict.pop(f"{prefix}{key}", None)
             if stat is not None:
-                quantizer = grid.layer.module.weight_quantizer
+                quantizer = grid.layer.weight_quantizer
                 set_block_amax(quantizer, stat.to(self.description.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -137,7 +137,8 @@ def sharded_state(chunks: Chunks, singleton: bool) -> dict[str, dict[str, Any]]:
     found = {}
     for number, chunk in enumerate(chunks):
         metadata = {"dp_cp_group": group, "singleton_local_shards": singleton}
-        state = chunk.sharded_state_dict(metadata=metadata)
+        megatrons: Any = chunk  # a MegatronModule, or what wraps one
+        state = megatrons.sharded_state_dict(metadata=metadata)
         kept = {name: value for name, value in state.items() if "_extra_state" not in name}
         found[f"model{number}"] = kept
     return found

@@ -84,7 +84,7 @@ class Quantized:
             quantizer.disable()
 
     def _quantizers(self) -> list[Any]:
-        quantizers = []
+        quantizers: list[Any] = []
         for layer in self.layers:
             quantizers += layer.quantizers if layer.decisions[0].inputs else layer.quantizers[:1]
         return [*quantizers, *(q for tensor in self.cached for q in tensor.quantizers)]

@@ -134,7 +134,7 @@ def describe(quantized: Quantized) -> None:
 
 def calibrate_quantized(
     quantized: Quantized,
-    forwards: Iterable[Callable[[], None]] = (),
+    forwards: Iterable[Callable[[], object]] = (),
     cold_experts: ColdExperts = ColdExperts.ERROR,
     act_percentile: float = 100.0,
 ) -> Quantized:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 T = TypeVar("T")
-ModelChunks = GPTModel | Sequence[GPTModel]
+ModelChunks: TypeAlias = GPTModel | Sequence[GPTModel]
 """What Megatron's schedules call a model: what a rank holds of it, one chunk or several."""
 
 

@@ -114,12 +114,12 @@ class QuantCallback:
         set_ranges(of.layers, of.stored or ranges_of(of.layers))
         self._fresh = not of.stored
         self._inputs = RunningInputs(of.layers)
-        inputs = [x.module.input_quantizer.amax for x in of.layers if x.static_inputs]
+        inputs = [x.input_quantizer.amax for x in of.layers if x.static_inputs]
         self._calibrated = all(amax is not None for amax in inputs)
 
     def calibrate(
         self,
-        forwards: Iterable[Callable[[], None]],
+        forwards: Iterable[Callable[[], object]],
         cold_experts: ColdExperts = ColdExperts.LAYER_MAX,
     ) -> None:
         """Find the ranges of inputs from batches of the caller; each of ``forwards`` runs one."""

@@ -66,7 +66,7 @@ def _start_ranges(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups)
     calibrate_weights(layers, plan, groups)
     for layer in layers:
         if layer.static_inputs:
-            layer.module.input_quantizer.disable()
+            layer.input_quantizer.disable()
 
 
 def _trainable(plan: QuantPlan) -> None:

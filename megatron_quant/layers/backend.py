@@ -11,7 +11,7 @@ follow from the values.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
     is_registered_quant_backend,
     unregister_quant_backend,
 )
+from torch import nn
 
 from megatron_quant.errors import CalibrationError
 from megatron_quant.formats import (
@@ -35,6 +36,7 @@ from megatron_quant.formats import (
 )
 
 BACKEND = "megatron_quant"
+_SHARE = "_share"  # of a quantizer: the module that says what its weight holds
 AMAX, BLOCK_AMAX = "_amax", "_block_amax"  # buffers of a quantizer: ModelOpt's, and ours
 
 
@@ -91,39 +93,46 @@ class KeptGrid:
         return put_together(parts, self.regions)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What a weight quantizer knows of this rank's share; in no state dict."""
+class _Share(nn.Module):
+    """What a weight quantizer knows of this rank's share of its weight.
 
-    regions: tuple[Region, ...] = ()
-    grid: KeptGrid | None = None
+    A module without parameters or buffers: it is in no state dict, neither torch's nor ModelOpt's,
+    and a copy of the model has it too.
+    """
+
+    def __init__(self, regions: Sequence[Region] = (), grid: KeptGrid | None = None) -> None:
+        super().__init__()
+        self.regions, self.grid = tuple(regions), grid
+
+
+_NOTHING = _Share()
 
 
 def set_regions(quantizer: TensorQuantizer, regions: Sequence[Region]) -> None:
     """Tell a weight quantizer what its weight holds, as ``formats.blocks.region.grids`` has it.
 
-    It is this rank's layout, hence in no state dict (ModelOpt keeps the attribute for backends).
+    It is this rank's layout, hence in no state dict. A grid that there was is gone.
     """
-    quantizer._quantizer_cache = _Layout(tuple(regions))
+    quantizer.add_module(_SHARE, _Share(regions))
 
 
 def regions_of(quantizer: TensorQuantizer) -> tuple[Region, ...]:
     """What :func:`set_regions` said; empty for inputs."""
-    return _layout_of(quantizer).regions
+    return _share_of(quantizer).regions
 
 
 def set_grid(quantizer: TensorQuantizer, grid: KeptGrid) -> None:
     """Have a weight quantizer round onto ``grid``, whatever its statistics."""
-    quantizer._quantizer_cache = replace(_layout_of(quantizer), grid=grid)
+    quantizer.add_module(_SHARE, _Share(regions_of(quantizer), grid))
 
 
 def grid_of(quantizer: TensorQuantizer) -> KeptGrid | None:
     """What :func:`set_grid` gave; None where scales follow from statistics."""
-    return _layout_of(quantizer).grid
+    return _share_of(quantizer).grid
 
 
-def _layout_of(quantizer: TensorQuantizer) -> _Layout:
-    return quantizer._quantizer_cache or _Layout()
+def _share_of(quantizer: TensorQuantizer) -> _Share:
+    return getattr(quantizer, _SHARE, _NOTHING)
 
 
 def set_block_amax(quantizer: TensorQuantizer, stat: torch.Tensor) -> None:

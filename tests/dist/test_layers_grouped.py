@@ -244,3 +244,33 @@ def test_refusals(ranks: Ranks) -> None:
         (error,) = ranks.errors(1, check)
         assert isinstance(error, kind), error
         assert message in str(error)
+
+
+def _share_of_a_weight() -> None:
+    import copy
+
+    from megatron_quant.formats import grids, whole_matrix
+    from megatron_quant.layers.backend import KeptGrid, grid_of, regions_of, set_grid, set_regions
+    from tests.dist import grouped, tiny
+
+    tiny.start()
+    fmt = get_format("nvfp4")
+    layer = grouped.quantized("column", 2, fmt, None)
+    quantizer = layer.weight_quantizer
+    keys, saved = set(layer.state_dict()), quantizer.get_modelopt_state().keys()
+    regions = tuple(grids((whole_matrix(grouped.N, grouped.K),), fmt))
+    assert regions_of(quantizer) == () and grid_of(quantizer) is None
+    set_regions(quantizer, regions)
+    grid = KeptGrid(fmt, regions, ({},))
+    set_grid(quantizer, grid)
+    assert regions_of(quantizer) == regions and grid_of(quantizer) is grid
+    assert set(layer.state_dict()) == keys and quantizer.get_modelopt_state().keys() == saved
+    assert quantizer._quantizer_cache is None, "ModelOpt may use its cache as it likes"
+    copied = copy.deepcopy(quantizer)
+    assert regions_of(copied) == regions and grid_of(copied) == grid
+    set_regions(copied, ())
+    assert grid_of(copied) is None and grid_of(quantizer) is grid
+
+
+def test_a_quantizer_keeps_what_its_weight_holds_in_no_state(ranks: Ranks) -> None:
+    ranks(1, _share_of_a_weight)

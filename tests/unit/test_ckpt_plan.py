@@ -1,6 +1,8 @@
 """The export plan: files that no layout changes, and every byte owned once."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from math import prod
 
@@ -205,3 +207,13 @@ def test_a_model_of_a_hundred_thousand_tensors():
     assert len(plan.entries) == len(set(plan.index["weight_map"])) > 94 * 128 * 3 * 3
     loads = [sum(part.nbytes for part in plan.parts_of(rank)) for rank in range(16)]
     assert max(loads) < 1.01 * min(loads)
+
+
+def test_a_plan_that_is_dropped_leaves_nothing_behind() -> None:
+    """What a plan worked out of its shapes goes with it; no cache of the module keeps it."""
+    plan = world.plan("nvfp4", "tp2-ep2")
+    check_plan(plan)
+    schemes = [weakref.ref(target.scheme) for target in plan.targets]
+    del plan
+    gc.collect()
+    assert schemes and all(scheme() is None for scheme in schemes)

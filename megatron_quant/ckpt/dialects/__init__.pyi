@@ -24,12 +24,8 @@ from .scheme import PLAIN as PLAIN
 from .scheme import Shape as Shape
 from .scheme import StorageScheme as StorageScheme
 from .scheme import StorageSchemes as StorageSchemes
-from .scheme import boxes as boxes
 from .scheme import cells as cells
-from .scheme import check_shape as check_shape
-from .scheme import nbytes as nbytes
 from .scheme import packings as packings
-from .scheme import split_boxes as split_boxes
 
 __all__ = [
     "DIALECT_NAMES",
@@ -49,19 +45,15 @@ __all__ = [
     "StorageScheme",
     "StorageSchemes",
     "Stored",
-    "boxes",
     "cells",
-    "check_shape",
     "describe_format",
     "dialect_of",
     "get_dialect",
     "has_expert_stacks",
     "layer_of",
-    "nbytes",
     "packings",
     "quantization_of",
     "refuse_cache",
-    "split_boxes",
     "stored_by",
     "without_quantization",
 ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from math import lcm, prod
 
 import torch
@@ -18,13 +17,23 @@ PLAIN = "plain"
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
 class StorageScheme:
-    """How a tensor is stored: as it is (``weights`` is None) or in a format. Hashed by identity."""
+    """How a tensor is stored: as it is (``weights`` is None) or in a format.
 
-    stored: tuple[Stored, ...]
-    weights: Format | None = None
-    inputs: Format | None = None
+    It remembers what it worked out for a shape: a model has thousands of tensors alike.
+    """
+
+    def __init__(
+        self,
+        stored: tuple[Stored, ...],
+        weights: Format | None = None,
+        inputs: Format | None = None,
+    ) -> None:
+        self.stored, self.weights, self.inputs = stored, weights, inputs
+        self._shapes: dict[Shape, tuple[Shape, ...]] = {}
+        self._unfit: dict[Shape, str] = {}
+        self._filled: dict[tuple[Shape, Box], tuple[Box | None, ...]] = {}
+        self._splits: dict[tuple[Shape, Box], Split | None] = {}
 
     def names(self, source: Source) -> list[str]:
         """Names on disk of the tensors that store ``source``."""
@@ -38,15 +47,60 @@ class StorageScheme:
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
         """Their shapes, for a weight of ``shape``."""
-        return _shapes(self, shape)
+        if shape not in self._shapes:
+            plain = self.weights is None
+            self._shapes[shape] = (shape,) if plain else tuple(s.shape(*shape) for s in self.stored)
+        return self._shapes[shape]
+
+    def boxes(self, shape: Shape, src: Box) -> tuple[Box | None, ...]:
+        """For each stored tensor the box that rectangle ``src`` of a weight of ``shape`` fills.
+
+        A stored element belongs to the rectangle with the first weight element that it stands for;
+        None where the rectangle has no such element.
+        """
+        key = (shape, src)
+        found = self._filled.get(key)
+        if found is None:
+            found = self._filled[key] = tuple(_box(s, shape, src) for s in self.stored)
+        return found
+
+    def nbytes(self, shape: Shape, src: Box) -> int:
+        """Bytes that :meth:`boxes` cover."""
+        filled = zip(self.stored, self.boxes(shape, src), strict=True)
+        return sum(prod(box.size) * stored.dtype.itemsize for stored, box in filled if box)
+
+    def split(self, shape: Shape, src: Box) -> "Split | None":
+        """The first packing that an edge of ``src`` inside a weight of ``shape`` splits.
+
+        Blocks that share a scale may be cut: their scales follow from statistics that the shards
+        merged, and one of them writes each. Packed elements can be written together only.
+        """
+        key = (shape, src)
+        if key not in self._splits:
+            self._splits[key] = _first_split(self, shape, src)
+        return self._splits[key]
+
+    def check_shape(self, source: Source) -> None:
+        """Raise FormatError unless ``source`` can be stored so.
+
+        The last group of a row may be shorter than the others, but for formats that have no such.
+        """
+        if source.shape not in self._unfit:
+            self._unfit[source.shape] = _unfit(self, source.shape)
+        if unfit := self._unfit[source.shape]:
+            raise FormatError(f"{source.name}: {unfit}")
 
 
-@lru_cache(maxsize=16384)
-def _shapes(scheme: StorageScheme, shape: Shape) -> tuple[Shape, ...]:
-    if scheme.weights is None:
-        return (shape,)
-    rows, cols = shape
-    return tuple(s.shape(rows, cols) for s in scheme.stored)
+@dataclass(frozen=True)
+class Split:
+    """An edge between two shards inside elements that one stored element packs.
+
+    dim: along which the edge cuts. count: how many elements are packed along it. suffix: in what.
+    """
+
+    dim: int
+    count: int
+    suffix: str
 
 
 class StorageSchemes:
@@ -78,16 +132,6 @@ class StorageSchemes:
         return self._made[key]
 
 
-@lru_cache(maxsize=16384)
-def boxes(scheme: StorageScheme, shape: Shape, src: Box) -> tuple[Box | None, ...]:
-    """For each stored tensor the box that rectangle ``src`` of a weight of ``shape`` fills.
-
-    A stored element belongs to the rectangle with the first weight element that it stands for;
-    None where the rectangle has no such element.
-    """
-    return tuple(_box(s, shape, src) for s in scheme.stored)
-
-
 def _box(stored: Stored, shape: Shape, src: Box) -> Box | None:
     if stored.field == PLAIN or len(shape) != 2:  # a scale of the KV cache is no matrix
         return src
@@ -108,32 +152,7 @@ def cells(stored: Stored, shape: Shape, src: Box) -> Box:
     return Box(start, tuple(e - o for o, e in zip(start, stop, strict=True)))
 
 
-@lru_cache(maxsize=16384)
-def nbytes(scheme: StorageScheme, shape: Shape, src: Box) -> int:
-    """Bytes that :func:`boxes` cover."""
-    cells = zip(scheme.stored, boxes(scheme, shape, src), strict=True)
-    return sum(prod(box.size) * stored.dtype.itemsize for stored, box in cells if box)
-
-
-@dataclass(frozen=True)
-class Split:
-    """An edge between two shards inside elements that one stored element packs.
-
-    dim: along which the edge cuts. count: how many elements are packed along it. suffix: in what.
-    """
-
-    dim: int
-    count: int
-    suffix: str
-
-
-@lru_cache(maxsize=16384)
-def split_boxes(scheme: StorageScheme, shape: Shape, src: Box) -> Split | None:
-    """The first packing that an edge of ``src`` inside the weight splits.
-
-    Blocks that share a scale may be cut: their scales follow from statistics that the shards
-    merged, and one of them writes each. Packed elements can be written together only.
-    """
+def _first_split(scheme: StorageScheme, shape: Shape, src: Box) -> Split | None:
     for stored, packing in packings(scheme, shape):
         for dim, step in enumerate(packing):
             edges = (src.start[dim], src.start[dim] + src.size[dim])
@@ -142,17 +161,6 @@ def split_boxes(scheme: StorageScheme, shape: Shape, src: Box) -> Split | None:
     return None
 
 
-def check_shape(scheme: StorageScheme, source: Source) -> None:
-    """Raise FormatError unless ``source`` can be stored so.
-
-    The last group of a row may be shorter than the others, but for formats that have no such.
-    """
-    unfit = _unfit(scheme, source.shape)
-    if unfit:
-        raise FormatError(f"{source.name}: {unfit}")
-
-
-@lru_cache(maxsize=16384)
 def _unfit(scheme: StorageScheme, shape: Shape) -> str:
     if scheme.weights is None:
         return ""

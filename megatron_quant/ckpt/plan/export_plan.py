@@ -16,11 +16,7 @@ from megatron_quant.ckpt.dialects import (
     StorageScheme,
     StorageSchemes,
     Stored,
-    boxes,
-    check_shape,
     layer_of,
-    nbytes,
-    split_boxes,
 )
 from megatron_quant.ckpt.plan.cache_scales import cache_tensors
 from megatron_quant.ckpt.plan.ranks import Layout
@@ -79,7 +75,7 @@ class RankPart:
     def pieces(self) -> Iterator[Piece]:
         """What it fills in the files."""
         target = self.target
-        filled = boxes(target.scheme, target.source.shape, self.src)
+        filled = target.scheme.boxes(target.source.shape, self.src)
         for entry, stored, box in zip(target.entries, target.scheme.stored, filled, strict=True):
             if box is not None:
                 yield Piece(entry, stored, box)
@@ -87,7 +83,7 @@ class RankPart:
     @cached_property
     def nbytes(self) -> int:
         """Bytes that it fills."""
-        return nbytes(self.target.scheme, self.target.source.shape, self.src)
+        return self.target.scheme.nbytes(self.target.source.shape, self.src)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +184,7 @@ def _scheme(schemes: StorageSchemes, source: Source, decision: Decision) -> Stor
 
 
 def _drafts(source: Source, scheme: StorageScheme) -> list[Draft]:
-    check_shape(scheme, source)
+    scheme.check_shape(source)
     described = zip(scheme.names(source), scheme.stored, scheme.shapes(source.shape), strict=True)
     return [
         Draft(name, stored.dtype, shape, prod(shape) * stored.dtype.itemsize)
@@ -219,7 +215,7 @@ def _rectangles(targets: Sequence[StoredTensor], layout: Layout) -> Iterator[_He
 
 
 def _check_split(target: StoredTensor, region: Region, size: int) -> None:
-    found = split_boxes(target.scheme, target.source.shape, _box(region))
+    found = target.scheme.split(target.source.shape, _box(region))
     if found is None:
         return
     axis = "tp" if target.param.domain is Domain.DENSE else "etp"
@@ -241,7 +237,7 @@ def _own(rectangles: Iterator[_Held]) -> tuple[RankPart, ...]:
     can then put its rows together among them.
     """
     found = list(rectangles)
-    sizes = [nbytes(t.scheme, t.source.shape, _box(region)) for t, region, _ in found]
+    sizes = [t.scheme.nbytes(t.source.shape, _box(region)) for t, region, _ in found]
     owners = [0] * len(found)
     load: dict[int, int] = defaultdict(int)
     heaps: dict[tuple[_Ranks, ...], list[tuple[int, _Ranks]]] = {}

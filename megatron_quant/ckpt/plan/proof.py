@@ -3,7 +3,7 @@
 from itertools import combinations
 from math import prod
 
-from megatron_quant.ckpt.dialects import Shape, StorageScheme, boxes
+from megatron_quant.ckpt.dialects import Shape, StorageScheme
 from megatron_quant.ckpt.plan.export_plan import ExportPlan
 from megatron_quant.ckpt.storage import OutFile
 from megatron_quant.models import Box
@@ -43,7 +43,7 @@ def _check_file(file: OutFile) -> None:
 
 def _check_tensors(scheme: StorageScheme, shape: Shape, cuts: tuple[Box, ...], name: str) -> None:
     assert tiles(shape, cuts), f"{name}: the parts do not tile it"
-    filled = [boxes(scheme, shape, cut) for cut in cuts]
+    filled = [scheme.boxes(shape, cut) for cut in cuts]
     stored_shapes = scheme.shapes(shape)
     for i, stored in enumerate(scheme.stored):
         found = tuple(box[i] for box in filled)

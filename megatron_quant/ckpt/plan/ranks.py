@@ -1,6 +1,9 @@
 """Where every rank of a model sits, and hence which piece of a logical parameter it holds."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from math import lcm
 
 from megatron_quant.errors import LayoutError
@@ -35,9 +38,6 @@ class Layout:
     coords: tuple[Coord, ...]
     experts: int = 0
     stages: Stages = ()
-    _held: dict[tuple[Domain, int, int, tuple[int, ...]], Replicas] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     @staticmethod
     def simulate(
@@ -104,21 +104,24 @@ class Layout:
 
     def holders(self, param: Param) -> Replicas:
         """For each shard of the parameter the ranks that hold a replica of it, ascending."""
-        stages = tuple(pp for pp, _ in self.places(param))
-        key = (param.domain, self._ep_of(param), self.shards(param), stages)
-        if key not in self._held:
-            self._held[key] = self._find_holders(*key)
-        return self._held[key]
+        domain, ep, size = param.domain, self._ep_of(param), self.shards(param)
+        stages = sorted({pp for pp, _ in self.places(param)})
+        held = [
+            [self._ranks_at[domain, ep, pp, shard if size > 1 else None] for pp in stages]
+            for shard in range(size)
+        ]
+        return tuple(at[0] if len(at) == 1 else tuple(sorted(chain(*at))) for at in held)
 
-    def _find_holders(
-        self, domain: Domain, ep: int, size: int, stages: tuple[int, ...]
-    ) -> Replicas:
-        shards: list[list[int]] = [[] for _ in range(size)]
+    @cached_property
+    def _ranks_at(self) -> Mapping[tuple[Domain, int, int, int | None], tuple[int, ...]]:
+        """Ranks by domain, expert rank (0 if dense), stage and shard; None for any shard."""
+        found: dict[tuple[Domain, int, int, int | None], list[int]] = {}
         for rank, coord in enumerate(self.coords):
-            if coord.pp in stages and (domain is Domain.DENSE or coord.ep == ep):
-                shards[_shard(coord, domain) if size > 1 else 0].append(rank)
-        assert all(shards), f"no rank holds a shard of {domain.value} ep {ep}"
-        return tuple(map(tuple, shards))
+            for domain in Domain:
+                ep = coord.ep if domain is Domain.EXPERT else 0
+                for shard in (_shard(coord, domain), None):
+                    found.setdefault((domain, ep, coord.pp, shard), []).append(rank)
+        return {key: tuple(ranks) for key, ranks in found.items()}
 
     def _ep_of(self, param: Param) -> int:
         assert (param.domain is Domain.EXPERT) == (param.expert is not None), param.name

@@ -15,10 +15,10 @@ Held = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]
 
 def quantize(**options: Any) -> Any:
     """One run with these options, in the process groups that the ranks have."""
+    from megatron_quant.runs.options import QuantizeOptions
+    from megatron_quant.runs.megatron import quantize_run as run
     from megatron_quant.cli.console import ConsolePhases, console
     from megatron_quant.mcore.model.parallel import start_distributed
-    from megatron_quant.runs.megatron import quantize_run as run
-    from megatron_quant.runs.options import QuantizeOptions
 
     return run(QuantizeOptions.from_flags(**options), start_distributed(), ConsolePhases(console()))
 
@@ -59,15 +59,15 @@ def restored(stored: Path, tp: int, ep: int, etp: int) -> Any:
     """The model as ``quantize`` has it when it has loaded it."""
     import torch.distributed as dist
 
-    from megatron_quant.layers.install import ExpertScales
-    from megatron_quant.mcore.checkpoint.restored import open_saved, restore
+    from megatron_quant.runs.job import prepare_job
+    from megatron_quant.runs.options import QuantizeOptions
     from megatron_quant.mcore.checkpoint.saved import describe_run
-    from megatron_quant.mcore.checkpoint.state import describe_model
+    from megatron_quant.layers.install import ExpertScales
     from megatron_quant.mcore.model.attach import attach_model
     from megatron_quant.mcore.model.load import empty_model
     from megatron_quant.mcore.model.parallel import start_distributed
-    from megatron_quant.runs.job import prepare_job
-    from megatron_quant.runs.options import QuantizeOptions
+    from megatron_quant.mcore.checkpoint.restored import open_saved, restore
+    from megatron_quant.mcore.checkpoint.state import describe_model
 
     groups = start_distributed()
     options = QuantizeOptions.from_flags(

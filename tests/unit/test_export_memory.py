@@ -41,7 +41,7 @@ def param(number, rows):
 def export_to(directory, rows, count, threads):
     params = [param(number, rows) for number in range(count)]
     slots = [Slot(name=p.name, sources=(p.sources[0].module,), shape=p.shape) for p in params]
-    quant = QuantPlan("plain", tuple(Decision(slot, "test") for slot in slots))
+    quant = QuantPlan("plain", tuple(Decision(slot=slot, rule="test") for slot in slots))
     layout = Layout.simulate(1, 1, 1, 1)
     plan = plan_export(params, quant, get_dialect("modelopt"), layout, torch.bfloat16, 10**9)
 
@@ -50,7 +50,7 @@ def export_to(directory, rows, count, threads):
         yield piece.entry, piece.box, torch.full(piece.box.size, 1.0, dtype=torch.bfloat16)
 
     options = WriteOptions(threads, False)
-    export(plan, Groups(), produce, directory, Companions({}), Existing.REFUSE, quiet, options)
+    export(plan, Groups(), produce, directory, Companions(documents={}), Existing.REFUSE, quiet, options)
 
 parts.SMALL_BYTES = 0  # the tensors here are small, so as to be quick
 out = Path(sys.argv[1])

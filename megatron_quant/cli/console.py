@@ -97,6 +97,7 @@ class ConsolePhases:
     def time(self, name: str) -> Iterator[None]:
         """A phase without a bar."""
         start = time.perf_counter()
+        self.seconds[name] = 0.0  # phases are told in the order in which they began
         try:
             yield
         finally:

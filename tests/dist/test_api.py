@@ -35,19 +35,20 @@ def run_page(source: Path, out: Path) -> dict[str, Any]:
     (out / "corpus.jsonl").write_text('{"text": "%s"}\n' % ("a b c d " * 400))
     (out / "text.txt").write_text("a b c d e f g h " * 400)
     sent: dict[str, torch.Tensor] = {}
-    built = [bare.filled(bare.built(source, 1, 1), source) for _ in range(2)]
     names: dict[str, Any] = {
-        "model": built[0],
-        "another_model": built[1],
+        "another_model": bare.built(source, 1, 1),
         "forward_loop": forward_loop,
         "send": sent.__setitem__,
     }
     for number, snippet in enumerate(snippets()):
         text = snippet.replace('"PATH"', repr(str(source)))
-        for name in ("OUT2", "OUT", "SAVED", "corpus.jsonl", "text.txt"):
-            where = f"{number}-{name}" if name == "OUT" and number else name
+        for name in ("CONVERTED", "STREAMED", "OUT", "SAVED", "corpus.jsonl", "text.txt"):
+            where = f"{number}-{name}" if name == "OUT" else name
             text = text.replace(f'"{name}"', repr(str(out / where)))
         text = text.replace("size=512, seq_length=2048", "size=8, seq_length=64")
+        text = text.replace("tp=2, ep=2", "tp=1, ep=1")  # one rank runs it
+        if "mq.quantize(model" in text:
+            names["model"] = bare.filled(bare.built(source, 1, 1), source)
         if "mq.stream(" in text:  # the page's lines stand for alternatives
             text = text.replace("mq.use_cpu()", "")
         exec(compile(text, f"docs/api.md, snippet {number}", "exec"), names)
@@ -58,4 +59,4 @@ def test_the_page(source: Path, tmp_path: Path, ranks: Ranks) -> None:
     assert len(snippets()) == 5
     (found,) = ranks(1, run_page, source, tmp_path)
     assert found["sent"] > 20
-    assert {"OUT", "OUT2", "SAVED", "4-OUT"} <= set(found["files"])
+    assert {"0-OUT", "4-OUT", "STREAMED", "CONVERTED", "SAVED"} <= set(found["files"])

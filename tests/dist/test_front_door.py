@@ -125,6 +125,8 @@ def forward_loops(source: Path) -> tuple[int, str, Any]:
     config = dict(handle.hf.config)
     with pytest.raises(mq.QuantError) as without_data:
         mq.quantize(other, RECIPE, hf_model=config)
+    with pytest.raises(mq.QuantError, match="has quantizers already, of recipe 'nvfp4'"):
+        mq.quantize(module, "fp8", hf_model=source)
     return sum(handle.report.tokens.values()), str(bare_model.value), str(without_data.value)
 
 

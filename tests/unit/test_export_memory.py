@@ -50,7 +50,8 @@ def export_to(directory, rows, count, threads):
         yield piece.entry, piece.box, torch.full(piece.box.size, 1.0, dtype=torch.bfloat16)
 
     options = WriteOptions(threads, False)
-    export(plan, Groups(), produce, directory, Companions(documents={}), Existing.REFUSE, quiet, options)
+    beside = Companions(documents={})
+    export(plan, Groups(), produce, directory, beside, Existing.REFUSE, quiet, options)
 
 parts.SMALL_BYTES = 0  # the tensors here are small, so as to be quick
 out = Path(sys.argv[1])

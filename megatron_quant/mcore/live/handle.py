@@ -114,12 +114,33 @@ def quantized(model: nn.Module | Sequence[nn.Module] | Quantized) -> Quantized:
     """
     if isinstance(model, Quantized):
         return model
-    chunk: Any = model[0] if isinstance(model, Sequence) else model
-    while not isinstance(found := vars(chunk).get(_ATTRIBUTE), Quantized):
-        if not hasattr(chunk, "module"):
-            raise QuantError(
-                f"{type(chunk).__name__} has no quantizers: give it to megatron_quant.quantize, "
-                "or to the hook megatron_quant.mcore.training.prepare before it is wrapped"
-            )
-        chunk = chunk.module
+    found = _handle_of(model)
+    if found is None:
+        name = type(model[0] if isinstance(model, Sequence) else model).__name__
+        raise QuantError(
+            f"{name} has no quantizers: give it to megatron_quant.quantize, or to the hook "
+            "megatron_quant.mcore.training.prepare before it is wrapped"
+        )
     return found
+
+
+def check_unquantized(model: nn.Module | Sequence[nn.Module]) -> None:
+    """Raise QuantError where the model was given quantizers before."""
+    found = _handle_of(model)
+    if found is not None:
+        raise QuantError(
+            f"the model has quantizers already, of recipe {found.recipe.name!r}: "
+            "megatron_quant.quantized(model) gives their handle; load the weights into a new model "
+            "for another recipe"
+        )
+
+
+def _handle_of(model: nn.Module | Sequence[nn.Module]) -> Quantized | None:
+    """Find the handle on a model or the first of its chunks, behind whatever wraps it."""
+    chunk: Any = model[0] if isinstance(model, Sequence) else model
+    while chunk is not None:
+        found = vars(chunk).get(_ATTRIBUTE)
+        if isinstance(found, Quantized):
+            return found
+        chunk = getattr(chunk, "module", None)
+    return None

@@ -20,7 +20,7 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.errors import RecipeError
 from megatron_quant.layers import ExpertScales, QuantLayer
 from megatron_quant.mcore.checkpoint import Saved, describe_model, describe_run, restore
-from megatron_quant.mcore.live.handle import HFModel, Quantized, read_hf_model
+from megatron_quant.mcore.live.handle import HFModel, Quantized, check_unquantized, read_hf_model
 from megatron_quant.mcore.model import LiveModel, attach_model, wrap_model
 from megatron_quant.models import lookup
 from megatron_quant.recipes import QuantPlan, Recipe, difference, load_recipe, resolve
@@ -48,6 +48,7 @@ def attach_recipe(  # noqa: PLR0913
     Raises QuantError, on every rank alike and before anything changes, where settings, names or
     shapes are not those of the config, or the recipe does not fit.
     """
+    together(groups, lambda: check_unquantized(model))
     hf, chosen = together(groups, lambda: (read_hf_model(hf_model), _loaded(recipe)))
     architecture = together(groups, lambda: lookup(hf.config))
     live = wrap_model(model, architecture, hf.config, groups)

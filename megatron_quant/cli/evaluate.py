@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.progress import track
 
 from megatron_quant.cli.console import check_output_file, console
+from megatron_quant.cli.tokenizer import add_tokenizer
 from megatron_quant.errors import QuantError
 from megatron_quant.runs import DTYPES, dtype_of
 
@@ -36,6 +37,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "(NVFP4 experts wrongly) and no modelopt",
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
+    add_tokenizer(p)
     p.set_defaults(run=run)
 
 
@@ -51,14 +53,15 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     from transformers.utils import logging
 
-    from megatron_quant.evaluation import Text, decoded, evaluate, native
+    from megatron_quant.evaluation import Text, TokenizerChoice, decoded, evaluate, native
 
     out = console()
     if not out.is_terminal:
         logging.disable_progress_bar()
+    tokenizer = TokenizerChoice(args.tokenizer, args.trust_remote_code)
     result = evaluate(
         args.directory,
-        Text(args.text, args.seq_length, args.max_tokens),
+        Text(args.text, args.seq_length, args.max_tokens, tokenizer),
         args.against,
         dtype_of(args.dtype),
         {"decoded": decoded, "native": native}[args.load],

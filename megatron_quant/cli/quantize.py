@@ -25,6 +25,7 @@ from megatron_quant.cli.tables import (
     statistics_table,
     weights_table,
 )
+from megatron_quant.cli.tokenizer import add_tokenizer
 from megatron_quant.cli.writing import add_writing
 from megatron_quant.errors import ExportError
 from megatron_quant.recipes import EXPERT_SCALES, KV_CACHES, is_preset, recipe_names
@@ -158,6 +159,7 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         help="text file; .jsonl, .json or .parquet of records with 'text' or a chat ('messages'); "
         "folder of them; or hub id (default: the Python standard library's sources)",
     )
+    add_tokenizer(group)
     group.add_argument(
         "--cold-experts",
         choices=("error", "layer-max"),

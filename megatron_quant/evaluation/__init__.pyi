@@ -7,6 +7,7 @@ from .measure import read_windows as read_windows
 from .metrics import NOTHING as NOTHING
 from .metrics import Sums as Sums
 from .metrics import nll_and_kl as nll_and_kl
+from .tokenizer import TokenizerChoice as TokenizerChoice
 from .tokenizer import load_tokenizer as load_tokenizer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Result",
     "Sums",
     "Text",
+    "TokenizerChoice",
     "decoded",
     "evaluate",
     "load_tokenizer",

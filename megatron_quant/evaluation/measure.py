@@ -1,7 +1,7 @@
 """How good a checkpoint is on a text: perplexity, and divergence from a reference."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from megatron_quant.errors import CheckpointError, QuantError
 from megatron_quant.evaluation.load import Load, Logits, decoded
 from megatron_quant.evaluation.metrics import NOTHING, Sums, nll_and_kl, windows
-from megatron_quant.evaluation.tokenizer import load_tokenizer
+from megatron_quant.evaluation.tokenizer import TokenizerChoice
 
 BatchProgress = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
 """Wraps a list that is gone through once, to show how far it is."""
@@ -33,12 +33,13 @@ class Text:
     """A UTF-8 text file, and what of it is read.
 
     seq_length: tokens that are predicted in each window. max_tokens: how many at most in all; None
-    for the whole text.
+    for the whole text. tokenizer: which one cuts it, by default the checkpoint's own.
     """
 
     file: Path
     seq_length: int = 512
     max_tokens: int | None = None
+    tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
 
 
 def evaluate(
@@ -56,7 +57,7 @@ def evaluate(
     :func:`~megatron_quant.evaluation.load.native` by transformers alone; the reference is always
     decoded. Raises QuantError for a text, CheckpointError for a checkpoint that cannot be used.
     """
-    cut = read_windows(directory, text.file, text.seq_length, text.max_tokens)
+    cut = read_windows(directory, text)
     model = load(directory, dtype)
     reference = decoded(against, dtype) if against else None
     total = score(model, progress(cut), reference)
@@ -81,26 +82,24 @@ def score(model: Logits, cut: Iterable[torch.Tensor], reference: Logits | None =
     return total
 
 
-def read_windows(
-    directory: Path, text_file: Path, seq_length: int, max_tokens: int | None = None
-) -> list[torch.Tensor]:
-    """The windows of a text file under a checkpoint's tokenizer: each int64 [seq_length + 1].
+def read_windows(directory: Path, text: Text) -> list[torch.Tensor]:
+    """Cut a text into windows, each int64 [seq_length + 1].
 
-    max_tokens: how many tokens are predicted at most; None for the whole text. Raises QuantError
+    directory: the checkpoint, whose tokenizer is taken where ``text`` names none. Raises QuantError
     where the text cannot be read or does not fill one window.
     """
     try:
-        text = text_file.read_text(encoding="utf-8")
+        content = text.file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise QuantError(f"{text_file}: not a readable UTF-8 text file ({e}); give another") from e
-    tokenizer = load_tokenizer(directory)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if max_tokens is not None:
-        ids = ids[: max_tokens + 1]
-    cut = list(windows(ids, seq_length))
+        raise QuantError(f"{text.file}: not a readable UTF-8 text file ({e}); give another") from e
+    tokenizer = text.tokenizer.load(directory)
+    ids: list[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    if text.max_tokens is not None:
+        ids = ids[: text.max_tokens + 1]
+    cut = list(windows(ids, text.seq_length))
     if not cut:
         raise QuantError(
-            f"{text_file}: {len(ids)} tokens do not fill a window of {seq_length} and its label; "
-            "give a longer text or a smaller sequence length"
+            f"{text.file}: {len(ids)} tokens do not fill a window of {text.seq_length} and its "
+            "label; give a longer text or a smaller sequence length"
         )
     return cut

@@ -1,36 +1,147 @@
-"""The tokenizer that lies beside a checkpoint's weights."""
+"""The tokenizer of a checkpoint, and the code that it may be."""
 
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import HF_MODULES_CACHE
 
-from megatron_quant.documents import MB, Limits, check_file
+from megatron_quant.documents import MB, Limits, check_file, read_json
 from megatron_quant.errors import CheckpointError
 
 _PARSED = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _INDEX = ".index.json"
 _LARGEST = Limits(128 * MB, 0)
+_MODEL = "config.json"
+_SETTINGS = "tokenizer_config.json"
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer of a checkpoint: local files alone, no remote code.
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Which tokenizer reads a text, in place of the one beside a checkpoint's weights.
 
-    Raises CheckpointError where transformers cannot read one, or reads an empty one, and for a
-    file of it that is no regular one, or larger than any tokenizer's.
+    folder: where it is; None for the checkpoint's own. trust_remote_code: run its code where it is
+    code.
+    """
+
+    folder: str | Path | None = None
+    trust_remote_code: bool = False
+
+    def load(self, checkpoint: Path) -> PreTrainedTokenizerBase:
+        """Load it by :func:`load_tokenizer`; CheckpointError where the folder is none too."""
+        folder = checkpoint if self.folder is None else Path(self.folder).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"--tokenizer {folder} is no directory: give the folder that has the tokenizer's "
+                "files"
+            )
+        return load_tokenizer(folder, self.trust_remote_code)
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer of a checkpoint, from local files alone.
+
+    trust_remote_code: run the Python code that tokenizer_config.json names, where it names some.
+    Code that config.json names, of the model and its config, is never run.
+
+    Raises CheckpointError where transformers cannot read a tokenizer, reads an empty one, or would
+    have to run code that is not trusted or not there; and for a file of it that is no regular one,
+    or larger than any tokenizer's.
     """
     for path in directory.glob("*"):
         if path.suffix in _PARSED and not path.name.endswith(_INDEX) and not path.is_dir():
             check_file(path, _LARGEST)
+    code = _code(directory)
+    if code is not None and trust_remote_code:
+        return _of_code(directory, code)
     refused = CheckpointError(
-        f"{directory}: no tokenizer that transformers can read; put the original model's there"
+        f"{directory}: no tokenizer that transformers can read; put the original model's there, or "
+        "give its folder with --tokenizer"
+        if code is None
+        else f"{directory}: the tokenizer is Python code ({code}), which is not run unless asked "
+        "for: read it and give --trust-remote-code, or another tokenizer with --tokenizer"
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
+        return _working(
+            AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         )
     except Exception as e:  # of a broken file transformers raises whatever its parser does
         raise refused from e
-    # Where the files are missing transformers may hand out a tokenizer with an empty vocabulary.
+
+
+def _working(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Where files are missing transformers may hand out a tokenizer with an empty vocabulary."""
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise refused
+        raise ValueError("its vocabulary is empty")
     return tokenizer
+
+
+def _code(directory: Path) -> str | None:
+    """The class that is the tokenizer, as ``module.Class``; None where it is transformers' own."""
+    path = directory / _SETTINGS
+    found = read_json(path) if path.exists() else None
+    found = found.get("auto_map") if isinstance(found, dict) else None
+    classes = found.get("AutoTokenizer") if isinstance(found, dict) else found
+    named = classes if isinstance(classes, list) else [classes]
+    return next((name for name in reversed(named) if isinstance(name, str)), None)
+
+
+def _of_code(directory: Path, code: str) -> PreTrainedTokenizerBase:
+    file = directory / f"{code.partition('.')[0]}.py"
+    if "--" in code:
+        raise CheckpointError(
+            f"{directory}: the tokenizer's code is in another repository ({code}): give a folder "
+            "that has tokenizer and code with --tokenizer"
+        )
+    if not file.is_file():
+        raise CheckpointError(
+            f"{directory}: {file.name}, the code of the tokenizer, is not there (code is never "
+            "fetched from the hub): give a folder that has it with --tokenizer"
+        )
+    try:
+        with _alone(), _nameless(directory) as view:
+            return _working(
+                AutoTokenizer.from_pretrained(view, trust_remote_code=True, local_files_only=True)
+            )
+    except Exception as e:  # the code may raise anything
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise CheckpointError(
+            f"{directory}: the tokenizer's code ({code}) fails ({type(e).__name__}: {reason}): "
+            "install what it needs, or give another tokenizer with --tokenizer"
+        ) from e
+
+
+@contextmanager
+def _nameless(directory: Path) -> Iterator[Path]:
+    """Links to the files of ``directory`` beside a config.json that names no code.
+
+    transformers asks config.json for the model's type, and runs its code where it is let.
+    """
+    with TemporaryDirectory() as made:
+        view = Path(made) / directory.resolve().name
+        view.mkdir()
+        for path in directory.iterdir():
+            if path.name != _MODEL:
+                (view / path.name).symlink_to(path.resolve())
+        if (directory / _MODEL).exists():
+            config = read_json(directory / _MODEL)
+            if isinstance(config, dict):
+                config.pop("auto_map", None)
+            (view / _MODEL).write_text(json.dumps(config))
+        yield view
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process at a time: ranks would read code that another one is just copying."""
+    folder = Path(HF_MODULES_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".megatron_quant.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,4 +1,4 @@
-"""Calibration text as the token ids of a checkpoint's own tokenizer."""
+"""Calibration text as token ids."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,17 +7,24 @@ import torch
 
 from megatron_quant.calib import load_texts, token_batches
 from megatron_quant.errors import CheckpointError
-from megatron_quant.evaluation import load_tokenizer
+from megatron_quant.evaluation import TokenizerChoice
 from megatron_quant.runs.settings import Calibration
+
+
+def tokenizer_choice(calibration: Calibration) -> TokenizerChoice:
+    """The tokenizer that ``calibration`` asks for."""
+    return TokenizerChoice(calibration.tokenizer, calibration.trust_remote_code)
 
 
 def calibration_batches(calibration: Calibration, source: Path) -> list[torch.Tensor]:
     """What ``calibration`` asks for, [B, S] each.
 
+    source: the checkpoint, whose tokenizer is taken where ``calibration`` names none.
+
     Raises CheckpointError without a tokenizer and CalibrationError where there is too little text.
     """
     try:
-        tokenizer = load_tokenizer(source)
+        tokenizer = tokenizer_choice(calibration).load(source)
     except CheckpointError as e:
         raise CheckpointError(f"{e}, or quantize with --weight-only") from None
     texts = load_texts(calibration.dataset)
@@ -26,11 +33,14 @@ def calibration_batches(calibration: Calibration, source: Path) -> list[torch.Te
     )
 
 
-def check_ids(tokens: Sequence[torch.Tensor], source: Path, vocab_size: int) -> None:
+def check_ids(
+    tokens: Sequence[torch.Tensor], calibration: Calibration, source: Path, vocab_size: int
+) -> None:
     """CheckpointError for a token that the model does not have."""
     largest = max((int(ids.max()) for ids in tokens), default=0)
     if largest >= vocab_size:
         raise CheckpointError(
-            f"{source}: the tokenizer gives token {largest}, but vocab_size in config.json is "
-            f"{vocab_size}; put the tokenizer there that the model was trained with"
+            f"{calibration.tokenizer or source}: the tokenizer gives token {largest}, but "
+            f"vocab_size in config.json is {vocab_size}; put the tokenizer there that the model "
+            "was trained with"
         )

@@ -7,7 +7,7 @@ from megatron_quant.ckpt.verify import Report
 from megatron_quant.ckpt.verify import verify as verify_checkpoint
 from megatron_quant.dist import Groups
 from megatron_quant.errors import QuantError
-from megatron_quant.evaluation import Result, Text
+from megatron_quant.evaluation import Result, Text, TokenizerChoice
 from megatron_quant.evaluation import evaluate as evaluate_checkpoint
 from megatron_quant.recipes import Recipe
 from megatron_quant.runs.conversion import ExportOptions, Rewritten, reexport
@@ -175,15 +175,18 @@ def evaluate(
     seq_length: int = 512,
     max_tokens: int | None = None,
     dtype: str = "bf16",
+    tokenizer: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Result:
     """Measure perplexity on a text, and the mean KL divergence from ``against`` where it is given.
 
-    text: a UTF-8 file. seq_length: tokens of a window; windows do not overlap. Raises QuantError
-    for a text or a checkpoint that cannot be used.
+    text: a UTF-8 file. seq_length: tokens of a window; windows do not overlap. tokenizer:
+    the folder of the tokenizer, None for the checkpoint's own. trust_remote_code: run the code of a
+    tokenizer that is code. Raises QuantError for a text or a checkpoint that cannot be used.
     """
     return evaluate_checkpoint(
         Path(out),
-        Text(Path(text), seq_length, max_tokens),
+        Text(Path(text), seq_length, max_tokens, TokenizerChoice(tokenizer, trust_remote_code)),
         Path(against) if against is not None else None,
         dtype_of(dtype),
     )

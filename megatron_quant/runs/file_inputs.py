@@ -33,7 +33,8 @@ def calibrate_inputs(
 
         def start() -> tuple[list[torch.Tensor], "PreTrainedModel", WeightInputAmax]:
             batches = calibration_batches(options.calibration, job.source)
-            check_ids(batches, job.source, positive(text_config(job.hf_config), "vocab_size"))
+            vocabulary = positive(text_config(job.hf_config), "vocab_size")
+            check_ids(batches, options.calibration, job.source, vocabulary)
             model = load_model(job.source, job.dtype)
             return batches, model, WeightInputAmax(watched(model, params))
 

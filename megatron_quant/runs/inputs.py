@@ -7,9 +7,9 @@ import torch
 from megatron_quant.ckpt.plan import Companions, Origin
 from megatron_quant.ckpt.read import QuantizedCheckpoint, Weights, keeping, open_source
 from megatron_quant.ckpt.write import Existing, WriteOptions
-from megatron_quant.evaluation import read_windows
+from megatron_quant.evaluation import Text, read_windows
 from megatron_quant.mcore.checkpoint import Saved
-from megatron_quant.runs.batches import calibration_batches, check_ids
+from megatron_quant.runs.batches import calibration_batches, check_ids, tokenizer_choice
 from megatron_quant.runs.destination import checked_companions, existing_of, origin_of
 from megatron_quant.runs.job import Job, prepare_job, replanned
 from megatron_quant.runs.options import QuantizeOptions
@@ -57,11 +57,14 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
         check_save_path(options.megatron_save_path, existing)
     windows = []
     if options.eval_text:
-        windows = read_windows(job.source, options.eval_text, options.calibration.seq_length)
+        data = options.calibration
+        tokenizer = tokenizer_choice(data)
+        text = Text(options.eval_text, data.seq_length, tokenizer=tokenizer)
+        windows = read_windows(job.source, text)
     batches = []
     if job.quant.needs_data and saved is None:
         batches = calibration_batches(options.calibration, job.source)
-    check_ids([*batches, *windows], job.source, job.hf_config["vocab_size"])
+    check_ids([*batches, *windows], options.calibration, job.source, job.hf_config["vocab_size"])
     return Inputs(
         job=job,
         checkpoint=checkpoint,

@@ -113,13 +113,15 @@ def _own_loop(handle: Quantized, calibration: Calibration, groups: Groups) -> Ca
     hf, chunks = handle.hf, handle.model.chunks
 
     def read() -> list[torch.Tensor]:
-        if hf.directory is None:
+        source = calibration.tokenizer or hf.directory
+        if source is None:
             raise CalibrationError(
                 f"recipe {handle.recipe.name!r} is calibrated on data: give a forward_loop, or the "
-                "directory of the Hugging Face model as hf_model, which has its tokenizer"
+                "directory of the Hugging Face model as hf_model, which has its tokenizer, or a "
+                "tokenizer in calibration"
             )
-        batches = calibration_batches(calibration, hf.directory)
-        check_ids(batches, hf.directory, hf.config["vocab_size"])
+        batches = calibration_batches(calibration, Path(source))
+        check_ids(batches, calibration, Path(source), hf.config["vocab_size"])
         return batches
 
     def loop() -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_quant.errors import ExportError, QuantError
@@ -55,7 +56,9 @@ class Calibration:
     dataset: as ``--calib-dataset``. size: samples. seq_length: tokens a sample. batch_size: samples
     a forward. cold_experts: ``error`` stops at an expert that saw no token, ``layer-max`` gives it
     the largest amax of its layer. act_percentile: the percentage of a layer's input values that
-    its scale covers; 100 clips nothing.
+    its scale covers; 100 clips nothing. tokenizer: the folder of the tokenizer, None for the
+    checkpoint's own. trust_remote_code: run the code of a tokenizer that is code; the model's is
+    never run.
     """
 
     dataset: str = "stdlib"
@@ -64,6 +67,8 @@ class Calibration:
     batch_size: int = 4
     cold_experts: str = "error"
     act_percentile: float = 100.0
+    tokenizer: str | Path | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         """Refuse counts below one, a percentage out of range, an unknown policy."""

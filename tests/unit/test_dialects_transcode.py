@@ -1,5 +1,6 @@
 """Dialects that share a grid: a checkpoint goes through all of them and comes back bit for bit."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.formats.spec import CHANNEL, get_format
 from megatron_quant.recipes.plan import QuantPlan
 from megatron_quant.runs.conversion import ExportOptions, reexport
+from tests.dist.command import command
 from tests.unit import exported
 
 ATTENTION = "model.layers.0.self_attn"
@@ -78,6 +80,16 @@ def test_round_trip_is_bit_exact(tmp_path, choice):
     end = through(start, *ROUTES[choice])
     assert same_files(start, end)
     assert verify(end, exported.write(tmp_path / "source", weights)).problems == ()
+
+
+def test_the_command_writes_modelopt_where_nothing_is_said(tmp_path):
+    quant, weights = exported.plan("int4"), exported.source_weights()
+    start = exported.export(tmp_path / "start", "compressed-tensors", quant, weights)
+    ended = command("export", str(start), "--export-dir", str(tmp_path / "out"))
+    assert ended.status == 0, ended.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "modelopt"
+    assert same_files(tmp_path / "out", through(start, "modelopt"))
 
 
 @pytest.mark.parametrize("size", [32, CHANNEL])

@@ -123,7 +123,7 @@ def model_of(directory: Path):
 @torch.no_grad()
 def test_perplexity_of_bf16_equals_transformers_own_loss(moe, text):
     result = evaluate(moe, Text(text, 64), dtype=torch.float32)
-    model, cut = model_of(moe), torch.stack(read_windows(moe, text, 64))
+    model, cut = model_of(moe), torch.stack(read_windows(moe, Text(text, 64)))
     logits = model(cut[:, :-1]).logits
     loss = F.cross_entropy(logits.flatten(0, 1), cut[:, 1:].flatten())
     assert result.perplexity == pytest.approx(loss.exp().item(), rel=1e-5)
@@ -146,7 +146,7 @@ def test_max_tokens_cuts_the_text(moe, text):
 
 
 def test_native_reads_bf16_as_decoded_does(moe, text):
-    ids = read_windows(moe, text, 64)[0]
+    ids = read_windows(moe, Text(text, 64))[0]
     ours, theirs = decoded(moe, torch.float32)(ids), native(moe, torch.float32)(ids)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -242,7 +242,7 @@ def test_tied_embeddings_need_no_lm_head(tmp_path, text):
     config = Qwen3Config(**SHAPE, tie_word_embeddings=True)
     directory = save(Qwen3ForCausalLM(config), tmp_path / "tied")
     assert "lm_head.weight" not in load_file(directory / "model.safetensors")
-    ids = read_windows(directory, text, 64)[0]
+    ids = read_windows(directory, Text(text, 64))[0]
     expected = model_of(directory)(ids[None]).logits[0]
     torch.testing.assert_close(decoded(directory, torch.float32)(ids), expected)
 

@@ -166,11 +166,6 @@ def test_unknown_algorithm(nvfp4):
     broken(nvfp4, "MXFP9", "W4A16_NVFP4")
 
 
-def test_missing_hf_quant_config(nvfp4):
-    (nvfp4 / "hf_quant_config.json").unlink()
-    broken(nvfp4, "hf_quant_config.json")
-
-
 @pytest.mark.parametrize(
     ("key", "value"), [("quant_algo", "FP8"), ("exclude_modules", []), ("group_size", 32)]
 )

@@ -1,4 +1,3 @@
-from .base import FLOATS as FLOATS
 from .base import INPUT_SCALE as INPUT_SCALE
 from .base import K_SCALE as K_SCALE
 from .base import SHAPE as SHAPE
@@ -30,7 +29,6 @@ from .scheme import packings as packings
 __all__ = [
     "DIALECT_NAMES",
     "FILES",
-    "FLOATS",
     "HF_QUANT_CONFIG",
     "INPUT_SCALE",
     "K_SCALE",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -83,6 +84,17 @@ class Stored:
         cells = (-(-n // (b or n)) for b, n in zip(self.block, (rows, cols), strict=True))
         return self.on_disk(tuple(cells), 1)
 
+    def fits(self, dtype: torch.dtype, on_disk: tuple[int, ...], shape: tuple[int, int]) -> bool:
+        """Whether a tensor of this dtype and shape on disk may store it, for a weight of ``shape``.
+
+        Scales of one number may have any float dtype and shape, E8M0 its own dtype or uint8.
+        """
+        dtypes = (self.dtype, *self.also)
+        if self.block == _SCALAR and self.field != SHAPE:
+            return prod(on_disk) == 1 and dtype in (*dtypes, *FLOATS)
+        same_bytes = dtype == torch.float8_e8m0fnu and torch.uint8 in dtypes
+        return on_disk == self.shape(*shape) and (dtype in dtypes or same_bytes)
+
     def constant(self, rows: int, cols: int) -> torch.Tensor:
         """What is stored of ``SHAPE`` for a weight of ``rows`` x ``cols``; not to be written to."""
         assert self.field == SHAPE, self.field
@@ -149,7 +161,7 @@ class ModuleFormat:
 class Dialect(ABC):
     """One on-disk convention, in both directions.
 
-    extra_names: JSON files that a checkpoint of the dialect has beside config.json.
+    extra_names: JSON files that a checkpoint of the dialect may have beside config.json.
     cache_scales: what is stored of an FP8 KV cache for each attention module; empty where the
         dialect has no such cache.
     by_tensors: whether a module whose plain weight is there is unquantized, whatever the config
@@ -185,6 +197,17 @@ class Dialect(ABC):
         """The dialect as ``quantization_config`` spells it, where it has several packings."""
         return self
 
+    def is_ordered(self, config: Mapping[str, Any]) -> bool:
+        """Whether ``quantization_config`` leaves columns in their natural order of groups."""
+        return True
+
+    def lists_exclusions(self, config: Mapping[str, Any]) -> bool:
+        """Whether ``quantization_config`` names what is not quantized.
+
+        Where it does not, what engines never quantize is plain without being named.
+        """
+        return True
+
     def extra_files(self, plan: QuantPlan) -> dict[str, dict[str, Any]]:
         """Other JSON files of the dialect: file name -> content."""
         return {}
@@ -194,7 +217,7 @@ class Dialect(ABC):
     ) -> tuple[str, ...]:
         """What the dialect's other JSON files say otherwise than ``quantization_config``.
 
-        files: content of ``extra_names``, by name.
+        files: content of those of ``extra_names`` that are there, by name.
         """
         return ()
 

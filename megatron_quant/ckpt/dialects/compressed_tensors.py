@@ -215,6 +215,12 @@ class CompressedTensors(Dialect):
                 found[module] = fmt
         return found
 
+    def is_ordered(self, config: Mapping[str, Any]) -> bool:
+        """Whether no group of modules has an ``actorder`` that permutes its columns."""
+        groups = stated(config).parts("config_groups").values()
+        orders = [group.part("weights").get("actorder") for group in groups]
+        return not any(order in (True, "group") for order in orders)
+
     def read_kv_cache(self, config: Mapping[str, Any]) -> str:
         """``fp8`` where the config has a kv_cache_scheme; CheckpointError for another cache."""
         return compressed_config.read_kv_cache(config)

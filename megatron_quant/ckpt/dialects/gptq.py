@@ -3,7 +3,7 @@
 Symmetric weights only are written. Version 1 stores zero points less one; what reads asymmetric
 ones adds one to whole words, so that a zero point of 0 spoils its neighbour, and vLLM refuses
 them by name. Scales have the codec's dtype, so that they are the calibrated ones exactly. What
-is read: versions 1 and 2, symmetric or not, columns in their natural order.
+is read: versions 1 and 2, symmetric or not, columns in any order.
 """
 
 from collections.abc import Mapping
@@ -195,6 +195,10 @@ class Gptq(Dialect):
             if not skipped:
                 found[module] = _read({**config, **change})
         return found
+
+    def is_ordered(self, config: Mapping[str, Any]) -> bool:
+        """Whether ``desc_act`` is false."""
+        return not stated(config).flag("desc_act")
 
     def variant(self, config: Mapping[str, Any]) -> Dialect:
         """Version 1 or 2, as ``checkpoint_format`` says. CheckpointError for others."""

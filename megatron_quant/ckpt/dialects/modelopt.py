@@ -178,6 +178,8 @@ class ModelOpt(Dialect):
         self, config: Mapping[str, Any], files: Mapping[str, Any]
     ) -> tuple[str, ...]:
         """What hf_quant_config.json says otherwise than ``config``."""
+        if HF_QUANT_CONFIG not in files:
+            return ()
         quantization = files[HF_QUANT_CONFIG].get("quantization")
         if not isinstance(quantization, dict):
             return (f"{HF_QUANT_CONFIG} has no quantization section",)

@@ -21,6 +21,7 @@ from megatron_quant.ckpt.dialects.common import (
 from megatron_quant.ckpt.dialects.expressions import Effort, Expression
 from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
+from megatron_quant.fields import Fields
 from megatron_quant.formats import Format, get_format
 from megatron_quant.recipes import QuantPlan
 
@@ -82,10 +83,18 @@ class NativeFp8(Dialect):
                 f"known: e4m3, dynamic, {_BLOCK}"
             )
         fmt = ModuleFormat(get_format("fp8_block"), get_format("fp8_group"))
-        names = said.texts("modules_to_not_convert") or said.texts("ignored_layers")
+        names = _exclusions(said)
         skipped = [Expression(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", effort) for name in names]
         return {
             m: fmt
             for m in linears(modules)
             if not (m.endswith(names) or any(s.match(m) for s in skipped))
         }
+
+    def lists_exclusions(self, config: Mapping[str, Any]) -> bool:
+        """DeepSeek's and MiniMax's releases name none."""
+        return bool(_exclusions(stated(config)))
+
+
+def _exclusions(said: Fields) -> tuple[str, ...]:
+    return said.texts("modules_to_not_convert") or said.texts("ignored_layers")

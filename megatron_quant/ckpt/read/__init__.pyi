@@ -10,6 +10,7 @@ from .logical_tensors import params_of as params_of
 from .logical_tensors import plain_part as plain_part
 from .logical_tensors import row_blocks as row_blocks
 from .open import open_source as open_source
+from .packed_weight import GROUP_INDEX as GROUP_INDEX
 from .packed_weight import Packed as Packed
 from .quantized import QuantizedCheckpoint as QuantizedCheckpoint
 from .quantized import matrices as matrices
@@ -21,6 +22,7 @@ from .scale_keeping import keeping as keeping
 from .scale_keeping import kept_scales as kept_scales
 
 __all__ = [
+    "GROUP_INDEX",
     "PLAIN_DTYPES",
     "Packed",
     "QuantizedCheckpoint",

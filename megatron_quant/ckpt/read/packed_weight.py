@@ -9,13 +9,12 @@ the scale and zero point of its own group.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import lcm, prod
+from math import lcm
 
 import torch
 from torch import Tensor
 
 from megatron_quant.ckpt.dialects import (
-    FLOATS,
     INPUT_SCALE,
     SHAPE,
     WEIGHT_SCALE,
@@ -243,23 +242,14 @@ def _check_form(
     info = files.tensors.get(name)
     if info is None:
         return
-    wanted = stored.shape(*shape)
-    dtypes = (stored.dtype, *stored.also)
-    if stored.block == _SCALAR and stored.field != SHAPE:
-        fits = prod(info.shape) == 1 and info.dtype in (*dtypes, *FLOATS)
-    else:
-        fits = info.shape == wanted and (info.dtype in dtypes or _same_bytes(info.dtype, dtypes))
-    if not fits:
+    if not stored.fits(info.dtype, info.shape, shape):
         groups = f" in groups of {fmt.group_size}" if fmt.group_size > 1 else ""
         raise CheckpointError(
             f"{files.path}: {name} is {info.dtype} {list(info.shape)}, but the config means "
-            f"{stored.dtype} {list(wanted)} for a {fmt.name} weight {list(shape)}{groups}; "
+            f"{stored.dtype} {list(stored.shape(*shape))} for a {fmt.name} weight "
+            f"{list(shape)}{groups}; "
             "correct quantization_config, or fetch the checkpoint again"
         )
-
-
-def _same_bytes(dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> bool:
-    return dtype == torch.float8_e8m0fnu and torch.uint8 in dtypes
 
 
 def _cells(start: int, size: int, block: int) -> _Span:

@@ -60,6 +60,7 @@ class QuantizedCheckpoint:
     modules: what the checkpoint's own config says of each quantized module (Hugging Face name).
     dialect: the convention that it is in; None where nothing is quantized.
     kv_cache: ``fp8`` where it has scales of an FP8 KV cache, else empty.
+    is_ordered, lists_exclusions: as the dialect's methods of these names say of the config.
 
     Iterating yields the tensor names of the unquantized model. Tensors are read when asked for,
     one at a time.
@@ -88,10 +89,13 @@ class QuantizedCheckpoint:
         self.config = files.config
         self.tensors = files.tensors
         self.dialect, self.kv_cache, self.modules = None, "", {}
+        self.is_ordered = self.lists_exclusions = True
         quantization = quantization_of(files.config, files.path)
         if quantization is not None:
             self.dialect = dialect_of(quantization, files.path)
             self.kv_cache = self.dialect.read_kv_cache(quantization)
+            self.is_ordered = self.dialect.is_ordered(quantization)
+            self.lists_exclusions = self.dialect.lists_exclusions(quantization)
             self.modules = _read_modules(files, self.dialect, quantization, tuple(modules))
         self._files = files
 

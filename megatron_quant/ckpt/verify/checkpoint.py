@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_quant.ckpt.read import (
+    PLAIN_DTYPES,
     Packed,
     QuantizedCheckpoint,
     ReadOnce,
@@ -19,7 +20,7 @@ from megatron_quant.ckpt.read import (
     plain_part,
     row_blocks,
 )
-from megatron_quant.ckpt.storage import index_problems, read_object
+from megatron_quant.ckpt.storage import MANIFEST, index_problems, read_object
 from megatron_quant.ckpt.verify.tensors import (
     cache_problems,
     element_problems,
@@ -31,8 +32,10 @@ from megatron_quant.ckpt.verify.tensors import (
     stored_cache_tensors,
     stray_problems,
 )
+from megatron_quant.documents import INDEX
 from megatron_quant.errors import ArchitectureError, CheckpointError, VerifyError
-from megatron_quant.models import Param, Source, engine_groups, has_drafts, is_draft
+from megatron_quant.fields import Fields
+from megatron_quant.models import Param, Role, Source, engine_groups, has_drafts, is_draft
 
 BOUNDS = {8: 0.25, 4: 0.5}
 """Bits -> largest ||w - decoded|| / ||w|| that is no mistake. Gaussian weights have at most 0.03
@@ -108,9 +111,19 @@ def verify(directory: Path, against: Path | None = None) -> Report:
 
 def _open(directory: Path) -> tuple[QuantizedCheckpoint, tuple[Param, ...]]:
     files = open_directory(directory)
-    params = params_of(QuantizedCheckpoint.over(files, matrices(files)))
-    modules = [s.module for p in params for s in p.sources if len(s.shape) == 2]
+    checkpoint = QuantizedCheckpoint.over(files, matrices(files))
+    params = params_of(checkpoint)
+    dense = set() if checkpoint.lists_exclusions else _plain_by_role(checkpoint, params)
+    sources = (s for p in params for s in p.sources)
+    modules = [s.module for s in sources if len(s.shape) == 2 and s.name not in dense]
     return QuantizedCheckpoint.over(files, modules), params
+
+
+def _plain_by_role(checkpoint: QuantizedCheckpoint, params: Sequence[Param]) -> set[str]:
+    """Plain tensors that are no linears, such as routers: engines build them so unasked."""
+    fixed = (s.name for p in params if p.role is not Role.LINEAR for s in p.sources)
+    plain = {n for n, info in checkpoint.tensors.items() if info.dtype in PLAIN_DTYPES}
+    return plain.intersection(fixed)
 
 
 def _lost(config: Mapping[str, Any], params: Sequence[Param], source: Weights) -> list[str]:
@@ -132,10 +145,20 @@ def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
         return ()
     paths = [checkpoint.path / name for name in dialect.extra_names]
     try:
-        extra = {path.name: read_object(path) for path in paths}
-        return dialect.check_extra_files(quantization, extra)
+        extra = {path.name: read_object(path) for path in paths if path.exists()}
+        listed = _listed(checkpoint.path)
+        lost = (n for n in dialect.extra_names if n in listed and n not in extra)
+        missing = tuple(f"{name}: missing, though {MANIFEST} lists it" for name in lost)
+        return (*missing, *dialect.check_extra_files(quantization, extra))
     except CheckpointError as error:
         return (str(error),)
+
+
+def _listed(directory: Path) -> tuple[str, ...]:
+    """Files that an export's own manifest lists; none where it has no manifest."""
+    if not (directory / MANIFEST).exists():
+        return ()
+    return Fields(read_object(directory / MANIFEST, INDEX), MANIFEST).texts("files")
 
 
 def _check(

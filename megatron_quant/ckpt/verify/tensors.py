@@ -7,7 +7,8 @@ import torch
 
 from megatron_quant.ckpt.dialects import INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
 from megatron_quant.ckpt.plan import slots
-from megatron_quant.ckpt.read import PLAIN_DTYPES, QuantizedCheckpoint, ReadOnce
+from megatron_quant.ckpt.read import GROUP_INDEX, PLAIN_DTYPES, QuantizedCheckpoint, ReadOnce
+from megatron_quant.errors import CheckpointError
 from megatron_quant.models import Param, Source
 from megatron_quant.native import library
 from megatron_quant.recipes import attention_of
@@ -33,16 +34,26 @@ def _present(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[tuple[
             yield name, stored
 
 
+def _orders(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[str]:
+    """Names of what says the group of each column, where the config says that something does."""
+    if not checkpoint.is_ordered:
+        names = (f"{source.module}.{suffix}" for suffix in GROUP_INDEX)
+        yield from (name for name in names if name in checkpoint.tensors)
+
+
 def _expected(
     checkpoint: QuantizedCheckpoint, source: Source
-) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
-    """Name, possible dtypes and shape of each tensor that stores ``source``."""
+) -> Iterator[tuple[str, Stored | None, tuple[torch.dtype, ...], tuple[int, ...]]]:
+    """Name, possible dtypes and shape of each tensor that stores ``source``.
+
+    And what it is to a quantized one.
+    """
     if not is_quantized(checkpoint, source):
-        yield source.name, PLAIN_DTYPES, source.shape
+        yield source.name, None, PLAIN_DTYPES, source.shape
         return
     rows, cols = source.shape
     for name, stored in _present(checkpoint, source):
-        yield name, (stored.dtype, *stored.also), stored.shape(rows, cols)
+        yield name, stored, (stored.dtype, *stored.also), stored.shape(rows, cols)
 
 
 def stray_problems(
@@ -56,6 +67,7 @@ def stray_problems(
     for source in (s for p in params for s in p.sources):
         if is_quantized(checkpoint, source):
             expected |= {name for name, _ in _present(checkpoint, source)}
+            expected.update(_orders(checkpoint, source))
         else:
             expected.add(source.name)
     return [
@@ -78,10 +90,12 @@ def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
     if is_quantized(checkpoint, source) and info and info.dtype in PLAIN_DTYPES:
         return [f"{source.name}: neither quantized nor in the ignore list of config.json"]
     problems = []
-    for name, dtypes, shape in _expected(checkpoint, source):
+    for name, stored, dtypes, shape in _expected(checkpoint, source):
         info = checkpoint.tensors.get(name)
         if info is None:
             problems.append(f"{name}: missing")
+        elif stored and stored.fits(info.dtype, info.shape, (source.shape[0], source.shape[1])):
+            continue
         elif info.dtype not in dtypes:
             wanted = " or ".join(map(str, dtypes))
             problems.append(f"{name}: dtype is {info.dtype}, config.json means {wanted}")
@@ -104,9 +118,11 @@ def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOn
     """Scales that are not finite or not positive, and a wrong shape."""
     if not is_quantized(checkpoint, source):
         return []
-    problems = []
-    elements = checkpoint.stored(source.module)[0]
+    elements, orders = checkpoint.stored(source.module)[0], set(_orders(checkpoint, source))
+    problems = _order_problems(checkpoint, source, held) if orders else []
     for name, stored in _present(checkpoint, source):
+        if name in orders:
+            continue
         if stored.field == SHAPE:
             meant, found = stored.constant(*source.shape), held.raw(name)
             if not torch.equal(found.to(meant.dtype), meant):
@@ -114,6 +130,15 @@ def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOn
         elif stored is not elements:
             problems += _scale_problems(name, held.raw(name))
     return problems
+
+
+def _order_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOnce) -> list[str]:
+    """Columns of groups that the weight has not."""
+    try:
+        _ = checkpoint.packed(source.module, held).group_of_column
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def _finite_problems(name: str, tensor: torch.Tensor) -> list[str]:

@@ -12,6 +12,7 @@ from megatron_quant.ckpt.plan import (
     source_digest,
 )
 from megatron_quant.ckpt.read import Weights
+from megatron_quant.ckpt.storage import overlap
 from megatron_quant.ckpt.verify import Report, verify
 from megatron_quant.ckpt.write import Existing, beside, check_apart, check_target
 from megatron_quant.dist import Groups, together
@@ -30,18 +31,36 @@ def existing_of(write: Write) -> Existing:
     return Existing.REPLACE if write.overwrite else Existing.REFUSE
 
 
-def check_place(export_dir: Path, *sources: Path) -> None:
-    """Raise ExportError where an export would lie in, or around, what it is made of.
+def check_place(directory: Path, *sources: Path, flag: str = "--export-dir") -> None:
+    """Raise ExportError where ``directory`` would lie in, or around, what it is made of.
 
-    Nor may it be the directory in which the run stands.
+    Nor may it be the directory in which the run stands. flag: that names it.
     """
-    if export_dir.resolve() == Path.cwd():
+    if directory.resolve() == Path.cwd():
         raise ExportError(
-            f"--export-dir {export_dir} is the directory that the command runs in; give one of its"
-            " own"
+            f"{flag} {directory} is the directory that the command runs in; give one of its own"
         )
     for source in sources:
-        check_apart(export_dir, source)
+        check_apart(directory, source, flag)
+
+
+def check_places(options: QuantizeOptions) -> None:
+    """Raise ExportError unless all that is written has places apart from one another and the rest.
+
+    ``options.hf_model_id`` is a directory, or none.
+    """
+    out, saved = options.export_dir, options.megatron_save_path
+    named = (options.hf_model_id, options.megatron_load_path)
+    sources = [Path(source) for source in named if source is not None]
+    if out is not None:
+        check_place(out, *sources)
+    if saved is not None:
+        check_place(saved, *sources, flag="--megatron-save-path")
+    if out is not None and saved is not None and overlap(out, saved):
+        raise ExportError(
+            f"--megatron-save-path {saved} is --export-dir {out}, or one lies in the other; give "
+            "each a directory of its own"
+        )
 
 
 def origin_of(job: Job, saved: Saved | None = None) -> Origin:

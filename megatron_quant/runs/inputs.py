@@ -13,7 +13,7 @@ from megatron_quant.runs.batches import calibration_batches, check_ids, tokenize
 from megatron_quant.runs.destination import checked_companions, existing_of, origin_of
 from megatron_quant.runs.job import Job, prepare_job, replanned
 from megatron_quant.runs.options import QuantizeOptions
-from megatron_quant.runs.saving import check_save_path
+from megatron_quant.runs.saving import SavePlace, check_save_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
     if options.export_dir is not None:
         files = checked_companions(job, options.export_dir, existing, origin)
     if options.megatron_save_path is not None:
-        check_save_path(options.megatron_save_path, existing)
+        made_of = {"recipe": origin.recipe, "source": origin.source}
+        check_save_path(SavePlace(options.megatron_save_path, existing, made_of))
     windows = []
     if options.eval_text:
         data = options.calibration

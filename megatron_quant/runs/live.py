@@ -23,7 +23,7 @@ from megatron_quant.ckpt.plan import (
 )
 from megatron_quant.ckpt.read import Weights, kept_dtypes, logical, open_source
 from megatron_quant.ckpt.verify import Report
-from megatron_quant.ckpt.write import WriteOptions, check_target, in_memory
+from megatron_quant.ckpt.write import Existing, WriteOptions, check_target, in_memory
 from megatron_quant.ckpt.write import export as write_files
 from megatron_quant.dist import Groups, together
 from megatron_quant.engines import check_serving
@@ -43,7 +43,7 @@ from megatron_quant.recipes import Recipe
 from megatron_quant.runs.batches import calibration_batches, check_ids
 from megatron_quant.runs.destination import Verification, check_place, existing_of, with_beside
 from megatron_quant.runs.phases import Quiet
-from megatron_quant.runs.saving import save_model
+from megatron_quant.runs.saving import SavePlace, save_model
 from megatron_quant.runs.settings import Calibration, Serve, Write, parse_size
 from megatron_quant.streaming import PartSource, Producer
 
@@ -249,12 +249,13 @@ def _dtype_of(model: LiveModel) -> torch.dtype:
 def save(model: Quantized | Chunks, directory: str | Path) -> None:
     """Save a quantized live model as a Megatron checkpoint (torch_dist). Collective.
 
-    It can be restored, exported or trained on at any layout. Raises ExportError, on every rank
-    alike, for what the disk refuses; nothing is left of it then.
+    It can be restored, exported or trained on at any layout. A checkpoint of this library is
+    replaced. Raises ExportError, on every rank alike, for what the disk refuses and where files of
+    others lie; nothing is left of it then.
     """
     handle = quantized(model)
-    hf = handle.hf
-    save_model(handle.model, Path(directory), hf.directory, dict(hf.config), handle.model.groups)
+    hf, place = handle.hf, SavePlace(Path(directory), Existing.REPLACE)
+    save_model(handle.model, place, hf.directory, hf.config, handle.model.groups)
 
 
 def restore(

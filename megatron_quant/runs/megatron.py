@@ -38,12 +38,12 @@ from megatron_quant.mcore.model import (
 )
 from megatron_quant.models import Role
 from megatron_quant.runs.agree import check_options, check_plans, check_tokens, fetched
-from megatron_quant.runs.destination import Verification, statistics_digest
+from megatron_quant.runs.destination import Verification, check_places, statistics_digest
 from megatron_quant.runs.inputs import Inputs, open_inputs
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
-from megatron_quant.runs.saving import save_model
+from megatron_quant.runs.saving import SavePlace, save_model
 from megatron_quant.streaming import PartSource, Producer
 
 
@@ -76,6 +76,7 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     check_options(options, groups)
     with phases.time("plan"):
         options = fetched(options, groups)
+        together(groups, lambda: check_places(options))
         saved = None
         if options.megatron_load_path is not None:
             saved = open_saved(options.megatron_load_path, groups)
@@ -95,14 +96,14 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
         handle = _calibrate(options, inputs, handle, phases)
     calibration = handle.report or CalibrationReport({}, {}, {}, ())
     fake_quant = _evaluate(inputs, handle, phases) if inputs.windows else None
+    found = (calibration.weight_amax, calibration.input_amax, handle.kv_amax)
+    digest = together(groups, lambda: statistics_digest(job, options, *found))
     if options.megatron_save_path is not None:
         with phases.time("save"):
-            path, config = options.megatron_save_path, dict(job.hf_config)
-            save_model(model, path, job.source, config, groups)
+            place = _save_place(options.megatron_save_path, inputs, digest)
+            save_model(model, place, job.source, job.hf_config, groups)
     check = None
     if options.export_dir is not None:
-        found = (calibration.weight_amax, calibration.input_amax, handle.kv_amax)
-        digest = together(groups, lambda: statistics_digest(job, options, *found))
         produced = producer(model, handle.layers, handle.cached, _drafts(job))
         source = job.source if options.megatron_load_path is None else None
         check = Verification(options.export_dir, source, groups, phases)
@@ -118,6 +119,13 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
         verified=report,
         left_out=left_out,
     )
+
+
+def _save_place(path: Path, inputs: Inputs, statistics: str) -> SavePlace:
+    """``statistics``: digest of what calibration found."""
+    origin, dtype = inputs.origin, str(inputs.job.dtype)
+    made_of = {"recipe": origin.recipe, "source": origin.source, "dtype": dtype}
+    return SavePlace(path, inputs.existing, {**made_of, "calibrated scales": statistics})
 
 
 def _model(inputs: Inputs, groups: Groups, phases: Phases) -> LiveModel:

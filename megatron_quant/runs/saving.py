@@ -1,76 +1,135 @@
 """Writing ``--megatron-save-path``: a folder of its own name only once all of it is there."""
 
 import json
+import logging
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_quant.ckpt.plan import CONFIG
 from megatron_quant.ckpt.storage import explained
-from megatron_quant.ckpt.write import Existing
-from megatron_quant.ckpt.write import beside as found_beside
-from megatron_quant.dist import Groups, together
-from megatron_quant.errors import ExportError
-from megatron_quant.mcore.checkpoint import HF_FILES, is_checkpoint, store
+from megatron_quant.ckpt.write import Existing, beside
+from megatron_quant.dist import Groups, gather, together
+from megatron_quant.errors import CheckpointError, ExportError
+from megatron_quant.mcore.checkpoint import (
+    HF_FILES,
+    Content,
+    check_free,
+    check_own,
+    is_checkpoint,
+    read_written,
+    store,
+    write_folder,
+)
 from megatron_quant.mcore.model import LiveModel
 
-_DOING = "cannot be written"
+
+@dataclass(frozen=True)
+class SavePlace:
+    """Where a checkpoint goes, and what it is made of: digests, by what they are of.
+
+    existing: what to do with one that is there.
+    """
+
+    path: Path
+    existing: Existing
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_save_path(path: Path, existing: Existing) -> None:
-    """Raise ExportError unless a checkpoint may go to ``path``. Changes nothing."""
-    with explained(path, _DOING):
+def check_save_path(place: SavePlace) -> None:
+    """Raise ExportError unless a checkpoint may go to ``place``. Changes nothing.
+
+    ``place.made_of``: what is known before the work.
+    """
+    path = place.path.resolve()
+    with explained(path, "cannot be used"):
+        check_free(path)
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
     if not is_checkpoint(path):
         raise ExportError(f"--megatron-save-path {path} is not empty; choose another directory")
-    if existing is Existing.REFUSE:
+    if place.existing is Existing.REFUSE:
         raise ExportError(
             f"--megatron-save-path {path} holds a checkpoint; choose another directory, or "
             "--overwrite"
         )
+    if place.existing is Existing.RESUME:
+        _check_same(place)
+    else:
+        check_own(path)
+
+
+def _check_same(place: SavePlace) -> None:
+    """Raise ExportError where the finished checkpoint at ``place`` is made of anything else."""
+    try:
+        written = read_written(place.path)
+    except CheckpointError as error:
+        raise ExportError(f"{error}; choose another directory") from None
+    stated = {} if written is None else written.made_of
+    for what, digest in place.made_of.items():
+        if stated.get(what) != digest:
+            raise ExportError(
+                f"--megatron-save-path {place.path} holds a finished checkpoint, and does not say "
+                f"that it has this run's {what}; --resume with what it was made of, or choose "
+                "another directory"
+            )
 
 
 def save_model(
-    model: LiveModel, path: Path, source: Path | None, hf_config: dict[str, Any], groups: Groups
+    model: LiveModel,
+    place: SavePlace,
+    source: Path | None,
+    hf_config: Mapping[str, Any],
+    groups: Groups,
 ) -> None:
-    """Save the model to ``path``, in place of a checkpoint there, with ``source``'s small files.
+    """Save the model to ``place``, with ``source``'s small files where it is given. Collective.
 
-    source: None where only ``hf_config`` is known.
-    Collective. Until it is complete its name ends in ``.incomplete``. Raises ExportError, on every
-    rank alike, for what the disk refuses; then nothing is left of it.
+    A checkpoint of this library is replaced, and with ``Existing.RESUME`` left as it is. Raises
+    ExportError, on every rank alike, for what the disk refuses and where others' files lie; then
+    nothing is left of it.
     """
-    first, temporary = groups.rank == 0, path.with_name(f"{path.name}.incomplete")
-    together(groups, lambda: _prepare(temporary) if first else None)
-    try:
-        store.save(model.chunks, temporary, groups)
-        together(groups, lambda: _commit(temporary, path, source, hf_config) if first else None)
-    except BaseException:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    path = place.path.resolve()
+    small = together(groups, lambda: _small_files(source))
+    if place.existing is Existing.RESUME:
+        done = together(groups, lambda: _is_done(place) if groups.rank == 0 else False)
+        if gather(done, groups)[0]:
+            return
+
+    def finish(folder: Path) -> None:
+        files = folder / HF_FILES
+        files.mkdir()
+        (files / CONFIG).write_text(json.dumps(dict(hf_config), indent=2) + "\n", encoding="utf-8")
+        for name, file in small.items():
+            copy = files / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+    names = (CONFIG, *(name.as_posix() for name in small))
+    content = Content(
+        save=lambda folder: store.save(model.chunks, folder, groups),
+        finish=finish,
+        names=tuple(f"{HF_FILES}/{name}" for name in names),
+        made_of=place.made_of,
+    )
+    write_folder(path, groups, content)
 
 
-def _prepare(temporary: Path) -> None:
-    with explained(temporary, _DOING):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+def _small_files(source: Path | None) -> dict[Path, Path]:
+    """Those that go along, by their names below ``source``."""
+    if source is None:
+        return {}
+    with explained(source, "cannot be read"):
+        return {file.relative_to(source): file for file in beside(source).carried}
 
 
-def _commit(temporary: Path, path: Path, source: Path | None, hf_config: dict[str, Any]) -> None:
-    with explained(temporary, _DOING):
-        beside = temporary / HF_FILES
-        beside.mkdir()
-        (beside / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-        if source is not None:
-            _carry(source, beside)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-
-
-def _carry(source: Path, beside: Path) -> None:
-    for file in found_beside(source).carried:
-        copy = beside / file.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
+def _is_done(place: SavePlace) -> bool:
+    """Whether an earlier run saved the same. Raises ExportError where it saved anything else."""
+    if not is_checkpoint(place.path):
+        return False
+    _check_same(place)
+    logging.getLogger(__name__).warning(
+        "--megatron-save-path %s is finished: it stays as it is", place.path
+    )
+    return True

@@ -2,13 +2,15 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_quant.errors import CheckpointError
 from tests.dist import checkpoints, saved
-from tests.dist.command import command, message, quantize_argv, refused
+from megatron_quant.mcore.checkpoint.folder import WRITTEN
+from tests.dist.command import command, message, quantize_argv, refused, tree
 from tests.dist.pool import Ranks
 
 SIZES = {"num_hidden_layers": 1, "num_experts": 4}
@@ -52,13 +54,13 @@ KEYS = [
 def test_keys(stored: Path, tmp_path: Path, ranks: Ranks) -> None:
     changed = [tmp_path / str(i) for i in range(len(KEYS))]
     ranks(1, saved.change_keys, stored, changed, [(drop, add) for drop, add, _ in KEYS])
-    argvs = [export_argv(path, path / "out", "--tp", "2") for path in changed]
+    argvs = [export_argv(path, path.with_suffix(".out"), "--tp", "2") for path in changed]
     runs = ranks(2, saved.commands, argvs)
     for path, (_, _, words), ended in zip(changed, KEYS, zip(*runs, strict=True), strict=True):
         if words:
             said = message(ended)
             assert words in said and str(path) in said
-            assert not (path / "out").exists()
+            assert not path.with_suffix(".out").exists()
         else:
             assert [e.status for e in ended] == [0, 0], ended
 
@@ -95,25 +97,95 @@ def test_another_recipe(source: Path, stored: Path, tmp_path: Path, ranks: Ranks
 
 
 def test_places_that_are_taken(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    places = (stored, tmp_path)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    places = (stored, taken)
     argvs = [
         quantize_argv(source, tmp_path / "out", megatron_save_path=path, ep=1) for path in places
     ]
     first, second = zip(*ranks(2, saved.commands, argvs), strict=True)
     assert "holds a checkpoint; choose" in message(first)
     assert "is not empty; choose" in message(second)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert tree(tmp_path) == {"taken": b"", "taken/notes.txt": b"mine"}
 
 
-def test_overwriting_a_checkpoint(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
-    shutil.copytree(stored, tmp_path / "old")
-    (tmp_path / "old" / "mark").touch()
-    flags = {"export_dir": None, "megatron_save_path": tmp_path / "old", "overwrite": True}
-    (ended,) = ranks(1, command, *quantize_argv(source, stored, **flags, tp=1, ep=1))
-    assert ended.status == 0, ended.err
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
-    assert not (tmp_path / "old" / "mark").exists()
+def test_checkpoints_that_are_there(
+    source: Path, stored: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """--resume leaves what is finished; --overwrite replaces what the checkpoint itself lists."""
+    old, others, unlisted = (tmp_path / name for name in ("old", "others", "unlisted"))
+    for path in (old, others, unlisted):
+        shutil.copytree(stored, path)
+    (others / "adapter.safetensors").write_text("mine")
+    (unlisted / WRITTEN).unlink()
+    alone: dict[str, Any] = {"export_dir": None, "tp": 1, "ep": 1}
+
+    def argv(path: Path, **flags: object) -> list[str]:
+        return quantize_argv(source, path, **{**alone, "megatron_save_path": path, **flags})
+
+    before = tree(tmp_path)
+    refusals = {
+        "adapter.safetensors is there, and this library has": argv(others, overwrite=True),
+        ".metadata is there, and this library has not listed": argv(unlisted, overwrite=True),
+        "does not say that it has this run's recipe": argv(old, resume=True, export_quant_cfg="fp8"),
+        "does not say that it has this run's dtype": argv(old, resume=True, dtype="fp32"),
+    }
+    resumed = argv(old, resume=True)
+    (ended,) = ranks(1, saved.commands, [*refusals.values(), resumed])
+    for words, end in zip(refusals, ended, strict=False):
+        assert words in message([end])
+    assert ended[-1].status == 0, ended[-1].err
+    assert tree(tmp_path) == before
+    (ended,) = ranks(1, saved.commands, [argv(old, overwrite=True)])
+    assert ended[0].status == 0, ended[0].err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "others", "unlisted"]
+    assert (old / "metadata.json").stat().st_mtime_ns > (stored / "metadata.json").stat().st_mtime_ns
+
+
+def name_saves(folder: Path) -> list[str]:
+    """Three saves, of which another program made the second; what is left of them."""
+    from megatron_quant.mcore.training.train_state import _name_latest
+    from tests.unit.test_megatron_folder import saved as save, unlisted
+
+    for step in range(1, 4):
+        path = folder / f"iter_000000{step}"
+        save(path)
+        if step == 2:
+            unlisted(path)
+        _name_latest(path, step)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_run_removes_its_own_saves_alone(tmp_path: Path, ranks: Ranks) -> None:
+    (left,) = ranks(1, name_saves, tmp_path)
+    assert left == ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
+
+
+def test_places_that_meet(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
+    out, save = "--export-dir", "--megatron-save-path"
+    cases: list[tuple[Path, Path, Path | None, str]] = [
+        (tmp_path / "a", tmp_path / "a", None, f"{save} {tmp_path / 'a'} is {out}"),
+        (tmp_path / "a", tmp_path / "a" / "b", None, "or one lies in the other"),
+        (tmp_path / "a" / "b", tmp_path / "a", None, "or one lies in the other"),
+        (Path(), tmp_path / "a", None, f"{out} . is the directory that the command runs in"),
+        (tmp_path / "a", Path(), None, f"{save} . is the directory that the command runs in"),
+        (tmp_path / "a", source, None, f"{save} {source} is the source checkpoint"),
+        (tmp_path / "a", source / "b", None, f"{save} {source / 'b'} lies in the source"),
+        (stored / "b", tmp_path / "a", stored, f"{out} {stored / 'b'} lies in the source"),
+        (tmp_path / "a", stored, stored, f"{save} {stored} is the source checkpoint"),
+    ]
+    argvs = [
+        quantize_argv(
+            source, one, megatron_save_path=other, megatron_load_path=load, tp=1, ep=1, overwrite=True
+        )
+        for one, other, load, _ in cases
+    ]
+    before = tree(stored)
+    (runs,) = ranks(1, saved.commands, argvs)
+    for (_, _, _, words), ended in zip(cases, runs, strict=True):
+        assert words in message([ended])
+    assert tree(stored) == before and not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

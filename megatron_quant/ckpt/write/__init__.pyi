@@ -8,14 +8,19 @@ from .encode_part import check_finite as check_finite
 from .encode_part import encoded as encoded
 from .encode_part import produce as produce
 from .exporter import export as export
+from .lock import LOCK as LOCK
+from .lock import Lock as Lock
 from .manifest import digest_problems as digest_problems
 from .manifest import plan_digest as plan_digest
 from .pipeline import WriteOptions as WriteOptions
 from .rank_work import Produce as Produce
 from .tensors_in_memory import in_memory as in_memory
+from .unfinished import names_in as names_in
 
 __all__ = [
+    "LOCK",
     "Existing",
+    "Lock",
     "Produce",
     "Produced",
     "WriteOptions",
@@ -27,6 +32,7 @@ __all__ = [
     "encoded",
     "export",
     "in_memory",
+    "names_in",
     "plan_digest",
     "produce",
     "produce_cache_scale",

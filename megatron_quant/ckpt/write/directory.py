@@ -73,8 +73,11 @@ def names_of(plan: ExportPlan, companions: Companions) -> tuple[str, ...]:
     return names
 
 
-def check_apart(directory: Path, source: Path) -> None:
-    """Raise ExportError where an export would be in the checkpoint it is made of, or around it."""
+def check_apart(directory: Path, source: Path, flag: str = "--export-dir") -> None:
+    """Raise ExportError where an export would be in the checkpoint it is made of, or around it.
+
+    flag: that names ``directory``.
+    """
     if not overlap(directory, source):
         return
     out, held = directory.resolve(), source.resolve()
@@ -83,7 +86,7 @@ def check_apart(directory: Path, source: Path) -> None:
         where = f"lies around the source checkpoint {source}"
     elif held in out.parents:
         where = f"lies in the source checkpoint {source}"
-    raise ExportError(f"--export-dir {directory} {where}; choose another directory")
+    raise ExportError(f"{flag} {directory} {where}; choose another directory")
 
 
 def check_target(

@@ -1,4 +1,10 @@
 from . import store as store
+from .folder import Content as Content
+from .folder import check_free as check_free
+from .folder import check_own as check_own
+from .folder import read_written as read_written
+from .folder import remove_own as remove_own
+from .folder import write_folder as write_folder
 from .restored import open_saved as open_saved
 from .restored import restore as restore
 from .saved import HF_FILES as HF_FILES
@@ -24,9 +30,12 @@ __all__ = [
     "RESHARDABLE",
     "TRACKER",
     "Chunks",
+    "Content",
     "Saved",
     "TorchDist",
+    "check_free",
     "check_keys",
+    "check_own",
     "describe_model",
     "describe_run",
     "is_checkpoint",
@@ -34,8 +43,11 @@ __all__ = [
     "open_saved",
     "open_torch_dist",
     "read_tensors",
+    "read_written",
+    "remove_own",
     "restore",
     "shapes_of",
     "sharded_state",
     "store",
+    "write_folder",
 ]

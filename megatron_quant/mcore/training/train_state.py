@@ -8,8 +8,8 @@ in Megatron-Core's ``fully_reshardable`` format, of whole parameters.
 """
 
 import json
+import logging
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,20 @@ from typing import Any
 
 from megatron_quant.ckpt.storage import explained, read_object, write_file
 from megatron_quant.dist import Groups, together
-from megatron_quant.errors import CheckpointError
-from megatron_quant.mcore.checkpoint import TRACKER, latest, open_torch_dist, store
+from megatron_quant.errors import CheckpointError, ExportError
+from megatron_quant.mcore.checkpoint import (
+    TRACKER,
+    Content,
+    latest,
+    open_torch_dist,
+    remove_own,
+    store,
+    write_folder,
+)
 from megatron_quant.mcore.live import quantized
 from megatron_quant.mcore.training.optimizer_state import load_optimizer
 
 _PROGRESS = "progress.json"
-_DOING = "cannot be written"
 
 
 @dataclass(frozen=True)
@@ -42,34 +49,40 @@ class TrainProgress:
 def save_run(
     directory: Path, step: int, settings: Mapping[str, Any], model: Any, optimizer: Any
 ) -> None:
-    """Save the run after ``step`` steps; the save before it is removed. Collective.
+    """Save the run after ``step`` steps; its save before is removed. Collective.
 
     model: what ``prepare`` quantized, wrapped or not. optimizer: Megatron's, distributed.
-    settings: values of JSON. Raises ExportError, on every rank alike, for what the disk refuses.
+    settings: values of JSON. Raises ExportError, on every rank alike, for what the disk refuses and
+    where files of others lie at the save's place.
     """
     of, path = quantized(model).model, directory / f"iter_{step:07d}"
     first = of.groups.rank == 0
-    together(of.groups, lambda: _make(path) if first else None)
-    store.save(of.chunks, path, of.groups, optimizer)
-    together(of.groups, lambda: _commit(path, step, settings) if first else None)
+    content = Content(
+        save=lambda folder: store.save(of.chunks, folder, of.groups, optimizer),
+        finish=lambda folder: _add_progress(folder, step, settings),
+        names=(_PROGRESS,),
+    )
+    write_folder(path, of.groups, content)
+    together(of.groups, lambda: _name_latest(path, step) if first else None)
 
 
-def _make(path: Path) -> None:
-    with explained(path, _DOING):
-        shutil.rmtree(path, ignore_errors=True)  # a killed run's
-        path.mkdir(parents=True)
+def _add_progress(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
+    progress = json.dumps({"step": step, "settings": settings}, indent=2)
+    write_file(folder / _PROGRESS, progress.encode(), fsync=True)
 
 
-def _commit(path: Path, step: int, settings: Mapping[str, Any]) -> None:
+def _name_latest(path: Path, step: int) -> None:
+    """Have the run's directory say that ``path`` is its last save; the one before it goes."""
     before = latest(path.parent)
-    with explained(path, _DOING):
-        progress = json.dumps({"step": step, "settings": settings}, indent=2)
-        write_file(path / _PROGRESS, progress.encode(), fsync=True)
+    with explained(path, "cannot be written"):
         temporary = path.parent / f"{TRACKER}.incomplete"
         write_file(temporary, str(step).encode(), fsync=True)
         os.replace(temporary, path.parent / TRACKER)
-        if before not in (path, path.parent):
-            shutil.rmtree(before, ignore_errors=True)
+    if before not in (path, path.parent) and before.is_dir():
+        try:
+            remove_own(before)
+        except ExportError as error:
+            logging.getLogger(__name__).warning("the save before is kept: %s", error)
 
 
 def last_save(directory: Path, groups: Groups) -> TrainProgress | None:

@@ -10,6 +10,7 @@ first one before column 0.
 """
 
 import ctypes
+import faulthandler
 import logging
 import os
 import sysconfig
@@ -135,6 +136,19 @@ def _library() -> ctypes.CDLL | None:
 def available() -> bool:
     """Whether the functions below can run: the library was built, and is not turned off."""
     return _library() is not None
+
+
+@cache
+def explain_lost_pages() -> None:
+    """Have SIGBUS, which reading beyond a file's new end is, say so before it ends the process.
+
+    Where there is no library Python says where it was. Others' handlers stay.
+    """
+    explain = getattr(_library(), "mq_explain_lost_pages", None)
+    if explain is not None:
+        explain()
+    elif not faulthandler.is_enabled():
+        faulthandler.enable()
 
 
 def block_amax(x_RK: Tensor, block: int, first: int = 0) -> Tensor:

@@ -1,11 +1,17 @@
-"""Safetensors files as memory: a tensor is a view of pages of its file, read without a copy."""
+"""Safetensors files as memory: a tensor is a view of pages of its file, read without a copy.
 
+Pages that a file no longer has are SIGBUS, which ends the process: sizes are looked at before each
+tensor, and ``library.explain_lost_pages`` has the last word where a file is cut during that.
+"""
+
+import os
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 
 import torch
 
 from megatron_quant.ckpt.storage.safetensors_header import TensorEntry
+from megatron_quant.native import library
 
 _MAPPED = 1 << 27
 """Bytes that stay mapped after they were read: their pages count as the process's memory."""
@@ -22,7 +28,7 @@ class MappedFiles:
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """A tensor, not to be written; what of it is looked at is read then.
 
-        Raises OSError where the file cannot be read.
+        Raises OSError where the file cannot be read, or has another size than when it was mapped.
         """
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
@@ -37,8 +43,21 @@ class MappedFiles:
         if self._read > _MAPPED:
             self._memory, self._read = {}, 0
         if entry.file not in self._memory:
+            library.explain_lost_pages()
             with (self._directory / entry.file).open("rb") as stream:
+                _check_size(os.fstat(stream.fileno()).st_size, entry)  # mmap takes no empty file
                 # Private, and so writable, as torch warns of memory that is not.
                 self._memory[entry.file] = mmap(stream.fileno(), 0, access=ACCESS_COPY)
+        memory = self._memory[entry.file]
+        _check_size(memory.size(), entry, len(memory))
         self._read += entry.nbytes
-        return self._memory[entry.file]
+        return memory
+
+
+def _check_size(size: int, entry: TensorEntry, mapped: int | None = None) -> None:
+    """Raise OSError where a file of ``size`` bytes lacks some, or had ``mapped`` ones before."""
+    if size < entry.offset + entry.nbytes or mapped not in (None, size):
+        raise OSError(
+            f"the file has {size} bytes, and had others when it was opened: another program writes "
+            "or truncates it; run again when that has ended"
+        )

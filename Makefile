@@ -26,7 +26,7 @@ $(READY): setup.py constraints.txt $(wildcard megatron_quant/csrc/*)
 test: env
 	$(BIN)/python -m pytest
 
-# Older and newer releases of the libraries; ROWS="oldest newest" for some, ARGS=--write for README.
+# Older and newer releases of the libraries; ROWS="oldest newest" for some, ARGS=--write for docs/versions.md.
 test-matrix: env
 	$(BIN)/python -m tests.matrix $(ARGS) $(ROWS)
 

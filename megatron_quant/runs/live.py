@@ -171,7 +171,7 @@ def export(
         model: the handle that :func:`quantize` returned, or the model itself.
         out: the directory to write; it must not hold a checkpoint, unless ``write`` says so.
         format: ``modelopt``, ``compressed-tensors``, ``gptq``, ``awq``, ``auto-round`` or
-            ``native-fp8``.
+            ``fp8``.
 
     Raises:
         QuantError: on every rank alike; what was written is removed then, or kept to be continued

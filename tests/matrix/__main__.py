@@ -2,7 +2,7 @@
 
     python -m tests.matrix                 # every row; the compiled one where its wheel is cached
     python -m tests.matrix oldest newest
-    python -m tests.matrix --write         # and put the table into README.md
+    python -m tests.matrix --write         # and put the table into docs/versions.md
 
 Ends with 0 where every row passed; rows that could not run on this host are named at the end. A
 Python that the host lacks is no failure; an environment that could not be made is one, unless
@@ -28,6 +28,7 @@ from tests.matrix.install import (
 )
 from tests.matrix.rows import ROWS, TESTS, Row
 
+PAGE = "docs/versions.md"
 MARKERS = ("<!-- versions: make test-matrix -->", "<!-- /versions -->")
 PASSED, FAILED, NO_PYTHON, NOT_INSTALLED = "passed", "failed", "no python", "not installed"
 
@@ -60,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("rows", nargs="*", choices=[[], *(row.name for row in ROWS)])
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/versions.md")
     parser.add_argument("--install-limit", type=float, default=3600, help="seconds, all rows")
     parser.add_argument("--missing", choices=["fail", "report"], default="fail")
     return parser.parse_args()
@@ -134,10 +135,10 @@ def key(text: str) -> tuple[str, ...]:
 
 
 def write(results: list[Result]) -> None:
-    """Put the lines into README.md; lines of rows that were not asked for stay as they are."""
+    """Put the lines into the page; lines of rows that were not asked for stay as they are."""
     if any(result.state != PASSED for result in results):
-        sys.exit("README.md stays as it is: not every row passed")
-    path = ROOT / "README.md"
+        sys.exit(f"{PAGE} stays as it is: not every row passed")
+    path = ROOT / PAGE
     before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
     now, after = rest.split(MARKERS[1])
     lines = {key(text): text for text in now.strip().splitlines()[len(HEAD) :]}

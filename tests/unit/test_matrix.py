@@ -24,18 +24,19 @@ def test_only_the_lines_of_the_rows_that_ran_change(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(matrix, "ROOT", tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{matrix.MARKERS[0]}\n{matrix.MARKERS[1]}\nafter\n")
+    page = tmp_path / matrix.PAGE
+    page.parent.mkdir()
+    page.write_text(f"before\n{matrix.MARKERS[0]}\n{matrix.MARKERS[1]}\nafter\n")
     matrix.write([passed(NEWEST)])
     matrix.write([passed(OLDEST)])
     matrix.write([passed(NEWEST, "4 passed")])
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     lines = [matrix.line(passed(OLDEST)), matrix.line(passed(NEWEST, "4 passed"))]
     assert "\n".join([*matrix.HEAD, *lines]) in text
     with pytest.raises(SystemExit, match="not every row passed"):
         matrix.write([passed(OLDEST), matrix.Result(NEWEST, matrix.NO_PYTHON, "no")])
-    assert readme.read_text() == text
+    assert page.read_text() == text
 
 
 @pytest.mark.parametrize(

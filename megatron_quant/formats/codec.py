@@ -1,15 +1,16 @@
-"""Encoding a weight into the fields that a format stores, and decoding those.
+"""Encode a weight into the fields that a format stores, and decode those fields.
 
-``w`` is one matrix [N, K] or a stack [E, N, K], or a piece of such a logical tensor that starts at
-row and column ``origin`` of it. What spans more than the caller holds comes from outside:
+``w`` is one matrix [N, K], a stack [E, N, K], or a piece of such a logical tensor. A piece starts
+at row and column ``origin`` of the logical tensor. Scales that span more than the piece come from
+the caller:
 
-- ``dscale``: the scale of the whole (fused) tensor, fp32, [] for one or [E, 1, 1] for one a matrix,
-  multiply to decode, as ``tensor_scale`` makes it;
-- ``stat``: the statistic of the blocks that the piece touches, as ``block_stat`` makes it of the
-  piece, merged (by maximum) with those of other pieces of the same blocks, or as a search made it.
+- ``dscale`` is the scale of the whole (fused) tensor, fp32: [] for one, [E, 1, 1] for one a
+  matrix. Decoding multiplies by it. ``tensor_scale`` makes it.
+- ``stat`` is the statistic of the blocks that the piece touches. ``block_stat`` makes it of one
+  piece; the maximum merges it with those of other pieces. A search may make it too.
 
-With these given, encoding commutes with slicing: a piece encodes to the piece of the fields,
-wherever the cut goes, as long as it splits no element of the stored fields' first one.
+With these given, encoding commutes with slicing: a piece encodes to the piece of the fields. The
+cut may go anywhere but through one stored element of the first field.
 """
 
 from collections.abc import Mapping
@@ -41,16 +42,22 @@ def encode(
     stat: Tensor | None = None,
     origin: Origin = (0, 0),
 ) -> dict[str, Tensor]:
-    """Field name -> stored tensor, in the order of ``fmt.fields``.
+    """Encode ``w`` and return field name -> stored tensor, in the order of ``fmt.fields``.
 
-    w: bf16, fp16 or fp32, [N, K] or [E, N, K]; the fields of a stack have E as their first dim,
-        those of scales cover every block that w touches.
-    dscale: see above; ignored (may be None) where ``fmt.tensor_scale`` is False. It is returned
-        as the scalar field, in its own shape.
-    stat: see above; w's own where None. Ignored by formats without blocks.
-    origin: row and column of the logical tensor at which w starts.
-    Raises FormatError for another dtype, a K that the format cannot store, or a cut through
-    packed elements. Values are not checked: whoever made the scale has refused NaN and Inf.
+    Values are not checked: whoever made the scale has refused NaN and Inf.
+
+    Args:
+        w: bf16, fp16 or fp32, [N, K] or [E, N, K]. The fields of a stack begin with E.
+        fmt: The format to store.
+        dscale: Scale of the whole tensor, fp32 [] or [E, 1, 1]; returned as the scalar field.
+            Ignored (may be None) where ``fmt.tensor_scale`` is False.
+        stat: Statistic of every block that ``w`` touches; found from ``w`` alone where None.
+            Ignored by formats without blocks.
+        origin: Row and column of the logical tensor at which ``w`` starts.
+
+    Raises:
+        FormatError: For another dtype, a K that the format cannot store, or a cut through packed
+            elements.
     """
     assert w.dim() in (2, 3), w.shape
     check_storable(w, fmt, stat, origin)
@@ -66,7 +73,7 @@ def encode(
 
 
 def encode_rows(w_RK: Tensor, rows: Rows) -> tuple[Tensor, ScaleFields]:
-    """Elements [R, K / packed], and the scale fields of all rows of blocks."""
+    """Encode all rows: elements [R, K / packed], and the scale fields of all rows of blocks."""
     if loops_for(w_RK) is not None:  # cuts the rows by itself
         elements, own = rows.encode(slice(None), w_RK)
         return elements, own if rows.scales is None else rows.scales
@@ -89,10 +96,13 @@ def encode_rows(w_RK: Tensor, rows: Rows) -> tuple[Tensor, ScaleFields]:
 def decode(
     fields: Mapping[str, Tensor], fmt: Format, dtype: torch.dtype, origin: Origin = (0, 0)
 ) -> Tensor:
-    """What the fields stand for: [N, K] or [E, N, K] in ``dtype``.
+    """Decode fields to [N, K] or [E, N, K]; compute in fp32 and round to ``dtype`` once.
 
-    Computed in fp32 and rounded to ``dtype`` once. ``fields`` are as ``encode`` returns them, of
-    a piece that starts at ``origin``.
+    Args:
+        fields: Stored tensors of one piece, as ``encode`` returns them.
+        fmt: Their format.
+        dtype: Dtype of the result.
+        origin: Row and column of the logical tensor at which the piece starts.
     """
     elements = fields[fmt.fields[0].name]
     packed = kernel_of(fmt).element.packed
@@ -109,10 +119,15 @@ def decode(
 def lost(
     w: Tensor, fields: Mapping[str, Tensor], fmt: Format, origin: Origin = (0, 0)
 ) -> tuple[float, float]:
-    """(sum of w^2, sum of (w - decoded)^2) in fp64, NaN and infinity as they come out.
+    """Return (sum of w^2, sum of (w - decoded)^2) in fp64; NaN and infinity pass through.
 
-    w: bf16, fp16 or fp32 in the shape that ``decode`` gives of ``fields``, which are as there.
-    The differences are rounded to fp32 one by one.
+    Each difference is rounded to fp32 before it is squared.
+
+    Args:
+        w: bf16, fp16 or fp32, in the shape that ``decode`` gives.
+        fields: Stored tensors, as ``decode`` takes them.
+        fmt: Their format.
+        origin: Row and column of the logical tensor at which the piece starts.
     """
     rows = rows_on(w, fmt, fields, origin)
     w_RK, elements_RK = as_rows(w), as_rows(fields[fmt.fields[0].name])
@@ -124,7 +139,7 @@ def lost(
 
 
 def lost_between(w: Tensor, decoded: Tensor) -> tuple[float, float]:
-    """As ``lost``, of values fp32 in the shape of ``w`` that are decoded already."""
+    """Return the two sums of ``lost`` for fp32 values in the shape of ``w``, decoded already."""
     w_RK, decoded_RK = as_rows(w), as_rows(decoded)
     sums = (squares(w_RK[c].float(), decoded_RK[c]) for c in row_chunks(w_RK))
     own, difference = map(sum, zip(*sums, strict=True))

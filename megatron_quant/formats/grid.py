@@ -1,7 +1,7 @@
-"""Rounding onto a given grid: one whose scales come from elsewhere, such as a released checkpoint.
+"""Round onto a given grid, whose scales come from elsewhere, such as a released checkpoint.
 
-``scales`` are the fields of a format but its elements, as ``encode`` returns them: of every block
-that the piece touches, the tensor's scale [] or [E, 1, 1].
+``scales`` are the fields of a format without its elements, as ``encode`` returns them: those of
+every block that the piece touches, and the tensor's scale [] or [E, 1, 1].
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,14 @@ from megatron_quant.native import Origin
 def encode_on(
     w: Tensor, fmt: Format, scales: Mapping[str, Tensor], origin: Origin = (0, 0)
 ) -> dict[str, Tensor]:
-    """As ``encode``, with these scales: of a value on the grid the code that it came from.
+    """Encode ``w`` with the given scales; a value on the grid gets the code that it came from.
 
-    w: bf16, fp16 or fp32, [N, K] or [E, N, K]. A negative zero keeps its sign where codes have one.
+    Args:
+        w: bf16, fp16 or fp32, [N, K] or [E, N, K]. A negative zero keeps its sign where codes
+            have one.
+        fmt: The format to store.
+        scales: Fields of scales and zero points, by name; returned as they are.
+        origin: Row and column of the logical tensor at which ``w`` starts.
     """
     w_RK = as_rows(w)
     elements, _ = encode_rows(w_RK, rows_on(w, fmt, scales, origin))
@@ -35,7 +40,7 @@ def encode_on(
 def fake_quant_on(
     x: Tensor, fmt: Format, scales: Mapping[str, Tensor], origin: Origin = (0, 0)
 ) -> Tensor:
-    """The nearest values on the grid, in the shape and dtype of ``x`` [N, K] or [E, N, K].
+    """Round ``x`` [N, K] or [E, N, K] to the nearest values on the grid, in its own dtype.
 
     The gradient of ``x`` passes unchanged; scales get none.
     """
@@ -45,6 +50,6 @@ def fake_quant_on(
 
 
 def _negative_zeros(w_RK: Tensor) -> Tensor:
-    """Sign bits of the elements that are -0.0, two codes a byte."""
+    """Return the sign bits of the elements that are -0.0, two codes a byte."""
     signs = (torch.signbit(w_RK) & (w_RK == 0)).to(torch.uint8) * 8
     return pack_nibbles(signs)

@@ -1,4 +1,4 @@
-"""The error of a format without its bytes: what decoding an encoded tensor would give."""
+"""Round tensors to what a format can hold, without making the bytes."""
 
 from typing import Any
 
@@ -38,13 +38,21 @@ def fake_quant(
     stat: Tensor | None = None,
     origin: Origin = (0, 0),
 ) -> Tensor:
-    """``decode(encode(x))`` bit for bit, in the shape and dtype of ``x``, piece by piece.
+    """Return ``decode(encode(x))`` bit for bit, in the shape and dtype of ``x``, piece by piece.
 
-    x: bf16, fp16 or fp32 [..., K]; weights or activations, empty ones too.
-    dscale: fp32 [], or [E, 1, 1] where x is [E, N, K]; ignored where ``fmt.tensor_scale`` is
-        False. stat, origin: as ``encode`` has them. None of them gets a gradient.
-    The gradient of ``x`` passes unchanged, also where values saturate (Bengio et al., 2013).
-    Raises FormatError as ``encode`` does.
+    The gradient of ``x`` passes unchanged, also where values saturate (Bengio et al., 2013). The
+    other arguments get none.
+
+    Args:
+        x: bf16, fp16 or fp32 [..., K]; weights or activations, empty ones too.
+        fmt: The format to round to.
+        dscale: fp32 [], or [E, 1, 1] where ``x`` is [E, N, K]; ignored where ``fmt.tensor_scale``
+            is False.
+        stat: Statistic of the blocks, as ``encode`` takes it.
+        origin: Row and column of the logical tensor at which ``x`` starts.
+
+    Raises:
+        FormatError: Where ``encode`` raises it.
     """
     check_storable(x, fmt, stat, origin)
     with torch.no_grad():
@@ -53,5 +61,5 @@ def fake_quant(
 
 
 def straight_through(x: Tensor, rows: Rows) -> Tensor:
-    """What ``rows`` store of ``x``, with the gradient of ``x``."""
+    """Round ``x`` to what ``rows`` can store, and pass its gradient unchanged."""
     return _StraightThrough.apply(x, rows)

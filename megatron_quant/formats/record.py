@@ -1,8 +1,8 @@
-"""What is known of one number format: a frozen record, which needs no torch to be read.
+"""The record of one number format, frozen and readable without torch.
 
-A weight is ``w_NK`` ([N = out, K = in], row-major). Everything that a format stores about it
-is a *field*: a tensor whose every element stands for a ``block`` of the weight. This one fact is
-enough to slice a stored tensor the way its weight is sliced, whoever holds the pieces.
+A weight is ``w_NK`` ([N = out, K = in], row-major). A format stores it as *fields*: tensors of
+which every element stands for a ``block`` of the weight. This one fact is enough to slice a stored
+tensor the way its weight is sliced, whoever holds the pieces.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # recipes and the command line's help are read without it
     import torch
 
 CHANNEL = -1
-"""As a group size: one group the length of K."""
+"""Group size of one group the length of K."""
 _SCALAR = (WHOLE, WHOLE)
 _FLOATS = {"e4m3": (4, 3), "e2m1": (2, 1)}
 
@@ -25,9 +25,11 @@ _FLOATS = {"e4m3": (4, 3), "e2m1": (2, 1)}
 class Field:
     """One stored tensor of an encoded weight.
 
-    stored_as: torch's name of its dtype (``float8_e4m3fn``).
-    ``block = (rows, cols)``: how many weight elements one stored element stands for; ``WHOLE``
-    is the whole dimension. A field whose block is ``(WHOLE, WHOLE)`` is a scalar, stored 0-dim.
+    Attributes:
+        name: Its name among the format's fields.
+        stored_as: torch's name of its dtype (``float8_e4m3fn``).
+        block: (rows, cols) of the weight that one stored element stands for. ``WHOLE`` is the whole
+            dimension. A field with ``(WHOLE, WHOLE)`` is a scalar and stored 0-dim.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Field:
 
     @cached_property
     def dtype(self) -> "torch.dtype":
-        """The dtype that ``stored_as`` names."""
+        """Return the dtype that ``stored_as`` names."""
         import torch
 
         dtype = getattr(torch, self.stored_as)
@@ -44,11 +46,11 @@ class Field:
         return dtype
 
     def in_dtype(self, dtype: "torch.dtype") -> "Field":
-        """The field stored in another dtype."""
+        """Return this field stored in another dtype."""
         return replace(self, stored_as=str(dtype).removeprefix("torch."))
 
     def shape(self, rows: int, cols: int) -> tuple[int, ...]:
-        """Shape of the field for a weight of ``rows`` x ``cols``."""
+        """Return the field's shape for a weight of ``rows`` x ``cols``."""
         if self.block == _SCALAR:
             return ()
         sizes = zip(self.block, (rows, cols), strict=True)
@@ -59,10 +61,12 @@ class Field:
 class Arithmetic:
     """How a format computes, by the names of rules and elements in ``formats.numbers.arithmetic``.
 
-    scale: the rule from the statistic of a block to its scale. divide: how values are divided by
-    it. element: how a quotient is rounded and packed. loop: the compiled loop of ``csrc`` that
-    does all of this; empty where there is none.
-    one_pass: whether compiled loops find scales and elements of a row in one reading of it.
+    Attributes:
+        scale: Rule from the statistic of a block to its scale.
+        divide: How values are divided by the scale.
+        element: How a quotient is rounded and packed.
+        loop: Compiled loop of ``csrc`` that does all of this; empty where there is none.
+        one_pass: Whether compiled loops read a row once for its scales and its elements.
     """
 
     scale: str
@@ -76,22 +80,22 @@ class Arithmetic:
 class Format:
     """How the elements of a tensor are stored; weights [N, K] and activations [tokens, K] alike.
 
-    name: the term that recipes use.
-    bits: bits per element, scales not counted.
-    group_size: elements along K that share a scale (``CHANNEL``: all of K); 0 where no scale is
-        finer than the tensor's.
-    fields: what ``encode`` returns, in order; the first one holds the elements.
-    arithmetic: how values become elements.
-    zero_point: whether a block has a zero point beside its scale.
-    largest: the amax of a tensor whose scale is 1; None where the format has no scale per tensor.
-    full_blocks: whether no block along K may be short, as the engines' matrix instructions and
-        the tiles of their scales have it.
-    scale_bits: exponent and mantissa of the blocks' scales, where these are floats of 8 bits.
-    group_sizes: the sizes that a recipe may choose, all of which engines read; empty where there
-        is one.
-    inputs: formats that the inputs of such weights may have, None for weight-only; empty for a
-        format that no recipe may choose for weights.
-    algorithms: how the scales of such weights may be found, keys of ``schema.ALGORITHMS``.
+    Attributes:
+        name: Term that recipes use.
+        bits: Bits per element, scales not counted.
+        group_size: Elements along K that share a scale (``CHANNEL``: all of K); 0 where the
+            tensor's scale is the finest.
+        fields: Stored tensors in the order of ``encode``; the first one holds the elements.
+        arithmetic: How values become elements.
+        zero_point: Whether a block has a zero point beside its scale.
+        largest: Amax of a tensor whose scale is 1; None where the format has no scale per tensor.
+        full_blocks: Whether every block along K must be full. Matrix instructions of the engines
+            and the tiles of their scales need that.
+        scale_bits: Exponent and mantissa bits of block scales that are 8-bit floats.
+        group_sizes: Sizes that a recipe may choose and engines read; empty where there is one.
+        inputs: Formats that the inputs of such weights may have, None for weight-only; empty for a
+            format that no recipe may choose for weights.
+        algorithms: Ways to find the scales of such weights, keys of ``schema.ALGORITHMS``.
     """
 
     name: str
@@ -108,39 +112,39 @@ class Format:
     algorithms: tuple[str, ...] = fact(default=(), compare=False)
 
     def __hash__(self) -> int:
-        return hash((self.name, self.group_size))  # plans count and look up formats by tensor
+        return hash((self.name, self.group_size))  # cheap: plans look up a format for every tensor
 
     def field(self, name: str) -> Field:
-        """The field called ``name``."""
+        """Return the field called ``name``."""
         return next(f for f in self.fields if f.name == name)
 
     @cached_property
     def tensor_scale(self) -> bool:
-        """Whether ``encode`` needs the amax of the whole (fused) tensor.
+        """Return whether ``encode`` needs the amax of the whole (fused) tensor.
 
-        Where it does not, scales follow from the statistic of the blocks alone.
+        Otherwise scales follow from the statistic of the blocks alone.
         """
         return any(f.block == _SCALAR for f in self.fields)
 
     @cached_property
     def stat_block(self) -> tuple[int, int] | None:
-        """The block of which ``block_stat`` keeps a statistic; None with a tensor scale alone."""
+        """Return the block that has a statistic; None where the only scale is the tensor's."""
         scales = [f.block for f in self.fields[1:] if f.block != _SCALAR]
         return scales[0] if scales else None
 
     @property
     def stat_parts(self) -> int:
-        """Numbers in the statistic of a block: its amax, or both ends with a zero point."""
+        """Count the numbers in a block's statistic: its amax, or both ends with a zero point."""
         return 2 if self.zero_point else 1
 
     @property
     def float_bits(self) -> tuple[int, int] | None:
-        """Exponent and mantissa of an element; None where elements are integers."""
+        """Return exponent and mantissa bits of an element; None where elements are integers."""
         return _FLOATS.get(self.arithmetic.element)
 
 
 def regrouped(fmt: Format, group_size: int) -> Format:
-    """An integer format with groups of any size, 1 included."""
+    """Return an integer format with groups of any size, 1 included."""
     block = (1, WHOLE) if group_size == CHANNEL else (1, group_size)
     elements, *scales = fmt.fields
     fields = (elements, *(replace(f, block=block) for f in scales))

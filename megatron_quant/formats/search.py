@@ -1,9 +1,9 @@
-"""Choosing scales by the error that they leave.
+"""Choose scales by the error that they leave.
 
 A search multiplies a statistic: that of each block (``block_stat``), or the amax of a whole tensor
-where a format has no blocks. What it finds is a statistic again, so that encoding knows nothing of
-searches. Errors are integers: their sums are exact, hence the same in every order and on every
-layout, and so is the choice, where no rounded sum could break a tie differently.
+where a format has no blocks. Its result is a statistic again, so encoding knows nothing of
+searches. Errors are integers. Their sums are exact and equal in every order and on every layout,
+and so is the choice; rounded sums could break a tie differently.
 """
 
 from collections.abc import Sequence
@@ -29,20 +29,20 @@ from megatron_quant.native import Cuts, Origin
 FOUR_OVER_SIX = (1.0, 1.5)
 """For nvfp4: a block's largest value becomes the code of 6 or that of 4."""
 FOUR_OVER_SIX_RANGE = 448 / 256
-"""By which the tensor's amax is multiplied then, so that no block scale leaves E4M3's range."""
+"""Factor on the tensor's amax then, which keeps every block scale in E4M3's range."""
 MSE_MULTIPLIERS = (
     1.0,
     *(n / 20 for n in range(19, 7, -1)),
     *(n / 20 for n in range(21, 33)),
 )
-"""0.4 to 1.6 in steps of 0.05. Below 1 outliers are clipped; above it a block of floats moves to
-another part of their uneven grid, and a rounded scale to its neighbours."""
+"""0.4 to 1.6 in steps of 0.05. A multiple below 1 clips outliers. One above 1 moves a block of
+floats to another part of their uneven grid, and a rounded scale to its neighbours."""
 MULTIPLIERS = {"mse": MSE_MULTIPLIERS, "four_over_six": FOUR_OVER_SIX}
 """Algorithm of a recipe -> the multiples of a block's statistic that it tries."""
 
 _MOST = 2.0
 _UNITS = 2.0**32
-"""Squared errors are counted in amax^2 / 2^32, amax rounded up to a power of two."""
+"""Units of squared errors in amax^2, amax rounded up to a power of two."""
 
 
 @torch.no_grad()
@@ -55,18 +55,27 @@ def errors(  # noqa: PLR0913
     origin: Origin = (0, 0),
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Sum of squared dequantization errors for each multiple of ``stat``, as integers.
+    """Sum the squared dequantization errors for each multiple of ``stat``, as integers.
 
-    w: finite bf16, fp16 or fp32 [N, K] or [E, N, K], a piece that starts at ``origin``.
-    dscale: as ``encode`` has it; None where ``fmt`` has no blocks.
-    stat: [..., N_b, K_b, P] as ``block_stat`` has it, merged; where ``fmt`` has no blocks the amax
-        of the tensor, [] or [E, 1, 1].
-    weight: by which errors of each column are multiplied, fp32 [K], or [E, K] for a stack, from 0
-        to 1; equal ones where None.
-    -> int64 [M, ..., N_b, K_b], or [M, *stat.shape] without blocks: each element's squared error
-        over the statistic's next power of two squared, weighted, rounded to a multiple of 2^-32,
-        summed. Errors of pieces of one block (with the same statistic) merge by SUM, exactly.
-    Raises FormatError as ``encode`` does.
+    Args:
+        w: Finite bf16, fp16 or fp32 [N, K] or [E, N, K], a piece that starts at ``origin``.
+        fmt: The format that stores ``w``.
+        dscale: Scale of the tensor, as ``encode`` takes it; None where ``fmt`` has no blocks.
+        stat: Merged statistic [..., N_b, K_b, P] of ``block_stat``. Where ``fmt`` has no blocks,
+            the amax of the tensor, [] or [E, 1, 1].
+        multipliers: The M multiples of ``stat`` to try.
+        origin: Row and column of the logical tensor at which ``w`` starts.
+        weight: Factor on the errors of each column from 0 to 1, fp32 [K], or [E, K] for a stack;
+            equal ones where None.
+
+    Returns:
+        int64 [M, ..., N_b, K_b], or [M, *stat.shape] without blocks. Each element's squared error
+        is divided by the square of the statistic's next power of two, weighted, rounded to a
+        multiple of 2^-32, and summed. Pieces of one block with equal statistics merge by SUM,
+        exactly.
+
+    Raises:
+        FormatError: Where ``encode`` raises it.
     """
     check_storable(w, fmt, stat, origin)
     tried = [_tried(w, fmt, dscale, stat, m, origin) for m in multipliers]
@@ -99,20 +108,20 @@ def _values(how: Rows, chunk: slice, x_RK: Tensor) -> Tensor:
 
 
 def _amax_RB(w: Tensor, fmt: Format, stat: Tensor, origin: Origin) -> Tensor:
-    """Bound of |w| for each row of blocks, fp32."""
+    """Return a bound of |w| for each row of blocks, fp32."""
     if fmt.stat_block is None:
         return row_scale(stat, w, fmt)
     return flat_stat(stat, w, fmt, origin).amax(-1)
 
 
 def _inverse_unit(amax: Tensor) -> Tensor:
-    """2^-e, where 2^e is the power of two above amax; e between -126 and 126."""
+    """Return 2^-e, where 2^e is the power of two above amax; e between -126 and 126."""
     exponent = torch.frexp(amax).exponent.clamp_(-126, 126)
     return ((127 - exponent) << 23).view(torch.float32)
 
 
 def _of_rows(weight: Tensor, w: Tensor, chunk: slice) -> Tensor:
-    """Weights of the rows ``chunk`` of ``w``: [1, K] where all rows have the same."""
+    """Return the weights of the rows ``chunk`` of ``w``: [1, K] where all rows share one."""
     if weight.dim() == 1:
         return weight.unsqueeze(0)
     row_R = torch.arange(chunk.start, chunk.stop, device=w.device)
@@ -120,12 +129,12 @@ def _of_rows(weight: Tensor, w: Tensor, chunk: slice) -> Tensor:
 
 
 def _counted(error_RBb: Tensor, inverse_RB: Tensor, weight_RBb: Tensor | None) -> Tensor:
-    """Squared errors in units, each rounded, summed over the last dim: int64 [R, B]."""
+    """Count squared errors in units, each rounded, and sum over the last dim: int64 [R, B]."""
     relative = error_RBb.mul_(inverse_RB.unsqueeze(-1)).square_().clamp_(max=_MOST)
     if weight_RBb is not None:
         relative.mul_(weight_RBb)
     units = relative.mul_(_UNITS).round_()
-    # Integers below 2^33, of which 2^20 add up in fp64 without rounding.
+    # fp64 adds up 2^20 integers below 2^33 without rounding.
     return units.sum(-1, dtype=torch.float64).to(torch.int64)
 
 
@@ -140,20 +149,25 @@ def _by_block(sums_MRB: Tensor, w: Tensor, fmt: Format, stat: Tensor, rows: Cuts
 
 
 def choose(errors: Tensor, multipliers: Sequence[float]) -> Tensor:
-    """The multiplier of the least error: [M, ...] -> fp32 [...]; the earliest of equal ones.
+    """Return the multiplier of the least error, the earliest of equal ones: [M, ...] -> fp32 [...].
 
-    Multipliers begin with 1, so what gains nothing keeps its statistic. To apply: ``stat *
-    chosen.unsqueeze(-1)`` for blocks, ``amax * chosen`` for tensors.
+    Multipliers begin with 1, so a block that gains nothing keeps its statistic. Apply the result as
+    ``stat * chosen.unsqueeze(-1)`` for blocks, and as ``amax * chosen`` for tensors.
     """
     return torch.tensor(multipliers, device=errors.device)[errors.argmin(0)]
 
 
 @torch.no_grad()
 def histogram(x: Tensor, bins: int, limit: Tensor) -> Tensor:
-    """How many |x| lie in each of ``bins`` equal parts of [0, limit]: int64 [bins].
+    """Count the |x| in each of ``bins`` equal parts of [0, limit]: int64 [bins].
 
-    x: bf16, fp16 or fp32 of any shape. limit: fp32 [], the same on all ranks; what lies above it,
-    or is NaN, counts in the last bin. Histograms merge by SUM.
+    Histograms merge by SUM.
+
+    Args:
+        x: bf16, fp16 or fp32 of any shape.
+        bins: Number of parts.
+        limit: Upper end, fp32 [], equal on all ranks. The last bin also counts values above it and
+            NaN.
     """
     check_dtype(x)
     per_unit = torch.where(limit > 0, bins / limit, 0.0)
@@ -166,10 +180,13 @@ def histogram(x: Tensor, bins: int, limit: Tensor) -> Tensor:
 
 
 def percentile_amax(counts: Tensor, limit: Tensor, q: float) -> Tensor:
-    """Least bin edge that ``q`` percent of the counted values do not exceed, fp32 [...].
+    """Return the least bin edge that ``q`` percent of the counted values do not exceed: fp32 [...].
 
-    counts: int64 [..., bins] as ``histogram`` gives them, merged. limit: fp32 [...]. q: above 0,
-    at most 100 (which gives the end of the last bin with a value). 0 where nothing was counted.
+    Args:
+        counts: Merged int64 [..., bins] of ``histogram``. Where nothing was counted, the result
+            is 0.
+        limit: Upper end of the last bin, fp32 [...].
+        q: Percentage, above 0, at most 100. 100 gives the end of the last bin that has a value.
     """
     assert 0 < q <= 100, q
     bins, total = counts.shape[-1], counts.sum(-1)

@@ -1,8 +1,8 @@
 """The number formats: one record each, which holds all that the library knows of it.
 
-A new format whose scale rule and element there are already is a new record here. A new rule or
-element has its name in ``formats/numbers/arithmetic.py`` besides. What checkpoints call the
-format is each dialect's to say. Nothing here needs torch.
+A new format whose scale rule and element exist already is one more record here. A new rule or
+element also gets a name in ``formats/numbers/arithmetic.py``. Each dialect says how checkpoints
+call the format. Nothing here needs torch.
 """
 
 from megatron_quant.errors import FormatError
@@ -41,7 +41,7 @@ _ALL = (
         inputs=("fp8", None),
         algorithms=("max", "mse"),
     ),
-    # The same with a scale per row: output channel of a weight, token of an activation.
+    # E4M3 with a scale per row: an output channel of a weight, a token of an activation.
     Format(
         name="fp8_channel",
         bits=8,
@@ -51,7 +51,7 @@ _ALL = (
         inputs=("fp8_channel", None),
         algorithms=("max", "mse"),
     ),
-    # The same with a scale per 128 x 128 block (DeepSeek-V3).
+    # E4M3 with a scale per 128 x 128 block (DeepSeek-V3).
     Format(
         name="fp8_block",
         bits=8,
@@ -61,7 +61,7 @@ _ALL = (
         inputs=("fp8_group", None),
         algorithms=("max", "mse"),
     ),
-    # The same with a scale per 1 x 128: the activations that go with fp8_block.
+    # E4M3 with a scale per 1 x 128: the activations that go with fp8_block.
     Format(
         name="fp8_group",
         bits=8,
@@ -195,10 +195,10 @@ _READ_ONLY: dict[str, Format] = {
         ),
     )
 }
-"""What other tools write and engines hardly run: no recipe may choose it."""
+"""Formats that other tools write and engines hardly run. No recipe may choose them."""
 
 FORMATS: dict[str, Format] = {f.name: f for f in _ALL}
-"""What a recipe may choose, for weights or for inputs."""
+"""Formats that a recipe may choose, for weights or for inputs."""
 
 GROUP_SIZES: dict[str, tuple[int, ...]] = {
     f.name: f.group_sizes for f in (*_ALL, *_READ_ONLY.values()) if f.group_sizes
@@ -207,9 +207,15 @@ GROUP_SIZES: dict[str, tuple[int, ...]] = {
 
 
 def get_format(name: str, group_size: int | None = None) -> Format:
-    """The format called ``name``, with another ``group_size`` where the format allows one.
+    """Return the format called ``name``, with another ``group_size`` where the format allows one.
 
-    Raises FormatError for an unknown name or a group size that no engine reads.
+    Args:
+        name: Key of ``FORMATS``.
+        group_size: Elements along K that share a scale, ``CHANNEL`` for all; the format's own
+            where None.
+
+    Raises:
+        FormatError: For an unknown name or a group size that no engine reads.
     """
     if name not in FORMATS:
         raise FormatError(f"unknown number format {name!r}; known: {', '.join(sorted(FORMATS))}")
@@ -217,7 +223,15 @@ def get_format(name: str, group_size: int | None = None) -> Format:
 
 
 def stored_format(name: str, group_size: int | None = None) -> Format:
-    """As :func:`get_format`, for what a checkpoint has: formats that no recipe may choose too."""
+    """Return the format of a stored weight, which may be one that no recipe can choose.
+
+    Args:
+        name: Key of ``FORMATS``, or the name of a format that is only read.
+        group_size: Elements along K that share a scale; the format's own where None.
+
+    Raises:
+        FormatError: For a group size that no engine reads.
+    """
     return _in_groups(_READ_ONLY.get(name) or FORMATS[name], group_size)
 
 

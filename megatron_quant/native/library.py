@@ -1,9 +1,9 @@
 """The inner loops of the codecs in C, where the package was built with them.
 
-Every function here gives the bits of the torch code that it stands in for, for the tensors that
-``loops.loops_for`` gives to it. The library is optional (a host without a compiler has none), and
-off where the environment says ``MEGATRON_QUANT_NATIVE=0``. It is plain C over pointers: no tie to a
-version of torch, and ctypes releases the GIL while it runs.
+Every function gives the bits of the torch code that it replaces, for the tensors that
+``formats.backends.loops_for`` hands to it. The library is optional: a host without a compiler has
+none, and ``MEGATRON_QUANT_NATIVE=0`` in the environment turns it off. It is plain C over pointers,
+so it is tied to no version of torch, and ctypes releases the GIL while it runs.
 
 Blocks lie along the columns of contiguous rows [R, K]: ``block`` columns each, ``first`` of the
 first one before column 0.
@@ -30,18 +30,18 @@ from torch import Tensor
 from megatron_quant.native.spans import Cuts
 
 _VERSION = 3
-"""Of the signatures, as ``mq_version`` in csrc has it: a stale build is not called."""
+"""Version of the signatures, equal to ``mq_version`` in csrc. A stale build is not called."""
 _FILE = Path(__file__).with_name("_native" + str(sysconfig.get_config_var("EXT_SUFFIX")))
 _DIGEST_BYTES = 32
 _SHARE = 1 << 17
-"""Elements that are worth a thread of their own: 50 microseconds of work, 20 to hand it out."""
+"""Elements that deserve a thread: 50 microseconds of work, 20 to hand it out."""
 
 
 class CElement(IntEnum):
-    """What becomes of a quotient, as csrc/elements.h lists it.
+    """How a quotient becomes an element, in the numbering of csrc/elements.h.
 
-    BY_BF16: the quotient is rounded to bf16 first, as torch does where value and step are both
-    bf16. ZERO: with a zero point. UINT8: INT8 + 128.
+    BY_BF16 rounds the quotient to bf16 first, as torch does where value and step are both bf16.
+    ZERO adds a zero point. UINT8 is INT8 + 128.
     """
 
     E4M3 = 0
@@ -55,7 +55,10 @@ class CElement(IntEnum):
 
 
 class Code(IntEnum):
-    """What stored elements are, as csrc/decode.c lists it. INT4: + 8. UINT8: INT8 + 128."""
+    """The kind of stored elements, in the numbering of csrc/decode.c.
+
+    INT4 is + 8, UINT8 is INT8 + 128.
+    """
 
     E4M3 = 0
     E2M1 = 1
@@ -85,7 +88,7 @@ _INFINITE = {
 
 
 def in_byte(element: CElement) -> int:
-    """How many elements a byte holds."""
+    """Return how many elements a byte holds."""
     bytes_ = (CElement.E4M3, CElement.E4M3_BY_BF16, CElement.INT8, CElement.UINT8_BY_BF16)
     return 1 if element in bytes_ else 2
 
@@ -134,7 +137,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether the functions below can run: the library was built, and is not turned off."""
+    """Return whether the functions below can run: the library was built and is not turned off."""
     return _library() is not None
 
 
@@ -152,23 +155,27 @@ def explain_lost_pages() -> None:
 
 
 def block_amax(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
-    """max |x| of each block -> fp32 [R, B]; NaN and Inf propagate."""
+    """Return max |x| of each block as fp32 [R, B]; NaN and Inf propagate."""
     out_RB = x_RK.new_empty(x_RK.shape[0], _count(x_RK, block, first), dtype=torch.float32)
     _over_rows(x_RK, lambda lib, r: lib.mq_amax(_blocks(x_RK[r], block, first), _at(out_RB[r])))
     return out_RB
 
 
 def block_ends(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
-    """(max(x, 0), max(-x, 0)) of each block -> fp32 [R, B, 2]. A NaN reaches one or both."""
+    """Return (max(x, 0), max(-x, 0)) of each block as fp32 [R, B, 2]. A NaN reaches one or both."""
     out_RB2 = x_RK.new_empty(x_RK.shape[0], _count(x_RK, block, first), 2, dtype=torch.float32)
     _over_rows(x_RK, lambda lib, r: lib.mq_ends(_blocks(x_RK[r], block, first), _at(out_RB2[r])))
     return out_RB2
 
 
 def encode(x_RK: Tensor, steps: Steps, element: CElement, columns: Cuts) -> Tensor:
-    """Elements of x / step (+ zero) as they are stored -> [R, K / packed].
+    """Return x / step (+ zero) as stored elements [R, K / packed].
 
-    steps: of each block, fp32 [R, B]; and its zero point, where elements have one.
+    Args:
+        x_RK: bf16 values, contiguous.
+        steps: Step of each block, fp32 [R, B], and its zero point where elements have one.
+        element: Rounding and packing.
+        columns: How blocks lie along K.
     """
     rows, cols = x_RK.shape
     out = x_RK.new_empty(rows, cols // in_byte(element), dtype=torch.uint8)
@@ -183,7 +190,7 @@ def encode(x_RK: Tensor, steps: Steps, element: CElement, columns: Cuts) -> Tens
 
 
 def fake_quant(x_RK: Tensor, steps: Steps, element: CElement, columns: Cuts) -> Tensor:
-    """What ``encode`` stands for, (element - zero) * step -> bf16 [R, K]."""
+    """Return the values that ``encode`` stores, (element - zero) * step, as bf16 [R, K]."""
     out_RK = torch.empty_like(x_RK)
 
     def call(lib: ctypes.CDLL, r: slice) -> None:
@@ -196,7 +203,7 @@ def fake_quant(x_RK: Tensor, steps: Steps, element: CElement, columns: Cuts) -> 
 
 
 def nvfp4_encode(x_RK: Tensor, dscale_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and their tensors' scales -> (elements uint8 [R, K/2], block_scale e4m3 [R, K/16])."""
+    """Encode values by their tensors' scales: uint8 [R, K/2], and block scales e4m3 [R, K/16]."""
     rows, cols = x_RK.shape
     out, scale = (x_RK.new_empty(rows, cols // n, dtype=torch.uint8) for n in (2, 16))
 
@@ -209,7 +216,7 @@ def nvfp4_encode(x_RK: Tensor, dscale_R1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nvfp4_fake_quant(x_RK: Tensor, dscale_R1: Tensor) -> Tensor:
-    """What ``nvfp4_encode`` stands for, bf16 [R, K]."""
+    """Return the values that ``nvfp4_encode`` stores, bf16 [R, K]."""
     out_RK = torch.empty_like(x_RK)
 
     def call(lib: ctypes.CDLL, r: slice) -> None:
@@ -221,12 +228,12 @@ def nvfp4_fake_quant(x_RK: Tensor, dscale_R1: Tensor) -> Tensor:
 
 
 def reads(stored: Tensor) -> bool:
-    """Whether the two functions below take these elements."""
+    """Return whether ``decode`` and ``lost`` take these elements."""
     return stored.device.type == "cpu" and stored.numel() > 0 and available()
 
 
 def decode(stored: Tensor, steps: Steps, code: Code, columns: Cuts) -> Tensor:
-    """(element - zero) * step of stored elements [R, K / packed] -> fp32 [R, K]."""
+    """Return (element - zero) * step of stored elements [R, K / packed] as fp32 [R, K]."""
     out_RK = stored.new_empty(stored.shape[0], columns.length, dtype=torch.float32)
     bytes_ = _bytes(stored, out_RK, code)
 
@@ -241,7 +248,7 @@ def decode(stored: Tensor, steps: Steps, code: Code, columns: Cuts) -> Tensor:
 def lost(
     x_RK: Tensor, stored: Tensor, steps: Steps, code: Code, columns: Cuts
 ) -> tuple[float, float]:
-    """(sum of x^2, sum of (x - decoded)^2) of values, bf16 or fp32, and their stored elements.
+    """Return (sum of x^2, sum of (x - decoded)^2) of bf16 or fp32 values and stored elements.
 
     The differences are rounded to fp32, the sums are in fp64.
     """
@@ -263,9 +270,9 @@ def lost(
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are bf16, fp16 or fp32 on a CPU, equal bit for bit, and without NaN.
+    """Return whether both are bf16, fp16 or fp32 on a CPU, equal bit for bit, and without NaN.
 
-    False too without the library.
+    Return False without the library too.
     """
     library, dtype = _library(), a.dtype
     if library is None or dtype not in _INFINITE or a.device.type != "cpu":
@@ -282,8 +289,10 @@ def same(a: Tensor, b: Tensor) -> bool:
 class Leaves:
     """A message for BLAKE2b's tree mode, or some leaves of one.
 
-    data: contiguous bytes. first: number of the first leaf in the message. ends: whether the last
-    one is the message's last.
+    Attributes:
+        data: Contiguous bytes.
+        first: Number of the first leaf in the message.
+        ends: Whether the last leaf is the message's last.
     """
 
     data: memoryview
@@ -292,12 +301,17 @@ class Leaves:
 
 
 def blake2b(pieces: Sequence[Leaves], leaf_bytes: int, depth: int, count: int) -> bytes | None:
-    """BLAKE2b-256 of ``count`` nodes of a tree, several at a time.
+    """Hash ``count`` nodes of a tree with BLAKE2b-256, several at a time.
 
-    None without the library, or where the CPU is no faster so than :mod:`hashlib`.
+    Args:
+        pieces: Messages, or runs of their leaves.
+        leaf_bytes: Size of every leaf but the last of a message, a multiple of 128.
+        depth: 0 for the leaves of the pieces, 1 where each piece is the content of its root.
+        count: Number of digests.
 
-    leaf_bytes: of all leaves but the last of a message, a multiple of 128. depth: 0 for the leaves
-    of the pieces, 1 where each piece is what its root is made of.
+    Returns:
+        The digests one after another; None without the library, or on a CPU where
+        :mod:`hashlib` is as fast.
     """
     library = _library()
     if library is None:
@@ -317,7 +331,7 @@ def _count(x_RK: Tensor, block: int, first: int) -> int:
 
 
 def _bytes(stored: Tensor, x_RK: Tensor, code: Code) -> Tensor:
-    """Stored elements as bytes, of which ``x_RK`` are the values."""
+    """Return stored elements as bytes; check that ``x_RK`` has the shape of their values."""
     bytes_ = stored.view(torch.uint8)
     rows, cols = x_RK.shape
     in_byte = 2 if code in (Code.E2M1, Code.INT4) else 1
@@ -336,7 +350,7 @@ def _blocks(x_RK: Tensor, block: int, first: int) -> object:
 
 
 def _scales(step_RB: Tensor, zero_RB: Tensor | None, rows: slice) -> object:
-    """Of some rows. Steps that are expanded along the rows are passed as they are."""
+    """Return the steps of some rows. Steps that are expanded along the rows stay expanded."""
     step_RB = step_RB[rows]
     assert step_RB.dtype == torch.float32 and (step_RB.shape[1] < 2 or step_RB.stride(1) == 1)
     if zero_RB is None:
@@ -347,7 +361,7 @@ def _scales(step_RB: Tensor, zero_RB: Tensor | None, rows: slice) -> object:
 
 
 def _over_rows(x_RK: Tensor, call: Callable[[ctypes.CDLL, slice], None]) -> None:
-    """``call`` on all rows, with as many threads as torch has."""
+    """Run ``call`` on all rows, with as many threads as torch has."""
     library = _library()
     assert library is not None
     threads = min(torch.get_num_threads(), x_RK.numel() // _SHARE, x_RK.shape[0])

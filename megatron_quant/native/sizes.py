@@ -1,4 +1,4 @@
-"""Sizes that stand for something else, as formats and the C loops both read them."""
+"""Sizes that stand for something else, read by both the formats and the C loops."""
 
 WHOLE = 0
-"""As a block's size along a dimension: all of it."""
+"""Size of a block that takes all of a dimension."""

@@ -1,4 +1,4 @@
-"""Which compiled loops serve a tensor: those in C on a CPU, those in Triton on CUDA, or none."""
+"""Choose the compiled loops of a tensor: those in C on a CPU, those in Triton on CUDA, or none."""
 
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from megatron_quant.native import CElement, Cuts, Steps, library
 
 
 class Loops(Protocol):
-    """What native.py and gpu.py both have; native.py says what each function does."""
+    """The functions of native/library.py and gpu.py. The former says what each one does."""
 
     def block_amax(self, x_RK: Tensor, block: int, first: int = 0) -> Tensor: ...  # noqa: D102
 
@@ -28,7 +28,7 @@ class Loops(Protocol):
 
 
 def loops_for(x: Tensor) -> Loops | None:
-    """The loops that take ``x``: bf16, not empty, on a device that has some; else None."""
+    """Return the loops that take ``x``: bf16, not empty, on a device that has some; else None."""
     if x.dtype != torch.bfloat16 or x.numel() == 0:
         return None
     if x.device.type == "cpu":

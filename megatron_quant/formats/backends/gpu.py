@@ -1,8 +1,8 @@
-"""The inner loops of the codecs on CUDA: what native.py has in C, in Triton.
+"""The inner loops of the codecs on CUDA: those of native/library.py, in Triton.
 
-Every function gives the bits of the torch code that it stands in for; arguments and results are
-those of its namesake in native.py. Triton comes with torch's CUDA builds; without it, or where the
-environment says ``MEGATRON_QUANT_NATIVE=0``, the codecs run in torch alone.
+Every function gives the bits of the torch code that it replaces, and takes and returns what its
+namesake in native/library.py does. Triton comes with torch's CUDA builds. Without it, or with
+``MEGATRON_QUANT_NATIVE=0`` in the environment, the codecs run in torch alone.
 """
 
 import os
@@ -19,12 +19,12 @@ from torch import Tensor
 from megatron_quant.native import STORED, CElement, Cuts, Steps, in_byte
 
 _TILE = 2048
-"""Elements of a program: 16 a thread at four warps, two loads of 16 bytes."""
+"""Elements that a program does: 16 a thread at four warps, two loads of 16 bytes."""
 _COLUMNS = 1024
 
 
 def available() -> bool:
-    """Whether the functions below can run: a GPU that torch uses, and Triton."""
+    """Return whether the functions below can run: a GPU that torch uses, and Triton."""
     return (
         os.environ.get("MEGATRON_QUANT_NATIVE") != "0"
         and torch.cuda.is_available()
@@ -39,12 +39,12 @@ def _has_triton() -> bool:
 
 @cache
 def _kernels() -> ModuleType:
-    """Imported at the first use: Triton takes a second to import."""
+    """Import the kernels at their first use: Triton takes a second to import."""
     return import_module("megatron_quant.formats.backends.triton_kernels")
 
 
 def block_amax(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
-    """max |x| of each block -> fp32 [R, B]; NaN and Inf propagate."""
+    """Return max |x| of each block as fp32 [R, B]; NaN and Inf propagate."""
     blocks = _Blocks.of(x_RK, block, first)
     out_RB = x_RK.new_empty(x_RK.shape[0], blocks.per_row, dtype=torch.float32)
     blocks.launch(_kernels().amax_kernel, 1, x_RK, out_RB)
@@ -52,7 +52,7 @@ def block_amax(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
 
 
 def block_ends(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
-    """(max(x, 0), max(-x, 0)) of each block -> fp32 [R, B, 2]. A NaN reaches one or both."""
+    """Return (max(x, 0), max(-x, 0)) of each block as fp32 [R, B, 2]. A NaN reaches one or both."""
     blocks = _Blocks.of(x_RK, block, first)
     out_RB2 = x_RK.new_empty(x_RK.shape[0], blocks.per_row, 2, dtype=torch.float32)
     blocks.launch(_kernels().ends_kernel, 1, x_RK, out_RB2)
@@ -60,7 +60,7 @@ def block_ends(x_RK: Tensor, block: int, first: int = 0) -> Tensor:
 
 
 def encode(x_RK: Tensor, steps: Steps, element: CElement, columns: Cuts) -> Tensor:
-    """Elements of x / step (+ zero) as they are stored -> [R, K / packed]."""
+    """Return x / step (+ zero) as stored elements [R, K / packed]."""
     packed = in_byte(element)
     out = x_RK.new_empty(x_RK.shape[0], x_RK.shape[1] // packed, dtype=torch.uint8)
     blocks = _Blocks.of(x_RK, columns.block, columns.first)
@@ -71,7 +71,7 @@ def encode(x_RK: Tensor, steps: Steps, element: CElement, columns: Cuts) -> Tens
 
 
 def fake_quant(x_RK: Tensor, steps: Steps, element: CElement, columns: Cuts) -> Tensor:
-    """What ``encode`` stands for, (element - zero) * step -> bf16 [R, K]."""
+    """Return the values that ``encode`` stores, (element - zero) * step, as bf16 [R, K]."""
     out_RK = torch.empty_like(x_RK)
     blocks = _Blocks.of(x_RK, columns.block, columns.first)
     scales = _scales(*steps)
@@ -81,7 +81,7 @@ def fake_quant(x_RK: Tensor, steps: Steps, element: CElement, columns: Cuts) -> 
 
 
 def nvfp4_encode(x_RK: Tensor, dscale_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and their tensors' scales -> (elements uint8 [R, K/2], block_scale e4m3 [R, K/16])."""
+    """Encode values by their tensors' scales: uint8 [R, K/2], and block scales e4m3 [R, K/16]."""
     rows, cols = x_RK.shape
     out, scale = (x_RK.new_empty(rows, cols // n, dtype=torch.uint8) for n in (2, 16))
     kernel, stride = _kernels().nvfp4_encode_kernel, dscale_R1.stride(0)
@@ -90,7 +90,7 @@ def nvfp4_encode(x_RK: Tensor, dscale_R1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nvfp4_fake_quant(x_RK: Tensor, dscale_R1: Tensor) -> Tensor:
-    """What ``nvfp4_encode`` stands for, bf16 [R, K]."""
+    """Return the values that ``nvfp4_encode`` stores, bf16 [R, K]."""
     out_RK = torch.empty_like(x_RK)
     kernel, stride = _kernels().nvfp4_fake_quant_kernel, dscale_R1.stride(0)
     _Blocks.of(x_RK, 16, 0).launch(kernel, 1, x_RK, dscale_R1, out_RK, stride=stride)
@@ -117,28 +117,28 @@ class _Blocks:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Blocks of a program, and columns of each: powers of two."""
+        """Return the blocks of a program and the columns of each, both powers of two."""
         columns = min(1 << (self.block - 1).bit_length(), _COLUMNS)
         return max(_TILE // columns, 1), columns
 
     @property
     def shares(self) -> int:
-        """Programs that work on one block, where each does as many columns as its tile has."""
+        """Count the programs that share one block; each does as many columns as its tile has."""
         return -(-self.block // self.tile[1])
 
     def launch(self, kernel: Any, shares: int, *tensors: Tensor, **constants: int) -> None:
-        """``kernel`` over all blocks; bf16 tensors are passed as their bits."""
+        """Run ``kernel`` over all blocks; pass bf16 tensors as their bits."""
         bits = [t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in tensors]
         numbers = (self.cols, self.block, self.first, self.per_row, self.total)
         blocks, columns = self.tile
         grid = (-(-self.total // blocks), shares)
-        # On the device of the tensors, which need not be the current one.
+        # The tensors' device need not be the current one.
         with torch.cuda.device_of(bits[0]):
             kernel[grid](*bits, *numbers, **constants, T=blocks, C=columns, enable_fp_fusion=False)
 
 
 def _scales(step_RB: Tensor, zero_RB: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The step stands in for a zero point that is not there: the kernel does not read it."""
+    """Return step and zero point; the step again where there is no zero, which kernels skip."""
     assert step_RB.dtype == torch.float32 and (step_RB.shape[1] < 2 or step_RB.stride(1) == 1)
     assert zero_RB is None or zero_RB.stride() == step_RB.stride()
     return step_RB, step_RB if zero_RB is None else zero_RB

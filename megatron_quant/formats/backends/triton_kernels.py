@@ -60,13 +60,16 @@ def nan_mask(q):
 
 @triton.jit
 def exponent_of(limited, SMALLEST: tl.constexpr):
-    """Bits of the power of two below a float whose bits are ``limited``, at least SMALLEST's."""
+    """Return the bits of the power of two below a float, at least SMALLEST's.
+
+    limited: the float's bits.
+    """
     return tl.maximum(limited, SMALLEST) & INFINITE
 
 
 @triton.jit
 def rounded(limited, exponent, FRACTION: tl.constexpr):
-    """The sum that rounds to FRACTION bits, and what to take off again, as csrc/elements.h."""
+    """Return the sum that rounds to FRACTION bits, and the amount to take off (csrc/elements.h)."""
     big = float_of(exponent + ((23 - FRACTION) << 23))
     return float_of(limited) + big, big
 
@@ -115,7 +118,7 @@ def e2m1_value(q):
 
 @triton.jit
 def rounded_integer(q, HALF: tl.constexpr, HALF_BITS: tl.constexpr):
-    """ROUND + q, q rounded to an integer in [-HALF, HALF)."""
+    """Return ROUND + q, q rounded to an integer in [-HALF, HALF)."""
     limited = tl.minimum(bits_of(q) & MAGNITUDE, HALF_BITS) | (bits_of(q) & SIGN)
     return float_of(tl.minimum(bits_of(float_of(limited) + ROUND), ROUND_BITS + (HALF - 1)))
 
@@ -173,7 +176,7 @@ def value_of(q, zero, ELEMENT: tl.constexpr):
 
 @triton.jit
 def blocks_of(cols, block, first, per_row, total, T: tl.constexpr):
-    """This program's blocks: number, whether there are such, row, and column of their start."""
+    """Return this program's blocks: number, whether each exists, row, and column of its start."""
     number = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     row = number // per_row
     return number, number < total, row, (number - row * per_row) * block - first
@@ -181,7 +184,7 @@ def blocks_of(cols, block, first, per_row, total, T: tl.constexpr):
 
 @triton.jit
 def columns_of(start, there, start_in_block, cols, block, C: tl.constexpr):
-    """Columns [T, C] of blocks, and which of them exist."""
+    """Return the columns [T, C] of blocks, and which of them exist."""
     offset = start_in_block + tl.arange(0, C)
     col = start[:, None] + offset[None, :]
     return col, there[:, None] & (offset < block)[None, :] & (col >= 0) & (col < cols)
@@ -189,7 +192,7 @@ def columns_of(start, there, start_in_block, cols, block, C: tl.constexpr):
 
 @triton.jit
 def scales_of(step, zero, at, there, ELEMENT: tl.constexpr):
-    """Steps and zero points of blocks, [T, 1]; steps for both where elements have no zero point."""
+    """Load steps and zero points of blocks, [T, 1]; the steps twice where there are no zeros."""
     steps = tl.load(step + at, mask=there, other=1.0)[:, None]
     zeros = steps
     if ELEMENT == INT4_ZERO_BY_BF16:
@@ -205,7 +208,7 @@ def bf16_values(x_bits):
 @triton.jit
 def store_codes(out, code, row, start, start_in_block, there, cols, block, PACKED: tl.constexpr,
                 T: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """Codes of columns, PACKED to a byte, the even one in the low half: nothing cuts a byte."""
+    """Store codes of columns, PACKED to a byte, the even one in the low half: no cut splits one."""
     if PACKED == 2:
         low, high = tl.split(tl.reshape(code, (T, C // 2, 2)))
         code = low | (high << 4)
@@ -216,7 +219,10 @@ def store_codes(out, code, row, start, start_in_block, there, cols, block, PACKE
 
 @triton.jit
 def amax_kernel(x, out, cols, block, first, per_row, total, T: tl.constexpr, C: tl.constexpr):
-    """x: bf16 as int16; out: fp32, one a block. Magnitudes order like their bits; a NaN wins."""
+    """Store max |x| of each block. Magnitudes order like their bits; a NaN wins.
+
+    x: bf16 as int16. out: fp32, one a block.
+    """
     number, there, row, start = blocks_of(cols, block, first, per_row, total, T)
     most = tl.zeros((T,), tl.int32)
     for at in range(0, block, C):
@@ -228,13 +234,13 @@ def amax_kernel(x, out, cols, block, first, per_row, total, T: tl.constexpr, C: 
 
 @triton.jit
 def ends_kernel(x, out, cols, block, first, per_row, total, T: tl.constexpr, C: tl.constexpr):
-    """x: bf16 as int16; out: fp32, max(x, 0) and max(-x, 0) of each block."""
+    """Store max(x, 0) and max(-x, 0) of each block. x: bf16 as int16. out: fp32."""
     number, there, row, start = blocks_of(cols, block, first, per_row, total, T)
     high, low = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
     for at in range(0, block, C):
         col, mask = columns_of(start, there, at, cols, block, C)
         up = tl.load(x + row[:, None] * cols + col, mask=mask, other=0)
-        # As signed integers, values of the other sign are less than 0, whatever they are.
+        # Seen as signed integers, all values of the other sign are less than 0.
         high = tl.maximum(high, tl.max(up.to(tl.int32), axis=1))
         low = tl.maximum(low, tl.max((up ^ -32768).to(tl.int32), axis=1))
     tl.store(out + 2 * number, float_of(high << 16), mask=there)
@@ -245,7 +251,7 @@ def ends_kernel(x, out, cols, block, first, per_row, total, T: tl.constexpr, C: 
 def encode_kernel(x, step, zero, out, cols, block, first, per_row, total, stride,
                   ELEMENT: tl.constexpr, PACKED: tl.constexpr,
                   T: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """x: bf16 as int16; out: bytes, of PACKED elements each."""
+    """Store the elements of x / step. x: bf16 as int16. out: bytes, of PACKED elements each."""
     number, there, row, start = blocks_of(cols, block, first, per_row, total, T)
     scale = row * stride + (number - row * per_row)
     steps, zeros = scales_of(step, zero, scale, there, ELEMENT)
@@ -259,7 +265,7 @@ def encode_kernel(x, step, zero, out, cols, block, first, per_row, total, stride
 @triton.jit
 def fake_quant_kernel(x, step, zero, out, cols, block, first, per_row, total, stride,
                       ELEMENT: tl.constexpr, T: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """x, out: bf16 as int16; out: (element - zero) * step."""
+    """Store (element - zero) * step in ``out``. x, out: bf16 as int16."""
     number, there, row, start = blocks_of(cols, block, first, per_row, total, T)
     scale = row * stride + (number - row * per_row)
     steps, zeros = scales_of(step, zero, scale, there, ELEMENT)
@@ -272,7 +278,7 @@ def fake_quant_kernel(x, step, zero, out, cols, block, first, per_row, total, st
 
 @triton.jit
 def nvfp4_scale(values, dscale):
-    """Of blocks [T, 16]: the quotient amax / (6 * dscale) within what E4M3 holds, [T]."""
+    """Return amax / (6 * dscale) of blocks [T, 16], held within E4M3's range: [T]."""
     amax = float_of(tl.max((bits_of(values) & MAGNITUDE).to(tl.int32), axis=1))
     exact = tl.div_rn(amax, 6.0 * dscale)
     exact = bits_of(tl.where(exact == 0, 1.0, exact))
@@ -283,7 +289,10 @@ def nvfp4_scale(values, dscale):
 @triton.jit
 def nvfp4_encode_kernel(x, dscale, scale, out, cols, block, first, per_row, total, stride,
                         T: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """x: bf16 as int16; dscale: one a row; scale, out: bytes. block is C, 16."""
+    """Store scales and elements. C is 16.
+
+    x: bf16 as int16. dscale: one a row. scale, out: bytes.
+    """
     number, there, row, start = blocks_of(cols, block, first, per_row, total, T)
     col, mask = columns_of(start, there, 0, cols, block, C)
     values = bf16_values(tl.load(x + row[:, None] * cols + col, mask=mask, other=0))
@@ -298,7 +307,7 @@ def nvfp4_encode_kernel(x, dscale, scale, out, cols, block, first, per_row, tota
 @triton.jit
 def nvfp4_fake_quant_kernel(x, dscale, out, cols, block, first, per_row, total, stride,
                             T: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """x, out: bf16 as int16; dscale: one a row. block is C, 16."""
+    """Store the decoded values. x, out: bf16 as int16. dscale: one a row. C is 16."""
     _, there, row, start = blocks_of(cols, block, first, per_row, total, T)
     col, mask = columns_of(start, there, 0, cols, block, C)
     at = row[:, None] * cols + col

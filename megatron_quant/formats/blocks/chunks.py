@@ -8,16 +8,16 @@ from torch import Tensor
 from megatron_quant.formats.backends import loops_for
 
 _ELEMENTS = 1 << 18
-"""Per CPU thread: small enough for the cache, large enough that a call into torch costs little."""
+"""Size of a chunk per CPU thread: it fits the cache, and calls into torch still cost little."""
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., K] -> [R, K], contiguous; a view where ``x`` is contiguous."""
+    """Flatten [..., K] to [R, K], contiguous; a view where ``x`` is contiguous."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
 
 
 def row_chunks(x_RK: Tensor) -> Iterator[slice]:
-    """Slices that cover the rows of ``x_RK``: one on an accelerator, cache-sized ones on a CPU."""
+    """Cut the rows of ``x_RK`` into slices: one on an accelerator, cache-sized ones on a CPU."""
     rows, cols = x_RK.shape
     step = rows
     if x_RK.device.type == "cpu":
@@ -27,5 +27,5 @@ def row_chunks(x_RK: Tensor) -> Iterator[slice]:
 
 
 def chunks_to_read(x_RK: Tensor) -> Iterator[slice]:
-    """``row_chunks`` for a statistic of values: all rows at once where compiled loops take it."""
+    """Cut rows for a statistic: all at once where compiled loops take them, else ``row_chunks``."""
     return iter([slice(None)]) if loops_for(x_RK) is not None else row_chunks(x_RK)

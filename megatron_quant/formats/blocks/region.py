@@ -1,8 +1,8 @@
 """Where a held piece lies in the block grid of its logical tensor.
 
 Blocks (groups, 128 x 128 blocks, whole channels) belong to the logical tensor: its first element
-begins the first block, whoever holds the pieces. A matrix that a rank holds is made of *regions*,
-one a logical tensor; every region has a grid of its own.
+begins the first block, whoever holds the pieces. A matrix that a rank holds consists of *regions*,
+one for each logical tensor. Every region has a grid of its own.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,20 @@ from torch import Tensor
 from megatron_quant.formats.spec import Format
 
 Block = tuple[int, ...]
-"""Extent of a cell by dim, as :attr:`megatron_quant.formats.spec.Field.block`."""
+"""Extent of a cell by dim, like :attr:`megatron_quant.formats.record.Field.block`."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """What a held matrix has of one logical tensor (1-D ones too).
+    """The part of one logical tensor (1-D ones too) in a held matrix.
 
-    rows: held rows ``(start, stop)``, in the order of the logical tensor; all columns are its.
-    start, size: the box of the logical tensor, by dim. whole: shape of the logical tensor.
     Shards are equal: where ``size`` is less than ``whole``, others begin at its multiples.
+
+    Attributes:
+        rows: Held rows ``(start, stop)``, in the order of the logical tensor, with all columns.
+        start: First element of the box of the logical tensor, by dim.
+        size: Extent of that box, by dim.
+        whole: Shape of the logical tensor.
     """
 
     rows: tuple[tuple[int, int], ...]
@@ -32,7 +36,7 @@ class Region:
     whole: tuple[int, ...]
 
     def take(self, held: Tensor) -> Tensor:
-        """The region of ``held``: [..., *size] of a matrix or a stack of them."""
+        """Take the region out of a held matrix or a stack of them: [..., *size]."""
         if not self.size:
             return held
         dim = held.dim() - len(self.size)
@@ -40,14 +44,14 @@ class Region:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     def touched(self, block: Block) -> tuple[range, ...]:
-        """By dim the cells of the logical grid of which the region has an element."""
+        """Return by dim the cells of the logical grid that the region has elements of."""
         spans = zip(self.start, self.size, self._steps(block), strict=True)
         return tuple(range(o // b, -(-(o + n) // b)) for o, n, b in spans)
 
     def cut(self, block: Block) -> tuple[tuple[int, ...], ...]:
-        """By dim the cells of the logical grid that an edge between two shards cuts.
+        """Return by dim the cells of the logical grid that an edge between two shards cuts.
 
-        Equal for all shards of the tensor.
+        They are equal for all shards of the tensor.
         """
         return tuple(map(_cut, self.size, self.whole, self._steps(block)))
 
@@ -61,14 +65,14 @@ def _cut(size: int, whole: int, step: int) -> tuple[int, ...]:
 
 
 def whole_matrix(rows: int, cols: int) -> Region:
-    """The region of a matrix that is a logical tensor by itself."""
+    """Return the region of a matrix that is a logical tensor by itself."""
     return Region(((0, rows),), (0, 0), (rows, cols), (rows, cols))
 
 
 def grids(regions: Sequence[Region], fmt: Format) -> tuple[Region, ...]:
-    """The regions of one matrix as ``fmt`` has to tell them apart.
+    """Return the regions of one matrix that ``fmt`` has to tell apart.
 
-    Where a block has one row, rows need not be: one region, in the matrix's own order.
+    A format whose blocks have one row needs one region, in the matrix's own order.
     """
     if fmt.stat_block is None or fmt.stat_block[0] == 1:
         rows = sum(region.size[0] for region in regions)
@@ -79,7 +83,7 @@ def grids(regions: Sequence[Region], fmt: Format) -> tuple[Region, ...]:
 
 
 def put_together(parts: Sequence[Tensor], regions: Sequence[Region]) -> Tensor:
-    """Inverse of :meth:`Region.take` for all regions of a matrix: [..., N, K]. Differentiable."""
+    """Undo :meth:`Region.take` for all regions of a matrix: [..., N, K]. Differentiable."""
     if len(parts) == 1:
         return parts[0]
     found: list[tuple[int, Tensor]] = []
@@ -93,9 +97,11 @@ def put_together(parts: Sequence[Tensor], regions: Sequence[Region]) -> Tensor:
 class Edge:
     """The blocks of a region that shards cut.
 
-    dim: 0 where shards cut rows of blocks, 1 for columns. count: how many such blocks the logical
-    tensor has along it. slots: those of them that the region touches, and cells: where these are
-    among all that it touches.
+    Attributes:
+        dim: 0 where shards cut rows of blocks, 1 for columns.
+        count: Number of such blocks that the logical tensor has along ``dim``.
+        slots: Those of them that the region touches.
+        cells: Where the slots are among all blocks that the region touches.
     """
 
     dim: int
@@ -104,7 +110,10 @@ class Edge:
     cells: tuple[int, ...]
 
     def pack(self, values: Tensor, neutral: float) -> Tensor:
-        """Of values [E, N_b, K_b, ...] those that are cut; of equal shape on all shards."""
+        """Pick the cut blocks out of ``values`` [E, N_b, K_b, ...], in one shape on all shards.
+
+        Slots that the region does not touch hold ``neutral``.
+        """
         dim, shape = self.dim + 1, list(values.shape)
         shape[dim] = self.count
         own = values.index_select(dim, _index(self.cells, values))
@@ -112,7 +121,7 @@ class Edge:
         return packed.index_copy_(dim, _index(self.slots, values), own)
 
     def unpack(self, merged: Tensor, values: Tensor) -> None:
-        """Put what all shards merged into the values of all blocks."""
+        """Put the merged values of all shards back into ``values`` of all blocks, in place."""
         own = merged.index_select(self.dim + 1, _index(self.slots, values))
         values.index_copy_(self.dim + 1, _index(self.cells, values), own)
 
@@ -122,7 +131,7 @@ def _index(numbers: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def edge_of(region: Region, fmt: Format) -> Edge | None:
-    """The blocks of ``fmt`` that shards cut in the region's tensor; None where they cut none."""
+    """Return the blocks of ``fmt`` that shards cut in the region's tensor; None without a cut."""
     block = fmt.stat_block
     if block is None:
         return None

@@ -1,4 +1,4 @@
-"""A tensor as rows, with all that encoding or decoding any slice of them takes."""
+"""A tensor as rows, with all that it takes to encode or decode any slice of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from megatron_quant.native import WHOLE, Cuts, Origin
 def check_storable(x: Tensor, fmt: Format, stat: Tensor | None, origin: Origin) -> None:
     """Raise FormatError where a piece [..., K] cannot be stored in ``fmt``.
 
-    Without a statistic the piece is all of the blocks that it touches.
+    Without a statistic, the piece must hold all of each block that it touches.
     """
     check_dtype(x)
     multiple = kernel_of(fmt).element.packed
@@ -38,9 +38,9 @@ def check_storable(x: Tensor, fmt: Format, stat: Tensor | None, origin: Origin) 
 
 
 def row_scale(dscale: Tensor | None, x: Tensor, fmt: Format) -> Tensor:
-    """``dscale`` ([] or [E, 1, 1]) for each of the R rows of ``x`` [..., K]: fp32 [R, 1].
+    """Expand ``dscale`` ([] or [E, 1, 1]) to each of the R rows of ``x`` [..., K]: fp32 [R, 1].
 
-    Ones where the format has no scale per tensor.
+    Return ones where the format has no scale per tensor.
     """
     leading = x.shape[:-1]
     if not fmt.tensor_scale:
@@ -56,9 +56,12 @@ def row_scale(dscale: Tensor | None, x: Tensor, fmt: Format) -> Tensor:
 class Rows:
     """How R rows of K values are stored.
 
-    dscale_R1: the tensor's scale for each row. columns: how the blocks lie along K. scales: the
-    scale fields of every row of blocks; None where they follow from each row's own values.
-    block_R: which row of blocks each row lies in; None where each has its own.
+    Attributes:
+        fmt: Their format.
+        dscale_R1: Scale of the tensor for each row.
+        columns: How the blocks lie along K.
+        scales: Scale fields of every row of blocks; None where they follow from each row's values.
+        block_R: Row of blocks that each row lies in; None where each has its own.
     """
 
     fmt: Format
@@ -69,7 +72,7 @@ class Rows:
 
     @property
     def kernel(self) -> Kernel:
-        """The arithmetic."""
+        """Return the arithmetic of the format."""
         return kernel_of(self.fmt)
 
     def _given(self, chunk: slice) -> ScaleFields:
@@ -85,7 +88,7 @@ class Rows:
         return self.kernel.scale.fields(stat, self.dscale_R1[chunk], x_RK.dtype)
 
     def encode(self, chunk: slice, x_RK: Tensor) -> tuple[Tensor, ScaleFields]:
-        """Elements and scale fields of the rows ``chunk``, whose values are ``x_RK``."""
+        """Encode the rows ``chunk``, whose values are ``x_RK``, to elements and scale fields."""
         loops = self._in_one_pass(x_RK)
         if loops is not None:
             elements, scale = loops.nvfp4_encode(x_RK, self.dscale_R1[chunk])
@@ -95,16 +98,16 @@ class Rows:
         return self.kernel.elements(x_RK, scales, dscale_R1, self.columns), scales
 
     def decode(self, chunk: slice, stored: Tensor) -> Tensor:
-        """Values of the rows ``chunk``, fp32, of their stored elements; needs ``scales``."""
+        """Decode the stored elements of the rows ``chunk`` to fp32; needs ``scales``."""
         return self.kernel.values(stored, self._given(chunk), self.dscale_R1[chunk], self.columns)
 
     def lost(self, x_RK: Tensor, stored: Tensor) -> tuple[float, float]:
-        """Sums of squares of all rows and of what they lost: see :meth:`Kernel.lost`."""
+        """Sum the squares of all rows and of their errors: see :meth:`Kernel.lost`."""
         scales = self._given(slice(None))
         return self.kernel.lost(x_RK, stored, scales, self.dscale_R1, self.columns)
 
     def requantize(self, chunk: slice, x_RK: Tensor) -> Tensor:
-        """What encoding and decoding makes of ``x_RK``, fp32 or rounded to its dtype."""
+        """Encode and decode ``x_RK``; the result is fp32 or rounded to its dtype."""
         loops = self._in_one_pass(x_RK)
         if loops is not None:
             return loops.nvfp4_fake_quant(x_RK, self.dscale_R1[chunk])
@@ -112,18 +115,18 @@ class Rows:
         return self.kernel.requantized(x_RK, scales, self.dscale_R1[chunk], self.columns)
 
     def _in_one_pass(self, x_RK: Tensor) -> Loops | None:
-        """Loops that make scales and elements together."""
+        """Return the loops that make scales and elements together; None where there are none."""
         one_pass = self.fmt.arithmetic.one_pass and self.scales is None
         return loops_for(x_RK) if one_pass else None
 
 
 def scale_fields(fmt: Format) -> list[Field]:
-    """The fields of scales and zero points that blocks have."""
+    """Return the fields of scales and zero points that blocks have."""
     return [f for f in fmt.fields[1:] if f.block != (WHOLE, WHOLE)]
 
 
 def rows_on(x: Tensor, fmt: Format, fields: Mapping[str, Tensor], origin: Origin) -> Rows:
-    """How values ``x`` [..., K] are stored whose scales are among ``fields``."""
+    """Describe how values ``x`` [..., K] are stored, with the scales that ``fields`` holds."""
     row_cuts, columns = cuts(x.shape, fmt, origin)
     dscale_R1 = row_scale(fields.get(fmt.fields[-1].name), x, fmt)
     scales = tuple(as_rows(fields[f.name]) for f in scale_fields(fmt))
@@ -139,7 +142,7 @@ def rows_on(x: Tensor, fmt: Format, fields: Mapping[str, Tensor], origin: Origin
 def rows_of(
     x: Tensor, fmt: Format, dscale: Tensor | None, stat: Tensor | None, origin: Origin
 ) -> Rows:
-    """How the values ``x`` [..., K] are stored; arguments as ``encode`` has them."""
+    """Describe how the values ``x`` [..., K] are stored; find the scales as ``encode`` does."""
     dscale_R1 = row_scale(dscale, x, fmt)
     rows, columns = cuts(x.shape, fmt, origin)
     if stat is None and rows.block > 1:
@@ -154,7 +157,7 @@ def rows_of(
 
 
 def flat_stat(stat: Tensor, x: Tensor, fmt: Format, origin: Origin) -> Tensor:
-    """Statistic [..., N_b, K_b, P] of the blocks of ``x`` -> fp32 [R_b, K_b, P]."""
+    """Flatten the statistic [..., N_b, K_b, P] of the blocks of ``x`` to fp32 [R_b, K_b, P]."""
     rows, columns = cuts(x.shape, fmt, origin)
     leading = (*x.shape[:-2], rows.count) if x.dim() > 1 else ()
     want = (*leading, columns.count, fmt.stat_parts)
@@ -163,7 +166,7 @@ def flat_stat(stat: Tensor, x: Tensor, fmt: Format, origin: Origin) -> Tensor:
 
 
 def block_index(x: Tensor, rows: Cuts) -> Tensor | None:
-    """Row of blocks of each row of ``x`` [..., N, K]; None where each has its own."""
+    """Return the row of blocks of each row of ``x`` [..., N, K]; None where each has its own."""
     if rows.block == 1:
         return None
     return rows.index(x.shape[:-2].numel(), x.device)

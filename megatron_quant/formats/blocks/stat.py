@@ -14,9 +14,9 @@ from megatron_quant.native import WHOLE, Cuts, Origin
 
 @lru_cache(maxsize=4096)
 def cuts(shape: tuple[int, ...], fmt: Format, origin: Origin) -> tuple[Cuts, Cuts]:
-    """Blocks of the rows and of the columns of a piece [..., N, K] or [K]; see ``stat_block``.
+    """Cut the rows and the columns of a piece [..., N, K] or [K] into blocks of ``stat_block``.
 
-    A format without blocks is one with a block a row, as far as columns go.
+    A format without blocks counts as one with a block a row.
     """
     rows, cols = fmt.stat_block or (1, WHOLE)
     length = shape[-2] if len(shape) > 1 else 1
@@ -24,9 +24,14 @@ def cuts(shape: tuple[int, ...], fmt: Format, origin: Origin) -> tuple[Cuts, Cut
 
 
 def row_stat(x_RK: Tensor, columns: Cuts, parts: int) -> Tensor:
-    """Statistic of each row's part of each block: [R, K] -> fp32 [R, B, parts], never negative.
+    """Return the statistic of each row's part of each block: [R, K] -> fp32 [R, B, parts].
 
-    parts: 1 for max |x|, 2 for (max(x, 0), max(-x, 0)), which formats with a zero point need.
+    No number of it is negative.
+
+    Args:
+        x_RK: Values of the rows.
+        columns: How blocks lie along K.
+        parts: 1 for max |x|; 2 for (max(x, 0), max(-x, 0)), which formats with a zero point need.
     """
     x_RBb = columns.split(x_RK)
     if parts == 1:
@@ -40,15 +45,23 @@ def row_stat(x_RK: Tensor, columns: Cuts, parts: int) -> Tensor:
 
 @torch.no_grad()
 def block_stat(w: Tensor, fmt: Format, origin: Origin = (0, 0)) -> Tensor:
-    """Statistic of every block of the logical tensor's grid that ``w`` touches.
+    """Return the statistic of every block of the logical tensor's grid that ``w`` touches.
 
-    w: bf16, fp16 or fp32 [..., N, K] or [K]; its first element (of each matrix) is element
-        ``origin`` of the logical tensor.
-    fmt: one that has blocks (``fmt.stat_block``).
-    -> fp32 [..., N_b, K_b, P]. P = 1: max |w|. P = 2, with a zero point: (max(w, 0), max(-w, 0)).
-        Statistics of pieces of one block merge by maximum; an empty piece has 0. NaN and Inf
-        propagate. A block that an edge of ``w`` cuts has the statistic of its part in ``w``.
-    Raises FormatError for another dtype.
+    Statistics of pieces of one block merge by maximum. NaN and Inf propagate.
+
+    Args:
+        w: bf16, fp16 or fp32 [..., N, K] or [K]; its first element (of each matrix) is element
+            ``origin`` of the logical tensor.
+        fmt: A format with blocks (``fmt.stat_block``).
+        origin: Row and column of the logical tensor at which ``w`` starts.
+
+    Returns:
+        fp32 [..., N_b, K_b, P]. P = 1: max |w|. P = 2, with a zero point: (max(w, 0), max(-w, 0)).
+        An empty piece has 0. A block that an edge of ``w`` cuts has the statistic of its part in
+        ``w``.
+
+    Raises:
+        FormatError: For another dtype.
     """
     check_dtype(w)
     assert fmt.stat_block is not None, f"{fmt.name} has a scale per tensor alone"

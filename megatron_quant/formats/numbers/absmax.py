@@ -16,9 +16,9 @@ _BITS = {
     torch.float32: (torch.int32, 0x7FFFFFFF),
 }
 _MANY = 1 << 16
-"""Elements from which on the loops in C beat torch by more than the call of them costs."""
+"""Elements from which on the C loops gain more than their call costs."""
 _SHARES = 64
-"""Rows that a flat tensor is read as, for threads to share."""
+"""Rows into which a flat tensor is cut, for threads to share."""
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -31,18 +31,18 @@ def check_dtype(x: Tensor) -> None:
 
 
 def true_div(x: Tensor, divisor: float) -> Tensor:
-    """``x / divisor`` rounded once, on every device.
+    """Return ``x / divisor`` rounded once, on every device.
 
-    For a plain number CUDA multiplies with its rounded inverse, which is an ulp off at times.
+    For a plain number, CUDA multiplies with its rounded inverse and is an ulp off at times.
     """
     return x / torch.full_like(x, divisor)
 
 
 @torch.no_grad()
 def amax(x: Tensor) -> Tensor:
-    """max |x| of a bf16, fp16 or fp32 tensor of any shape -> fp32 []; NaN and Inf propagate.
+    """Return max |x| of a bf16, fp16 or fp32 tensor of any shape as fp32 []; NaN and Inf propagate.
 
-    0 for an empty tensor (an expert that saw no token).
+    Return 0 for an empty tensor (an expert that saw no token).
     """
     if x.numel() == 0:
         return torch.zeros((), device=x.device)
@@ -62,7 +62,7 @@ def _is_for_c(x: Tensor) -> bool:
 
 
 def last_dim_amax(x: Tensor) -> Tensor:
-    """max |x| over the last dim, [..., B] -> fp32 [...]; NaN and Inf propagate."""
+    """Return max |x| over the last dim, [..., B] -> fp32 [...]; NaN and Inf propagate."""
     loops = loops_for(x)
     if loops is not None:
         return loops.block_amax(x.view(x.shape[0], -1), x.shape[-1]).view(x.shape[:-1])
@@ -73,7 +73,10 @@ def last_dim_amax(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def stack_amax(w_ENK: Tensor) -> Tensor:
-    """max |w| of each matrix of a stack [E, N, K] -> fp32 [E, 1, 1]; NaN and Inf propagate."""
+    """Return max |w| of each matrix of a stack [E, N, K]: fp32 [E, 1, 1].
+
+    NaN and Inf propagate.
+    """
     experts, rows, _ = w_ENK.shape
     if w_ENK.numel() == 0:
         return torch.zeros(experts, 1, 1, device=w_ENK.device)
@@ -83,13 +86,16 @@ def stack_amax(w_ENK: Tensor) -> Tensor:
 
 
 def tensor_scale(amax: Tensor, fmt: Format) -> Tensor:
-    """Amax of whole tensors -> their dscale (multiply to decode), fp32, same shape.
+    """Turn the amax of whole tensors into their dscale (multiply to decode), fp32, same shape.
 
-    fp8: amax / 448. nvfp4: amax / (6 * 448). As ModelOpt's exporters have it. int8_tensor:
-    amax / 127.5, as compressed-tensors. An amax of 0 gives 1.0: every element is zero then, which
-    any positive scale decodes exactly. Subnormal quotients become 2^-126, fp32's smallest normal,
-    which kernels that flush subnormals still read. NaN and Inf propagate. ``fmt`` is one with
-    ``tensor_scale``.
+    fp8 has amax / 448 and nvfp4 has amax / (6 * 448), like ModelOpt's exporters; int8_tensor has
+    amax / 127.5, like compressed-tensors. An amax of 0 gives 1.0: every element is zero then, and
+    any positive scale decodes it exactly. Subnormal quotients become 2^-126, fp32's smallest
+    normal, which kernels that flush subnormals still read. NaN and Inf propagate.
+
+    Args:
+        amax: Largest magnitudes, any shape.
+        fmt: A format with ``tensor_scale``.
     """
     assert fmt.largest is not None, f"{fmt.name} has no scale per tensor"
     scale = true_div(amax.float(), fmt.largest).clamp(min=_SMALLEST)

@@ -1,7 +1,7 @@
-"""The arithmetic of each format, over rows: a scale rule, a division and an element each.
+"""The arithmetic of each format over rows: a scale rule, a division and an element each.
 
-Every number of the result depends on one value and the scales of its block alone, so cutting rows
-anywhere, or columns between packed elements, changes no bit once the scales are known.
+Every number of the result depends on one value and the scales of its block alone. So no bit
+changes when rows are cut anywhere, or columns between packed elements, once scales are known.
 """
 
 from collections.abc import Callable
@@ -30,29 +30,33 @@ from megatron_quant.native import Cuts, library
 
 
 def exact(x: Tensor, step: Tensor) -> Tensor:
-    """x / step in fp32. For ModelOpt, and for fp32 scales in compressed-tensors."""
-    # Where a product of scales is too small for fp32 the block decodes to 0: any divisor will do.
+    """Return x / step in fp32, like ModelOpt, and like compressed-tensors for fp32 scales."""
+    # A product of scales that is 0 in fp32 decodes the block to 0: any divisor will do.
     return x.to(torch.float32, copy=True).div_(step.masked_fill(step == 0, 1.0))
 
 
 def in_dtype(x: Tensor, step: Tensor) -> Tensor:
-    """x / step rounded to the dtype of x, as where ModelOpt divides by a 0-dim scale."""
+    """Return x / step rounded to the dtype of x, as ModelOpt does for a 0-dim scale."""
     return exact(x, step).to(x.dtype)
 
 
 def by_bf16(x: Tensor, step: Tensor) -> Tensor:
-    """x / step with steps that are bf16 numbers: in bf16 for bf16 values, else in fp32.
+    """Divide by steps that are bf16 numbers: in bf16 for bf16 values, else in fp32.
 
-    What compressed-tensors does on a CPU; its Triton kernel for CUDA divides in fp32.
+    compressed-tensors does this on a CPU; its Triton kernel for CUDA divides in fp32.
     """
     return x / step.to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a format does to rows [R, K] whose columns lie in blocks as ``columns`` says.
+    """The computation of a format on rows [R, K], whose columns lie in blocks as ``columns`` says.
 
-    loop: of the compiled loops; None where there is no such.
+    Attributes:
+        scale: Rule of the scales.
+        quotient: Division of values by steps.
+        element: Rounding and packing.
+        loop: The compiled loop that does all of it; None where there is none.
     """
 
     scale: ScaleRule
@@ -63,7 +67,7 @@ class Kernel:
     def elements(
         self, x_RK: Tensor, scales: ScaleFields, dscale_R1: Tensor, columns: Cuts
     ) -> Tensor:
-        """The stored elements of the rows, given the scale fields of their blocks."""
+        """Return the stored elements of the rows, given the scale fields of their blocks."""
         steps = step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
         loops = loops_for(x_RK)
         if self.loop is not None and loops is not None:
@@ -76,7 +80,7 @@ class Kernel:
     def requantized(
         self, x_RK: Tensor, scales: ScaleFields, dscale_R1: Tensor, columns: Cuts
     ) -> Tensor:
-        """``values`` of ``elements``, fp32 or rounded to the dtype of ``x_RK``."""
+        """Return ``values`` of ``elements``, fp32 or rounded to the dtype of ``x_RK``."""
         loops = loops_for(x_RK)
         if self.loop is not None and loops is not None:
             steps = self.scale.steps(scales, dscale_R1)
@@ -87,7 +91,7 @@ class Kernel:
     def values(
         self, stored: Tensor, scales: ScaleFields, dscale_R1: Tensor, columns: Cuts
     ) -> Tensor:
-        """fp32 [R, K] of stored elements."""
+        """Decode stored elements to fp32 [R, K]."""
         steps = step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
         if library.reads(stored):
             return library.decode(stored, steps, self.element.code, columns)
@@ -99,17 +103,17 @@ class Kernel:
     def lost(
         self, x_RK: Tensor, stored: Tensor, scales: ScaleFields, dscale_R1: Tensor, columns: Cuts
     ) -> tuple[float, float]:
-        """``squares`` of rows, bf16 or fp32, and of elements that ``native.reads``."""
+        """Return ``squares`` of bf16 or fp32 rows and of elements that ``library.reads``."""
         steps = self.scale.steps(scales, dscale_R1)
         return library.lost(x_RK, stored, steps, self.element.code, columns)
 
 
 _WIDENED = 1 << 15
-"""Elements that are fp64 at a time: so few that the heap need not grow and shrink for them."""
+"""Elements that are fp64 at a time: so few that the heap need not grow and shrink."""
 
 
 def squares(x_RK: Tensor, values_RK: Tensor) -> tuple[float, float]:
-    """(sum of x^2, sum of (x - value)^2) in fp64, the differences in fp32."""
+    """Return (sum of x^2, sum of (x - value)^2) in fp64, with differences in fp32."""
     return _square(x_RK), _square(x_RK - values_RK)
 
 
@@ -146,7 +150,7 @@ def _kernel(arithmetic: Arithmetic) -> Kernel:
 
 
 def kernel_of(fmt: Format) -> Kernel:
-    """The kernel of a format."""
+    """Return the kernel of a format."""
     kernel = _kernel(fmt.arithmetic)
     if kernel.quotient is by_bf16 and fmt.fields[1].dtype in (torch.float16, torch.float32):
         return replace(kernel, quotient=exact, loop=None)  # bf16 does not hold its steps

@@ -1,7 +1,7 @@
-"""Rounding of single elements: fp32 quotients in, element codes out, and back.
+"""Round single elements: fp32 quotients in, element codes out, and back.
 
-All rounding is to nearest, ties to the even code. On the way every function sees the quotient
-``value / scale`` and none of them knows what a scale is.
+All rounding is to nearest, ties to the even code. Every function sees the quotient
+``value / scale``, and none of them knows what a scale is.
 """
 
 from collections.abc import Callable
@@ -27,19 +27,19 @@ E2M1_VALUES = _E2M1 + tuple(-v for v in _E2M1)
 INT4_VALUES = tuple(float(c - 8) for c in range(16))
 """Value of each unsigned INT4 code."""
 
-# One ulp of an fp32 in [2^23, 2^24) is 1, so adding this rounds to an integer, to nearest even,
-# and leaves that integer in the low bits of the sum.
+# One ulp of an fp32 in [2^23, 2^24) is 1. Adding this rounds to an integer, ties to even, and
+# leaves that integer in the low bits of the sum.
 _ROUND = 1.5 * 2**23
 _ROUND_0, _ROUND_4 = torch.tensor(_ROUND), torch.tensor(_ROUND + 4)
 
 
 def _low_byte(rounded: Tensor) -> Tensor:
-    """Sums with _ROUND, fp32 -> the integers that were rounded to, uint8."""
+    """Return the integers that sums with _ROUND (fp32) were rounded to, uint8."""
     return rounded.view(torch.int32).to(torch.uint8)
 
 
 def e4m3(quotient: Tensor) -> Tensor:
-    """Floats [...] (overwritten) -> float8_e4m3fn [...], saturating at +-448; NaN stays NaN."""
+    """Round floats [...] (overwritten) to float8_e4m3fn, saturating at +-448; NaN stays NaN."""
     # The cast alone gives NaN above 464 in some torch versions and 448 in others.
     return quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
@@ -50,19 +50,22 @@ def _e4m3_table(device: torch.device) -> Tensor:
 
 
 def e4m3_values(elements: Tensor) -> Tensor:
-    """float8_e4m3fn [...] -> its values, fp32 [...]. A table is 6x faster than torch's cast."""
+    """Return the values of float8_e4m3fn [...] as fp32.
+
+    A table is 6x faster than torch's cast.
+    """
     index = elements.reshape(-1).view(torch.uint8).to(torch.int32)
     return _e4m3_table(elements.device).index_select(0, index).view(elements.shape)
 
 
 def e2m1_codes(quotient: Tensor) -> Tensor:
-    """fp32 [...] (overwritten) -> E2M1 codes 0..15, uint8 [...], saturating at +-6.
+    """Round fp32 [...] (overwritten) to E2M1 codes 0..15, uint8 [...], saturating at +-6.
 
-    Negative quotients that round to zero give code 8, a quotient of -0.0 gives code 0, as
-    ModelOpt's ``NVFP4QTensor`` has them. The code of a NaN is arbitrary.
+    Negative quotients that round to zero give code 8, and a quotient of -0.0 gives code 0, like
+    ModelOpt's ``NVFP4QTensor``. The code of a NaN is arbitrary.
     """
-    # Codes are the integers of three lines, of slope 2 below 2, 1 below 4 and 1/2 above: the
-    # lowest of the three is the right one everywhere, also at ties.
+    # Codes lie on three lines: slope 2 below 2, slope 1 below 4, slope 1/2 above. The lowest of
+    # the three is the right one everywhere, also at ties.
     magnitude = quotient.abs()
     code = torch.add(_ROUND_0, magnitude, alpha=2.0)
     torch.minimum(code, magnitude + (_ROUND + 2), out=code)
@@ -72,12 +75,12 @@ def e2m1_codes(quotient: Tensor) -> Tensor:
 
 
 def int4_codes(quotient: Tensor) -> Tensor:
-    """fp32 [...] (overwritten) -> INT4 codes (value + 8) 0..15, uint8 [...], saturating."""
+    """Round fp32 [...] (overwritten) to INT4 codes (value + 8) 0..15, uint8 [...], saturating."""
     return _low_byte(quotient.clamp_(INT4_MIN, INT4_MAX).add_(_ROUND + 8))
 
 
 def int8_codes(quotient: Tensor) -> Tensor:
-    """Floats [...] (overwritten) -> int8 [...], saturating. The code of a NaN is arbitrary."""
+    """Round floats [...] (overwritten) to int8 [...], saturating. The code of a NaN is arbitrary."""
     return quotient.clamp_(INT8_MIN, INT8_MAX).round_().to(torch.int8)
 
 
@@ -85,9 +88,11 @@ def int8_codes(quotient: Tensor) -> Tensor:
 class Element:
     """How elements are stored along K: rounding and packing, and reading back.
 
-    packed: elements to a stored one. store: quotients [R, K] (overwritten), K a multiple of
-    packed, -> [R, K / packed]; load: its values, fp32 [R, K]. code: what the
-    compiled loops call it.
+    Attributes:
+        packed: Number of elements in a stored one.
+        code: Name of the element in the compiled loops.
+        store: Quotients [R, K] (overwritten), K a multiple of ``packed``, -> [R, K / packed].
+        load: Stored elements -> their values, fp32 [R, K].
     """
 
     packed: int

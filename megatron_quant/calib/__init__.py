@@ -1,4 +1,4 @@
-"""Calibration: observing, merging over ranks, searching scales."""
+"""Calibration: observe, merge over ranks, search scales."""
 
 import lazy_loader
 

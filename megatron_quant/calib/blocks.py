@@ -1,8 +1,8 @@
-"""Statistics of the blocks of weights: of those that shards cut, merged over these shards.
+"""Find the statistics of the blocks of weights, and merge those of blocks that shards cut.
 
-A rank computes the statistics of all blocks that its weights touch. Of those that an edge between
-two shards cuts it has only a part of the values; it sends these alone, of all layers in one vector
-for each of the two groups of ranks among which tensors are cut.
+A rank computes the statistics of all blocks that its weights touch. Where an edge between two
+shards cuts a block, the rank has only a part of the values. It sends the statistics of these
+blocks alone: one vector of all layers for each of the two groups of ranks that share tensors.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +22,11 @@ Reduce = Callable[[Tensor, Groups], Tensor]
 class RegionStat:
     """The blocks that one region of a layer's weights touches.
 
-    edge: those of them that shards cut; None where they cut none.
-    stat: their statistics, fp32 [E, N_b, K_b, P], overwritten as they are merged and searched.
+    Attributes:
+        layer: The layer.
+        region: The region.
+        edge: Blocks of it that shards cut; None where they cut none.
+        stat: Statistics of all blocks, fp32 [E, N_b, K_b, P]; merging and searching overwrite them.
     """
 
     layer: QuantLayer
@@ -33,23 +36,23 @@ class RegionStat:
 
     @property
     def origin(self) -> tuple[int, int]:
-        """Where the region starts in its tensor."""
+        """Return where the region starts in its tensor."""
         return self.region.start[0], self.region.start[1]
 
 
 def stacked(layer: QuantLayer) -> Tensor:
-    """The layer's weights as one stack, [E, N, K]; E is 1 for a dense one."""
+    """Return the layer's weights as one stack, [E, N, K]; E is 1 for a dense one."""
     weights = [weight.detach() for weight in layer.weights()]
     return torch.stack(weights) if layer.grouped else weights[0].unsqueeze(0)
 
 
 def is_cut(layer: QuantLayer) -> bool:
-    """Whether a shard cuts a block of the layer's weights."""
+    """Return whether a shard cuts a block of the layer's weights."""
     return any(edge_of(region, layer.weight_format) for region in layer.regions)
 
 
 def merged_blocks(layers: Sequence[QuantLayer], groups: Groups) -> list[RegionStat]:
-    """The statistics of all blocks of ``layers``, as a rank that has whole tensors finds them.
+    """Return the statistics of all blocks of ``layers``, equal to those of one rank with all.
 
     One collective for each group that cuts blocks of them; every rank of ``groups`` calls it.
     """
@@ -70,9 +73,14 @@ def _own(layer: QuantLayer) -> Iterator[RegionStat]:
 
 
 def merge(cut: Sequence[tuple[RegionStat, Tensor]], reduce: Reduce, groups: Groups) -> list[Tensor]:
-    """Merge what :meth:`Edge.pack` made over the ranks that hold the other shards.
+    """Merge the results of :meth:`Edge.pack` over the ranks that hold the other shards.
 
     One collective for dense layers and one for experts, where there are any.
+
+    Args:
+        cut: Regions, each with the tensor to merge.
+        reduce: The collective.
+        groups: This rank's groups.
     """
     merged: list[Tensor] = [packed for _, packed in cut]
     for experts in (False, True):
@@ -88,13 +96,13 @@ def merge(cut: Sequence[tuple[RegionStat, Tensor]], reduce: Reduce, groups: Grou
 
 
 def shards_of(groups: Groups, experts: bool) -> Groups:
-    """The ranks that hold the other shards of this rank's dense weights, or of its experts'."""
+    """Return the ranks that hold the other shards of this rank's dense or expert weights."""
     assert groups.shards is not None, "shards cut blocks, but who holds them is not known"
     return groups.shards.experts if experts else groups.shards.dense
 
 
 def give(held: Sequence[RegionStat]) -> None:
-    """Give the statistics to the weight quantizers of their layers."""
+    """Hand the statistics to the weight quantizers of their layers."""
     by_layer: dict[int, list[RegionStat]] = {}
     for item in held:
         by_layer.setdefault(id(item.layer), []).append(item)

@@ -1,9 +1,8 @@
-"""Calibration: statistics of the logical tensors into the quantizers of every rank.
+"""Calibrate: bring statistics of the logical tensors into the quantizers of every rank.
 
-The amax of a slot is the largest magnitude over all its shards and replicas. Layer inputs are
-observed by a forward; what an expert layer's experts share (their input scale, and their weight
-scale unless it is per expert) is the largest of the layer's slots, which the merged vector holds on
-every rank.
+The amax of a slot is the largest magnitude over all its shards and replicas. A forward shows the
+layers' inputs. Experts of a layer share their input scale, and their weight scale unless it is per
+expert: the largest of the layer's slots, which the merged vector holds on every rank.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from megatron_quant.recipes import Decision, QuantPlan, accept_cold, check_reach
 
 
 class ColdExperts(Enum):
-    """What to do with an expert that no calibration token reached."""
+    """The treatment of an expert that no calibration token reached."""
 
     ERROR = "error"
     LAYER_MAX = "layer-max"  # it takes the largest amax of the layer's experts
@@ -33,14 +32,15 @@ class ColdExperts(Enum):
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What calibration found, by slot name; equal on every rank.
+    """The results of calibration, by slot name; equal on every rank.
 
-    weight_amax: of each weight alone, also where its layer's experts share the largest.
-    input_amax: of each weight's inputs, also where a percentile clips them.
-    tokens: how many tokens an expert was given, once for each of its weights (empty for weight-only
-        plans). All that was run is counted, hence padding too, and a batch as often as
-        data-parallel ranks ran it so that all run equally many.
-    cold: the weights of experts that saw none and took the layer's largest amax.
+    Attributes:
+        weight_amax: Amax of each weight alone, also where its layer's experts share the largest.
+        input_amax: Amax of each weight's inputs, also where a percentile clips them.
+        tokens: Number of tokens that an expert was given, for each of its weights (empty for
+            weight-only plans). Everything that ran counts: padding too, and a batch as often as
+            data-parallel ranks ran it so that all run equally many.
+        cold: Weights of experts that saw no token and took the layer's largest amax.
     """
 
     weight_amax: Mapping[str, float]
@@ -60,13 +60,21 @@ def calibrate(  # noqa: PLR0913
 ) -> CalibrationReport:
     """Fill the quantizers of ``layers``; every rank of ``groups`` calls it.
 
-    forwards: each runs one batch through the model; used only where inputs have a static scale.
-    token_replicas: how many ranks are given the same expert's tokens (the expert tensor-parallel
-        size), so that the report counts each token once.
-    act_percentile: how many percent of a layer's input values its scale covers; what is above is
-        clipped. 100 clips nothing.
-    Raises CalibrationError, on every rank alike, for a weight or input that is not finite, a layer
-    that no token reached, or a cold expert.
+    Args:
+        layers: This rank's layers of the plan.
+        plan: Decisions on every slot of the model.
+        groups: This rank's groups.
+        forwards: Functions that run one batch each through the model; used only where inputs have a
+            static scale.
+        cold_experts: Treatment of an expert that no token reached.
+        token_replicas: Number of ranks that are given the same expert's tokens (the expert
+            tensor-parallel size), so that the report counts each token once.
+        act_percentile: Percentage of a layer's input values that its scale covers; larger values
+            are clipped. 100 clips nothing.
+
+    Raises:
+        CalibrationError: On every rank alike, for a weight or input that is not finite, a layer
+            that no token reached, or a cold expert.
     """
     weights = _merge_weights(layers, plan, groups)
     with histograms(layers if act_percentile < 100 else ()) as seen:
@@ -84,10 +92,17 @@ def calibrate(  # noqa: PLR0913
 
 
 def calibrate_weights(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
-    """What :func:`calibrate` does for weights, which needs no data; inputs stay as they are.
+    """Fill the quantizers of weights, which needs no data; those of inputs stay untouched.
 
-    ``layers`` are the rank's of ``plan``. Every rank of ``groups`` calls it. Raises
-    CalibrationError, on every rank alike, for a weight that is not finite.
+    Every rank of ``groups`` calls it.
+
+    Args:
+        layers: This rank's layers of the plan.
+        plan: Decisions on every slot of the model.
+        groups: This rank's groups.
+
+    Raises:
+        CalibrationError: On every rank alike, for a weight that is not finite.
     """
     _load_weights(layers, plan, _merge_weights(layers, plan, groups))
     find_scales(layers, plan, groups)
@@ -114,7 +129,7 @@ def _merge_inputs(
     groups: Groups,
     forwards: Iterable[Callable[[], object]],
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Input amaxes, and token counts of the experts; both empty without static input scales."""
+    """Return input amaxes, and experts' token counts; both empty without static input scales."""
     watched = [d for d in plan.quantized if d.inputs and d.inputs.tensor_scale]
     if not watched:
         return {}, {}

@@ -18,34 +18,39 @@ STDLIB = "stdlib"
 
 _LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".txt", ".md", ".py", ".rst", *_LINES, ".json", ".parquet")
-"""Of files of a folder; in whatever case."""
-# Not of the library itself, or absent from some hosts' packages of it.
+"""Suffixes of the files of a folder that are read, in any case."""
+# These folders are not the library itself, or some hosts' packages lack them.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _TEXTS_AT_ONCE = 8
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The part of a transformers tokenizer that is used."""
 
     eos_token_id: int | None
 
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any:
-        """A mapping whose ``input_ids`` is one list of token ids per text."""
+        """Return a mapping whose ``input_ids`` is one list of token ids per text."""
 
     def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool) -> Any:
-        """The text of a conversation, where ``tokenize`` is off."""
+        """Return the text of a conversation, where ``tokenize`` is off."""
 
 
 def load_texts(spec: str) -> list[Document]:
-    """The documents that ``spec`` names, in an order that is the same on every rank and run.
+    """Load the documents that ``spec`` names, in one order on every rank and run.
 
-    spec: ``stdlib``; a text file; JSON lines or a JSON list (.jsonl, .ndjson, .json) of records
-    with a string ``text`` or a chat (``messages``, ``conversations``); such a .parquet, where
-    ``pyarrow`` is installed; a folder of such files, recursively, sorted; or a dataset of the
-    Hugging Face hub, ``id`` or ``id:configuration``, where the package ``datasets`` is installed.
-    Empty documents are left out. Raises CalibrationError where there is nothing to read, and for
-    a record that is neither.
+    Empty documents are left out.
+
+    Args:
+        spec: ``stdlib``; a text file; JSON lines or a JSON list (.jsonl, .ndjson, .json) of records
+            with a string ``text`` or a chat (``messages``, ``conversations``); a .parquet file of
+            such records, with ``pyarrow`` installed; a folder of such files, recursively, sorted;
+            or a dataset of the Hugging Face hub, ``id`` or ``id:configuration``, with ``datasets``
+            installed.
+
+    Raises:
+        CalibrationError: Where there is nothing to read, and for a record without text or chat.
     """
     path = Path(spec)
     if spec == STDLIB:
@@ -68,12 +73,21 @@ def load_texts(spec: str) -> list[Document]:
 def token_batches(
     texts: Sequence[Document], tokenizer: Tokenizer, samples: int, seq_length: int, batch_size: int
 ) -> list[torch.Tensor]:
-    """``samples`` sequences from the start of ``texts``, as int64 tensors [B, S].
+    """Cut ``samples`` sequences from the start of ``texts``, as int64 tensors [B, S].
 
-    Documents follow one another, each closed by the end-of-sequence token where the tokenizer
-    has one, and are cut every S = ``seq_length`` tokens, without padding. Conversations become
-    text through the tokenizer's chat template. B is ``batch_size``,
-    or less in the last batch. Raises CalibrationError where there is too little text.
+    Documents follow one another, each closed by the end-of-sequence token where the tokenizer has
+    one, and are cut every S = ``seq_length`` tokens, without padding. The tokenizer's chat template
+    turns conversations into text. B is ``batch_size``, or less in the last batch.
+
+    Args:
+        texts: Documents in order.
+        tokenizer: A transformers tokenizer.
+        samples: Number of sequences.
+        seq_length: Tokens of a sequence.
+        batch_size: Sequences of a batch.
+
+    Raises:
+        CalibrationError: Where there is too little text.
     """
     sizes = {"samples": samples, "seq_length": seq_length, "batch_size": batch_size}
     for name, value in sizes.items():
@@ -95,9 +109,9 @@ def token_batches(
 
 
 def shard(batches: Sequence[torch.Tensor], rank: int, size: int) -> list[torch.Tensor]:
-    """The batches of data-parallel rank ``rank`` of ``size``, dealt out in turn.
+    """Return the batches of data-parallel rank ``rank`` of ``size``, dealt out in turn.
 
-    Every rank gets equally many, because a forward is collective: the deal goes on from the first
+    Every rank gets equally many, because a forward is collective. The deal goes on from the first
     batch where they run out. A maximum does not change when a batch is seen twice.
     """
     assert batches and 0 <= rank < size
@@ -110,7 +124,7 @@ def _tokenize(texts: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[
     closing = [] if eos is None else [eos]
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         few = [_text(t, tokenizer) for t in texts[start : start + _TEXTS_AT_ONCE]]
-        # verbose is off: that a document is longer than the model's context does not matter here.
+        # verbose is off: it warns of documents beyond the model's context, which do no harm here.
         for ids in tokenizer(few, add_special_tokens=False, verbose=False)["input_ids"]:
             yield [*ids, *closing]
 
@@ -146,9 +160,9 @@ def _stdlib_files() -> list[Path]:
 
 
 def _read(path: Path, in_folder: bool = False) -> list[Document]:
-    """The documents of a file, told by its suffix.
+    """Read the documents of a file by its suffix.
 
-    in_folder: a JSON file that holds settings, as many folders of texts have, is left out.
+    in_folder: leave out a JSON file that holds settings, as many folders of texts have.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":

@@ -1,8 +1,8 @@
-"""Clipping the inputs of layers at a percentile of all that calibration showed them.
+"""Clip the inputs of layers at a percentile of all values that calibration showed them.
 
-A histogram covers [0, limit), where the limit is the power of two above the largest value. So one
-that has to reach further keeps its counts, two bins becoming one, and histograms of different ranks
-merge exactly: as if one had seen everything.
+A histogram covers [0, limit), where the limit is the power of two above the largest value. One that
+has to reach further merges two bins into one and keeps its counts. So histograms of different ranks
+merge exactly, as if one had seen everything.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,17 +22,17 @@ _LEAST = -126
 
 
 class InputHistogram:
-    """Counts of |x| of what a quantizer is given: int64 [BINS], up to 2^exponent."""
+    """Counts of |x| over the inputs of a quantizer: int64 [BINS], up to 2^exponent."""
 
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
         self.exponent = _LEAST
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """A forward pre-hook of the input quantizer."""
+        """Count the values; a forward pre-hook of the input quantizer."""
         largest = amax(args[0])
         if not torch.isfinite(largest):
-            return  # the amax tells, and stops the calibration
+            return  # the amax shows it and stops the calibration
         exponent = int(torch.frexp(largest).exponent) if largest > 0 else _LEAST
         self.reach(max(exponent, _LEAST))
         self.counts += histogram(args[0], BINS, _limit(self.exponent, self.counts))
@@ -51,7 +51,7 @@ def _limit(exponent: int, like: Tensor) -> Tensor:
 
 @contextmanager
 def histograms(layers: Sequence[QuantLayer]) -> Iterator[dict[str, InputHistogram]]:
-    """Count, by layer name, what the inputs of static scale are given while the context lasts."""
+    """Count, by layer name, the inputs of static scale while the context lasts."""
     watched = [layer for layer in layers if layer.static_inputs]
     found = {layer.name: InputHistogram(layer.weights()[0].device) for layer in watched}
     hooks = [
@@ -71,9 +71,16 @@ def clip(
     percent: float,
     groups: Groups,
 ) -> dict[str, float]:
-    """The amaxes ``inputs`` of a plan's slots, none above its layer's percentile.
+    """Clip the amaxes ``inputs`` of a plan's slots at their layers' percentiles.
 
-    seen: by layer name. Two collectives; every rank of ``groups`` calls it.
+    Two collectives; every rank of ``groups`` calls it.
+
+    Args:
+        plan: Plan that has the slots.
+        inputs: Amaxes by slot name.
+        seen: This rank's histograms by layer name.
+        percent: Percentage of values to cover.
+        groups: This rank's groups.
     """
     module_of = {slot: plan.by_name[slot].slot.module for slot in inputs}
     bounds = percentiles(list(dict.fromkeys(module_of.values())), seen, percent, groups)
@@ -83,9 +90,15 @@ def clip(
 def percentiles(
     names: Sequence[str], found: Mapping[str, InputHistogram], percent: float, groups: Groups
 ) -> dict[str, float]:
-    """The value that ``percent`` of each layer's inputs do not exceed, on every rank.
+    """Return the value that ``percent`` of each layer's inputs do not exceed, on every rank.
 
-    names: of all layers of the model with inputs of static scale. Two collectives.
+    Two collectives.
+
+    Args:
+        names: All layers of the model with inputs of static scale.
+        found: This rank's histograms by layer name.
+        percent: Percentage of values to cover.
+        groups: This rank's groups.
     """
     reached = torch.tensor([found[n].exponent if n in found else _LEAST for n in names])
     counts = torch.zeros(len(names), BINS, dtype=torch.int64)

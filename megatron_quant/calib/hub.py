@@ -1,4 +1,4 @@
-"""Calibration texts from a dataset of the Hugging Face hub, through the package ``datasets``."""
+"""Load calibration texts from a dataset of the Hugging Face hub, by the package ``datasets``."""
 
 from itertools import islice
 
@@ -9,9 +9,13 @@ from megatron_quant.errors import CalibrationError
 
 
 def load_hub_texts(spec: str) -> list[Document]:
-    """The first rows' ``text``, or chats, of the ``train`` split of ``id`` or ``id:configuration``.
+    """Load ``text``, or chats, of the first rows of a data set's ``train`` split.
 
-    Raises CalibrationError where the hub does not give the data set or it has neither.
+    Args:
+        spec: ``id`` or ``id:configuration``.
+
+    Raises:
+        CalibrationError: Where the hub does not give the data set, or it has neither.
     """
     name, _, configuration = spec.partition(":")
     try:

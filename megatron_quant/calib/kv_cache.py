@@ -1,4 +1,4 @@
-"""Calibrating the KV cache: the largest keys and values of every attention, over all ranks."""
+"""Calibrate the KV cache: find the largest keys and values of every attention, over all ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ def watch(cached: Sequence[CachedTensor]) -> Iterator[Seen]:
 
 
 def run_rest(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], object]]) -> None:
-    """Run, with the model unquantized, the forwards that calibrating ``layers`` had no need of."""
+    """Run, with the model unquantized, the forwards that calibrating ``layers`` did not need."""
     with torch.no_grad(), unquantized(layers):
         for forward in forwards:
             forward()
@@ -42,9 +42,18 @@ def calibrate_kv_cache(
 ) -> dict[str, float]:
     """Give every cache its amax, merged over all ranks; every rank of ``groups`` calls it.
 
-    Returns the amaxes by cache slot, equal on every rank; empty where ``plan`` calibrates none.
-    Raises CalibrationError, on every rank alike, for keys or values that are not finite, all zero,
-    or never seen.
+    Args:
+        cached: This rank's keys and values.
+        plan: Decisions on every slot of the model.
+        groups: This rank's groups.
+        seen: Running amaxes of this rank.
+
+    Returns:
+        The amaxes by cache slot, equal on every rank; empty where ``plan`` calibrates none.
+
+    Raises:
+        CalibrationError: On every rank alike, for keys or values that are not finite, all zero, or
+            never seen.
     """
     if plan.kv_cache != "fp8":
         return {}

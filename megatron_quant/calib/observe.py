@@ -1,4 +1,4 @@
-"""What a forward is watched for: every layer's largest input, and the tokens of every expert."""
+"""Watch a forward for every layer's largest input, and the tokens of every expert."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +13,13 @@ from megatron_quant.layers import CachedTensor, QuantGroupedLinear, QuantLayer
 
 
 class InputAmax:
-    """Running amax of what a quantizer is given: fp32 [], None until it saw a token."""
+    """Running amax over the inputs of a quantizer: fp32 [], None until it saw a token."""
 
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """A forward pre-hook of the input quantizer."""
+        """Update the amax; a forward pre-hook of the input quantizer."""
         if args[0].numel():
             seen = amax(args[0])
             self.value = seen if self.value is None else torch.maximum(self.value, seen)
@@ -32,13 +32,13 @@ class TokenCount:
         self.tokens = torch.zeros(num_experts, dtype=torch.int64)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A forward pre-hook of the linear, whose arguments are ``(x, m_splits)``."""
+        """Count tokens; a forward pre-hook of the linear, whose arguments are ``(x, m_splits)``."""
         self.tokens += torch.as_tensor(args[1]).cpu()
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What one rank saw of its layers, by slot name; a slot that saw nothing has no amax."""
+    """One rank's observations of its layers, by slot name; a slot that saw nothing has no amax."""
 
     input_amax: dict[str, torch.Tensor]
     tokens: dict[str, torch.Tensor]
@@ -67,9 +67,9 @@ def observe(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], object
 
 @contextmanager
 def unquantized(layers: Sequence[QuantLayer | CachedTensor]) -> Iterator[None]:
-    """The model computes in its own precision while the context lasts.
+    """Let the model compute in its own precision while the context lasts.
 
-    A layer still calls the quantizers that are off, so hooks on those see what it is given.
+    A layer still calls the quantizers that are off, so hooks on those see its inputs.
     """
     enabled = [q for layer in layers for q in layer.quantizers if q.is_enabled]
     for quantizer in enabled:

@@ -1,4 +1,4 @@
-"""Records of calibration files and data sets: texts, and conversations for a chat template."""
+"""Read records of calibration files and data sets: texts, and chats for a chat template."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,19 +11,21 @@ from megatron_quant.documents import Limits, parse_json
 from megatron_quant.errors import CalibrationError
 
 MAX_ROWS = 4096
-"""Of a parquet file or a data set of the hub: enough for calibration, little of a large one."""
+"""Rows read of a parquet file or a hub data set: enough to calibrate, little of a large one."""
 _DATA = Limits(4096 * documents.MB, 500_000_000)
 _CHATS = ("messages", "conversations")
 _NEEDS = "needs a string 'text', or a chat as 'messages' or 'conversations'"
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-"""Speakers as ShareGPT calls them -> as chat templates do."""
+"""ShareGPT's name of a speaker -> that of chat templates."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation: ``messages`` as chat templates take them, each with ``role``.
+    """A conversation.
 
-    where: names it in errors.
+    Attributes:
+        where: Place of the record, for errors.
+        messages: Messages in the form of chat templates, each with ``role``.
     """
 
     where: str
@@ -34,7 +36,7 @@ Document = str | Chat
 
 
 def of_lines(text: str, where: str) -> Iterator[Document]:
-    """The records of JSON lines; CalibrationError names the first line that is none."""
+    """Yield the records of JSON lines; CalibrationError names the first line that is none."""
     for i, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             at = f"{where}:{i}"
@@ -42,7 +44,7 @@ def of_lines(text: str, where: str) -> Iterator[Document]:
 
 
 def of_json(text: str, where: str) -> Iterator[Document]:
-    """The records of a JSON document (a list of them, or one), or of JSON lines."""
+    """Yield the records of a JSON document (a list of them, or one), or of JSON lines."""
     if _has_lines(text):
         yield from of_lines(text, where)
         return
@@ -56,18 +58,18 @@ def of_json(text: str, where: str) -> Iterator[Document]:
 
 
 def is_settings(text: str) -> bool:
-    """Whether a JSON document is one object that has none of a record's keys."""
+    """Return whether a JSON document is one object that has none of a record's keys."""
     if not text.lstrip().startswith("{") or _has_lines(text):
         return False
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return False  # to be refused by name where it is read
+        return False  # reading it refuses it by name
     return not any(key in value for key in ("text", *_CHATS))
 
 
 def of_record(record: object, where: str) -> Document:
-    """One record's ``text``, or its conversation; CalibrationError where it has neither."""
+    """Return a record's ``text``, or its conversation; CalibrationError where it has neither."""
     if isinstance(record, Mapping):
         if isinstance(text := record.get("text"), str):
             return _unicode(text, where)
@@ -80,12 +82,16 @@ def of_record(record: object, where: str) -> Document:
 
 
 def of_rows(rows: Iterable[object], where: str) -> Iterator[Document]:
-    """The records of a table's rows."""
+    """Yield the records of a table's rows."""
     return (of_record(row, f"{where}, row {i}") for i, row in enumerate(rows))
 
 
 def of_parquet(path: Path) -> list[Document]:
-    """The first rows of a parquet file; CalibrationError where it or ``pyarrow`` cannot be had."""
+    """Read the first rows of a parquet file.
+
+    Raises:
+        CalibrationError: Where the file cannot be read, or ``pyarrow`` is not installed.
+    """
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -107,7 +113,7 @@ def of_parquet(path: Path) -> list[Document]:
 
 
 def _has_lines(text: str) -> bool:
-    """Whether a JSON text is several documents, one a line."""
+    """Return whether a JSON text is several documents, one a line."""
     lines = (line for line in text.split("\n") if line.strip())
     first, second = next(lines, ""), next(lines, "")
     try:
@@ -118,7 +124,7 @@ def _has_lines(text: str) -> bool:
 
 
 def _message(message: object, where: str) -> dict[str, Any]:
-    """A message with ``role`` and a ``content`` that is text."""
+    """Return a message with ``role`` and a ``content`` that is text."""
     if not isinstance(message, Mapping):
         raise CalibrationError(f"{where}: {documents.shown(message)} is no message")
     rest = {str(k): v for k, v in message.items() if k not in ("from", "value")}
@@ -139,7 +145,7 @@ def _is_text(part: object) -> bool:
 
 
 def _unicode(text: str, where: str) -> str:
-    """``text``; CalibrationError for half of a surrogate pair, of which tokenizers panic."""
+    """Return ``text``; raise CalibrationError for half a surrogate pair, where tokenizers panic."""
     try:
         text.encode()
     except UnicodeEncodeError as e:

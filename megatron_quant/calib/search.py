@@ -1,8 +1,8 @@
-"""Scales of least error, over all the weights that share them, whoever holds those.
+"""Find scales of least error, over all the weights that share them, whoever holds those.
 
-What is merged are sums of squared errors, which ``formats.search`` counts in integers: the choice
-is the same, bit for bit, however the weights are cut. It ends as a statistic: the amax of a tensor,
-or ``_block_amax``.
+Ranks merge sums of squared errors, which ``formats.search`` counts in integers. So the choice is
+equal, bit for bit, however the weights are cut. Its result is a statistic: the amax of a tensor, or
+``_block_amax``.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,10 +23,10 @@ _ERRORS_AT_ONCE = 1 << 23
 
 
 def find_scales(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
-    """What the scales of weights need beyond their amaxes, which the quantizers have.
+    """Find the parts of weights' scales that go beyond amaxes, which the quantizers have.
 
-    Searches, and statistics of blocks that shards cut. A constant number of collectives; every
-    rank of ``groups`` calls it.
+    They are searched scales, and statistics of blocks that shards cut. A constant number of
+    collectives; every rank of ``groups`` calls it.
     """
     widen(layers)
     search_tensors(layers, plan, groups)
@@ -37,7 +37,7 @@ def find_scales(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -
 
 
 def follow_weights(layers: Sequence[QuantLayer], groups: Groups) -> None:
-    """Statistics of the blocks that shards cut, of layers whose scales nothing searches.
+    """Refresh the statistics of blocks that shards cut, in layers whose scales nothing searches.
 
     A constant number of collectives; every rank of ``groups`` calls it.
     """
@@ -45,7 +45,7 @@ def follow_weights(layers: Sequence[QuantLayer], groups: Groups) -> None:
 
 
 def widen(layers: Iterable[QuantLayer]) -> None:
-    """Give tensors whose blocks may map to 4 of 6 the range that their block scales then need."""
+    """Widen the range of tensors with blocks that may map to 4 of 6, whose block scales need it."""
     for layer in layers:
         if layer.decisions[0].algorithm == "four_over_six":
             quantizer = layer.weight_quantizer
@@ -55,8 +55,8 @@ def widen(layers: Iterable[QuantLayer]) -> None:
 def search_blocks(held: Sequence[RegionStat], groups: Groups) -> None:
     """Replace, in place, the merged statistics of blocks by those of least error.
 
-    What belongs to layers that search nothing stays. One collective for each group that cuts
-    blocks; every rank of ``groups`` calls it. Tensors have their amaxes.
+    Layers that search nothing keep theirs. One collective for each group that cuts blocks; every
+    rank of ``groups`` calls it. Tensors have their amaxes already.
     """
     found = [_search(item) for item in held if item.layer.searches_blocks]
     cut = [(best, best.sums) for best in found if best.sums is not None]
@@ -73,11 +73,14 @@ def _tried(layer: QuantLayer) -> Sequence[float]:
 
 @dataclass(frozen=True, eq=False)
 class _Best:
-    """What a search found.
+    """The result of a search.
 
-    multiplier: of the statistic of each block, fp32 [E, N_b, K_b]; of those that shards cut only
-    once :meth:`decide` has what all of these found. sums: this shard's errors of those, packed,
-    int64 [E, N_b, K_b, M]; None where shards cut none.
+    Attributes:
+        item: The blocks.
+        multiplier: Factor on the statistic of each block, fp32 [E, N_b, K_b]. Blocks that shards
+            cut get theirs from :meth:`decide`.
+        sums: This shard's errors of the cut blocks, packed, int64 [E, N_b, K_b, M]; None where
+            shards cut none.
     """
 
     item: RegionStat
@@ -106,7 +109,7 @@ def _search(item: RegionStat) -> _Best:
 
 
 def _chunks(item: RegionStat, tried: int) -> Iterator[tuple[slice, slice, int]]:
-    """Rows of blocks, the held rows that they touch, and the first of these in the tensor."""
+    """Yield rows of blocks, the held rows that they touch, and the first of these in the tensor."""
     block = item.layer.weight_format.stat_block
     assert block is not None
     experts, count, columns, _ = item.stat.shape

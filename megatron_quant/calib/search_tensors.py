@@ -1,4 +1,4 @@
-"""Scales of tensors without blocks that leave the least error, over all who share them."""
+"""Find the scales of least error for tensors without blocks, over all who share them."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ def search_tensors(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups
 def _of_all_slots(
     searched: Sequence[Decision], own: Sequence[QuantLayer], groups: Groups
 ) -> dict[str, Tensor]:
-    """The errors of each slot's whole tensor, int64 [M] on the CPU, on every rank."""
+    """Return the errors of each slot's whole tensor, int64 [M] on the CPU, on every rank."""
     found: dict[str, Tensor] = {}
     for experts in (False, True):
         found |= _of_domain([layer for layer in own if layer.grouped is experts], groups, experts)
@@ -59,7 +59,7 @@ def _of_domain(layers: Sequence[QuantLayer], groups: Groups, experts: bool) -> d
 
 
 def _of_layer(layer: QuantLayer) -> Tensor:
-    """This shard's errors of each weight, int64 [E, M] on the CPU."""
+    """Return this shard's errors of each weight, int64 [E, M] on the CPU."""
     w_ENK = stacked(layer)
     amax = layer.amax_of_stack().expand(len(w_ENK), 1, 1)
     sums = errors(w_ENK, layer.weight_format, None, amax, MSE_MULTIPLIERS)
@@ -67,7 +67,10 @@ def _of_layer(layer: QuantLayer) -> Tensor:
 
 
 def _choose_amax(layer: QuantLayer, errors_ME: Tensor) -> None:
-    """``errors_ME``: of each amax of the layer's quantizer (one, or one an expert)."""
+    """Replace the amaxes of the layer's quantizer (one, or one an expert) by the best ones.
+
+    errors_ME: errors of each multiple of each amax.
+    """
     quantizer = layer.weight_quantizer
     chosen = choose(errors_ME, MSE_MULTIPLIERS).to(quantizer.amax.device)
     quantizer.amax = quantizer.amax * chosen.view(quantizer.amax.shape)

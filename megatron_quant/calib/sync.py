@@ -1,9 +1,9 @@
-"""Merging statistics over ranks: values of the logical slots, whoever holds their pieces.
+"""Merge statistics over ranks: values of the logical slots, whoever holds their pieces.
 
-A statistic is a flat vector with one number a planned slot, the same on every rank; a rank leaves
-the neutral element where it holds nothing. So one all-reduce over the model's ranks merges tensor,
-expert, expert-tensor, data and pipeline parallelism at once, whatever the number of layers and
-experts, and a rank that saw nothing cannot make another one wait.
+A statistic is a flat vector with one number a planned slot, in one order on every rank. A rank
+leaves the neutral element where it holds nothing. So one all-reduce over the model's ranks merges
+tensor, expert, expert-tensor, data and pipeline parallelism at once, whatever the number of layers
+and experts. A rank that saw nothing cannot make another one wait.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,15 @@ _ABSENT = -1.0  # below every amax, which is never negative
 
 
 def merge_max(slots: Sequence[str], values: Local, groups: Groups) -> dict[str, float]:
-    """Largest value of each slot over ranks, in one collective; equal on all of them.
+    """Return the largest value of each slot over ranks, in one collective; equal on all of them.
 
-    A slot that no rank has a value for is missing from the result. NaN comes back as infinity (the
-    maximum of NaN and a number is not defined alike by all backends).
+    A slot that no rank has a value for is missing from the result. NaN comes back as infinity, as
+    backends differ in the maximum of NaN and a number.
+
+    Args:
+        slots: Slot names in one order on all ranks.
+        values: This rank's values.
+        groups: This rank's groups.
     """
     row = torch.full((len(slots),), _ABSENT, dtype=torch.float32)
     _scatter(row, slots, values)
@@ -32,7 +37,7 @@ def merge_max(slots: Sequence[str], values: Local, groups: Groups) -> dict[str, 
 
 
 def merge_sum(slots: Sequence[str], values: Local, groups: Groups) -> dict[str, int]:
-    """Sum of each slot's counts over ranks, in one collective; 0 where no rank has a value."""
+    """Sum each slot's counts over ranks, in one collective; 0 where no rank has a value."""
     row = torch.zeros(len(slots), dtype=torch.int64)
     _scatter(row, slots, values)
     return dict(zip(slots, sum_reduce(row, groups).tolist(), strict=True))

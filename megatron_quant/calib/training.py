@@ -1,7 +1,7 @@
-"""Ranges while a model trains: what its layers are given, merged over ranks, and its drift.
+"""Follow the ranges of a model in training, merge them over ranks, and measure their drift.
 
-Weights take the largest magnitude that they have. Inputs take what training itself feeds them:
-their running maximum, or an exponential average.
+Weights take the largest magnitude that they have. Inputs take the values that training itself feeds
+them: their running maximum, or an exponential average.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,19 +20,19 @@ from megatron_quant.recipes import QuantPlan
 
 
 class TrainingAmax(InputAmax):
-    """As the base class, of forwards in training mode alone, each of them once."""
+    """A running amax over forwards in training mode alone, each of them once."""
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """A forward pre-hook of the input quantizer."""
-        # Within a backward it is called by activations that are recomputed, and by ModelOpt's
-        # layers, which quantize their inputs again for the weight's gradient.
+        """Update the amax; a forward pre-hook of the input quantizer."""
+        # Within a backward, recomputed activations call it, and so do ModelOpt's layers, which
+        # quantize their inputs again for the weight's gradient.
         within_backward = torch._C._current_graph_task_id() != -1
         if module.training and not within_backward:
             super().__call__(module, (args[0].detach(),))
 
 
 class RunningInputs:
-    """Watches the layers whose inputs have a static scale, until :meth:`close`."""
+    """A watch on the layers whose inputs have a static scale, until :meth:`close`."""
 
     def __init__(self, layers: Sequence[QuantLayer]) -> None:
         self._seen = {layer.name: TrainingAmax() for layer in layers if layer.static_inputs}
@@ -43,7 +43,7 @@ class RunningInputs:
         ]
 
     def take(self) -> dict[str, torch.Tensor]:
-        """Module name -> largest input since the last call, of those that saw a token."""
+        """Return module name -> largest input since the last call, of those that saw a token."""
         found = {name: seen.value for name, seen in self._seen.items() if seen.value is not None}
         for seen in self._seen.values():
             seen.value = None
@@ -56,11 +56,11 @@ class RunningInputs:
 
 
 Ranges = tuple[Mapping[str, torch.Tensor], ...]
-"""What each quantizer of some layers holds, by the buffer's name, in their order."""
+"""Contents of each quantizer of some layers by the buffer's name, in their order."""
 
 
 def ranges_of(layers: Sequence[QuantLayer]) -> Ranges:
-    """Copies in fp32 of all that the quantizers of ``layers`` hold."""
+    """Copy the buffers of the quantizers of ``layers`` in fp32."""
     return tuple(
         {name: held.detach().float().clone() for name, held in q.named_buffers(recurse=False)}
         for layer in layers
@@ -69,7 +69,7 @@ def ranges_of(layers: Sequence[QuantLayer]) -> Ranges:
 
 
 def set_ranges(layers: Sequence[QuantLayer], ranges: Ranges) -> None:
-    """Give the quantizers of ``layers`` what :func:`ranges_of` found in them, in fp32."""
+    """Put the buffers that :func:`ranges_of` copied back into the quantizers, in fp32."""
     quantizers = (q for layer in layers for q in layer.quantizers)
     for quantizer, held in zip(quantizers, ranges, strict=True):
         here = {n: values.to(quantizer.get_buffer(n).device) for n, values in held.items()}
@@ -94,10 +94,16 @@ def merge_live(
     groups: Groups,
     inputs: Mapping[str, torch.Tensor],
 ) -> Live:
-    """What the model has and was given, merged in one collective; equal on every rank.
+    """Merge the amaxes of weights and inputs in one collective; equal on every rank.
 
-    inputs: of this rank, as :meth:`RunningInputs.take` gives them. Raises CalibrationError, on
-    every rank alike, for what is not finite.
+    Args:
+        layers: This rank's layers.
+        plan: Decisions on every slot of the model.
+        groups: This rank's groups.
+        inputs: This rank's largest inputs by module name, from :meth:`RunningInputs.take`.
+
+    Raises:
+        CalibrationError: On every rank alike, for an amax that is not finite.
     """
     slots = [d.slot.name for d in plan.quantized]
     static = (d.slot.module for d in plan.quantized if d.inputs and d.inputs.tensor_scale)
@@ -127,7 +133,10 @@ def update_inputs(
 ) -> None:
     """Give the layers' inputs their new range; a module that is not in ``live`` keeps its own.
 
-    average: what the newest counts for in an exponential average; None for a running maximum.
+    Args:
+        layers: This rank's layers.
+        live: Merged amaxes of inputs by module name.
+        average: Weight of the newest amax in an exponential average; None for a running maximum.
     """
     for layer in layers:
         if not layer.static_inputs or layer.name not in live:
@@ -143,14 +152,14 @@ def update_inputs(
 
 @dataclass(frozen=True, order=True)
 class Drift:
-    """A live amax over the one that is stored, and whose it is."""
+    """The ratio of a live amax to the stored one, and the tensor's name."""
 
     ratio: float
     name: str
 
 
 def largest_drift(layers: Sequence[QuantLayer], live: Live, groups: Groups) -> Drift | None:
-    """The largest of all ranks; None where no range is stored. Collective."""
+    """Return the largest drift of all ranks; None where no range is stored. Collective."""
     own = max(_drifts(layers, live), default=None)
     return max((d for d in gather(own, groups) if d is not None), default=None)
 

@@ -1,4 +1,4 @@
-"""What serving engines read, refuse or misread."""
+"""Facts about serving engines: which exports they read, refuse or misread."""
 
 import lazy_loader
 

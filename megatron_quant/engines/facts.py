@@ -1,7 +1,7 @@
-"""What engines are known to reject or to misread, by dialect and format.
+"""Exports that engines are known to reject or to misread, by dialect and format.
 
-Found with vLLM 0.32 and transformers 5.23, and in the sources of TensorRT-LLM and SGLang.
-What is not known is not refused.
+Found with vLLM 0.32 and transformers 5.23, and in the sources of TensorRT-LLM and SGLang. A
+combination about which nothing is known is not refused.
 """
 
 from dataclasses import dataclass
@@ -15,26 +15,31 @@ READS = {
 }
 """Engine -> dialects that it reads."""
 ENGINES = tuple(READS)
-"""What ``--serve-engine`` may be."""
+"""Choices of ``--serve-engine``."""
 SHARDED = ("vllm", "sglang", "tensorrt-llm")
 """Engines whose tensor parallelism gives each rank whole groups and blocks."""
 WHOLE_GROUPS = ("compressed-tensors",)
-"""Dialects none of whose readers takes a row that ends inside a group, whatever its server."""
+"""Dialects that no reader takes where a row ends inside a group, whatever its server."""
 STACKED_BIASES = ("vllm", "transformers")
-"""Engines that load experts with biases (GPT-OSS) as one stack a layer, and single ones not."""
+"""Engines that load experts with biases (GPT-OSS) only as one stack a layer."""
 _INT4 = ("int4", "int4_asym")
 ANY = "any"
-"""In :attr:`Fact.inputs`: whatever the inputs are."""
+"""Value of :attr:`Fact.inputs` for any inputs."""
 EXPERTS, EVERYWHERE = "experts", "all"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """What ``engines`` do not do with weights of these formats in ``dialect``.
+    """Weights that ``engines`` do not serve in ``dialect``.
 
-    inputs: format of their inputs: a name, None for weight-only, or ``ANY``.
-    where: ``EXPERTS``, or ``EVERYWHERE``.
-    instead: the nearest that works.
+    Attributes:
+        engines: Engines that it is true of.
+        dialect: Dialect of the export.
+        weights: Formats of the weights.
+        inputs: Format of their inputs: a name, None for weight-only, or ``ANY``.
+        where: ``EXPERTS``, or ``EVERYWHERE``.
+        reason: Why they do not, for the message.
+        instead: The nearest that works.
     """
 
     engines: tuple[str, ...]

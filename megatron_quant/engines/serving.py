@@ -1,4 +1,4 @@
-"""Whether the engines that will read an export can serve it, checked before anything is written."""
+"""Check, before anything is written, whether the engines that will read an export can serve it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from megatron_quant.recipes import Decision, QuantPlan
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why an engine cannot serve an export, and the nearest that works."""
+    """A reason why an engine cannot serve an export, and the nearest that works."""
 
     what: str
     instead: str
@@ -38,10 +38,17 @@ def check_serving(
 ) -> None:
     """Raise FormatError where ``plan`` in ``dialect`` cannot be served.
 
-    params: the model's logical parameters (fused); ``plan`` may be of them or of their sources.
-    engine: one of ``ENGINES``; None refuses what no engine that reads the dialect can serve.
-    tp: tensor-parallel size of the server, 1 where only an engine is given. Without either no
-        shapes are checked, but for rows that no reader of the dialect takes.
+    Args:
+        plan: Plan of the parameters or of their sources.
+        params: The model's logical parameters (fused).
+        dialect: Dialect of the export.
+        engine: One of ``ENGINES``. None refuses an export that none of the dialect's readers can
+            serve.
+        tp: Tensor-parallel size of the server, 1 where only an engine is given. Without either no
+            shapes are checked, but for rows that no reader of the dialect takes.
+
+    Raises:
+        FormatError: Names the first obstacle and the nearest that works.
     """
     if tp is not None and tp < 1:
         raise FormatError(f"--serve-tp is {tp}: give at least 1")
@@ -62,9 +69,14 @@ def check_serving(
 def obstacle(
     plan: QuantPlan, params: Sequence[Param], dialect: str, engine: str, tp: int | None
 ) -> Obstacle | None:
-    """The first thing that keeps ``engine`` from serving ``plan``; None where nothing is known.
+    """Return the first obstacle to serving ``plan`` with ``engine``; None where none is known.
 
-    tp: as for :func:`check_serving`; None looks at no cuts.
+    Args:
+        plan: Plan of the parameters or of their sources.
+        params: The model's logical parameters (fused).
+        dialect: Dialect of the export.
+        engine: One of ``ENGINES``.
+        tp: Tensor-parallel size of the server; None looks at no cuts.
     """
     return next(_obstacles(plan, params, dialect, engine, tp), None)
 
@@ -96,7 +108,7 @@ _Found = Sequence[tuple[Param, Decision]]
 
 
 def _of_fused(params: Sequence[Param], decisions: dict[str, Decision]) -> Iterator[Obstacle]:
-    """The members of what engines fuse need one format."""
+    """Require one format for the members of a fused linear."""
     for sources in engine_groups(params):
         members = [decisions[source.module] for source in sources]
         if len({(d.weights, d.inputs) for d in members}) > 1:

@@ -1,8 +1,8 @@
-"""Where an engine's tensor parallelism would cut a group or a block, and what to choose instead.
+"""Find where an engine's tensor parallelism would cut a group or a block, and propose another way.
 
-vLLM cuts what Megatron cuts: q, k, v, gate and up by output features, o and down by input
-features, and gives a group to the rank that holds it whole. Some of its loaders read wrong scales
-where a group is cut; none serves it.
+vLLM cuts the dimensions that Megatron cuts: q, k, v, gate and up by output features, o and down by
+input features. It gives a group to the rank that holds it whole. Some of its loaders read wrong
+scales where a group is cut; none serves it.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _Found = Sequence[tuple[Param, Decision]]
 
 
 def shape_problem(found: _Found, dialect: str, tp: int) -> tuple[str, str] | None:
-    """What cannot be served at ``tp``, and what to take instead; None where all can."""
+    """Return the problem at ``tp`` and the way out; None where every weight can be served."""
     for param, decision in found:
         fmt = decision.weights
         assert fmt is not None
@@ -28,10 +28,10 @@ def shape_problem(found: _Found, dialect: str, tp: int) -> tuple[str, str] | Non
 
 
 def ragged_problem(found: _Found, dialect: str) -> tuple[str, str] | None:
-    """What no engine reads at any size, a weight whose last group is not whole; and the way out.
+    """Return a weight whose last group is not whole, and the way out; None without one.
 
-    compressed-tensors itself refuses it, vLLM and SGLang assert, and the packers of GPTQ and AWQ
-    have no place for it.
+    No engine reads it at any size: compressed-tensors itself refuses it, vLLM and SGLang assert,
+    and the packers of GPTQ and AWQ have no place for it.
     """
     for param, decision in found:
         fmt = decision.weights
@@ -65,9 +65,9 @@ def _problem(param: Param, fmt: Format, dialect: str, tp: int) -> str | None:
 
 
 def _local(param: Param, source: Source, tp: int) -> tuple[int | None, int | None]:
-    """Output and input features of a rank; None where ``tp`` does not divide them.
+    """Return output and input features of a rank; None where ``tp`` does not divide them.
 
-    Key-value heads are copied to several ranks where there are fewer of them than ranks.
+    Where there are fewer key-value heads than ranks, several ranks have copies of them.
     """
     rows, cols = source.shape
     if param.parallel is Parallel.REPLICATED:
@@ -81,7 +81,7 @@ def _local(param: Param, source: Source, tp: int) -> tuple[int | None, int | Non
 
 
 def _group(param: Param, fmt: Format, dialect: str, tp: int) -> int:
-    """Input features that must stay on one rank; 1 where any cut does."""
+    """Return the input features that must stay on one rank together; 1 where any cut will do."""
     cut = tp > 1 and param.parallel is Parallel.ROW
     if _block_rows(fmt) > 1 and not cut and dialect != "modelopt":
         return 1  # the last block of a row may be smaller
@@ -90,24 +90,24 @@ def _group(param: Param, fmt: Format, dialect: str, tp: int) -> int:
 
 
 def _block_rows(fmt: Format) -> int:
-    """Outputs that share a scale; 1 where each has its own or all have one."""
+    """Return how many outputs share a scale; 1 where each has its own or all have one."""
     return (fmt.stat_block and fmt.stat_block[0]) or 1
 
 
 def _is_followed(param: Param, source: Source, tp: int) -> bool:
-    """Whether something comes after the source's rows: another member, or another rank."""
+    """Return whether another member or another rank comes after the source's rows."""
     cut = tp > 1 and param.parallel is Parallel.COLUMN
     of_expert = param.domain is Domain.EXPERT and param.parallel is Parallel.COLUMN
     return cut or of_expert or source is not param.sources[-1]
 
 
 def _packs_rows(fmt: Format, dialect: str) -> bool:
-    """Whether codes or zero points are packed along the outputs."""
+    """Return whether codes or zero points are packed along the outputs."""
     return fmt.arithmetic.element == "int4" and (fmt.zero_point or dialect in _PACKING_ROWS)
 
 
 def _instead(same: Sequence[Param], fmt: Format, dialect: str, tp: int) -> str:
-    """The largest group size that works, the largest ``--serve-tp`` that does, or both."""
+    """Return the largest group size that works, the largest ``--serve-tp`` that does, or both."""
 
     def works(candidate: Format, size: int) -> bool:
         return all(_problem(param, candidate, dialect, size) is None for param in same)

@@ -1,4 +1,4 @@
-"""An architecture: one Hugging Face class, and what Megatron-Core needs to know of it."""
+"""An architecture: one Hugging Face class, and the facts that Megatron-Core needs of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _EXPERTS = 200_000
-"""Of a model's layers together; some nine times those of Kimi-K2."""
+"""Most experts that all layers of a model may have together; some nine times Kimi-K2's."""
 
 
 def _routing(decoder: Decoder, experts: Experts) -> dict[str, object]:
@@ -78,7 +78,7 @@ def _latent(latent: Latent, rope: Rope) -> dict[str, object]:
 
 
 def _attention(decoder: Decoder) -> dict[str, object]:
-    """What differs from attention to all tokens; empty where nothing does."""
+    """Return the settings that differ from attention to all tokens; empty where none does."""
     found: dict[str, object] = {"softmax_type": "learnable"} if decoder.sinks else {}
     if decoder.window is not None:
         # a query's own token is in the window, but not in Megatron's count of those before it
@@ -98,12 +98,15 @@ def _activation(experts: Experts) -> dict[str, object]:
 
 
 def quick_gelu(gate: "Tensor") -> "Tensor":
-    """``gate * sigmoid(1.702 gate)``; Megatron-Core's own compiles itself on its first call."""
+    """Return ``gate * sigmoid(1.702 gate)``.
+
+    Megatron-Core's own compiles itself on its first call.
+    """
     return gate * (1.702 * gate).sigmoid()
 
 
 def _check_number_of_experts(decoder: Decoder) -> None:
-    """ArchitectureError where all layers together have more experts than any model."""
+    """Raise ArchitectureError where all layers together have more experts than any model."""
     if decoder.experts is None:
         return
     layers, count = sum(decoder.experts.layers), decoder.experts.count
@@ -118,26 +121,28 @@ def _check_number_of_experts(decoder: Decoder) -> None:
 class Architecture:
     """One model class of transformers.
 
-    name: as ``architectures`` of config.json gives it.
-    decoder: reads the facts out of config.json; ArchitectureError for what no table describes.
+    Attributes:
+        name: Its entry in ``architectures`` of config.json.
+        decoder: Reads the facts out of config.json; raises ArchitectureError for a config that no
+            table describes.
     """
 
     name: str
     decoder: Callable[[Config], Decoder]
 
     def params(self, hf_config: Config) -> tuple[Param, ...]:
-        """Every logical parameter of the GPTModel (Transformer Engine layer spec), in its order."""
+        """List every logical parameter of the GPTModel (Transformer Engine spec), in its order."""
         decoder = self.decoder(hf_config)
         _check_number_of_experts(decoder)
         return tuple(parameters(decoder))
 
     def megatron_config(self, hf_config: Config) -> dict[str, object]:
-        """Keyword arguments of megatron-core's TransformerConfig that describe the model.
+        """Return keyword arguments of megatron-core's TransformerConfig that describe the model.
 
-        Of its MLATransformerConfig where ``multi_latent_attention`` is among them.
+        They are those of its MLATransformerConfig where ``multi_latent_attention`` is among them.
 
-        Dropout is 0, and no load-balancing loss is set. How the model runs (parallel sizes,
-        dtype, grouped GEMM, dispatcher) is the caller's. Where only some layers have experts,
+        Dropout is 0, and no load-balancing loss is set. The caller decides how the model runs
+        (parallel sizes, dtype, grouped GEMM, dispatcher). Where only some layers have experts,
         ``moe_layer_freq`` is a list, which ``get_gpt_decoder_block_spec`` reads.
         """
         import torch.nn.functional as F
@@ -166,7 +171,7 @@ class Architecture:
         }
 
     def config_attributes(self, hf_config: Config) -> dict[str, object]:
-        """What megatron-core's GPTModel reads from attributes of a TransformerConfig.
+        """Return what megatron-core's GPTModel reads from attributes of a TransformerConfig.
 
         They are no fields of it: set them once it is made.
         """
@@ -185,9 +190,9 @@ class Architecture:
         }
 
     def gpt_config(self, hf_config: Config) -> dict[str, Any]:
-        """Keyword arguments of megatron-core's GPTModel that describe the model.
+        """Return keyword arguments of megatron-core's GPTModel that describe the model.
 
-        ``vocab_size`` is the checkpoint's; at tp > 1 pass ``padded_vocab`` of it instead.
+        ``vocab_size`` is the checkpoint's. At tp > 1 pass its ``padded_vocab`` instead.
         """
         decoder = self.decoder(hf_config)
         rope = decoder.rope

@@ -1,7 +1,7 @@
 """Parameters of the parts that all architectures share, in Megatron's order.
 
-Names are those of megatron-core's GPTModel with the Transformer Engine layer spec, where the
-norm before a dense linear is fused into it, and those of transformers' checkpoints.
+Megatron names are those of GPTModel with the Transformer Engine layer spec, where the norm before
+a dense linear is fused into it. Hugging Face names are those of transformers' checkpoints.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, St
 
 
 def _linear(name: str, modules: tuple[str, ...], shapes: tuple[tuple[int, int], ...]) -> Param:
-    """A column-parallel linear made of ``modules`` of ``shapes`` [N, K]."""
+    """Describe a column-parallel linear made of ``modules`` of ``shapes`` [N, K]."""
     sources = tuple(Source(f"{m}.weight", s) for m, s in zip(modules, shapes, strict=True))
     shape = (sum(n for n, _ in shapes), shapes[0][1])
     return Param(
@@ -25,7 +25,7 @@ def _row_linear(name: str, module: str, shape: tuple[int, int]) -> Param:
 
 
 def _bias(weight: Param) -> Param:
-    """The bias of ``weight``, cut as its rows are."""
+    """Describe the bias of ``weight``, cut as its rows are."""
     module, _, leaf = weight.name.rpartition(".")
     column = weight.parallel is Parallel.COLUMN
     return replace(
@@ -39,7 +39,7 @@ def _bias(weight: Param) -> Param:
 
 
 def _with_bias(decoder: Decoder, weight: Param) -> Iterator[Param]:
-    """``weight``, and its bias where the model has any."""
+    """Yield ``weight``, and its bias where the model has any."""
     yield weight
     if decoder.biased:
         yield _bias(weight)
@@ -53,7 +53,7 @@ def _norm(name: str, module: str, size: int) -> Param:
 
 
 def embedding(decoder: Decoder) -> Param:
-    """Token embedding, [vocab, hidden], cut by vocabulary rows."""
+    """Describe the token embedding, [vocab, hidden], cut by vocabulary rows."""
     shape = (decoder.vocab, decoder.hidden)
     source = Source("model.embed_tokens.weight", shape)
     name = "embedding.word_embeddings.weight"
@@ -69,7 +69,7 @@ def embedding(decoder: Decoder) -> Param:
 
 
 def attention(decoder: Decoder, layer: int) -> Iterator[Param]:
-    """Self-attention of one layer, with the norm before it."""
+    """Yield the self-attention of one layer, with the norm before it."""
     ours, theirs = f"decoder.layers.{layer}.self_attention", f"model.layers.{layer}"
     q = (decoder.heads * decoder.head_dim, decoder.hidden)
     kv = (decoder.query_groups * decoder.head_dim, decoder.hidden)
@@ -100,9 +100,10 @@ def _sinks(ours: str, theirs: str, heads: int) -> Param:
 
 
 def latent_attention(decoder: Decoder, latent: Latent, layer: int) -> Iterator[Param]:
-    """Self-attention of one layer through compressed queries, keys and values, with its norms.
+    """Yield the latent self-attention of one layer, with its norms.
 
-    Every tensor-parallel rank has the compressing linears whole. Engines make one of them.
+    It attends through compressed queries, keys and values. Every tensor-parallel rank has the
+    compressing linears whole. Engines make one linear of them.
     """
     ours, theirs = f"decoder.layers.{layer}.self_attention", f"model.layers.{layer}.self_attn"
     heads, hidden = decoder.heads, decoder.hidden
@@ -135,7 +136,7 @@ def _compressing(name: str, module: str, shape: tuple[int, int], fused: str) -> 
 
 
 def dense_mlp(decoder: Decoder, layer: int) -> Iterator[Param]:
-    """Gated MLP of one layer, with the norm before it."""
+    """Yield the gated MLP of one layer, with the norm before it."""
     ours, theirs = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}"
     fc1 = (decoder.ffn, decoder.hidden)
     gate_up = (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
@@ -148,7 +149,7 @@ def dense_mlp(decoder: Decoder, layer: int) -> Iterator[Param]:
 
 
 def moe_mlp(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
-    """Router and experts of one layer, with the norm before them (it is not fused)."""
+    """Yield router and experts of one layer, with the norm before them (it is not fused)."""
     ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
     name = f"{ours}.pre_mlp_layernorm.weight"
     yield _norm(name, f"{theirs}.post_attention_layernorm", decoder.hidden)
@@ -187,7 +188,7 @@ def moe_mlp(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
 
 
 def _shared_expert(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
-    """The expert that every token visits: an MLP, cut as dense ones are."""
+    """Yield the expert that every token visits: an MLP, cut as dense ones are."""
     ours, theirs = f"decoder.layers.{layer}.mlp.shared_experts", f"model.layers.{layer}"
     if experts.names.shared_gate:
         gate = (1, decoder.hidden)
@@ -207,7 +208,7 @@ def _of_expert(param: Param, expert: int) -> Param:
 
 
 def head(decoder: Decoder) -> Iterator[Param]:
-    """Last norm, and the output layer [vocab, hidden] unless it is the embedding."""
+    """Yield the last norm, and the output layer [vocab, hidden] unless it is the embedding."""
     norm = _norm("decoder.final_layernorm.weight", "model.norm", decoder.hidden)
     yield replace(norm, stage=Stage.LAST)
     if not decoder.tied:
@@ -224,7 +225,7 @@ def head(decoder: Decoder) -> Iterator[Param]:
 
 
 def parameters(decoder: Decoder) -> Iterator[Param]:
-    """Every parameter of the model, in Megatron's order."""
+    """Yield every parameter of the model, in Megatron's order."""
     yield embedding(decoder)
     for layer in range(decoder.layers):
         if decoder.latent is not None:

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face ``config.json``: typed keys, and one-line refusals."""
+"""Read a Hugging Face ``config.json``: typed keys, and one-line refusals."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,46 +11,53 @@ from megatron_quant.models.decoder import Decoder, Experts, Rope, Yarn
 Config = Mapping[str, Any]
 
 _LAYERS, _EXPERTS = 10_000, 10_000
-"""More than any model has: a number beyond is a mistake, and would be paid for in memory."""
+"""Limits above any model's counts. A larger number is a mistake and would fill the memory."""
 
 
 def fields(config: Config) -> Fields:
-    """Typed access to ``config``; ArchitectureError for what is not as asked for."""
+    """Return typed access to ``config``, which raises ArchitectureError for a malformed value."""
     return Fields(config, "config.json", ArchitectureError)
 
 
 def positive(config: Config, key: str, most: int = MOST) -> int:
-    """``config[key]``, a whole number above zero; ArchitectureError otherwise."""
+    """Return ``config[key]``, a whole number above zero; raise ArchitectureError otherwise."""
     return fields(config).count(key, most=most)
 
 
 def positive_or(config: Config, key: str, default: int) -> int:
-    """As :func:`positive`, but ``default`` where the key is absent or null."""
+    """Return the whole number above zero at ``key``, or ``default`` without one."""
     return fields(config).count(key, default)
 
 
 def experts_in(config: Config, key: str) -> int:
-    """As :func:`positive`, of the number of a layer's experts."""
+    """Return ``config[key]``, the number of a layer's experts.
+
+    Raise ArchitectureError without one.
+    """
     return positive(config, key, _EXPERTS)
 
 
 def number(config: Config, key: str) -> float:
-    """``config[key]`` as a number above zero; ArchitectureError otherwise."""
+    """Return ``config[key]`` as a number above zero; raise ArchitectureError otherwise."""
     return fields(config).number(key)
 
 
 def flag(config: Config, key: str) -> bool:
-    """``config[key]``, false where absent or null; ArchitectureError where it is no boolean."""
+    """Return ``config[key]``, false where absent or null.
+
+    Raises:
+        ArchitectureError: Where the value is no boolean.
+    """
     return fields(config).flag(key)
 
 
 def only(config: Config, key: str, allowed: tuple[object, ...]) -> None:
-    """ArchitectureError where ``config[key]`` is given and is none of ``allowed``."""
+    """Raise ArchitectureError where ``config[key]`` is given and is none of ``allowed``."""
     fields(config).only(key, allowed)
 
 
 def full_attention(config: Config) -> None:
-    """ArchitectureError where ``sliding_window`` (in tokens) hides any position of the model."""
+    """Raise ArchitectureError where ``sliding_window`` (tokens) hides a position of the model."""
     if config.get("sliding_window") is None:
         return
     window = positive(config, "sliding_window")
@@ -62,7 +69,7 @@ def full_attention(config: Config) -> None:
 
 
 def rope_dict(config: Config) -> dict[str, Any]:
-    """What the config says of its rotary embedding, in one object, in whichever spelling."""
+    """Collect all that the config says of its rotary embedding in one object, in any spelling."""
     # transformers >= 5 writes rope_parameters; older versions rope_scaling beside rope_theta
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
@@ -110,7 +117,7 @@ def _yarn(rope: dict[str, Any]) -> Yarn:
 
 
 def read_rope(config: Config) -> Rope:
-    """The rotary embedding, from ``rope_parameters`` or ``rope_theta`` and ``rope_scaling``."""
+    """Read the rotary embedding from ``rope_parameters`` or ``rope_theta`` and ``rope_scaling``."""
     rope = rope_dict(config)
     only(rope, "partial_rotary_factor", (1,))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -147,9 +154,10 @@ def _heads(config: Config) -> tuple[int, int, int]:
 
 
 def read_decoder(config: Config, *, qk_norm: bool) -> Decoder:
-    """The part of a :class:`Decoder` that all known configs spell alike (no experts).
+    """Read the part of a :class:`Decoder` that all known configs spell alike (no experts).
 
-    Raises ArchitectureError naming the key that is missing, malformed or not supported.
+    Raises:
+        ArchitectureError: Names the key that is missing, malformed or not supported.
     """
     only(config, "hidden_act", ("silu",))
     only(config, "attention_bias", (False,))
@@ -172,14 +180,14 @@ def read_decoder(config: Config, *, qk_norm: bool) -> Decoder:
 
 
 def check_routing(experts: Experts) -> None:
-    """ArchitectureError for a choice of experts that Megatron-Core's router cannot make."""
+    """Raise ArchitectureError for a choice of experts that Megatron-Core's router cannot make."""
     if experts.topk > experts.count:
         raise ArchitectureError(
             f"num_experts_per_tok={experts.topk} in config.json exceeds the {experts.count} "
             "experts of a layer; correct one of them"
         )
     if experts.topk == 1 and experts.normalized:
-        # its softmax over a single chosen expert is refused, as it has no gradient
+        # Megatron refuses a softmax over a single chosen expert, which has no gradient
         raise ArchitectureError(
             "num_experts_per_tok=1 in config.json with normalized probabilities is not supported "
             "by Megatron-Core's router; use a model that visits 2 experts or more"

@@ -1,6 +1,6 @@
-"""Counts that a config states, against the tensors that are there, before anything counts to them.
+"""Check the counts that a config states against the tensors, before anything loops over them.
 
-A config may say a thousand million layers. Whatever is made for each of them would end the process.
+A config may claim a thousand million layers. Making something for each would end the process.
 """
 
 from collections.abc import Iterable
@@ -16,14 +16,18 @@ _OF_TENSORS = (
     "num_nextn_predict_layers",
     *EXPERT_COUNTS,
 )
-"""Keys that count what has a tensor of its own, or a slice of a stack."""
+"""Keys that count things of which each has a tensor of its own, or a slice of a stack."""
 
 
 def check_counts(config: Config, shapes: Iterable[Shape]) -> None:
     """Refuse a count of more layers or experts than a checkpoint has tensors.
 
-    shapes: of all its tensors; of a stack, 3-D or more, each slice counts as one. Raises
-    ArchitectureError, which names the key and both numbers.
+    Args:
+        config: Content of config.json.
+        shapes: Shapes of all tensors. Each slice of a stack (3-D or more) counts as one tensor.
+
+    Raises:
+        ArchitectureError: Names the key and both numbers.
     """
     tensors = sum(shape[0] if len(shape) > 2 and 0 not in shape else 1 for shape in shapes)
     text = text_config(config)

@@ -1,4 +1,4 @@
-"""The facts of a decoder-only model that every table states, whatever its config calls them."""
+"""The facts of a decoder-only model, under one name each, whatever its config calls them."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,15 @@ from dataclasses import dataclass
 class Yarn:
     """YaRN of a rotary embedding (arXiv 2309.00071).
 
-    factor: positions are divided by it, where a dimension turns slowly. original: positions of the
-    model without it. fast, slow: turns over these positions, between which dimensions are mixed.
-    mscale, mscale_all: ``0.1 m ln(factor) + 1`` of the first over that of the second scales q and k
-    after the rotation; None for ``0.1 ln(factor) + 1``. truncate: the mixed dimensions begin and
-    end at whole ones.
+    Attributes:
+        factor: Divides the positions of dimensions that turn slowly.
+        original: Positions of the model without YaRN.
+        fast: Turns over the original positions above which a dimension keeps its positions.
+        slow: Turns below which a dimension's positions are divided; those between are mixed.
+        mscale: m of ``0.1 m ln(factor) + 1``. Its value over that of ``mscale_all`` scales q and k
+            after the rotation. None for ``0.1 ln(factor) + 1``.
+        mscale_all: m of the divisor.
+        truncate: Whether the mixed dimensions begin and end at whole ones.
     """
 
     factor: float
@@ -27,11 +31,12 @@ class Yarn:
 class Rope:
     """Rotary position embedding over the whole head.
 
-    base: wavelength base (``rope_theta``).
-    interpolation: positions are divided by it (rope_type "linear"); None where they are not.
-    llama3_factor: factor of Llama 3's frequency scaling with its own constants (low 1, high 4,
-        8192 original positions); None where it is not used.
-    yarn: None where it is not used.
+    Attributes:
+        base: Wavelength base (``rope_theta``).
+        interpolation: Divides the positions (rope_type "linear"); None where they stay.
+        llama3_factor: Factor of Llama 3's frequency scaling with its own constants (low 1, high 4,
+            8192 original positions); None where it is not used.
+        yarn: None where it is not used.
     """
 
     base: float
@@ -44,8 +49,9 @@ class Rope:
 class Window:
     """Sliding-window attention.
 
-    tokens: that a query sees at most, its own included. layers: for each layer of the model,
-    whether its window is that; others see all.
+    Attributes:
+        tokens: Tokens that a query sees at most, its own included.
+        layers: For each layer of the model, whether it has the window. Other layers see all.
     """
 
     tokens: int
@@ -56,9 +62,12 @@ class Window:
 class Latent:
     """Multi-head latent attention: queries, keys and values from a token's compressed ones.
 
-    q_rank: features of the compressed query; None where it is not compressed. kv_rank: of the
-    compressed key and value. nope, rope: features of a head's query and key without and with the
-    rotation, whose pairs lie side by side; value: of its value.
+    Attributes:
+        q_rank: Features of the compressed query; None where it is not compressed.
+        kv_rank: Features of the compressed key and value.
+        nope: Features of a head's query and key that are not rotated.
+        rope: Features of them that are rotated; the two of a pair lie side by side.
+        value: Features of a head's value.
     """
 
     q_rank: int | None
@@ -72,8 +81,14 @@ class Latent:
 class ExpertNames:
     """Hugging Face module names within a layer; ``{expert}`` stands for the expert's index.
 
-    bias: the tensor that the router's choice adds to its scores. shared, shared_gate: the expert
-    that every token visits, and the linear whose sigmoid weighs it. Empty for none.
+    Attributes:
+        router: The router.
+        gate: Gate projection of an expert.
+        up: Up projection of an expert.
+        down: Down projection of an expert.
+        bias: Tensor that the router adds to its scores when it chooses; empty for none.
+        shared: Expert that every token visits; empty for none.
+        shared_gate: Linear whose sigmoid weighs the shared expert; empty for none.
     """
 
     router: str
@@ -89,8 +104,10 @@ class ExpertNames:
 class Sigmoid:
     """Routing by the sigmoid of each expert's logit; a bias in float32 is added for the choice.
 
-    groups: into which the experts are divided; chosen: those of them that a token may visit, by
-    the sum of each group's two best. scaling: factor of the probabilities.
+    Attributes:
+        groups: Number of groups into which the experts are divided.
+        chosen: Groups that a token may visit, chosen by the sum of each group's two best.
+        scaling: Factor of the probabilities.
     """
 
     groups: int
@@ -102,13 +119,17 @@ class Sigmoid:
 class Experts:
     """The mixture-of-experts layers.
 
-    count: experts of a layer. topk: experts that a token visits. ffn: intermediate features.
-    layers: for each layer of the model, whether it has experts.
-    normalized: the probabilities of a token's chosen experts sum to one.
-    clamp: limit of gate (from above) and up (on both sides) in ``(up + 1) * gate *
-        sigmoid(1.702 gate)``, which then is the activation; None for ``up * silu(gate)``.
-    shared_ffn: intermediate features of the expert that every token visits; 0 for none.
-    sigmoid: how the router scores; None for softmax.
+    Attributes:
+        count: Experts of a layer.
+        topk: Experts that a token visits.
+        ffn: Intermediate features.
+        layers: For each layer of the model, whether it has experts.
+        normalized: Whether the probabilities of a token's chosen experts sum to one.
+        names: Module names of the checkpoint.
+        clamp: Limit of gate (from above) and up (on both sides) in ``(up + 1) * gate *
+            sigmoid(1.702 gate)``, which then is the activation; None for ``up * silu(gate)``.
+        shared_ffn: Intermediate features of the expert that every token visits; 0 for none.
+        sigmoid: How the router scores; None for softmax.
     """
 
     count: int
@@ -126,14 +147,15 @@ class Experts:
 class Decoder:
     """A decoder with RMSNorm, rotary grouped-query attention and gated MLPs.
 
-    ffn: intermediate features of the layers that have no experts.
-    qk_norm: each head of q and k is normalized before the rotation.
-    tied: the output layer is the embedding.
-    biased: every linear but the output layer has a bias, routers included.
-    qkv_bias: those of q, k and v alone have one.
-    sinks: each head has a learned logit that takes part in its softmax, and no value.
-    window: None where every layer sees all tokens.
-    latent: None for the grouped-query attention of the other fields.
+    Attributes:
+        ffn: Intermediate features of the layers that have no experts.
+        qk_norm: Whether each head of q and k is normalized before the rotation.
+        tied: Whether the output layer is the embedding.
+        biased: Whether every linear but the output layer has a bias, routers included.
+        qkv_bias: Whether q, k and v alone have a bias.
+        sinks: Whether each head has a learned logit that takes part in its softmax, with no value.
+        window: Sliding window; None where every layer sees all tokens.
+        latent: Latent attention; None for the grouped-query attention of the other fields.
     """
 
     layers: int
@@ -156,10 +178,10 @@ class Decoder:
     latent: Latent | None = None
 
     def has_experts(self, layer: int) -> bool:
-        """Whether ``layer``'s MLP is a mixture of experts."""
+        """Return whether ``layer``'s MLP is a mixture of experts."""
         return self.experts is not None and self.experts.layers[layer]
 
     @property
     def has_dense_mlp(self) -> bool:
-        """Whether any layer has one MLP for all tokens."""
+        """Return whether any layer has one MLP for all tokens."""
         return not all(self.has_experts(layer) for layer in range(self.layers))

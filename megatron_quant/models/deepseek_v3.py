@@ -17,7 +17,7 @@ from megatron_quant.models.config import (
 from megatron_quant.models.decoder import Decoder, ExpertNames, Experts, Sigmoid
 from megatron_quant.models.latent import check_rotation, read_latent
 
-# what DeepseekV3Config gives to keys that config.json lacks
+# DeepseekV3Config's values of keys that config.json lacks
 _DEFAULTS = {
     "rope_theta": 10000.0,
     "rope_interleave": True,
@@ -68,7 +68,7 @@ def _experts(config: Config, layers: int) -> Experts:
 
 
 def _check_routing(experts: Experts) -> None:
-    """ArchitectureError for a choice of experts that Megatron-Core's router cannot make."""
+    """Raise ArchitectureError for a choice of experts that Megatron-Core's router cannot make."""
     assert experts.sigmoid is not None
     groups, chosen, topk = experts.sigmoid.groups, experts.sigmoid.chosen, experts.topk
     if experts.count % groups or chosen > groups or topk > experts.count // groups * chosen:

@@ -1,7 +1,8 @@
-"""What engines build without quantization, by family: never quantized, whatever a recipe says.
+"""Tensors that engines build without quantization, by family. No recipe quantizes them.
 
-Engines load such tensors by the names of plain ones: codes there are an error, or, where only
-their dtype differs, wrong values without a word. Read in vLLM 0.32 and SGLang of August 2026.
+Engines load such tensors by the names of plain ones. Codes there raise an error; where only the
+dtype differs, they load as wrong values without a word. Read in vLLM 0.32 and SGLang of August
+2026.
 """
 
 import re
@@ -14,8 +15,11 @@ from megatron_quant.models.spec import Role
 class Dense:
     """Tensors of a layer that stay as they are.
 
-    families: ``model_type`` of the models that have them. names: of the tensors, in their layer.
-    source: where an engine says so.
+    Attributes:
+        families: ``model_type`` of the models that have them.
+        names: Pattern of the tensors' names in their layer.
+        role: Their role.
+        source: Where an engine says so.
     """
 
     families: tuple[str, ...]
@@ -55,8 +59,9 @@ _COMPILED = tuple((re.compile(row.names), row.role) for row in DENSE)
 
 
 def dense_role(name: str) -> Role | None:
-    """What a tensor that engines keep unquantized is; None for any other.
+    """Return the role of a tensor that engines keep unquantized; None for any other.
 
-    name: in its layer. Names decide, as derived models have a ``model_type`` of their own.
+    Args:
+        name: Name in the layer. Names decide, as derived models have a ``model_type`` of their own.
     """
     return next((role for pattern, role in _COMPILED if pattern.fullmatch(name)), None)

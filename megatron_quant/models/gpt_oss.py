@@ -1,7 +1,7 @@
 """GPT-OSS: transformers' GptOssForCausalLM.
 
-Every linear has a bias, heads have sinks, windows alternate. The checkpoint stacks the experts of a
-layer ([E, H, 2I], or MXFP4); here they have the names that engines give to single ones.
+Every linear has a bias, heads have sinks, windows alternate. The checkpoint stacks the experts of
+a layer ([E, H, 2I], or MXFP4). Here they have the names that engines give to single ones.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from megatron_quant.models.config import (
 )
 from megatron_quant.models.decoder import Decoder, ExpertNames, Experts, Window
 
-# what GptOssConfig gives to keys that config.json lacks
+# GptOssConfig's values of keys that config.json lacks
 _DEFAULTS = {
     "rope_theta": 150000.0,
     "head_dim": 64,

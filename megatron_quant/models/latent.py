@@ -1,4 +1,4 @@
-"""Multi-head latent attention as transformers' configs describe it."""
+"""Read multi-head latent attention out of transformers' configs."""
 
 from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
@@ -7,10 +7,13 @@ from megatron_quant.models.decoder import Latent, Rope
 
 
 def read_latent(config: Config) -> Latent:
-    """Its sizes. Raises ArchitectureError naming the key that is missing or malformed.
+    """Read the sizes of latent attention.
 
-    Norms of compressed queries, keys and values have the epsilon of all others, as in engines;
+    Norms of compressed queries, keys and values have the epsilon of all others, as in engines.
     transformers has 1e-6 there.
+
+    Raises:
+        ArchitectureError: Names the key that is missing or malformed.
     """
     q_rank = None if config.get("q_lora_rank") is None else positive(config, "q_lora_rank")
     return Latent(
@@ -23,7 +26,7 @@ def read_latent(config: Config) -> Latent:
 
 
 def check_rotation(config: Config, rope: Rope) -> None:
-    """ArchitectureError for a rotary embedding that Megatron-Core's latent attention has not."""
+    """Raise ArchitectureError for a rotary embedding that Megatron-Core's MLA does not have."""
     if config.get("rope_interleave") is not True:
         raise ArchitectureError(
             f"rope_interleave={shown(config.get('rope_interleave'))} in config.json is not "

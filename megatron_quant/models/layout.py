@@ -9,12 +9,12 @@ _FLAGS = {Domain.DENSE: "--tp", Domain.EXPERT: "--etp"}
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:
-    """The smallest multiple of ``tp`` that is at least ``vocab_size``: rows of the embedding."""
+    """Return the rows of the embedding: the least multiple of ``tp`` not below ``vocab_size``."""
     return -(-vocab_size // tp) * tp
 
 
 def _require(flag: str, size: int, count: int, what: str) -> None:
-    """LayoutError unless ``size``, the value of ``flag``, divides ``count``."""
+    """Raise LayoutError unless ``size``, the value of ``flag``, divides ``count``."""
     if size < 1:
         raise LayoutError(f"{flag} {size} is below 1")
     if count % size:
@@ -23,7 +23,7 @@ def _require(flag: str, size: int, count: int, what: str) -> None:
 
 
 def check_layout(hf_config: Config, tp: int, ep: int, etp: int) -> None:
-    """LayoutError unless the model can be cut over ``tp``, ``ep`` and ``etp`` ranks."""
+    """Raise LayoutError unless the model can be cut over ``tp``, ``ep`` and ``etp`` ranks."""
     architecture = lookup(hf_config)
     decoder = architecture.decoder(hf_config)
     _require("--tp", tp, decoder.heads, "the attention heads")
@@ -47,7 +47,7 @@ def check_layout(hf_config: Config, tp: int, ep: int, etp: int) -> None:
 
 
 def local_shape(param: Param, rank: int, size: int) -> tuple[int, ...]:
-    """Shape of what shard ``rank`` of ``size`` holds, vocabulary padding included."""
+    """Return the shape that shard ``rank`` of ``size`` holds, vocabulary padding included."""
     assert 0 <= rank < size, (param.name, rank, size)
     if param.parallel is Parallel.REPLICATED:
         return param.shape
@@ -65,11 +65,17 @@ def local_shape(param: Param, rank: int, size: int) -> tuple[int, ...]:
 
 
 def copies(param: Param, rank: int, size: int) -> tuple[Copy, ...]:
-    """The rectangles of Hugging Face tensors that shard ``rank`` of ``size`` holds.
+    """List the rectangles of Hugging Face tensors that shard ``rank`` of ``size`` holds.
 
-    ``size`` is that of the group which cuts the parameter: tp for the dense domain, etp for the
-    expert one. Rows of vocabulary padding are in no rectangle. Raises LayoutError where ``size``
-    does not divide what it cuts.
+    Rows of vocabulary padding are in no rectangle.
+
+    Args:
+        param: The unsharded parameter.
+        rank: Rank in the group that cuts it.
+        size: Size of that group: tp for the dense domain, etp for the expert one.
+
+    Raises:
+        LayoutError: Where ``size`` does not divide the dimension that it cuts.
     """
     shape = local_shape(param, rank, size)
     if param.parallel is Parallel.REPLICATED:

@@ -4,7 +4,7 @@ from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import Config, read_decoder
 from megatron_quant.models.decoder import Decoder
 
-# what LlamaConfig gives to keys that config.json lacks
+# LlamaConfig's values of keys that config.json lacks
 _DEFAULTS = {"rope_theta": 10000.0}
 
 

@@ -13,7 +13,7 @@ from megatron_quant.models.config import (
 )
 from megatron_quant.models.decoder import Decoder, ExpertNames, Experts
 
-# what MixtralConfig gives to keys that config.json lacks
+# MixtralConfig's values of keys that config.json lacks
 _DEFAULTS = {"rope_theta": 1000000.0}
 
 _NAMES = ExpertNames(

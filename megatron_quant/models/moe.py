@@ -1,7 +1,7 @@
-"""Mixture-of-experts blocks, recognised by their structure.
+"""Recognise mixture-of-experts blocks by their structure.
 
-One function finds a block, its router, its experts and the linears of each, so that none of them
-can be known without the others. What looks like an expert and belongs to no block is an error.
+One function finds a block, its router, its experts and the linears of each, so none is known
+without the others. A tensor that looks like an expert and belongs to no block is an error.
 """
 
 import re
@@ -16,11 +16,11 @@ _ROUTER = re.compile(
     r"(.*?)\.(router(\..+)?|router_bias|expert_bias|e_score_correction_bias|moe_statics\..+"
     r"|gate\.(wg\.)?(weight|bias|expert_bias|e_score_correction_bias))"
 )
-"""A router's tensors; its bias lies in it or beside it (LFM2-MoE, AFMoE, Ling, MiniMax, Ernie)."""
+"""Tensors of a router. Its bias may lie beside it (LFM2-MoE, AFMoE, Ling, MiniMax, Ernie)."""
 _LINEARS = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"})
 """Linears of an expert, as checkpoints name them."""
 _KNOWN = re.compile(r"(.*\.)?shared?_experts?\..+|(.*\.)?shared_expert_gate\.weight")
-"""Of names with ``expert`` in them those that are no routed expert's."""
+"""Names with ``expert`` in them that belong to no routed expert."""
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json that count the experts of a layer."""
 
@@ -29,8 +29,10 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 class MoeBlock:
     """One mixture of experts.
 
-    name: the module that holds router and experts. routers: tensors of the router. experts: for
-    each expert the names of its tensors.
+    Attributes:
+        name: The module that holds router and experts.
+        routers: Names of the router's tensors.
+        experts: For each expert, the names of its tensors.
     """
 
     name: str
@@ -39,11 +41,16 @@ class MoeBlock:
 
 
 def blocks(config: Config, layer: str, shapes: Shapes) -> tuple[MoeBlock, ...]:
-    """The mixtures of experts among the tensors ``shapes`` of one layer.
+    """Find the mixtures of experts among the tensors of one layer.
 
-    layer: what their names begin with. Raises ArchitectureError for a router without experts or
-    the reverse, for experts that are incomplete or not alike, and for any other name with
-    ``expert`` in it.
+    Args:
+        config: Content of config.json.
+        layer: Prefix of all names of the layer.
+        shapes: Shapes of the layer's tensors by name.
+
+    Raises:
+        ArchitectureError: For a router without experts or the reverse, for experts that are
+            incomplete or not alike, and for any other name with ``expert`` in it.
     """
     experts: dict[str, dict[int, dict[str, str]]] = {}
     routers: dict[str, list[str]] = {}

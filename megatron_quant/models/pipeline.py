@@ -1,4 +1,4 @@
-"""How pipeline parallelism deals a model's layers to its stages."""
+"""Deal a model's layers to the stages of a pipeline."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,8 +16,11 @@ Empty where one stage holds the whole model.
 class Pipeline:
     """The sizes of a pipeline; every field is the flag of ``quantize`` that its errors name.
 
-    size: pipeline ranks. chunks: virtual stages of each of them. first, last: layers of the first
-    and of the last rank; None for the even share of what is left.
+    Attributes:
+        size: Pipeline ranks.
+        chunks: Virtual stages of each rank.
+        first: Layers of the first rank; None for an even share of the rest.
+        last: Layers of the last rank; None for an even share of the rest.
     """
 
     size: int = 1
@@ -26,11 +29,13 @@ class Pipeline:
     last: int | None = None
 
     def stages(self, layers: int) -> Stages:
-        """The layers of every chunk of every rank of a model with ``layers`` layers.
+        """Deal the layers of a model with ``layers`` layers to every chunk of every rank.
 
-        As Megatron deals them (``get_num_layers_to_build`` and ``get_transformer_layer_offset`` of
-        megatron.core.transformer): chunk by chunk, and within a chunk rank by rank. Raises
-        LayoutError where the layers cannot be dealt so.
+        The order is Megatron's (``get_num_layers_to_build`` and ``get_transformer_layer_offset`` of
+        megatron.core.transformer): chunk by chunk, and within a chunk rank by rank.
+
+        Raises:
+            LayoutError: Where the layers cannot be dealt so.
         """
         if self.size == 1:
             self._check_alone()
@@ -54,7 +59,7 @@ class Pipeline:
                 raise LayoutError(f"{flag} {value} needs a pipeline: give --pp above 1 with it")
 
     def _layers_each(self, layers: int) -> list[int]:
-        """How many layers each rank has."""
+        """Count the layers of each rank."""
         if self.size > layers:
             raise LayoutError(
                 f"--pp {self.size} is more stages than the model has layers ({layers}); give at "
@@ -79,7 +84,7 @@ class Pipeline:
         return [self.first or share, *[share] * (self.size - 2), self.last or share]
 
     def _share(self, count: int) -> int:
-        """Layers of each chunk of a rank that has ``count``."""
+        """Return the layers of each chunk of a rank that has ``count``."""
         if count % self.chunks:
             raise LayoutError(
                 f"{_VIRTUAL} {self.chunks} does not divide the {count} layers of a pipeline rank; "

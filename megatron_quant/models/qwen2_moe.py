@@ -7,7 +7,7 @@ from megatron_quant.models.config import Config, flag, positive
 from megatron_quant.models.decoder import Decoder
 from megatron_quant.models.qwen3_moe import NAMES, read_mixture
 
-# what Qwen2MoeConfig gives to keys that config.json lacks
+# Qwen2MoeConfig's values of keys that config.json lacks
 _DEFAULTS = {"rope_theta": 10000.0, "sliding_window": 4096, "qkv_bias": True}
 
 _NAMES = replace(NAMES, shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate")

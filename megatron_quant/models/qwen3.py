@@ -11,7 +11,7 @@ from megatron_quant.models.config import (
 )
 from megatron_quant.models.decoder import Decoder
 
-# what Qwen3Config gives to keys that config.json lacks
+# Qwen3Config's values of keys that config.json lacks
 _DEFAULTS = {
     "rope_theta": 10000.0,
     "head_dim": 128,
@@ -21,7 +21,7 @@ _DEFAULTS = {
 
 
 def _is_windowed(config: Config, layers: int) -> bool:
-    """Whether some layer uses the sliding window."""
+    """Return whether some layer uses the sliding window."""
     if not flag(config, "use_sliding_window"):
         return False
     kinds = fields(config).texts("layer_types")

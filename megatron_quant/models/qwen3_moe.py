@@ -17,7 +17,7 @@ from megatron_quant.models.config import (
 )
 from megatron_quant.models.decoder import Decoder, ExpertNames, Experts
 
-# what Qwen3MoeConfig gives to keys that config.json lacks
+# Qwen3MoeConfig's values of keys that config.json lacks
 _DEFAULTS = {"rope_theta": 10000.0, "sliding_window": 4096}
 
 NAMES = ExpertNames(
@@ -29,7 +29,7 @@ NAMES = ExpertNames(
 
 
 def _expert_layers(config: Config, layers: int, dense_class: str) -> tuple[bool, ...]:
-    """For each layer whether it has experts; ArchitectureError where none has."""
+    """Return for each layer whether it has experts; raise ArchitectureError where none has."""
     step = positive_or(config, "decoder_sparse_step", 1)
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(i) is int for i in dense):
@@ -49,9 +49,16 @@ def _expert_layers(config: Config, layers: int, dense_class: str) -> tuple[bool,
 def read_mixture(
     config: Config, names: ExpertNames, dense_class: str, *, qk_norm: bool
 ) -> tuple[Decoder, Experts]:
-    """What Qwen's mixtures have in common, from a config with its defaults filled in.
+    """Read the facts that Qwen's mixtures have in common.
 
-    dense_class: which a model without experts is to be converted to.
+    Args:
+        config: Content of config.json with defaults filled in.
+        names: Module names of the experts.
+        dense_class: Class to which a model without experts is to be converted.
+        qk_norm: Whether heads of q and k are normalized.
+
+    Raises:
+        ArchitectureError: Names the key that is missing, malformed or not supported.
     """
     decoder = read_decoder(config, qk_norm=qk_norm)
     if flag(config, "use_sliding_window"):

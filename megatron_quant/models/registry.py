@@ -20,9 +20,11 @@ _DELTA_NETS = ("Qwen3Next", "Qwen3_5")
 
 
 def lookup(hf_config: Config) -> Architecture:
-    """The architecture that ``hf_config`` (config.json's content) names in ``architectures``.
+    """Return the architecture that ``hf_config`` (config.json's content) names.
 
-    Raises ArchitectureError, which lists the known ones, where it names none or another.
+    Raises:
+        ArchitectureError: Where ``architectures`` names none or an unknown one. The message lists
+            the known ones.
     """
     names = hf_config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None

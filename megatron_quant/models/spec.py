@@ -1,8 +1,8 @@
-"""Logical parameters: what a Megatron model holds, in terms of the Hugging Face tensors.
+"""Logical parameters: the content of a Megatron model in terms of Hugging Face tensors.
 
 A :class:`Param` is one *unsharded* Megatron parameter under its global name (global layer, global
-expert). It says of which Hugging Face tensors it is made and how tensor parallelism cuts it, so
-that loading and exporting are the same list of :class:`Copy` read in opposite directions.
+expert). It lists the Hugging Face tensors that it consists of, and how tensor parallelism cuts it.
+So loading and exporting are one list of :class:`Copy`, read in opposite directions.
 """
 
 from collections.abc import Iterable
@@ -19,14 +19,14 @@ class Parallel(Enum):
 
 
 class Domain(Enum):
-    """Whose process groups hold the parameter."""
+    """The parallel dimensions whose process groups hold the parameter."""
 
     DENSE = "dense"  # tensor parallel (tp), replicated over data parallel
     EXPERT = "expert"  # expert parallel (ep) x expert tensor parallel (etp)
 
 
 class Stage(Enum):
-    """Which stages of a pipeline hold the parameter."""
+    """The stages of a pipeline that hold the parameter."""
 
     LAYER = "layer"  # the one that has its layer
     FIRST = "first"
@@ -35,7 +35,7 @@ class Stage(Enum):
 
 
 class Role(Enum):
-    """What the parameter is; only ``LINEAR`` ones are ever quantized."""
+    """The purpose of a parameter; only ``LINEAR`` ones are ever quantized."""
 
     LINEAR = "linear"
     BIAS = "bias"
@@ -58,12 +58,12 @@ class Box:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """For ``tensor[box.index]``."""
+        """Return the index for ``tensor[box.index]``."""
         return tuple(slice(o, o + n) for o, n in zip(self.start, self.size, strict=True))
 
 
 def whole(shape: tuple[int, ...]) -> Box:
-    """The box of all of a tensor."""
+    """Return the box of all of a tensor."""
     return Box((0,) * len(shape), shape)
 
 
@@ -76,7 +76,7 @@ class Source:
 
     @property
     def module(self) -> str:
-        """The name without its last part (``...q_proj``): what recipes and engines name."""
+        """Return the name without its last part (``...q_proj``), which recipes and engines use."""
         return self.name.rpartition(".")[0]
 
 
@@ -93,18 +93,24 @@ class Copy:
 class Param:
     """One logical Megatron parameter.
 
-    name: global Megatron name, e.g. ``decoder.layers.0.mlp.experts.linear_fc1.weight5``.
-    sources: the Hugging Face tensors that it is made of, in Megatron's order of rows. With more
-        than one, rows are interleaved: within each of ``groups`` groups the sources follow one
-        another (q, k, v per query group; gate, up per rank: ``groups`` is 0 for one a rank).
-    shape: logical (unsharded) shape, without vocabulary padding.
-    layer, expert: global indices; None where there is none.
-    stage: where a pipeline keeps it; what has no layer says another than ``LAYER``.
-    fused: names what engines make of it together with other parameters, all of which then share
-        format and scales; empty where they leave it alone.
-    fp32: it stays in float32, whatever the dtype of the model; such are buffers in Megatron.
-    padded: rows of a vocabulary in a live model, its padding included; 0 for the next multiple of
-        the shards. No file has the padding.
+    Attributes:
+        name: Global Megatron name, e.g. ``decoder.layers.0.mlp.experts.linear_fc1.weight5``.
+        sources: Hugging Face tensors that make it up, in Megatron's order of rows. The rows of
+            several are interleaved: within each of ``groups`` groups the sources follow one another
+            (q, k, v per query group; gate, up per rank).
+        shape: Logical (unsharded) shape, without vocabulary padding.
+        role: Its purpose.
+        parallel: How tensor parallelism cuts it.
+        domain: Whose process groups hold it.
+        groups: Groups of interleaved rows; 0 for one a rank.
+        layer: Global index of its layer; None where it is in none.
+        expert: Global index of its expert; None where it is in none.
+        stage: Where a pipeline keeps it. A parameter without a layer has another than ``LAYER``.
+        fused: Name of the linear that engines make of it and other parameters, which then share
+            format and scales; empty where they leave it alone.
+        fp32: Whether it stays in float32, whatever the model's dtype. Megatron has it as a buffer.
+        padded: Rows of a vocabulary in a live model, padding included; 0 for the next multiple of
+            the shards. No file has the padding.
     """
 
     name: str
@@ -123,22 +129,22 @@ class Param:
 
     @property
     def module(self) -> str:
-        """The Megatron module that owns the parameter (the name without its last part)."""
+        """Return the Megatron module that owns the parameter (the name without its last part)."""
         return self.name.rpartition(".")[0]
 
 
 def num_layers(params: Iterable[Param]) -> int:
-    """Layers of the model."""
+    """Count the layers of the model."""
     return max((p.layer + 1 for p in params if p.layer is not None), default=0)
 
 
 def num_experts(params: Iterable[Param]) -> int:
-    """Routed experts a layer; 0 for a dense model."""
+    """Count the routed experts a layer; 0 for a dense model."""
     return max((p.expert + 1 for p in params if p.expert is not None), default=0)
 
 
 def engine_groups(params: Iterable[Param]) -> tuple[tuple[Source, ...], ...]:
-    """What engines make one linear of, of one Megatron parameter or of several."""
+    """Group the sources that engines make one linear of, from one Megatron parameter or several."""
     found: dict[str, tuple[Source, ...]] = {}
     for param in params:
         key = param.fused or param.name

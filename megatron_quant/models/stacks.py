@@ -1,4 +1,4 @@
-"""Experts that a checkpoint stores as one 3-D parameter, as the matrices that engines load."""
+"""View experts that a checkpoint stores as one 3-D parameter as the matrices that engines load."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ _STACK = re.compile(r"(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(
 
 
 class Halves(Enum):
-    """Where gate and up lie among the output features of what fuses them."""
+    """Where gate and up lie among the output features of a linear that fuses them."""
 
     AFTER = "gate first, then up"
     ALTERNATING = "gate and up in turn"
@@ -25,10 +25,17 @@ class Halves(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A matrix [N, K] or vector [N] inside a stored stack, as a tensor of its own.
+    """A matrix [N, K] or vector [N] inside a stored stack, seen as a tensor of its own.
 
-    stored: name of the stack, [E, N', K], [E, K, N'] where ``transposed``, or [E, N'].
-    shape: logical. expert: index in the stack. start, step: row n is row ``start + step * n``.
+    Row n is row ``start + step * n`` of the stack.
+
+    Attributes:
+        stored: Name of the stack, [E, N', K], [E, K, N'] where ``transposed``, or [E, N'].
+        shape: Logical shape.
+        expert: Index in the stack.
+        start: First row in the stack.
+        step: Rows of the stack from one row to the next.
+        transposed: Whether the stack keeps inputs before outputs.
     """
 
     stored: str
@@ -39,7 +46,11 @@ class View:
     transposed: bool = False
 
     def box(self, box: Box) -> Box:
-        """The box of the stack that holds ``box`` of the matrix, with the rows between its rows."""
+        """Return the box of the stack that holds ``box``, and the rows between its rows.
+
+        Args:
+            box: A box of the matrix or vector.
+        """
         rows = (self.start + self.step * box.start[0], self.step * (box.size[0] - 1) + 1)
         spans = [rows, *zip(box.start[1:], box.size[1:], strict=True)]
         spans = [(self.expert, 1), *(reversed(spans) if self.transposed else spans)]
@@ -53,7 +64,7 @@ class _Layout:
     halves: Halves = Halves.AFTER
 
 
-# model_type -> how transformers 5.23 lays its experts out; all others as Gemma-4 does.
+# model_type -> how transformers 5.23 lays its experts out. All others are like Gemma-4.
 _LAYOUTS = {
     "gpt_oss": _Layout(True, Halves.ALTERNATING),
     "llama4": _Layout(True),
@@ -62,13 +73,17 @@ _LAYOUTS = {
 
 
 _EITHER = ("qwen3_vl_moe", "qwen3_vl_moe_text")
-"""Of which the hub has [E, H, 2I] and [E, I, H], and transformers saves [E, 2I, H], [E, H, I]."""
+"""Models that have [E, H, 2I] and [E, I, H] on the hub, while transformers saves them as
+[E, 2I, H] and [E, H, I]."""
 
 
 def _turned(config: Config, shapes: Shapes) -> dict[str, bool]:
-    """Module of a layer's stacks -> whether they are transposed, as their shapes say together.
+    """Map the module of a layer's stacks to whether they are transposed.
 
-    Raises ArchitectureError where they do not say.
+    Shapes of one module's stacks decide together.
+
+    Raises:
+        ArchitectureError: Where they leave it open.
     """
     text = text_config(config)
     hidden, inner = text.get("hidden_size"), text.get("moe_intermediate_size")
@@ -94,15 +109,20 @@ def _turned(config: Config, shapes: Shapes) -> dict[str, bool]:
 
 
 def text_config(config: Config) -> Config:
-    """The part of config.json that describes the text decoder."""
+    """Return the part of config.json that describes the text decoder."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
 
 
 def unstack(config: Config, shapes: Shapes) -> dict[str, View]:
-    """Tensor name as engines load it -> where it lies, for every expert of every stack.
+    """Map a tensor name that engines load to its place, for every expert of every stack.
 
-    Raises ArchitectureError for a stack whose shape does not tell its rows from its columns.
+    Args:
+        config: Content of config.json.
+        shapes: Shapes of stored tensors by name; those that are no stack are left out.
+
+    Raises:
+        ArchitectureError: For a stack whose shape does not tell its rows from its columns.
     """
     kinds = [text_config(config).get("model_type"), config.get("model_type")]
     known = next((lay for kind, lay in _LAYOUTS.items() if kind in kinds), _Layout())

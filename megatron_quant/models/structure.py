@@ -1,7 +1,7 @@
-"""A model without a table, recognised by the names and shapes of its tensors.
+"""Recognise a model without a table by the names and shapes of its tensors.
 
-What engines fuse is one parameter here, as in the tables, so that recipes, scales, checks and
-verification have one rule for both. Names of fused parameters are those that vLLM gives them.
+Linears that engines fuse become one parameter, as in the tables. So recipes, scales, checks and
+verification have one rule for both. Fused parameters have the names that vLLM gives them.
 """
 
 import re
@@ -24,33 +24,38 @@ _FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
     ("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")),
 )
-"""What engines fuse -> of which linears of one module. A layer may lack some of them."""
+"""(fused linear of an engine, linears of one module that it fuses). A layer may lack some."""
 _OF = {member: (fused, members) for fused, members in _FUSED for member in members}
 _PREDICTS = re.compile(r"(?:[^.]+\.)*?mtp\.")
 _NUMBERED = re.compile(r"(?:model\.|language_model\.)*layers\.([0-9]{1,9})\.")
-"""Tensors of layers for speculation: by the word for them, or by a number beyond the model's."""
+"""Names of tensors in numbered layers; a number beyond the model's is a layer for speculation."""
 _ROW = ("o_proj", "down_proj", "w2", "out_proj")
 """Linears that engines cut along their input features."""
 _KINDS: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"(.*[._])?norm\d*(_\d+)?\.(weight|bias)|.*layernorm(_\d+)?\.weight"), Role.NORM),
     (re.compile(r".*[._]bias|bias"), Role.BIAS),
 )
-"""Tensors of a layer, by their names in it; of what is left matrices are linears."""
+"""Roles of a layer's tensors by their names in it. All other matrices are linears."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The logical parameters of a checkpoint, and which of their tensors lie inside others."""
+    """The logical parameters of a checkpoint, and the tensors of them that lie inside others."""
 
     params: tuple[Param, ...]
     views: Mapping[str, View]
 
 
 def describe_structure(config: Config, shapes: Shapes) -> Structure:
-    """What ``shapes`` (of a checkpoint's tensors, by name) are to the model in ``config``.
+    """Find the role of every tensor of a checkpoint, by the model's table where it has one.
 
-    By its table, where it has one. Raises ArchitectureError where neither a table nor the names
-    say what a tensor is, above all one that may be an expert's.
+    Args:
+        config: Content of config.json.
+        shapes: Shapes of the checkpoint's tensors by name.
+
+    Raises:
+        ArchitectureError: Where neither a table nor the names tell what a tensor is, above all one
+            that may be an expert's.
     """
     if not has_table(config):
         return recognise(config, shapes)
@@ -61,7 +66,7 @@ def describe_structure(config: Config, shapes: Shapes) -> Structure:
 
 
 def has_table(config: Config) -> bool:
-    """Whether :func:`lookup` knows the model, and its table describes it."""
+    """Return whether :func:`lookup` knows the model, and its table describes it."""
     try:
         lookup(config).decoder(config)
     except ArchitectureError:
@@ -70,14 +75,14 @@ def has_table(config: Config) -> bool:
 
 
 def table_names(config: Config) -> frozenset[str]:
-    """The tensors that the model's table names; empty where it has none."""
+    """Return the tensors that the model's table names; empty where it has none."""
     if not has_table(config):
         return frozenset()
     return frozenset(s.name for p in lookup(config).params(config) for s in p.sources)
 
 
 def is_draft(config: Config, name: str) -> bool:
-    """Whether a tensor is of the layers beyond the model's own, which predict for speculation.
+    """Return whether a tensor is of the layers beyond the model's own, which predict tokens ahead.
 
     They are called ``mtp``, or numbered on from the model's last layer.
     """
@@ -96,17 +101,21 @@ _COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
 def draft_counts(config: Config) -> tuple[str, ...]:
-    """Those of the keys that ``config`` itself has, with a number above zero."""
+    """Return those of the keys that ``config`` itself has, with a number above zero."""
     return tuple(k for k in _COUNTS if type(config.get(k)) is int and config[k] > 0)
 
 
 def has_drafts(config: Config) -> bool:
-    """Whether config.json says that the checkpoint has layers for speculation."""
+    """Return whether config.json says that the checkpoint has layers for speculation."""
     return bool(draft_counts(config) or draft_counts(text_config(config)))
 
 
 def recognise(config: Config, shapes: Shapes) -> Structure:
-    """The same, without the tables."""
+    """Find the role of every tensor by names and shapes, without the tables.
+
+    Raises:
+        ArchitectureError: Where names and shapes do not tell what a tensor is.
+    """
     prefix = decoder_of(shapes)
     layers = _layers(config, prefix, shapes)
     views = unstack(config, {n: s for n, s in shapes.items() if _layer_of(n, prefix) in layers})
@@ -128,7 +137,7 @@ def recognise(config: Config, shapes: Shapes) -> Structure:
 
 
 def decoder_of(shapes: Shapes) -> str:
-    """What the names of the text decoder begin with, such as ``model.language_model.``."""
+    """Return the prefix of the text decoder's names, such as ``model.language_model.``."""
     found = sorted((n for n in shapes if n.endswith(_EMBEDDING)), key=len)
     if not found:
         raise ArchitectureError(
@@ -158,12 +167,12 @@ def _layer_of(name: str, prefix: str) -> int | None:
 
 
 def _is_number(part: str) -> bool:
-    """Whether a part of a name counts something; beyond nine digits nothing does."""
+    """Return whether a part of a name counts something; beyond nine digits nothing does."""
     return part.isdecimal() and len(part) <= 9
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Key that sorts numbers in names by value."""
+    """Return a key that sorts numbers in names by value."""
     return [(int(p), "") if _is_number(p) else (-1, p) for p in re.split(r"(\d+)", name)]
 
 
@@ -184,7 +193,7 @@ def _of_rest(prefix: str, shapes: Shapes, layer: int | None) -> Iterator[Param]:
 
 
 def _draft(name: str, shape: tuple[int, ...]) -> Param:
-    """Of layers that no Megatron model has; where a pipeline has stages, its last one writes it."""
+    """Describe a tensor of layers that no Megatron model has; the last pipeline stage writes it."""
     return replace(_alone(name, shape, Role.DRAFT), stage=Stage.LAST)
 
 
@@ -226,7 +235,7 @@ def _role(name: str, shape: tuple[int, ...]) -> Role:
 
 
 def _fuse(linears: Shapes, config: Config) -> Iterator[Param]:
-    """Linears with what engines fuse put together, each at the place of its first member."""
+    """Yield linears, fused ones put together, each at the place of its first member."""
     done: set[str] = set()
     for name, shape in linears.items():
         module = name.removesuffix(".weight")
@@ -251,7 +260,7 @@ def _fuse(linears: Shapes, config: Config) -> Iterator[Param]:
 
 
 def _groups(param: Param, config: Config) -> int:
-    """Key-value heads of a fused qkv, which engines copy where they have more ranks; else 0."""
+    """Return the key-value heads of a fused qkv, which engines with more ranks copy; else 0."""
     keys = [s for s in param.sources if s.module.endswith(".k_proj")]
     if not keys:
         return 0
@@ -269,7 +278,7 @@ def _groups(param: Param, config: Config) -> int:
 
 
 def _experts(block: MoeBlock, shapes: Shapes, config: Config) -> Iterator[Param]:
-    """Each linear of all experts after another, as the tables have them."""
+    """Yield each linear of all experts after another, in the order of the tables."""
     found: dict[str, list[Param]] = {}
     for expert, names in enumerate(block.experts):
         for param in _of_expert(block, names, shapes, config):

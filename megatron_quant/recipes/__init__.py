@@ -1,4 +1,4 @@
-"""Recipes: reading them, and deciding on every weight."""
+"""Recipes: read them, and decide on every weight."""
 
 import lazy_loader
 

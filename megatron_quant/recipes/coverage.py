@@ -1,4 +1,4 @@
-"""The coverage audit: how many weights each rule, and each pattern of it, decided on."""
+"""Audit the coverage: how many weights each rule, and each pattern of it, decided on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from megatron_quant.recipes.schema import Recipe
 class AuditRow:
     """One bucket of a plan.
 
-    rule: label, as in :attr:`Decision.rule`.
-    action: ``exclude`` or the formats, as :attr:`Rule.action` writes them.
-    weights: how many weights are in the bucket.
-    patterns: (pattern, how many of those weights it matches) in the rule's order; a weight that
-        two patterns match counts for both. Empty for weights that are never quantized.
+    Attributes:
+        rule: Label, equal to :attr:`Decision.rule`.
+        action: ``exclude`` or the formats, in the words of :attr:`Rule.action`.
+        weights: Number of weights in the bucket.
+        patterns: (pattern, number of those weights that it matches) in the rule's order. A weight
+            that two patterns match counts for both. Empty for weights that are never quantized.
     """
 
     rule: str
@@ -26,9 +27,13 @@ class AuditRow:
 
 
 def audit(plan: QuantPlan, recipe: Recipe) -> list[AuditRow]:
-    """One row per rule of ``recipe``, in order, then one per reason of never quantizing.
+    """List one row per rule of ``recipe``, in order, then one per reason of never quantizing.
 
-    The rows' ``weights`` add up to the number of decisions. ``plan`` is ``resolve(recipe, ...)``.
+    The rows' ``weights`` add up to the number of decisions.
+
+    Args:
+        plan: Result of ``resolve(recipe, ...)``.
+        recipe: The recipe that was resolved.
     """
     buckets: dict[str, list[Decision]] = {recipe.label(i): [] for i in range(len(recipe.rules))}
     for decision in plan.decisions:

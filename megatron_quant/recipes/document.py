@@ -1,4 +1,4 @@
-"""A recipe as the document that it could have been read from, for what travels with a model."""
+"""Write a recipe as the document that it could have been read from, to travel with a model."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ from megatron_quant.recipes.schema import Recipe, Rule
 
 
 def to_document(recipe: Recipe, plan: QuantPlan) -> dict[str, Any]:
-    """What :func:`megatron_quant.recipes.parse.parse_recipe` makes the recipe of again.
+    """Return a document from which ``parse_recipe`` makes the recipe again.
 
-    plan: the recipe resolved for a model. Rules that decide on none of its weights, as the
-    catch-all lists of presets have them, are left out.
+    Args:
+        recipe: The recipe.
+        plan: The recipe resolved for a model. Rules that decide on none of its weights, like the
+            catch-all lists of presets, are left out.
     """
     used = {decision.rule for decision in plan.decisions}
     rules = [_rule(r) for i, r in enumerate(recipe.rules) if recipe.label(i) in used]

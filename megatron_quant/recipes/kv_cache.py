@@ -1,4 +1,4 @@
-"""Which tensors of a model an engine keeps in its KV cache: keys and values of every attention."""
+"""Find the tensors that an engine keeps in its KV cache: keys and values of every attention."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,9 @@ _KEYS = ".k_proj"
 class CacheSlot:
     """The cached keys (``part`` k) or values (v) of one attention; equal on every rank.
 
-    attention: its Hugging Face module, ``model.layers.0.self_attn``.
+    Attributes:
+        attention: Its Hugging Face module, ``model.layers.0.self_attn``.
+        part: ``k`` or ``v``.
     """
 
     attention: str
@@ -20,12 +22,12 @@ class CacheSlot:
 
     @property
     def name(self) -> str:
-        """Under which its statistic is kept."""
+        """Return the name under which its statistic is kept."""
         return f"{self.attention}.{self.part}"
 
 
 def cache_slots(plan: QuantPlan) -> tuple[CacheSlot, ...]:
-    """All of them, in the order of the model; none where the plan leaves the cache as it is.
+    """List all cache slots in the order of the model; none where the plan leaves the cache alone.
 
     Every attention caches, also one whose weights are excluded.
     """
@@ -34,7 +36,7 @@ def cache_slots(plan: QuantPlan) -> tuple[CacheSlot, ...]:
 
 
 def attention_of(slot: Slot) -> str | None:
-    """The attention whose keys the weight makes; None for another weight, and for a bias."""
+    """Return the attention whose keys the weight makes; None for another weight, and for a bias."""
     if slot.fixed:
         return None
     keys = next((s for s in slot.sources if s.endswith(_KEYS)), None)

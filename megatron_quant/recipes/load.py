@@ -1,4 +1,4 @@
-"""Where recipes come from: the shipped files, a user's YAML file, or a ModelOpt preset."""
+"""Load recipes: from the shipped files, a user's YAML file, or a ModelOpt preset."""
 
 import re
 from pathlib import Path
@@ -13,12 +13,12 @@ _PRESET = re.compile(r"[A-Z0-9_]+_(CFG|CONFIG)(\+[A-Z0-9_]+_(CFG|CONFIG))?")
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted."""
+    """Return the names of the shipped recipes, sorted."""
     return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
 
 
 def is_preset(name_or_path: str) -> bool:
-    """Whether :func:`load_recipe` asks ModelOpt for the recipe, which it imports then."""
+    """Return whether :func:`load_recipe` asks ModelOpt for the recipe, and so imports ModelOpt."""
     if name_or_path in recipe_names():
         return False
     path = Path(name_or_path)
@@ -27,12 +27,16 @@ def is_preset(name_or_path: str) -> bool:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """The recipe called ``name_or_path``.
+    """Load the recipe called ``name_or_path``.
 
-    A shipped name (``nvfp4``), the path of a YAML file, or the name of a ModelOpt preset
-    (``NVFP4_DEFAULT_CFG``, or ``NVFP4_DEFAULT_CFG+FP8_KV_CFG`` with one for the KV cache; ModelOpt
-    is imported only then). Raises RecipeError, which lists the
-    choices, for any other string, and for a recipe that is malformed.
+    Args:
+        name_or_path: A shipped name (``nvfp4``), the path of a YAML file, or the name of a ModelOpt
+            preset (``NVFP4_DEFAULT_CFG``, or ``NVFP4_DEFAULT_CFG+FP8_KV_CFG`` with one for the KV
+            cache). Only a preset imports ModelOpt.
+
+    Raises:
+        RecipeError: For any other string (the message lists the choices), and for a recipe that is
+            malformed.
     """
     if name_or_path in recipe_names():
         return _load_file(name_or_path, _CONFIGS / f"{name_or_path}.yaml")

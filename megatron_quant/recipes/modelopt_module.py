@@ -1,7 +1,7 @@
-"""The module of ModelOpt that states its presets, without the rest of ModelOpt.
+"""Import the module of ModelOpt that states its presets, without the rest of ModelOpt.
 
-Importing ``modelopt.torch`` imports Transformer Engine and Megatron where they are installed, which
-a host without a GPU must be readied for. The presets need neither.
+Importing ``modelopt.torch`` imports Transformer Engine and Megatron where they are installed. A
+host without a GPU must be readied for those. The presets need neither.
 """
 
 import sys
@@ -22,10 +22,12 @@ _PARENTS = (_PACKAGE, f"{_PACKAGE}.opt", f"{_PACKAGE}.quantization", f"{_PACKAGE
 
 @lru_cache(maxsize=1)
 def modelopt_config() -> Any:
-    """``modelopt.torch.quantization.config``.
+    """Return ``modelopt.torch.quantization.config``.
 
-    The one that is imported, or one of our own that nobody else finds. Raises RecipeError where
-    ModelOpt is not installed.
+    It is the imported module, or one of our own that nobody else finds.
+
+    Raises:
+        RecipeError: Where ModelOpt is not installed.
     """
     if _CONFIG in sys.modules:
         return sys.modules[_CONFIG]
@@ -42,7 +44,7 @@ def modelopt_config() -> Any:
 
 @contextmanager
 def _empty_parents(modelopt: ModuleType) -> Iterator[None]:
-    """Packages of ModelOpt that import nothing themselves, until the end of the block."""
+    """Put packages of ModelOpt in place that import nothing, until the end of the block."""
     before = _take(_PACKAGE)
     root = Path(modelopt.__path__[0]).parent
     for name in _PARENTS:
@@ -60,6 +62,6 @@ def _empty_parents(modelopt: ModuleType) -> Iterator[None]:
 
 
 def _take(package: str) -> dict[str, ModuleType]:
-    """Remove the package and its modules from ``sys.modules``; what was there."""
+    """Remove the package and its modules from ``sys.modules``, and return them."""
     names = [n for n in sys.modules if n == package or n.startswith(f"{package}.")]
     return {name: sys.modules.pop(name) for name in names}

@@ -1,7 +1,7 @@
-"""ModelOpt's quantization presets, by name, as recipes.
+"""Read ModelOpt's quantization presets, by name, as recipes.
 
-A preset is a list of entries (glob on quantizer names, attributes, enabled or not) of which the
-last match wins, for weights and for inputs apart. See ``QuantizeConfig`` in
+A preset is a list of entries (glob on quantizer names, attributes, enabled or not). The last match
+wins, for weights and for inputs apart. See ``QuantizeConfig`` in
 modelopt/torch/quantization/config.py (0.47).
 """
 
@@ -29,7 +29,7 @@ _FOUR_OVER_SIX = {
 }
 _NVFP4 = {-1: 16, "scale_bits": (4, 3)}
 _MX = {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}
-# (format, side, what ModelOpt sets); without a side the attributes mean the same on both.
+# (format, side, ModelOpt's attributes). Without a side they mean the same on both sides.
 _FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("fp8", "", {"num_bits": (4, 3)}),
     ("fp8_channel", "weights", {"num_bits": (4, 3), "axis": 0}),
@@ -51,7 +51,7 @@ _FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 @dataclass(frozen=True)
 class _Entry:
-    """What one preset entry says of modules: ``sides`` are set to ``format`` (None: disabled)."""
+    """One preset entry on modules: it sets ``sides`` to ``format`` (None: disabled)."""
 
     patterns: tuple[str, ...]
     sides: tuple[str, ...]
@@ -59,12 +59,13 @@ class _Entry:
 
 
 def load_preset(name: str) -> Recipe:
-    """The ModelOpt preset called ``name`` (``mtq.config.choices``) as a recipe.
+    """Read the ModelOpt preset called ``name`` (``mtq.config.choices``) as a recipe.
 
     ``A+B`` is A with the entries of B after its own, as ModelOpt adds a preset of the KV cache.
 
-    Raises RecipeError for an unknown name, and for a preset that needs what this library does
-    not do: another algorithm than those of recipes, other number formats, attention quantizers.
+    Raises:
+        RecipeError: For an unknown name, and for a preset that needs more than this library does:
+            an algorithm that recipes do not have, other number formats, attention quantizers.
     """
     base, *others = name.split("+")
     where = f"ModelOpt preset {name}"
@@ -108,7 +109,7 @@ def _algorithm(preset: Mapping[str, Any], where: str) -> str:
 
 
 def _kv_cache(raw: Sequence[Any], where: str) -> str:
-    """What the last entry for keys and values says."""
+    """Return the format that the last entry for keys and values names."""
     found = ""
     for entry in raw:
         if entry.quantizer_name == _KV_CACHE and entry.enable:
@@ -125,7 +126,7 @@ def _kv_format(cfg: Any, where: str) -> str:
 
 
 def _read(entry: Any, where: str) -> _Entry | None:
-    """The entry in terms of modules; None for one that concerns nothing that a rule decides."""
+    """Read the entry in terms of modules; None for one that no rule decides on."""
     name = entry.quantizer_name
     side = next((s for s in _SIDES if name.endswith(s)), None)
     if not entry.enable:
@@ -169,7 +170,7 @@ def _format(cfg: Any, side: str, where: str) -> Format:
 
 
 def _set_values(cfg: Any, where: str) -> dict[str, Any]:
-    """Attributes that are not ModelOpt's defaults."""
+    """Return the attributes that are not ModelOpt's defaults."""
     if not isinstance(cfg, modelopt_config().QuantizerAttributeConfig):
         raise RecipeError(
             f"{where}: this number format is not supported (several in sequence, or none): {cfg!r}"
@@ -181,7 +182,7 @@ def _set_values(cfg: Any, where: str) -> dict[str, Any]:
 
 
 def _rules(entries: Sequence[_Entry], algorithm: str, where: str) -> tuple[Rule, ...]:
-    """First match wins here and the last one there: the order turns round."""
+    """Turn the order round: the last match wins in a preset, and the first one in a recipe."""
     merged = _merge_sides(entries, algorithm, where)[::-1]
     rules = []
     for _, same in groupby(merged, key=lambda rule: (rule.weights, rule.inputs)):
@@ -194,7 +195,7 @@ def _rules(entries: Sequence[_Entry], algorithm: str, where: str) -> tuple[Rule,
 
 
 def _merge_sides(entries: Sequence[_Entry], algorithm: str, where: str) -> list[Rule]:
-    """One rule for adjacent entries on the same modules, in the preset's order."""
+    """Make one rule of adjacent entries on the same modules, in the preset's order."""
     rules: list[Rule] = []
     for patterns, group in groupby(entries, key=lambda e: e.patterns):
         formats = {side: e.format for e in group for side in e.sides}

@@ -1,4 +1,4 @@
-"""From a YAML document to a recipe: every key is known and of the right type, or an error."""
+"""Parse a YAML document to a recipe: every key is known and of the right type, or an error."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,10 +19,15 @@ _RULE = ("quantize", "exclude", "weights", "inputs", "algorithm")
 
 
 def parse_recipe(name: str, document: Any) -> Recipe:
-    """The recipe that a YAML document describes.
+    """Return the recipe that a YAML document describes.
 
-    Raises RecipeError for an unknown key, a wrong type, no rules, a format or an algorithm that
-    does not exist, and a pair of formats that nothing runs.
+    Args:
+        name: Name of the recipe, for messages.
+        document: The parsed YAML.
+
+    Raises:
+        RecipeError: For an unknown key, a wrong type, no rules, a format or an algorithm that does
+            not exist, and a pair of formats that nothing runs.
     """
     where = f"recipe {name!r}"
     top = _mapping(document, _TOP, where)

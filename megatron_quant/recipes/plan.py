@@ -10,14 +10,16 @@ from megatron_quant.formats import Format
 class Slot:
     """One logical weight that a recipe decides on; equal on every rank and at every layout.
 
-    name: global Megatron parameter name (``decoder.layers.0.mlp.experts.linear_fc1.weight5``).
-    sources: Hugging Face module names that are fused in it (``model.layers.0...gate_proj``, ...);
-        one format serves them all.
-    shape: [N, K] of the fused weight.
-    fixed: why the weight is never quantized (``"router"``, ``"norm"``, ...); empty for a linear.
-    expert: global index of the routed expert; None for a weight that every token meets.
-    fused: names what engines make of several slots, which so share formats and scales; empty for
-        a slot that they leave alone.
+    Attributes:
+        name: Global Megatron parameter name (``decoder.layers.0.mlp.experts.linear_fc1.weight5``).
+        sources: Hugging Face module names that are fused in it (``model.layers.0...gate_proj``,
+            ...). One format serves them all.
+        shape: [N, K] of the fused weight.
+        fixed: Why the weight is never quantized (``"router"``, ``"norm"``, ...); empty for a
+            linear.
+        expert: Global index of the routed expert; None for a weight that every token meets.
+        fused: Name of the linear that engines make of several slots, which then share formats and
+            scales; empty for a slot that they leave alone.
     """
 
     name: str
@@ -29,22 +31,25 @@ class Slot:
 
     @property
     def sharing(self) -> str:
-        """Names the slots that have one scale, experts with scales of their own aside."""
+        """Return the name of the slots with one scale (experts may still have their own)."""
         return self.fused or self.module
 
     @property
     def module(self) -> str:
-        """Global Megatron module name."""
+        """Return the global Megatron module name."""
         return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What happens to a slot: quantized (``weights`` is a format) or left as it is.
+    """The treatment of a slot: quantized (``weights`` is a format) or left alone.
 
-    inputs: format of the activations that the weight multiplies; None for weight-only.
-    rule: the rule's label, as the coverage audit prints it.
-    algorithm: how the weight's scales are found, one of ``schema.ALGORITHMS``.
+    Attributes:
+        slot: The weight.
+        rule: Label of the rule, as the coverage audit prints it.
+        weights: Format of the weight; None to leave it alone.
+        inputs: Format of the activations that the weight multiplies; None for weight-only.
+        algorithm: How the weight's scales are found, one of ``schema.ALGORITHMS``.
     """
 
     slot: Slot
@@ -55,17 +60,17 @@ class Decision:
 
     @property
     def quantized(self) -> bool:
-        """Whether the weight is stored in a quantized format."""
+        """Return whether the weight is stored in a quantized format."""
         return self.weights is not None
 
     @property
     def searches_tensor(self) -> bool:
-        """Whether the scale of the whole tensor, which has no blocks, is the one of least error."""
+        """Return whether a search chooses the scale of a tensor that has no blocks."""
         return self.algorithm == "mse" and self.quantized and not self._has_blocks
 
     @property
     def searches_blocks(self) -> bool:
-        """Whether the scale of each block is the one of least error."""
+        """Return whether a search chooses the scale of each block."""
         return self.algorithm != "max" and self._has_blocks
 
     @property
@@ -77,7 +82,11 @@ class Decision:
 class QuantPlan:
     """Every slot's decision, in the order of the model's parameters.
 
-    kv_cache: how engines store keys and values, one of ``schema.KV_CACHES``; empty for as they are.
+    Attributes:
+        recipe: Name of the recipe.
+        decisions: One decision a slot.
+        kv_cache: How engines store keys and values, one of ``schema.KV_CACHES``; empty to leave
+            them alone.
     """
 
     recipe: str
@@ -86,23 +95,23 @@ class QuantPlan:
 
     @cached_property
     def by_name(self) -> dict[str, Decision]:
-        """Slot name -> decision."""
+        """Map slot name to decision."""
         return {d.slot.name: d for d in self.decisions}
 
     @property
     def quantized(self) -> tuple[Decision, ...]:
-        """The decisions that quantize."""
+        """Return the decisions that quantize."""
         return tuple(d for d in self.decisions if d.quantized)
 
     @property
     def needs_data(self) -> bool:
-        """Whether a scale of inputs, keys or values is found by running data."""
+        """Return whether a scale of inputs, keys or values is found by running data."""
         static = any(d.inputs is not None and d.inputs.tensor_scale for d in self.quantized)
         return static or self.kv_cache == "fp8"
 
 
 def difference(a: QuantPlan, b: QuantPlan) -> str:
-    """Of two plans of one model the first slot that they treat differently; empty for none."""
+    """Return the first slot that two plans of one model treat differently; empty for none."""
     if a.kv_cache != b.kv_cache:
         return "the KV cache"
     for x, y in zip(a.decisions, b.decisions, strict=True):

@@ -1,4 +1,4 @@
-"""Which slots of a plan calibration tokens must reach, and what an expert without any takes."""
+"""Decide which slots calibration tokens must reach, and how to scale an expert without any."""
 
 from collections.abc import Collection, Iterable, Mapping
 
@@ -7,7 +7,12 @@ from megatron_quant.recipes.plan import QuantPlan, Slot
 
 
 def largest_shared(plan: QuantPlan, amaxes: Mapping[str, float]) -> dict[str, float]:
-    """:attr:`Slot.sharing` -> the largest of ``amaxes`` (by slot name) among those that share."""
+    """Map :attr:`Slot.sharing` to the largest amax among the slots that share it.
+
+    Args:
+        plan: Plan that has the slots.
+        amaxes: Amaxes by slot name.
+    """
     largest: dict[str, float] = {}
     for name, value in amaxes.items():
         sharing = plan.by_name[name].slot.sharing
@@ -18,7 +23,9 @@ def largest_shared(plan: QuantPlan, amaxes: Mapping[str, float]) -> dict[str, fl
 def check_reached(slots: Iterable[Slot], reached: Collection[str]) -> None:
     """Raise CalibrationError for the first of ``slots`` none of whose sharers was reached.
 
-    reached: values of :attr:`Slot.sharing`.
+    Args:
+        slots: Slots to check.
+        reached: Values of :attr:`Slot.sharing`.
     """
     for slot in slots:
         if slot.sharing not in reached:
@@ -28,10 +35,14 @@ def check_reached(slots: Iterable[Slot], reached: Collection[str]) -> None:
 
 
 def accept_cold(cold: Iterable[Slot], layer_max: bool) -> tuple[str, ...]:
-    """Names of the experts' slots that no token reached.
+    """Return the names of the experts' slots that no token reached.
 
-    layer_max: whether they take their layer's largest amax. Raises CalibrationError where there
-    are some and they do not.
+    Args:
+        cold: Those slots.
+        layer_max: Whether they take their layer's largest amax.
+
+    Raises:
+        CalibrationError: Where there are such slots and ``layer_max`` is False.
     """
     cold = tuple(cold)
     if cold and not layer_max:

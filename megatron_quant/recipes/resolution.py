@@ -1,4 +1,4 @@
-"""A recipe and a model's slots -> a plan: every weight lands in exactly one bucket, or an error."""
+"""Resolve a recipe for a model's slots: every weight lands in exactly one bucket, or an error."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,15 @@ def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
 
     Fixed slots are excluded whatever the rules say; an exclude rule may name them.
 
-    Raises CoverageError for a slot that no rule claims, for one whose fused members a rule
-    matches only in part, and for experts of one layer, or other slots that engines fuse, that are
-    treated differently. Raises RecipeError for a rule that claims nothing and for a recipe that
-    quantizes nothing.
+    Args:
+        recipe: Rules in order.
+        slots: Every logical weight of the model.
+
+    Raises:
+        CoverageError: For a slot that no rule claims, for one whose fused members a rule matches
+            only in part, and for differing treatment of one layer's experts, or of other slots that
+            engines fuse.
+        RecipeError: For a rule that claims nothing, and for a recipe that quantizes nothing.
     """
     matchers = [Matcher(rule.patterns) for rule in recipe.rules]
     claims = [None if slot.fixed else _claim(recipe, matchers, slot) for slot in slots]
@@ -37,7 +42,7 @@ def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
 
 
 def _claim(recipe: Recipe, matchers: Sequence[Matcher], slot: Slot) -> int | None:
-    """Index of the first rule that matches ``slot``; it must match all of its members."""
+    """Return the index of the first rule that matches ``slot``; it must match all its members."""
     assert slot.sources
     for index, matcher in enumerate(matchers):
         members = matcher.members(slot)
@@ -72,7 +77,7 @@ def _check_idle(
     slots: Sequence[Slot],
     claims: Sequence[int | None],
 ) -> None:
-    """Raise for rule ``index``, which claims no slot, unless it excludes what is fixed anyway."""
+    """Raise for rule ``index``, which claims no slot, unless it excludes fixed slots."""
     fixed = sorted({s.fixed for s in slots if s.fixed and matcher.touches(s)})
     if fixed and recipe.rules[index].weights is None:
         return
@@ -100,7 +105,7 @@ def _check_unclaimed(recipe: Recipe, slots: Sequence[Slot], claims: Sequence[int
 
 
 def _check_experts(decisions: Sequence[Decision]) -> None:
-    """Engines run the experts of a layer as one fused layer: one format for all of them."""
+    """Require one format for the experts of a layer: engines run them as one fused layer."""
     first: dict[str, Decision] = {}
     for d in decisions:
         layer, is_expert, _ = d.slot.name.partition(".experts.")
@@ -115,7 +120,7 @@ def _check_experts(decisions: Sequence[Decision]) -> None:
 
 
 def _check_fused(decisions: Sequence[Decision]) -> None:
-    """One format for weights that engines fuse though they are several slots."""
+    """Require one format for weights that engines fuse though they are several slots."""
     first: dict[str, Decision] = {}
     for d in decisions:
         other = first.setdefault(d.slot.fused, d) if d.slot.fused else d

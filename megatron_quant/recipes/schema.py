@@ -1,4 +1,4 @@
-"""What a recipe is: an ordered list of rules, each a set of patterns and what to do with them."""
+"""The parts of a recipe: an ordered list of rules, each a set of patterns and their treatment."""
 
 from dataclasses import dataclass, replace
 
@@ -13,11 +13,11 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     algorithm: tuple(f.name for f in FORMATS.values() if algorithm in f.algorithms)
     for algorithm in ("max", "mse", "four_over_six")
 }
-"""How the scales of weights are found -> the formats whose scales it finds. ``max``: the largest
+"""Algorithm that finds the scales of weights -> the formats that it serves. ``max``: the largest
 magnitude is the largest code. ``mse``: the scale of least squared error. ``four_over_six``: the
 largest magnitude of a block is code 6 or code 4, whichever errs less."""
 EXPERT_SCALES = ("shared", "per_expert")
-"""Whose weight amax an expert's tensor scale comes from; the first is the default."""
+"""Sources of the weight amax for an expert's tensor scale; the first is the default."""
 KV_CACHES = ("fp8", "fp8_cast")
 """``fp8``: scales from calibrated keys and values. ``fp8_cast``: scale 1, no calibration."""
 
@@ -28,11 +28,12 @@ _SHOWN_PATTERNS = 3
 class Rule:
     """One line of a recipe: the weights that ``patterns`` match, and their formats.
 
-    patterns: fnmatch patterns, case-sensitive, on Hugging Face or Megatron module names.
-    weights: format of the weights; None excludes them from quantization.
-    inputs: format of the activations that they multiply; None for weight-only.
-    optional: whether the rule may claim nothing, as the catch-all lists of presets do.
-    algorithm: how the weights' scales are found, a key of :data:`ALGORITHMS`.
+    Attributes:
+        patterns: fnmatch patterns, case-sensitive, on Hugging Face or Megatron module names.
+        weights: Format of the weights; None excludes them from quantization.
+        inputs: Format of the activations that they multiply; None for weight-only.
+        optional: Whether the rule may claim nothing, as the catch-all lists of presets do.
+        algorithm: How the weights' scales are found, a key of :data:`ALGORITHMS`.
     """
 
     patterns: tuple[str, ...]
@@ -43,7 +44,7 @@ class Rule:
 
     @property
     def action(self) -> str:
-        """``exclude``, or the formats: ``nvfp4`` (weight-only), ``nvfp4+nvfp4`` (with inputs)."""
+        """Return ``exclude``, or the formats: ``nvfp4`` (weight-only), ``nvfp4+nvfp4``."""
         if self.weights is None:
             return "exclude"
         inputs = f"+{self.inputs.name}" if self.inputs else ""
@@ -55,7 +56,11 @@ class Rule:
 class Recipe:
     """Rules in order; the first one that matches a weight decides on it.
 
-    kv_cache: one of :data:`KV_CACHES`; empty where keys and values are stored as they are.
+    Attributes:
+        name: Name for messages and summaries.
+        rules: The rules.
+        description: One line for lists of recipes.
+        kv_cache: One of :data:`KV_CACHES`; empty where keys and values stay as they are.
     """
 
     name: str
@@ -64,7 +69,7 @@ class Recipe:
     kv_cache: str = ""
 
     def label(self, index: int) -> str:
-        """How messages and the coverage audit call rule ``index`` (0-based)."""
+        """Return the name of rule ``index`` (0-based) in messages and the coverage audit."""
         rule = self.rules[index]
         more = len(rule.patterns) - _SHOWN_PATTERNS
         shown = [*rule.patterns[:_SHOWN_PATTERNS], *([f"{more} more"] if more > 0 else [])]
@@ -72,9 +77,10 @@ class Recipe:
 
 
 def weight_only(recipe: Recipe) -> Recipe:
-    """The recipe without its input formats and KV cache: nothing of it needs calibration data.
+    """Drop the input formats and the KV cache of a recipe, and with them calibration data.
 
-    Raises RecipeError where a rule's weights are run with quantized inputs only.
+    Raises:
+        RecipeError: Where a rule's weights are run with quantized inputs only.
     """
     rules = (_without_inputs(recipe, i) for i in range(len(recipe.rules)))
     return replace(recipe, rules=tuple(rules), kv_cache="")
@@ -89,9 +95,10 @@ def _without_inputs(recipe: Recipe, index: int) -> Rule:
 
 
 def with_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
-    """The recipe with ``algorithm`` in every rule that quantizes.
+    """Set ``algorithm`` in every rule that quantizes.
 
-    Raises RecipeError for a rule whose format it does not search.
+    Raises:
+        RecipeError: For a rule whose format it does not search.
     """
     rules = []
     for index, rule in enumerate(recipe.rules):
@@ -104,7 +111,11 @@ def with_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
 
 
 def with_kv_cache(recipe: Recipe, kv_cache: str) -> Recipe:
-    """The recipe with another ``kv_cache``: one of :data:`KV_CACHES`, or ``none``."""
+    """Set ``kv_cache`` to one of :data:`KV_CACHES`, or to ``none``.
+
+    Raises:
+        RecipeError: For another name.
+    """
     name = "" if kv_cache == "none" else kv_cache
     return replace(recipe, kv_cache=checked_kv_cache(name, f"recipe {recipe.name!r}"))
 
@@ -116,7 +127,18 @@ def checked_rule(
     where: str,
     algorithm: str = "max",
 ) -> Rule:
-    """A rule that quantizes; RecipeError names ``where`` for what is not supported."""
+    """Return a rule that quantizes, after its checks.
+
+    Args:
+        patterns: fnmatch patterns on module names.
+        weights: Format of the weights.
+        inputs: Format of their inputs; None for weight-only.
+        where: Place of the rule, for messages.
+        algorithm: How scales are found.
+
+    Raises:
+        RecipeError: For a combination that is not supported.
+    """
     checked_pair(weights, inputs, where)
     checked_algorithm(algorithm, weights, where)
     return Rule(patterns=patterns, weights=weights, inputs=inputs, algorithm=algorithm)
@@ -151,7 +173,7 @@ def checked_algorithm(algorithm: str, weights: Format, where: str) -> None:
 
 
 def checked_kv_cache(name: str, where: str) -> str:
-    """``name``, empty or one of :data:`KV_CACHES`; RecipeError names ``where`` for another."""
+    """Return ``name``, empty or one of :data:`KV_CACHES`; raise RecipeError for another."""
     if name not in ("", *KV_CACHES):
         known = ", ".join(KV_CACHES)
         raise RecipeError(f"{where}: kv_cache must be one of {known}, got {name!r}")
@@ -159,7 +181,10 @@ def checked_kv_cache(name: str, where: str) -> str:
 
 
 def checked_format(name: str, group_size: int | None, where: str) -> Format:
-    """``get_format`` with RecipeError, which names ``where``, for what it does not know."""
+    """Return ``get_format(name, group_size)``.
+
+    Raise RecipeError, which names ``where``, instead.
+    """
     try:
         return get_format(name, group_size)
     except FormatError as e:

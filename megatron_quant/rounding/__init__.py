@@ -1,4 +1,4 @@
-"""Rounding weights against the inputs that they meet: GPTQ on any grid."""
+"""Round weights against the inputs that they meet: GPTQ on any grid."""
 
 import lazy_loader
 

@@ -1,8 +1,8 @@
-"""GPTQ: rounding a weight so that its outputs, not its elements, lose least.
+"""GPTQ: round a weight so that its outputs, not its elements, lose least.
 
 Scales are found before and stay. Errors and coefficients are integers whose sums are exact in
-fp64, so a row comes out the same with whatever rows it is rounded, and in whatever order a matrix
-product adds: the result depends on the row, its scales and the second moment alone.
+fp64. So the order in which a matrix product adds changes nothing, nor do the rows that are rounded
+together: the result depends on the row, its scales and the second moment alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from megatron_quant.rounding.grid import Grid, Steps, taken
 
 _DAMP = {"nvfp4": 0.05}
 _BLOCK, _INNER = 128, 16
-"""Columns whose errors reach the rest by one matrix product, and those within such a block."""
+"""Columns whose errors reach the rest by one matrix product, and columns of an inner block."""
 _ERROR_BITS = 26
 """Errors are counted in the row's largest weight / 2^26, rounded to a power of two, ..."""
 _MOST_ERROR = 2.0**28
@@ -30,11 +30,12 @@ _BYTES_ELSEWHERE = 1 << 33
 
 @dataclass(frozen=True)
 class Rounded:
-    """What GPTQ makes of a weight.
+    """The result of GPTQ on a weight.
 
-    w: fp32 in the weight's shape, every value on the grid.
-    loss_E: sum over rows of e H e^T, e = w - rounded, with the damped H: fp64, one a moment.
-    damp_E: the damp that each moment took.
+    Attributes:
+        w: fp32 in the weight's shape, every value on the grid.
+        loss_E: Sum over rows of e H e^T, e = w - rounded, with the damped H: fp64, one a moment.
+        damp_E: Damp that each moment took.
     """
 
     w: Tensor
@@ -43,7 +44,7 @@ class Rounded:
 
 
 def default_damp(fmt: Format) -> float:
-    """Part of the mean diagonal that is added to it where nobody says otherwise."""
+    """Return the default part of the mean diagonal that is added to the diagonal."""
     return _DAMP.get(fmt.name, 0.01)
 
 
@@ -59,16 +60,21 @@ def gptq(  # noqa: PLR0913
 ) -> Rounded:
     """Round ``w`` by columns, each making up for the errors of those before it.
 
-    w: finite bf16, fp16 or fp32, [N, K] or [E, N, K]: whole rows of the logical tensor.
-    scales: the fields of ``fmt`` but its elements, as ``encode_on`` has them. ``encode_on`` of the
-        result, with them, gives its codes exactly.
-    moment: sums (or means) of x x^T over the inputs, fp32 [E, K, K], or [K, K] for all.
-    damp: part of the moment's mean diagonal that is added to it, 0 < damp <= 1; see
-        ``default_damp``.
-    names: of the weights, one a matrix, for messages.
-    origin: row of the logical tensor at which w starts, and 0.
-    Raises FormatError as ``encode`` does, RecipeError for another damp, CalibrationError for a
-    moment that is not finite or has no Cholesky factor.
+    Args:
+        w: Finite bf16, fp16 or fp32, [N, K] or [E, N, K]: whole rows of the logical tensor.
+        fmt: The format to round to.
+        scales: Fields of ``fmt`` without its elements, as ``encode_on`` takes them. ``encode_on``
+            of the result, with them, gives its codes exactly.
+        moment: Sums (or means) of x x^T over the inputs, fp32 [E, K, K], or [K, K] for all.
+        damp: Part of the moment's mean diagonal that is added to it, 0 < damp <= 1; that of
+            ``default_damp`` where None.
+        names: Names of the weights, one a matrix, for messages.
+        origin: Row of the logical tensor at which w starts, and 0.
+
+    Raises:
+        FormatError: Where ``encode`` raises it, and for a piece that begins after column 0.
+        RecipeError: For another damp.
+        CalibrationError: For a moment that is not finite or has no Cholesky factor.
     """
     damp = default_damp(fmt) if damp is None else damp
     check_damp(damp)
@@ -94,7 +100,7 @@ def gptq(  # noqa: PLR0913
 
 
 def _parts(w_ENK: Tensor) -> Iterator[slice]:
-    """Matrices to round at once: many for an accelerator, few for a small host."""
+    """Cut the matrices into parts to round at once: many on an accelerator, few on a small host."""
     matrices, rows, cols = w_ENK.shape
     each = cols * (24 * cols + 24 * rows)
     step = max(1, _BYTES.get(w_ENK.device.type, _BYTES_ELSEWHERE) // max(each, 1))
@@ -102,7 +108,7 @@ def _parts(w_ENK: Tensor) -> Iterator[slice]:
 
 
 def _round(w_ENK: Tensor, part: slice, grid: Grid, how: Feedback) -> tuple[Tensor, Tensor]:
-    """(values on the grid [E, N, K], loss [E])."""
+    """Return (values on the grid [E, N, K], loss [E])."""
     experts, _, cols = w_ENK.shape
     w_EKN = taken(w_ENK.mT.float(), how.order_EK)
     unit_EN = error_units(w_ENK)
@@ -124,13 +130,13 @@ def _round(w_ENK: Tensor, part: slice, grid: Grid, how: Feedback) -> tuple[Tenso
 
 
 def error_units(w_ENK: Tensor) -> Tensor:
-    """What errors of each row are counted in: powers of two, fp64 [E, N]."""
+    """Return the unit in which errors of each row are counted: powers of two, fp64 [E, N]."""
     exponent = torch.frexp(w_ENK.abs().amax(-1).double()).exponent - _ERROR_BITS
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
 
 
 def _in_order(w_EKN: Tensor, order_EK: Tensor) -> Tensor:
-    """[E, N, K], columns where they were."""
+    """Return [E, N, K] with its columns back in their places."""
     return taken(w_EKN, order_EK.argsort(1)).mT
 
 
@@ -145,9 +151,11 @@ class _Block:
     unit_EN: Tensor
 
     def round(self, made_up_ECN: Tensor, error_ECN: Tensor) -> Tensor:
-        """Fill ``error_ECN``; -> what the values had to be less what they became, fp64.
+        """Fill ``error_ECN`` and return the values before rounding less those after, fp64.
 
-        made_up_ECN: what errors of later columns add, in units; overwritten.
+        Args:
+            made_up_ECN: Sums of the errors of later columns, in units; overwritten.
+            error_ECN: Errors of these columns, in units of their rows.
         """
         for stop in range(made_up_ECN.shape[1], 0, -_INNER):
             start = max(0, stop - _INNER)

@@ -1,4 +1,4 @@
-"""How an error in one input column is made up for in those that are rounded after it.
+"""Make up for an error in one input column by the columns that are rounded after it.
 
 The loss of a row is ``e H e^T``, e = w - q. With ``H = (F + 1) D (F + 1)^T``, F strictly lower and
 D diagonal, it is ``sum_p D_p (e_p + sum_{i > p} e_i F_ip)^2``. Going from the last column to the
@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_quant.errors import CalibrationError, RecipeError
 
 SUM_BITS = 24
-"""Coefficients of a column are integers whose magnitudes add up to 2^24, or hardly more."""
+"""Bits of the sum of a column's coefficients: integers whose magnitudes add up to about 2^24."""
 _GROWTH, _TRIES = 10.0, 4
 
 
@@ -24,10 +24,12 @@ _GROWTH, _TRIES = 10.0, 4
 class Feedback:
     """F and D of each expert, for columns in the order in which they are rounded, last one first.
 
-    order_EK: int64, the weight's column at each place: the largest diagonal of H comes last.
-    coefficients_EKK: F over its column's unit, integers in fp64, below the diagonal.
-    unit_EK: powers of two, fp64. pivot_EK: D, fp64.
-    damp_E: the part of the mean diagonal that was added to it.
+    Attributes:
+        order_EK: int64, the weight's column at each place. The largest diagonal of H comes last.
+        coefficients_EKK: F over its column's unit, integers in fp64, below the diagonal.
+        unit_EK: Unit of each column, powers of two, fp64.
+        pivot_EK: D, fp64.
+        damp_E: Part of the mean diagonal that was added to it.
     """
 
     order_EK: Tensor
@@ -44,7 +46,7 @@ def check_damp(damp: float) -> None:
 
 
 def check_moment(moment_EKK: Tensor, names: Sequence[str]) -> None:
-    """Raise CalibrationError, with the name of the input, for what is no second moment."""
+    """Raise CalibrationError, with the name of the input, for a matrix that is no second moment."""
     diagonal_EK = moment_EKK.diagonal(dim1=1, dim2=2)
     # A sum of finite numbers may overflow; an infinity or NaN among them never gets lost.
     finite = torch.stack([m.abs().amax() for m in moment_EKK]).isfinite()
@@ -62,13 +64,17 @@ def check_moment(moment_EKK: Tensor, names: Sequence[str]) -> None:
 
 
 def feedback(moment_EKK: Tensor, damp: float, names: Sequence[str]) -> Feedback:
-    """Factors of the damped moments.
+    """Factor the damped moments.
 
-    moment_EKK: fp32 or fp64 sums (or means) of x x^T, as ``check_moment`` takes them. Inputs that
-        were always 0 get the mean diagonal: nothing is made up for in them, or for them.
-    damp: part of the mean diagonal to add to it; ten times as much where that is not enough to
-        make the matrix positive definite, up to four times over.
-    Raises CalibrationError where it never is.
+    Args:
+        moment_EKK: fp32 or fp64 sums (or means) of x x^T that ``check_moment`` accepts. Inputs that
+            were always 0 get the mean diagonal: nothing is made up for in them, or for them.
+        damp: Part of the mean diagonal to add to it; ten times as much where that is not enough to
+            make the matrix positive definite, up to four times over.
+        names: Names of the inputs, one an expert, for messages.
+
+    Raises:
+        CalibrationError: Where the matrix never becomes positive definite.
     """
     diagonal_EK = moment_EKK.diagonal(dim1=1, dim2=2).double()
     order_EK = diagonal_EK.argsort(dim=1, descending=True, stable=True).flip(1)
@@ -90,7 +96,7 @@ def feedback(moment_EKK: Tensor, damp: float, names: Sequence[str]) -> Feedback:
 
 
 def _permuted(matrix_EKK: Tensor, order_EK: Tensor) -> Tensor:
-    """Rows and columns in that order, fp64."""
+    """Permute rows and columns to that order, fp64."""
     pairs = zip(matrix_EKK, order_EK, strict=True)
     return torch.stack([matrix[order].double()[:, order] for matrix, order in pairs])
 
@@ -98,7 +104,7 @@ def _permuted(matrix_EKK: Tensor, order_EK: Tensor) -> Tensor:
 def _cholesky(
     moment_EKK: Tensor, mean_E: Tensor, damp: float, names: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """(lower factors, damp of each expert); the diagonals of ``moment_EKK`` are overwritten."""
+    """Return (lower factors, damp of each expert), and overwrite diagonals of ``moment_EKK``."""
     diagonal_EK = moment_EKK.diagonal(dim1=1, dim2=2)
     diagonal_EK.copy_(torch.where(diagonal_EK == 0, mean_E[:, None], diagonal_EK))
     own_EK, damp_E = diagonal_EK.clone(), torch.full_like(mean_E, damp)

@@ -36,7 +36,7 @@ def _e2m1_values(quotient: Tensor) -> Tensor:
 
 
 def _integers(least: float, most: float) -> Callable[[Tensor], Tensor]:
-    """Their zero has no sign."""
+    """Return a rounding to integers whose zero has no sign."""
     return lambda quotient: quotient.clamp_(least, most).round_().add_(0.0)
 
 
@@ -47,7 +47,7 @@ _NEAREST: list[tuple[Element, Callable[[Tensor], Tensor]]] = [
     (INT8, _integers(INT8_MIN, INT8_MAX)),
     (INT8_WORDS, _integers(INT8_MIN, INT8_MAX)),
 ]
-"""By element: fp32 quotients (overwritten) -> the values of their codes, without packing those."""
+"""(element, function): fp32 quotients (overwritten) -> values of their codes, unpacked."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Steps:
     nearest: Callable[[Tensor], Tensor]
 
     def round(self, column: int, x_EN: Tensor) -> Tensor:
-        """The nearest values on the grid of one of the columns, for fp32 ``x_EN``."""
+        """Return the nearest values on the grid of one of the columns, for fp32 ``x_EN``."""
         step = self.step_ECN[:, column]
-        # Of a step that is too small for fp32 every value decodes to 0: see ``kernels.exact``.
+        # A step that is 0 in fp32 decodes every value to 0: see ``numbers.arithmetic.exact``.
         code = x_EN / torch.where(step == 0, 1.0, step)
         if self.zero_ECN is None:
             return self.nearest(code).mul_(step)
@@ -71,7 +71,14 @@ class Steps:
 
 @dataclass(frozen=True)
 class Grid:
-    """Steps by block of columns: fp32 [E, B, N]; block_K: which block each column lies in."""
+    """Steps by block of columns, fp32 [E, B, N].
+
+    Attributes:
+        step_EBN: Steps.
+        zero_EBN: Zero points; None where there are none.
+        block_K: Block that each column lies in.
+        nearest: Rounding of quotients to the values of codes.
+    """
 
     step_EBN: Tensor
     zero_EBN: Tensor | None
@@ -82,9 +89,14 @@ class Grid:
     def of(
         cls, w: Tensor, fmt: Format, scales: Mapping[str, Tensor], origin: Origin, matrices: int
     ) -> "Grid":
-        """The grid that ``scales``, as ``encode_on`` has them, give to ``w`` [..., K].
+        """Return the grid that ``scales``, as ``encode_on`` takes them, give to ``w`` [..., K].
 
-        matrices: E, into which the rows of ``w`` are cut, in their order.
+        Args:
+            w: The weight or a piece of it.
+            fmt: Its format.
+            scales: Fields of scales and zero points, by name.
+            origin: Row and column of the logical tensor at which ``w`` starts.
+            matrices: E, into which the rows of ``w`` are cut, in their order.
         """
         rows, kernel = rows_on(w, fmt, scales, origin), kernel_of(fmt)
         own: ScaleFields = rows.scales or ()
@@ -100,7 +112,7 @@ class Grid:
         )
 
     def columns(self, part: slice, order_EC: Tensor) -> Steps:
-        """The steps of the columns ``order_EC`` (int64) of the matrices ``part``."""
+        """Return the steps of the columns ``order_EC`` (int64) of the matrices ``part``."""
         index_EC = self.block_K[order_EC]
         zero = None if self.zero_EBN is None else taken(self.zero_EBN[part], index_EC)
         return Steps(taken(self.step_EBN[part], index_EC), zero, self.nearest)
@@ -111,6 +123,6 @@ def _by_column(value_RB: Tensor, matrices: int) -> Tensor:
 
 
 def taken(value_EBN: Tensor, index_EC: Tensor) -> Tensor:
-    """Rows ``index_EC`` of each matrix."""
+    """Take the rows ``index_EC`` of each matrix."""
     experts = torch.arange(len(index_EC), device=index_EC.device)[:, None]
     return value_EBN[experts, index_EC]

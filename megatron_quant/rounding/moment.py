@@ -1,4 +1,4 @@
-"""Second moments of inputs: the statistic that says how much an error in a weight matters."""
+"""Second moments of inputs: a statistic that shows how much an error in a weight matters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 _TOKENS = 4096
-"""Tokens whose products are summed before they are added, whatever the size of a batch."""
+"""Tokens whose products are summed first and then added, whatever the size of a batch."""
 
 
 @dataclass
 class Moments:
     """Sums of x x^T over the tokens of each of E inputs: one, or one an expert.
 
-    sums: fp32 [E, K, K]. tokens: int64 [E] on the host.
+    Attributes:
+        sums: fp32 [E, K, K].
+        tokens: Number of tokens, int64 [E] on the host.
     """
 
     sums: Tensor
@@ -22,20 +24,22 @@ class Moments:
 
     @classmethod
     def of(cls, inputs: int, cols: int, device: torch.device | None = None) -> "Moments":
-        """Of no token yet."""
+        """Return moments of no token yet."""
         sums = torch.zeros(inputs, cols, cols, device=device)
         return cls(sums, torch.zeros(inputs, dtype=torch.int64))
 
     @property
     def diagonal_EK(self) -> Tensor:
-        """Sums of squares: fp32 [E, K], a view."""
+        """Return the sums of squares: fp32 [E, K], a view."""
         return self.sums.diagonal(dim1=1, dim2=2)
 
     @torch.no_grad()
     def add(self, x_TK: Tensor, splits: Sequence[int]) -> None:
         """Add tokens in their order: fp32 sums of products of their values.
 
-        x_TK: bf16, fp16 or fp32, those of the first input first. splits: tokens of each input.
+        Args:
+            x_TK: bf16, fp16 or fp32, those of the first input first.
+            splits: Number of tokens of each input.
         """
         assert len(splits) == len(self.sums) and sum(splits) == len(x_TK), (splits, x_TK.shape)
         for total, part_TK in zip(self.sums, x_TK.split(list(splits)), strict=True):
@@ -45,7 +49,7 @@ class Moments:
         self.tokens += torch.tensor(splits)
 
     def filled(self, least: int = 1) -> "Moments":
-        """With the sum over all inputs for those of fewer than ``least`` tokens (cold experts)."""
+        """Give inputs of fewer than ``least`` tokens (cold experts) the sum over all inputs."""
         cold_E = self.tokens < least
         sums = self.sums.clone()
         sums[cold_E.to(sums.device)] = self.sums.sum(0)
@@ -53,7 +57,7 @@ class Moments:
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """Of the tokens of all parts, such as ranks: added in the order given, so equal everywhere."""
+    """Add the moments of all parts, such as ranks, in the order given: equal everywhere."""
     sums, tokens = parts[0].sums.clone(), parts[0].tokens.clone()
     for part in parts[1:]:
         sums += part.sums

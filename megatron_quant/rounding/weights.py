@@ -1,4 +1,4 @@
-"""Weights of a search for scales: an error counts by the inputs that it is multiplied with."""
+"""Weigh the errors of a search for scales by the inputs that they are multiplied with."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,23 @@ from megatron_quant.formats import Format
 from megatron_quant.native import WHOLE, Cuts
 
 _FLOOR = 0.01
-"""Part of the mean that is added to every weight: inputs that were always 0 count a little."""
+"""Part of the mean that every weight gets on top: inputs that were always 0 count a little."""
 
 
 def importance(diagonal: Tensor, fmt: Format, name: str = "a weight") -> Tensor:
-    """Weights for ``formats.search.errors``: fp32 [..., K], above 0 and below 1.
+    """Return weights for ``formats.search.errors``: fp32 [..., K], above 0 and below 1.
 
-    diagonal: sums (or means) of squares of the inputs, fp32 [..., K], all of K: a rank that holds
-        some columns takes theirs of the result. Weights of a block of columns are divided by a
-        power of two, so that its largest is 1/2 or more: errors keep their digits, and no block's
-        choice changes. Where all are 0 they are equal.
-    name: of the weight, for messages.
-    Raises CalibrationError where the diagonal is not finite.
+    Weights of a block of columns are divided by a power of two, so that its largest is 1/2 or more:
+    errors keep their digits, and no block's choice changes. Where all are 0 they are equal.
+
+    Args:
+        diagonal: Sums (or means) of squares of the inputs, fp32 [..., K], all of K. A rank that
+            holds some columns takes theirs of the result.
+        fmt: Format whose scales are searched.
+        name: Name of the weight, for messages.
+
+    Raises:
+        CalibrationError: Where the diagonal is not finite.
     """
     if not diagonal.isfinite().all():
         raise CalibrationError(

@@ -1,4 +1,4 @@
-"""How each dialect of checkpoints stores a quantized weight."""
+"""The ways in which dialects of checkpoints store a quantized weight."""
 
 import lazy_loader
 

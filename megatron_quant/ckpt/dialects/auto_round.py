@@ -1,8 +1,8 @@
 """The convention of AutoRound: other tools' tensors under a config of its own.
 
-``auto_round:auto_gptq`` holds symmetric integers as GPTQ version 1 has them, without ``g_idx``,
-``auto_round:auto_awq`` asymmetric ones as AWQ, ``auto_round:llm_compressor`` microscaling formats
-as compressed-tensors. A checkpoint has one packing.
+``auto_round:auto_gptq`` holds symmetric integers in the form of GPTQ version 1, without ``g_idx``;
+``auto_round:auto_awq`` holds asymmetric ones in the form of AWQ; ``auto_round:llm_compressor``
+holds microscaling formats in the form of compressed-tensors. A checkpoint has one packing.
 """
 
 import re
@@ -43,7 +43,8 @@ _REGEX = re.compile(r"[*+?^$()\[\]{}|\\]")
 class AutoRound(Dialect):
     """Dialect ``auto-round``; see :class:`megatron_quant.ckpt.dialects.base.Dialect`.
 
-    packing: that of a checkpoint; empty for the one that suits each format.
+    Attributes:
+        packing: Packing of a checkpoint; empty for the one that suits each format.
     """
 
     packing: str = ""
@@ -54,9 +55,9 @@ class AutoRound(Dialect):
     def stored(
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
     ) -> tuple[Stored, ...]:
-        """Tensors of a quantized module. Raises FormatError for what AutoRound has not."""
+        """List the tensors of a quantized module; raise FormatError for formats AutoRound lacks."""
         if self.packing == GPTQ and weights.name in _ZERO_POINTS and inputs is None:
-            return _as_gptq(weights)  # read alone
+            return _as_gptq(weights)  # these are read, never written
         allowed = _INPUTS.get(weights.name, (None,))
         if weights.name not in _PACKINGS or (inputs.name if inputs else None) not in allowed:
             raise FormatError(
@@ -72,9 +73,10 @@ class AutoRound(Dialect):
         return CompressedTensors().stored(weights, inputs, layer)
 
     def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
-        """For config.json; ``extra_config`` has what differs from most modules, by name.
+        """Write the config; ``extra_config`` lists the modules that differ from most, by name.
 
-        Raises FormatError where two packings would be needed.
+        Raises:
+            FormatError: Where two packings would be needed.
         """
         refuse_cache(plan, self.name)
         formats = formats_of(plan)
@@ -95,9 +97,10 @@ class AutoRound(Dialect):
     def read_config(
         self, config: Mapping[str, Any], modules: tuple[str, ...]
     ) -> dict[str, ModuleFormat]:
-        """Inverse of :meth:`quantization_config`; ``extra_config`` by name or expression.
+        """Invert :meth:`quantization_config`; ``extra_config`` has names or expressions.
 
-        Raises CheckpointError for a packing or format that is not known.
+        Raises:
+            CheckpointError: For a packing or format that is not known.
         """
         said = stated(config)
         extra, blocks = _Extra(said, Effort()), _read_blocks(said)
@@ -112,7 +115,10 @@ class AutoRound(Dialect):
         return found
 
     def variant(self, config: Mapping[str, Any]) -> Dialect:
-        """The packing that the config states. CheckpointError for others."""
+        """Return the dialect with the packing that the config states.
+
+        CheckpointError for others.
+        """
         packing = stated(config).text("packing_format") or GPTQ
         if packing not in (GPTQ, AWQ, MX):
             raise CheckpointError(
@@ -154,7 +160,7 @@ def _refuse_mixtures(formats: list[ModuleFormat]) -> None:
                 f"auto-round packs a checkpoint in one way, but {both} need two; use one of them, "
                 "or export compressed-tensors"
             )
-        if _PACKINGS[base.weights.name] == MX:  # read as one scheme of the whole checkpoint
+        if _PACKINGS[base.weights.name] == MX:  # readers take one scheme for the whole checkpoint
             raise FormatError(
                 f"auto-round reads one microscaling format a checkpoint, not {both}; use one of "
                 "them, or export compressed-tensors"
@@ -162,7 +168,7 @@ def _refuse_mixtures(formats: list[ModuleFormat]) -> None:
 
 
 def _blocks(plan: QuantPlan) -> list[str]:
-    """Names of the lists of layers that hold what is quantized: ``model.layers``."""
+    """Return the names of the lists of layers that hold quantized modules: ``model.layers``."""
     found = (re.match(r"(.*?)\.\d+\.", m) for m in format_of_modules(plan))
     return list(dict.fromkeys(match[1] for match in found if match))
 
@@ -181,7 +187,7 @@ def _extra(plan: QuantPlan, base: ModuleFormat) -> dict[str, dict[str, Any]]:
 
 
 class _Extra:
-    """``extra_config``: what differs, by name, by the end of one, or by an expression."""
+    """``extra_config``: the modules that differ, by name, by its end, or by an expression."""
 
     def __init__(self, config: Fields, effort: Effort) -> None:
         self._effort = effort
@@ -191,7 +197,7 @@ class _Extra:
         self._loose = [n for n in self._exact if n in self._ends or n in self._parts]
 
     def of(self, module: str) -> Mapping[str, Any] | None:
-        """What it says of a module; None where it says nothing."""
+        """Return the entry of a module; None where there is none."""
         self._effort.left()
         if module in self._exact:
             return self._exact[module]
@@ -203,7 +209,7 @@ class _Extra:
 
 
 def _read_blocks(config: Fields) -> tuple[str, ...]:
-    """What begins the names of the modules that are quantized; empty for all but the head."""
+    """Return the prefixes of the quantized modules' names; empty for all but the head."""
     for key in ("block_name_to_quantize", "to_quant_block_names"):
         if config.get(key):
             names = config.get(key)

@@ -1,7 +1,7 @@
 """The convention of AutoAWQ (``gemm``): INT4 with zero points, transposed and interleaved.
 
-Symmetric weights are written with zero points of 8 and read as asymmetric. Scales have the
-codec's dtype, so that they are the calibrated ones exactly.
+Symmetric weights are written with zero points of 8 and read as asymmetric. Scales keep the codec's
+dtype, and so are exactly the calibrated ones.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ _INT32 = torch.int32
 
 @lru_cache
 def awq_tensors(weights: Format) -> tuple[Stored, ...]:
-    """Tensors of a module in INT4 groups."""
+    """List the tensors of a module in INT4 groups."""
     return (
         Stored(
             suffix="qweight",
@@ -84,7 +84,7 @@ class Awq(Dialect):
     def stored(
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
     ) -> tuple[Stored, ...]:
-        """Tensors of a quantized module. Raises FormatError for what AWQ has not."""
+        """List the tensors of a quantized module; raise FormatError for formats that AWQ lacks."""
         if inputs is not None or weights.name not in ("int4", "int4_asym"):
             raise FormatError(
                 f"awq export has no {describe_format(ModuleFormat(weights, inputs))}; it writes "
@@ -93,10 +93,11 @@ class Awq(Dialect):
         return awq_tensors(weights)
 
     def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
-        """For config.json.
+        """Write the config.
 
-        Raises FormatError for a plan without one common format, and for exclusions that vLLM
-        would extend to a quantized module.
+        Raises:
+            FormatError: For a plan without one common format, and for exclusions that vLLM would
+                extend to a quantized module.
         """
         refuse_cache(plan, self.name)
         fmt = only_format(plan, self.name)
@@ -115,9 +116,10 @@ class Awq(Dialect):
     def read_config(
         self, config: Mapping[str, Any], modules: tuple[str, ...]
     ) -> dict[str, ModuleFormat]:
-        """Inverse of :meth:`quantization_config`; exclusions are parts of names.
+        """Invert :meth:`quantization_config`; exclusions are parts of names.
 
-        Raises CheckpointError for another packing, bits or groups that are not known.
+        Raises:
+            CheckpointError: For another packing, or for bits or groups that are not known.
         """
         said, effort = stated(config), Effort()
         version = said.text("version", "gemm").lower()

@@ -1,4 +1,4 @@
-"""What a dialect is: the names, shapes and directions in which engines read a format."""
+"""Dialects: the names, shapes and directions in which engines read a format."""
 
 import re
 from abc import ABC, abstractmethod
@@ -18,19 +18,19 @@ from megatron_quant.recipes import QuantPlan
 INPUT_SCALE = "input_scale"
 """Pseudo field: the activations' tensor scale (multiply to dequantize), fp32, 0-dim."""
 SHAPE = "shape"
-"""Pseudo field: the weight's [N, K] as int64 [2]. What is stored of it is stored whole."""
+"""Pseudo field: the weight's [N, K] as int64 [2]. Tensors made of it are stored whole."""
 WEIGHT_SCALE = "weight_scale"
 """Pseudo field: the FP8 scale of the whole weight (multiply to dequantize), fp32, 0-dim."""
 K_SCALE, V_SCALE = "k_scale", "v_scale"
 """Pseudo fields: FP8 scale of cached keys and values (multiply to dequantize), fp32, 0-dim."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-"""In which producers store scales that are no FP8."""
+"""Dtypes in which producers store scales that are not FP8."""
 _SCALAR = (WHOLE, WHOLE)
 _EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 
 
 class Layer(Enum):
-    """What a module is to an engine."""
+    """The kind of a module to an engine."""
 
     DENSE = "dense"
     EXPERT = "expert"  # one of a layer's routed experts, which run as one kernel
@@ -38,12 +38,12 @@ class Layer(Enum):
 
 @lru_cache(maxsize=64)
 def layer_of(module: str) -> Layer:
-    """What the module of this Hugging Face name is."""
+    """Return the kind of the module with this Hugging Face name."""
     return Layer.EXPERT if _EXPERT.search(module) else Layer.DENSE
 
 
 def same(tensor: torch.Tensor) -> torch.Tensor:
-    """The value as the codec made it."""
+    """Return the tensor unchanged."""
     return tensor
 
 
@@ -51,16 +51,20 @@ def same(tensor: torch.Tensor) -> torch.Tensor:
 class Stored:
     """One tensor that a dialect writes for a quantized module ``P``: ``P.suffix``.
 
-    field: the codec's field that it carries, or a pseudo field.
-    block: as :attr:`megatron_quant.formats.spec.Field.block`, for the tensor as stored.
-    scalar_shape: shape on disk where ``block`` is ``(WHOLE, WHOLE)``; not used for ``SHAPE``.
-    to_disk, from_disk: between the codec's value and the stored one, on any slice of them that
-        cuts no block. What is made of ``SHAPE`` has no ``from_disk``.
-    dims: what each dim on disk counts: 0 blocks of rows, 1 blocks of columns, -1 nothing (a dim
-        of size 1). ``(1, 0)`` is transposed.
-    rows: of what is made of ``SHAPE``: of this many rows of the weight one word is packed.
-    also: other dtypes in which producers store it; the values are used as they are.
-    optional: whether producers may leave it out.
+    Attributes:
+        suffix: Last part of its name.
+        field: Field of the codec that it carries, or a pseudo field.
+        dtype: Dtype on disk.
+        block: (rows, cols) of the weight that one stored element stands for, as in
+            :attr:`megatron_quant.formats.record.Field.block`.
+        scalar_shape: Shape on disk where ``block`` is ``(WHOLE, WHOLE)``; not used for ``SHAPE``.
+        to_disk: Turns the codec's value into the stored one, on any slice that cuts no block.
+        from_disk: Turns it back. A tensor that is made of ``SHAPE`` has none.
+        dims: Meaning of each dim on disk: 0 counts blocks of rows, 1 blocks of columns, -1 nothing
+            (a dim of size 1). ``(1, 0)`` is transposed.
+        rows: For a tensor made of ``SHAPE``, rows of the weight that one word packs.
+        also: Other dtypes in which producers store it; the values are used unchanged.
+        optional: Whether producers may leave it out.
     """
 
     suffix: str
@@ -76,7 +80,7 @@ class Stored:
     optional: bool = False
 
     def shape(self, rows: int, cols: int) -> tuple[int, ...]:
-        """Shape on disk for a weight of ``rows`` x ``cols``."""
+        """Return the shape on disk for a weight of ``rows`` x ``cols``."""
         if self.field == SHAPE:
             return _derived_shape(self.to_disk, rows, cols)
         if self.block == _SCALAR:
@@ -96,16 +100,19 @@ class Stored:
         return on_disk == self.shape(*shape) and (dtype in dtypes or same_bytes)
 
     def constant(self, rows: int, cols: int) -> torch.Tensor:
-        """What is stored of ``SHAPE`` for a weight of ``rows`` x ``cols``; not to be written to."""
+        """Return the tensor made of ``SHAPE`` for ``rows`` x ``cols``; do not write to it."""
         assert self.field == SHAPE, self.field
         return _derived(self.to_disk, rows, cols)
 
     def on_disk(self, cells: tuple[int, ...], absent: int) -> tuple[int, ...]:
-        """A number by (rows, columns) as a number by dim on disk; ``absent`` for dims of size 1."""
+        """Turn a number by (rows, columns) into one by dim on disk.
+
+        Dims of size 1 get ``absent``.
+        """
         return tuple(absent if dim < 0 else cells[dim] for dim in self.dims)
 
     def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """The [N, K] of a weight whose elements have ``shape`` on disk."""
+        """Return the [N, K] of a weight whose elements have ``shape`` on disk."""
         rows, cols = (shape[self.dims.index(d)] * self.block[d] for d in (0, 1))
         return rows, cols
 
@@ -125,12 +132,12 @@ def _derived(
 
 
 def scalar(suffix: str, field: str) -> Stored:
-    """An fp32 scale of the whole tensor, 0-dim."""
+    """Describe an fp32 scale of the whole tensor, 0-dim."""
     return Stored(suffix=suffix, field=field, dtype=torch.float32, block=_SCALAR)
 
 
 def scalar_of_one(suffix: str, field: str) -> Stored:
-    """An fp32 scale of the whole tensor, stored as [1]."""
+    """Describe an fp32 scale of the whole tensor, stored as [1]."""
     return Stored(
         suffix=suffix,
         field=field,
@@ -152,7 +159,7 @@ def _zero_dim(value: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ModuleFormat:
-    """What a quantized checkpoint's own config says of one module."""
+    """The formats that a quantized checkpoint's own config states for one module."""
 
     weights: Format
     inputs: Format | None
@@ -161,11 +168,13 @@ class ModuleFormat:
 class Dialect(ABC):
     """One on-disk convention, in both directions.
 
-    extra_names: JSON files that a checkpoint of the dialect may have beside config.json.
-    cache_scales: what is stored of an FP8 KV cache for each attention module; empty where the
-        dialect has no such cache.
-    by_tensors: whether a module whose plain weight is there is unquantized, whatever the config
-        says, as engines have it.
+    Attributes:
+        name: Name of the dialect, a choice of ``--export-format``.
+        extra_names: JSON files that a checkpoint of the dialect may have beside config.json.
+        cache_scales: Tensors of an FP8 KV cache for each attention module; empty where the dialect
+            has no such cache.
+        by_tensors: Whether a module that has a plain weight counts as unquantized, whatever the
+            config says. Engines do so.
     """
 
     name: str
@@ -177,24 +186,27 @@ class Dialect(ABC):
     def stored(
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
     ) -> tuple[Stored, ...]:
-        """Tensors of a module in these formats; FormatError where the dialect has none."""
+        """List the tensors of a module in these formats; FormatError where the dialect has none."""
 
     @abstractmethod
     def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
-        """The ``quantization_config`` of config.json; FormatError where it cannot say ``plan``."""
+        """Return ``quantization_config`` for config.json.
+
+        FormatError where it cannot express ``plan``.
+        """
 
     @abstractmethod
     def read_config(
         self, config: Mapping[str, Any], modules: tuple[str, ...]
     ) -> dict[str, ModuleFormat]:
-        """Of ``modules`` (Hugging Face names), those that ``quantization_config`` quantizes."""
+        """Return those of ``modules`` (Hugging Face names) that the config quantizes."""
 
     def read_kv_cache(self, config: Mapping[str, Any]) -> str:
-        """``fp8`` where ``quantization_config`` declares an FP8 KV cache, else empty."""
+        """Return ``fp8`` where ``quantization_config`` declares an FP8 KV cache, else empty."""
         return ""
 
     def variant(self, config: Mapping[str, Any]) -> "Dialect":
-        """The dialect as ``quantization_config`` spells it, where it has several packings."""
+        """Return the dialect with the packing that ``quantization_config`` states."""
         return self
 
     def is_ordered(self, config: Mapping[str, Any]) -> bool:
@@ -209,20 +221,22 @@ class Dialect(ABC):
         return True
 
     def extra_files(self, plan: QuantPlan) -> dict[str, dict[str, Any]]:
-        """Other JSON files of the dialect: file name -> content."""
+        """Return the dialect's other JSON files: file name -> content."""
         return {}
 
     def check_extra_files(
         self, config: Mapping[str, Any], files: Mapping[str, Any]
     ) -> tuple[str, ...]:
-        """What the dialect's other JSON files say otherwise than ``quantization_config``.
+        """List where the dialect's other JSON files contradict ``quantization_config``.
 
-        files: content of those of ``extra_names`` that are there, by name.
+        Args:
+            config: The ``quantization_config``.
+            files: Content of those of ``extra_names`` that exist, by name.
         """
         return ()
 
 
 @lru_cache(maxsize=1024)
 def stored_by(dialect: Dialect, fmt: ModuleFormat, layer: Layer) -> tuple[Stored, ...]:
-    """``dialect.stored``, made once for the many modules of one format."""
+    """Return ``dialect.stored``, made once for the many modules of one format."""
     return dialect.stored(fmt.weights, fmt.inputs, layer)

@@ -1,4 +1,4 @@
-"""What every dialect asks of a plan before it writes a config, and of a config when it reads."""
+"""Questions that every dialect asks of a plan before it writes a config, and of one it reads."""
 
 import re
 from collections import Counter
@@ -12,9 +12,9 @@ from megatron_quant.formats import CHANNEL, Format
 from megatron_quant.recipes import QuantPlan
 
 LM_HEAD = "lm_head"
-"""Always listed as unquantized: a tied output layer is a linear to the engines, but no tensor."""
+"""Output layer, always listed as unquantized: engines build a tied one though it has no tensor."""
 EMBEDDING = "embed_tokens"
-"""Last part of the name of a 2-D weight that is no linear, whatever a config's target says."""
+"""Last part of an embedding's name: a 2-D weight but no linear, whatever a config targets."""
 FUSED = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -30,14 +30,15 @@ FUSED = {
     "in_proj_b": "in_proj_ba",
     "in_proj_a": "in_proj_ba",
 }
-"""Engines fuse these on load, and match a config's names against the fused name too."""
+"""Linear -> the one that engines fuse it into on load. They match a config's names with both."""
 _EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
 
 
 def format_of_modules(plan: QuantPlan) -> dict[str, ModuleFormat]:
-    """Hugging Face module -> its format, of all that ``plan`` quantizes.
+    """Map Hugging Face module to format, for every module that ``plan`` quantizes.
 
-    Raises FormatError where that is nothing.
+    Raises:
+        FormatError: Where there is none.
     """
     found = {
         module: ModuleFormat(decision.weights, decision.inputs)
@@ -51,14 +52,15 @@ def format_of_modules(plan: QuantPlan) -> dict[str, ModuleFormat]:
 
 
 def formats_of(plan: QuantPlan) -> list[ModuleFormat]:
-    """The formats of ``plan``, the one of most modules first."""
+    """List the formats of ``plan``, the one of most modules first."""
     return [f for f, _ in Counter(format_of_modules(plan).values()).most_common()]
 
 
 def only_format(plan: QuantPlan, dialect: str) -> ModuleFormat:
-    """The one format of all that ``plan`` quantizes.
+    """Return the one format of all modules that ``plan`` quantizes.
 
-    Raises FormatError where there is none, or more than one.
+    Raises:
+        FormatError: Where there is none, or more than one.
     """
     found = formats_of(plan)
     if len(found) > 1:
@@ -71,7 +73,7 @@ def only_format(plan: QuantPlan, dialect: str) -> ModuleFormat:
 
 
 def describe_format(fmt: ModuleFormat) -> str:
-    """``nvfp4 weights with nvfp4 inputs``, for messages."""
+    """Return ``nvfp4 weights with nvfp4 inputs``, for messages."""
     inputs = f"with {fmt.inputs.name} inputs" if fmt.inputs else "without quantized inputs"
     return f"{fmt.weights.name}{_group(fmt.weights)} weights {inputs}"
 
@@ -83,7 +85,7 @@ def _group(weights: Format) -> str:
 
 
 def refuse_cache(plan: QuantPlan, dialect: str) -> None:
-    """Raise FormatError where ``plan`` stores keys and values in FP8: the dialect cannot say so."""
+    """Raise FormatError where ``plan`` has an FP8 KV cache, which the dialect cannot express."""
     if plan.kv_cache:
         raise FormatError(
             f"a {dialect} checkpoint has no scales of a {plan.kv_cache} KV cache; export "
@@ -92,12 +94,13 @@ def refuse_cache(plan: QuantPlan, dialect: str) -> None:
 
 
 def excluded(plan: QuantPlan) -> list[str]:
-    """Hugging Face names of all weights that stay as they are, routers and lm_head included.
+    """List Hugging Face names of all weights left alone, routers and lm_head included.
 
     These are matrices, and stacks of experts that are carried whole.
 
-    Raises FormatError where a layer's experts are only partly quantized: engines run them as
-    one kernel and read the format of the whole layer from one of them.
+    Raises:
+        FormatError: Where a layer's experts are only partly quantized. Engines run them as one
+            kernel and read the format of the whole layer from one of them.
     """
     _refuse_partial_experts(plan)
     kept = [d.slot for d in plan.decisions if not d.quantized and _may_be_linear(d.slot.shape)]
@@ -109,7 +112,7 @@ def _is_matrix(shape: tuple[int, ...]) -> bool:
 
 
 def _may_be_linear(shape: tuple[int, ...]) -> bool:
-    """Whether engines may build it quantized: a matrix, or a stack of experts' matrices.
+    """Return whether engines may build it quantized: a matrix, or a stack of experts' matrices.
 
     A depthwise convolution, [channels, 1, kernel], is neither.
     """
@@ -134,7 +137,7 @@ def _refuse_partial_experts(plan: QuantPlan) -> None:
 def refuse_substrings(plan: QuantPlan, names: list[str]) -> None:
     """Raise FormatError where one of ``names`` is part of a quantized module's name.
 
-    For configs whose exclusions vLLM takes for plain substrings of the modules that it leaves
+    vLLM takes the exclusions of some configs for plain substrings of the modules that it leaves
     alone, fused names included.
     """
     quantized = "\n".join(
@@ -157,10 +160,10 @@ def _prefixes(module: str) -> tuple[str, ...]:
 
 
 def patterns(modules: Iterable[str]) -> list[str]:
-    """Regular expressions that match ``modules`` and the names that engines give to fused ones.
+    """Return regular expressions that match ``modules`` and engines' names of fused ones.
 
-    One for each parent module, or for all experts of a layer, whose projections engines rename:
-    either all experts of a layer are among ``modules`` or none.
+    There is one for each parent module. All experts of a layer have one, as engines rename their
+    projections: either all experts of a layer are among ``modules`` or none.
     """
     parents: dict[str, list[str]] = {}
     for module in modules:
@@ -183,10 +186,10 @@ def _pattern(parent: str, leaves: list[str]) -> str:
 
 
 def stated(config: Mapping[str, Any]) -> Fields:
-    """Typed access to a ``quantization_config``; CheckpointError for what is not as asked for."""
+    """Return typed access to a ``quantization_config``; CheckpointError for malformed values."""
     return Fields(config, "quantization_config")
 
 
 def linears(modules: Iterable[str]) -> list[str]:
-    """Of modules that own a 2-D weight, those that are linear layers."""
+    """Return those of ``modules``, which own a 2-D weight, that are linear layers."""
     return [m for m in modules if m.rpartition(".")[2] != EMBEDDING]

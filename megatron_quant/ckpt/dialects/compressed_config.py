@@ -11,7 +11,7 @@ from megatron_quant.fields import Fields
 from megatron_quant.formats import CHANNEL, GROUP_SIZES, Format, get_format, stored_format
 
 MIXED = "mixed-precision"
-"""``format`` of a config whose groups have several."""
+"""``format`` of a config whose groups have several formats."""
 _LAYOUTS: dict[tuple[str, bool], str] = {
     ("fp8", True): "float-quantized",
     ("fp8", False): "float-quantized",
@@ -74,7 +74,7 @@ _ACTIVATIONS: dict[_Key, tuple[str, bool | str]] = {
     (8, "float", "group", True): ("fp8_group", True),
     (8, "int", "token", True): ("int8", True),
     (8, "int", "tensor", True): ("int8_tensor", False),
-    # The tensor's scale is static, the blocks' are computed as they come.
+    # The tensor's scale is static; each forward computes the blocks' scales.
     (4, "float", "tensor_group", True): ("nvfp4", "local"),
     (4, "float", "group", True): ("mxfp4", True),
 }
@@ -89,7 +89,7 @@ _KV_SCHEME = {
 
 
 def layout(fmt: ModuleFormat) -> str:
-    """The ``format`` of a group; FormatError for a pair that no engine reads."""
+    """Return the ``format`` of a group; FormatError for a pair that no engine reads."""
     weights, inputs = fmt.weights.name, fmt.inputs.name if fmt.inputs else None
     found = _LAYOUTS.get((weights, inputs is not None))
     if found is None or (inputs is not None and inputs not in _INPUTS[weights]):
@@ -101,7 +101,7 @@ def layout(fmt: ModuleFormat) -> str:
 
 
 def group(fmt: ModuleFormat) -> dict[str, Any]:
-    """A group of config_groups, without its targets."""
+    """Return a group of config_groups, without its targets."""
     return {
         "format": layout(fmt),
         "weights": _arguments(_weight_key(fmt.weights), fmt.weights, False),
@@ -142,9 +142,11 @@ def _arguments(key: _Key, fmt: Format, dynamic: bool | str) -> dict[str, Any]:
 
 
 def read_group(group: Fields, format_: str) -> ModuleFormat:
-    """What a group means; CheckpointError for what is not one of the known formats.
+    """Return the formats of a group; CheckpointError for unknown ones.
 
-    format_: ``format`` of the whole config, where the group has none of its own.
+    Args:
+        group: One of ``config_groups``.
+        format_: ``format`` of the whole config, for a group that has none of its own.
     """
     arguments = group.part("input_activations")
     weights = _read_weights(group.part("weights"), quantized_inputs=bool(arguments.values))
@@ -214,12 +216,12 @@ def _unread(arguments: Fields) -> CheckpointError:
 
 
 def kv_cache_scheme(kv_cache: str) -> dict[str, Any] | None:
-    """For the config; None where keys and values are stored as they are."""
+    """Return the scheme for the config; None where keys and values stay as they are."""
     return dict(_KV_SCHEME) if kv_cache else None
 
 
 def read_kv_cache(config: Mapping[str, Any]) -> str:
-    """``fp8`` for FP8 keys and values with a scale a tensor. CheckpointError for others."""
+    """Return ``fp8`` for FP8 keys and values with a scale a tensor; CheckpointError for others."""
     scheme = stated(config).part("kv_cache_scheme")
     if not scheme.values:
         return ""

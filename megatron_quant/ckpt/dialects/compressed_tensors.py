@@ -1,8 +1,8 @@
 """The convention of compressed-tensors, which vLLM and transformers read.
 
-Names, shapes and JSON follow compressed-tensors 0.20 and what vLLM accepts of it. NVFP4's global
-scales are DIVISORS here: the inverse of the codec's. fp8 weights without quantized inputs are
-read by transformers and, outside experts, by vLLM, which refuses them for experts by name.
+Names, shapes and JSON follow compressed-tensors 0.20, as far as vLLM accepts it. NVFP4's global
+scales are DIVISORS here: the inverse of the codec's. transformers reads fp8 weights without
+quantized inputs; vLLM reads them outside experts, and refuses them for experts by name.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -75,7 +75,7 @@ def _divisor(suffix: str, field: str) -> Stored:
 
 
 def _scales(weights: Format) -> Stored:
-    """Scales of rows, groups or blocks, in the dtype in which the codec rounds them."""
+    """Describe scales of rows, groups or blocks, in the dtype to which the codec rounds them."""
     field = weights.field("scale")
     return Stored(
         suffix="weight_scale", field="scale", dtype=field.dtype, block=field.block, also=FLOATS
@@ -143,7 +143,7 @@ def _group_of(fmt: ModuleFormat, targets: list[str]) -> dict[str, Any]:
 
 
 def _groups(plan: QuantPlan) -> dict[str, Any]:
-    """One group for all linears, or one for each format, with its modules by name."""
+    """Return one group for all linears, or one for each format, with its modules by name."""
     formats = formats_of(plan)
     if len(formats) == 1:
         return {"group_0": _group_of(formats[0], ["Linear"])}
@@ -170,7 +170,7 @@ class CompressedTensors(Dialect):
     def stored(
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
     ) -> tuple[Stored, ...]:
-        """Tensors of a quantized module. Raises FormatError where no engine reads the pair."""
+        """List the tensors of a quantized module; FormatError where no engine reads the pair."""
         fmt = ModuleFormat(weights, inputs)
         compressed_config.layout(fmt)
         if layer is Layer.EXPERT and fmt.inputs and fmt.inputs.name == "int8_tensor":
@@ -181,7 +181,7 @@ class CompressedTensors(Dialect):
         return (*_weight_tensors(weights), *_input_tensors(inputs))
 
     def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
-        """For config.json; more than one format makes it ``mixed-precision``."""
+        """Write the config; more than one format makes it ``mixed-precision``."""
         layouts = list(dict.fromkeys(compressed_config.layout(f) for f in formats_of(plan)))
         return {
             "quant_method": self.name,
@@ -197,9 +197,10 @@ class CompressedTensors(Dialect):
     def read_config(
         self, config: Mapping[str, Any], modules: tuple[str, ...]
     ) -> dict[str, ModuleFormat]:
-        """Inverse of :meth:`quantization_config`; names may be exact, ``re:`` patterns or classes.
+        """Invert :meth:`quantization_config`; names may be exact, ``re:`` patterns or classes.
 
-        Raises CheckpointError for arguments that are not of this dialect's formats.
+        Raises:
+            CheckpointError: For arguments that none of this dialect's formats has.
         """
         said, effort = stated(config), Effort()
         groups = [_read_group(g, said, effort) for g in said.parts("config_groups").values()]
@@ -222,12 +223,15 @@ class CompressedTensors(Dialect):
         return not any(order in (True, "group") for order in orders)
 
     def read_kv_cache(self, config: Mapping[str, Any]) -> str:
-        """``fp8`` where the config has a kv_cache_scheme; CheckpointError for another cache."""
+        """Return ``fp8`` where the config has a kv_cache_scheme.
+
+        CheckpointError for another cache.
+        """
         return compressed_config.read_kv_cache(config)
 
 
 class _Names:
-    """Exact names and ``re:`` patterns, as compressed-tensors matches them."""
+    """Exact names and ``re:`` patterns, matched like compressed-tensors does."""
 
     def __init__(self, names: Iterable[str], effort: Effort) -> None:
         self.exact = {n for n in names if not n.startswith("re:")}
@@ -238,7 +242,7 @@ class _Names:
 
 
 def _read_group(group: Fields, config: Fields, effort: Effort) -> tuple[_Names, bool, ModuleFormat]:
-    """Named targets, whether all linears are meant, and the format."""
+    """Return named targets, whether all linears are meant, and the format."""
     targets = group.texts("targets")
     fmt = compressed_config.read_group(group, config.text("format"))
     return _Names(targets, effort), "Linear" in targets, fmt

@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON says of its quantization, wherever the tool that wrote it put that."""
+"""Find where a checkpoint's JSON states its quantization, whatever tool wrote it."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,24 +14,27 @@ from megatron_quant.errors import CheckpointError
 from megatron_quant.fields import Fields
 
 GPT_OSS = "mxfp4"
-"""``quant_method`` of stacks of experts in MXFP4; read alone, see ``ckpt.read.mxfp4_stacks``."""
+"""``quant_method`` of experts' MXFP4 stacks, never written; see ``ckpt.read.mxfp4_stacks``."""
 KEYS = ("quantization_config", "compression_config")
-"""Under which config.json says it; the second is compressed-tensors' older one."""
+"""Keys of config.json that state it. The second is compressed-tensors' older one."""
 _DEPTH = 4
-"""How many objects deep: Qwen3-Omni has ``thinker_config.text_config``."""
+"""Depth of objects that are searched. Qwen3-Omni has ``thinker_config.text_config``."""
 
 
 def has_expert_stacks(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's experts are stacks in MXFP4."""
+    """Return whether a checkpoint's experts are stacks in MXFP4."""
     found = _stated(config)
     return isinstance(found, dict) and found.get("quant_method") == GPT_OSS
 
 
 def quantization_of(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
-    """``quantization_config``, or what older exports have beside config.json alone.
+    """Return ``quantization_config``, or the file that older exports have beside config.json.
 
-    That is looked for in config.json and in the configs in it, as Kimi-K2.5 has it in its
-    ``text_config``. None where nothing is quantized. Raises CheckpointError where it is no object.
+    It is looked for in config.json and in the configs within, as Kimi-K2.5 has it in its
+    ``text_config``. None where nothing is quantized.
+
+    Raises:
+        CheckpointError: Where it is no object.
     """
     found = _stated(config)
     if found is None:
@@ -46,7 +49,7 @@ def quantization_of(config: Mapping[str, Any], directory: Path) -> dict[str, Any
 
 
 def without_quantization(config: Mapping[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
-    """``config`` less all that it, or a config in it, says of quantization."""
+    """Return ``config`` without any statement of quantization, in configs within it too."""
     return {
         key: without_quantization(value, depth - 1) if isinstance(value, dict) and depth else value
         for key, value in config.items()
@@ -55,7 +58,7 @@ def without_quantization(config: Mapping[str, Any], depth: int = _DEPTH) -> dict
 
 
 def _stated(config: Mapping[str, Any], depth: int = _DEPTH) -> Any:
-    """The outermost statement; None where there is none."""
+    """Return the outermost statement; None where there is none."""
     for key in KEYS:
         if config.get(key) is not None:
             return config[key]
@@ -64,7 +67,7 @@ def _stated(config: Mapping[str, Any], depth: int = _DEPTH) -> Any:
 
 
 def _awq(document: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
-    """AutoAWQ's file, whose keys had other names; None for another tool's."""
+    """Read AutoAWQ's file, whose keys had other names; None for another tool's."""
     if not document.keys() & {"w_bit", "bits"}:
         return None
     names = {"w_bit": "bits", "q_group_size": "group_size"}
@@ -74,7 +77,7 @@ def _awq(document: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
 
 
 def _gptq(document: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
-    """AutoGPTQ's file, whose keys are those of config.json; None for another tool's."""
+    """Read AutoGPTQ's file, whose keys are those of config.json; None for another tool's."""
     return {"quant_method": "gptq", **document} if "bits" in document else None
 
 
@@ -83,7 +86,7 @@ _FILES: dict[str, Callable[[Mapping[str, Any], Path], dict[str, Any] | None]] = 
     "quant_config.json": _awq,
     "quantize_config.json": _gptq,
 }
-"""Where tools said it before config.json did -> how to read that. Engines look there too."""
+"""File that tools wrote before config.json stated it -> its reader. Engines look there too."""
 FILES = tuple(_FILES)
 
 
@@ -95,7 +98,7 @@ def _beside(directory: Path) -> dict[str, Any] | None:
 
 
 def dialect_of(quantization: Mapping[str, Any], directory: Path) -> Dialect:
-    """The dialect as ``quantization`` spells it; CheckpointError lists the known ones."""
+    """Return the dialect that ``quantization`` states; CheckpointError lists the known ones."""
     method = Fields(quantization, f"{directory}: quantization_config").text("quant_method")
     if method not in DIALECTS:
         raise CheckpointError(

@@ -1,9 +1,9 @@
-"""Patterns of names that a checkpoint's config brings: somebody else's, so with a limit of time.
+"""Match the patterns of names in a checkpoint's config: somebody else's, so within a time limit.
 
-Regular expressions are Python's, which the tools that write them match with. A simple one is
-matched with ``re``; of the others some take a time that grows exponentially with a name, so they
-are matched with ``regex``, which can be stopped (and which transformers needs anyway; RE2 knows no
-lookahead, which such configs use).
+Regular expressions are Python's, as are the tools that write them. A simple one is matched with
+``re``. Some of the others take a time that grows exponentially with a name. They are matched with
+``regex``, which can be stopped (and which transformers needs anyway). RE2 has no lookahead, which
+such configs use.
 """
 
 import re
@@ -18,9 +18,9 @@ from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError
 
 _LONGEST = 10_000  # characters of an expression
-_REPEATS = 10_000  # all numbers of times multiplied: ``regex`` writes repeats out
+_REPEATS = 10_000  # product of all repeat counts: ``regex`` writes repeats out
 _SECONDS = 20.0  # of processor time for all names of one config
-_NAME = 256  # characters of a name that simple expressions are matched with as they are
+_NAME = 256  # characters of a name that a simple expression is matched with by ``re``
 _FEW, _BRANCHES = 3, 64  # choices of a simple expression, and alternatives in all of them
 _BETWEEN = 16  # simple matches from one look at the clock to the next
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
@@ -37,20 +37,20 @@ class Effort:
         self._seconds, self._steps = seconds, 0
 
     def left(self) -> float:
-        """Seconds; CheckpointError where there are none."""
+        """Return the seconds that are left; raise CheckpointError where there are none."""
         left = self._end - time.thread_time()
         if left <= 0:
             raise self.spent()
         return left
 
     def step(self) -> None:
-        """Raise CheckpointError where no time is left; looks at the clock now and then."""
+        """Raise CheckpointError where no time is left; look at the clock now and then."""
         self._steps += 1
         if self._steps % _BETWEEN == 0:
             self.left()
 
     def spent(self, pattern: str | None = None) -> CheckpointError:
-        """The error for a config that takes too long."""
+        """Return the error for a config that takes too long."""
         what = "its names" if pattern is None else shown(pattern)
         return CheckpointError(
             f"quantization_config: matching {what} takes longer than {self._seconds:g} s; name "
@@ -72,22 +72,23 @@ class Expression:
         self._regex: regex.Pattern[str] | None = None
 
     def match(self, name: str) -> bool:
-        """Whether ``name`` begins with what the expression means."""
+        """Return whether the expression matches at the start of ``name``."""
         if self._is_quick(name, self._choices):
             return self._python.match(name) is not None
         return self._limited(self._stoppable().match, name)
 
     def search(self, name: str) -> bool:
-        """Whether what the expression means is anywhere in ``name``."""
+        """Return whether the expression matches anywhere in ``name``."""
         if self._is_quick(name, self._choices + 1):
             return self._python.search(name) is not None
         return self._limited(self._stoppable().search, name)
 
     def _is_quick(self, name: str, choices: int) -> bool:
-        """Whether there are so few choices to go back to that time is a small power of a name's.
+        """Return whether the time is at most a small power of the name's length.
 
-        Each quantifier and each group is counted as one, as is what only looks like one; a group
-        that repeats is as many as the name has characters.
+        It is where there are few choices to go back to. Each quantifier and each group counts as
+        one, and so does anything that only looks like one. A group that repeats would count as many
+        times as the name has characters.
         """
         self._effort.step()
         return self._simple and choices <= _FEW and len(name) <= _NAME
@@ -107,14 +108,14 @@ class Expression:
 
 
 class Wildcard:
-    """A name with ``*``, ``?`` and sets, as ``fnmatch`` has them: it never goes back."""
+    """A name with the ``*``, ``?`` and sets of ``fnmatch``: matching it never goes back."""
 
     def __init__(self, pattern: str, effort: Effort) -> None:
         _check_size(pattern)
         self._python, self._effort = _compiled(re.compile, translate(pattern)), effort
 
     def match(self, name: str) -> bool:
-        """Whether all of ``name`` is meant."""
+        """Return whether all of ``name`` matches."""
         self._effort.step()
         return self._python.match(name) is not None
 
@@ -140,7 +141,7 @@ def _check_repeats(pattern: str, bare: str) -> None:
 
 def _compiled(compile_: Callable[[str], re.Pattern[str]], pattern: str) -> re.Pattern[str]:
     try:
-        with warnings.catch_warnings():  # of sets that another Python may read otherwise
+        with warnings.catch_warnings():  # it warns of sets that another Python may read otherwise
             warnings.simplefilter("ignore")
             return compile_(pattern)
     except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:

@@ -1,9 +1,9 @@
 """The convention of AutoGPTQ and GPTQModel, version 1: integer groups, transposed.
 
-Symmetric weights only are written. Version 1 stores zero points less one; what reads asymmetric
-ones adds one to whole words, so that a zero point of 0 spoils its neighbour, and vLLM refuses
-them by name. Scales have the codec's dtype, so that they are the calibrated ones exactly. What
-is read: versions 1 and 2, symmetric or not, columns in any order.
+Only symmetric weights are written. Version 1 stores zero points less one. Readers of asymmetric
+ones add one to whole words, so that a zero point of 0 spoils its neighbour, and vLLM refuses them
+by name. Scales keep the codec's dtype, and so are exactly the calibrated ones. Versions 1 and 2 are
+read, symmetric or not, with columns in any order.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
 def group_scales(weights: Format) -> Stored:
-    """``scales`` [K / group, N], of GPTQ and AWQ alike."""
+    """Describe ``scales`` [K / group, N], of GPTQ and AWQ alike."""
     scale = weights.field("scale")
     return Stored(
         suffix="scales",
@@ -62,7 +62,7 @@ def group_scales(weights: Format) -> Stored:
 
 @lru_cache
 def gptq_tensors(weights: Format, version: int) -> tuple[Stored, ...]:
-    """Tensors of a module in an integer format with groups."""
+    """List the tensors of a module in an integer format with groups."""
     words = weights.fields[0].block[1]
     group = weights.group_size
     return (
@@ -112,7 +112,7 @@ def _zeros(weights: Format, version: int) -> Stored:
 
 
 def integer_format(bits: int | None, group_size: int | None, symmetric: bool) -> ModuleFormat:
-    """The weight-only format of these settings; CheckpointError where there is none."""
+    """Return the weight-only format of these settings; CheckpointError where there is none."""
     name = (_SYMMETRIC if symmetric else _ASYMMETRIC).get(bits or 0)
     if name is None:
         raise CheckpointError(
@@ -137,7 +137,7 @@ class Gptq(Dialect):
     def stored(
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
     ) -> tuple[Stored, ...]:
-        """Tensors of a quantized module. Raises FormatError for what GPTQ has not."""
+        """List the tensors of a quantized module; raise FormatError for formats that GPTQ lacks."""
         integers = (*_SYMMETRIC.values(), *_ASYMMETRIC.values())
         if inputs is not None or weights.name not in integers:
             raise FormatError(
@@ -147,9 +147,10 @@ class Gptq(Dialect):
         return gptq_tensors(weights, self.version)
 
     def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
-        """For config.json; bits and groups that differ from most modules' are ``dynamic``.
+        """Write the config; bits and groups that differ from most modules' are ``dynamic``.
 
-        Raises FormatError for asymmetric weights.
+        Raises:
+            FormatError: For asymmetric weights.
         """
         refuse_cache(plan, self.name)
         base, *others = formats_of(plan)
@@ -175,9 +176,10 @@ class Gptq(Dialect):
     def read_config(
         self, config: Mapping[str, Any], modules: tuple[str, ...]
     ) -> dict[str, ModuleFormat]:
-        """Inverse of :meth:`quantization_config`; ``dynamic`` as GPTQModel matches it.
+        """Invert :meth:`quantization_config`; match ``dynamic`` like GPTQModel.
 
-        Raises CheckpointError for bits or groups that are not known.
+        Raises:
+            CheckpointError: For bits or groups that are not known.
         """
         said, effort = stated(config), Effort()
         head = said.flag("lm_head")
@@ -201,7 +203,7 @@ class Gptq(Dialect):
         return not stated(config).flag("desc_act")
 
     def variant(self, config: Mapping[str, Any]) -> Dialect:
-        """Version 1 or 2, as ``checkpoint_format`` says. CheckpointError for others."""
+        """Return version 1 or 2, as ``checkpoint_format`` says; CheckpointError for others."""
         found = stated(config).text("checkpoint_format") or "gptq"
         if found not in _VERSIONS:
             raise CheckpointError(

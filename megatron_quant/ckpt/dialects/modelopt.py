@@ -1,6 +1,6 @@
 """The convention of NVIDIA ModelOpt's unified Hugging Face export.
 
-Read by vLLM, SGLang and TensorRT-LLM; transformers has no reader for it. Names, shapes and JSON
+vLLM, SGLang and TensorRT-LLM read it; transformers has no reader for it. Names, shapes and JSON
 follow ModelOpt 0.47 (``modelopt/torch/export``). Every scale multiplies to dequantize.
 ``W4A16_AWQ`` and ``W4A8_AWQ`` are for TensorRT-LLM only: vLLM rejects the algorithms by name.
 """
@@ -61,7 +61,7 @@ _CHANNEL_SCALE = Stored(
     from_disk=_column,
     dims=(0,),
 )
-# The loader of block FP8 experts is that of DeepSeek's checkpoints; that of linears is not.
+# Engines load block FP8 experts like DeepSeek's, but load other linears another way.
 _BLOCK = (128, 128)
 _BLOCK_SCALE = {
     Layer.DENSE: Stored(
@@ -121,7 +121,7 @@ def _input_tensors(algorithm: str, inputs: Format | None) -> tuple[Stored, ...]:
 
 
 def _refuse_experts(plan: QuantPlan) -> None:
-    """Block FP8 experts have a loader only where every layer says its format by name."""
+    """Refuse block FP8 experts unless layers state formats by name: else no loader takes them."""
     formats = format_of_modules(plan)
     experts = [m for m in formats if layer_of(m) is Layer.EXPERT]
     if experts and len(formats_of(plan)) == 1 and formats[experts[0]].weights.name == "fp8_block":
@@ -145,7 +145,7 @@ class ModelOpt(Dialect):
     def stored(
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
     ) -> tuple[Stored, ...]:
-        """Tensors of a quantized module. Raises FormatError where ModelOpt has no algorithm."""
+        """List the tensors of a quantized module; FormatError where ModelOpt has no algorithm."""
         algorithm = algorithm_of(ModuleFormat(weights, inputs))
         if layer is Layer.EXPERT and algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
             raise FormatError(
@@ -155,15 +155,16 @@ class ModelOpt(Dialect):
         return (*_weight_tensors(weights, layer), *_input_tensors(algorithm, inputs))
 
     def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
-        """The flat form, for config.json.
+        """Write the flat form for config.json.
 
-        Raises FormatError for block FP8 experts in a model of that format alone, and for
-        exclusions that vLLM would extend to a quantized module.
+        Raises:
+            FormatError: For block FP8 experts in a model of that format alone, and for exclusions
+                that vLLM would extend to a quantized module.
         """
         return modelopt_config.flat(self._nested(plan), format_of_modules(plan))
 
     def extra_files(self, plan: QuantPlan) -> dict[str, dict[str, Any]]:
-        """``hf_quant_config.json``: the nested form of the same statements."""
+        """Return ``hf_quant_config.json``: the nested form of the flat one's statements."""
         return {HF_QUANT_CONFIG: self._nested(plan)}
 
     def _nested(self, plan: QuantPlan) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class ModelOpt(Dialect):
     def check_extra_files(
         self, config: Mapping[str, Any], files: Mapping[str, Any]
     ) -> tuple[str, ...]:
-        """What hf_quant_config.json says otherwise than ``config``."""
+        """List where hf_quant_config.json contradicts ``config``."""
         if HF_QUANT_CONFIG not in files:
             return ()
         quantization = files[HF_QUANT_CONFIG].get("quantization")
@@ -194,12 +195,16 @@ class ModelOpt(Dialect):
     def read_config(
         self, config: Mapping[str, Any], modules: tuple[str, ...]
     ) -> dict[str, ModuleFormat]:
-        """Inverse of :meth:`quantization_config`; names in ``ignore`` may hold wildcards.
+        """Invert :meth:`quantization_config`; names in ``ignore`` may hold wildcards.
 
-        Raises CheckpointError for an algorithm that is not known.
+        Raises:
+            CheckpointError: For an algorithm that is not known.
         """
         return modelopt_config.read(config, modules)
 
     def read_kv_cache(self, config: Mapping[str, Any]) -> str:
-        """``fp8`` where the config has a kv_cache_scheme; CheckpointError for another cache."""
+        """Return ``fp8`` where the config has a kv_cache_scheme.
+
+        CheckpointError for another cache.
+        """
         return modelopt_config.read_kv_cache(config)

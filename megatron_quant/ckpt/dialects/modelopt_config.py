@@ -1,6 +1,6 @@
 """ModelOpt's JSON: the nested form of hf_quant_config.json, the flat one of config.json.
 
-As ModelOpt 0.47 writes both (``quant_utils.process_layer_quant_config`` and
+ModelOpt 0.47 writes both (``quant_utils.process_layer_quant_config`` and
 ``convert_hf_config.convert_hf_quant_config_format``).
 """
 
@@ -28,7 +28,7 @@ ALGORITHMS: dict[str, tuple[str, str | None]] = {
 }
 """``quant_algo`` -> formats of weights and inputs."""
 MIXED = "MIXED_PRECISION"
-# ModelOpt has no inputs there, but whatever reads it quantizes them as they come.
+# ModelOpt states no inputs there, but all readers quantize them dynamically.
 _ALIASES: dict[tuple[str, str | None], str] = {("fp8_block", None): "FP8_PB_WO"}
 _READ_ALIASES = {"FP8_BLOCK_SCALES": "FP8_PB_WO"}
 _AWQ = ("W4A16_AWQ", "W4A8_AWQ")
@@ -45,12 +45,12 @@ _INSTEAD: dict[tuple[str, str | None], str] = {
 # Readers look for this producer to know the convention, whoever wrote the files.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 _KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
-# Algorithms of which the flat form has a group of its own.
+# Algorithms that get a group in the flat form.
 _GROUPED = ("FP8", "NVFP4", "W4A16_NVFP4", *_AWQ)
 
 
 def algorithm_of(fmt: ModuleFormat) -> str:
-    """The ``quant_algo``; FormatError where there is none."""
+    """Return the ``quant_algo``; FormatError where there is none."""
     pair = (fmt.weights.name, fmt.inputs.name if fmt.inputs else None)
     found = next((a for a, formats in ALGORITHMS.items() if formats == pair), None)
     found = found or _ALIASES.get(pair)
@@ -69,7 +69,7 @@ def algorithm_of(fmt: ModuleFormat) -> str:
 
 
 def _statement(fmt: ModuleFormat) -> dict[str, Any]:
-    """What the nested form says of a layer's format."""
+    """Return the nested form's statement of a layer's format."""
     algorithm = algorithm_of(fmt)
     statement: dict[str, Any] = {"quant_algo": algorithm}
     if fmt.weights.name in ("nvfp4", "mxfp8", "int4"):
@@ -80,7 +80,7 @@ def _statement(fmt: ModuleFormat) -> dict[str, Any]:
 
 
 def nested(fmt: ModuleFormat, names: list[str], kv_cache: str) -> dict[str, Any]:
-    """The content of hf_quant_config.json where all layers but ``names`` have one format."""
+    """Return hf_quant_config.json for one format of all layers but ``names``."""
     statement = _statement(fmt)
     rest = {k: v for k, v in statement.items() if k != "quant_algo"}
     quantization = {
@@ -93,7 +93,7 @@ def nested(fmt: ModuleFormat, names: list[str], kv_cache: str) -> dict[str, Any]
 
 
 def nested_mixed(formats: Mapping[str, ModuleFormat], kv_cache: str) -> dict[str, Any]:
-    """The same where layers differ; whatever is not listed is not quantized."""
+    """Return hf_quant_config.json for layers that differ; unlisted ones are not quantized."""
     quantization: dict[str, Any] = {
         "quant_algo": MIXED,
         "kv_cache_quant_algo": _cache_algorithm(kv_cache),
@@ -108,9 +108,11 @@ def _cache_algorithm(kv_cache: str) -> str | None:
 
 
 def flat(form: Mapping[str, Any], formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json that says what the nested ``form`` says.
+    """Return the ``quantization_config`` of config.json that equals the nested ``form``.
 
-    formats: Hugging Face module -> its format, of all that is quantized.
+    Args:
+        form: Content of hf_quant_config.json.
+        formats: Hugging Face module -> its format, of all that is quantized.
     """
     quantization = form["quantization"]
     algorithm = quantization["quant_algo"]
@@ -143,7 +145,7 @@ def _mixed_groups(formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
 
 def _group(fmt: ModuleFormat) -> dict[str, Any]:
     algorithm = algorithm_of(fmt)
-    if algorithm == "FP8_PB_WO":  # of which ModelOpt repeats the name alone
+    if algorithm == "FP8_PB_WO":  # ModelOpt repeats nothing but the name
         return {"quant_algo": algorithm}
     size = {"group_size": fmt.weights.group_size} if "group_size" in _statement(fmt) else {}
     kind = "int" if algorithm == "W4A16_AWQ" else "float"
@@ -158,9 +160,10 @@ def _group(fmt: ModuleFormat) -> dict[str, Any]:
 
 
 def from_nested(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What the nested form in file ``path`` says, as far as :func:`read` needs it.
+    """Return the statements of the nested form in file ``path`` that :func:`read` needs.
 
-    Raises CheckpointError where it has no quantization section.
+    Raises:
+        CheckpointError: Where it has no quantization section.
     """
     quantization = document.get("quantization")
     if not isinstance(quantization, dict):
@@ -177,7 +180,7 @@ def from_nested(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def statements(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the flat form says that the nested form repeats."""
+    """Return the flat form's statements that the nested form repeats."""
     said = stated(config)
     algorithm = said.get("quant_algo")
     return {
@@ -190,7 +193,7 @@ def statements(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested_statements(quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of the nested form."""
+    """Return the nested form's statements, in the keys of :func:`statements`."""
     said = Fields(quantization, "quantization")
     algorithm = said.text("quant_algo")
     repeated = algorithm.upper() in _GROUPED
@@ -204,7 +207,10 @@ def nested_statements(quantization: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(config: Mapping[str, Any], modules: tuple[str, ...]) -> dict[str, ModuleFormat]:
-    """Of ``modules`` those that the flat form quantizes. CheckpointError for what is not known."""
+    """Return those of ``modules`` that the flat form quantizes.
+
+    CheckpointError for unknown ones.
+    """
     said, effort = stated(config), Effort()
     algorithm = said.text("quant_algo")
     if algorithm.upper() == MIXED:
@@ -240,14 +246,14 @@ def _read_layer(said: str, group_size: int | None) -> ModuleFormat:
 
 
 def _group_size(config: Fields) -> int | None:
-    """Group size of the weights as the config states it; None where it does not."""
+    """Return the group size of the weights that the config states; None where it does not."""
     for group in config.parts("config_groups").values():
         return group.part("weights").whole("group_size")
     return config.whole("group_size")
 
 
 def read_kv_cache(config: Mapping[str, Any]) -> str:
-    """``fp8`` where the flat form has that cache. CheckpointError for another one."""
+    """Return ``fp8`` where the flat form has that cache; CheckpointError for another one."""
     scheme = config.get("kv_cache_scheme")
     if not scheme:
         return ""

@@ -1,7 +1,7 @@
 """The convention of DeepSeek's block FP8: ``weight`` and ``weight_scale_inv``.
 
-Read by transformers, vLLM, SGLang and TensorRT-LLM, experts included. The scale multiplies to
-dequantize, whatever its name says. Activations are quantized as they come, 1 x 128.
+transformers, vLLM, SGLang and TensorRT-LLM read it, experts included. The scale multiplies to
+dequantize, whatever its name says. Activations are quantized dynamically, 1 x 128.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class NativeFp8(Dialect):
     def stored(
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
     ) -> tuple[Stored, ...]:
-        """Tensors of a quantized module. Raises FormatError for all but block FP8."""
+        """List the tensors of a quantized module; raise FormatError for all but block FP8."""
         if (weights.name, inputs and inputs.name) != ("fp8_block", "fp8_group"):
             instead = "add inputs: fp8_group" if weights.name == "fp8_block" else "take that"
             raise FormatError(
@@ -52,7 +52,7 @@ class NativeFp8(Dialect):
         return _TENSORS
 
     def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
-        """For config.json. Raises FormatError for a plan without one common format."""
+        """Write the config; raise FormatError for a plan without one common format."""
         refuse_cache(plan, self.name)
         fmt = only_format(plan, self.name)
         self.stored(fmt.weights, fmt.inputs)
@@ -67,9 +67,10 @@ class NativeFp8(Dialect):
     def read_config(
         self, config: Mapping[str, Any], modules: tuple[str, ...]
     ) -> dict[str, ModuleFormat]:
-        """Inverse of :meth:`quantization_config`; exclusions as transformers matches them.
+        """Invert :meth:`quantization_config`; match exclusions like transformers.
 
-        Raises CheckpointError for other blocks, static activations or another element type.
+        Raises:
+            CheckpointError: For other blocks, static activations or another element type.
         """
         said, effort = stated(config), Effort()
         kind = [

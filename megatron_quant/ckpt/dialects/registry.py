@@ -1,4 +1,4 @@
-"""On-disk conventions, by name. The names are there without torch; the dialects need it."""
+"""On-disk conventions by name. The names need no torch; the dialects do."""
 
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     DIALECTS: dict[str, Dialect]
 
 DIALECT_NAMES = ("modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "fp8")
-"""What ``--export-format`` may be."""
+"""Choices of ``--export-format``."""
 
 
 def get_dialect(name: str) -> "Dialect":
-    """The dialect called ``name``; FormatError lists the known ones."""
+    """Return the dialect called ``name``; FormatError lists the known ones."""
     if name not in DIALECT_NAMES:
         raise FormatError(f"unknown export format {name!r}; known: {', '.join(DIALECT_NAMES)}")
     return _dialects()[name]

@@ -1,4 +1,4 @@
-"""How one Hugging Face tensor is stored, and which cells of that a rectangle of it fills."""
+"""How one Hugging Face tensor is stored, and which stored cells a rectangle of it fills."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ Shape = tuple[int, ...]
 
 
 class StorageScheme:
-    """How a tensor is stored: as it is (``weights`` is None) or in a format.
+    """The storage of a tensor: plain (``weights`` is None) or in a format.
 
-    It remembers what it worked out for a shape: a model has thousands of tensors alike.
+    It remembers its results for each shape, as a model has thousands of tensors alike.
     """
 
     def __init__(
@@ -36,26 +36,26 @@ class StorageScheme:
         self._splits: dict[tuple[Shape, Box], Split | None] = {}
 
     def names(self, source: Source) -> list[str]:
-        """Names on disk of the tensors that store ``source``."""
+        """Return the names on disk of the tensors that store ``source``."""
         if self.weights is None:
             return [source.name]
         return [f"{source.module}.{s.suffix}" for s in self.stored]
 
     def stored_of(self, field: str) -> Stored | None:
-        """What carries ``field``; None where nothing of it is stored."""
+        """Return the tensor that carries ``field``; None where nothing of it is stored."""
         return next((s for s in self.stored if s.field == field), None)
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """Their shapes, for a weight of ``shape``."""
+        """Return the shapes of the stored tensors, for a weight of ``shape``."""
         if shape not in self._shapes:
             plain = self.weights is None
             self._shapes[shape] = (shape,) if plain else tuple(s.shape(*shape) for s in self.stored)
         return self._shapes[shape]
 
     def boxes(self, shape: Shape, src: Box) -> tuple[Box | None, ...]:
-        """For each stored tensor the box that rectangle ``src`` of a weight of ``shape`` fills.
+        """Return for each stored tensor the box that ``src`` of a weight of ``shape`` fills.
 
-        A stored element belongs to the rectangle with the first weight element that it stands for;
+        A stored element belongs to the rectangle with the first weight element that it stands for.
         None where the rectangle has no such element.
         """
         key = (shape, src)
@@ -65,15 +65,15 @@ class StorageScheme:
         return found
 
     def nbytes(self, shape: Shape, src: Box) -> int:
-        """Bytes that :meth:`boxes` cover."""
+        """Count the bytes that :meth:`boxes` cover."""
         filled = zip(self.stored, self.boxes(shape, src), strict=True)
         return sum(prod(box.size) * stored.dtype.itemsize for stored, box in filled if box)
 
     def split(self, shape: Shape, src: Box) -> "Split | None":
-        """The first packing that an edge of ``src`` inside a weight of ``shape`` splits.
+        """Return the first packing that an edge of ``src`` inside a weight of ``shape`` splits.
 
         Blocks that share a scale may be cut: their scales follow from statistics that the shards
-        merged, and one of them writes each. Packed elements can be written together only.
+        merged, and one of them writes each. Packed elements can only be written together.
         """
         key = (shape, src)
         if key not in self._splits:
@@ -81,9 +81,9 @@ class StorageScheme:
         return self._splits[key]
 
     def check_shape(self, source: Source) -> None:
-        """Raise FormatError unless ``source`` can be stored so.
+        """Raise FormatError unless the scheme can store ``source``.
 
-        The last group of a row may be shorter than the others, but for formats that have no such.
+        The last group of a row may be short, but for formats that need full blocks.
         """
         if source.shape not in self._unfit:
             self._unfit[source.shape] = _unfit(self, source.shape)
@@ -95,7 +95,10 @@ class StorageScheme:
 class Split:
     """An edge between two shards inside elements that one stored element packs.
 
-    dim: along which the edge cuts. count: how many elements are packed along it. suffix: in what.
+    Attributes:
+        dim: Dim along which the edge cuts.
+        count: Number of elements that are packed along it.
+        suffix: Tensor that packs them.
     """
 
     dim: int
@@ -104,17 +107,17 @@ class Split:
 
 
 class StorageSchemes:
-    """Makes one :class:`StorageScheme` per pair of formats and kind of layer."""
+    """A maker of one :class:`StorageScheme` per pair of formats and kind of layer."""
 
     def __init__(self, dialect: Dialect, dtype: torch.dtype, kept: Mapping[str, torch.dtype]):
-        """``dtype``: in which tensors that are not quantized are stored, but those in ``kept``."""
+        """Store unquantized tensors in ``dtype``, or in their dtype in ``kept``."""
         self.dialect = dialect
         self._dtype, self._kept = dtype, kept
         self._plain: dict[torch.dtype, StorageScheme] = {}
         self._made: dict[tuple[Format, Format | None, Layer], StorageScheme] = {}
 
     def plain(self, name: str) -> StorageScheme:
-        """The scheme of the tensor ``name`` where it is not quantized."""
+        """Return the scheme of the tensor ``name`` where it is not quantized."""
         dtype = self._kept.get(name, self._dtype)
         if dtype not in self._plain:
             self._plain[dtype] = StorageScheme(
@@ -125,7 +128,7 @@ class StorageSchemes:
     def of(
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
     ) -> StorageScheme:
-        """The scheme of these formats; FormatError where the dialect has none."""
+        """Return the scheme of these formats; FormatError where the dialect has none."""
         key = (weights, inputs, layer)
         if key not in self._made:
             self._made[key] = StorageScheme(self.dialect.stored(*key), weights, inputs)
@@ -145,7 +148,7 @@ def _box(stored: Stored, shape: Shape, src: Box) -> Box | None:
 
 
 def cells(stored: Stored, shape: Shape, src: Box) -> Box:
-    """The stored elements that rectangle ``src`` fills, by blocks of rows and of columns."""
+    """Return the stored elements that rectangle ``src`` fills, by blocks of rows and of columns."""
     steps = _steps(stored.block, shape)
     start = tuple(-(-o // b) for o, b in zip(src.start, steps, strict=True))
     stop = tuple(-(-(o + n) // b) for o, n, b in zip(src.start, src.size, steps, strict=True))
@@ -189,9 +192,10 @@ def _unfit(scheme: StorageScheme, shape: Shape) -> str:
 
 
 def packings(scheme: StorageScheme, shape: Shape) -> Iterator[tuple[Stored, Shape]]:
-    """Stored tensors with the box of weight elements that one of their elements packs.
+    """Yield stored tensors with the box of weight elements that one of their elements packs.
 
-    Of elements that is all that it stands for; of scales, it is that where several are packed.
+    An element packs everything it stands for. A scale packs nothing, unless one stored element
+    holds several scales.
     """
     if scheme.weights is None:
         return

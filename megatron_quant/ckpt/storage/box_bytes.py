@@ -1,4 +1,4 @@
-"""Boxes of tensors on disk: their bytes in a file, in the order of the box."""
+"""Address boxes of tensors on disk: their bytes in a file, in the order of the box."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice, product
@@ -14,17 +14,17 @@ from megatron_quant.models import Box
 from megatron_quant.native import Leaves
 
 _READ_BYTES = 64 * LEAF_BYTES
-"""Read at a time, to hash what is on disk."""
+"""Bytes that are read at a time to hash a file."""
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, row-major and on the CPU; no copy where they are so already."""
+    """Return a tensor's bytes, row-major and on the CPU; no copy where they are so already."""
     data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
 
 
 def runs(entry: TensorEntry, box: Box) -> Iterator[tuple[int, int]]:
-    """(offset in the file, bytes) of each contiguous run of ``box``, as few as there can be."""
+    """Yield (offset in the file, bytes) of each contiguous run of ``box``, as few as possible."""
     shape, item = entry.shape, entry.dtype.itemsize
     strides = [prod(shape[dim + 1 :]) * item for dim in range(len(shape))]
     cut = max((dim for dim, n in enumerate(shape) if n != box.size[dim]), default=0)
@@ -35,7 +35,7 @@ def runs(entry: TensorEntry, box: Box) -> Iterator[tuple[int, int]]:
 
 
 def placed(entry: TensorEntry, box: Box, data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The runs of ``box`` with the part of ``data`` that each holds."""
+    """Yield the runs of ``box``, each with its part of ``data``."""
     done = 0
     for offset, width in runs(entry, box):
         yield offset, data[done : done + width]
@@ -43,21 +43,21 @@ def placed(entry: TensorEntry, box: Box, data: memoryview) -> Iterator[tuple[int
 
 
 def leaves_of(entry: TensorEntry, box: Box, data: memoryview) -> Leaves:
-    """The bytes of ``box`` as leaves of the tensor's digest, or as a message of their own.
+    """Return the bytes of ``box`` as leaves of the tensor's digest, or as their own message.
 
-    The latter where the box is none of whole leaves one after the other.
+    They are a message where the box is not made of whole leaves one after the other.
     """
     first, ends = _place(entry, box) or (0, True)
     return Leaves(data, first, ends)
 
 
 def is_of_leaves(entry: TensorEntry, box: Box) -> bool:
-    """Whether :func:`leaves_of` are the tensor's."""
+    """Return whether :func:`leaves_of` returns leaves of the tensor."""
     return _place(entry, box) is not None
 
 
 def _place(entry: TensorEntry, box: Box) -> tuple[int, bool] | None:
-    """Number of the first leaf, and whether the last is the tensor's."""
+    """Return the number of the first leaf, and whether the last is the tensor's; None without."""
     found = list(islice(runs(entry, box), 2))
     if len(found) != 1:
         return None
@@ -68,7 +68,7 @@ def _place(entry: TensorEntry, box: Box) -> tuple[int, bool] | None:
 
 
 def hashed_on_disk(fd: int, entry: TensorEntry, box: Box) -> Hashed | None:
-    """What the file holds in ``box``; None where the file ends before."""
+    """Hash the bytes of ``box`` in the file; None where the file ends before."""
     first, ends = _place(entry, box) or (0, True)
     nbytes = prod(box.size) * entry.dtype.itemsize
 
@@ -86,7 +86,7 @@ def hashed_on_disk(fd: int, entry: TensorEntry, box: Box) -> Hashed | None:
 
 
 def _read(fd: int, where: Iterable[tuple[int, int]], nbytes: int) -> Iterator[memoryview]:
-    """The bytes of runs of a file, ``_READ_BYTES`` at a time, each time in the same memory."""
+    """Yield the bytes of runs of a file, ``_READ_BYTES`` at a time, always in the same memory."""
     buffer, filled = memoryview(bytearray(min(nbytes, _READ_BYTES))), 0
     for offset, width in where:
         end = offset + width

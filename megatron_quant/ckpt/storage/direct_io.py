@@ -1,7 +1,7 @@
-"""A file that is filled in place: past the system's cache, where its bytes are to reach the disk.
+"""Fill a file in place, past the system's cache where its bytes are to reach the disk.
 
-What goes through the cache is copied into memory that nobody reads again, drives out what others
-read, and is on the disk no sooner.
+The cache would copy them into memory that nobody reads again, drop data that others read, and get
+them to the disk no sooner.
 """
 
 import errno
@@ -17,9 +17,9 @@ from megatron_quant.ckpt.storage.disk import write_at
 Run = tuple[int, memoryview]
 """Bytes, and where in the file they belong."""
 _BLOCK = 4096
-"""Offset, length and address of what bypasses the cache are multiples of this."""
+"""Multiple that a write past the cache needs as its offset, length and address."""
 _WORTH = 1 << 18
-"""Fewer bytes in a row go through the cache."""
+"""Bytes in a row that are worth a write past the cache."""
 
 
 class StagingBuffer:
@@ -34,14 +34,22 @@ class OutputFile:
     """A file that has its final size, open for several threads at a time."""
 
     def __init__(self, path: Path, direct: bool) -> None:
-        """``direct``: bypass the cache, if the file system can. Raises OSError."""
+        """Open the file; bypass the cache where ``direct`` and the file system can.
+
+        Raises:
+            OSError: Where it cannot be opened.
+        """
         self.path = path
         self._fd = os.open(path, os.O_WRONLY)
         self._direct = _open_direct(path) if direct else None
         self._bypass = self._direct is not None
 
     def write(self, runs: Iterable[Run], stage: StagingBuffer) -> None:
-        """Write ``runs``, of which none overlap. Raises OSError."""
+        """Write ``runs``, of which none overlap.
+
+        Raises:
+            OSError: Where the disk takes no more.
+        """
         for group in _adjacent(runs):
             start, end = group[0][0], group[-1][0] + len(group[-1][1])
             start, end = -(-start // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
@@ -50,7 +58,7 @@ class OutputFile:
             self._write_blocks(start, self._edges(group, start, end), stage)
 
     def _edges(self, group: list[Run], start: int, end: int) -> Iterator[memoryview]:
-        """Write what is not from ``start`` to ``end``; what is, in its order."""
+        """Write the bytes outside of ``start`` to ``end``, and yield those inside, in order."""
         for offset, data in group:
             first = min(max(start - offset, 0), len(data))
             last = max(min(end - offset, len(data)), first)
@@ -61,7 +69,7 @@ class OutputFile:
     def _write_blocks(
         self, offset: int, pieces: Iterable[memoryview], stage: StagingBuffer
     ) -> None:
-        """The pieces one after the other from ``offset`` on: whole blocks together."""
+        """Write the pieces one after the other from ``offset`` on, whole blocks together."""
         filled, size = 0, len(stage.memory)
         for piece in pieces:
             while piece:
@@ -79,22 +87,26 @@ class OutputFile:
         except OSError as error:
             if error.errno != errno.EINVAL or not self._bypass:
                 raise
-            self._bypass = False  # it opens files so, and then refuses to write them so
+            self._bypass = False  # some file systems open files for it and then refuse to write
             write_at(self._fd, blocks, offset)
 
     def sync(self) -> None:
-        """Return when what was written is on the disk. Raises OSError."""
+        """Return once all written bytes are on the disk.
+
+        Raises:
+            OSError: Where the disk reports an error.
+        """
         os.fsync(self._fd)
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         os.close(self._fd)
         if self._direct is not None:
             os.close(self._direct)
 
 
 def _adjacent(runs: Iterable[Run]) -> Iterator[list[Run]]:
-    """Runs that follow one another, together."""
+    """Yield runs that follow one another, together."""
     group: list[Run] = []
     end = 0
     for offset, data in runs:
@@ -110,5 +122,5 @@ def _adjacent(runs: Iterable[Run]) -> Iterator[list[Run]]:
 def _open_direct(path: Path) -> int | None:
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
-    except (AttributeError, OSError):  # no such thing in this system, or in this file system
+    except (AttributeError, OSError):  # this system, or this file system, has no O_DIRECT
         return None

@@ -1,4 +1,4 @@
-"""Writing to a disk that may be full, and saying so in one line."""
+"""Write to a disk that may be full, and say so in one line."""
 
 import ctypes
 import errno
@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_quant.errors import ExportError
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system answers that has no such call."""
+"""Errors of a file system that lacks a call."""
 _WAYS_OUT = {
     errno.ENOSPC: "free some space or choose another --export-dir",
     errno.EDQUOT: "free some of the quota or choose another --export-dir",
@@ -28,7 +28,9 @@ _WAYS_OUT = {
 def explained(path: Path, doing: str) -> Iterator[None]:
     """Turn an OSError of the block into an ExportError that names the file and the way out.
 
-    path: named where the OSError names none.
+    Args:
+        path: File to name where the OSError names none.
+        doing: What failed, for the message.
     """
     try:
         yield
@@ -41,8 +43,8 @@ def explained(path: Path, doing: str) -> Iterator[None]:
 def allocate(fd: int, size: int) -> None:
     """Give the file ``size`` bytes, claimed from the disk where the file system can.
 
-    The call of the system itself: ``posix_fallocate`` of glibc reads every page where the file
-    system has no such call, and so would a file that was written be read.
+    It makes the system's own call. glibc's ``posix_fallocate`` reads every page where the file
+    system has no such call, and a file that was written would be read.
     """
     os.ftruncate(fd, size)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -58,14 +60,14 @@ def allocate(fd: int, size: int) -> None:
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """All of ``data`` at ``offset``, however few bytes the system takes at a time."""
+    """Write all of ``data`` at ``offset``, however few bytes the system takes at a time."""
     while data:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
 
 
 def write_file(path: Path, content: bytes, fsync: bool) -> None:
-    """A whole file; ``fsync``: onto the disk."""
+    """Write a whole file, with ``fsync`` onto the disk."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -80,7 +82,7 @@ def forget(fd: int, offset: int, nbytes: int) -> None:
 
 
 def append(fd: int, data: bytes) -> None:
-    """All of ``data`` at the end of a file that was opened for appending."""
+    """Write all of ``data`` at the end of a file that was opened for appending."""
     left = memoryview(data)
     while left:
         left = left[os.write(fd, left) :]
@@ -99,7 +101,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def overlap(one: Path, other: Path) -> bool:
-    """Whether one of two directories is the other, or lies in it."""
+    """Return whether one of two directories is the other, or lies in it."""
     one, other = one.resolve(), other.resolve()
     if one == other or one in other.parents or other in one.parents:
         return True

@@ -1,4 +1,4 @@
-"""Where a Hugging Face checkpoint is: its directory, its config, the files beside its weights."""
+"""Find a Hugging Face checkpoint: its directory, its config, the files beside its weights."""
 
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ _WANTED = (
 )
 """Files that are fetched, of the repository's root alone."""
 _UNWANTED = ("*/*", "consolidated*", "*.py")
-"""Not fetched: what lies in folders, the same weights again for other tools, and code."""
+"""Files that are not fetched: those in folders, copies of the weights for other tools, code."""
 _FOLDERS = ("additional_chat_templates/*.jinja", "[0-9]_*/config.json")
 """Files in folders that are fetched: chat templates, and modules of embedding models."""
 
 
 def resolve_source(path_or_hub_id: str) -> Path:
-    """The local directory of a checkpoint, downloaded where it is a hub id (``owner/name``).
+    """Return the local directory of a checkpoint, downloaded where it is a hub id (``owner/name``).
 
-    Of a hub repository only safetensors, JSON, tokenizer files and licences of its root are
-    fetched, and chat templates; never code or pickles. Raises CheckpointError where there is
-    neither a directory nor a repository.
+    Only safetensors, JSON, tokenizer files and licences of a repository's root are fetched, and
+    chat templates; never code or pickles.
+
+    Raises:
+        CheckpointError: Where there is neither a directory nor a repository.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
@@ -45,7 +47,7 @@ def _download(hub_id: str) -> Path:
         found = huggingface_hub.snapshot_download(
             hub_id, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
         )
-        # A pattern's * goes through folders, so that these have a call of their own.
+        # A pattern's * goes through folders, so these need a call of their own.
         huggingface_hub.snapshot_download(
             hub_id, revision=Path(found).name, allow_patterns=list(_FOLDERS)
         )
@@ -59,7 +61,7 @@ def _download(hub_id: str) -> Path:
 
 
 def read_object(path: Path, limits: Limits = CONFIG) -> dict[str, Any]:
-    """The object in the JSON file ``path``; CheckpointError where it holds none."""
+    """Return the object in the JSON file ``path``; CheckpointError where it holds none."""
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist; give a checkpoint directory as save_pretrained writes it"
@@ -74,7 +76,7 @@ def read_object(path: Path, limits: Limits = CONFIG) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint directory; CheckpointError where there is none."""
+    """Read ``config.json`` of a checkpoint directory; CheckpointError where there is none."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist; give a checkpoint directory")
     return read_object(directory / "config.json")

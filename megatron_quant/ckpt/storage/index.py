@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint against the files beside it."""
+"""Check the index of a sharded checkpoint against the files beside it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +14,11 @@ from megatron_quant.errors import CheckpointError
 
 
 def index_problems(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, one line each; reads headers alone.
+    """List the faults of a checkpoint's files, one line each; read headers alone.
 
-    Every tensor must be in exactly one file, where the index has it; every safetensors file must
-    be named by the index; a stated total size must be that of the tensors. A checkpoint of one
-    file needs no index.
+    Every tensor must be in exactly one file, where the index has it. Every safetensors file must be
+    named by the index. A stated total size must be that of the tensors. A checkpoint of one file
+    needs no index.
     """
     if not directory.is_dir():
         return ["no such directory; give an exported checkpoint"]
@@ -71,7 +71,7 @@ def _size_problems(directory: Path, index: Mapping[str, Any], files: list[str]) 
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor in a file; SafetensorError where the file is not whole."""
+    """Return the bytes of each tensor in a file; SafetensorError where the file is not whole."""
     if path.exists():
         check_regular(path)
     with safe_open(path, "pt"):

@@ -1,7 +1,7 @@
-"""Safetensors files as memory: a tensor is a view of pages of its file, read without a copy.
+"""Map safetensors files as memory: a tensor is a view of pages of its file, with no copy.
 
-Pages that a file no longer has are SIGBUS, which ends the process: sizes are looked at before each
-tensor, and ``library.explain_lost_pages`` has the last word where a file is cut during that.
+A page that a file no longer has is a SIGBUS, which ends the process. So sizes are looked at before
+each tensor. Where a file is cut during that, ``library.explain_lost_pages`` has the last word.
 """
 
 import os
@@ -18,7 +18,7 @@ _MAPPED = 1 << 27
 
 
 class MappedFiles:
-    """The files of one directory, each mapped from its first tensor that is read on."""
+    """The files of one directory, each mapped when its first tensor is read."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -26,9 +26,10 @@ class MappedFiles:
         self._read = 0
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
-        """A tensor, not to be written; what of it is looked at is read then.
+        """Return a tensor, not to be written; its pages are read when they are looked at.
 
-        Raises OSError where the file cannot be read, or has another size than when it was mapped.
+        Raises:
+            OSError: Where the file cannot be read, or has another size than when it was mapped.
         """
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
@@ -39,7 +40,7 @@ class MappedFiles:
         return data.view(entry.dtype).view(entry.shape)
 
     def _pages(self, entry: TensorEntry) -> mmap:
-        """The file, mapped anew after much was read: old pages go when their tensors do."""
+        """Map the file anew after much was read: old pages go when their tensors do."""
         if self._read > _MAPPED:
             self._memory, self._read = {}, 0
         if entry.file not in self._memory:

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system, so that a bound on what is held is one on what is used."""
+"""Give freed memory back to the system, so that a bound on held memory is one on used memory."""
 
 import ctypes
 
@@ -6,10 +6,10 @@ _LIBC = ctypes.CDLL(None)
 
 
 def give_back() -> None:
-    """Return freed memory in the heap to the system; nothing where the C library cannot.
+    """Return freed memory in the heap to the system; do nothing where the C library cannot.
 
-    glibc keeps a freed block that any small one lies behind, and torch's aligned ones do not quite
-    fit into the holes: a process that holds two tensors at a time came to use eight.
+    glibc keeps a freed block that lies before any small one, and torch's aligned blocks do not
+    quite fit into the holes. A process that held two tensors at a time came to use eight.
     """
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)

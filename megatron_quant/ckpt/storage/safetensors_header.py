@@ -1,4 +1,4 @@
-"""Tensors to files: the order, the offsets and the headers of a sharded safetensors checkpoint.
+"""Lay tensors out in files: the order, the offsets and the headers of a sharded checkpoint.
 
 Format: https://github.com/huggingface/safetensors#format (8 bytes of header length, a JSON header
 padded with spaces to 8 bytes, the tensors without holes).
@@ -75,11 +75,11 @@ class OutFile:
 
 
 def lay_out(units: Iterable[Sequence[Draft]], max_shard_bytes: int) -> tuple[OutFile, ...]:
-    """Files of at most ``max_shard_bytes`` of tensors that hold ``units`` in their order.
+    """Lay ``units`` out in their order, in files of at most ``max_shard_bytes`` of tensors.
 
-    The drafts of a unit share a file; a unit that is larger than the limit gets its own. Within a
-    file tensors are sorted by item size, largest first and otherwise in the given order, so that
-    every tensor is aligned to its item size without the holes that the format forbids.
+    The drafts of a unit share a file. A unit above the limit gets its own. Within a file, tensors
+    are sorted by item size, largest first and otherwise in the given order. So every tensor is
+    aligned to its item size without the holes that the format forbids.
     """
     shards = _split(units, max_shard_bytes)
     return tuple(
@@ -123,7 +123,7 @@ def _file(name: str, drafts: Sequence[Draft]) -> OutFile:
 
 
 def header_bytes(drafts: Sequence[Draft]) -> bytes:
-    """Length and JSON of the header of a file that holds ``drafts`` in this order."""
+    """Return length and JSON of the header of a file that holds ``drafts`` in this order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for d in drafts:
@@ -136,7 +136,7 @@ def header_bytes(drafts: Sequence[Draft]) -> bytes:
 
 
 def read_header(path: Path) -> bytes:
-    """Length and JSON of a safetensors file's header; CheckpointError where it is not whole."""
+    """Read length and JSON of a safetensors header; CheckpointError where it is not whole."""
     check_regular(path)
     try:
         with path.open("rb") as stream:
@@ -151,7 +151,7 @@ def read_header(path: Path) -> bytes:
 
 
 class UnknownDtype(KeyError):
-    """A tensor of a dtype that torch has not."""
+    """A tensor has a dtype that torch lacks."""
 
     def __str__(self) -> str:
         name, dtype = self.args
@@ -159,10 +159,11 @@ class UnknownDtype(KeyError):
 
 
 def entries_of(file: str, header: bytes) -> Iterator[TensorEntry]:
-    """The tensors of a file by its header: inverse of :func:`header_bytes`.
+    """Yield the tensors of a file by its header, the inverse of :func:`header_bytes`.
 
-    Raises CheckpointError where it is no header of safetensors, UnknownDtype for a tensor of a
-    dtype that torch has not.
+    Raises:
+        CheckpointError: Where it is no header of safetensors.
+        UnknownDtype: For a tensor of a dtype that torch lacks.
     """
     where = f"the header of {file}"
     tensors = Fields({"it": parse_json(header[8:], where, HEADER)}, where).part("it").values

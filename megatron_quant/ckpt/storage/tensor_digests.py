@@ -1,4 +1,4 @@
-"""Digests of file tensors, from those of the boxes that ranks write of them."""
+"""Combine digests of the boxes that ranks write into digests of whole file tensors."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,9 +12,11 @@ Written = tuple[TensorEntry, Box, Hashed]
 
 
 class TensorDigests:
-    """What is known of each tensor. A box that is not made of whole leaves tells nothing.
+    """The known digests of each tensor. A box that is not made of whole leaves tells nothing.
 
-    complete: digests by name. some: leaves of tensors that are not complete.
+    Attributes:
+        complete: Digests by name.
+        some: Leaves of tensors that are not complete.
     """
 
     def __init__(self) -> None:
@@ -30,7 +32,12 @@ class TensorDigests:
                 self._add_leaves(entry, [found])
 
     def merge(self, other: "TensorDigests", entries: Mapping[str, TensorEntry]) -> None:
-        """Add what another rank knows; ``entries``: all tensors, by name."""
+        """Add the digests that another rank knows.
+
+        Args:
+            other: Digests of that rank.
+            entries: All tensors, by name.
+        """
         self.complete |= other.complete
         for name, found in other.some.items():
             self._add_leaves(entries[name], found)

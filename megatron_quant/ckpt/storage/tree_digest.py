@@ -1,8 +1,8 @@
-"""The digest of a tensor's bytes: BLAKE2b-256 in the tree mode of its specification.
+"""Digest a tensor's bytes: BLAKE2b-256 in the tree mode of its specification.
 
-A tensor is cut into leaves of 64 KiB, and its digest is that of the root, which is made of the
-leaves' digests: so many leaves can be hashed side by side, which is several times faster than one
-after the other, and by several ranks. ``hashlib.blake2b`` makes the same with ``fanout=0, depth=2,
+A tensor is cut into leaves of 64 KiB. Its digest is that of the root, which is made of the leaves'
+digests. So several ranks can hash leaves, and one rank hashes many side by side, several times
+faster than one after the other. ``hashlib.blake2b`` gives equal digests with ``fanout=0, depth=2,
 leaf_size=65536, inner_size=32`` (https://www.blake2.net/blake2.pdf, section 2.10).
 """
 
@@ -21,8 +21,11 @@ DIGEST_BYTES = 32
 class Hashed:
     """A tensor, or some leaves of one, that was hashed.
 
-    first: number of the first of these leaves. leaves: their digests. digest: of a root that is
-    made of these leaves, in hexadecimal: the tensor's, where they are all of its leaves.
+    Attributes:
+        first: Number of the first of these leaves.
+        leaves: Their digests.
+        digest: Digest of a root made of these leaves, in hexadecimal. It is the tensor's where they
+            are all of its leaves.
     """
 
     first: int
@@ -31,7 +34,7 @@ class Hashed:
 
 
 def hashed(pieces: Sequence[Leaves]) -> list[Hashed]:
-    """All of the pieces."""
+    """Hash all of the pieces."""
     leaves, of_each = memoryview(_hashed(pieces, depth=0)), []
     for piece in pieces:
         size = DIGEST_BYTES * count_leaves(len(piece.data))
@@ -46,9 +49,9 @@ def hashed(pieces: Sequence[Leaves]) -> list[Hashed]:
 
 
 def hashed_in_pieces(pieces: Iterable[Leaves]) -> Hashed:
-    """What comes in pieces, one after the other, whose memory may be used again for the next one.
+    """Hash pieces that come one after the other and may share one memory.
 
-    All of them but the last are some leaves long.
+    All of them but the last are some whole leaves long.
     """
     first, leaves = None, bytearray()
     for piece in pieces:
@@ -58,17 +61,17 @@ def hashed_in_pieces(pieces: Iterable[Leaves]) -> Hashed:
 
 
 def root(leaves: bytes | bytearray) -> str:
-    """The digest of a tensor with these leaves."""
+    """Return the digest of a tensor with these leaves."""
     return _hashed([Leaves(memoryview(leaves))], depth=1).hex()
 
 
 def count_leaves(nbytes: int) -> int:
-    """Leaves of a tensor; an empty one has one."""
+    """Count the leaves of a tensor; an empty one has one."""
     return max(-(-nbytes // LEAF_BYTES), 1)
 
 
 def _hashed(pieces: Sequence[Leaves], depth: int) -> bytes:
-    """Digests of all leaves of the pieces (depth 0) or of a root for each (depth 1)."""
+    """Return digests of all leaves of the pieces (depth 0) or of a root for each (depth 1)."""
     counts = [1 if depth else count_leaves(len(piece.data)) for piece in pieces]
     found = library.blake2b(pieces, LEAF_BYTES, depth, sum(counts))
     return b"".join(_in_python(pieces, counts, depth)) if found is None else found

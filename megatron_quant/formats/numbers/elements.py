@@ -80,7 +80,10 @@ def int4_codes(quotient: Tensor) -> Tensor:
 
 
 def int8_codes(quotient: Tensor) -> Tensor:
-    """Round floats [...] (overwritten) to int8 [...], saturating. The code of a NaN is arbitrary."""
+    """Round floats [...] (overwritten) to int8 [...], saturating.
+
+    The code of a NaN is arbitrary.
+    """
     return quotient.clamp_(INT8_MIN, INT8_MAX).round_().to(torch.int8)
 
 

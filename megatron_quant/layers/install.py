@@ -26,7 +26,13 @@ from megatron_quant.layers.backend import (
 )
 from megatron_quant.layers.grouped import QuantGroupedLinear
 from megatron_quant.layers.registry import register
-from megatron_quant.layers.te import fusion_kept, refuse_capture, refuse_cuda_graphs, refuse_fp8
+from megatron_quant.layers.te import (
+    fusion_kept,
+    mode_state_kept,
+    refuse_capture,
+    refuse_cuda_graphs,
+    refuse_fp8,
+)
 from megatron_quant.native import WHOLE
 from megatron_quant.recipes import Decision, QuantPlan
 
@@ -206,7 +212,7 @@ def attach(
     for name in chosen:
         _check(name, model.get_submodule(name))
     # ModelOpt prints how many quantizers, on every rank.
-    with redirect_stdout(StringIO()), fusion_kept(model):
+    with redirect_stdout(StringIO()), fusion_kept(model), mode_state_kept(model):
         mtq.quantize(model, _ALL_OFF)
     return [_configure(model.get_submodule(n), m, expert_scales) for n, m in chosen.items()]
 

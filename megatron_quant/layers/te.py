@@ -18,6 +18,7 @@ from megatron.core.extensions.transformer_engine import (
 )
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from modelopt.torch.opt import ModeloptStateManager
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry
 from modelopt.torch.utils.distributed import ParallelState
 from torch import nn
@@ -82,6 +83,23 @@ def _drop_modelopt_state(module: nn.Module) -> None:
     """
     for name in ("get_extra_state", "set_extra_state"):
         vars(module).pop(name, None)
+
+
+@contextmanager
+def mode_state_kept(model: nn.Module) -> Iterator[None]:
+    """Give the model the list of ModelOpt's modes that it had before, mostly none.
+
+    By that list Megatron-LM writes ``modelopt_state/``, of single chunks alone, and builds the
+    model through ModelOpt when it resumes, which knows nothing of our layers.
+    """
+    names = (ModeloptStateManager._state_key, ModeloptStateManager._state_version_key)
+    before = {name: list(vars(model)[name]) for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 def _place(module: QuantGroupedLinear) -> Place:

@@ -154,6 +154,7 @@ def wrap(source: Path, tp: int, change: str, value: Any, hf: dict[str, Any]) -> 
         assert [type(m) for m in module.modules()] == names
 
 
+RAW, NORMED = {"norm_topk_prob": False}, {"norm_topk_prob": True}
 # (setting of the model, its value, changes of config.json, what is said)
 REFUSED = [
     ("", None, {"intermediate_size": 256}, "decoder.layers.1.mlp.linear_fc1.weight is (512, 128)"),
@@ -166,6 +167,8 @@ REFUSED = [
     ("layernorm_zero_centered_gamma", True, {}, "stores the weights of norms less 1"),
     ("rotary_interleaved", True, {}, "orders the rows of q and k in another way"),
     ("activation_func", max, {}, "activation_func=max in the TransformerConfig"),
+    ("moe_router_pre_softmax", False, RAW, "moe_router_pre_softmax=False in the TransformerConfig,"),
+    ("moe_router_pre_softmax", True, NORMED, "moe_router_pre_softmax=True in the TransformerConfig,"),
     ("moe_mlp_glu_interleave_size", 32, {}, "moe_mlp_glu_interleave_size=None"),
     ("mtp_num_layers", 1, {}, "mtp_num_layers=1 in the TransformerConfig adds layers"),
     ("linear", None, {}, "Linear is no GPTModel"),

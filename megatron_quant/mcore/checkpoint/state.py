@@ -39,7 +39,9 @@ def decode(stored: torch.Tensor) -> Any:
 
 
 class QuantState(nn.Module):
-    """The child. Its buffer ``description`` is in every state dict, the grids in sharded ones.
+    """The child. Sharded state dicts have its description and grids, plain ones nothing.
+
+    A plain state dict is what others name parameters by, such as Megatron-Bridge's export.
 
     virtual_stage: of the model where a rank has several.
     """
@@ -48,7 +50,7 @@ class QuantState(nn.Module):
         self, description: Mapping[str, Any], grids: Sequence[SavedGrid], virtual_stage: int = 0
     ) -> None:
         super().__init__()
-        self.register_buffer("description", encode(description))
+        self.register_buffer("description", encode(description), persistent=False)
         self.virtual_stage = virtual_stage
         self.grids = {grid.key(None): grid for grid in grids}
 
@@ -81,6 +83,7 @@ class QuantState(nn.Module):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}description", None)  # the model's own says what it is
         for key, grid in self.grids.items():
             stat = state_dict.pop(f"{prefix}{key}", None)
             if stat is not None:

@@ -4,8 +4,9 @@ Some settings change the order, the names or the mathematics of weights and no s
 be exported wrongly without a word. Only values that this library knows are let through.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 from megatron_quant.errors import ArchitectureError
 
@@ -79,19 +80,42 @@ def check_settings(config: Any, described: Mapping[str, Any]) -> None:
                 f"not export: build the model with {name}={allowed[0]}"
             )
     latent = described.get("multi_latent_attention", False)
-    for name in (*_DECIDED, *_OF_EXPERTS, *(_OF_LATENTS if latent else _OF_GROUPED_QUERIES)):
+    chosen = [*_DECIDED, *_OF_EXPERTS]
+    if described.get("moe_router_score_function") == "softmax":
+        chosen.append("moe_router_pre_softmax")
+    for name in (*chosen, *(_OF_LATENTS if latent else _OF_GROUPED_QUERIES)):
         if name in described or name in _DECIDED:
             _check_decided(name, getattr(config, name), described.get(name, _DECIDED.get(name)))
 
 
 def _check_decided(name: str, value: Any, described: Any) -> None:
-    if value != described and _spelled(value) != _spelled(described):
+    if not _same(value, described):
         raise ArchitectureError(
             f"{name}={_spelled(value)} in the TransformerConfig, and config.json makes it "
             f"{_spelled(described)}: give the config.json of this very model"
         )
 
 
+def _same(value: Any, described: Any) -> bool:
+    """Whether two values mean the same: numbers of any type, activations by name.
+
+    A number that went through fp32 is still itself.
+    """
+    if callable(described):
+        name = _spelled(value).strip("'").lower()
+        return _SPELLINGS.get(name, name) == _spelled(described)
+    if isinstance(value, SupportsFloat) and isinstance(described, SupportsFloat):
+        return math.isclose(float(value), float(described), rel_tol=1e-6)
+    return bool(value == described)
+
+
+_SPELLINGS = {"swish": "silu", "quickgelu": "quick_gelu", "quickgeluactivation": "quick_gelu"}
+
+
 def _spelled(value: Any) -> str:
-    """Functions by name: one activation has several definitions."""
-    return str(getattr(value, "__name__", value)) if callable(value) else repr(value)
+    """Functions and modules by name: one activation has several definitions."""
+    if not callable(value):
+        return repr(value)
+    # scripted functions have their own in "name", and their class's in "__name__"
+    name = getattr(value, "name", None) or getattr(value, "__name__", None)
+    return str(name or type(value).__name__)

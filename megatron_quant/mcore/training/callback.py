@@ -37,7 +37,8 @@ class Schedule:
     calibrate_before: the first step whose inputs have ranges; those before it run unquantized and
         are what the ranges are found from. 0 where the model is calibrated already.
     warm_up: how many steps more run unquantized.
-    every: the ranges follow the weights and inputs after every so many steps; 0 for never.
+    every: the ranges follow the weights and inputs after every so many steps; 0 for never. Those of
+        weights follow at every save too.
     freeze_before: the step from which they stay as they are; None for never.
     average: what the newest range of inputs counts for in an exponential average; None for a
         running maximum.
@@ -149,8 +150,13 @@ class QuantCallback:
             self._follow(step + 1)
 
     def on_save(self, step: int) -> None:
-        """At a checkpoint after ``step`` steps: one line on what its quantizers hold."""
+        """Before a checkpoint of ``step`` steps: ranges of its weights, and a line on what it has.
+
+        Weights take the range that they have now, whatever ``every`` is, unless it is frozen.
+        """
         of = self._started()
+        if not self.schedule.frozen(step):
+            calibrate_weights(of.layers, of.plan, of.model.groups)
         formats = Counter(str(d.weights.name) for d in of.plan.quantized if d.weights)
         held = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
         if not self._calibrated:

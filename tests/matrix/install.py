@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 
 from tests.matrix.rows import Row
@@ -84,7 +85,8 @@ class Installer:
         if version == f"{sys.version_info.major}.{sys.version_info.minor}":
             return Path(sys.executable)
         interpreter = find_python(version)
-        return self._made(f"base-py{version}", lambda f: self._fill(f, interpreter)) / "bin/python"
+        name = f"base-py{version}-{requirements()}"
+        return self._made(name, lambda folder: self._fill(folder, interpreter)) / "bin/python"
 
     def _fill(self, folder: Path, interpreter: str) -> None:
         self._run(interpreter, "-m", "venv", folder)
@@ -156,6 +158,12 @@ class Installer:
             raise NotInstalledError(f"not installed in time: {' '.join(command)}") from None
         except (subprocess.CalledProcessError, OSError) as e:
             raise NotInstalledError(f"not installed: {e}") from e
+
+
+def requirements() -> str:
+    """What the environments are made of, as a digest: others are made where it changes."""
+    files = (ROOT / "setup.py", ROOT / "constraints.txt")
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def installed(python: Path, folders: list[Path], names: list[str]) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Quantized activations in a transformers model: what an engine does to a linear's input.
+"""Quantize activations in a transformers model, as an engine does with a linear's input.
 
-transformers fuses a layer's experts into 3-D parameters and calls ``linear`` on one expert's view,
-so there is no module per expert that could be replaced. Every weight is recognized where it is
-used instead: by its address, inside ``torch.nn.functional.linear``.
+transformers fuses a layer's experts into 3-D parameters and calls ``linear`` on one expert's view.
+So there is no module per expert to replace. Every weight is recognized where it is used, by its
+address, inside ``torch.nn.functional.linear``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,22 +23,24 @@ _TAG_ROWS = 12
 
 @dataclass(frozen=True)
 class Activations:
-    """How a linear's input is stored.
+    """The storage of a linear's input.
 
-    dscale: the scale of the whole tensor (multiply to decode), where the format has one.
+    Attributes:
+        fmt: Its format.
+        dscale: Scale of the whole tensor (multiply to decode), where the format has one.
     """
 
     fmt: Format
     dscale: float | None
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` rounded to the format, in its own dtype."""
+        """Round ``x`` to the format, in its own dtype."""
         dscale = None if self.dscale is None else torch.tensor(self.dscale, device=x.device)
         return fake_quant(x, self.fmt, dscale)
 
 
 def _tag(number: int, parameter: torch.Tensor) -> torch.Tensor:
-    """Small stand-in for a parameter, every element ``number * 2**16 + expert``."""
+    """Make a small stand-in for a parameter, every element ``number * 2**16 + expert``."""
     experts = len(parameter) if parameter.ndim == 3 else 1
     tag = number * 2**16 + torch.arange(experts)
     if parameter.ndim == 3:
@@ -47,9 +49,9 @@ def _tag(number: int, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def saved_tags(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Tensor name that ``save_pretrained`` writes -> the tag of the parameter that it is of.
+    """Map each tensor name that ``save_pretrained`` writes to the tag of its parameter.
 
-    What transformers fuses is not written down here: tags go through its own conversion to
+    Nothing here knows which parameters transformers fuses: tags go through its own conversion to
     checkpoint names. ``model`` may be on the meta device.
     """
     tags = {name: _tag(i, p) for i, (name, p) in enumerate(model.named_parameters())}
@@ -57,10 +59,10 @@ def saved_tags(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def linear_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Hugging Face module name -> the 2-D view that ``linear`` multiplies for it.
+    """Map Hugging Face module name to the 2-D view that ``linear`` multiplies for it.
 
-    The names are those that ``save_pretrained`` writes. Members of a fused parameter (gate and
-    up) share one view.
+    The names are those that ``save_pretrained`` writes. Members of a fused parameter (gate and up)
+    share one view.
     """
     views = []
     for parameter in model.parameters():
@@ -74,7 +76,7 @@ def linear_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _merge(module: str, one: Activations | None, two: Activations) -> Activations:
-    """One input feeds all members of a fused weight: engines take the largest of their scales."""
+    """Take the larger scale: one input feeds all members of a fused weight, and engines do so."""
     if one is None:
         return two
     if one.fmt != two.fmt:
@@ -86,10 +88,17 @@ def _merge(module: str, one: Activations | None, two: Activations) -> Activation
 
 
 class QuantizedInputs(TorchFunctionMode):
-    """While entered, fake-quantizes the inputs of a model's linears.
+    """A mode that fake-quantizes the inputs of a model's linears while it is entered.
 
-    inputs: Hugging Face module name -> how its input is stored. The model must call ``linear``
-    on each weight (``experts_implementation="eager"``); :meth:`check` proves that it did.
+    The model must call ``linear`` on each weight (``experts_implementation="eager"``).
+    :meth:`check` proves that it did.
+
+    Args:
+        model: The model.
+        inputs: Hugging Face module name -> how its input is stored.
+
+    Raises:
+        CheckpointError: For a module that is no linear of the model.
     """
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Activations]) -> None:
@@ -131,9 +140,9 @@ class QuantizedInputs(TorchFunctionMode):
         return func(activations.apply(x_TK), weight_NK, *rest, **kwargs)
 
     def check(self) -> None:
-        """AssertionError where a parameter's input went by unquantized. Call after a forward.
+        """Raise AssertionError where a parameter's input went by unquantized. Call after a forward.
 
-        An expert without a token is not missed: of a fused parameter one expert is enough.
+        An expert may have no token: one expert of a fused parameter is enough.
         """
         missed = set(self._parameters.values()) - self._used
         assert not missed, f"activations not quantized: {sorted(missed)[:3]}"

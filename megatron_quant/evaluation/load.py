@@ -1,4 +1,4 @@
-"""A checkpoint directory as a function from token ids to logits."""
+"""Load a checkpoint directory as a function from token ids to logits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids, int64 [tokens] -> logits [tokens, vocabulary] of one causal forward."""
 
 Load = Callable[[Path, torch.dtype], Logits]
-"""How a directory is read: :func:`decoded` or :func:`native`."""
+"""Reader of a directory: :func:`decoded` or :func:`native`."""
 
 
 def _first_line(error: Exception) -> str:
@@ -39,11 +39,13 @@ def _plain(model: PreTrainedModel) -> Logits:
 
 
 def native(directory: Path, dtype: torch.dtype) -> Logits:
-    """The checkpoint as transformers reads it by itself, quantized or not.
+    """Load the checkpoint as transformers reads it by itself, quantized or not.
 
-    Pickled weights and remote code are never loaded. Raises CheckpointError where transformers
-    cannot read it. It reads NVFP4 experts wrongly without saying so, and has no reader for the
-    modelopt dialect: judge those with :func:`decoded`.
+    Pickled weights and remote code are never loaded. transformers reads NVFP4 experts wrongly
+    without an error, and has no reader for the modelopt dialect: judge those with :func:`decoded`.
+
+    Raises:
+        CheckpointError: Where transformers cannot read it.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -59,10 +61,12 @@ def native(directory: Path, dtype: torch.dtype) -> Logits:
 
 
 def decoded(directory: Path, dtype: torch.dtype) -> Logits:
-    """The checkpoint decoded by this library's codecs, with quantized activations simulated.
+    """Load the checkpoint by this library's codecs, with quantized activations simulated.
 
-    One that is not quantized takes the same way, so that two checkpoints differ by their values
-    alone. Raises CheckpointError for a tensor that the model or the checkpoint lacks.
+    An unquantized one takes the same way, so that two checkpoints differ by their values alone.
+
+    Raises:
+        CheckpointError: For a tensor that the model or the checkpoint lacks.
     """
     checkpoint = QuantizedCheckpoint(directory)
     model = _model(directory, {n: checkpoint.weight(n, dtype) for n in checkpoint}, dtype)
@@ -73,11 +77,11 @@ def decoded(directory: Path, dtype: torch.dtype) -> Logits:
 def _model(
     directory: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """transformers' model of the config, filled with ``tensors`` under Hugging Face names."""
+    """Fill transformers' model of the config with ``tensors`` under Hugging Face names."""
     config = _unquantized_config(directory)
     empty = _empty(directory, config)
     tensors = _in_stacks(empty, tensors)
-    load: Any = type(empty).from_pretrained  # typed as if it never told what it loaded
+    load: Any = type(empty).from_pretrained  # its types leave out the loading report
     model, report = load(
         None,
         config=config,
@@ -94,9 +98,9 @@ def _model(
 
 
 def _empty(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
-    """transformers' model of the config on the meta device, with its towers where it has some.
+    """Build transformers' model of the config on the meta device, with its towers if it has some.
 
-    Of the class that config.json names, as a text decoder alone has other names for its tensors.
+    It is of the class that config.json names, as a text decoder alone names its tensors otherwise.
     """
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if len(names) == 1 else None
@@ -107,14 +111,14 @@ def _empty(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
             if type(config) in AutoModelForCausalLM._model_mapping:
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    except Exception as e:  # of a config that contradicts itself a model's code raises anything
+    except Exception as e:  # a config that contradicts itself makes a model's code raise anything
         raise CheckpointError(
             f"{directory}: transformers cannot build the model of its config: {_first_line(e)}"
         ) from e
 
 
 def _in_stacks(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``tensors`` with single experts put back into those stacks that transformers saves whole."""
+    """Put single experts back into the stacks that transformers saves whole."""
     shapes = {name: tuple(p.shape) for name, p in empty.named_parameters()}
     whole_ones = {name: shapes[name] for name in shapes.keys() & saved_tags(empty).keys()}
     views = unstack(empty.config.to_dict(), whole_ones)
@@ -142,7 +146,7 @@ def _unquantized_config(directory: Path) -> PretrainedConfig:
 
 
 def _inputs(checkpoint: QuantizedCheckpoint) -> dict[str, Activations]:
-    """How each module's input is stored, of those whose config quantizes it."""
+    """Return how each module's input is stored, for those whose config quantizes it."""
     inputs = {}
     for module, form in checkpoint.modules.items():
         if form.inputs is None:

@@ -1,4 +1,4 @@
-"""How good a checkpoint is on a text: perplexity, and divergence from a reference."""
+"""Measure a checkpoint on a text: perplexity, and divergence from a reference."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,15 +12,17 @@ from megatron_quant.evaluation.metrics import NOTHING, Sums, nll_and_kl, windows
 from megatron_quant.evaluation.tokenizer import TokenizerChoice
 
 BatchProgress = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
-"""Wraps a list that is gone through once, to show how far it is."""
+"""Wrapper of a list that is gone through once, to show progress."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a checkpoint scores on a text.
+    """The scores of a checkpoint on a text.
 
-    kl: mean KL(reference || model) per token, in nats; None without a reference.
-    tokens: how many were predicted.
+    Attributes:
+        perplexity: exp of the mean negative log likelihood per token.
+        kl: Mean KL(reference || model) per token, in nats; None without a reference.
+        tokens: Number of predicted tokens.
     """
 
     perplexity: float
@@ -30,10 +32,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Text:
-    """A UTF-8 text file, and what of it is read.
+    """A UTF-8 text file, and the part of it that is read.
 
-    seq_length: tokens that are predicted in each window. max_tokens: how many at most in all; None
-    for the whole text. tokenizer: which one cuts it, by default the checkpoint's own.
+    Attributes:
+        file: Its path.
+        seq_length: Tokens that are predicted in each window.
+        max_tokens: Most tokens in all; None for the whole text.
+        tokenizer: Tokenizer that cuts it, by default the checkpoint's own.
     """
 
     file: Path
@@ -50,12 +55,21 @@ def evaluate(
     load: Load = decoded,
     progress: BatchProgress = iter,
 ) -> Result:
-    """Perplexity of a bf16 or quantized checkpoint over a text, in windows that do not overlap.
+    """Measure a bf16 or quantized checkpoint over a text, in windows that do not overlap.
 
-    against: a reference checkpoint with the same vocabulary, for the KL. dtype: of weights and
-    arithmetic, in both. load: :func:`~megatron_quant.evaluation.load.decoded` by our codecs or
-    :func:`~megatron_quant.evaluation.load.native` by transformers alone; the reference is always
-    decoded. Raises QuantError for a text, CheckpointError for a checkpoint that cannot be used.
+    Args:
+        directory: The checkpoint.
+        text: The text.
+        against: Reference checkpoint with the same vocabulary, for the KL.
+        dtype: Dtype of weights and arithmetic, in both.
+        load: :func:`~megatron_quant.evaluation.load.decoded` by our codecs or
+            :func:`~megatron_quant.evaluation.load.native` by transformers alone. The reference is
+            always decoded.
+        progress: Wrapper of the windows that shows progress.
+
+    Raises:
+        QuantError: For a text that cannot be used.
+        CheckpointError: For a checkpoint that cannot be used.
     """
     cut = read_windows(directory, text)
     model = load(directory, dtype)
@@ -65,9 +79,10 @@ def evaluate(
 
 
 def score(model: Logits, cut: Iterable[torch.Tensor], reference: Logits | None = None) -> Sums:
-    """What windows (each int64 [seq_length + 1]) add up to under a model and its reference.
+    """Sum the losses of windows (each int64 [seq_length + 1]) under a model and its reference.
 
-    Raises CheckpointError where the two do not have the same vocabulary.
+    Raises:
+        CheckpointError: Where the two do not have the same vocabulary.
     """
     total = NOTHING
     for window in cut:
@@ -85,8 +100,12 @@ def score(model: Logits, cut: Iterable[torch.Tensor], reference: Logits | None =
 def read_windows(directory: Path, text: Text) -> list[torch.Tensor]:
     """Cut a text into windows, each int64 [seq_length + 1].
 
-    directory: the checkpoint, whose tokenizer is taken where ``text`` names none. Raises QuantError
-    where the text cannot be read or does not fill one window.
+    Args:
+        directory: The checkpoint, whose tokenizer is taken where ``text`` names none.
+        text: The text.
+
+    Raises:
+        QuantError: Where the text cannot be read or does not fill one window.
     """
     try:
         content = text.file.read_text(encoding="utf-8")

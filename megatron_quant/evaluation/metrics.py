@@ -1,7 +1,7 @@
 """Perplexity and divergence of a language model, as pure functions over ids and logits.
 
-Every judge of a model (transformers on one process, Megatron on many) cuts the text and adds up
-the figures here, so their numbers differ only by what the models compute.
+Every judge of a model (transformers on one process, Megatron on many) cuts the text and adds up the
+figures here. So their numbers differ only by the models' own.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Sums:
-    """What windows add up to; sums over tokens, in nats."""
+    """Sums over the tokens of windows, in nats."""
 
     nll: float
     kl: float
@@ -25,12 +25,12 @@ class Sums:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log likelihood per predicted token."""
+        """Return exp of the mean negative log likelihood per predicted token."""
         return math.exp(self.nll / self.tokens)
 
     @property
     def mean_kl(self) -> float:
-        """Mean KL(reference || model) per predicted token."""
+        """Return the mean KL(reference || model) per predicted token."""
         return self.kl / self.tokens
 
 
@@ -38,10 +38,10 @@ NOTHING = Sums(0.0, 0.0, 0)
 
 
 def windows(ids: Sequence[int], seq_length: int) -> Iterator[torch.Tensor]:
-    """Non-overlapping windows of ``ids``: int64 [seq_length + 1], inputs and shifted labels.
+    """Cut ``ids`` into windows that do not overlap: int64 [seq_length + 1], inputs and labels.
 
     ``w[:-1]`` are a forward's ``seq_length`` inputs and ``w[1:]`` its labels. Consecutive windows
-    share one id, so every id but the first is predicted once; a shorter tail is dropped.
+    share one id, so every id but the first is predicted once. A shorter tail is dropped.
     """
     assert seq_length > 0
     stream = torch.as_tensor(ids, dtype=torch.int64)
@@ -52,10 +52,13 @@ def windows(ids: Sequence[int], seq_length: int) -> Iterator[torch.Tensor]:
 def nll_and_kl(
     logits_TV: torch.Tensor, ref_logits_TV: torch.Tensor | None, labels_T: torch.Tensor
 ) -> Sums:
-    """Sums over tokens of -log p(label) and of KL(reference || model), 0 without a reference.
+    """Sum -log p(label) and KL(reference || model), 0 without a reference, over tokens.
 
-    Logits [tokens, vocabulary] of any float type; the log-softmax is taken in fp32 and the sums
-    in fp64.
+    Args:
+        logits_TV: [tokens, vocabulary] of any float type. The log-softmax is taken in fp32 and the
+            sums in fp64.
+        ref_logits_TV: Logits of the reference.
+        labels_T: int64 [tokens].
     """
     logp_TV = F.log_softmax(logits_TV.float(), dim=-1)
     nll = F.nll_loss(logp_TV.double(), labels_T, reduction="sum")

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, and the code that it may be."""
+"""Load the tokenizer of a checkpoint, which may be code."""
 
 import fcntl
 import json
@@ -24,10 +24,11 @@ _SETTINGS = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Which tokenizer reads a text, in place of the one beside a checkpoint's weights.
+    """The tokenizer of a text, in place of the one beside a checkpoint's weights.
 
-    folder: where it is; None for the checkpoint's own. trust_remote_code: run its code where it is
-    code.
+    Attributes:
+        folder: Folder that has it; None for the checkpoint's own.
+        trust_remote_code: Whether to run its code where it is code.
     """
 
     folder: str | Path | None = None
@@ -45,14 +46,19 @@ class TokenizerChoice:
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer of a checkpoint, from local files alone.
+    """Load transformers' tokenizer of a checkpoint, from local files alone.
 
-    trust_remote_code: run the Python code that tokenizer_config.json names, where it names some.
     Code that config.json names, of the model and its config, is never run.
 
-    Raises CheckpointError where transformers cannot read a tokenizer, reads an empty one, or would
-    have to run code that is not trusted or not there; and for a file of it that is no regular one,
-    or larger than any tokenizer's.
+    Args:
+        directory: Folder of the tokenizer's files.
+        trust_remote_code: Whether to run the Python code that tokenizer_config.json names, where it
+            names some.
+
+    Raises:
+        CheckpointError: Where transformers cannot read a tokenizer, reads an empty one, or would
+            have to run code that is not trusted or missing; and for a file of it that is no regular
+            one, or larger than any tokenizer's.
     """
     for path in directory.glob("*"):
         if path.suffix in _PARSED and not path.name.endswith(_INDEX) and not path.is_dir():
@@ -71,19 +77,19 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrain
         return _working(
             AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         )
-    except Exception as e:  # of a broken file transformers raises whatever its parser does
+    except Exception as e:  # a broken file makes transformers raise whatever its parser does
         raise refused from e
 
 
 def _working(tokenizer: Any) -> PreTrainedTokenizerBase:
-    """Where files are missing transformers may hand out a tokenizer with an empty vocabulary."""
+    """Refuse an empty vocabulary: transformers may hand one out where files are missing."""
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise ValueError("its vocabulary is empty")
     return tokenizer
 
 
 def _code(directory: Path) -> str | None:
-    """The class that is the tokenizer, as ``module.Class``; None where it is transformers' own."""
+    """Return the tokenizer's class as ``module.Class``; None where it is transformers' own."""
     path = directory / _SETTINGS
     found = read_json(path) if path.exists() else None
     found = found.get("auto_map") if isinstance(found, dict) else None
@@ -119,9 +125,9 @@ def _of_code(directory: Path, code: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _nameless(directory: Path) -> Iterator[Path]:
-    """Links to the files of ``directory`` beside a config.json that names no code.
+    """Link the files of ``directory`` beside a config.json that names no code.
 
-    transformers asks config.json for the model's type, and runs its code where it is let.
+    transformers asks config.json for the model's type, and would run its code if allowed.
     """
     with TemporaryDirectory() as made:
         view = Path(made) / directory.resolve().name
@@ -139,7 +145,7 @@ def _nameless(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """One process at a time: ranks would read code that another one is just copying."""
+    """Let one process in at a time: ranks would read code that another one is just copying."""
     folder = Path(HF_MODULES_CACHE)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".megatron_quant.lock").open("w") as lock:

@@ -12,8 +12,11 @@ PACKAGE = Path(megatron_quant.__file__).parent
 READ = {
     "calib",
     "ckpt/dialects",
+    "ckpt/plan",
     "ckpt/storage",
+    "ckpt/verify",
     "engines",
+    "evaluation",
     "formats",
     "models",
     "native",

@@ -1,4 +1,4 @@
-"""What an export will write, and which rank writes it; nothing here touches a tensor."""
+"""Plan the files of an export, and which rank writes them; nothing here touches a tensor."""
 
 import lazy_loader
 

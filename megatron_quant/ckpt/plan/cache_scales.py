@@ -1,4 +1,4 @@
-"""The scales of a quantized KV cache among an export's tensors: scalars that no weight owns."""
+"""List the scales of a quantized KV cache among an export's tensors: scalars of no weight."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,10 +14,17 @@ FIELDS = {"k": K_SCALE, "v": V_SCALE}
 def cache_tensors(
     quant: QuantPlan, dialect: Dialect, params: Sequence[Param]
 ) -> Iterator[tuple[Param, Source, StorageScheme]]:
-    """What ``dialect`` stores of the KV cache that ``quant`` asks for, as parameters of their own.
+    """Yield the scales that ``dialect`` stores of the KV cache of ``quant``, as parameters.
 
-    Their names are those of the cache slots, their layers those of the keys' projections in
-    ``params``. Raises FormatError where the dialect has no such.
+    They have the names of the cache slots, and the layers of the keys' projections in ``params``.
+
+    Args:
+        quant: The resolved recipe.
+        dialect: Dialect of the export.
+        params: The model's logical parameters.
+
+    Raises:
+        FormatError: Where the dialect has no such scales.
     """
     if not quant.kv_cache:
         return

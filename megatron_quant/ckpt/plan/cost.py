@@ -1,4 +1,4 @@
-"""Figures of an export plan: what planning costs, and how evenly the ranks share the work."""
+"""Measure an export plan: the cost of planning, and how evenly the ranks share the work."""
 
 import time
 from collections.abc import Callable
@@ -29,12 +29,12 @@ class Spread:
 
     @property
     def imbalance(self) -> float:
-        """What the busiest rank writes, over the mean: 1 is even."""
+        """Return the busiest rank's bytes over the mean: 1 is even."""
         return self.largest / self.mean
 
 
 def measured(make: Callable[[], ExportPlan]) -> tuple[ExportPlan, Cost]:
-    """The plan that ``make`` makes, and what it cost."""
+    """Make a plan with ``make``, and return it with its cost."""
     before, start = _resident(), time.process_time()
     plan = make()
     seconds, after = time.process_time() - start, _resident()
@@ -42,13 +42,13 @@ def measured(make: Callable[[], ExportPlan]) -> tuple[ExportPlan, Cost]:
 
 
 def spread(plan: ExportPlan, ranks: int) -> Spread:
-    """What each of the layout's ranks writes."""
+    """Return the bytes that each of the layout's ranks writes, as a summary."""
     written = [sum(part.nbytes for part in plan.parts_of(rank)) for rank in range(ranks)]
     return Spread(ranks, min(written), max(written), sum(written) / ranks)
 
 
 def _resident() -> int | None:
-    """Bytes of this process in memory."""
+    """Return the bytes of this process in memory."""
     if not _STATUS.exists():
         return None
     found = (line.split()[1] for line in _STATUS.read_text().splitlines() if "VmRSS" in line)

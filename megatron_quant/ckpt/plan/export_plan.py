@@ -51,10 +51,12 @@ class StoredTensor:
 
 @dataclass(frozen=True, eq=False)
 class RankPart:
-    """A rectangle of a Hugging Face tensor that one rank writes, from what it holds itself.
+    """A rectangle of a Hugging Face tensor that one rank writes, from its own values.
 
-    region: the rectangle, and where the rank's parameter has it.
-    owner: the rank that writes it.
+    Attributes:
+        target: The tensor.
+        region: The rectangle, and where the rank's parameter has it.
+        owner: The rank that writes it.
     """
 
     target: StoredTensor
@@ -63,17 +65,17 @@ class RankPart:
 
     @property
     def param(self) -> Param:
-        """The logical parameter that holds it."""
+        """Return the logical parameter that holds the tensor."""
         return self.target.param
 
     @cached_property
     def src(self) -> Box:
-        """The rectangle in the Hugging Face tensor."""
+        """Return the rectangle in the Hugging Face tensor."""
         return _box(self.region)
 
     @property
     def pieces(self) -> Iterator[Piece]:
-        """What it fills in the files."""
+        """Yield the boxes of file tensors that it fills."""
         target = self.target
         filled = target.scheme.boxes(target.source.shape, self.src)
         for entry, stored, box in zip(target.entries, target.scheme.stored, filled, strict=True):
@@ -82,7 +84,7 @@ class RankPart:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes that it fills."""
+        """Count the bytes that it fills."""
         return self.target.scheme.nbytes(self.target.source.shape, self.src)
 
 
@@ -90,8 +92,14 @@ class RankPart:
 class ExportPlan:
     """Everything about an export but the tensors' values.
 
-    files, and the entries in them, do not depend on the layout; ``parts`` do.
-    bytes_before: bytes of the weights if none were quantized; bytes_after: as they are stored.
+    ``files``, and the entries in them, do not depend on the layout; ``parts`` do.
+
+    Attributes:
+        files: Files in order.
+        targets: Hugging Face tensors in the order of the model.
+        parts: Rectangles of them, one owner each.
+        bytes_before: Bytes of the weights if none were quantized.
+        bytes_after: Bytes of the weights on disk.
     """
 
     files: tuple[OutFile, ...]
@@ -102,12 +110,12 @@ class ExportPlan:
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
-        """Every tensor, file by file."""
+        """Return every tensor, file by file."""
         return tuple(entry for file in self.files for entry in file.entries)
 
     @property
     def index(self) -> dict[str, Any]:
-        """Content of ``model.safetensors.index.json``."""
+        """Return the content of ``model.safetensors.index.json``."""
         return {
             "metadata": {"total_size": self.bytes_after},
             "weight_map": {entry.name: entry.file for entry in self.entries},
@@ -121,7 +129,7 @@ class ExportPlan:
         return {rank: tuple(found) for rank, found in parts.items()}
 
     def parts_of(self, rank: int) -> tuple[RankPart, ...]:
-        """What ``rank`` writes, in the order of the model."""
+        """Return the parts that ``rank`` writes, in the order of the model."""
         return self._by_rank.get(rank, ())
 
 
@@ -134,13 +142,21 @@ def plan_export(  # noqa: PLR0913
     max_shard_bytes: int,
     kept: Mapping[str, torch.dtype] = _NOTHING,
 ) -> ExportPlan:
-    """Plan the files of ``params`` as ``quant`` decides and ``dialect`` spells them.
+    """Plan the files of ``params``, quantized by ``quant`` and stored by ``dialect``.
 
-    dtype: of whatever is not quantized. max_shard_bytes: tensor bytes per file. kept: Hugging Face
-    tensors that have another dtype than ``dtype`` where they are not quantized.
+    Args:
+        params: The model's logical parameters, in order.
+        quant: The resolved recipe.
+        dialect: Dialect of the export.
+        layout: Ranks that hold the model.
+        dtype: Dtype of all tensors that are not quantized.
+        max_shard_bytes: Tensor bytes per file.
+        kept: Hugging Face tensors that have another dtype where they are not quantized.
 
-    Raises FormatError where a shape does not suit its format and LayoutError where a shard's edge
-    splits elements that are stored together.
+    Raises:
+        ExportError: For a file size below 1 byte.
+        FormatError: Where a shape does not suit its format.
+        LayoutError: Where a shard's edge splits elements that are stored together.
     """
     if max_shard_bytes < 1:
         raise ExportError(f"--max-shard-size is {max_shard_bytes} bytes; give a positive size")
@@ -200,7 +216,7 @@ _Held = tuple[StoredTensor, Region, tuple[int, ...]]
 
 
 def _rectangles(targets: Sequence[StoredTensor], layout: Layout) -> Iterator[_Held]:
-    """Every rectangle of every target, with the ranks that hold it, in the order of the model."""
+    """Yield every rectangle of every target with the ranks that hold it, in the model's order."""
     by_param: dict[str, dict[str, StoredTensor]] = {}
     for target in targets:
         by_param.setdefault(target.param.name, {})[target.source.name] = target
@@ -231,9 +247,9 @@ _Ranks = tuple[int, ...]
 
 
 def _own(rectangles: Iterator[_Held]) -> tuple[RankPart, ...]:
-    """One owner per rectangle: largest first, to the holder with the fewest bytes so far.
+    """Choose one owner per rectangle: largest first, to the holder with the fewest bytes so far.
 
-    The shards of a tensor that are cut along its inputs go to one replica's ranks together, who
+    The shards of a tensor that are cut along its inputs go to one replica's ranks together. These
     can then put its rows together among them.
     """
     found = list(rectangles)
@@ -254,7 +270,7 @@ def _own(rectangles: Iterator[_Held]) -> tuple[RankPart, ...]:
 
 
 def _units(found: Sequence[_Held]) -> list[list[int]]:
-    """Rectangles whose owners are chosen together."""
+    """Group the rectangles whose owners are chosen together."""
     units: list[list[int]] = []
     last: StoredTensor | None = None
     for i, (target, region, _) in enumerate(found):
@@ -268,12 +284,12 @@ def _units(found: Sequence[_Held]) -> list[list[int]]:
 
 
 def cut_inside(region: Region) -> bool:
-    """Whether the region has a part of each row of its tensor."""
+    """Return whether the region has a part of each row of its tensor."""
     return region.size[1:] != region.whole[1:]
 
 
 def _lightest(heap: list[tuple[int, _Ranks]], load: dict[int, int]) -> _Ranks:
-    """The ranks of least load; the heap's loads may be out of date, but only ever too small."""
+    """Return the ranks of least load; loads in the heap may be outdated, but only too small."""
     while heap[0][0] != (now := max(load[rank] for rank in heap[0][1])):
         heapq.heapreplace(heap, (now, heap[0][1]))
     return heap[0][1]

@@ -1,4 +1,4 @@
-"""The proof that an export plan fills every byte of every file exactly once."""
+"""Prove that an export plan fills every byte of every file exactly once."""
 
 from itertools import combinations
 from math import prod
@@ -12,7 +12,7 @@ from megatron_quant.models import Box
 def check_plan(plan: ExportPlan) -> None:
     """Assert that files hold their tensors without holes and that the parts tile each tensor.
 
-    Tensors of equal shape that are cut equally are proven once, so the cost grows with the number
+    Tensors of equal shape that are cut equally are proven once. So the cost grows with the number
     of parts and not with its square.
     """
     for file in plan.files:
@@ -51,7 +51,7 @@ def _check_tensors(scheme: StorageScheme, shape: Shape, cuts: tuple[Box, ...], n
 
 
 def tiles(shape: Shape, cuts: tuple[Box, ...]) -> bool:
-    """Whether the boxes lie in a tensor of ``shape`` and cover each element exactly once."""
+    """Return whether the boxes lie in a tensor of ``shape`` and cover each element exactly once."""
     inside = all(
         o >= 0 and n > 0 and o + n <= dim
         for cut in cuts

@@ -1,4 +1,4 @@
-"""What an export is made of, as digests: two runs with the same ones write the same bytes."""
+"""Digest the inputs of an export: two runs with equal digests write the same bytes."""
 
 import hashlib
 import json
@@ -14,12 +14,13 @@ from megatron_quant.recipes import Recipe, Rule
 
 @dataclass(frozen=True)
 class Origin:
-    """What an export is made of, each as a digest; empty where it is not known.
+    """The inputs of an export, each as a digest; empty where it is not known.
 
-    recipe: :func:`recipe_digest`, or :func:`digest_of` whatever decided in its place.
-    source: :func:`source_digest`.
-    statistics: :func:`digest_of` the scales that calibration found. An unfinished export is not
-        continued with others; the manifest leaves them out.
+    Attributes:
+        recipe: :func:`recipe_digest`, or :func:`digest_of` whatever decided in its place.
+        source: :func:`source_digest`.
+        statistics: :func:`digest_of` the scales that calibration found. An unfinished export is not
+            continued with others. The manifest leaves them out.
     """
 
     recipe: str = ""
@@ -28,12 +29,12 @@ class Origin:
 
 
 def digest_of(value: object) -> str:
-    """Digest of what JSON can say, whatever the order of its keys."""
+    """Digest a value that JSON can express, whatever the order of its keys."""
     return digest_of_parts([json.dumps(value, sort_keys=True).encode()])
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """Digest of what a recipe does, whatever its name and description."""
+    """Digest the effect of a recipe, whatever its name and description."""
     return digest_of([recipe.kv_cache, *map(_rule, recipe.rules)])
 
 
@@ -47,10 +48,12 @@ def _format(fmt: Format | None) -> object:
 
 
 def source_digest(directory: Path) -> str:
-    """Digest of a checkpoint's config.json, and of its safetensors files' names, sizes and headers.
+    """Digest a checkpoint's config.json, and names, sizes and headers of its safetensors files.
 
-    Weights that were replaced by others of the same names and shapes are not noticed. Raises
-    CheckpointError where a file cannot be read.
+    It does not notice weights that were replaced by others of the same names and shapes.
+
+    Raises:
+        CheckpointError: Where a file cannot be read.
     """
     described: list[object] = [read_object(directory / "config.json")]
     for path in sorted(directory.glob("*.safetensors")):
@@ -60,7 +63,7 @@ def source_digest(directory: Path) -> str:
 
 
 def digest_of_parts(parts: Iterable[bytes]) -> str:
-    """Digest of byte strings, which tells where one ends and the next begins."""
+    """Digest byte strings, with the places where one ends and the next begins."""
     found = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
         found.update(struct.pack("<Q", len(part)))

@@ -1,4 +1,4 @@
-"""From logical parameters to the slots that a recipe decides on."""
+"""Turn logical parameters into the slots that a recipe decides on."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from megatron_quant.recipes import Slot
 
 
 def slots(params: Sequence[Param]) -> tuple[Slot, ...]:
-    """One slot per parameter, in order; whatever is no linear weight is ``fixed`` as its role."""
+    """Make one slot per parameter, in order; ``fixed`` holds the role of all but linear weights."""
     return tuple(
         Slot(
             name=param.name,

@@ -1,4 +1,4 @@
-"""Where every rank of a model sits, and hence which piece of a logical parameter it holds."""
+"""Place every rank of a model, and tell which piece of a logical parameter it holds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Replicas = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Coord:
-    """One rank's coordinates. Ranks that agree in those that cut a parameter are replicas."""
+    """One rank's coordinates. Ranks with equal ones along the cuts of a parameter are replicas."""
 
     tp: int
     ep: int
@@ -27,9 +27,13 @@ class Coord:
 class Layout:
     """The parallel layout of all ranks that hold one model.
 
-    coords: by rank in the model's group.
-    experts: experts per layer, 0 for a model without; split contiguously over ``ep_size``.
-    stages: the layers of every pipeline rank; empty where there is one, which holds all.
+    Attributes:
+        tp_size: Tensor-parallel size.
+        ep_size: Expert-parallel size.
+        etp_size: Expert tensor-parallel size.
+        coords: Coordinates by rank in the model's group.
+        experts: Experts per layer, 0 for a model without; split contiguously over ``ep_size``.
+        stages: Layers of every pipeline rank; empty where there is one, which holds all.
     """
 
     tp_size: int
@@ -43,13 +47,14 @@ class Layout:
     def simulate(
         world: int, tp: int, ep: int, etp: int, experts: int = 0, stages: Stages = ()
     ) -> "Layout":
-        """The layout that Megatron's default rank order gives ``world`` ranks.
+        """Return the layout that Megatron's default rank order gives ``world`` ranks.
 
         Dense: ``rank = tp + tp_size * (dp + dp_size * pp)``; experts: ``rank = etp + etp_size *
         (ep + ep_size * (edp + edp_size * pp))`` (``RankGenerator`` of
         megatron.core.parallel_state, order "tp-cp-ep-dp-pp").
 
-        Raises LayoutError where a size does not divide the world or the experts.
+        Raises:
+            LayoutError: Where a size does not divide the world or the experts.
         """
         _check_sizes(world, tp, ep, etp, experts)
         pp = len(stages) or 1
@@ -66,16 +71,16 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """Number of ranks."""
+        """Return the number of ranks."""
         return len(self.coords)
 
     @property
     def pp_size(self) -> int:
-        """Number of pipeline stages."""
+        """Return the number of pipeline stages."""
         return len(self.stages) or 1
 
     def places(self, param: Param) -> tuple[tuple[int, int], ...]:
-        """The (pipeline rank, chunk of it) that hold the parameter, at most one of a rank."""
+        """Return each (pipeline rank, chunk of it) that holds the parameter, at most one a rank."""
         if not self.stages:
             return ((0, 0),)
         first, last = (0, 0), (self.pp_size - 1, len(self.stages[-1]) - 1)
@@ -88,13 +93,13 @@ class Layout:
         return tuple((pp, chunk) for pp, chunk, held in chunks if param.layer in held)
 
     def shards(self, param: Param) -> int:
-        """Into how many pieces the parameter (of one expert, if it is an expert's) is cut."""
+        """Count the pieces into which the parameter is cut (one expert's, if it is an expert's)."""
         if param.parallel is Parallel.REPLICATED:
             return 1
         return self.tp_size if param.domain is Domain.DENSE else self.etp_size
 
     def shard_of(self, param: Param, rank: int) -> tuple[int, int] | None:
-        """``(shard_rank, shard_size)`` that ``rank`` holds; None if it holds nothing of it."""
+        """Return the ``(shard_rank, shard_size)`` that ``rank`` holds; None if it holds nothing."""
         coord, size = self.coords[rank], self.shards(param)
         if param.domain is Domain.EXPERT and coord.ep != self._ep_of(param):
             return None
@@ -103,7 +108,7 @@ class Layout:
         return (_shard(coord, param.domain) if size > 1 else 0, size)
 
     def holders(self, param: Param) -> Replicas:
-        """For each shard of the parameter the ranks that hold a replica of it, ascending."""
+        """Return for each shard the ranks that hold a replica of it, ascending."""
         domain, ep, size = param.domain, self._ep_of(param), self.shards(param)
         stages = sorted({pp for pp, _ in self.places(param)})
         held = [
@@ -114,7 +119,7 @@ class Layout:
 
     @cached_property
     def _ranks_at(self) -> Mapping[tuple[Domain, int, int, int | None], tuple[int, ...]]:
-        """Ranks by domain, expert rank (0 if dense), stage and shard; None for any shard."""
+        """Map domain, expert rank (0 if dense), stage and shard (None for any) to ranks."""
         found: dict[tuple[Domain, int, int, int | None], list[int]] = {}
         for rank, coord in enumerate(self.coords):
             for domain in Domain:

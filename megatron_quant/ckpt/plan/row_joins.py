@@ -1,7 +1,7 @@
-"""Tensors whose rows shards cut: who puts which rows together, and writes them.
+"""Decide which ranks put rows together where shards cut rows, and write them.
 
-Each of the ranks that hold such a tensor encodes its columns and gets, from all of them, every
-column of some rows: what it writes is then one run of the file and not one a row.
+Each of the ranks that hold such a tensor encodes its columns. It gets every column of some rows
+from all of them. So it writes one run of the file and not one a row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,10 @@ from megatron_quant.ckpt.storage import TensorEntry
 from megatron_quant.models import Box, Domain
 
 LONG_BYTES = 8 << 10
-"""Pieces of rows that are at least so long are written one by one: that is about as quick, see
+"""Length from which pieces of rows are written one by one: that is about as quick, see
 docs/performance.md, and needs less memory."""
 BATCH_BYTES = 16 << 20
-"""About what a rank has encoded of tensors that are exchanged together."""
+"""Approximate encoded bytes on a rank of tensors that are exchanged together."""
 
 Filled = tuple[TensorEntry, Box]
 """A file tensor and a box of it."""
@@ -31,17 +31,17 @@ class Join:
     boxes: tuple[Box | None, ...]
 
     def width(self, member: int) -> int:
-        """Bytes of each row that the member's part has."""
+        """Count the bytes of each row that the member's part has."""
         box = self.boxes[member]
         return prod(box.size[1:]) * self.entry.dtype.itemsize if box else 0
 
     def rows(self, member: int) -> tuple[int, int]:
-        """First and last row that the member puts together."""
+        """Return the first row that the member puts together, and the end of its rows."""
         rows, count = self.entry.shape[0], len(self.boxes)
         return rows * member // count, rows * (member + 1) // count
 
     def box(self, member: int) -> Box | None:
-        """What the member writes; None where that is nothing."""
+        """Return the box that the member writes; None where it writes nothing."""
         start, stop = self.rows(member)
         inner = self.entry.shape[1:]
         return Box((start, *(0 for _ in inner)), (stop - start, *inner)) if stop > start else None
@@ -49,28 +49,28 @@ class Join:
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """The parts of one tensor, a member's each, and the file tensors that they join."""
+    """The parts of one tensor, one for each member, and the file tensors that they join."""
 
     parts: tuple[RankPart, ...]
     joins: tuple[Join, ...]
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The ranks that encode, exchange and write."""
+        """Return the ranks that encode, exchange and write."""
         return tuple(part.owner for part in self.parts)
 
     @property
     def domain(self) -> Domain:
-        """Whose shards they are."""
+        """Return the domain whose shards they are."""
         return self.parts[0].param.domain
 
     @property
     def name(self) -> str:
-        """Of the Hugging Face tensor."""
+        """Return the name of the Hugging Face tensor."""
         return self.parts[0].target.source.name
 
     def filled(self, member: int) -> Iterator[Filled]:
-        """All that the member writes."""
+        """Yield all boxes that the member writes."""
         joined = {join.entry.name for join in self.joins}
         for piece in self.parts[member].pieces:
             if piece.entry.name not in joined:
@@ -81,7 +81,7 @@ class Joint:
 
 
 def joints(plan: ExportPlan) -> tuple[Joint, ...]:
-    """Whatever of ``plan`` is to be joined, in the order of the model, equal on all ranks."""
+    """Return the tensors of ``plan`` to join, in the order of the model, equal on all ranks."""
     cut: dict[str, list[RankPart]] = {}
     for part in plan.parts:
         if cut_inside(part.region):
@@ -102,7 +102,7 @@ def _joins(parts: Sequence[RankPart]) -> Iterator[Join]:
 
 
 def _check(join: Join) -> None:
-    """The columns make whole rows, and so does what is written the tensor."""
+    """Assert that the columns make whole rows, and the written rows the whole tensor."""
     rows = join.entry.shape[0]
     assert all(b is None or (b.start[0], b.size[0]) == (0, rows) for b in join.boxes), join
     members = range(len(join.boxes))
@@ -112,10 +112,10 @@ def _check(join: Join) -> None:
 
 
 def batches(wanted: Sequence[Joint], rank: int) -> tuple[tuple[Joint, ...], ...]:
-    """Those of ``wanted`` that ``rank`` takes part in, as many at a time as are exchanged together.
+    """Return those of ``wanted`` that ``rank`` takes part in, grouped into common exchanges.
 
-    All members of a batch have it, and all ranks meet in the order of first tensors: so none waits
-    for one that waits for it.
+    All members of a batch have it, and all ranks meet in the order of first tensors. So no rank
+    waits for one that waits for it.
     """
     open_of: dict[tuple[int, ...], list[Joint]] = {}
     filled: dict[tuple[int, ...], int] = {}

@@ -1,4 +1,4 @@
-"""What a shard of a parameter holds of each Hugging Face tensor, as one region each."""
+"""Find the part of each Hugging Face tensor in a shard of a parameter, as one region each."""
 
 from itertools import pairwise
 
@@ -7,10 +7,12 @@ from megatron_quant.models import Copy, Param, Source, copies
 
 
 def regions(param: Param, rank: int, size: int) -> tuple[tuple[Source, Region], ...]:
-    """The regions that shard ``rank`` of ``size`` holds, in the order of its rows.
+    """Return the regions that shard ``rank`` of ``size`` holds, in the order of its rows.
 
     Rectangles that are neighbours in their tensor (the query groups of one rank) are one region.
-    Raises LayoutError where ``size`` does not divide what it cuts.
+
+    Raises:
+        LayoutError: Where ``size`` does not divide the dimension that it cuts.
     """
     if not param.shape:
         return ((param.sources[0], Region(((0, 1),), (), (), ())),)
@@ -30,7 +32,7 @@ def _joined(pieces: list[Copy]) -> Region:
 
 
 def _runs(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """Row ranges with those that follow one another joined."""
+    """Join row ranges that follow one another."""
     runs: list[tuple[int, int]] = []
     for start, stop in rows:
         if runs and runs[-1][1] == start:

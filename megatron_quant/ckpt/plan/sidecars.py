@@ -1,4 +1,4 @@
-"""The files beside the weights: config.json and what is carried over from the source."""
+"""Make the files beside the weights: config.json, and those carried over from the source."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +18,15 @@ _UNKNOWN = Origin()
 
 @dataclass(frozen=True, kw_only=True)
 class Companions:
-    """documents: JSON file name -> content; carried: files to copy under their own names.
+    """The files of an export beside its weights.
 
-    origin: what the manifest says of where the export comes from. root: the directory of which
-    carried files keep their folders; None where all lie beside the weights. left_out: what the
-    source has and the export has not, one line each.
+    Attributes:
+        documents: JSON file name -> content.
+        carried: Files to copy under their own names.
+        origin: Inputs of the export, for the manifest.
+        root: Directory below which carried files keep their folders; None where all lie beside the
+            weights.
+        left_out: Parts of the source that the export lacks, one line each.
     """
 
     documents: Mapping[str, Mapping[str, Any]]
@@ -32,18 +36,18 @@ class Companions:
     left_out: tuple[str, ...] = ()
 
     def name_of(self, carried: Path) -> str:
-        """The name that one of ``carried`` takes, with its folder where it has one."""
+        """Return the name that one of ``carried`` takes, with its folder where it has one."""
         return carried.relative_to(self.root).as_posix() if self.root else carried.name
 
     @property
     def names(self) -> list[str]:
-        """Names that they take in the checkpoint's directory."""
+        """Return the names that they take in the checkpoint's directory."""
         return [*self.documents, *map(self.name_of, self.carried)]
 
     def beside(
         self, root: Path, carried: Sequence[Path], left_out: Sequence[str] = ()
     ) -> "Companions":
-        """The same with files ``carried`` from ``root``, and what else stays behind."""
+        """Return a copy that carries files from ``root`` and notes ``left_out``."""
         said = (*self.left_out, *left_out)
         return replace(self, root=root, carried=tuple(carried), left_out=said)
 
@@ -55,13 +59,20 @@ def companions(
     dtype: torch.dtype,
     origin: Origin = _UNKNOWN,
 ) -> Companions:
-    """config.json with ``quantization_config``, and the dialect's own files.
+    """Make config.json with ``quantization_config``, and the dialect's own files.
 
-    hf_config: the source model's config.json. dtype: of the tensors that are not quantized.
-    Layers for speculation that ``quant`` has not are none in config.json either.
-    :meth:`Companions.beside` adds what is carried over.
+    Layers for speculation that ``quant`` lacks are left out of config.json too.
+    :meth:`Companions.beside` adds the files that are carried over.
 
-    Raises FormatError where the dialect cannot express ``quant``.
+    Args:
+        hf_config: The source model's config.json.
+        quant: The resolved recipe.
+        dialect: Dialect of the export.
+        dtype: Dtype of the tensors that are not quantized.
+        origin: Inputs of the export.
+
+    Raises:
+        FormatError: Where the dialect cannot express ``quant``.
     """
     config = without_quantization(hf_config)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).split(".")[-1]
@@ -76,9 +87,9 @@ def companions(
 def _without_drafts(
     config: dict[str, Any], quant: QuantPlan
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """``config`` with no layers for speculation where ``quant`` has none, and a line that says so.
+    """Drop the layers for speculation from ``config`` where ``quant`` has none; say so in a line.
 
-    Engines look for what it counts.
+    Engines would look for the layers that it counts.
     """
     nested = config.get("text_config")
     inner = draft_counts(nested) if isinstance(nested, dict) else ()

@@ -1,4 +1,4 @@
-"""Checking a written checkpoint against its plan and its source."""
+"""Check a written checkpoint against its own config and its source."""
 
 import lazy_loader
 

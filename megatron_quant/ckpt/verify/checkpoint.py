@@ -1,4 +1,4 @@
-"""Is a written checkpoint what its own config says? Read with safetensors alone."""
+"""Check a written checkpoint against its own config, with safetensors alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,16 +38,19 @@ from megatron_quant.fields import Fields
 from megatron_quant.models import Param, Role, Source, engine_groups, has_drafts, is_draft
 
 BOUNDS = {8: 0.25, 4: 0.5}
-"""Bits -> largest ||w - decoded|| / ||w|| that is no mistake. Gaussian weights have at most 0.03
-and 0.2; a wrong scale or packing gives 1 and more."""
+"""Bits -> largest ||w - decoded|| / ||w|| that passes. Gaussian weights have at most 0.03 and 0.2.
+A wrong scale or packing gives 1 and more."""
 
 
 @dataclass(frozen=True)
 class TensorCheck:
     """One weight of the unquantized model.
 
-    format: of the stored weight; empty where it is not quantized.
-    error: ||w - decoded|| / ||w|| against the source checkpoint; None where it was not compared.
+    Attributes:
+        name: Its Hugging Face name.
+        format: Format of the stored weight; empty where it is not quantized.
+        error: ||w - decoded|| / ||w|| against the source checkpoint; None where it was not
+            compared.
     """
 
     name: str
@@ -57,19 +60,22 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`verify` found; every problem is one line that names the tensor or file."""
+    """The findings of :func:`verify`; every problem is one line that names the tensor or file."""
 
     directory: Path
     problems: tuple[str, ...]
     tensors: tuple[TensorCheck, ...]
 
     def worst(self, count: int) -> tuple[TensorCheck, ...]:
-        """The ``count`` compared weights that lost most, worst first."""
+        """Return the ``count`` compared weights that lost most, worst first."""
         compared = [t for t in self.tensors if t.format and t.error is not None]
         return tuple(sorted(compared, key=lambda t: -(t.error or 0))[:count])
 
     def raise_for_problems(self) -> None:
-        """Raise VerifyError with the first problem and their number; nothing where all is well."""
+        """Raise VerifyError with the first problem and their number.
+
+        Do nothing where all is well.
+        """
         if self.problems:
             more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
             raise VerifyError(f"{self.directory}: {self.problems[0]}{more}")
@@ -78,8 +84,14 @@ class Report:
 def verify(directory: Path, against: Path | None = None) -> Report:
     """Check files, index, config, tensors and scales; with ``against`` also the weights' values.
 
-    against: the checkpoint that was quantized. Tensors are read one at a time. Raises
-    CheckpointError where ``against`` cannot be read; what is wrong with ``directory`` is reported.
+    Tensors are read one at a time. Faults of ``directory`` are reported, not raised.
+
+    Args:
+        directory: The checkpoint.
+        against: The checkpoint that was quantized.
+
+    Raises:
+        CheckpointError: Where ``against`` cannot be read.
     """
     source = open_original(against) if against is not None else None
     problems = index_problems(directory)
@@ -120,14 +132,14 @@ def _open(directory: Path) -> tuple[QuantizedCheckpoint, tuple[Param, ...]]:
 
 
 def _plain_by_role(checkpoint: QuantizedCheckpoint, params: Sequence[Param]) -> set[str]:
-    """Plain tensors that are no linears, such as routers: engines build them so unasked."""
+    """Return plain tensors that are no linears, such as routers: engines build them so unasked."""
     fixed = (s.name for p in params if p.role is not Role.LINEAR for s in p.sources)
     plain = {n for n, info in checkpoint.tensors.items() if info.dtype in PLAIN_DTYPES}
     return plain.intersection(fixed)
 
 
 def _lost(config: Mapping[str, Any], params: Sequence[Param], source: Weights) -> list[str]:
-    """Tensors of the source that the checkpoint has not, and does not say that it has not."""
+    """List tensors of the source that the checkpoint lacks without saying so."""
     known = {s.name for param in params for s in param.sources}
     drafts = has_drafts(config)
     return [
@@ -155,7 +167,7 @@ def _config_problems(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
 
 
 def _listed(directory: Path) -> tuple[str, ...]:
-    """Files that an export's own manifest lists; none where it has no manifest."""
+    """Return the files that an export's own manifest lists; none where it has no manifest."""
     if not (directory / MANIFEST).exists():
         return ()
     return Fields(read_object(directory / MANIFEST, INDEX), MANIFEST).texts("files")
@@ -181,12 +193,12 @@ def _check(
 def _check_values(
     checkpoint: QuantizedCheckpoint, source: Source, against: Weights | None, held: ReadOnce
 ) -> tuple[float | None, list[str]]:
-    """The error against the source's tensor, and what is wrong with values or error."""
+    """Return the error against the source's tensor, and the faults of values or error."""
     scales = scale_problems(checkpoint, source, held)
     error, differing = None, list[str]()
     if against is not None and not scales:
         error, differing = _compare(checkpoint, source, against, held)
-    if error is not None and isfinite(error):  # so is every element that it was summed over
+    if error is not None and isfinite(error):  # then every element of the sum is finite too
         return error, differing
     found = element_problems(checkpoint, source, held) + scales
     return (None, found) if found else (error, differing)
@@ -195,7 +207,7 @@ def _check_values(
 def _compare(
     checkpoint: QuantizedCheckpoint, source: Source, against: Weights, held: ReadOnce
 ) -> tuple[float | None, list[str]]:
-    """The error against the source's tensor, and whether it is beyond what the format explains."""
+    """Return the error against the source's tensor, and a fault where the format allows less."""
     name = source.name
     info = against.info(name)
     if info is None or info.shape != source.shape:
@@ -214,7 +226,7 @@ def _compare(
 
 
 def _relative_error(packed: Packed, against: Weights, name: str) -> float:
-    """||w - decoded|| / ||w||, of a zero weight ||decoded||."""
+    """Return ||w - decoded|| / ||w||, and ||decoded|| for a zero weight."""
     own = lost = 0.0
     for box in row_blocks(packed.shape):
         part = packed.lost(plain_part(against, name, box), box)

@@ -1,4 +1,4 @@
-"""What is wrong with the tensors of a checkpoint by its own config."""
+"""Find the faults of a checkpoint's tensors by its own config."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf
@@ -18,16 +18,19 @@ SHARED = ("tensor_scale", INPUT_SCALE, WEIGHT_SCALE)
 
 
 _ELEMENTS = 1 << 24
-"""Of a tensor that are looked at together."""
+"""Elements of a tensor that are looked at together."""
 
 
 def is_quantized(checkpoint: QuantizedCheckpoint, source: Source) -> bool:
-    """Whether the checkpoint's config quantizes ``source``."""
+    """Return whether the checkpoint's config quantizes ``source``."""
     return source.module in checkpoint.modules and source.name.endswith(".weight")
 
 
 def _present(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[tuple[str, Stored]]:
-    """Each tensor that stores a quantized ``source``, by name; optional ones where they are."""
+    """Yield each tensor that stores a quantized ``source``, by name.
+
+    Optional ones if they exist.
+    """
     for stored in checkpoint.stored(source.module):
         name = f"{source.module}.{stored.suffix}"
         if not stored.optional or name in checkpoint.tensors:
@@ -35,7 +38,7 @@ def _present(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[tuple[
 
 
 def _orders(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[str]:
-    """Names of what says the group of each column, where the config says that something does."""
+    """Yield names of the tensors with each column's group, where the config says there are any."""
     if not checkpoint.is_ordered:
         names = (f"{source.module}.{suffix}" for suffix in GROUP_INDEX)
         yield from (name for name in names if name in checkpoint.tensors)
@@ -44,9 +47,9 @@ def _orders(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[str]:
 def _expected(
     checkpoint: QuantizedCheckpoint, source: Source
 ) -> Iterator[tuple[str, Stored | None, tuple[torch.dtype, ...], tuple[int, ...]]]:
-    """Name, possible dtypes and shape of each tensor that stores ``source``.
+    """Yield name, meaning, possible dtypes and shape of each tensor that stores ``source``.
 
-    And what it is to a quantized one.
+    The meaning is None for one that is not quantized.
     """
     if not is_quantized(checkpoint, source):
         yield source.name, None, PLAIN_DTYPES, source.shape
@@ -61,7 +64,10 @@ def stray_problems(
 ) -> list[str]:
     """Name tensors that neither the model nor its quantization has.
 
-    cache: what :func:`stored_cache_tensors` gives.
+    Args:
+        checkpoint: The checkpoint.
+        params: The model's logical parameters.
+        cache: Result of :func:`stored_cache_tensors`.
     """
     expected = set(cache)
     for source in (s for p in params for s in p.sources):
@@ -79,13 +85,13 @@ def stray_problems(
 
 
 def _stands_for_weight(checkpoint: QuantizedCheckpoint, name: str) -> bool:
-    """Whether a plain weight takes the place of quantized tensors (reported as that)."""
+    """Return whether a plain weight takes the place of quantized tensors (reported as that)."""
     module, _, leaf = name.rpartition(".")
     return module in checkpoint.modules and leaf == "weight"
 
 
 def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
-    """Tensors that are missing, or of another dtype or shape than the config says."""
+    """Report tensors that are missing, or whose dtype or shape the config contradicts."""
     info = checkpoint.tensors.get(source.name)
     if is_quantized(checkpoint, source) and info and info.dtype in PLAIN_DTYPES:
         return [f"{source.name}: neither quantized nor in the ignore list of config.json"]
@@ -105,7 +111,7 @@ def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
 
 
 def element_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOnce) -> list[str]:
-    """Elements that are not finite."""
+    """Report elements that are not finite."""
     if not is_quantized(checkpoint, source):
         return []
     name = f"{source.module}.{checkpoint.stored(source.module)[0].suffix}"
@@ -115,7 +121,7 @@ def element_problems(checkpoint: QuantizedCheckpoint, source: Source, held: Read
 
 
 def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOnce) -> list[str]:
-    """Scales that are not finite or not positive, and a wrong shape."""
+    """Report scales that are not finite or not positive, and a wrong shape."""
     if not is_quantized(checkpoint, source):
         return []
     elements, orders = checkpoint.stored(source.module)[0], set(_orders(checkpoint, source))
@@ -133,7 +139,7 @@ def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOn
 
 
 def _order_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOnce) -> list[str]:
-    """Columns of groups that the weight has not."""
+    """Report columns of groups that the weight does not have."""
     try:
         _ = checkpoint.packed(source.module, held).group_of_column
     except CheckpointError as error:
@@ -148,7 +154,7 @@ def _finite_problems(name: str, tensor: torch.Tensor) -> list[str]:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.dtype == torch.float8_e4m3fn:  # all ones but for the sign is NaN, it has no infinity
+    if tensor.dtype == torch.float8_e4m3fn:  # it has no infinity; all ones but the sign is NaN
         codes = (tensor.view(torch.int8), tensor.view(torch.uint8))
         return all(bool(c.max() < torch.iinfo(c.dtype).max) for c in codes)
     return bool(tensor.float().isfinite().all())
@@ -164,7 +170,7 @@ def _scale_problems(name: str, tensor: torch.Tensor) -> list[str]:
 
 
 def _is_sound(scale: torch.Tensor) -> bool:
-    """Whether all numbers are finite and above zero; False too where one look does not tell."""
+    """Return whether all numbers are finite and above zero; False where one look does not tell."""
     if scale.numel() == 0:
         return False
     if scale.dtype == torch.float8_e4m3fn:  # positive codes are 1 to 126
@@ -177,20 +183,20 @@ def _is_sound(scale: torch.Tensor) -> bool:
 
 
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """``torch.equal`` once ``b`` has the dtype of ``a``: a NaN equals nothing, 0 equals -0."""
+    """Return ``torch.equal`` once ``b`` has the dtype of ``a``: NaN equals nothing, 0 equals -0."""
     return library.same(a, b) or torch.equal(a, b.to(a.dtype))
 
 
 def stored_cache_tensors(
     checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]
 ) -> dict[str, Stored]:
-    """Name -> scale of the KV cache, for every attention that makes keys."""
+    """Map name to scale of the KV cache, for every attention that makes keys."""
     attentions = [a for slot in slots(params) if (a := attention_of(slot))]
     return {f"{a}.{s.suffix}": s for a in attentions for s in checkpoint.cache_scales}
 
 
 def cache_problems(checkpoint: QuantizedCheckpoint, cache: Mapping[str, Stored]) -> list[str]:
-    """Scales of ``cache`` that are missing, malformed, not finite or not positive."""
+    """Report scales of ``cache`` that are missing, malformed, not finite or not positive."""
     problems = []
     for name, stored in cache.items():
         info = checkpoint.tensors.get(name)
@@ -207,7 +213,7 @@ def cache_problems(checkpoint: QuantizedCheckpoint, cache: Mapping[str, Stored])
 
 
 def fusion_problems(checkpoint: QuantizedCheckpoint, fused: Sequence[Source]) -> list[str]:
-    """Members of a fused group of which some are not quantized, or whose scales differ."""
+    """Report a fused group that is only partly quantized, or whose scales differ."""
     members = [s.module for s in fused if is_quantized(checkpoint, s)]
     if not members or len(fused) == 1:
         return []

@@ -1,6 +1,7 @@
 """The pages are true of the code: links, files, names, flags, tables and the walk."""
 
 import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,3 +168,12 @@ def test_pre_commit_checks_what_make_lint_checks() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     said = [line.strip().replace("$(BIN)", ".venv/bin") for line in lint.splitlines()]
     assert [hook["entry"] for hook in hooks] == said
+
+
+def test_the_tables_of_formats_are_those_that_the_script_makes() -> None:
+    path = ROOT / "docs" / "formats_table.py"
+    spec = importlib.util.spec_from_file_location("formats_table", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.tables() in script.PAGE.read_text(encoding="utf-8")

@@ -26,8 +26,10 @@ _active = False
 def use_cpu() -> None:
     """Ready this process for a host without a GPU; do nothing where CUDA is available.
 
-    Call it before anything imports Megatron or Transformer Engine. Raises HostError where one of
-    them was imported already, or is missing.
+    Call it before anything imports Megatron or Transformer Engine.
+
+    Raises:
+        HostError: Where one of them was imported already, or is missing.
     """
     if not torch.cuda.is_available():
         activate()
@@ -59,12 +61,12 @@ def activate() -> None:
 
 
 def calls() -> dict[str, int]:
-    """How often each kernel has run in this process, by Transformer Engine's name for it."""
+    """Return how often each kernel ran in this process, by Transformer Engine's name for it."""
     return dict(kernels.CALLS)
 
 
 def transformer_config_overrides() -> dict[str, object]:
-    """The fields of Megatron's TransformerConfig that this host decides.
+    """Return the fields of Megatron's TransformerConfig that this host decides.
 
     Fused paths that are CUDA code or compile at run time are off, and weights are created in host
     memory. Every value is valid for the versions named above.

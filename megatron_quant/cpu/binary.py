@@ -103,7 +103,7 @@ def load(version: str) -> None:
 
 
 def _import_common(paths: list[str]) -> types.ModuleType:
-    """``transformer_engine.common`` before its package, whose ``__init__`` imports everything."""
+    """Import ``transformer_engine.common`` before its package, whose ``__init__`` imports all."""
     bare = types.ModuleType("transformer_engine")
     bare.__path__ = paths
     sys.modules["transformer_engine"] = bare
@@ -143,7 +143,7 @@ def _stand_in(version: str) -> types.ModuleType:
 
 
 def _lacking(name: str) -> Any:
-    """What the stand-in answers for a name it does not have: a bare class, or a raising kernel."""
+    """Answer for a name that the stand-in lacks: a bare class, or a raising kernel."""
     if name.startswith("__") or name in _OPTIONAL:
         raise AttributeError(name)
     found = type(name, (), {}) if name[0].isupper() else kernels.lacking(name)

@@ -1,9 +1,9 @@
-"""What ``torch.cuda`` answers on this host, and where a CPU tensor passes for a CUDA one.
+"""Answer for ``torch.cuda`` on this host, and pass a CPU tensor for a CUDA one where needed.
 
-Two kinds of replacement, kept apart. Process-wide ones are answers without which Megatron-Core and
-Transformer Engine do not run a step: the current device is the CPU, streams do nothing, the random
-generator is the CPU's. That CUDA is available, and that a CPU tensor lies on it, is said only while
-one of the Transformer Engine functions that insist on it is running.
+Two kinds of replacement are kept apart. Process-wide ones are answers without which Megatron-Core
+and Transformer Engine do not run a step: the current device is the CPU, streams do nothing, the
+random generator is the CPU's. Only while one of the Transformer Engine functions runs that insist
+on it, CUDA seems available and a CPU tensor seems to lie on it.
 """
 
 import functools
@@ -92,7 +92,7 @@ def name_transformer_engine() -> None:
 
 @contextmanager
 def pretended() -> Iterator[None]:
-    """Within: CUDA is available, every tensor is on it, and ``device="cuda"`` is the CPU."""
+    """Pretend that CUDA is available, every tensor is on it, and ``device="cuda"`` is the CPU."""
     available = torch.cuda.is_available
     torch.cuda.is_available = lambda: True
     try:
@@ -103,7 +103,7 @@ def pretended() -> Iterator[None]:
 
 
 def named(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` where ``device="cuda"`` is the CPU, and nothing else is pretended."""
+    """Wrap ``function`` so that ``device="cuda"`` is the CPU, and pretend nothing else."""
 
     @functools.wraps(function)
     def scoped(*args: Any, **kwargs: Any) -> Any:
@@ -127,7 +127,7 @@ class _CudaIsCpu(_CudaNamesCpu):
 
 
 class CudaTypes(_CudaNamesCpu):
-    """Within: ``device="cuda"`` is the CPU, and a tensor's type is the CUDA one of its dtype."""
+    """A mode in which ``device="cuda"`` is the CPU, and a tensor's type is CUDA's of its dtype."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = super().__torch_function__(func, types, args, kwargs)
@@ -149,7 +149,7 @@ def _scoped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _scoped_entry(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For a function that returns a context manager: entering it is scoped, its body is not."""
+    """Wrap a function that returns a context manager: entering it is scoped, its body is not."""
 
     @contextmanager
     @functools.wraps(function)

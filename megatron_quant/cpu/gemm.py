@@ -1,8 +1,8 @@
-"""Matrix products: one, and one per expert.
+"""Compute matrix products: one, and one per expert.
 
 Operands are those of cuBLAS, column-major: ``gemm(A, B)`` is ``op(B) @ op(A)`` of row-major
-tensors, so a linear layer's forward is A = weight (N, K) transposed, B = input (M, K). The product
-is taken in the promoted dtype of operands and result, and rounded to the result's once.
+tensors. So a linear layer's forward is A = weight (N, K) transposed, B = input (M, K). The product
+is taken in the promoted dtype of operands and result, and rounded once to the result's.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _DTYPES = {4: torch.float32, 5: torch.float16, 6: torch.bfloat16}
 
 
 def torch_dtype(te_dtype: Any) -> torch.dtype:
-    """Transformer Engine's DType (an int enum) or a torch dtype, as a torch dtype."""
+    """Return Transformer Engine's DType (an int enum) or a torch dtype as a torch dtype."""
     if isinstance(te_dtype, torch.dtype):
         return te_dtype
     if int(te_dtype) not in _DTYPES:
@@ -48,10 +48,10 @@ def generic_gemm(
     alpha: float = 1.0,
     beta: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, None, torch.Tensor | None]:
-    """``alpha * op(B) @ op(A)`` (+ bias), into D where given; the bias gradient where ``grad``.
+    """Compute ``alpha * op(B) @ op(A)`` (+ bias), into D if given; the bias gradient if ``grad``.
 
     Raises:
-        HostError: an fp8 operand or result, a fused gelu, overlapped communication.
+        HostError: For an fp8 operand or result, a fused gelu, overlapped communication.
     """
     _refuse("generic_gemm", A, B, gelu=gelu, quantizer=quantizer, comm_overlap=comm_overlap)
     result_dtype = _result_dtype(A, D, out_dtype)
@@ -88,7 +88,7 @@ def te_general_grouped_gemm(
     use_split_accumulator: bool,
     math_sm_count: int = 0,
 ) -> Sequence[torch.Tensor]:
-    """One product per expert into D; with ``single_output`` D[0] holds them one below another.
+    """Compute one product per expert into D; ``single_output`` stacks them all in D[0].
 
     ``bias`` is added, or with ``grad`` filled with its gradient; an empty tensor is no bias. An
     expert without rows gives a zero weight gradient.

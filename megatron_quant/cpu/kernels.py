@@ -1,7 +1,7 @@
 """The table of kernels that have a CPU version, and the count of their calls.
 
-A kernel has the name and the arguments of the function of ``transformer_engine_torch`` that it
-stands for, since Transformer Engine's Python passes most of them by position.
+A kernel has the name and the arguments of the ``transformer_engine_torch`` function that it
+replaces, since Transformer Engine's Python passes most of them by position.
 """
 
 import functools
@@ -35,10 +35,13 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 
 
 def table(no_backend: Any, version: str) -> dict[str, Callable[..., Any]]:
-    """Name to function, for Transformer Engine ``version``.
+    """Map name to function, for Transformer Engine ``version``.
 
     Besides the kernels, these are the questions that Transformer Engine asks of its libraries.
-    ``no_backend``: the member of NVTE_Fused_Attn_Backend that says that there is none.
+
+    Args:
+        no_backend: Member of NVTE_Fused_Attn_Backend that means none.
+        version: Version of Transformer Engine.
     """
     attention = versions.fused_attention_answer(version, no_backend)
     answers: dict[str, Callable[..., Any]] = {
@@ -51,7 +54,7 @@ def table(no_backend: Any, version: str) -> dict[str, Callable[..., Any]]:
 
 
 def lacking(name: str) -> Callable[..., Any]:
-    """A function that raises HostError with the kernel's name when it is called."""
+    """Return a function that raises HostError with the kernel's name when it is called."""
 
     def raise_lacking(*args: object, **kwargs: object) -> None:
         raise HostError(

@@ -1,4 +1,4 @@
-"""What Megatron-Core needs besides Transformer Engine.
+"""Replace the parts of Megatron-Core that need CUDA besides Transformer Engine.
 
 - Its tracker keeps named states of the CUDA generator; here they are states of the CPU's. As on a
   GPU, ``model_parallel_cuda_manual_seed`` must have named them before a model is built.
@@ -75,7 +75,7 @@ def _tracker(base: type) -> type:
 
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """A tensor that lies on the host already; Megatron's own converts only one that ``is_cuda``."""
+    """Return a tensor on the host already; Megatron's own converts only one that ``is_cuda``."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -83,7 +83,7 @@ def _uneven(
     even: Callable[..., torch.Tensor],
     uneven: Callable[[torch.Tensor, Any, list[int]], torch.Tensor],
 ) -> Callable[..., torch.Tensor]:
-    """``even`` where all ranks hold equally many rows (no ``sizes``), else ``uneven``."""
+    """Call ``even`` where all ranks hold equally many rows (no ``sizes``), else ``uneven``."""
 
     def along_first_dim(
         input_: torch.Tensor,
@@ -99,7 +99,7 @@ def _uneven(
 
 
 def _gather(input_: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
-    """Rows of all ranks, sizes[r] of them from rank r, in rank order."""
+    """Gather rows of all ranks, sizes[r] of them from rank r, in rank order."""
     ranks = len(sizes)
     output = input_.new_empty(sum(sizes), *input_.shape[1:])
     copies = input_.repeat(ranks, *(1,) * (input_.dim() - 1))
@@ -108,7 +108,7 @@ def _gather(input_: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
 
 
 def _reduce_scatter(input_: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
-    """This rank's sizes[rank] rows, summed over the ranks in rank order."""
+    """Sum this rank's sizes[rank] rows over the ranks in rank order."""
     ranks, rows = len(sizes), sizes[group.rank()]
     parts = input_.new_empty(ranks * rows, *input_.shape[1:])
     dist.all_to_all_single(parts, input_, [rows] * ranks, sizes, group=group)

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm over the last dimension of (M, H), forward and backward, in float32."""
+"""Compute RMSNorm and LayerNorm over the last dim of (M, H), both directions, in float32."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def rmsnorm_fwd(
     sm_margin: int,
     zero_centered_gamma: bool,
 ) -> list[torch.Tensor | None]:
-    """[y (M, H), None, rsigma (M,) float32]."""
+    """Return [y (M, H), None, rsigma (M,) float32]."""
     _refuse_quantizer("rmsnorm_fwd", quantizer)
     x = input.float()
     rsigma = torch.rsqrt(x.square().mean(-1) + eps)
@@ -34,7 +34,7 @@ def rmsnorm_bwd(
     sm_margin: int,
     zero_centered_gamma: bool,
 ) -> list[torch.Tensor]:
-    """[dx (M, H), dgamma (H,)]."""
+    """Return [dx (M, H), dgamma (H,)]."""
     dy = dz.float()
     r = rsigma.reshape(-1, 1)
     normal = x.float() * r
@@ -54,7 +54,7 @@ def layernorm_fwd(
     sm_margin: int,
     zero_centered_gamma: bool,
 ) -> list[torch.Tensor]:
-    """[y (M, H), mu (M,) float32, rsigma (M,) float32]."""
+    """Return [y (M, H), mu (M,) float32, rsigma (M,) float32]."""
     _refuse_quantizer("layernorm_fwd", quantizer)
     x = input.float()
     mu = x.mean(-1)
@@ -73,7 +73,7 @@ def layernorm_bwd(
     sm_margin: int,
     zero_centered_gamma: bool,
 ) -> list[torch.Tensor]:
-    """[dx (M, H), dgamma (H,), dbeta (H,)]."""
+    """Return [dx (M, H), dgamma (H,), dbeta (H,)]."""
     dy = dz.float()
     r = rsigma.reshape(-1, 1)
     normal = (x.float() - mu.reshape(-1, 1)) * r

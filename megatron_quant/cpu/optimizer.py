@@ -37,14 +37,14 @@ def replace() -> None:
 
 
 def _owners(module: Any) -> list[type]:
-    """The optimizer classes that a module names; those that step without its gradients too."""
+    """List the optimizer classes that a module names, and their bases that are optimizers."""
     found = [c for _, c in inspect.getmembers(module, inspect.isclass)]
     bases = {base for c in found if issubclass(c, module.MegatronOptimizer) for base in c.mro()}
     return sorted((b for b in bases if issubclass(b, module.MegatronOptimizer)), key=str)
 
 
 def _typed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` where ``device="cuda"`` is the CPU and CPU tensors say types of CUDA ones."""
+    """Wrap ``function``: ``device="cuda"`` is the CPU, and CPU tensors state types of CUDA ones."""
 
     @functools.wraps(function)
     def typed(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The kernels in a compiled Transformer Engine, through its own hook.
+"""Put the kernels into a compiled Transformer Engine, through its own hook.
 
 With ``NVTE_PLUGIN=megatron_quant.cpu.plugin`` in the environment, Transformer Engine imports this
-module once its shared libraries are loaded, and calls :func:`load_plugins`: enums and dispatch are
+module once its shared libraries are loaded, and calls :func:`load_plugins`. Enums and dispatch are
 then its own. :func:`megatron_quant.cpu.activate` sees the variable and does the rest.
 """
 
@@ -21,12 +21,12 @@ from megatron_quant.errors import HostError
 NAME = "megatron_quant.cpu.plugin"
 VARIABLE = "NVTE_PLUGIN"
 _MODULE = "transformer_engine_torch"
-# What Transformer Engine's shared library had under the name of each kernel.
+# The function of Transformer Engine's shared library under the name of each kernel.
 REPLACED: dict[str, Callable[..., Any]] = {}
 
 
 def wanted() -> bool:
-    """Whether the environment asks for this plugin."""
+    """Return whether the environment asks for this plugin."""
     return os.environ.get(VARIABLE) == NAME
 
 
@@ -49,7 +49,7 @@ def load(version: str) -> None:
 
 
 def load_plugins() -> None:
-    """Called by Transformer Engine, before it imports any module of its own."""
+    """Replace the kernels; Transformer Engine calls it before it imports a module of its own."""
     if torch.cuda.is_available():
         raise HostError(f"{VARIABLE}={NAME} on a host with CUDA: unset it")
     module = sys.modules[_MODULE]

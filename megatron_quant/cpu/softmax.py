@@ -1,4 +1,4 @@
-"""Softmax over the last dimension of attention scores, in float32, stored in their dtype."""
+"""Compute softmax over the last dim of attention scores, in float32, stored in their dtype."""
 
 import torch
 
@@ -6,21 +6,21 @@ _MASKED = -10000.0  # the value that Transformer Engine's kernels put where the 
 
 
 def scaled_softmax_forward(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """``softmax(scale * x)``; x is (batch, heads, queries, keys)."""
+    """Return ``softmax(scale * x)``; x is (batch, heads, queries, keys)."""
     return torch.softmax(x.float() * scale, -1).to(x.dtype)
 
 
 def scaled_masked_softmax_forward(
     x: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """As above where ``mask`` (broadcast to x) is zero; a row that is all masked gives zeros."""
+    """Return the softmax where ``mask`` (broadcast to x) is zero; zeros for a row all masked."""
     masked = mask.bool()
     y = torch.softmax((x.float() * scale).masked_fill(masked, _MASKED), -1)
     return y.masked_fill(masked.all(-1, keepdim=True), 0.0).to(x.dtype)
 
 
 def causal_softmax_forward(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """As above over keys not later than the query; the last query sees every key."""
+    """Return the softmax over keys not later than the query; the last query sees every key."""
     queries, keys = x.shape[-2:]
     later = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
     return torch.softmax((x.float() * scale).masked_fill(later, -torch.inf), -1).to(x.dtype)
@@ -29,6 +29,6 @@ def causal_softmax_forward(x: torch.Tensor, scale: float) -> torch.Tensor:
 def scaled_softmax_backward(
     output_grads: torch.Tensor, softmax_results: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Gradient of every softmax above with respect to x."""
+    """Return the gradient of every softmax above with respect to x."""
     dy, y = output_grads.float(), softmax_results.float()
     return (scale * y * (dy - (dy * y).sum(-1, keepdim=True))).to(output_grads.dtype)

@@ -1,7 +1,7 @@
-"""The versions that this room takes, and what differs between them, each with its version.
+"""The versions that this room takes, and the differences between them, each with its version.
 
-The only file that asks for a version. An enum member or a function that came later is simply there
-in an earlier one, where nothing looks for it; this file holds what would otherwise go wrong. Found
+No other file asks for a version. An enum member or a function that came later is simply there in an
+earlier one, where nothing looks for it. This file holds the differences that would go wrong. Found
 in the wheels of 2.10 to 2.20; `make test-matrix` runs them.
 """
 
@@ -20,7 +20,7 @@ class Library:
     last: str
 
     def tested(self, version: str) -> bool:
-        """Whether ``version`` lies between the two."""
+        """Return whether ``version`` lies between the two."""
         return numbers(self.first) <= numbers(version) <= numbers(self.last)
 
 
@@ -44,7 +44,7 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Removed:
-    """Members (of an enum of transformer_engine_torch) that were there before ``since``."""
+    """Members (of an enum of transformer_engine_torch) that existed before ``since``."""
 
     since: str
     enum: str
@@ -64,24 +64,24 @@ PLUGIN = "2.20"
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Major, minor and patch as far as they are numbers: "2.8.0a0+nv25.8" is (2, 8)."""
+    """Return major, minor and patch as far as they are numbers: "2.8.0a0+nv25.8" is (2, 8)."""
     return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
 def removed_members(version: str) -> dict[str, dict[str, int]]:
-    """Enum name to the members that ``version`` still has."""
+    """Map enum name to the members that ``version`` still has."""
     return {r.enum: r.members for r in _REMOVED if numbers(version) < numbers(r.since)}
 
 
 def fused_attention_answer(version: str, no_backend: Any) -> Any:
-    """What get_fused_attn_backend returns where there is none."""
+    """Return the answer of get_fused_attn_backend where there is none."""
     if numbers(version) < numbers(_FUSED_ATTENTION_REASON):
         return no_backend
     return no_backend, "CPU"
 
 
 def context_managers(version: str) -> set[str]:
-    """``class.method`` of those that return a context manager in ``version``."""
+    """Return ``class.method`` of those that return a context manager in ``version``."""
     return {
         method for method, since in _NO_CONTEXT_MANAGER.items() if numbers(version) < numbers(since)
     }

@@ -1,4 +1,4 @@
-"""Quantizing a checkpoint file to file, without a Megatron model."""
+"""Quantize a checkpoint file to file, without a Megatron model."""
 
 import lazy_loader
 

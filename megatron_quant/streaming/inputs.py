@@ -1,4 +1,4 @@
-"""Input amaxes of all slots from what the ranks saw, and the file that keeps them."""
+"""Merge input amaxes of all slots from every rank's observations, and keep them in a file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,14 @@ _LAYER_MAX = "layer-max"
 
 @dataclass(frozen=True)
 class InputAmaxes:
-    """found: of each slot that was reached. scales: what its scale follows from, fp32 [], for each
-    slot with static inputs: a layer's experts share the largest. cold: slots of experts that no
-    token reached."""
+    """Input amaxes of a plan's slots.
+
+    Attributes:
+        found: Amax of each slot that was reached.
+        scales: Amax that each static scale follows from, fp32 []: a layer's experts share the
+            largest.
+        cold: Slots of experts that no token reached.
+    """
 
     found: Mapping[str, float]
     scales: Mapping[str, torch.Tensor]
@@ -28,7 +33,7 @@ class InputAmaxes:
 
 
 def static_inputs(quant: QuantPlan, params: Sequence[Param]) -> list[Param]:
-    """Parameters whose inputs have a tensor scale."""
+    """Return the parameters whose inputs have a tensor scale."""
     decisions = quant.by_name
     return [p for p in params if (i := decisions[p.name].inputs) is not None and i.tensor_scale]
 
@@ -41,10 +46,19 @@ def merge_amaxes(
     cold_experts: str,
     groups: Groups,
 ) -> InputAmaxes:
-    """Merge what every rank saw by key; one collective.
+    """Merge every rank's observations; one collective.
 
-    params: :func:`static_inputs`. Raises CalibrationError, on every rank, for inputs that are not
-    finite, a layer that no token reached, or, unless ``cold_experts`` is layer-max, an expert.
+    Args:
+        quant: The resolved recipe.
+        params: Result of :func:`static_inputs`.
+        keys_of: Keys in ``seen`` of a parameter.
+        seen: This rank's amaxes by key.
+        cold_experts: ``layer-max`` to let an unreached expert take its layer's largest amax.
+        groups: This rank's groups.
+
+    Raises:
+        CalibrationError: On every rank, for inputs that are not finite, a layer that no token
+            reached, or, unless ``cold_experts`` is layer-max, an unreached expert.
     """
     row = torch.full((len(params),), -1.0)
     for i, param in enumerate(params):
@@ -65,7 +79,7 @@ def merge_amaxes(
 
 
 def write_amaxes(path: Path, params: Sequence[Param], amaxes: InputAmaxes) -> None:
-    """A safetensors file with ``MODULE.input_amax``, fp32 [], of every module that was reached."""
+    """Write a safetensors file with ``MODULE.input_amax``, fp32 [], of every module reached."""
     tensors = {
         f"{source.module}.input_amax": torch.tensor(amaxes.found[param.name])
         for param in params

@@ -1,4 +1,4 @@
-"""The transformers model of a checkpoint, and which of its parameters are which weights."""
+"""Load the transformers model of a checkpoint, and find which parameters hold which weights."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -20,10 +20,12 @@ _DOWN = ("down_proj", "w2")
 
 
 def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model (no head) in evaluation mode, experts computed one after another.
+    """Load the base model (no head) in evaluation mode, experts computed one after another.
 
-    Local files alone, no remote code. Raises CheckpointError where transformers cannot load it, or
-    would leave a parameter at random.
+    It reads local files alone and runs no remote code.
+
+    Raises:
+        CheckpointError: Where transformers cannot load it, or would leave a parameter at random.
     """
     try:
         with _quiet():
@@ -51,7 +53,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bar: every rank would draw one."""
+    """Hide transformers' own progress bar: every rank would draw one."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -62,10 +64,13 @@ def _quiet() -> Iterator[None]:
 
 
 def run_model(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """A forward of token ids [B, S] whose output nobody wants; CalibrationError where it fails."""
+    """Run token ids [B, S] through the model and drop the output.
+
+    CalibrationError where it fails.
+    """
     try:
         model(input_ids=ids, use_cache=False)
-    except Exception as e:  # a model's code may need what a checkpoint has not
+    except Exception as e:  # a model's code may need things that a checkpoint lacks
         reason = " ".join(str(e).split())[:200]
         raise CalibrationError(
             f"transformers' forward of the model failed ({reason}); pass --weight-only"
@@ -73,7 +78,7 @@ def run_model(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 
 def keys_of(param: Param) -> tuple[str, ...]:
-    """By which :func:`watched` calls the weights that ``param`` fuses."""
+    """Return the keys that :func:`watched` gives to the weights that ``param`` fuses."""
     if param.expert is not None:
         return (_expert_key(param.layer, param.expert, param.parallel is Parallel.ROW),)
     return tuple(
@@ -86,9 +91,10 @@ def _expert_key(layer: int | str | None, expert: int | str, down: bool) -> str:
 
 
 def watched(model: PreTrainedModel, params: Sequence[Param]) -> list[Watched]:
-    """The parameters of ``model`` that hold weights of ``params``.
+    """Return the parameters of ``model`` that hold weights of ``params``.
 
-    Raises CheckpointError for a weight that none of them holds.
+    Raises:
+        CheckpointError: For a weight that none of them holds.
     """
     named = dict(model.named_parameters())
     prefix = decoder_of({name: tuple(p.shape) for name, p in named.items()})

@@ -1,9 +1,9 @@
-"""Inputs of linears, seen by the weight that they are multiplied with.
+"""Observe inputs of linears by the weight that they are multiplied with.
 
-A dispatch mode sees every matrix product of a forward. A factor that lies in the storage of a
-watched parameter is a weight (of one expert, where the parameter is a stack of them: its offset
-says which), the other one its input. So no module is replaced and no weight changed, however the
-model's code spells its linears.
+A dispatch mode sees every matrix product of a forward. A factor in the storage of a watched
+parameter is a weight. Where the parameter is a stack of experts, its offset tells the expert. The
+other factor is its input. So no module is replaced and no weight changed, however the model's code
+spells its linears.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +22,7 @@ _FACTORS: dict[Callable[..., Any], tuple[int, int]] = {
     torch.ops.aten.baddbmm.default: (1, 2),
     torch.ops.aten.linear.default: (0, 1),
 }
-"""Products -> which of their arguments are multiplied."""
+"""Product -> indices of the two arguments that it multiplies."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Watched:
 
 
 class WeightInputAmax(TorchDispatchMode):
-    """While active: the largest magnitude of the inputs of each watched weight.
+    """A mode that keeps the largest magnitude of the inputs of each watched weight.
 
-    seen: key -> fp32 []; a weight that was given nothing has none. Nor has one of a stack that
-        was given zeros alone: some models give these for tokens that go to other experts.
+    Attributes:
+        seen: Key -> fp32 []. A weight without inputs is missing, and so is one of a stack that got
+            only zeros: some models give these for tokens that go to other experts.
     """
 
     def __init__(self, watched: Iterable[Watched]) -> None:
@@ -61,7 +62,7 @@ class WeightInputAmax(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _look(self, x: torch.Tensor, w: torch.Tensor) -> None:
-        """If ``w`` is a watched weight, or several, ``x`` is what they are given."""
+        """Record ``x`` as an input where ``w`` is a watched weight, or several."""
         watched = self._by_storage.get(w.untyped_storage().data_ptr())
         if watched is None or not x.numel():
             return

@@ -1,4 +1,4 @@
-"""Parts of tensors as they come from the source checkpoint."""
+"""Read parts of tensors from the source checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +13,18 @@ from megatron_quant.models import Role
 
 @dataclass(frozen=True)
 class PartSource:
-    """A checkpoint, read part by part. dtype: in which weights are quantized."""
+    """A checkpoint, read part by part.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        dtype: Dtype in which weights are quantized.
+    """
 
     checkpoint: Weights
     dtype: torch.dtype
 
     def read(self, part: RankPart) -> torch.Tensor:
-        """The part's rectangle of its Hugging Face tensor, in the dtype of the run."""
+        """Read the part's rectangle of its Hugging Face tensor, in the dtype of the run."""
         return self.checkpoint.read(part.target.source.name, part.src).to(self._dtype_of(part))
 
     def _dtype_of(self, part: RankPart) -> torch.dtype:
@@ -27,7 +32,7 @@ class PartSource:
 
 
 def needs_amax(part: RankPart) -> bool:
-    """Whether the part cannot be encoded before the amax of all that shares its scale is known."""
+    """Return whether encoding the part must wait for the amax of all that shares its scale."""
     scheme = part.target.scheme
     if part.param.role is Role.CACHE or scheme.weights is None:
         return False
@@ -35,5 +40,5 @@ def needs_amax(part: RankPart) -> bool:
 
 
 def scaled(parts: tuple[RankPart, ...]) -> Iterator[RankPart]:
-    """Those of ``parts`` that need an amax."""
+    """Yield those of ``parts`` that need an amax."""
     return filter(needs_amax, parts)

@@ -1,4 +1,4 @@
-"""Parts of bounded size: what a rank holds does not grow with the model."""
+"""Cut parts to a bounded size: a rank's memory does not grow with the model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +13,7 @@ _ROWS = 128
 
 
 def bounded_parts(plan: ExportPlan) -> ExportPlan:
-    """``plan`` with every large part cut into blocks of rows; owners and bytes stay."""
+    """Cut every large part of ``plan`` into blocks of rows; owners and bytes stay."""
     return replace(plan, parts=tuple(piece for part in plan.parts for piece in _pieces(part)))
 
 
@@ -35,7 +35,7 @@ def _pieces(part: RankPart) -> Iterator[RankPart]:
 
 
 def _halves(part: RankPart, step: int) -> bool:
-    """Whether blocks of half of ``step`` rows are stored apart: a block's rows stay together."""
+    """Return whether blocks of half of ``step`` rows are stored apart; rows of a block are not."""
     if part.target.scheme.weights is None:
         return step > 1
     return step % (2 * _ROWS) == 0

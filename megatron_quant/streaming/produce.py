@@ -1,4 +1,4 @@
-"""What an export asks for each part, made from the source checkpoint alone."""
+"""Produce each part that an export asks for, from the source checkpoint alone."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,14 +15,19 @@ from megatron_quant.streaming.part_source import PartSource
 from megatron_quant.streaming.search import searched_stat
 
 _CAST = torch.tensor(E4M3_MAX)
-"""Amax of keys and values that are cast to FP8 as they are: their scale is 1."""
+"""Amax of keys and values that are cast to FP8 unscaled: their scale is 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Producer:
-    """Reads, encodes and forgets. weight_amax, input_amax: by slot, fp32 [], where needed.
+    """A producer that reads, encodes and forgets each part.
 
-    kept: whose scales weights keep; None where they get their own.
+    Attributes:
+        source: The source checkpoint.
+        quant: The resolved recipe.
+        weight_amax: Amax by slot, fp32 [], where needed.
+        input_amax: Amax of inputs by slot, fp32 [], where needed.
+        kept: Checkpoint whose scales the weights keep; None where they get their own.
     """
 
     source: PartSource
@@ -32,7 +37,7 @@ class Producer:
     kept: QuantizedCheckpoint | None = None
 
     def __call__(self, part: RankPart) -> Iterator[Produced]:
-        """The tensors of ``part``."""
+        """Yield the tensors of ``part``."""
         if part.param.role is Role.CACHE:
             return produce_cache_scale(part, _CAST)
         w, name = self.source.read(part), part.param.name
@@ -40,6 +45,6 @@ class Producer:
         stat, scales = searched_stat(w, decision, weight_amax, part.src.start), None
         if self.kept is not None and decision.quantized:
             scales = kept_scales(self.kept, part.target.source.module, part.region)
-        if weight_amax is None:  # else all of them were looked at
+        if weight_amax is None:  # else finding the amax has checked every weight
             check_finite(part, w)
         return encoded(part, w, weight_amax, self.input_amax.get(name), stat, scales)

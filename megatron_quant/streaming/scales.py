@@ -1,4 +1,4 @@
-"""Scales that several tensors share: the largest magnitude of each slot, over all ranks."""
+"""Find scales that several tensors share: the largest magnitude of each slot, over all ranks."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -19,12 +19,15 @@ Sharing = Callable[[Slot], str]
 
 
 def shared(slot: Slot) -> str:
-    """The experts of a layer have one scale, each other weight its own."""
+    """Return the name under which a layer's experts share one scale.
+
+    Other weights have their own.
+    """
     return slot.sharing
 
 
 def per_expert(slot: Slot) -> str:
-    """Every weight of every expert has its own scale."""
+    """Return the name under which every weight of every expert has its own scale."""
     return slot.fused or slot.name
 
 
@@ -35,10 +38,17 @@ def slot_amaxes(
     groups: Groups,
     progress: Progress,
 ) -> dict[str, float]:
-    """Largest magnitude of every slot that needs one; equal on all ranks. One collective.
+    """Find the largest magnitude of every slot that needs one; equal on all ranks. One collective.
 
-    parts: what this rank writes; together the ranks' parts are the model.
-    Raises CheckpointError, on every rank, for a weight that has NaN or Inf.
+    Args:
+        source: The source checkpoint.
+        quant: The resolved recipe.
+        parts: Parts that this rank writes. All ranks' parts make the model.
+        groups: This rank's groups.
+        progress: Called with the bytes of each part that is done.
+
+    Raises:
+        CheckpointError: On every rank, for a weight that has NaN or Inf.
     """
     names = [d.slot.name for d in quant.quantized]
     index = {name: i for i, name in enumerate(names)}
@@ -64,7 +74,10 @@ def slot_amaxes(
 def shared_amaxes(
     quant: QuantPlan, amaxes: Mapping[str, float], sharing: Sharing
 ) -> dict[str, torch.Tensor]:
-    """Slot -> the largest amax of all that share its scale, fp32 []; widened for four-over-six."""
+    """Map each slot to the largest amax of all that share its scale, fp32 [].
+
+    Slots of four-over-six get a wider range.
+    """
     largest: dict[str, float] = {}
     for name, value in amaxes.items():
         key = sharing(quant.by_name[name].slot)
@@ -86,7 +99,7 @@ def searched_amaxes(
     sharing: Sharing,
     groups: Groups,
 ) -> dict[str, torch.Tensor]:
-    """``amaxes`` with those of least error where tensors without blocks are searched (mse)."""
+    """Replace ``amaxes`` of searched tensors without blocks (mse) by those of least error."""
     names = [d.slot.name for d in quant.quantized if d.searches_tensor]
     if not names:
         return amaxes

@@ -1,4 +1,4 @@
-"""Statistics of blocks that leave the least error, one part at a time."""
+"""Search the statistics of blocks that leave the least error, one part at a time."""
 
 import torch
 
@@ -12,10 +12,13 @@ _ELEMENTS = 1 << 22
 def searched_stat(
     w_NK: torch.Tensor, decision: Decision, amax: torch.Tensor | None, start: tuple[int, ...]
 ) -> torch.Tensor | None:
-    """Statistic of the part's blocks by the decision's algorithm; None where that is their amax.
+    """Search the statistic of the part's blocks; None where the algorithm takes their amax.
 
-    w_NK: whole blocks of rows, from row ``start[0]`` of the tensor on. amax: of all that shares
-    the tensor's scale, where the format has one.
+    Args:
+        w_NK: Whole blocks of rows, from row ``start[0]`` of the tensor on.
+        decision: Format and algorithm.
+        amax: Amax of all that shares the tensor's scale, where the format has one.
+        start: Row and column of the tensor at which ``w_NK`` starts.
     """
     fmt = decision.weights
     if not decision.searches_blocks:

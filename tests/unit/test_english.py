@@ -15,6 +15,7 @@ READ = {
     "ckpt/plan",
     "ckpt/storage",
     "ckpt/verify",
+    "cpu",
     "engines",
     "evaluation",
     "formats",
@@ -22,6 +23,7 @@ READ = {
     "native",
     "recipes",
     "rounding",
+    "streaming",
 }
 """Rooms, or modules, whose docstrings were read again by this rule."""
 

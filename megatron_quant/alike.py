@@ -26,7 +26,7 @@ def check_alike(groups: Groups, **said: str) -> None:
 
 
 def difference(said: Sequence[Mapping[str, str]]) -> str | None:
-    """What the ranks, in order, do not have alike, and who has what; None where all is alike."""
+    """Return where the ranks, in order, differ, and who has what; None where all agree."""
     names = dict.fromkeys(name for of_rank in said for name in of_rank)
     for name in names:
         having: dict[str, list[int]] = {}

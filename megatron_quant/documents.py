@@ -25,7 +25,7 @@ _SCALAR = 1000  # characters of a YAML scalar that is no text: parsers of number
 
 @dataclass(frozen=True)
 class Limits:
-    """What a document may be: bytes, values (and keys), and levels of nesting."""
+    """Limits of a document: bytes, values (and keys), and levels of nesting."""
 
     nbytes: int
     values: int
@@ -74,7 +74,7 @@ def check_file(path: Path, limits: Limits, error: type[QuantError] = CheckpointE
 
 
 def check_regular(path: Path, error: type[QuantError] = CheckpointError) -> None:
-    """As :func:`check_file`, of any size."""
+    """Run :func:`check_file` without a limit of size."""
     check_file(path, Limits(2**63, 0), error)
 
 
@@ -95,7 +95,7 @@ def _too_large(path: Path, size: int, limits: Limits) -> str:
 def read_json(
     path: Path, limits: Limits = CONFIG, error: type[QuantError] = CheckpointError
 ) -> Any:
-    """The value in the JSON file ``path``."""
+    """Read the value in the JSON file ``path``."""
     return parse_json(read_bytes(path, limits, error), str(path), limits, error)
 
 
@@ -105,7 +105,7 @@ def parse_json(
     limits: Limits = CONFIG,
     error: type[QuantError] = CheckpointError,
 ) -> Any:
-    """The value of a JSON document; ``where`` names it in the message of ``error``.
+    """Parse a JSON document; ``where`` names it in the message of ``error``.
 
     NaN and Infinity are read, as the configs of transformers have them. Text that is not Unicode,
     such as half of a surrogate pair, is refused.
@@ -162,7 +162,7 @@ def _depth(value: Any) -> int:
 def parse_yaml(
     content: bytes | str, where: str, error: type[QuantError], limits: Limits = RECIPE
 ) -> Any:
-    """The value of a YAML document; ``where`` names it in the message of ``error``.
+    """Parse a YAML document; ``where`` names it in the message of ``error``.
 
     Aliases are read; what they stand for counts as often as it is named.
     """
@@ -221,7 +221,7 @@ def shown(value: object) -> str:
 
 
 def _few(value: object, depth: int) -> object:
-    """What of a value can be shown, made without going through all of it."""
+    """Return the part of a value that can be shown, made without going through all of it."""
     if isinstance(value, str | bytes):
         return value[: _SHOWN + 1]
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:

@@ -1,4 +1,4 @@
-"""What a rank raised, as it reaches the other ranks and the screen."""
+"""Carry the error that a rank raised to the other ranks and to the screen."""
 
 import pickle
 import traceback
@@ -32,7 +32,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Had:
-    """What a person is told of an error that all ranks raise, and which of them had it first.
+    """A person's account of an error that all ranks raise, and which of them had it first.
 
     is_bug: whether it is none that a user can act on.
     """
@@ -43,13 +43,13 @@ class Had:
 
 
 def had(error: BaseException) -> Had | None:
-    """What :func:`shared` noted on ``error``; None for one that this rank has alone."""
+    """Return the note of :func:`shared` on ``error``; None for one that this rank has alone."""
     found = vars(error).get(_HAD)
     return found if isinstance(found, Had) else None
 
 
 def trace_of(error: BaseException) -> str:
-    """The traceback as Python prints it."""
+    """Return the traceback as Python prints it."""
     return "".join(traceback.format_exception(error))
 
 
@@ -89,7 +89,7 @@ def fault_of(error: BaseException) -> Fault:
 
 
 def translated(error: OSError) -> QuantError:
-    """The system's error as a user's: what is wrong, and with which file."""
+    """Translate the system's error into a user's: what is wrong, and with which file."""
     found = QuantError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     found.__cause__ = error
     return found
@@ -106,7 +106,7 @@ def _portable(error: QuantError) -> QuantError:
 
 
 def shared(error: BaseException | None, faults: Sequence[Fault | None], rank: int) -> BaseException:
-    """What ``rank``, which had ``error``, raises where the ranks had ``faults``, not all None.
+    """Return the error that ``rank``, which had ``error``, raises for ``faults``, not all None.
 
     The error of the lowest rank that has one; the exception itself on the rank that raised it.
     KeyboardInterrupt goes before all, as nothing is removed after it.

@@ -28,15 +28,15 @@ class Fields:
     error: type[QuantError] = CheckpointError
 
     def get(self, key: str) -> Any:
-        """The value, whatever it is; None where there is none."""
+        """Return the value, whatever it is; None where there is none."""
         return self.values.get(key)
 
     def refused(self, key: str, expected: str) -> QuantError:
-        """The error for a value that is not as ``expected``."""
+        """Return the error for a value that is not as ``expected``."""
         return self.error(f"{key}={shown(self.get(key))} in {self.where} must be {expected}")
 
     def count(self, key: str, default: int | None = None, most: int = MOST) -> int:
-        """A whole number above 0, and not above ``most``."""
+        """Return a whole number above 0, and not above ``most``."""
         value = self._or(key, default)
         if type(value) is not int or value < 1:
             raise self.refused(key, "a whole number above 0")
@@ -45,7 +45,7 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+        """Return a finite number above 0."""
         value = self._or(key, default)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise self.refused(key, "a number above 0")
@@ -62,33 +62,33 @@ class Fields:
         return value
 
     def whole(self, key: str) -> int | None:
-        """A whole number, of either sign; None where there is none."""
+        """Return a whole number, of either sign; None where there is none."""
         value = self.get(key)
         if value is not None and type(value) is not int:
             raise self.refused(key, "a whole number")
         return value
 
     def text(self, key: str, default: str = "") -> str:
-        """A string."""
+        """Return a string."""
         value = self._or(key, default)
         if not isinstance(value, str):
             raise self.refused(key, "a string")
         return value
 
     def part(self, key: str) -> "Fields":
-        """An object; an empty one where there is none."""
+        """Return an object; an empty one where there is none."""
         value = self._or(key, {})
         if not isinstance(value, Mapping):
             raise self.refused(key, "an object")
         return Fields(value, f"{key} of {self.where}", self.error)
 
     def parts(self, key: str) -> "dict[str, Fields]":
-        """An object of objects, by their keys."""
+        """Return an object of objects, by their keys."""
         inner = self.part(key)
         return {name: inner.part(name) for name in inner.values}
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of strings; empty where there is none."""
+        """Return a list of strings; empty where there is none."""
         value = self._or(key, [])
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
             raise self.refused(key, "a list of strings")

@@ -40,7 +40,7 @@ def is_one_of_many() -> bool:
 
 @cache
 def _store() -> tuple[dist.Store, int, int]:
-    """The store, this rank and how many there are."""
+    """Return the store, this rank and how many there are."""
     store, rank, size = next(dist.rendezvous("env://"))
     return store, rank, size
 
@@ -83,7 +83,7 @@ def check_started_alike(said: Mapping[str, str], minutes: float = MINUTES) -> No
 
 
 def share(said: str, seconds: float) -> dict[int, str]:
-    """What each rank says, by rank; without those that have not come here after ``seconds``.
+    """Return each rank's word, by rank; without ranks that are not here after ``seconds``.
 
     It works whatever has become of the others, so that nothing waits for one that has ended.
     """

@@ -41,7 +41,7 @@ def whole_tensors(params: tuple[Param, ...]) -> tuple[Param, ...]:
 
 
 def plan_of(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> QuantPlan:
-    """What the checkpoint's own config decided on each of ``params`` (whole tensors).
+    """Return the checkpoint's own decision on each of ``params`` (whole tensors).
 
     Raises CheckpointError where nothing in it is quantized, and FormatError for a format that is
     read alone.
@@ -76,7 +76,7 @@ def _is_weight(source: Source) -> bool:
 
 
 def transcode(part: RankPart, checkpoint: QuantizedCheckpoint) -> Iterator[Produced]:
-    """What ``part`` (a whole tensor) stores, from how ``checkpoint`` stores it."""
+    """Yield the tensors of ``part`` (a whole tensor), made from those in ``checkpoint``."""
     fields = _fields(part, checkpoint)
     for piece in part.pieces:
         if piece.stored.field not in fields:

@@ -1,4 +1,4 @@
-"""What the user sees: progress, tables and one-line errors. Rank 0 talks."""
+"""Show progress, tables and one-line errors to the user. Rank 0 talks."""
 
 import os
 import sys
@@ -69,11 +69,11 @@ class ConsolePhases:
         self.seconds: dict[str, float] = {}
 
     def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A phase whose work is ``total`` steps; yields what to call with steps done."""
+        """Show a phase of ``total`` steps; yield a function to call with steps done."""
         return self._progress(name, total, (MofNCompleteColumn(),))
 
     def transfer(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A phase that moves ``nbytes`` bytes; yields what to call with bytes moved."""
+        """Show a phase that moves ``nbytes`` bytes; yield a function to call with bytes moved."""
         return self._progress(name, nbytes, (DownloadColumn(), TransferSpeedColumn()))
 
     @contextmanager
@@ -95,7 +95,7 @@ class ConsolePhases:
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """A phase without a bar."""
+        """Show a phase without a bar."""
         start = time.perf_counter()
         self.seconds[name] = 0.0  # phases are told in the order in which they began
         try:

@@ -43,7 +43,7 @@ def _share(said: str, seconds: float) -> dict[int, str]:
 
 
 def _alone(error: BaseException) -> Had:
-    """Of an error that no collective has seen, so that the lines tell who else has it."""
+    """Describe an error that no collective has seen; other ranks' lines tell who has it too."""
     if isinstance(error, OSError) and not isinstance(error, QuantError):
         error = translated(error)
     expected = isinstance(error, QuantError | KeyboardInterrupt)

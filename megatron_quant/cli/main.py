@@ -23,7 +23,7 @@ Quantize Megatron-Core / Transformer Engine models, mixture-of-experts first.
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all verbs."""
+    """Build the parser of all verbs."""
     top = argparse.ArgumentParser(
         prog="megatron-quant",
         description=_DESCRIPTION,
@@ -80,7 +80,7 @@ def _check_started_alike(args: argparse.Namespace) -> None:
 
 
 def _started(args: argparse.Namespace) -> dict[str, str]:
-    """What must be the same on all ranks, as a person calls it."""
+    """Return the settings that must agree on all ranks, in a person's words."""
     import torch
 
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}

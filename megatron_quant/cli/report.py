@@ -1,4 +1,4 @@
-"""What a run of ``quantize`` found, as lines for people and as JSON for programs."""
+"""Report a run of ``quantize``, as lines for people and as JSON for programs."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ def summary(outcome: "Outcome", seconds: Mapping[str, float]) -> Iterator[str]:
 
 
 def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The same, and every amax and token count by slot name."""
+    """Return the report as JSON, with every amax and token count by slot name."""
     calibration, plan = outcome.calibration, outcome.job.export
     report: dict[str, Any] = {
         "recipe": outcome.job.quant.recipe,
@@ -71,7 +71,7 @@ def summary_of_stream(streamed: "Streamed", seconds: Mapping[str, float]) -> Ite
 
 
 def stream_as_json(streamed: "Streamed", seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The same, and every amax that was needed, by slot name."""
+    """Return a streamed run's report, with every amax that was needed, by slot name."""
     plan = streamed.job.exported
     return {
         "recipe": streamed.job.quant.recipe,
@@ -86,7 +86,7 @@ def stream_as_json(streamed: "Streamed", seconds: Mapping[str, float]) -> dict[s
 
 
 def left_out_lines(left_out: Sequence[str]) -> Iterator[str]:
-    """A line for each thing of the source that the export has not."""
+    """Return a line for each thing of the source that the export lacks."""
     return (escape(f"left out: {line}") for line in left_out)
 
 

@@ -78,7 +78,7 @@ def rules_table(job: "Job") -> Table:
 
 
 def files_table(plan: "ExportPlan", verbose: bool = False) -> Table:
-    """The files that an export writes; many of them in one row unless ``verbose``."""
+    """List the files that an export writes; many of them in one row unless ``verbose``."""
     table = Table("File", "Tensors", "Size", title="Files")
     files = list(plan.files)
     if verbose or len(files) <= _FILES:
@@ -121,7 +121,7 @@ def sizes_line(plan: "ExportPlan") -> str:
 
 
 def planning_lines(job: "Job") -> Iterator[str]:
-    """What the plan took, and what each rank writes."""
+    """Return the cost of planning, and the bytes that each rank writes."""
     from megatron_quant.ckpt.plan import spread
 
     assert job.cost is not None

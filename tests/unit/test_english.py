@@ -10,18 +10,27 @@ import megatron_quant
 
 PACKAGE = Path(megatron_quant.__file__).parent
 READ = {
+    "alike",
     "calib",
+    "ckpt/convert",
     "ckpt/dialects",
     "ckpt/plan",
     "ckpt/storage",
     "ckpt/verify",
+    "cli",
     "cpu",
+    "dist",
+    "documents",
     "engines",
+    "errors",
     "evaluation",
+    "faults",
+    "fields",
     "formats",
     "models",
     "native",
     "recipes",
+    "rendezvous",
     "rounding",
     "streaming",
 }

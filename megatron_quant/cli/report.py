@@ -9,6 +9,7 @@ from megatron_quant.cli.console import escape
 from megatron_quant.cli.tables import sizes_line
 
 if TYPE_CHECKING:  # it imports Megatron, which a host without a GPU must be readied for
+    from megatron_quant.ckpt.verify import Report
     from megatron_quant.runs import Outcome, Streamed
 
 _COLD_SHOWN = 5
@@ -26,8 +27,8 @@ def summary(outcome: "Outcome", seconds: Mapping[str, float]) -> Iterator[str]:
     if outcome.fake_quant:
         sums = outcome.fake_quant
         yield f"fake-quantized model: perplexity {sums.perplexity:.4f}, KL {sums.mean_kl:.5f}"
-    if outcome.verified:
-        yield f"verified: {len(outcome.verified.tensors)} tensors"
+    if outcome.job.export:
+        yield _verified(outcome.verified)
     yield from left_out_lines(outcome.left_out)
     if outcome.job.export:
         yield sizes_line(outcome.job.export)
@@ -63,8 +64,7 @@ def summary_of_stream(streamed: "Streamed", seconds: Mapping[str, float]) -> Ite
     """Lines: cold experts, what was verified, sizes, time of every phase."""
     if streamed.inputs and streamed.inputs.cold:
         yield _cold(streamed.inputs.cold)
-    if streamed.verified:
-        yield f"verified: {len(streamed.verified.tensors)} tensors"
+    yield _verified(streamed.verified)
     yield from left_out_lines(streamed.left_out)
     yield sizes_line(streamed.job.exported)
     yield _times(seconds)
@@ -93,6 +93,12 @@ def left_out_lines(left_out: Sequence[str]) -> Iterator[str]:
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """``report`` into the file ``path``."""
     path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _verified(report: "Report | None") -> str:
+    if report is None:
+        return "not verified (--no-verify): the verb verify does it"
+    return f"verified: {len(report.tensors)} tensors"
 
 
 def _cold(slots: Sequence[str]) -> str:

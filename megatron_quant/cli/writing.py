@@ -24,6 +24,13 @@ def add_writing(group: "argparse._ActionsContainer") -> None:
         "run can still be resumed",
     )
     group.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read the export back, the ranks a share each, before its files have their names "
+        "(default); --no-verify leaves that to the verb verify",
+    )
+    group.add_argument(
         "--verbose",
         action="store_true",
         help="tables with every layer and file (default: like layers share a row)",

@@ -22,7 +22,7 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.engines import check_serving
 from megatron_quant.models import Role
 from megatron_quant.runs.agree import check_options, check_plans
-from megatron_quant.runs.destination import Verification, check_place, existing_of, with_beside
+from megatron_quant.runs.destination import check_place, existing_of, verification, with_beside
 from megatron_quant.runs.phases import Phases
 from megatron_quant.runs.settings import Serve, Write, parse_size
 
@@ -60,7 +60,7 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritte
     with phases.transfer("export", own) as progress:
         produce = partial(transcode, checkpoint=work.checkpoint)
         out, existing = options.export_dir, work.existing
-        check = Verification(out, None, groups, phases)
+        check = verification(options.write, out, None, groups, phases)
         export(plan, groups, produce, out, files, existing, progress, work.writing, check)
     return Rewritten(plan, files.left_out)
 

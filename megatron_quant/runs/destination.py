@@ -1,6 +1,5 @@
 """Where an export goes, checked alike for every verb that writes one, before and after."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_quant.ckpt.plan import (
@@ -13,9 +12,9 @@ from megatron_quant.ckpt.plan import (
 )
 from megatron_quant.ckpt.read import Weights
 from megatron_quant.ckpt.storage import overlap
-from megatron_quant.ckpt.verify import Report, verify
+from megatron_quant.ckpt.verify import Report, Share, joined, verify_share
 from megatron_quant.ckpt.write import Existing, beside, check_apart, check_target
-from megatron_quant.dist import Groups, together
+from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import ExportError
 from megatron_quant.mcore.checkpoint import Saved
 from megatron_quant.runs.job import Job
@@ -111,10 +110,26 @@ def with_beside(files: Companions, source: Path, checkpoint: Weights | None) -> 
     return files.beside(source, found.carried, [*unread, *found.left_out])
 
 
+def verify_together(
+    directory: Path, against: Path | None, groups: Groups, named: Path | None = None
+) -> Report:
+    """Verify a checkpoint, of whose tensors each rank looks at a share. Collective.
+
+    named: how problems call it, where that is not ``directory``, which may differ between ranks.
+    Returns the same report on every rank. Raises what one rank cannot read, on all.
+    """
+
+    def look() -> Share:
+        found = verify_share(directory, against, groups.rank, groups.size)
+        return found.called(named or directory)
+
+    return joined(gather(together(groups, look), groups))
+
+
 class Verification:
     """Verifies an export before its files have their own names; called on every rank.
 
-    report: what was found, on rank 0; None on the others.
+    report: what was found, the same on every rank; None where nothing was verified yet.
     """
 
     def __init__(
@@ -127,14 +142,14 @@ class Verification:
 
     def __call__(self, directory: Path) -> None:
         """Collective. Raises VerifyError, on every rank, for the first problem."""
-        first = self._groups.rank == 0
         with self._phases.time("verify"):
-            self.report = together(self._groups, lambda: self._verify(directory) if first else None)
+            found = verify_together(directory, self._source, self._groups, self._named)
+            together(self._groups, found.raise_for_problems)
+        self.report = found
 
-    def _verify(self, directory: Path) -> Report:
-        found = verify(directory, self._source)
-        where, named = str(directory), str(self._named)
-        problems = tuple(problem.replace(where, named) for problem in found.problems)
-        report = replace(found, directory=self._named, problems=problems)
-        report.raise_for_problems()
-        return report
+
+def verification(
+    write: Write, export_dir: Path, source: Path | None, groups: Groups, phases: Phases
+) -> Verification | None:
+    """What verifies the export; None with ``--no-verify``."""
+    return Verification(export_dir, source, groups, phases) if write.verify else None

@@ -27,6 +27,7 @@ from megatron_quant.runs.destination import (
     existing_of,
     origin_of,
     statistics_digest,
+    verification,
 )
 from megatron_quant.runs.file_inputs import calibrate_inputs, save_amaxes
 from megatron_quant.runs.job import Job, SourceModel, decide, replanned
@@ -54,7 +55,7 @@ class Streamed:
     """What a run found.
 
     weight_amax: of each slot that has a tensor scale. inputs: None where none was measured.
-    verified: on rank 0; None on the others. left_out: what the source has and the export has not.
+    verified: None with ``--no-verify``. left_out: what the source has and the export has not.
     """
 
     job: Job
@@ -137,7 +138,7 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
         input_amax=inputs.scales if inputs else {},
         kept=planned.kept,
     )
-    check = Verification(out, job.source, groups, phases)
+    check = verification(options.write, out, job.source, groups, phases)
     files = _with_statistics(files, job, options, found, inputs)
     _export(options, job, groups, producer, files, phases, check)
     if inputs is not None:
@@ -145,7 +146,11 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
         first = groups.rank == 0
         together(groups, lambda: save_amaxes(options, job, measured) if first else None)
     return Streamed(
-        job=job, weight_amax=found, inputs=inputs, verified=check.report, left_out=files.left_out
+        job=job,
+        weight_amax=found,
+        inputs=inputs,
+        verified=check.report if check else None,
+        left_out=files.left_out,
     )
 
 
@@ -169,7 +174,7 @@ def _export(  # noqa: PLR0913
     producer: Producer,
     files: Companions,
     phases: Phases,
-    check: Verification,
+    check: Verification | None,
 ) -> None:
     assert options.export_dir is not None
     writing = WriteOptions(options.write.io_threads, options.write.fsync)

@@ -41,7 +41,7 @@ from megatron_quant.mcore.model import LiveModel, run_schedule, start_distribute
 from megatron_quant.models import Param, Role
 from megatron_quant.recipes import Recipe
 from megatron_quant.runs.batches import calibration_batches, check_ids
-from megatron_quant.runs.destination import Verification, check_place, existing_of, with_beside
+from megatron_quant.runs.destination import check_place, existing_of, verification, with_beside
 from megatron_quant.runs.phases import Quiet
 from megatron_quant.runs.saving import SavePlace, save_model
 from megatron_quant.runs.settings import Calibration, Serve, Write, parse_size
@@ -136,8 +136,8 @@ def _own_loop(handle: Quantized, calibration: Calibration, groups: Groups) -> Ca
 class Exported:
     """An export that was written.
 
-    plan: its files. verified: what verification found, on rank 0; None on the others. left_out:
-    what the source has and the export has not, one line each.
+    plan: its files. verified: what verification found; None where ``write`` leaves that out.
+    left_out: what the source has and the export has not, one line each.
     """
 
     plan: ExportPlan
@@ -189,10 +189,10 @@ def export(
 
     found = together(groups, described)
     options = WriteOptions(write.io_threads, write.fsync)
-    check = Verification(directory, None, groups, Quiet())
+    check = verification(write, directory, None, groups, Quiet())
     files = (directory, found.files, existing)
     write_files(found.plan, groups, found.produce, *files, options=options, check=check)
-    return Exported(found.plan, check.report, found.files.left_out)
+    return Exported(found.plan, check.report if check else None, found.files.left_out)
 
 
 def _describe(handle: Quantized, format: str, serve: Serve, shard_bytes: int) -> _Described:

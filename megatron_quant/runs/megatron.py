@@ -38,7 +38,12 @@ from megatron_quant.mcore.model import (
 )
 from megatron_quant.models import Role
 from megatron_quant.runs.agree import check_options, check_plans, check_tokens, fetched
-from megatron_quant.runs.destination import Verification, check_places, statistics_digest
+from megatron_quant.runs.destination import (
+    Verification,
+    check_places,
+    statistics_digest,
+    verification,
+)
 from megatron_quant.runs.inputs import Inputs, open_inputs
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
@@ -54,7 +59,7 @@ class Outcome:
     kv_amax: of the keys and values of each attention, where the KV cache was calibrated.
     statistics: (quantizer's state name, shape, largest value) of this rank's quantizers.
     fake_quant: sums over the evaluation text, of the quantized model in Megatron; None without one.
-    verified: what verifying the export found, on rank 0; None on the others.
+    verified: what verifying the export found; None without an export, or with ``--no-verify``.
     left_out: what the source has and the export has not, one line each.
     """
 
@@ -106,7 +111,7 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     if options.export_dir is not None:
         produced = producer(model, handle.layers, handle.cached, _drafts(job))
         source = job.source if options.megatron_load_path is None else None
-        check = Verification(options.export_dir, source, groups, phases)
+        check = verification(options.write, options.export_dir, source, groups, phases)
         _export(options, inputs, model, produced, digest, phases, check)
     report = check.report if check else None
     left_out = inputs.companions.left_out if inputs.companions else ()
@@ -204,7 +209,7 @@ def _export(  # noqa: PLR0913
     produced: Produce,
     scales: str,
     phases: Phases,
-    check: Verification,
+    check: Verification | None,
 ) -> None:
     """Write the files; ``scales``: digest of what calibration found."""
     plan, beside = inputs.job.export, inputs.companions

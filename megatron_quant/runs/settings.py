@@ -93,7 +93,8 @@ class Write:
 
     overwrite: replace a checkpoint that is there. resume: go on with an unfinished one.
     max_shard_size: tensor bytes of a file, as ``5GB``. io_threads: threads of a rank that hash and
-    write. fsync: make sure that all is on the disk.
+    write. fsync: make sure that all is on the disk. verify: read all back before the files get
+    their names.
     """
 
     overwrite: bool = False
@@ -101,6 +102,7 @@ class Write:
     max_shard_size: str = "5GB"
     io_threads: int = 2
     fsync: bool = True
+    verify: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what excludes one another, and what is no size or count."""

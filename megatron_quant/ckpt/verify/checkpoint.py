@@ -1,8 +1,9 @@
 """Check a written checkpoint against its own config, with safetensors alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite, sqrt
+from dataclasses import dataclass, field
+from heapq import heapreplace
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,32 @@ class Report:
             raise VerifyError(f"{self.directory}: {self.problems[0]}{more}")
 
 
+@dataclass
+class Share:
+    """What one of several processes found of one checkpoint; :func:`joined` makes a report of all.
+
+    unreadable: why it could not be looked at; then there is nothing else. problems: lines, by the
+    place that they have among those of the other shares. tensors: by the number of the parameter.
+    """
+
+    directory: Path
+    unreadable: tuple[str, ...] = ()
+    problems: dict[tuple[int, int], list[str]] = field(default_factory=dict)
+    tensors: dict[int, list[TensorCheck]] = field(default_factory=dict)
+
+    def note(self, kind: int, number: int, problems: Sequence[str]) -> None:
+        """Add lines, ordered by ``kind`` and then by ``number``."""
+        if problems:
+            self.problems[kind, number] = list(problems)
+
+    def called(self, directory: Path) -> "Share":
+        """The same of a checkpoint that has another name than that under which it was read."""
+        was, now = str(self.directory), str(directory)
+        lines = {p: [line.replace(was, now) for line in own] for p, own in self.problems.items()}
+        unreadable = tuple(line.replace(was, now) for line in self.unreadable)
+        return Share(directory, unreadable, lines, self.tensors)
+
+
 def verify(directory: Path, against: Path | None = None) -> Report:
     """Check files, index, config, tensors and scales; with ``against`` also the weights' values.
 
@@ -93,32 +120,84 @@ def verify(directory: Path, against: Path | None = None) -> Report:
     Raises:
         CheckpointError: Where ``against`` cannot be read.
     """
+    return joined([verify_share(directory, against, 0, 1)])
+
+
+def joined(shares: Sequence[Share]) -> Report:
+    """One report, the same however many shares there were.
+
+    shares: of all ranks of :func:`verify_share`, in their order.
+    """
+    directory = shares[0].directory
+    for share in shares:
+        if share.unreadable:
+            return Report(directory, share.unreadable, ())
+    problems = {place: lines for share in shares for place, lines in share.problems.items()}
+    tensors = {number: checks for share in shares for number, checks in share.tensors.items()}
+    return Report(
+        directory,
+        tuple(line for place in sorted(problems) for line in problems[place]),
+        tuple(check for number in sorted(tensors) for check in tensors[number]),
+    )
+
+
+def verify_share(directory: Path, against: Path | None, rank: int, size: int) -> Share:
+    """The share of process ``rank`` of ``size`` in :func:`verify`, about equal in elements.
+
+    All read the headers; names and config are looked at by the first alone. Raises CheckpointError
+    where ``against`` cannot be read.
+    """
     source = open_original(against) if against is not None else None
-    problems = index_problems(directory)
-    if problems:
-        return Report(directory, tuple(problems), ())
+    if problems := index_problems(directory):
+        return Share(directory, tuple(problems))
     try:
         checkpoint, params = _open(directory)
     except (CheckpointError, ArchitectureError) as error:
-        return Report(directory, (str(error),), ())
+        return Share(directory, (str(error),))
+    share = Share(directory)
+    if rank == 0:
+        share.note(0, 0, _named_problems(checkpoint, params))
+        share.note(2, 0, _lost(checkpoint.config, params, source) if source is not None else ())
+    owners = _owners(params, size)
+    unsound: set[Source] = set()
+    for number, param in enumerate(params):
+        if owners[_unit(param)] == rank:
+            found, share.tensors[number] = _check(checkpoint, param, source)
+            share.note(1, number, found)
+            unsound |= set(param.sources if found else ())
+    for number, (fused, owner) in enumerate(
+        zip(engine_groups(params), owners.values(), strict=True)
+    ):
+        if owner == rank and not unsound & set(fused):
+            share.note(3, number, fusion_problems(checkpoint, fused))
+    return share
+
+
+def _unit(param: Param) -> str:
+    """What is looked at by one process: what engines fuse, as they do."""
+    return param.fused or param.name
+
+
+def _owners(params: Sequence[Param], size: int) -> dict[str, int]:
+    """Unit -> the process that looks at it, in the order of the model."""
+    elements: dict[str, int] = {}
+    for param in params:
+        elements[_unit(param)] = elements.get(_unit(param), 0) + prod(param.shape)
+    loads, owners = [(0, rank) for rank in range(size)], {}
+    for unit, count in elements.items():
+        load, owners[unit] = loads[0]
+        heapreplace(loads, (load + count, owners[unit]))
+    return owners
+
+
+def _named_problems(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> list[str]:
+    """What is wrong with config, names and the KV cache's scales."""
     cache = stored_cache_tensors(checkpoint, params)
-    problems = [
+    return [
         *_config_problems(checkpoint),
         *stray_problems(checkpoint, params, cache),
         *cache_problems(checkpoint, cache),
     ]
-    checks: list[TensorCheck] = []
-    unsound: set[Source] = set()
-    for param in params:
-        found, checked = _check(checkpoint, param, source)
-        problems += found
-        checks += checked
-        unsound |= set(param.sources if found else ())
-    if source is not None:
-        problems += _lost(checkpoint.config, params, source)
-    for fused in engine_groups(params):
-        problems += [] if unsound & set(fused) else fusion_problems(checkpoint, fused)
-    return Report(directory, tuple(problems), tuple(checks))
 
 
 def _open(directory: Path) -> tuple[QuantizedCheckpoint, tuple[Param, ...]]:

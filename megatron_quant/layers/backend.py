@@ -67,7 +67,7 @@ def _block_sizes(fmt: Format) -> dict[Any, Any] | None:
 
 
 def quantizer_format(quantizer: TensorQuantizer) -> Format:
-    """The format that :func:`quantizer_attributes` gave the quantizer."""
+    """Return the format that :func:`quantizer_attributes` gave the quantizer."""
     args = quantizer.backend_extra_args
     return get_format(args["format"], args["group_size"])
 
@@ -85,7 +85,7 @@ class KeptGrid:
     scales: tuple[Mapping[str, torch.Tensor], ...]
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        """The nearest values to ``weight`` [N, K] or [E, N, K] on the grid."""
+        """Return the nearest values to ``weight`` [N, K] or [E, N, K] on the grid."""
         parts = [
             fake_quant_on(region.take(weight), self.fmt, scales, _origin(region))
             for region, scales in zip(self.regions, self.scales, strict=True)
@@ -94,7 +94,7 @@ class KeptGrid:
 
 
 class _Share(nn.Module):
-    """What a weight quantizer knows of this rank's share of its weight.
+    """A weight quantizer's knowledge of this rank's share of its weight.
 
     A module without parameters or buffers: it is in no state dict, neither torch's nor ModelOpt's,
     and a copy of the model has it too.
@@ -117,7 +117,7 @@ def set_regions(quantizer: TensorQuantizer, regions: Sequence[Region]) -> None:
 
 
 def regions_of(quantizer: TensorQuantizer) -> tuple[Region, ...]:
-    """What :func:`set_regions` said; empty for inputs."""
+    """Return the regions that :func:`set_regions` set; empty for inputs."""
     return _share_of(quantizer).regions
 
 
@@ -127,7 +127,7 @@ def set_grid(quantizer: TensorQuantizer, grid: KeptGrid) -> None:
 
 
 def grid_of(quantizer: TensorQuantizer) -> KeptGrid | None:
-    """What :func:`set_grid` gave; None where scales follow from statistics."""
+    """Return the grid that :func:`set_grid` set; None where scales follow from statistics."""
     return _share_of(quantizer).grid
 
 
@@ -144,7 +144,7 @@ def set_block_amax(quantizer: TensorQuantizer, stat: torch.Tensor) -> None:
 
 
 def block_amax(quantizer: TensorQuantizer) -> torch.Tensor | None:
-    """The statistics of its blocks; None where they follow from the weight."""
+    """Return the statistics of its blocks; None where they follow from the weight."""
     return getattr(quantizer, BLOCK_AMAX, None)
 
 

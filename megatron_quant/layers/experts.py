@@ -30,7 +30,7 @@ class QuantExperts(QuantModule):
     def forward(
         self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, probs_T: torch.Tensor
     ) -> tuple[torch.Tensor, Any]:
-        """As the base class: tokens sorted by expert, and the routing probability of each."""
+        """Run the experts on tokens sorted by expert, and weigh each by its routing probability."""
         if self.config.moe_apply_probs_on_input:  # as such a model is trained and served (Llama 4)
             return super().forward(x_TH, tokens_per_expert, probs_T)
         out_TH, bias = super().forward(x_TH, tokens_per_expert, torch.ones_like(probs_T))

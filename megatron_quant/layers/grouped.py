@@ -40,7 +40,7 @@ class QuantGroupedLinear(QuantModule):
         self.output_quantizer.disable()
 
     def weights(self) -> list[torch.Tensor]:
-        """The rank's expert weights, each [N, K], in local order."""
+        """Return the rank's expert weights, each [N, K], in local order."""
         return [self._parameters[f"weight{i}"] for i in range(self.num_gemms)]
 
     @property
@@ -49,7 +49,7 @@ class QuantGroupedLinear(QuantModule):
         return self.weight_quantizer.axis == 0 and self.weight_quantizer.backend == BACKEND
 
     def quantize(self, w_ENK: torch.Tensor) -> torch.Tensor:
-        """The weights [E, N, K] of all experts of the rank, quantized in one call."""
+        """Quantize the weights [E, N, K] of all experts of the rank in one call."""
         if self.weight_quantizer.backend == BACKEND:
             return self.weight_quantizer(w_ENK)
         return self.weight_quantizer(w_ENK.flatten(0, 1)).view_as(w_ENK)
@@ -96,7 +96,7 @@ class QuantGroupedLinear(QuantModule):
         return self.quantize(torch.stack(weights)).unbind(0)
 
     def forward(self, x: torch.Tensor, m_splits: Any) -> Any:
-        """As the base class: ``x`` [tokens, K] sorted by expert, ``m_splits`` tokens an expert."""
+        """Run ``x`` [tokens, K], sorted by expert, with ``m_splits`` tokens an expert."""
         x = self.input_quantizer(x)
         with self._quantized_weights():
             out = super().forward(x, m_splits)

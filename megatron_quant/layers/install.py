@@ -103,7 +103,7 @@ class QuantLayer:
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """What each weight holds of its logical tensors, each with a block grid of its own."""
+        """Return each weight's parts of its logical tensors, each with a block grid of its own."""
         return regions_of(self.weight_quantizer)
 
     @property
@@ -113,25 +113,25 @@ class QuantLayer:
 
     @property
     def weight_quantizer(self) -> TensorQuantizer:
-        """What its weights go through."""
+        """Return the quantizer of its weights."""
         return _quantizer(self.module.weight_quantizer)
 
     @property
     def input_quantizer(self) -> TensorQuantizer:
-        """What its inputs go through."""
+        """Return the quantizer of its inputs."""
         return _quantizer(self.module.input_quantizer)
 
     @property
     def quantizers(self) -> tuple[TensorQuantizer, ...]:
-        """The quantizers that a forward calls."""
+        """Return the quantizers that a forward calls."""
         return (self.weight_quantizer, self.input_quantizer)
 
     def weights(self) -> list[torch.Tensor]:
-        """The rank's shards [N, K], one a decision."""
+        """Return the rank's shards [N, K], one a decision."""
         return [getattr(self.module, attribute) for attribute in self.attributes]
 
     def weight_amax(self, index: int) -> torch.Tensor | None:
-        """The calibrated amax of the ``index``-th weight's logical tensor, fp32 [].
+        """Return the calibrated amax of the ``index``-th weight's logical tensor, fp32 [].
 
         None for microscaling formats, whose quantizers have none (ModelOpt).
         """
@@ -141,11 +141,11 @@ class QuantLayer:
         return amax.float()[index if amax.numel() > 1 else ...].reshape(())
 
     def amax_of_stack(self) -> torch.Tensor:
-        """The calibrated amaxes of the weights as codecs take them: fp32 [] or [E, 1, 1]."""
+        """Return the weights' calibrated amaxes for the codecs: fp32 [] or [E, 1, 1]."""
         return self.weight_quantizer.amax.float()
 
     def input_amax(self) -> torch.Tensor | None:
-        """The calibrated amax of the inputs, fp32 []; None where they have no static scale."""
+        """Return the inputs' calibrated amax, fp32 []; None where they have no static scale."""
         return self.input_quantizer.amax.float().reshape(()) if self.static_inputs else None
 
     def block_stat(self, index: int, region: Region) -> torch.Tensor | None:
@@ -179,7 +179,7 @@ class QuantLayer:
 
 
 def _quantizer(found: object) -> TensorQuantizer:
-    """An attribute of a module, which torch types as Tensor or Module."""
+    """Return an attribute of a module, which torch types as Tensor or Module."""
     assert isinstance(found, TensorQuantizer), type(found)
     return found
 
@@ -256,7 +256,7 @@ def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> Qu
 
 
 def _regions(weight: LocalWeight, layer: QuantLayer) -> tuple[Region, ...]:
-    """Of the first weight; the experts of a layer are all cut alike."""
+    """Return the regions of the first weight; the experts of a layer are all cut alike."""
     rows, cols = layer.weights()[0].shape
     if weight.regions:
         assert sum(region.size[0] for region in weight.regions) == rows, weight

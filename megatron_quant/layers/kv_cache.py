@@ -35,7 +35,7 @@ class CachedTensor:
 
     @property
     def quantizers(self) -> tuple[TensorQuantizer, ...]:
-        """The quantizers that a forward calls, as :attr:`QuantLayer.quantizers`."""
+        """Return the quantizers that a forward calls, like :attr:`QuantLayer.quantizers`."""
         return (self.quantizer,)
 
     def set_amax(self, amax: float) -> None:
@@ -43,7 +43,7 @@ class CachedTensor:
         self.quantizer.amax = torch.tensor(amax, dtype=torch.float32, device=self.device)
 
     def amax(self) -> torch.Tensor:
-        """What :meth:`set_amax` was given, fp32 []."""
+        """Return the amax that :meth:`set_amax` set, fp32 []."""
         return self.quantizer.amax.float().reshape(())
 
 
@@ -72,7 +72,7 @@ def attach_kv_cache(
 
 
 def _quantizer(model: nn.Module, weight: LocalWeight, slot: CacheSlot) -> TensorQuantizer:
-    """Of the attention that the projection ``weight`` belongs to."""
+    """Return the quantizer of the attention that the projection ``weight`` belongs to."""
     name = f"{weight.module.rpartition('.')[0]}.core_attention"
     module = model.get_submodule(name)
     quantizer = getattr(module, f"{slot.part}_bmm_quantizer", None)

@@ -62,7 +62,7 @@ def unregister() -> None:
 
 
 def _entry(base: type[nn.Module]) -> _Entry | None:
-    """What the registry has for ``base``; None where it has nothing."""
+    """Return the registry's entry for ``base``; None where it has none."""
     if base not in QuantModuleRegistry:
         return None
     made = QuantModuleRegistry[base]  # a subclass of the registered class and of the base

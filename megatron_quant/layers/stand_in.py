@@ -22,7 +22,7 @@ def stand_in(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def follow(quantizer: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    """A forward hook of a weight quantizer: what it gives stands in for what it was given."""
+    """Let the quantizer's output stand in for its input; a forward hook of weight quantizers."""
     if output is not args[0]:
         stand_in(output, args[0])
 

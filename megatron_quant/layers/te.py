@@ -34,7 +34,7 @@ ATTENTION, DENSE_MLP = TEDotProductAttention, MLP
 
 
 class _QuantTEGroupedLinear(QuantGroupedLinear):
-    """What Transformer Engine's options and ModelOpt's own calibration need of a grouped linear."""
+    """The needs of Transformer Engine's options and ModelOpt's calibration in a grouped linear."""
 
     parallel_state: ParallelState | None
 
@@ -58,7 +58,7 @@ class _QuantTEGroupedLinear(QuantGroupedLinear):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """As the base class, and the quantizers' amaxes with their experts' global indices."""
+        """Add the quantizers' amaxes, with their experts' global indices, to the base class's."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         singleton = bool((metadata or {}).get("singleton_local_shards", False))
         return {**state, **quantizer_state(self, prefix, sharded_offsets, singleton, _place(self))}
@@ -132,7 +132,7 @@ def fusion_kept(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_fp8(module: nn.Module, args: object) -> None:
-    """A forward pre-hook. Raises QuantError within Transformer Engine's fp8 autocast."""
+    """Raise QuantError within Transformer Engine's fp8 autocast; a forward pre-hook."""
     if FP8GlobalStateManager.is_fp8_enabled():
         raise QuantError(
             f"a quantized {type(module).__name__} was called within Transformer Engine's fp8 "
@@ -148,7 +148,7 @@ _RECORDED = (
 
 
 def refuse_capture(module: nn.Module, args: object) -> None:
-    """A forward pre-hook. Raises QuantError while the stream records a CUDA graph."""
+    """Raise QuantError while the stream records a CUDA graph; a forward pre-hook."""
     if torch.cuda.is_current_stream_capturing():
         raise QuantError(
             f"a quantized {type(module).__name__} was called while a CUDA graph was recorded: "
@@ -206,7 +206,7 @@ def attention() -> type[QuantModule]:
             sharded_offsets: tuple[tuple[int, int, int], ...] = (),
             metadata: dict[str, Any] | None = None,
         ) -> dict[str, Any]:
-            """As Megatron's class where heads have sinks: ModelOpt's takes a shard for all."""
+            """Return Megatron's own where heads have sinks: ModelOpt's takes a shard for all."""
             owner = modelopts
             if self.config.softmax_type == "learnable":
                 owner, metadata = TEDotProductAttention, ensure_metadata_has_dp_cp_group(metadata)

@@ -12,12 +12,12 @@ from megatron_quant.runs.settings import Calibration
 
 
 def tokenizer_choice(calibration: Calibration) -> TokenizerChoice:
-    """The tokenizer that ``calibration`` asks for."""
+    """Return the tokenizer that ``calibration`` asks for."""
     return TokenizerChoice(calibration.tokenizer, calibration.trust_remote_code)
 
 
 def calibration_batches(calibration: Calibration, source: Path) -> list[torch.Tensor]:
-    """What ``calibration`` asks for, [B, S] each.
+    """Return the batches that ``calibration`` asks for, [B, S] each.
 
     source: the checkpoint, whose tokenizer is taken where ``calibration`` names none.
 

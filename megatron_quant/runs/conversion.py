@@ -67,7 +67,7 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritte
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """What is known before a tensor is read."""
+    """The facts that are known before a tensor is read."""
 
     checkpoint: QuantizedCheckpoint
     plan: ExportPlan
@@ -108,6 +108,6 @@ def _planned(options: ExportOptions, world: int) -> _Work:
 
 
 def _origin(checkpoint: QuantizedCheckpoint, options: ExportOptions) -> Origin:
-    """The recipe is whatever the source's config says of its quantization."""
+    """Digest the source; its config's account of its quantization serves as the recipe."""
     recipe = digest_of(checkpoint.config.get("quantization_config"))
     return Origin(recipe, source_digest(options.source))

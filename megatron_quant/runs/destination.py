@@ -24,7 +24,7 @@ from megatron_quant.runs.settings import Write
 
 
 def existing_of(write: Write) -> Existing:
-    """What ``--overwrite`` and ``--resume`` mean for what is there already."""
+    """Translate ``--overwrite`` and ``--resume`` into the treatment of files that exist."""
     if write.resume:
         return Existing.RESUME
     return Existing.REPLACE if write.overwrite else Existing.REFUSE
@@ -63,7 +63,7 @@ def check_places(options: QuantizeOptions) -> None:
 
 
 def origin_of(job: Job, saved: Saved | None = None) -> Origin:
-    """What an export is made of, alike through a model and without one.
+    """Digest the inputs of an export, alike through a model and without one.
 
     saved: the Megatron checkpoint that the model comes from. Raises CheckpointError where the
     source cannot be read.
@@ -83,7 +83,7 @@ def statistics_digest(job: Job, options: QuantizeOptions, *found: object) -> str
 def checked_companions(
     job: Job, export_dir: Path, existing: Existing, origin: Origin
 ) -> Companions:
-    """The files beside the weights, once it is sure that they may go to ``export_dir``.
+    """Return the files beside the weights, once it is sure that ``export_dir`` may have them.
 
     Raises ExportError where they may not.
     """

@@ -52,7 +52,7 @@ _SHARING: dict[str, Sharing] = {"shared": shared, "per_expert": per_expert}
 
 @dataclass(frozen=True, kw_only=True)
 class Streamed:
-    """What a run found.
+    """The findings of a run.
 
     weight_amax: of each slot that has a tensor scale. inputs: None where none was measured.
     verified: None with ``--no-verify``. left_out: what the source has and the export has not.
@@ -67,7 +67,7 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Planned:
-    """What is known before weights are read.
+    """The facts that are known before weights are read.
 
     checkpoint: the source by the names of the export. kept: whose scales the export keeps; None
     where weights get their own.
@@ -190,7 +190,7 @@ def _existing(options: QuantizeOptions) -> Existing:
 def _weight_amaxes(
     job: Job, source: PartSource, groups: Groups, phases: Phases
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """What was found of each slot, and what its scale follows from."""
+    """Return the amax of each slot, and the amax that its scale follows from."""
     own, sharing = job.exported.parts_of(groups.rank), _SHARING[job.expert_scales]
     with phases.bar("amax", _nbytes(scaled(own))) as progress:
         found = slot_amaxes(source, job.quant, own, groups, progress)

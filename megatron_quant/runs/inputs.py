@@ -1,4 +1,4 @@
-"""What a run reads besides weights: the open checkpoint, calibration batches, evaluation text."""
+"""Open a run's inputs besides weights: checkpoint, calibration batches, evaluation text."""
 
 from dataclasses import dataclass
 

@@ -124,7 +124,7 @@ def planned(options: QuantizeOptions) -> Job:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceModel:
-    """What is quantized: where it lies, its config and its logical parameters.
+    """The model to quantize: its place, its config and its logical parameters.
 
     kept: dtypes of Hugging Face tensors that keep theirs, whatever the export's is. checkpoint:
     of the weights; None where they are not read, or come from a Megatron checkpoint.
@@ -141,7 +141,7 @@ class SourceModel:
 def decide(
     options: QuantizeOptions, model: SourceModel, layout: Layout, saved: Saved | None = None
 ) -> Job:
-    """The recipe's decisions on ``model`` and the files of its export.
+    """Return the recipe's decisions on ``model`` and the files of its export.
 
     Raises the QuantError of whatever does not fit.
     """

@@ -54,7 +54,7 @@ from megatron_quant.streaming import PartSource, Producer
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run found.
+    """The findings of a run.
 
     kv_amax: of the keys and values of each attention, where the KV cache was calibrated.
     statistics: (quantizer's state name, shape, largest value) of this rank's quantizers.
@@ -134,7 +134,7 @@ def _save_place(path: Path, inputs: Inputs, statistics: str) -> SavePlace:
 
 
 def _model(inputs: Inputs, groups: Groups, phases: Phases) -> LiveModel:
-    """The model; its weights are those of the Hugging Face checkpoint, where there is one."""
+    """Build the model; its weights are those of the Hugging Face checkpoint, if there is one."""
     job = inputs.job
     assert job.architecture is not None, "a live model needs a table"
     if inputs.checkpoint is None:

@@ -1,4 +1,4 @@
-"""What a user asks for: the flags of ``quantize``, as values. Nothing here imports torch."""
+"""A user's wishes: the flags of ``quantize``, as values. Nothing here imports torch."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +18,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 
 
 def dtype_of(name: str) -> "torch.dtype":
-    """The dtype that ``--dtype`` calls ``name``, one of :data:`DTYPES`."""
+    """Return the dtype that ``--dtype`` calls ``name``, one of :data:`DTYPES`."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
@@ -92,7 +92,7 @@ def check_plannable(options: QuantizeOptions) -> None:
 
 
 def chosen_recipe(options: QuantizeOptions, saved: "Saved | None") -> Recipe:
-    """The recipe as the other flags change it.
+    """Return the recipe, changed by the other flags.
 
     saved: what ``options.megatron_load_path`` holds. Raises RecipeError for one that is malformed,
     or that the flags do not go with, CheckpointError where neither flags nor ``saved`` name one.

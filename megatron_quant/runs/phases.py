@@ -9,15 +9,15 @@ class Phases(Protocol):
     """Where progress is shown; ``megatron_quant.cli.console.Phases`` is one."""
 
     def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A phase of ``total`` steps; what it yields is called with steps done."""
+        """Begin a phase of ``total`` steps; it yields a function to call with steps done."""
         ...
 
     def transfer(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A phase that moves ``nbytes`` bytes; what it yields is called with bytes moved."""
+        """Begin a phase that moves ``nbytes`` bytes; it yields a function of the bytes moved."""
         ...
 
     def time(self, name: str) -> AbstractContextManager[None]:
-        """A phase without steps."""
+        """Begin a phase without steps."""
         ...
 
 

@@ -51,7 +51,7 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What text calibration runs, and what it does with it.
+    """The text that calibration runs, and the use that it makes of it.
 
     dataset: as ``--calib-dataset``. size: samples. seq_length: tokens a sample. batch_size: samples
     a forward. cold_experts: ``error`` stops at an expert that saw no token, ``layer-max`` gives it

@@ -27,11 +27,13 @@ READ = {
     "faults",
     "fields",
     "formats",
+    "layers",
     "models",
     "native",
     "recipes",
     "rendezvous",
     "rounding",
+    "runs",
     "streaming",
 }
 """Rooms, or modules, whose docstrings were read again by this rule."""

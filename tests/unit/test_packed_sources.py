@@ -252,3 +252,56 @@ def test_fused_weights_whose_scales_differ_in_dtype(tmp_path: Path) -> None:
     source = open_source(write(tmp_path, GPTQ, tensors))
     with pytest.raises(CheckpointError, match="have another dtype than those of the weights that"):
         keeping(decision("int4", MODULE, "model.other"), source)
+
+
+# Contradictions: nothing is missing, so that fetching again is no way out
+
+
+def test_a_packed_weight_that_the_config_excludes(tmp_path: Path) -> None:
+    packed(tmp_path, "gptq_v1_sym4")
+    said = {**GPTQ, "dynamic": {"-:.*o_proj": {}}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
+    source = Source(f"{MODULE}.weight", (32, 224))
+    param = Param(
+        name=source.name,
+        sources=(source,),
+        shape=(32, 224),
+        role=Role.LINEAR,
+        parallel=Parallel.COLUMN,
+    )
+    with pytest.raises(CheckpointError) as raised:
+        open_source(tmp_path).check([param])
+    assert str(raised.value) == (
+        f"{tmp_path}: {MODULE} is packed ({MODULE}.qweight), but quantization_config in "
+        "config.json does not say that it is quantized; correct quantization_config"
+    )
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "said"),
+    [
+        (GPTQ, ("weight_packed", "weight_scale"), "qweight"),
+        (FP8, ("weight", "weight_scale"), "weight_scale_inv"),
+    ],
+)
+def test_tensors_of_another_method(
+    tmp_path: Path, config: dict, tensors: tuple[str, ...], said: str
+) -> None:
+    found = {f"{MODULE}.{n}": torch.zeros(128, 128, dtype=torch.float8_e4m3fn) for n in tensors}
+    write(tmp_path, config, found)
+    others = ", ".join(n for n in tensors if n != "weight")
+    wanted = rf"no tensor .*o_proj\.{said}, .*: it has {others}; correct quantization_config$"
+    with pytest.raises(CheckpointError, match=wanted):
+        open_source(tmp_path).info(f"{MODULE}.weight")
+
+
+def test_a_plain_weight_that_the_config_quantizes(tmp_path: Path) -> None:
+    scale = torch.ones(1, 1)
+    plain = torch.zeros(128, 128, dtype=torch.bfloat16)
+    write(tmp_path, FP8, {f"{MODULE}.weight": plain, f"{MODULE}.weight_scale": scale})
+    wanted = r"its weight is plain \(torch.bfloat16\); list it as not quantized$"
+    with pytest.raises(CheckpointError, match=wanted):
+        open_source(tmp_path).info(f"{MODULE}.weight")

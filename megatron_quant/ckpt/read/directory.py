@@ -29,6 +29,8 @@ from megatron_quant.models import Box, Copy, Param, Role, check_counts, is_draft
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In which a tensor that is not quantized may be stored."""
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attention\.masked_bias")
+_PACKED = ("qweight", "weight_packed")
+"""Last parts of names of tensors that are codes of a weight, whatever a config says."""
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -180,6 +182,10 @@ def _check_tensor(
 ) -> None:
     info = tensors.get(name)
     if info is None:
+        module = name.rpartition(".")[0]
+        packed = [n for n in beside(tensors, module) if n.rpartition(".")[2] in _PACKED]
+        if packed:
+            raise _packed_unsaid(path, packed[0])
         raise CheckpointError(
             f"{path}: tensor {name} is missing; fetch the checkpoint again, or correct config.json"
         )
@@ -189,10 +195,24 @@ def _check_tensor(
             f"asks for {list(shape)}; correct config.json"
         )
     if info.dtype not in PLAIN_DTYPES:
+        if name.rpartition(".")[2] in _PACKED:
+            raise _packed_unsaid(path, name)
         raise CheckpointError(
             f"{path / info.file}: {name} is stored as {info.dtype}; "
             "give a checkpoint in bf16, fp16 or fp32"
         )
+
+
+def _packed_unsaid(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {name.rpartition('.')[0]} is packed ({name}), but quantization_config in "
+        "config.json does not say that it is quantized; correct quantization_config"
+    )
+
+
+def beside(tensors: Iterable[str], module: str) -> list[str]:
+    """Names of all tensors of the module of this name."""
+    return [name for name in tensors if name.rpartition(".")[0] == module]
 
 
 def check_plain(path: Path, name: str, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ from megatron_quant.ckpt.dialects import (
     Stored,
     packings,
 )
+from megatron_quant.ckpt.read.directory import PLAIN_DTYPES, beside
 from megatron_quant.ckpt.read.read_once import Files
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import Format, decode, lost, lost_between, regrouped
@@ -30,6 +31,11 @@ from megatron_quant.native import WHOLE
 
 GROUP_INDEX = ("g_idx", "weight_g_idx")
 """Suffixes of the group of each column, int32 [K]: GPTQ's, and compressed-tensors'."""
+_OF_WEIGHTS = (
+    *("qweight", "qzeros", "scales", "weight_packed", "weight_zero_point"),
+    *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale"),
+)
+"""Suffixes of what the dialects store of weights."""
 _SCALAR = (WHOLE, WHOLE)
 _WEIGHT_SHAPE = "weight_shape"
 _INTEGERS = (torch.int32, torch.int64)
@@ -202,10 +208,7 @@ def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ..
     own = tuple(s for s in stored if s.field not in (INPUT_SCALE, WEIGHT_SCALE))
     for s in own:
         if not s.optional and f"{module}.{s.suffix}" not in files.tensors:
-            raise CheckpointError(
-                f"{files.path}: no tensor {module}.{s.suffix}, though config.json says that "
-                f"{module} is {fmt.name}; fetch the checkpoint again"
-            )
+            raise CheckpointError(_missing(files, module, s, fmt, own))
     shape = _shape(files, module, own)
     for s in own:
         _check_form(files, f"{module}.{s.suffix}", s, fmt, shape)
@@ -217,6 +220,25 @@ def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ..
                 f"weight has {shape[1]} columns; fetch the checkpoint again"
             )
     return Packed(files=files, module=module, fmt=fmt, stored=own, shape=shape)
+
+
+def _missing(
+    files: Files, module: str, lacked: Stored, fmt: Format, stored: tuple[Stored, ...]
+) -> str:
+    """What to say of a tensor that is not there: with what is there, nothing may be missing."""
+    said = (
+        f"{files.path}: no tensor {module}.{lacked.suffix}, though config.json says that "
+        f"{module} is {fmt.name}"
+    )
+    plain = files.tensors.get(f"{module}.weight")
+    if plain is not None and plain.dtype in PLAIN_DTYPES:
+        return f"{said}: its weight is plain ({plain.dtype}); list it as not quantized"
+    suffixes = {s.suffix for s in stored}
+    found = {name.rpartition(".")[2] for name in beside(files.tensors, module)}
+    others = sorted(found.intersection(_OF_WEIGHTS) - suffixes)
+    if others:
+        return f"{said}: it has {', '.join(others)}; correct quantization_config"
+    return f"{said}; fetch the checkpoint again"
 
 
 def _shape(files: Files, module: str, stored: tuple[Stored, ...]) -> tuple[int, int]:
@@ -248,7 +270,7 @@ def _check_form(
             f"{files.path}: {name} is {info.dtype} {list(info.shape)}, but the config means "
             f"{stored.dtype} {list(stored.shape(*shape))} for a {fmt.name} weight "
             f"{list(shape)}{groups}; "
-            "correct quantization_config, or fetch the checkpoint again"
+            "correct quantization_config"
         )
 
 

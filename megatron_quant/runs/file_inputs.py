@@ -1,10 +1,14 @@
 """Input scales from a forward of the transformers model itself."""
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_quant.ckpt.storage import overlap
 from megatron_quant.dist import Groups, together
+from megatron_quant.errors import ExportError
 from megatron_quant.models import positive, text_config
 from megatron_quant.runs.agree import check_tokens
 from megatron_quant.runs.job import Job
@@ -54,9 +58,35 @@ def calibrate_inputs(
     )
 
 
+def check_amax_file(options: QuantizeOptions, source: Path) -> None:
+    """Raise ExportError where what is measured could not be written after the work."""
+    path, out = _amax_file(options), options.export_dir
+    assert out is not None
+    if any(overlap(path, folder) for folder in (out, source)):
+        raise ExportError(
+            f"--amax-file {path} is, or lies in, --export-dir or the source checkpoint; choose "
+            "another place"
+        )
+    folder = path.resolve().parent
+    if folder in out.resolve().parents:  # it is made with the export
+        folder = next(at for at in (folder, *folder.parents) if at.exists())
+    reason = ""
+    if path.is_dir():
+        reason = "is a directory"
+    elif not folder.is_dir():
+        reason = f"is in {folder}, which is no directory"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        reason = "may not be written"
+    if reason:
+        raise ExportError(f"--amax-file {path} {reason}; choose another place")
+
+
 def save_amaxes(options: QuantizeOptions, job: Job, amaxes: InputAmaxes) -> None:
     """Write what was measured where ``options`` say, by default beside the export."""
-    assert options.export_dir is not None
+    write_amaxes(_amax_file(options), static_inputs(job.quant, job.params), amaxes)
+
+
+def _amax_file(options: QuantizeOptions) -> Path:
     out = options.export_dir
-    path = options.amax_file or out.with_name(f"{out.name}.amax.safetensors")
-    write_amaxes(path, static_inputs(job.quant, job.params), amaxes)
+    assert out is not None
+    return options.amax_file or out.with_name(f"{out.name}.amax.safetensors")

@@ -29,7 +29,7 @@ from megatron_quant.runs.destination import (
     statistics_digest,
     verification,
 )
-from megatron_quant.runs.file_inputs import calibrate_inputs, save_amaxes
+from megatron_quant.runs.file_inputs import calibrate_inputs, check_amax_file, save_amaxes
 from megatron_quant.runs.job import Job, SourceModel, decide, replanned
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
@@ -128,6 +128,8 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
         origin = together(groups, lambda: origin_of(job))
         check_plans(groups, origin, job.export)
         files = together(groups, lambda: checked_companions(job, out, existing, origin))
+        if job.quant.needs_data:
+            together(groups, lambda: check_amax_file(options, job.source))
     inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
     source = PartSource(planned.checkpoint, job.dtype)
     found, amaxes = _weight_amaxes(job, source, groups, phases)

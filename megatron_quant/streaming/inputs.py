@@ -1,13 +1,15 @@
 """Merge input amaxes of all slots from every rank's observations, and keep them in a file."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from megatron_quant.ckpt.storage import explained, write_file
 from megatron_quant.dist import Groups, max_reduce
 from megatron_quant.errors import CalibrationError
 from megatron_quant.models import Param
@@ -79,11 +81,22 @@ def merge_amaxes(
 
 
 def write_amaxes(path: Path, params: Sequence[Param], amaxes: InputAmaxes) -> None:
-    """Write a safetensors file with ``MODULE.input_amax``, fp32 [], of every module reached."""
+    """Write a safetensors file with ``MODULE.input_amax``, fp32 [], of every module reached.
+
+    Raises:
+        ExportError: For what the disk refuses; an older file is there then.
+    """
     tensors = {
         f"{source.module}.input_amax": torch.tensor(amaxes.found[param.name])
         for param in params
         if param.name in amaxes.found
         for source in param.sources
     }
-    save_file(tensors, path)
+    whole = path.with_name(f"{path.name}.incomplete")
+    with explained(whole, "cannot be written"):
+        try:
+            write_file(whole, save(tensors), fsync=False)
+            os.replace(whole, path)
+        except BaseException:
+            whole.unlink(missing_ok=True)
+            raise

@@ -1,10 +1,13 @@
 """Files filled in place: the same bytes past the system's cache and through it."""
 
+import fcntl
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -68,7 +71,7 @@ def test_a_file_system_that_refuses_such_writes(tmp_path: Path) -> None:
     """Blocks of one byte are what no file system takes past its cache."""
     data = random.Random(1).randbytes(1_000_001)
     path = made(tmp_path / "file", len(data))
-    with patch.object(direct_io, "_BLOCK", 1):
+    with patch.object(direct_io, "block_of", lambda fd: 1):
         assert filled(path, cut(data, [0, 3, len(data)])[1:], direct=True)[3:] == data[3:]
 
 
@@ -76,3 +79,55 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         OutputFile(tmp_path / "none", direct=True)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("block", [4096, 16384, 65536])
+def test_larger_blocks(block: int, tmp_path: Path) -> None:
+    """As pages of 16 and 64 KB ask for: each write past the cache is of whole blocks."""
+    data = random.Random(2).randbytes(9_000_001)
+    path, seen, real = made(tmp_path / "file", len(data)), [], direct_io.write_at
+
+    def write_at(fd: int, part: memoryview, offset: int) -> None:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            seen.append((offset, len(part)))
+        real(fd, part, offset)
+
+    with (
+        patch.object(direct_io, "block_of", lambda fd: block),
+        patch.object(direct_io, "write_at", write_at),
+    ):
+        assert filled(path, cut(data, [5, len(data)]), direct=True)[5:] == data[5:]
+    assert len(seen) == 3  # a file system of the test's that takes such writes
+    assert all(offset % block == length % block == 0 for offset, length in seen)
+
+
+# Words of struct statx: what a kernel says, or what one before 6.1 leaves.
+SAID = {
+    (0x2000, 4, 512): 4096,
+    (0x2000, 16384, 65536): 65536,
+    (0x2000, 0, 0): 0,
+    (0x2000, 4, 1 << 21): 0,
+    (0, 0, 0): 4096,
+}
+
+
+@pytest.mark.parametrize(("said", "block"), SAID.items())
+def test_the_block_is_what_the_file_system_says(said: tuple[int, int, int], block: int) -> None:
+    def statx(fd: int, path: bytes, flags: int, mask: int, found: Any) -> int:
+        assert (path, flags, mask) == (b"", 0x1000, 0x2000)
+        found[0], found[38], found[39] = said
+        return 0
+
+    with (
+        patch.object(direct_io.ctypes, "CDLL", lambda name: SimpleNamespace(statx=statx)),
+        patch.object(direct_io, "PAGESIZE", 4096),
+    ):
+        assert direct_io.block_of(0) == block
+
+
+def test_pages_count_where_no_system_says() -> None:
+    with (
+        patch.object(direct_io.ctypes, "CDLL", lambda name: SimpleNamespace()),
+        patch.object(direct_io, "PAGESIZE", 65536),
+    ):
+        assert direct_io.block_of(0) == 65536

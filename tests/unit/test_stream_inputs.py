@@ -1,5 +1,6 @@
 """Inputs measured on transformers' own models: by hand, by hooks, and in the export."""
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,11 +19,14 @@ from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.verify.checkpoint import verify
 from megatron_quant.cli.console import ConsolePhases, console
 from megatron_quant.dist import Groups
-from megatron_quant.errors import CalibrationError, CheckpointError, QuantError
+from megatron_quant.errors import CalibrationError, CheckpointError, ExportError, QuantError
+from megatron_quant.runs import file_to_file
 from megatron_quant.runs.batches import calibration_batches
 from megatron_quant.runs.file_to_file import Streamed
 from megatron_quant.runs.file_to_file import stream_files as stream
 from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.streaming import inputs
+from megatron_quant.streaming.inputs import InputAmaxes
 from megatron_quant.streaming.observe import Watched, WeightInputAmax
 from tests.dist import checkpoints
 from tests.dist.command import command
@@ -201,3 +205,41 @@ def test_a_layer_that_is_given_zeros_alone_has_scale_one(tmp_path: Path) -> None
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored["model.layers.0.mlp.down_proj.input_global_scale"].item() == 1
     assert stored["model.layers.1.mlp.down_proj.input_global_scale"].item() != 1
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("none/kept.safetensors", "which is no directory"),
+        ("notes.txt/kept.safetensors", "which is no directory"),
+        ("folder", "is a directory"),
+        ("out/model.safetensors", "lies in, --export-dir or the source checkpoint"),
+        ("source/model.safetensors", "lies in, --export-dir or the source checkpoint"),
+        ("out", "lies in, --export-dir or the source checkpoint"),
+    ],
+)
+def test_a_file_that_could_not_be_written_is_refused_before_the_work(
+    place: str, words: str, gemma4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "source").symlink_to(gemma4)
+    monkeypatch.setattr(file_to_file, "calibrate_inputs", None)  # no work is done
+    with pytest.raises(ExportError, match=words):
+        run(gemma4, tmp_path / "out", amax_file=tmp_path / place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "notes.txt", "source"]
+
+
+def test_a_full_disk_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name appears, or is replaced, when all of it is written."""
+
+    def full(path: Path, content: bytes, fsync: bool) -> None:
+        path.write_bytes(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    (tmp_path / "kept.safetensors").write_text("older")
+    monkeypatch.setattr(inputs, "write_file", full)
+    with pytest.raises(ExportError, match="No space left on device; free some space"):
+        inputs.write_amaxes(tmp_path / "kept.safetensors", [], InputAmaxes({}, {}, ()))
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
+    assert (tmp_path / "kept.safetensors").read_text() == "older"

@@ -4,10 +4,11 @@ The cache would copy them into memory that nobody reads again, drop data that ot
 them to the disk no sooner.
 """
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterable, Iterator
-from mmap import mmap
+from mmap import PAGESIZE, mmap
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,20 @@ from megatron_quant.ckpt.storage.disk import write_at
 
 Run = tuple[int, memoryview]
 """Bytes, and where in the file they belong."""
-_BLOCK = 4096
-"""Multiple that a write past the cache needs as its offset, length and address."""
+_STAGE = 1 << 22
+"""Bytes that are written at a time: a multiple of every block that is taken past the cache."""
 _WORTH = 1 << 18
 """Bytes in a row that are worth a write past the cache."""
+_LEAST, _MOST = 4096, _WORTH
+_AT_EMPTY_PATH, _STATX_DIOALIGN = 0x1000, 0x2000
+_MEMORY, _OFFSET = 38, 39  # 32-bit words of struct statx: stx_dio_mem_align, stx_dio_offset_align
 
 
 class StagingBuffer:
     """Aligned memory of one thread, in which blocks are put together."""
 
     def __init__(self) -> None:
-        self.memory = memoryview(mmap(-1, 1 << 22))
+        self.memory = memoryview(mmap(-1, _STAGE))
         self.array = np.frombuffer(self.memory, np.uint8)
 
 
@@ -41,7 +45,8 @@ class OutputFile:
         """
         self.path = path
         self._fd = os.open(path, os.O_WRONLY)
-        self._direct = _open_direct(path) if direct else None
+        self._block = block_of(self._fd)
+        self._direct = _open_direct(path) if direct and self._block else None
         self._bypass = self._direct is not None
 
     def write(self, runs: Iterable[Run], stage: StagingBuffer) -> None:
@@ -51,10 +56,12 @@ class OutputFile:
             OSError: Where the disk takes no more.
         """
         for group in _adjacent(runs):
-            start, end = group[0][0], group[-1][0] + len(group[-1][1])
-            start, end = -(-start // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
-            if not self._bypass or end - start < _WORTH:
-                start = end = group[0][0]
+            start = end = group[0][0]
+            if self._bypass:
+                stop, block = group[-1][0] + len(group[-1][1]), self._block
+                start, end = -(-start // block) * block, stop // block * block
+                if end - start < _WORTH:
+                    start = end = group[0][0]
             self._write_blocks(start, self._edges(group, start, end), stage)
 
     def _edges(self, group: list[Run], start: int, end: int) -> Iterator[memoryview]:
@@ -103,6 +110,24 @@ class OutputFile:
         os.close(self._fd)
         if self._direct is not None:
             os.close(self._direct)
+
+
+def block_of(fd: int) -> int:
+    """Return the multiple that a write past the cache needs as its offset, length and address.
+
+    As the file system says (Linux from 6.1 on), but at least a page, which some hosts have larger
+    than 4096. 0 where nothing can bypass it, or blocks are beyond what is worth it.
+    """
+    found = (ctypes.c_uint32 * 64)()  # struct statx
+    call = getattr(ctypes.CDLL(None), "statx", None)
+    said = call is not None and not call(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, found)
+    block = max(_LEAST, PAGESIZE)
+    if said and found[0] & _STATX_DIOALIGN:
+        memory, offset = found[_MEMORY], found[_OFFSET]
+        if not offset:
+            return 0
+        block = max(block, memory, offset)
+    return block if block <= _MOST else 0
 
 
 def _adjacent(runs: Iterable[Run]) -> Iterator[list[Run]]:

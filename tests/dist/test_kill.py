@@ -3,11 +3,15 @@
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_quant.ckpt.write import exporter
@@ -16,7 +20,7 @@ from megatron_quant.ckpt.plan.export_plan import RankPart
 from megatron_quant.ckpt.write.encode_part import Produced
 from megatron_quant.ckpt.write.directory import Existing
 from megatron_quant.ckpt.write.exporter import export
-from tests.dist import checkpoints
+from tests.dist import checkpoints, saved
 from tests.dist.command import command, message, quantize_argv, tree
 from tests.dist.pool import Ranks
 from tests.dist.test_ckpt_export import joining
@@ -196,4 +200,73 @@ def test_export_resumes(source: Path, ranks: Ranks, tmp_path: Path) -> None:
     said = message(ranks(2, command, *argv, str(out)))
     assert said.startswith(f"{out} holds an unfinished export; continue it with --resume, start")
     assert [e.status for e in ranks(2, command, *argv, str(out), "--resume")] == [0, 0]
+    assert tree(out) == tree(whole)
+
+
+def saving_argv(source: Path, folder: Path) -> list[str]:
+    """For two ranks: a Megatron checkpoint and an export."""
+    flags: dict[str, Any] = {"max_shard_size": "300KB", "megatron_save_path": folder / "saved"}
+    return quantize_argv(source, folder / "out", **flags)
+
+
+@pytest.fixture(scope="module")
+def both(source: Path, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run writes that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("both")
+    assert [e.status for e in ranks(2, command, *saving_argv(source, folder))] == [0] * 2
+    return folder
+
+
+@pytest.mark.parametrize(("victim", "number", "was_saved"), [(0, 3, False), (1, 60, True)])
+def test_a_save_and_an_export_resume(  # noqa: PLR0913
+    victim: int,
+    number: int,
+    was_saved: bool,
+    source: Path,
+    both: Path,
+    ranks: Ranks,
+    tmp_path: Path,
+) -> None:
+    """Killed in the one, or in the other: what is finished stays, the rest is equal."""
+    argv, stored = saving_argv(source, tmp_path), tmp_path / "saved"
+    died = ranks.errors(2, killed_command, victim, number, argv, timeout=120)
+    assert str(died[victim]) == "the process died"
+    assert stored.exists() == was_saved and not (tmp_path / "out" / INDEX).exists()
+    before = {path: path.stat().st_mtime_ns for path in stored.rglob("*")}
+    assert [e.status for e in ranks(2, command, *argv, "--resume")] == [0] * 2
+    assert tree(tmp_path / "out") == tree(both / "out")
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in stored.rglob("*")}.items()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saved"]
+    found, wanted = (ranks(1, saved.tensors, of / "saved")[0] for of in (tmp_path, both))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_torchrun_is_killed_or_interrupted(
+    number: signal.Signals, source: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Its ranks may live on, as orphans: while one holds the directory a resume is refused."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    flags: dict[str, Any] = {"stream": True, "tp": None, "ep": None, "max_shard_size": "100KB"}
+    assert ranks(1, command, *quantize_argv(source, whole, **flags))[0].status == 0
+    argv = quantize_argv(source, out, **flags)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with (tmp_path / "said").open("w") as said:
+        started = subprocess.Popen(
+            [*run, "-m", "megatron_quant", *argv], stdout=said, stderr=said, cwd=tmp_path
+        )
+        end = time.monotonic() + 120
+        while not any(out.glob(".*.partial")):
+            assert started.poll() is None and time.monotonic() < end, (tmp_path / "said").read_text()
+            time.sleep(0.002)
+        started.send_signal(number)
+        started.wait(60)
+    while True:
+        ended = ranks(2, command, *argv, "--resume")
+        if ended[0].status == 0:
+            break
+        assert "is being written by another run" in message(ended)
+        assert time.monotonic() < end
+        time.sleep(0.5)
     assert tree(out) == tree(whole)

@@ -151,5 +151,5 @@ class Verification:
 def verification(
     write: Write, export_dir: Path, source: Path | None, groups: Groups, phases: Phases
 ) -> Verification | None:
-    """What verifies the export; None with ``--no-verify``."""
+    """Return the verification of the export; None with ``--no-verify``."""
     return Verification(export_dir, source, groups, phases) if write.verify else None

@@ -36,7 +36,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; ``file`` is a name in the directory.
+    """The entry of one tensor in a safetensors header; ``file`` is a name in the directory.
 
     decoded: whether it is what quantized tensors stand for, so that no header says its dtype.
     """
@@ -59,7 +59,7 @@ class Listed:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """As :attr:`Weights.unread`."""
+        """Return tensors that cannot be read, like :attr:`Weights.unread`."""
         return ()
 
     def info(self, name: str) -> TensorInfo | None:
@@ -71,7 +71,7 @@ class Listed:
         return self.tensors
 
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :func:`check_tensors`."""
+        """Check all tensors by :func:`check_tensors`."""
         return check_tensors(self.path, self.config, self.tensors, params)
 
 
@@ -91,7 +91,7 @@ class Checkpoint(Listed):
     unread: tuple[str, ...] = ()
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """The rectangle ``box`` of tensor ``name``, in its stored dtype; nothing else is read."""
+        """Read ``box`` of tensor ``name``, in its stored dtype; read nothing else."""
         entry = self.entries[name]
         try:
             tensor = self.files.tensor(entry)
@@ -126,7 +126,7 @@ class Weights(Protocol):
         ...
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """The rectangle ``box`` of tensor ``name``, in a float dtype that holds it exactly."""
+        """Read ``box`` of tensor ``name``, in a float dtype that holds it exactly."""
         ...
 
     def info(self, name: str) -> TensorInfo | None:
@@ -138,7 +138,7 @@ class Weights(Protocol):
         ...
 
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :func:`check_tensors`, of :meth:`dense`."""
+        """Check :meth:`dense` by :func:`check_tensors`."""
         ...
 
 
@@ -340,7 +340,7 @@ def _single_file(path: Path) -> str:
 
 
 def _entries(file: Path) -> list[TensorEntry]:
-    """The tensors of a file by name, which safetensors has found to be sound."""
+    """Return the tensors of a file by name, once safetensors has found it sound."""
     check_regular(file)
     try:
         with safe_open(file, framework="pt"):

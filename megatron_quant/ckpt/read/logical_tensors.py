@@ -20,7 +20,7 @@ Few enough for what is computed with them to stay in memory that the process has
 
 
 def logical(checkpoint: Weights) -> tuple[Weights, Structure]:
-    """The checkpoint by the names that engines load, and what these are to the model.
+    """Return the checkpoint by engines' names, and the meaning of each for the model.
 
     Raises ArchitectureError where a tensor cannot be told.
     """
@@ -30,7 +30,7 @@ def logical(checkpoint: Weights) -> tuple[Weights, Structure]:
 
 
 def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
-    """The logical parameters of a checkpoint, by its config or else by what it has.
+    """Return the logical parameters of a checkpoint, by its config or else by its tensors.
 
     Raises ArchitectureError where a tensor cannot be told, as where an expert is missing.
     """
@@ -41,7 +41,7 @@ def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
 
 
 def open_original(directory: Path) -> Weights:
-    """The checkpoint that an export was made from, by the names that engines load."""
+    """Open the checkpoint that an export was made from, by the names that engines load."""
     checkpoint = open_source(directory)
     return checkpoint if has_table(checkpoint.config) else logical(checkpoint)[0]
 
@@ -56,7 +56,7 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[Box]:
 
 
 def plain_part(checkpoint: Weights, name: str, box: Box) -> torch.Tensor:
-    """The rectangle ``box`` of a tensor.
+    """Read the rectangle ``box`` of a tensor.
 
     Raises CheckpointError where it cannot be read, or is none of an unquantized model.
     """

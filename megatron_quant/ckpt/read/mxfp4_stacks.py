@@ -40,11 +40,11 @@ class ExpertStacks(Listed):
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """As of the files."""
+        """Return the files' own unread tensors."""
         return self._files.unread
 
     def read(self, name: str, box: Box) -> Tensor:
-        """The rectangle ``box`` of tensor ``name``: fp32 of an expert's weight, else as stored.
+        """Read ``box`` of tensor ``name``: an expert's weight in fp32, else in its stored dtype.
 
         Of a stack only the rows and blocks of that expert are read that the rectangle touches.
         """
@@ -134,5 +134,5 @@ class _Rows:
         self.start, self.size = start * self._step, size * self._step
 
     def own(self, rows: Tensor) -> Tensor:
-        """Of the stack's rows from ``start`` on, the projection's."""
+        """Pick the projection's rows out of the stack's rows from ``start`` on."""
         return rows[self._first :: self._step]

@@ -12,7 +12,7 @@ from megatron_quant.models import has_table
 
 
 def open_source(path: Path) -> Weights:
-    """The checkpoint in directory ``path`` as loading sees it: names and values of the dense model.
+    """Open directory ``path`` for loading: names and values of the dense model.
 
     Where a model without a table stores its experts in stacks, so does what is returned.
 

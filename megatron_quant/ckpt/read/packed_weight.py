@@ -57,7 +57,7 @@ class Packed:
     shape: tuple[int, int]
 
     def read(self, box: Box) -> Tensor:
-        """The rectangle ``box`` of the weight, fp32.
+        """Read the rectangle ``box`` of the weight, fp32.
 
         Raises CheckpointError where what is stored cannot be that of the module's format.
         """
@@ -81,14 +81,14 @@ class Packed:
         return lost(w_NK, self.fields(box), self.fmt, (box.start[0], box.start[1]))
 
     def fields(self, box: Box) -> dict[str, Tensor]:
-        """The codec's fields of all blocks that ``box`` touches; it may split no packed element.
+        """Read the codec's fields of the blocks that ``box`` touches; it splits no packed element.
 
         Scales of columns in another order than the natural one are those of all groups.
         """
         return {s.field: self._field(s, box) for s in self._coded}
 
     def scales(self, box: Box) -> dict[str, Tensor]:
-        """The codec's fields but the elements, of all blocks that ``box`` touches."""
+        """Read the codec's fields but the elements, of all blocks that ``box`` touches."""
         outer = self._aligned(box)
         assert self.group_of_column is None, self.module
         found = {}
@@ -132,21 +132,21 @@ class Packed:
 
     @cached_property
     def _coded(self) -> tuple[Stored, ...]:
-        """What stores the codec's fields. Raises CheckpointError for wrong constants beside it."""
+        """Return the tensors of the codec's fields; CheckpointError for wrong constants beside."""
         self._check_constants()
         names = {field.name for field in self.fmt.fields}
         return tuple(s for s in self.stored if s.field in names)
 
     @cached_property
     def _steps(self) -> tuple[int, int]:
-        """Of how many rows and columns what is packed together is a multiple."""
+        """Return the multiples of rows and columns that packing keeps together."""
         steps = (1, 1)
         for _, packing in packings(StorageScheme(self.stored, self.fmt), self.shape):
             steps = (lcm(steps[0], packing[0]), lcm(steps[1], packing[1]))
         return steps
 
     def _aligned(self, box: Box) -> Box:
-        """The smallest rectangle around ``box`` that splits nothing that is packed together."""
+        """Return the smallest rectangle around ``box`` that splits nothing packed together."""
         spans = [
             (o // b * b, min(-(-(o + n) // b) * b, length))
             for o, n, b, length in zip(box.start, box.size, self._steps, self.shape, strict=True)
@@ -200,7 +200,7 @@ class Packed:
 
 
 def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ...]) -> Packed:
-    """The weight of ``module``, every tensor of which is there as ``fmt`` says.
+    """Open the weight of ``module``, all of whose tensors fit ``fmt``.
 
     Reads headers, and what is stored of the shape. Raises CheckpointError naming the first tensor
     that is missing, or that contradicts the format or the others.

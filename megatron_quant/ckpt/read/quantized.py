@@ -76,7 +76,7 @@ class QuantizedCheckpoint:
 
     @classmethod
     def over(cls, files: Checkpoint, modules: Iterable[str]) -> "QuantizedCheckpoint":
-        """The checkpoint in ``files``, of whose ``modules`` the config says which are quantized.
+        """Open the checkpoint in ``files``; its config tells which of ``modules`` are quantized.
 
         For verification, their tensors may be missing or malformed.
         """
@@ -101,7 +101,7 @@ class QuantizedCheckpoint:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """As of the files."""
+        """Return the files' own unread tensors."""
         return self._files.unread
 
     @cached_property
@@ -109,7 +109,7 @@ class QuantizedCheckpoint:
         return table_names(self.config)
 
     def stored(self, module: str) -> tuple[Stored, ...]:
-        """The tensors that a quantized module should have on disk."""
+        """Return the tensors that a quantized module should have on disk."""
         assert self.dialect is not None
         return stored_by(self.dialect, self.modules[module], layer_of(module))
 
@@ -139,17 +139,17 @@ class QuantizedCheckpoint:
 
     @property
     def cache_scales(self) -> tuple[Stored, ...]:
-        """What every attention module has beside its weights; empty without an FP8 KV cache."""
+        """Return every attention's tensors beside its weights; empty without an FP8 KV cache."""
         return self.dialect.cache_scales if self.dialect and self.kv_cache else ()
 
     def raw(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored. Raises CheckpointError where there is none of that name."""
+        """Read a tensor in its stored form; CheckpointError where there is none of that name."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: no tensor {name}")
         return self._files.read(name, whole(self.tensors[name].shape))
 
     def weight(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor that the unquantized model calls ``name``, decoded, in ``dtype``.
+        """Decode the tensor that the unquantized model calls ``name``, in ``dtype``.
 
         Raises CheckpointError where one of its stored tensors is missing or malformed, or has a
         companion that this library does not know (such as a scale of the inputs folded into it).
@@ -159,7 +159,7 @@ class QuantizedCheckpoint:
         return self.packed(name.rpartition(".")[0]).whole().to(dtype)
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """The rectangle ``box`` of :meth:`weight`: fp32 of a quantized one, else as it is stored.
+        """Read ``box`` of :meth:`weight`: fp32 of a quantized one, else in its stored dtype.
 
         Nothing else of it is read, but for tensors with a few numbers a row or column.
         """
@@ -177,7 +177,7 @@ class QuantizedCheckpoint:
         return {name: info for name in needed if (info := self.info(name)) is not None}
 
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """As :func:`megatron_quant.ckpt.read.directory.check_tensors`, of :meth:`dense`."""
+        """Check :meth:`dense` by :func:`megatron_quant.ckpt.read.directory.check_tensors`."""
         return check_tensors(self.path, self.config, self.dense(), params)
 
     def info(self, name: str) -> TensorInfo | None:
@@ -189,7 +189,7 @@ class QuantizedCheckpoint:
         return TensorInfo(torch.float32, packed.shape, file, decoded=True)
 
     def fields(self, module: str) -> dict[str, torch.Tensor]:
-        """A quantized module's fields and pseudo fields by name, but ``SHAPE``.
+        """Return a quantized module's fields and pseudo fields by name, but ``SHAPE``.
 
         Raises CheckpointError where a tensor is missing or does not fit the others, or where the
         columns are not in their natural order.
@@ -207,11 +207,11 @@ class QuantizedCheckpoint:
         return found
 
     def held(self) -> ReadOnce:
-        """The tensors as they are stored, each read once while what is returned lives."""
+        """Return the stored tensors, each read once while the returned object lives."""
         return ReadOnce(self._files)
 
     def packed(self, module: str, files: Files | None = None) -> Packed:
-        """The weight of a quantized module; CheckpointError where its tensors do not fit.
+        """Open the weight of a quantized module; CheckpointError where its tensors do not fit.
 
         files: what reads them; the checkpoint itself where None.
         """

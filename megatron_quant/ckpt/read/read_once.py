@@ -24,7 +24,7 @@ class Files(Protocol):
         ...
 
     def read(self, name: str, box: Box) -> Tensor:
-        """The rectangle ``box`` of tensor ``name``, in its stored dtype."""
+        """Read ``box`` of tensor ``name``, in its stored dtype."""
         ...
 
 
@@ -45,7 +45,7 @@ class ReadOnce:
         return found
 
     def read(self, name: str, box: Box) -> Tensor:
-        """The rectangle ``box`` of it, in its stored dtype."""
+        """Read ``box`` of it, in its stored dtype."""
         if box.size == self.tensors[name].shape:
             return self.raw(name)
         found = self._read.get(name)

@@ -46,7 +46,7 @@ def _kept(decision: Decision, checkpoint: QuantizedCheckpoint) -> Decision:
 
 
 def _own_format(module: str, decision: Decision, checkpoint: QuantizedCheckpoint) -> Format:
-    """The format of a source of ``decision``, which is its target's but for the scales' dtype."""
+    """Return the format of a source of ``decision``: its target's but for the scales' dtype."""
     assert decision.weights is not None
     found = checkpoint.modules.get(module)
     where = f"{checkpoint.path}: {module}"

@@ -23,11 +23,11 @@ class Viewed(Listed):
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """As of what is viewed."""
+        """Return the viewed checkpoint's own unread tensors."""
         return self.stored.unread
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """The rectangle ``box`` of tensor ``name``, as ``stored`` gives it; no more is read."""
+        """Read ``box`` of tensor ``name``, in the form that ``stored`` gives; read no more."""
         view = self.views.get(name)
         if view is None:
             return self.stored.read(name, box)
@@ -56,7 +56,7 @@ def viewed(checkpoint: Weights, views: Mapping[str, View]) -> Weights:
 
 
 def unstacked(checkpoint: Weights) -> Weights:
-    """The checkpoint by the names that engines load, whatever its tensors are to the model.
+    """Return the checkpoint by engines' names, whatever its tensors are to the model.
 
     Raises ArchitectureError for a stack whose experts cannot be told apart.
     """

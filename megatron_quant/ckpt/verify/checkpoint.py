@@ -84,7 +84,7 @@ class Report:
 
 @dataclass
 class Share:
-    """What one of several processes found of one checkpoint; :func:`joined` makes a report of all.
+    """The findings of one of several processes on a checkpoint; :func:`joined` reports on all.
 
     unreadable: why it could not be looked at; then there is nothing else. problems: lines, by the
     place that they have among those of the other shares. tensors: by the number of the parameter.
@@ -101,7 +101,7 @@ class Share:
             self.problems[kind, number] = list(problems)
 
     def called(self, directory: Path) -> "Share":
-        """The same of a checkpoint that has another name than that under which it was read."""
+        """Return the report of a checkpoint that has another name than when it was read."""
         was, now = str(self.directory), str(directory)
         lines = {p: [line.replace(was, now) for line in own] for p, own in self.problems.items()}
         unreadable = tuple(line.replace(was, now) for line in self.unreadable)
@@ -142,7 +142,7 @@ def joined(shares: Sequence[Share]) -> Report:
 
 
 def verify_share(directory: Path, against: Path | None, rank: int, size: int) -> Share:
-    """The share of process ``rank`` of ``size`` in :func:`verify`, about equal in elements.
+    """Do the share of process ``rank`` of ``size`` in :func:`verify`, about equal in elements.
 
     All read the headers; names and config are looked at by the first alone. Raises CheckpointError
     where ``against`` cannot be read.
@@ -174,7 +174,7 @@ def verify_share(directory: Path, against: Path | None, rank: int, size: int) ->
 
 
 def _unit(param: Param) -> str:
-    """What is looked at by one process: what engines fuse, as they do."""
+    """Name the unit that one process checks: all that engines fuse together."""
     return param.fused or param.name
 
 
@@ -191,7 +191,7 @@ def _owners(params: Sequence[Param], size: int) -> dict[str, int]:
 
 
 def _named_problems(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> list[str]:
-    """What is wrong with config, names and the KV cache's scales."""
+    """Report faults of config, names and the KV cache's scales."""
     cache = stored_cache_tensors(checkpoint, params)
     return [
         *_config_problems(checkpoint),

@@ -36,7 +36,7 @@ class Beside:
 
 
 def beside(directory: Path) -> Beside:
-    """What lies beside the weights in the checkpoint ``directory``, folders in it included.
+    """Find the files beside the weights in the checkpoint ``directory``, in folders too.
 
     Hidden files and a folder that holds weights of its own stay behind; so does a link to
     somewhere else, but for the hub's cache, which is made of such.

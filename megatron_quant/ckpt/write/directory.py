@@ -33,7 +33,7 @@ from megatron_quant.errors import CheckpointError, ExportError
 
 
 class Existing(Enum):
-    """What to do with a directory that is not empty."""
+    """The treatment of a directory that is not empty."""
 
     REFUSE = "refuse"
     REPLACE = "replace"
@@ -138,7 +138,7 @@ def is_finished(directory: Path) -> bool:
 
 
 def _stated(directory: Path) -> Mapping[str, str]:
-    """What the export in ``directory`` is made of."""
+    """Return the inputs that the export in ``directory`` states."""
     try:
         if is_finished(directory):
             return read_object(directory / MANIFEST, documents.INDEX)
@@ -163,7 +163,7 @@ _DIFFERENCES = {
 
 
 def _check_same(directory: Path, stated: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """What is not known on one side, as statistics before calibration, is not compared."""
+    """Compare all that both sides know; statistics before calibration are not known."""
     for key, difference in _DIFFERENCES.items():
         if own[key] and stated.get(key) and own[key] != stated[key]:
             made_by = f" ({stated[key]}, and this is {own[key]})" if key == "encoder" else ""
@@ -174,7 +174,7 @@ def _check_same(directory: Path, stated: Mapping[str, str], own: Mapping[str, st
 
 
 def _begun(directory: Path) -> Unfinished | None:
-    """The document, where it can be read."""
+    """Read the document, where it can be read."""
     with suppress(CheckpointError):
         return unfinished.read(directory)
     return None
@@ -294,7 +294,7 @@ def _begin(directory: Path, own: Unfinished, existing: Existing, fsync: bool) ->
 
 
 def _create(directory: Path, file: OutFile) -> None:
-    """What is there of the file already, in the right size or not, is kept."""
+    """Create the file and write its header; keep content that exists, whatever its size."""
     path = partial(directory, file.name)
     with explained(path, f"cannot take {file.size} bytes"):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

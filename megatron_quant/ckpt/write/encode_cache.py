@@ -10,7 +10,7 @@ from megatron_quant.formats import get_format, tensor_scale
 
 
 def produce_cache_scale(part: RankPart, amax: torch.Tensor) -> Iterator[Produced]:
-    """What ``part``, one of :func:`cache_tensors`, stores.
+    """Yield the tensors of ``part``, one of :func:`cache_tensors`.
 
     amax: largest magnitude of the keys or values of the attention's heads, fp32 [], positive.
     """

@@ -27,7 +27,7 @@ def produce(
     block_stat: torch.Tensor | None = None,
     scales: Fields | None = None,
 ) -> Iterator[Produced]:
-    """What ``part`` stores, from the live parameter ``local`` of the rank that owns it.
+    """Yield the tensors of ``part``, from the live parameter ``local`` of its owner.
 
     local: the rank's shard of ``part.param``, bf16, fp16 or fp32 on any device.
     weight_amax: one element, the largest magnitude of the whole parameter (all that it fuses),
@@ -61,7 +61,7 @@ def encoded(
     block_stat: torch.Tensor | None = None,
     scales: Fields | None = None,
 ) -> Iterator[Produced]:
-    """The same of the part's own values ``w``, which are finite."""
+    """Yield the tensors of the part's own values ``w``, which are finite."""
     weights = part.target.scheme.weights
     if weights is None:
         yield _plain(part, w)
@@ -105,7 +105,7 @@ def _encoded(
 
 
 def _on(part: RankPart, w_NK: torch.Tensor, scales: Fields) -> Fields:
-    """The same with these scales."""
+    """Encode with these scales."""
     weights, start = part.target.scheme.weights, part.region.start
     assert weights is not None
     return encode_on(w_NK, weights, scales, (start[0], start[1]))
@@ -138,7 +138,7 @@ def _check_stat(part: RankPart, fmt: Format, block_stat: torch.Tensor | None) ->
 
 
 def _own_cells(part: RankPart, stored: Stored, value: torch.Tensor) -> torch.Tensor:
-    """Of a codec's scales, which are of all blocks that the part touches, those that it writes.
+    """Pick the scales that the part writes out of those of all blocks that it touches.
 
     Elements it writes all: no edge splits what they are packed in.
     """
@@ -179,7 +179,7 @@ def _dscale(
 
 @lru_cache(maxsize=16384)
 def _scale_of(amax: float, fmt: Format, stored: Stored | None) -> torch.Tensor:
-    """The same for all experts that share it; not to be changed.
+    """Return one scale for all experts that share it; do not change it.
 
     It is the value that readers of ``stored`` get. Where a dialect stores the inverse, one scale
     in six does not survive the way there and back, and its neighbour that does is taken: codes

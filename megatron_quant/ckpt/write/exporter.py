@@ -139,7 +139,7 @@ def _write(
 
 
 def _share(entries: Sequence[TensorEntry], rank: int, size: int) -> Iterator[TensorEntry]:
-    """A rank's share of ``entries``, about equal in bytes and in the order of the files."""
+    """Return a rank's share of ``entries``, about equal in bytes and in the order of the files."""
     total, before = sum(entry.nbytes for entry in entries), 0
     for entry in entries:
         if before * size // max(total, 1) == rank:

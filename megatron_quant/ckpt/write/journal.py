@@ -1,4 +1,4 @@
-"""What an unfinished export has on disk: a line for each box of a file tensor, with its digest.
+"""The journal of an unfinished export: a line for each box on disk, with its digest.
 
 Every rank appends to a file of its own. The lines speak of tensors and boxes, never of ranks, so
 another layout can go on with what is cut alike. A line says that its bytes were written before it,
@@ -46,7 +46,7 @@ def read_journals(paths: Iterable[Path]) -> dict[Key, str]:
 
 
 def _parsed(line: bytes) -> tuple[Key, str] | None:
-    """A box and its digest; None for a line that is none of a journal."""
+    """Return a box and its digest; None for a line that is none of a journal."""
     try:
         noted = parse_json(line, "a line", _LINE)
     except CheckpointError:

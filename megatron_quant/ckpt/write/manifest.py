@@ -39,7 +39,7 @@ def _files_digest(headers: Iterable[tuple[str, bytes]]) -> str:
 
 
 def identity(plan: ExportPlan, origin: Origin) -> dict[str, str]:
-    """What a manifest says but the digests of tensors."""
+    """Return the manifest without the digests of tensors."""
     return {"recipe": origin.recipe, "source": origin.source, "plan": plan_digest(plan)}
 
 
@@ -77,7 +77,7 @@ def _named_digest(directory: Path, entry: TensorEntry) -> tuple[str, str]:
 
 
 def digest_problems(directory: Path, threads: int) -> Iterator[str]:
-    """What in a checkpoint's files is not as its manifest says, in the order of the files.
+    """Report where a checkpoint's files contradict its manifest, in the order of the files.
 
     Headers first: where one is damaged, nothing is said of the tensors.
     """

@@ -57,7 +57,7 @@ class WriteOptions:
 
 
 class WritePipeline:
-    """What one rank writes, under way; a context in which all has reached the files at its end.
+    """One rank's writes in progress; a context that ends when all has reached the files.
 
     Whatever a thread raises, :meth:`reserve`, :meth:`write` or the end of the context raises.
     """
@@ -144,7 +144,7 @@ class WritePipeline:
         return written
 
     def _stage(self) -> StagingBuffer:
-        """The calling thread's."""
+        """Return the calling thread's buffer."""
         if not hasattr(self._own, "stage"):
             self._own.stage = StagingBuffer()
         stage: StagingBuffer = self._own.stage

@@ -40,7 +40,7 @@ def quiet(nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """What ``rank`` does.
+    """The work of ``rank``.
 
     alone: parts that it encodes and writes. joined: tensors whose rows it puts together with
     others, from the part that each encodes; of those in ``kept`` its own rows are written already.
@@ -57,13 +57,13 @@ class Work:
         return (*self.joined, *self.alone)
 
     def filled(self, item: Item) -> tuple[Filled, ...]:
-        """What the rank writes of it."""
+        """Return the boxes of it that the rank writes."""
         if isinstance(item, RankPart):
             return tuple((piece.entry, piece.box) for piece in item.pieces)
         return tuple(item.filled(item.members.index(self.rank)))
 
     def part(self, joint: Joint) -> RankPart:
-        """What the rank encodes of a tensor that is joined."""
+        """Return the part that the rank encodes of a joined tensor."""
         return joint.parts[joint.members.index(self.rank)]
 
     def less(self, intact: Iterable[Item], everywhere: Sequence[set[str]]) -> "Work":
@@ -82,14 +82,14 @@ class Work:
 
 
 def work_of(plan: ExportPlan, rank: int, joined: Sequence[Joint] = ()) -> Work:
-    """What ``rank`` does for ``plan``, of which ``joined`` are put together by several ranks."""
+    """Return the work of ``rank`` for ``plan``, where several ranks put ``joined`` together."""
     own = tuple(joint for joint in joined if rank in joint.members)
     shared = {part for joint in own for part in joint.parts}
     return Work(rank, tuple(p for p in plan.parts_of(rank) if p not in shared), own)
 
 
 def find_intact(work: Work, directory: Path, options: WriteOptions) -> dict[Item, list[Written]]:
-    """What an unfinished export has journaled, and whose bytes are still as it wrote them."""
+    """Find the journaled boxes of an unfinished export whose bytes are still intact."""
     begun = unfinished.read(directory)
     journal = read_journals(begun.journals(directory)) if begun else {}
     filled = {item: work.filled(item) for item in work.items} if journal else {}
@@ -181,7 +181,7 @@ def _join(
 
 
 def _on_disk(directory: Path, filled: Sequence[Filled]) -> list[Written]:
-    """What the files hold of ``filled``; nothing where they end before."""
+    """Hash the files' bytes of ``filled``; return nothing where they end before."""
     path = partial(directory, filled[0][0].file)
     with explained(path, "cannot be read back"):
         fd = os.open(path, os.O_RDONLY)

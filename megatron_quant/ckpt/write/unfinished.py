@@ -1,4 +1,4 @@
-"""What an unfinished export leaves: temporary names, and one document that lists them.
+"""The leavings of an unfinished export: temporary names, and one document that lists them.
 
 Nothing is removed that a document, an index or the export at hand does not name. The document is
 written before the first file and removed after the last one, and it is replaced as a whole, so
@@ -25,7 +25,7 @@ _NEW = f"{DOCUMENT}.new"
 
 
 def partial(directory: Path, name: str) -> Path:
-    """The temporary name of a file, in the directory itself where it belongs in a folder of it."""
+    """Return a file's temporary name, in the directory itself even for a file in a folder."""
     return directory / f".{name.replace('/', '%')}.partial"
 
 
@@ -52,7 +52,7 @@ class Unfinished:
 
 
 def read(directory: Path) -> Unfinished | None:
-    """What an unfinished export says of itself; None where there is none.
+    """Return an unfinished export's own account; None where there is none.
 
     Raises CheckpointError for a document that this library did not write.
     """
@@ -206,5 +206,5 @@ def is_begun(directory: Path) -> bool:
 
 
 def before_document(directory: Path) -> Path:
-    """What a run may leave that was killed before it had a document."""
+    """Return the file that a run may leave when it is killed before it has a document."""
     return partial(directory, _NEW)

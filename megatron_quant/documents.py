@@ -188,13 +188,16 @@ def parse_yaml(
         ) from None
 
 
-def _check_nodes(node: yaml.Node, limits: Limits, depth: int = 0, seen: Any = None) -> int:
+def _check_nodes(
+    node: yaml.Node, limits: Limits, depth: int = 0, seen: dict[yaml.Node, int | None] | None = None
+) -> int:
     """Values of a node with those of its aliases; ValueError where they are too many."""
     seen = {} if seen is None else seen
     if node in seen:
-        if seen[node] is None:
+        found = seen[node]
+        if found is None:
             raise ValueError("an alias is inside of what it stands for")
-        return seen[node]
+        return found
     if depth > limits.depth:
         raise RecursionError
     seen[node] = None

@@ -67,7 +67,7 @@ def answer() -> None:
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
 
 

@@ -53,7 +53,7 @@ def _set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: boo
 
 
 def _tracker(base: type) -> type:
-    class CpuRNGStatesTracker(base):  # type: ignore[misc, valid-type]
+    class CpuRNGStatesTracker(base):
         """Megatron's tracker over states of the CPU generator."""
 
         @contextmanager

@@ -55,7 +55,8 @@ def saved_tags(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     checkpoint names. ``model`` may be on the meta device.
     """
     tags = {name: _tag(i, p) for i, (name, p) in enumerate(model.named_parameters())}
-    return revert_weight_conversion(model, tags)
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, tags)
+    return reverted
 
 
 def linear_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -33,7 +33,8 @@ def _first_line(error: Exception) -> str:
 def _plain(model: PreTrainedModel) -> Logits:
     @torch.inference_mode()
     def logits(ids_T: torch.Tensor) -> torch.Tensor:
-        return model(ids_T[None], use_cache=False).logits[0]
+        out_TV: torch.Tensor = model(ids_T[None], use_cache=False).logits[0]
+        return out_TV
 
     return logits
 
@@ -82,6 +83,7 @@ def _model(
     empty = _empty(directory, config)
     tensors = _in_stacks(empty, tensors)
     load: Any = type(empty).from_pretrained  # its types leave out the loading report
+    model: PreTrainedModel
     model, report = load(
         None,
         config=config,
@@ -104,17 +106,20 @@ def _empty(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
     """
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if len(names) == 1 else None
+    model: PreTrainedModel
     try:
         with torch.device("meta"):
             if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-                return kind._from_config(config)
-            if type(config) in AutoModelForCausalLM._model_mapping:
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+                model = kind._from_config(config)
+            elif type(config) in AutoModelForCausalLM._model_mapping:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            else:
+                model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except Exception as e:  # a config that contradicts itself makes a model's code raise anything
         raise CheckpointError(
             f"{directory}: transformers cannot build the model of its config: {_first_line(e)}"
         ) from e
+    return model
 
 
 def _in_stacks(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,6 +140,7 @@ def _in_stacks(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict
 
 
 def _unquantized_config(directory: Path) -> PretrainedConfig:
+    config: PretrainedConfig
     try:
         config = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
@@ -164,7 +170,7 @@ def _quantized(model: PreTrainedModel, inputs: QuantizedInputs) -> Logits:
     @torch.inference_mode()
     def logits(ids_T: torch.Tensor) -> torch.Tensor:
         with inputs:
-            out_TV = model(ids_T[None], use_cache=False).logits[0]
+            out_TV: torch.Tensor = model(ids_T[None], use_cache=False).logits[0]
         inputs.check()
         return out_TV
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import HF_MODULES_CACHE
@@ -81,7 +80,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrain
         raise refused from e
 
 
-def _working(tokenizer: Any) -> PreTrainedTokenizerBase:
+def _working(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Refuse an empty vocabulary: transformers may hand one out where files are missing."""
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise ValueError("its vocabulary is empty")

@@ -62,4 +62,5 @@ def fake_quant(
 
 def straight_through(x: Tensor, rows: Rows) -> Tensor:
     """Round ``x`` to what ``rows`` can store, and pass its gradient unchanged."""
-    return _StraightThrough.apply(x, rows)
+    stored: Tensor = _StraightThrough.apply(x, rows)
+    return stored

@@ -141,7 +141,8 @@ def _counted(error_RBb: Tensor, inverse_RB: Tensor, weight_RBb: Tensor | None) -
 def _by_block(sums_MRB: Tensor, w: Tensor, fmt: Format, stat: Tensor, rows: Cuts) -> Tensor:
     tried, _, blocks = sums_MRB.shape
     if fmt.stat_block is None:
-        return sums_MRB.unflatten(1, (stat.numel(), -1)).sum((2, 3)).view(tried, *stat.shape)
+        by_slice: Tensor = sums_MRB.unflatten(1, (stat.numel(), -1))
+        return by_slice.sum((2, 3)).view(tried, *stat.shape)
     if rows.block > 1:
         matrices = tried * w.shape[:-2].numel()
         sums_MRB = rows.gather(sums_MRB.view(matrices, rows.length, blocks)).sum(2)

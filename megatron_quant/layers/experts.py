@@ -32,7 +32,8 @@ class QuantExperts(QuantModule):
     ) -> tuple[torch.Tensor, Any]:
         """Run the experts on tokens sorted by expert, and weigh each by its routing probability."""
         if self.config.moe_apply_probs_on_input:  # as such a model is trained and served (Llama 4)
-            return super().forward(x_TH, tokens_per_expert, probs_T)
+            weighed: tuple[torch.Tensor, Any] = super().forward(x_TH, tokens_per_expert, probs_T)
+            return weighed
         out_TH, bias = super().forward(x_TH, tokens_per_expert, torch.ones_like(probs_T))
         assert bias is None, "TEGroupedMLP adds its bias itself"
         return (out_TH * probs_T.unsqueeze(-1)).to(out_TH.dtype), None

@@ -46,13 +46,15 @@ class QuantGroupedLinear(QuantModule):
     @property
     def per_expert(self) -> bool:
         """Whether every expert has a weight amax of its own."""
-        return self.weight_quantizer.axis == 0 and self.weight_quantizer.backend == BACKEND
+        return bool(self.weight_quantizer.axis == 0 and self.weight_quantizer.backend == BACKEND)
 
     def quantize(self, w_ENK: torch.Tensor) -> torch.Tensor:
         """Quantize the weights [E, N, K] of all experts of the rank in one call."""
         if self.weight_quantizer.backend == BACKEND:
-            return self.weight_quantizer(w_ENK)
-        return self.weight_quantizer(w_ENK.flatten(0, 1)).view_as(w_ENK)
+            stack: torch.Tensor = self.weight_quantizer(w_ENK)
+            return stack
+        rows: torch.Tensor = self.weight_quantizer(w_ENK.flatten(0, 1))
+        return rows.view_as(w_ENK)
 
     def iter_weights_for_calibration(self) -> Iterator[tuple[torch.Tensor, Any]]:
         """Yield weights [N, K] and who is to observe them (ModelOpt's calibration seam).

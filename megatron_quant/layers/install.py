@@ -135,14 +135,15 @@ class QuantLayer:
 
         None for microscaling formats, whose quantizers have none (ModelOpt).
         """
-        amax = self.weight_quantizer.amax
+        amax: torch.Tensor | None = self.weight_quantizer.amax
         if amax is None:
             return None
         return amax.float()[index if amax.numel() > 1 else ...].reshape(())
 
     def amax_of_stack(self) -> torch.Tensor:
         """Return the weights' calibrated amaxes for the codecs: fp32 [] or [E, 1, 1]."""
-        return self.weight_quantizer.amax.float()
+        amax: torch.Tensor = self.weight_quantizer.amax
+        return amax.float()
 
     def input_amax(self) -> torch.Tensor | None:
         """Return the inputs' calibrated amax, fp32 []; None where they have no static scale."""

@@ -44,7 +44,8 @@ class CachedTensor:
 
     def amax(self) -> torch.Tensor:
         """Return the amax that :meth:`set_amax` set, fp32 []."""
-        return self.quantizer.amax.float().reshape(())
+        amax: torch.Tensor = self.quantizer.amax
+        return amax.float().reshape(())
 
 
 def attach_kv_cache(

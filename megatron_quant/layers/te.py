@@ -210,6 +210,8 @@ def attention() -> type[QuantModule]:
             owner = modelopts
             if self.config.softmax_type == "learnable":
                 owner, metadata = TEDotProductAttention, ensure_metadata_has_dp_cp_group(metadata)
-            return owner.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+            state: dict[str, Any]
+            state = owner.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+            return state
 
     return _Attention

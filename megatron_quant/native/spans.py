@@ -59,7 +59,8 @@ class Cuts:
     def gather(self, x_ENB: Tensor) -> Tensor:
         """Gather rows by block: [E, length, ...] -> [E, count, block, ...], filled with zeros."""
         padded = pad(x_ENB, (0, 0) * (x_ENB.dim() - 2) + self._padding)
-        return padded.unflatten(1, (self.count, self.block))
+        blocks: Tensor = padded.unflatten(1, (self.count, self.block))
+        return blocks
 
     def index(self, copies: int, device: torch.device) -> Tensor:
         """Return the block of each of ``copies`` x ``length`` elements, counted through: int64."""

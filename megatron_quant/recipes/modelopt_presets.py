@@ -88,7 +88,8 @@ def _preset(name: str) -> Mapping[str, Any]:
     if name not in modelopt_config().choices:
         known = ", ".join(sorted(modelopt_config().choices))
         raise RecipeError(f"ModelOpt has no preset {name!r}; it has {known}")
-    return getattr(modelopt_config(), name)
+    preset: Mapping[str, Any] = getattr(modelopt_config(), name)
+    return preset
 
 
 def _raw_entries(name: str) -> list[Any]:

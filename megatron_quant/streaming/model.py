@@ -48,7 +48,8 @@ def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"{directory} has nothing for {missing[0]} of transformers' model ({len(missing)} "
             "such); fetch the checkpoint again, or pass --weight-only"
         )
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 @contextmanager

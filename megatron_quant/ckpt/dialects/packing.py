@@ -104,7 +104,8 @@ def from_awq_zeros(stored: Tensor) -> Tensor:
 
 
 def _reordered(codes: Tensor, order: tuple[int, ...]) -> Tensor:
-    return codes.unflatten(-1, (-1, 8))[..., list(order)].flatten(-2)
+    words: Tensor = codes.unflatten(-1, (-1, 8))
+    return words[..., list(order)].flatten(-2)
 
 
 def row_pairs(words: Tensor) -> Tensor:

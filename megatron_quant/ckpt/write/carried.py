@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_quant.ckpt.dialects import FILES
 from megatron_quant.ckpt.plan import CONFIG
-from megatron_quant.ckpt.write.manifest import MANIFEST
+from megatron_quant.ckpt.storage import MANIFEST
 
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml"),

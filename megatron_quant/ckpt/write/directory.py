@@ -17,6 +17,7 @@ from megatron_quant.ckpt.dialects import HF_QUANT_CONFIG
 from megatron_quant.ckpt.plan import CONFIG, Companions, ExportPlan
 from megatron_quant.ckpt.storage import (
     INDEX,
+    MANIFEST,
     OutFile,
     allocate,
     explained,
@@ -27,7 +28,7 @@ from megatron_quant.ckpt.storage import (
 )
 from megatron_quant.ckpt.write import unfinished
 from megatron_quant.ckpt.write.lock import LOCK, Lock
-from megatron_quant.ckpt.write.manifest import MANIFEST, identity
+from megatron_quant.ckpt.write.manifest import identity
 from megatron_quant.ckpt.write.unfinished import Unfinished, discard, partial
 from megatron_quant.errors import CheckpointError, ExportError
 

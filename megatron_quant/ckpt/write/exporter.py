@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_quant.ckpt.plan import Companions, ExportPlan, check_plan, joints
-from megatron_quant.ckpt.storage import INDEX, TensorDigests, TensorEntry, explained
+from megatron_quant.ckpt.storage import INDEX, MANIFEST, TensorDigests, TensorEntry, explained
 from megatron_quant.ckpt.write.directory import (
     Claim,
     Existing,
@@ -22,7 +22,7 @@ from megatron_quant.ckpt.write.directory import (
     prepare_directory,
     publish,
 )
-from megatron_quant.ckpt.write.manifest import MANIFEST, digests_on_disk, manifest
+from megatron_quant.ckpt.write.manifest import digests_on_disk, manifest
 from megatron_quant.ckpt.write.pipeline import Progress, WriteOptions
 from megatron_quant.ckpt.write.preview import Preview
 from megatron_quant.ckpt.write.rank_work import (

@@ -174,7 +174,8 @@ def _cells(length: int, step: int) -> int:
 def _experts(layer: QuantLayer) -> int:
     if not layer.grouped:
         return 0
-    return mpu.get_expert_model_parallel_world_size() * len(layer.decisions)
+    ep_size: int = mpu.get_expert_model_parallel_world_size()
+    return ep_size * len(layer.decisions)
 
 
 def _stat_rows(region: Region, block: tuple[int, int], at: int) -> tuple[int, ...]:

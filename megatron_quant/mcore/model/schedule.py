@@ -38,7 +38,7 @@ def run_schedule(
     fed = _enough(batches, chunks)
     rest = fed[len(batches) :]
     feeds = [iter(fed) for _ in chunks[1:]] + [chain(_counted(batches, progress), rest)]
-    found = get_forward_backward_func()(
+    found: list[T] = get_forward_backward_func()(
         forward_step_func=partial(_step, collect=collect),
         data_iterator=feeds if len(chunks) > 1 else feeds[0],
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -93,7 +93,8 @@ def _step(
 
 
 def _padding(ids_BS: torch.Tensor) -> int:
-    return -ids_BS.shape[1] % mpu.get_tensor_model_parallel_world_size()
+    tp_size: int = mpu.get_tensor_model_parallel_world_size()
+    return -ids_BS.shape[1] % tp_size
 
 
 def forward(model: ModelChunks, ids_BS: torch.Tensor) -> torch.Tensor | None:

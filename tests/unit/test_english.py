@@ -9,37 +9,6 @@ import pytest
 import megatron_quant
 
 PACKAGE = Path(megatron_quant.__file__).parent
-READ = {
-    "alike",
-    "calib",
-    "ckpt/convert",
-    "ckpt/dialects",
-    "ckpt/plan",
-    "ckpt/read",
-    "ckpt/storage",
-    "ckpt/verify",
-    "ckpt/write",
-    "cli",
-    "cpu",
-    "dist",
-    "documents",
-    "engines",
-    "errors",
-    "evaluation",
-    "faults",
-    "fields",
-    "formats",
-    "layers",
-    "models",
-    "native",
-    "recipes",
-    "rendezvous",
-    "rounding",
-    "runs",
-    "streaming",
-}
-"""Rooms, or modules, whose docstrings were read again by this rule."""
-
 INDIRECT = ("The same", "As", "Of", "What")
 ARTICLES = {"The", "A", "An"}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
@@ -61,15 +30,9 @@ def _faults(source: str) -> Iterator[str]:
             yield f"{name} begins with an article, not a verb: {docstring[:40]!r}"
 
 
-def _files(room: str) -> list[Path]:
-    path = PACKAGE / room
-    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-
-
-@pytest.mark.parametrize("room", sorted(READ))
-def test_docstrings_begin_with_what_happens(room: str) -> None:
-    files = _files(room)
-    assert files
+def test_docstrings_begin_with_what_happens() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 100
     faults = [
         f"{path.relative_to(PACKAGE)}: {fault}"
         for path in files

@@ -225,7 +225,7 @@ def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ..
 def _missing(
     files: Files, module: str, lacked: Stored, fmt: Format, stored: tuple[Stored, ...]
 ) -> str:
-    """What to say of a tensor that is not there: with what is there, nothing may be missing."""
+    """Describe a tensor that is missing: with what is there, nothing may be missing."""
     said = (
         f"{files.path}: no tensor {module}.{lacked.suffix}, though config.json says that "
         f"{module} is {fmt.name}"

@@ -31,7 +31,7 @@ _FIRST = "metadata.json"  # without it a folder is no checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What goes into a checkpoint's folder.
+    """The content of a checkpoint's folder.
 
     save: collective, writes the tensors into the empty folder that it gets. finish: on one rank,
     adds ``names``, below the folder. made_of: what it says of itself, for a later run to compare.
@@ -52,7 +52,7 @@ class Written:
 
 
 def read_written(folder: Path) -> Written | None:
-    """The list in ``folder``; None where there is none.
+    """Read the list in ``folder``; None where there is none.
 
     Raises CheckpointError for one that this library did not write.
     """
@@ -131,7 +131,7 @@ def _own(folder: Path) -> tuple[str, ...]:
 
 
 def _names(folder: Path) -> Iterable[str]:
-    """Of all files below ``folder``; links count as files."""
+    """Return the names of all files below ``folder``; links count as files."""
     if not folder.is_dir():
         yield "."
     for at, folders, files in os.walk(folder):

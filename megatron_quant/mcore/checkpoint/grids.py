@@ -60,7 +60,7 @@ class SavedGrid:
         return f"{name}.weight_quantizer.{BLOCK_AMAX}"
 
     def factory(self, stat: torch.Tensor, singleton: bool, dp_rank: int) -> ShardedTensorFactory:
-        """The layer's statistics as Megatron saves and loads them.
+        """Describe the layer's statistics in the form that Megatron saves and loads.
 
         stat: fp32 [N_b, K_b, P], or [E, N_b, K_b, P] of experts.
         """
@@ -125,7 +125,7 @@ def _sharded(
     whole: tuple[int, ...],
     replica: tuple[int, int, int],
 ) -> ShardedTensor:
-    """A box of a grid; ``offset`` and ``whole`` without the statistics' own last dim."""
+    """Describe a box of a grid; ``offset`` and ``whole`` lack the statistics' own last dim."""
     shape, parts = tuple(values.shape), values.shape[-1]
     return ShardedTensor(
         key, values, values.dtype, shape, (*whole, parts), (*offset, 0), None, replica
@@ -133,7 +133,7 @@ def _sharded(
 
 
 def grids_of(layers: Sequence[QuantLayer], weights: Sequence[LocalWeight]) -> list[SavedGrid]:
-    """The grids of the layers whose block scales were searched.
+    """Return the grids of the layers whose block scales were searched.
 
     Others follow from the weights and are not stored. weights: this rank's share of all slots, with
     what it holds of their tensors.
@@ -188,7 +188,7 @@ def _stat_rows(region: Region, block: tuple[int, int], at: int) -> tuple[int, ..
 def _split(
     region: Region, block: tuple[int, int], rows: tuple[int, ...], above: int
 ) -> list[GridPiece]:
-    """The blocks whose first element the region holds, and before them one that it has not."""
+    """Split the blocks that begin in the region from those that begin before it."""
     touched_rows, touched_cols = region.touched(block)
     top, left = touched_rows.start + above, touched_cols.start
     row_step, col_step = (b or n for b, n in zip(block, region.whole, strict=True))

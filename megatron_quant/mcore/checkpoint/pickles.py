@@ -1,4 +1,4 @@
-"""What a pickle costs whoever loads it, found out in a process that may be ended.
+"""Find out the cost of loading a pickle, in a process that may be ended.
 
 A few bytes can ask for gigabytes, for a hash that takes years, or for more stack than there is;
 nothing in the process itself can stop that. The other one knows no class but stand-ins, and may

@@ -25,7 +25,7 @@ from megatron_quant.recipes import QuantPlan
 
 
 def open_saved(directory: Path, groups: Groups) -> Saved:
-    """The checkpoint in ``directory`` and what it says of its quantization. Collective.
+    """Open ``directory`` and read the checkpoint's account of its quantization. Collective.
 
     Raises CheckpointError, on every rank alike, where there is none or it cannot be read.
     """

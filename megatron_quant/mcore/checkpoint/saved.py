@@ -1,4 +1,4 @@
-"""What a Megatron checkpoint says of its quantization: one JSON document beside its tensors."""
+"""A Megatron checkpoint's account of its quantization: one JSON document beside its tensors."""
 
 import re
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Saved:
 def describe_run(
     recipe: Recipe, plan: QuantPlan, expert_scales: str, source: str = ""
 ) -> dict[str, Any]:
-    """The document that travels with the model; ``plan`` is the recipe resolved for it."""
+    """Write the document that travels with the model; ``plan`` is the recipe resolved for it."""
     return {
         "schema": _SCHEMA,
         "version": __version__,
@@ -45,7 +45,7 @@ def describe_run(
 
 
 def parse_description(stored: TorchDist, description: Any) -> Saved:
-    """What the checkpoint's document says; ``description`` is None where it has none.
+    """Parse the checkpoint's document; ``description`` is None where it has none.
 
     Raises CheckpointError for one that this release cannot read.
     """

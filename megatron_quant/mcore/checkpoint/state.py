@@ -1,4 +1,4 @@
-"""What a model's own ``sharded_state_dict`` says of its quantization, beyond the amaxes.
+"""The part of a model's ``sharded_state_dict`` on its quantization, beyond the amaxes.
 
 Amaxes are the quantized layers' to give. A child of the model gives the rest: one description (the
 recipe, formats, whose scales experts have, versions) as the bytes of a JSON document, and the grids
@@ -28,7 +28,7 @@ _PAGE = 4096  # bytes to a multiple of which the description is padded, so that 
 
 
 def encode(description: Mapping[str, Any]) -> torch.Tensor:
-    """A JSON document as uint8 [bytes], spaces at its end."""
+    """Encode a JSON document as uint8 [bytes], spaces at its end."""
     text = json.dumps(description, sort_keys=True).encode()
     return torch.tensor(list(text + b" " * (-len(text) % _PAGE)), dtype=torch.uint8)
 

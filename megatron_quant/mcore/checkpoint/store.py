@@ -62,7 +62,7 @@ def save(chunks: Chunks, directory: Path, groups: Groups, optimizer: Any = None)
 
 
 def read_description(stored: TorchDist, groups: Groups) -> Any:
-    """The document that a saved model brought along; None where it has none. Collective.
+    """Read the document that a saved model brought along; None without one. Collective.
 
     Raises CheckpointError where it is no JSON, or none of its size.
     """
@@ -107,7 +107,7 @@ def load(chunks: Chunks, stored: TorchDist, groups: Groups) -> None:
 
 
 def read_tensors(sharded: dict[str, Any], stored: TorchDist, groups: Groups) -> dict[str, Any]:
-    """The tensors, from the files with tensors alone. Collective."""
+    """Read the tensors, from the files with tensors alone. Collective."""
     error: BaseException | None = None
     loaded: dict[str, Any] = {}
     try:

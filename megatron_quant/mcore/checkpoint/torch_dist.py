@@ -53,7 +53,7 @@ class TorchDist:
 
 
 def open_torch_dist(directory: Path) -> TorchDist:
-    """The checkpoint in ``directory``, or the last one of a training run's directory.
+    """Open the checkpoint in ``directory``, or the last one of a training run's directory.
 
     Raises CheckpointError where there is none, where it has another format than ``torch_dist``, and
     where its ``.metadata`` cannot be read or names what a description of tensors has no need of.
@@ -79,7 +79,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def latest(directory: Path) -> Path:
-    """The last checkpoint of a training run's directory; any other directory as it is.
+    """Return the last checkpoint of a training run's directory; any other directory unchanged.
 
     Raises CheckpointError where the run's own word on it cannot be read.
     """

@@ -21,7 +21,7 @@ _ATTRIBUTE = "_megatron_quant"
 
 @dataclass(frozen=True)
 class HFModel:
-    """What the Hugging Face side says of a model: config.json, and the directory that has it.
+    """The Hugging Face side of a model: config.json, and the directory that has it.
 
     directory: None where only the config was given.
     """

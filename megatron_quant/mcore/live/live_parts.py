@@ -1,4 +1,4 @@
-"""What an export asks for each part: the live weight with what its quantizer found."""
+"""Produce each part that an export asks for: the live weight and its quantizer's scales."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,7 +15,7 @@ def producer(
     cached: Sequence[CachedTensor] = (),
     drafts: Produce | None = None,
 ) -> Callable[[RankPart], Iterable[Produced]]:
-    """What the export asks for each part: the live weight with its quantizers' amaxes.
+    """Return a producer of parts: the live weight with its quantizers' amaxes.
 
     drafts: makes the parts of layers for speculation, which the model has not.
     """

@@ -53,7 +53,7 @@ def transformer_config(
 
 
 def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
-    """The settings that have Megatron deal the layers as ``layout`` does."""
+    """Return the settings that have Megatron deal the layers as ``layout`` does."""
     if layout.pp_size == 1:
         return {}
     counts = [sum(map(len, chunks)) for chunks in layout.stages]
@@ -128,7 +128,7 @@ def _mark_shards(chunk: GPTModel) -> None:
 
 
 def _layers(config: TransformerConfig, vp_stage: int | None) -> Any:
-    """The spec of the layers of one chunk."""
+    """Return the spec of the layers of one chunk."""
     if config.num_moe_experts:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)

@@ -83,7 +83,7 @@ def _shown(numbers: Sequence[int]) -> str:
 
 
 def _check_groups(chunk: Any) -> None:
-    """A model may be built with process groups of its own, which nothing here knows."""
+    """Refuse a model with process groups of its own, which nothing here knows."""
     groups = getattr(chunk, "pg_collection", None)
     for name, known in (
         ("tp", mpu.get_tensor_model_parallel_group()),

@@ -52,7 +52,7 @@ def _windows(
     windows: Sequence[torch.Tensor],
     vocab_size: int,
 ) -> list[Sums]:
-    """Of each window, on ranks of the last pipeline stage; empty on others."""
+    """Return the sums of each window, on ranks of the last pipeline stage; none on others."""
     ids = [window[None, :-1] for window in windows]
     logits = run_schedule(model, ids, partial(whole, vocab_size=vocab_size))
     with unquantized(layers):

@@ -54,7 +54,7 @@ def _scales(local: LocalParam, checkpoint: QuantizedCheckpoint) -> Mapping[str, 
 
 
 def _stacked(scales: Sequence[Scales], grouped: bool, device: torch.device) -> Scales:
-    """Of one region of each weight: [E, N_b, K_b] and [E, 1, 1] for experts."""
+    """Stack the scales of one region of each weight: [E, N_b, K_b] and [E, 1, 1] for experts."""
     if not grouped:
         (only,) = scales
         return {name: t.to(device) for name, t in only.items()}

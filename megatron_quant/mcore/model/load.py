@@ -47,16 +47,16 @@ class LiveModel:
 
     @property
     def module(self) -> GPTModel:
-        """The only chunk of a rank without virtual stages."""
+        """Return the only chunk of a rank without virtual stages."""
         (module,) = self.chunks
         return module
 
     def tensor(self, local: LocalParam) -> torch.Tensor:
-        """The live parameter of one of ``local``."""
+        """Return the live parameter of one of ``local``."""
         return local.tensor(self.chunks[local.chunk])
 
     def global_name(self, chunk: int, name: str) -> str:
-        """The name, in the whole model, of what a chunk calls ``name``: its layer is the model's.
+        """Return the whole model's name of a chunk's ``name``: its layer is the model's.
 
         Experts keep the numbers that the rank gives them.
         """
@@ -72,7 +72,7 @@ def wrap_model(
     hf_config: Mapping[str, Any],
     groups: Groups,
 ) -> LiveModel:
-    """A GPTModel that lives in Megatron's present process groups, as this library sees it.
+    """Wrap a GPTModel that lives in Megatron's present process groups for this library.
 
     module: this rank's part of it; its chunks in order where it has virtual pipeline stages. What
     wraps them (Float16Module, DistributedDataParallel) is looked through.

@@ -33,14 +33,14 @@ class LocalParam:
     chunk: int = 0
 
     def tensor(self, model: nn.Module) -> torch.Tensor:
-        """The live parameter (a buffer, if it stays in float32) of the chunk that holds it."""
+        """Return the live parameter (a buffer, if it stays float32) of the chunk that holds it."""
         if self.param.fp32:
             return model.get_buffer(self.name)
         return model.get_parameter(self.name)
 
     @property
     def weight(self) -> LocalWeight:
-        """The same place, as the quantized layers are told it."""
+        """Return this place in the form that the quantized layers take."""
         module, _, attribute = self.name.rpartition(".")
         held = regions(self.param, self.shard_rank, self.shard_size)
         return LocalWeight(self.param.name, module, attribute, tuple(region for _, region in held))

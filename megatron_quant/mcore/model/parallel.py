@@ -71,7 +71,7 @@ def _runs_at(layout: Layout) -> bool:
 
 
 def shards(device: str) -> Shards:
-    """The ranks among which Megatron's present groups cut this rank's tensors."""
+    """Return the ranks among which Megatron's present groups cut this rank's tensors."""
     return Shards(
         Groups(mpu.get_tensor_model_parallel_group(), device),
         Groups(mpu.get_expert_tensor_parallel_group(), device),
@@ -79,7 +79,7 @@ def shards(device: str) -> Shards:
 
 
 def megatron_layout(groups: Groups, experts: int, chunks: Sequence[GPTModel]) -> Layout:
-    """The layout that Megatron's groups have: every rank says where it is. Collective.
+    """Return the layout of Megatron's groups: every rank says where it is. Collective.
 
     experts: experts a layer, 0 for a model without. chunks: this rank's part of the model, which
     says what layers it holds.

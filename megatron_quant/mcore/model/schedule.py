@@ -52,7 +52,7 @@ def run_schedule(
 
 
 def _enough(batches: Sequence[torch.Tensor], chunks: Sequence[GPTModel]) -> list[torch.Tensor]:
-    """As many as the schedule of virtual stages takes, whose groups of microbatches are set."""
+    """Return as many batches as the schedule of virtual stages takes, and set its group size."""
     if len(chunks) == 1:
         return list(batches)
     stages = mpu.get_pipeline_model_parallel_world_size()

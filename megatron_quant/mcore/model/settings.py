@@ -1,4 +1,4 @@
-"""What a live model's TransformerConfig must say for its weights to mean what the tables say.
+"""Check a live model's TransformerConfig: its weights must mean what the tables say.
 
 Some settings change the order, the names or the mathematics of weights and no shape: they would
 be exported wrongly without a word. Only values that this library knows are let through.

@@ -109,7 +109,7 @@ class QuantCallback:
         self.on_save(context.state.train_state.step)
 
     def start(self, model: Any) -> None:
-        """The model, wrapped or not, before its first step."""
+        """Start to follow the model, wrapped or not, before its first step."""
         self._of = of = quantized(model)
         # Float16Module turns every buffer into 16 bits.
         set_ranges(of.layers, of.stored or ranges_of(of.layers))
@@ -198,7 +198,7 @@ class QuantCallback:
         self._say(f"step {step}: calibrated {len(of.plan.quantized)} weights")
 
     def _follow(self, step: int) -> None:
-        """The drift of an interval, and unless they are frozen the ranges without it."""
+        """Note the drift of an interval and, unless they are frozen, refresh the ranges."""
         of, watched = self._started(), self._inputs
         assert watched is not None
         live = merge_live(of.layers, of.plan, of.model.groups, watched.take())

@@ -94,7 +94,7 @@ def _check(model: Sequence[nn.Module]) -> None:
 
 
 def _check_config(config: Any) -> None:
-    """What the model's TransformerConfig must not ask for."""
+    """Refuse settings that the model's TransformerConfig must not have."""
     for name in ("fp8", "fp4"):
         value = getattr(config, name, None)
         if value:
@@ -112,7 +112,7 @@ def wrap_provider(
     hf_model: str | Mapping[str, Any],
     expert_scales: ExpertScales | None = None,
 ) -> Callable[..., nn.Module]:
-    """A Megatron-LM ``model_provider`` whose model went through :func:`prepare`.
+    """Wrap a Megatron-LM ``model_provider`` so that its model goes through :func:`prepare`.
 
     Its parameters, which differ between releases, stay those of ``provider``, and so does the way
     Megatron-LM calls it: once, or for every virtual pipeline stage in turn, the last of which has

@@ -1,4 +1,4 @@
-"""What a distributed optimizer keeps of each parameter, from a checkpoint of any layout."""
+"""Read a distributed optimizer's state of each parameter, from a checkpoint of any layout."""
 
 from typing import Any
 

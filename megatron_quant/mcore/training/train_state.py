@@ -86,7 +86,7 @@ def _name_latest(path: Path, step: int) -> None:
 
 
 def last_save(directory: Path, groups: Groups) -> TrainProgress | None:
-    """The last save that a run finished in ``directory``; None where there is none. Collective.
+    """Return the last save that a run finished in ``directory``; None without one. Collective.
 
     Raises CheckpointError, on every rank alike, for one that cannot be read.
     """

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import Format, fake_quant
@@ -52,8 +52,16 @@ def saved_tags(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Map each tensor name that ``save_pretrained`` writes to the tag of its parameter.
 
     Nothing here knows which parameters transformers fuses: tags go through its own conversion to
-    checkpoint names. ``model`` may be on the meta device.
+    checkpoint names. ``model`` may be on the meta device. Raises CheckpointError where transformers
+    is older than 5.0, which has no such conversion.
     """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} does not say what it fuses: install "
+            "transformers 5.0 or newer to evaluate checkpoints"
+        ) from None
     tags = {name: _tag(i, p) for i, (name, p) in enumerate(model.named_parameters())}
     reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, tags)
     return reverted

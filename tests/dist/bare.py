@@ -57,7 +57,7 @@ def _config(hf: dict[str, Any], tp: int, ep: int, fields: dict[str, Any]) -> Tra
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
-        "num_moe_experts": hf["num_local_experts"],
+        "num_moe_experts": hf.get("num_local_experts", hf.get("num_experts")),
         "moe_ffn_hidden_size": hf["moe_intermediate_size"],
         "moe_router_topk": hf["num_experts_per_tok"],
         "moe_router_pre_softmax": not hf["norm_topk_prob"],
@@ -84,7 +84,7 @@ def filled(model: GPTModel, source: Path) -> GPTModel:
     weights = load_file(source / "model.safetensors")
     size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
     first = mpu.get_expert_model_parallel_rank() * (
-        hf["num_local_experts"] // mpu.get_expert_model_parallel_world_size()
+        hf.get("num_local_experts", hf.get("num_experts")) // mpu.get_expert_model_parallel_world_size()
     )
     for name, own in model.named_parameters():
         own.copy_(_value(name, weights, hf, size, rank, first, own))

@@ -42,7 +42,7 @@ class Groups:
 
     @property
     def size(self) -> int:
-        """How many ranks hold the model."""
+        """Return how many ranks hold the model."""
         return dist.get_world_size(self.model) if dist.is_initialized() else 1
 
 
@@ -60,7 +60,7 @@ class Shards:
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """LostRankError where the other ranks cannot be reached."""
+    """Raise LostRankError where the other ranks cannot be reached."""
     try:
         yield
     except RuntimeError as e:

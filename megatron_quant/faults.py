@@ -69,7 +69,7 @@ def one_line(text: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the host's or the GPU's memory was full."""
+    """Return whether the host's or the GPU's memory was full."""
     if isinstance(error, MemoryError):
         return True
     text = str(error).lower()

@@ -112,5 +112,5 @@ class Fields:
 
 
 def _same(value: object, other: object) -> bool:
-    """Whether two values are equal in JSON, where 1 is 1.0 but not true."""
+    """Return whether two values are equal in JSON, where 1 is 1.0 but not true."""
     return value == other and isinstance(value, bool) is isinstance(other, bool)

@@ -22,7 +22,7 @@ _READ_SECONDS = 10.0
 
 
 def is_one_of_many() -> bool:
-    """Whether ``torchrun``, or whatever sets what it sets, started this process and others.
+    """Return whether ``torchrun``, or whatever sets what it sets, started this process and others.
 
     Raises RankError where it is one of several, but cannot find them.
     """

@@ -69,7 +69,7 @@ def _alike(job: "Job", verbose: bool) -> "Iterator[tuple[str, list[StoredTensor]
 
 
 def rules_table(job: "Job") -> Table:
-    """How many weights each rule, and each of its patterns, decided on."""
+    """Return how many weights each rule, and each of its patterns, decided on."""
     table = Table("Rule", "Action", "Weights", "Of each pattern", title="Coverage")
     for row in audit(job.quant, job.recipe):
         patterns = ", ".join(f"{pattern}: {count}" for pattern, count in row.patterns)

@@ -45,7 +45,7 @@ class QuantGroupedLinear(QuantModule):
 
     @property
     def per_expert(self) -> bool:
-        """Whether every expert has a weight amax of its own."""
+        """Return whether every expert has a weight amax of its own."""
         return bool(self.weight_quantizer.axis == 0 and self.weight_quantizer.backend == BACKEND)
 
     def quantize(self, w_ENK: torch.Tensor) -> torch.Tensor:

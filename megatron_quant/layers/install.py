@@ -87,7 +87,7 @@ class QuantLayer:
 
     @property
     def searches_blocks(self) -> bool:
-        """Whether the scales of the blocks of its weights are searched."""
+        """Return whether the scales of the blocks of its weights are searched."""
         return self.decisions[0].searches_blocks
 
     @property
@@ -98,7 +98,7 @@ class QuantLayer:
 
     @property
     def grouped(self) -> bool:
-        """Whether the weights are experts'."""
+        """Return whether the weights are experts'."""
         return isinstance(self.module, QuantGroupedLinear)
 
     @property
@@ -108,7 +108,7 @@ class QuantLayer:
 
     @property
     def per_expert(self) -> bool:
-        """Whether each of its weights is an expert's with an amax of its own."""
+        """Return whether each of its weights is an expert's with an amax of its own."""
         return isinstance(self.module, QuantGroupedLinear) and self.module.per_expert
 
     @property

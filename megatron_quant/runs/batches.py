@@ -36,7 +36,7 @@ def calibration_batches(calibration: Calibration, source: Path) -> list[torch.Te
 def check_ids(
     tokens: Sequence[torch.Tensor], calibration: Calibration, source: Path, vocab_size: int
 ) -> None:
-    """CheckpointError for a token that the model does not have."""
+    """Raise CheckpointError for a token that the model does not have."""
     largest = max((int(ids.max()) for ids in tokens), default=0)
     if largest >= vocab_size:
         raise CheckpointError(

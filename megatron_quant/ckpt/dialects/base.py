@@ -214,7 +214,7 @@ class Dialect(ABC):
         return True
 
     def lists_exclusions(self, config: Mapping[str, Any]) -> bool:
-        """Whether ``quantization_config`` names what is not quantized.
+        """Return whether ``quantization_config`` names what is not quantized.
 
         Where it does not, what engines never quantize is plain without being named.
         """

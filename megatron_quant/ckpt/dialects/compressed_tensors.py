@@ -217,7 +217,7 @@ class CompressedTensors(Dialect):
         return found
 
     def is_ordered(self, config: Mapping[str, Any]) -> bool:
-        """Whether no group of modules has an ``actorder`` that permutes its columns."""
+        """Return whether no group of modules has an ``actorder`` that permutes its columns."""
         groups = stated(config).parts("config_groups").values()
         orders = [group.part("weights").get("actorder") for group in groups]
         return not any(order in (True, "group") for order in orders)

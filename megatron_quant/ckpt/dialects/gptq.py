@@ -199,7 +199,7 @@ class Gptq(Dialect):
         return found
 
     def is_ordered(self, config: Mapping[str, Any]) -> bool:
-        """Whether ``desc_act`` is false."""
+        """Return whether ``desc_act`` is false."""
         return not stated(config).flag("desc_act")
 
     def variant(self, config: Mapping[str, Any]) -> Dialect:

@@ -173,7 +173,7 @@ def check_tensors(
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is what old versions of transformers stored, and no model needs."""
+    """Return whether a tensor is what old versions of transformers stored, and no model needs."""
     return _BUFFERS.fullmatch(name) is not None
 
 

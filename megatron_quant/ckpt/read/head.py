@@ -62,7 +62,7 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_equal(checkpoint: Checkpoint, heads: list[str]) -> bool:
-    """Whether the only tensor of the head is the embedding again."""
+    """Return whether the only tensor of the head is the embedding again."""
     embeddings = sorted((n for n in checkpoint.tensors if n.endswith(_EMBEDDING)), key=len)
     if len(heads) != 1 or not heads[0].endswith(_WEIGHT) or not embeddings:
         return False

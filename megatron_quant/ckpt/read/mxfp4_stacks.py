@@ -33,7 +33,7 @@ class ExpertStacks(Listed):
     """
 
     def __init__(self, files: Checkpoint):
-        """CheckpointError where the headers of ``files`` contradict one another."""
+        """Raise CheckpointError where the headers of ``files`` contradict one another."""
         self._files = files
         self.path, self.config = files.path, files.config
         self.tensors = dict(self._logical())

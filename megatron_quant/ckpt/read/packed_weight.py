@@ -225,7 +225,7 @@ def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ..
 def _missing(
     files: Files, module: str, lacked: Stored, fmt: Format, stored: tuple[Stored, ...]
 ) -> str:
-    """Describe a tensor that is missing: with what is there, nothing may be missing."""
+    """Describe a missing tensor, and the tensors found in its place."""
     said = (
         f"{files.path}: no tensor {module}.{lacked.suffix}, though config.json says that "
         f"{module} is {fmt.name}"

@@ -110,7 +110,7 @@ def check_target(
 
 
 def _is_free(directory: Path) -> bool:
-    """Whether there is nothing but what a run leaves that was killed as it began."""
+    """Return whether there is nothing but what a run leaves that was killed as it began."""
     left = {directory / LOCK, unfinished.before_document(directory)}
     return set(directory.iterdir()) <= left
 
@@ -131,7 +131,7 @@ def _identity(plan: ExportPlan, companions: Companions) -> dict[str, str]:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether an index of this library says that all is there."""
+    """Return whether an index of this library says that all is there."""
     if not (directory / INDEX).exists() or not (directory / MANIFEST).exists():
         return False
     begun = _begun(directory)

@@ -201,7 +201,7 @@ def _remove(paths: Iterable[Path]) -> bool:
 
 
 def is_begun(directory: Path) -> bool:
-    """Whether an export has its document there."""
+    """Return whether an export has its document there."""
     return partial(directory, DOCUMENT).exists()
 
 

@@ -74,7 +74,7 @@ def open_torch_dist(directory: Path) -> TorchDist:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a distributed checkpoint was written there to the end."""
+    """Return whether a distributed checkpoint was written there to the end."""
     return (path / _DESCRIPTION).is_file() and (path / _TENSORS).is_file()
 
 

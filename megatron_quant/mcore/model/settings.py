@@ -97,7 +97,7 @@ def _check_decided(name: str, value: Any, described: Any) -> None:
 
 
 def _same(value: Any, described: Any) -> bool:
-    """Whether two values mean the same: numbers of any type, activations by name.
+    """Return whether two values mean the same: numbers of any type, activations by name.
 
     A number that went through fp32 is still itself.
     """

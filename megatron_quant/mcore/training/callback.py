@@ -64,7 +64,7 @@ class Schedule:
             raise QuantError(f"average={self.average}: give a share above 0, up to 1")
 
     def frozen(self, step: int) -> bool:
-        """Whether the ranges that step ``step`` uses may not change."""
+        """Return whether the ranges that step ``step`` uses may not change."""
         return self.freeze_before is not None and step > self.freeze_before
 
 

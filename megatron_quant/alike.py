@@ -39,7 +39,7 @@ def difference(said: Sequence[Mapping[str, str]]) -> str | None:
 
 
 def ranks_named(ranks: Sequence[int]) -> str:
-    """``rank 3``, ``ranks 0, 2-5``, of ranks in rising order."""
+    """Return ``rank 3``, ``ranks 0, 2-5``, of ranks in rising order."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:
@@ -56,7 +56,7 @@ def _short(value: str) -> str:
 
 
 def once_a_host(groups: Groups, work: Callable[[], T]) -> T:
-    """``work()`` on the first rank of each host, as ``torchrun`` counts them. Collective.
+    """Run ``work()`` on the first rank of each host, as ``torchrun`` counts them. Collective.
 
     Every rank gets what that of its own host found, a small picklable value. What one rank raises
     is raised on all. A rank without LOCAL_RANK is the first of its host.

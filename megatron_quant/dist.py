@@ -37,7 +37,7 @@ class Groups:
 
     @property
     def rank(self) -> int:
-        """This process's rank in the model's group."""
+        """Return this process's rank in the model's group."""
         return dist.get_rank(self.model) if dist.is_initialized() else 0
 
     @property
@@ -92,7 +92,7 @@ def sum_reduce(flat: torch.Tensor, groups: Groups) -> torch.Tensor:
 
 
 def gather(value: T, groups: Groups) -> list[T]:
-    """``value`` of every rank, in rank order, on every rank. For small picklable values."""
+    """Return ``value`` of every rank, in rank order, on every rank. For small picklable values."""
     if groups.size == 1:
         return [value]
     values: list[Any] = [None] * groups.size
@@ -157,7 +157,7 @@ def _free(error: BaseException) -> None:
 
 
 def together(groups: Groups, work: Callable[[], T]) -> T:
-    """``work()`` on every rank; whatever one rank raises, Ctrl-C included, is raised on all.
+    """Run ``work()`` on every rank; raise on all what one rank raises, Ctrl-C included.
 
     ``work`` must not wait for other ranks itself. See :func:`raise_together`.
     """

@@ -219,7 +219,7 @@ def _check_nodes(
 
 
 def shown(value: object) -> str:
-    """``value`` in a message: in Python's spelling, on one line, and not longer than a line."""
+    """Show ``value`` in a message: in Python's spelling, on one line, no longer than a line."""
     return clipped(repr(_few(value, 4)))
 
 
@@ -239,12 +239,12 @@ def _few(value: object, depth: int) -> object:
 
 
 def clipped(text: str) -> str:
-    """``text``, or its first part where it is longer than a value in a message may be."""
+    """Return ``text``, or its first part where it is too long for a message."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def printable(text: str) -> str:
-    """``text`` for a screen: characters that move the cursor or reorder text are escaped.
+    """Escape characters of ``text`` that move the cursor or reorder text on a screen.
 
     Line ends and tabs are too: what is printed of one name is on one line.
     """

@@ -64,7 +64,7 @@ def line_of(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` without line breaks and with control characters escaped."""
+    """Return ``text`` without line breaks and with control characters escaped."""
     return printable(" ".join(text.split()))
 
 
@@ -79,7 +79,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def fault_of(error: BaseException) -> Fault:
-    """``error`` for the other ranks, whether it can be pickled or not."""
+    """Wrap ``error`` for the other ranks, whether it can be pickled or not."""
     if isinstance(error, OSError) and not isinstance(error, QuantError):
         error = translated(error)
     line = line_of(error)

@@ -23,7 +23,7 @@ _KEEPING_CODES = (Role.LINEAR, Role.DRAFT, Role.OUTSIDE)
 
 
 def whole_tensors(params: tuple[Param, ...]) -> tuple[Param, ...]:
-    """``params`` taken apart: every Hugging Face tensor as an unfused, uncut parameter."""
+    """Take ``params`` apart: every Hugging Face tensor as an unfused, uncut parameter."""
     return tuple(
         replace(
             param,

@@ -38,7 +38,7 @@ def collapse(
 
 
 def spelled(numbers: Iterable[int]) -> str:
-    """``7``, ``{0..3}`` or ``{0,2,5..9}``."""
+    """Return ``7``, ``{0..3}`` or ``{0,2,5..9}``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

@@ -30,7 +30,7 @@ _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def rank() -> int:
-    """This process's rank as ``torchrun`` gives it, 0 without."""
+    """Return this process's rank as ``torchrun`` gives it, 0 without."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -41,7 +41,7 @@ def console() -> Console:
 
 
 def escape(text: str) -> str:
-    """``text`` as a console prints it: no markup, and nothing that moves the cursor."""
+    """Escape ``text`` for a console: no markup, and nothing that moves the cursor."""
     return markup.escape(printable(text))
 
 
@@ -53,7 +53,7 @@ def check_output_file(flag: str, path: Path | None) -> None:
 
 
 def size(nbytes: float) -> str:
-    """``nbytes`` for people, in powers of 1000."""
+    """Write ``nbytes`` for people, in powers of 1000."""
     for unit in _UNITS:
         if nbytes < 1000 or unit == _UNITS[-1]:
             return f"{nbytes:.4g} {unit}"

@@ -7,7 +7,7 @@ from megatron_quant.rendezvous import is_one_of_many, join
 
 
 def start_ranks(minutes: float) -> Groups:
-    """All ranks that ``torchrun`` started, which meet over gloo; one process without it.
+    """Join all ranks that ``torchrun`` started, over gloo; one process without it.
 
     minutes: how long a rank waits for the slowest.
     """

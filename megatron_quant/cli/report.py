@@ -16,7 +16,7 @@ _COLD_SHOWN = 5
 
 
 def summary(outcome: "Outcome", seconds: Mapping[str, float]) -> Iterator[str]:
-    """Lines: cold experts, quality, sizes, time of every phase."""
+    """Return lines on cold experts, quality, sizes, time of every phase."""
     calibration = outcome.calibration
     if calibration.tokens:
         tokens = sorted(calibration.tokens.values())
@@ -61,7 +61,7 @@ def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
 
 
 def summary_of_stream(streamed: "Streamed", seconds: Mapping[str, float]) -> Iterator[str]:
-    """Lines: cold experts, what was verified, sizes, time of every phase."""
+    """Return lines on cold experts, verification, sizes, time of every phase."""
     if streamed.inputs and streamed.inputs.cold:
         yield _cold(streamed.inputs.cold)
     yield _verified(streamed.verified)
@@ -91,7 +91,7 @@ def left_out_lines(left_out: Sequence[str]) -> Iterator[str]:
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """``report`` into the file ``path``."""
+    """Write ``report`` into the file ``path``."""
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 

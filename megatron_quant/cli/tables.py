@@ -19,7 +19,7 @@ _FILES = 8  # more are one row
 
 
 def weights_table(job: "Job", verbose: bool = False) -> Table:
-    """Every weight: its bucket, its rule, its bytes before and after.
+    """List every weight: its bucket, its rule, its bytes before and after.
 
     Like experts share a row, and like layers unless ``verbose``.
     """
@@ -92,7 +92,7 @@ def files_table(plan: "ExportPlan", verbose: bool = False) -> Table:
 
 
 def engines_table(job: "Job", serve_tp: int | None) -> Table:
-    """Which engines can serve the export at ``serve_tp`` (1 where it is not given), and why not."""
+    """List the engines that can serve the export at ``serve_tp`` (1 by default), or why not."""
     from megatron_quant.engines import obstacle
 
     tp = serve_tp or 1
@@ -106,7 +106,7 @@ def engines_table(job: "Job", serve_tp: int | None) -> Table:
 
 
 def needs(job: "Job") -> Iterator[str]:
-    """Lines: what is stored of the KV cache, and whether calibration data is needed."""
+    """Return lines on the KV cache's storage, and on the need for calibration data."""
     slots = cache_slots(job.quant)
     if slots:
         how = "calibrated" if job.quant.kv_cache == "fp8" else "all 1"
@@ -115,7 +115,7 @@ def needs(job: "Job") -> Iterator[str]:
 
 
 def sizes_line(plan: "ExportPlan") -> str:
-    """Bytes before and after."""
+    """Return the bytes before and after, as a line."""
     ratio = plan.bytes_before / plan.bytes_after
     return f"size: {size(plan.bytes_before)} -> {size(plan.bytes_after)} ({ratio:.2f}x smaller)"
 

@@ -99,7 +99,7 @@ def checked_companions(
 
 
 def with_beside(files: Companions, source: Path, checkpoint: Weights | None) -> Companions:
-    """``files`` with those that lie beside the weights in ``source``.
+    """Add to ``files`` those that lie beside the weights in ``source``.
 
     checkpoint: the weights; None where they come from elsewhere.
     """

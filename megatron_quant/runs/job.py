@@ -182,7 +182,7 @@ def decide(
 
 
 def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
-    """``job`` with ``quant`` in the place of its plan; raises as :func:`prepare_job`."""
+    """Replace the plan of ``job`` by ``quant``; raises as :func:`prepare_job`."""
     if job.dialect is None:
         return replace(job, quant=quant)
     shard_bytes = parse_size(options.write.max_shard_size)

@@ -19,7 +19,7 @@ def _at_least_one(settings: object, *names: str) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``5GB``, ``200MB`` or a plain number; ExportError for anything else."""
+    """Parse ``5GB``, ``200MB`` or a plain number to bytes; ExportError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B)?", text.strip(), re.IGNORECASE)
     if match is None:
         raise ExportError(f"--max-shard-size {text!r} is no size: write it as 5GB or 200MB")

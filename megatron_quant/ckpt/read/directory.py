@@ -67,7 +67,7 @@ class Listed:
         return self.tensors.get(name)
 
     def dense(self) -> Mapping[str, TensorInfo]:
-        """All tensors."""
+        """Return all tensors."""
         return self.tensors
 
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ class Weights(Protocol):
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Names of safetensors files in its directory that are not read: nothing names them."""
+        """Return safetensors files in its directory that are not read: nothing names them."""
         ...
 
     def read(self, name: str, box: Box) -> torch.Tensor:
@@ -148,7 +148,7 @@ def check_tensors(
     tensors: Mapping[str, TensorInfo],
     params: Iterable[Param],
 ) -> tuple[str, ...]:
-    """Every source of ``params`` is in ``tensors`` in its shape, and these are all such sources.
+    """Check that ``tensors`` are exactly the sources of ``params``, in their shapes.
 
     Returns the names of tensors that are rightly unused: buffers that old versions of
     transformers stored, ``lm_head.weight`` where the embedding takes its place, and layers that
@@ -211,7 +211,7 @@ def _packed_unsaid(path: Path, name: str) -> CheckpointError:
 
 
 def beside(tensors: Iterable[str], module: str) -> list[str]:
-    """Names of all tensors of the module of this name."""
+    """Return the names of all tensors of the module of this name."""
     return [name for name in tensors if name.rpartition(".")[0] == module]
 
 

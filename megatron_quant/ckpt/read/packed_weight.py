@@ -127,7 +127,7 @@ class Packed:
         return None if torch.equal(found, natural) else found
 
     def whole(self) -> Tensor:
-        """All of the weight, fp32 [N, K]."""
+        """Read all of the weight, fp32 [N, K]."""
         return self.read(whole(self.shape))
 
     @cached_property
@@ -290,6 +290,6 @@ def _within(start: int, size: int, outer: int, block: int, length: int) -> slice
 
 
 def with_scale_dtype(fmt: Format, dtype: torch.dtype) -> Format:
-    """``fmt`` with its group scales in ``dtype``."""
+    """Return ``fmt`` with its group scales in ``dtype``."""
     fields = (f.in_dtype(dtype) if f.name == "scale" else f for f in fmt.fields)
     return replace(fmt, fields=tuple(fields))

@@ -20,7 +20,7 @@ class Files(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors, by name."""
+        """Return all tensors, by name."""
         ...
 
     def read(self, name: str, box: Box) -> Tensor:
@@ -38,7 +38,7 @@ class ReadOnce:
         self._read: dict[str, Tensor] = {}
 
     def raw(self, name: str) -> Tensor:
-        """All of the tensor ``name``, one of ``tensors``."""
+        """Read all of the tensor ``name``, one of ``tensors``."""
         found = self._read.get(name)
         if found is None:
             found = self._read[name] = self._files.read(name, whole(self.tensors[name].shape))

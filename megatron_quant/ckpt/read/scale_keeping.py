@@ -19,7 +19,7 @@ Scales = dict[str, torch.Tensor]
 
 
 def keeping(plan: QuantPlan, checkpoint: Weights) -> tuple[QuantPlan, QuantizedCheckpoint]:
-    """``plan`` with scales in the dtypes of the source's, and the source whose scales they are.
+    """Return ``plan`` with the source's dtypes of scales, and the source whose scales they are.
 
     Raises CheckpointError naming the first weight whose grid in the source is not the plan's.
     """

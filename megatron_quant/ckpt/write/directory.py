@@ -68,7 +68,7 @@ class Claim:
 
 
 def names_of(plan: ExportPlan, companions: Companions) -> tuple[str, ...]:
-    """Names of all files of an export, in the order in which they get them: the index last."""
+    """Return the names of all files of an export, in the order of their naming: the index last."""
     names = (*(file.name for file in plan.files), *companions.names, MANIFEST, INDEX)
     assert len(set(names)) == len(names), f"two files of one name: {names}"
     return names

@@ -28,7 +28,7 @@ def journal_name(rank: int) -> str:
 
 
 def read_journals(paths: Iterable[Path]) -> dict[Key, str]:
-    """All that these journals say, where they are there; a line that is damaged says nothing.
+    """Read all lines of these journals, where they exist; a damaged line says nothing.
 
     Raises ExportError where one is no regular file, or larger than any that is written.
     """

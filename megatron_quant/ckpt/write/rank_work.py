@@ -53,7 +53,7 @@ class Work:
 
     @property
     def items(self) -> tuple[Item, ...]:
-        """All of it."""
+        """Return all of it."""
         return (*self.joined, *self.alone)
 
     def filled(self, item: Item) -> tuple[Filled, ...]:
@@ -104,7 +104,7 @@ def find_intact(work: Work, directory: Path, options: WriteOptions) -> dict[Item
 
 
 def nbytes_of(filled: Iterable[Filled]) -> int:
-    """Bytes of these boxes."""
+    """Count the bytes of these boxes."""
     return sum(prod(box.size) * entry.dtype.itemsize for entry, box in filled)
 
 

@@ -47,7 +47,7 @@ class Unfinished:
     run: str = ""
 
     def journals(self, directory: Path) -> list[Path]:
-        """Those of all ranks, there or not."""
+        """Return the journals of all ranks, whether they exist or not."""
         return [directory / journal_name(rank) for rank in range(self.ranks)]
 
 

@@ -74,7 +74,7 @@ def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
 def build_model(
     architecture: Architecture, hf_config: Mapping[str, Any], layout: Layout, dtype: torch.dtype
 ) -> tuple[GPTModel, ...]:
-    """This rank's chunks of the model, in eval mode, their weights not yet filled.
+    """Build this rank's chunks of the model, in eval mode, their weights not yet filled.
 
     One, but for virtual pipeline stages.
     """

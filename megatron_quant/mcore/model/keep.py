@@ -17,7 +17,7 @@ from megatron_quant.models import Source
 def keep_scales(
     layers: Sequence[QuantLayer], model: LiveModel, checkpoint: QuantizedCheckpoint
 ) -> None:
-    """From here on the layers round their weights onto the grids of ``checkpoint``.
+    """Let the layers round their weights onto the grids of ``checkpoint`` from here on.
 
     It reads the scales of this rank's shards. bf16 is exact enough for the codes to be those of the
     source: it moves a value by 2^-9 of itself, hence a code of 128 by a quarter, which rounds back.

@@ -47,7 +47,7 @@ class LocalParam:
 
 
 def local_params(params: Sequence[Param], layout: Layout, rank: int) -> list[LocalParam]:
-    """Those of ``params`` that ``rank`` holds, in order."""
+    """Return those of ``params`` that ``rank`` holds, in order."""
     return list(_local_params(params, layout, rank))
 
 

@@ -98,7 +98,7 @@ def _padding(ids_BS: torch.Tensor) -> int:
 
 
 def forward(model: ModelChunks, ids_BS: torch.Tensor) -> torch.Tensor | None:
-    """This rank's logits [B, S, V / tp] of token ids [B, S]; None before the last stage."""
+    """Return this rank's logits [B, S, V / tp] of ids [B, S]; None before the last stage."""
     return next(iter(run_schedule(model, [ids_BS], _as_they_are)), None)
 
 

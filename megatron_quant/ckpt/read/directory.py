@@ -148,7 +148,7 @@ def check_tensors(
     tensors: Mapping[str, TensorInfo],
     params: Iterable[Param],
 ) -> tuple[str, ...]:
-    """Check that ``tensors`` are exactly the sources of ``params``, in their shapes.
+    """Check that ``tensors`` has every source of ``params`` in its shape, and nothing unexpected.
 
     Returns the names of tensors that are rightly unused: buffers that old versions of
     transformers stored, ``lm_head.weight`` where the embedding takes its place, and layers that

@@ -124,7 +124,7 @@ def verify(directory: Path, against: Path | None = None) -> Report:
 
 
 def joined(shares: Sequence[Share]) -> Report:
-    """One report, the same however many shares there were.
+    """Make one report, the same however many shares there were.
 
     shares: of all ranks of :func:`verify_share`, in their order.
     """
@@ -179,7 +179,7 @@ def _unit(param: Param) -> str:
 
 
 def _owners(params: Sequence[Param], size: int) -> dict[str, int]:
-    """Unit -> the process that looks at it, in the order of the model."""
+    """Map each unit to the process that looks at it, in the order of the model."""
     elements: dict[str, int] = {}
     for param in params:
         elements[_unit(param)] = elements.get(_unit(param), 0) + prod(param.shape)

@@ -24,7 +24,7 @@ from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, plan_expo
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.ckpt.plan.sidecars import Companions
 from megatron_quant.ckpt.write.encode_part import Produced
-from megatron_quant.ckpt.write.exporter import export
+from megatron_quant.ckpt.write.exporter import Destination, export
 from megatron_quant.ckpt.write.pipeline import WriteOptions
 from megatron_quant.dist import Groups, Shards
 from megatron_quant.models.spec import Parallel, Param, Role, Source
@@ -99,7 +99,14 @@ def _produce(part: RankPart) -> Iterator[Produced]:
 def _took(plan: ExportPlan, groups: Groups, out: Path) -> Took:
     dist.barrier()
     cpu, wall = time.process_time(), time.perf_counter()
-    export(plan, groups, _produce, out, Companions(documents={}), options=WriteOptions(2, False))
+    export(
+        plan,
+        groups,
+        _produce,
+        Destination(
+            directory=out, companions=Companions(documents={}), options=WriteOptions(2, False)
+        ),
+    )
     took = torch.tensor([time.process_time() - cpu, time.perf_counter() - wall])
     most = took.clone()
     dist.all_reduce(took)

@@ -43,7 +43,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_quant.calib.data import load_texts, shard, token_batches
 from megatron_quant.ckpt.plan.provenance import digest_of
 from megatron_quant.ckpt.verify.checkpoint import verify
-from megatron_quant.ckpt.write.exporter import export
+from megatron_quant.ckpt.write.exporter import Destination, export
 from megatron_quant.cli.failure import fail
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import QuantError
@@ -299,8 +299,13 @@ def write(inputs: Inputs, trained: Any, options: QuantizeOptions) -> None:
     origin = replace(beside.origin, statistics=digest_of(["trained", *amaxes]))
     files = replace(beside, origin=origin)
     produce = producer(model, trained.layers)
-    args = (inputs.existing, lambda nbytes: None, inputs.writing)
-    export(inputs.job.export, model.groups, produce, options.export_dir, files, *args)
+    to = Destination(
+        directory=options.export_dir,
+        companions=files,
+        existing=inputs.existing,
+        options=inputs.writing,
+    )
+    export(inputs.job.export, model.groups, produce, to)
     if model.groups.rank == 0:
         verify(options.export_dir).raise_for_problems()
     say(f"saved {options.export_dir}")

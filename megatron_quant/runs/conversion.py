@@ -17,12 +17,18 @@ from megatron_quant.ckpt.plan import (
     source_digest,
 )
 from megatron_quant.ckpt.read import QuantizedCheckpoint, params_of
-from megatron_quant.ckpt.write import Existing, WriteOptions, export
+from megatron_quant.ckpt.write import Destination, Existing, WriteOptions
 from megatron_quant.dist import Groups, together
 from megatron_quant.engines import check_serving
 from megatron_quant.models import Role
 from megatron_quant.runs.agree import check_options, check_plans
-from megatron_quant.runs.destination import check_place, existing_of, verification, with_beside
+from megatron_quant.runs.destination import (
+    check_place,
+    existing_of,
+    verification,
+    with_beside,
+    write_shown,
+)
 from megatron_quant.runs.phases import Phases
 from megatron_quant.runs.settings import Serve, Write, parse_size
 
@@ -56,12 +62,14 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritte
     work = together(groups, lambda: _planned(options, groups.size))
     check_plans(groups, work.origin, work.plan)
     plan, files = work.plan, work.files
-    own = sum(part.nbytes for part in plan.parts_of(groups.rank))
-    with phases.transfer("export", own) as progress:
-        produce = partial(transcode, checkpoint=work.checkpoint)
-        out, existing = options.export_dir, work.existing
-        check = verification(options.write, out, None, groups, phases)
-        export(plan, groups, produce, out, files, existing, progress, work.writing, check)
+    to = Destination(
+        directory=options.export_dir,
+        companions=files,
+        existing=work.existing,
+        options=work.writing,
+        check=verification(options.write, options.export_dir, None, groups, phases),
+    )
+    write_shown(plan, groups, partial(transcode, checkpoint=work.checkpoint), to, phases)
     return Rewritten(plan, files.left_out)
 
 

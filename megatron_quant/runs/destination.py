@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megatron_quant.ckpt.plan import (
     Companions,
+    ExportPlan,
     Origin,
     companions,
     digest_of,
@@ -13,7 +14,15 @@ from megatron_quant.ckpt.plan import (
 from megatron_quant.ckpt.read import Weights
 from megatron_quant.ckpt.storage import overlap
 from megatron_quant.ckpt.verify import Report, Share, joined, verify_share
-from megatron_quant.ckpt.write import Existing, beside, check_apart, check_target
+from megatron_quant.ckpt.write import (
+    Destination,
+    Existing,
+    Produce,
+    beside,
+    check_apart,
+    check_target,
+    export,
+)
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import ExportError
 from megatron_quant.mcore.checkpoint import Saved
@@ -108,6 +117,15 @@ def with_beside(files: Companions, source: Path, checkpoint: Weights | None) -> 
         f"{name}: weights that nothing names" for name in (checkpoint.unread if checkpoint else ())
     ]
     return files.beside(source, found.carried, [*unread, *found.left_out])
+
+
+def write_shown(
+    plan: ExportPlan, groups: Groups, produce: Produce, to: Destination, phases: Phases
+) -> None:
+    """Write the files, with a phase that shows this rank's bytes. Collective; raises as export."""
+    own = sum(part.nbytes for part in plan.parts_of(groups.rank))
+    with phases.transfer("export", own) as progress:
+        export(plan, groups, produce, to, progress)
 
 
 def verify_together(

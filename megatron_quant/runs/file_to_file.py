@@ -17,7 +17,7 @@ from megatron_quant.ckpt.read import (
 )
 from megatron_quant.ckpt.storage import resolve_source
 from megatron_quant.ckpt.verify import Report
-from megatron_quant.ckpt.write import Existing, WriteOptions, export
+from megatron_quant.ckpt.write import Destination, Existing, WriteOptions
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
 from megatron_quant.runs.agree import check_options, check_plans, fetched
@@ -28,6 +28,7 @@ from megatron_quant.runs.destination import (
     origin_of,
     statistics_digest,
     verification,
+    write_shown,
 )
 from megatron_quant.runs.file_inputs import calibrate_inputs, check_amax_file, save_amaxes
 from megatron_quant.runs.job import Job, SourceModel, decide, replanned
@@ -142,7 +143,14 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
     )
     check = verification(options.write, out, job.source, groups, phases)
     files = _with_statistics(files, job, options, found, inputs)
-    _export(options, job, groups, producer, files, phases, check)
+    to = Destination(
+        directory=out,
+        companions=files,
+        existing=existing,
+        options=WriteOptions(options.write.io_threads, options.write.fsync),
+        check=check,
+    )
+    write_shown(job.exported, groups, producer, to, phases)
     if inputs is not None:
         measured = inputs
         first = groups.rank == 0
@@ -167,22 +175,6 @@ def _with_statistics(
     of_inputs = {n: float(a) for n, a in inputs.scales.items()} if inputs else {}
     statistics = statistics_digest(job, options, dict(weights), of_inputs)
     return replace(files, origin=replace(files.origin, statistics=statistics))
-
-
-def _export(  # noqa: PLR0913
-    options: QuantizeOptions,
-    job: Job,
-    groups: Groups,
-    producer: Producer,
-    files: Companions,
-    phases: Phases,
-    check: Verification | None,
-) -> None:
-    assert options.export_dir is not None
-    writing = WriteOptions(options.write.io_threads, options.write.fsync)
-    with phases.transfer("export", _nbytes(job.exported.parts_of(groups.rank))) as progress:
-        existing, out = _existing(options), options.export_dir
-        export(job.exported, groups, producer, out, files, existing, progress, writing, check)
 
 
 def _existing(options: QuantizeOptions) -> Existing:

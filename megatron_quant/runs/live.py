@@ -23,7 +23,7 @@ from megatron_quant.ckpt.plan import (
 )
 from megatron_quant.ckpt.read import Weights, kept_dtypes, logical, open_source
 from megatron_quant.ckpt.verify import Report
-from megatron_quant.ckpt.write import Existing, WriteOptions, check_target, in_memory
+from megatron_quant.ckpt.write import Destination, Existing, WriteOptions, check_target, in_memory
 from megatron_quant.ckpt.write import export as write_files
 from megatron_quant.dist import Groups, together
 from megatron_quant.engines import check_serving
@@ -190,8 +190,14 @@ def export(
     found = together(groups, described)
     options = WriteOptions(write.io_threads, write.fsync)
     check = verification(write, directory, None, groups, Quiet())
-    files = (directory, found.files, existing)
-    write_files(found.plan, groups, found.produce, *files, options=options, check=check)
+    to = Destination(
+        directory=directory,
+        companions=found.files,
+        existing=existing,
+        options=options,
+        check=check,
+    )
+    write_files(found.plan, groups, found.produce, to)
     return Exported(found.plan, check.report if check else None, found.files.left_out)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -14,7 +13,7 @@ from megatron_quant.calib import (
     shard,
 )
 from megatron_quant.ckpt.verify import Report
-from megatron_quant.ckpt.write import Produce, export
+from megatron_quant.ckpt.write import Destination, Produce
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluation import Sums
 from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer
@@ -39,10 +38,10 @@ from megatron_quant.mcore.model import (
 from megatron_quant.models import Role
 from megatron_quant.runs.agree import check_options, check_plans, check_tokens, fetched
 from megatron_quant.runs.destination import (
-    Verification,
     check_places,
     statistics_digest,
     verification,
+    write_shown,
 )
 from megatron_quant.runs.inputs import Inputs, open_inputs
 from megatron_quant.runs.job import Job
@@ -112,7 +111,16 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
         produced = producer(model, handle.layers, handle.cached, _drafts(job))
         source = job.source if options.megatron_load_path is None else None
         check = verification(options.write, options.export_dir, source, groups, phases)
-        _export(options, inputs, model, produced, digest, phases, check)
+        beside = inputs.companions
+        assert beside is not None
+        to = Destination(
+            directory=options.export_dir,
+            companions=replace(beside, origin=replace(beside.origin, statistics=digest)),
+            existing=inputs.existing,
+            options=inputs.writing,
+            check=check,
+        )
+        write_shown(job.exported, groups, produced, to, phases)
     report = check.report if check else None
     left_out = inputs.companions.left_out if inputs.companions else ()
     return Outcome(
@@ -199,33 +207,6 @@ def _evaluate(inputs: Inputs, handle: Quantized, phases: Phases) -> Sums:
     with phases.bar("evaluate", -(-len(inputs.windows) // size)) as progress:
         return evaluate_model(
             model.chunks, quantized, inputs.windows, vocab_size, model.groups, progress
-        )
-
-
-def _export(  # noqa: PLR0913
-    options: QuantizeOptions,
-    inputs: Inputs,
-    model: LiveModel,
-    produced: Produce,
-    scales: str,
-    phases: Phases,
-    check: Verification | None,
-) -> None:
-    """Write the files; ``scales``: digest of what calibration found."""
-    plan, beside = inputs.job.export, inputs.companions
-    assert plan is not None and beside is not None
-    own = sum(part.nbytes for part in plan.parts_of(model.groups.rank))
-    with phases.transfer("export", own) as progress:
-        export(
-            plan,
-            model.groups,
-            produced,
-            Path(options.export_dir or ""),
-            replace(beside, origin=replace(beside.origin, statistics=scales)),
-            inputs.existing,
-            progress,
-            inputs.writing,
-            check,
         )
 
 

@@ -11,7 +11,7 @@ from megatron_quant.ckpt.write.rank_work import work_of
 from megatron_quant.ckpt.plan.export_plan import RankPart
 from megatron_quant.ckpt.write.encode_part import Produced
 from megatron_quant.ckpt.storage.box_bytes import runs
-from megatron_quant.ckpt.write.exporter import Existing, export
+from megatron_quant.ckpt.write.exporter import Destination, Existing, export
 from megatron_quant.dist import Groups, Shards
 from megatron_quant.errors import ExportError, FormatError, RankError
 from tests.dist.pool import Ranks
@@ -34,13 +34,13 @@ def joining(layout: str) -> Groups:
 
 def _export(layout: str, directory: Path) -> None:
     plan = world.plan("nvfp4", layout)
-    export(plan, Groups(), producer(layout, dist.get_rank()), directory, BESIDE)
+    export(plan, Groups(), producer(layout, dist.get_rank()), Destination(directory=directory, companions=BESIDE))
 
 
 def _export_joining(recipe: str, layout: str, directory: Path) -> list[tuple[str, int]]:
     """What this rank wrote of joined tensors: name and runs of the file."""
     plan, rank = world.plan(recipe, layout), dist.get_rank()
-    export(plan, joining(layout), producer(layout, rank), directory, BESIDE)
+    export(plan, joining(layout), producer(layout, rank), Destination(directory=directory, companions=BESIDE))
     work = work_of(plan, rank, joints(plan))
     filled = [f for joint in work.joined for f in work.filled(joint)]
     return [(entry.name, len(list(runs(entry, box)))) for entry, box in filled]
@@ -53,7 +53,7 @@ def _fail_on_rank_2(directory: Path) -> None:
         return producer("tp2-ep2", dist.get_rank())(part)
 
     plan = world.plan("nvfp4", "tp2-ep2")
-    export(plan, Groups(), failing, directory, BESIDE, Existing.REFUSE)
+    export(plan, Groups(), failing, Destination(directory=directory, companions=BESIDE))
 
 
 def test_ranks_write_what_one_rank_writes(ranks: Ranks, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def _fail_in(kind: type[Exception], what: str, rank: int, directory: Path) -> No
         return producer("tp2-etp2", me)(part)
 
     plan = world.plan("nvfp4", "tp2-etp2")
-    export(plan, joining("tp2-etp2"), failing, directory, BESIDE, Existing.REFUSE)
+    export(plan, joining("tp2-etp2"), failing, Destination(directory=directory, companions=BESIDE))
 
 
 @pytest.mark.parametrize("kind", [FormatError, RuntimeError, MemoryError])

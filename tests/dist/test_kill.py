@@ -19,7 +19,7 @@ from megatron_quant.ckpt.storage.safetensors_header import INDEX
 from megatron_quant.ckpt.plan.export_plan import RankPart
 from megatron_quant.ckpt.write.encode_part import Produced
 from megatron_quant.ckpt.write.directory import Existing
-from megatron_quant.ckpt.write.exporter import export
+from megatron_quant.ckpt.write.exporter import Destination, export
 from tests.dist import checkpoints, saved
 from tests.dist.command import command, message, quantize_argv, tree
 from tests.dist.pool import Ranks
@@ -76,7 +76,7 @@ def counted_export(directory: Path) -> int:
 def _export(layout: str, directory: Path, existing: Existing) -> None:
     plan = world.plan("nvfp4", layout, max_shard=20_000)
     made = producer(layout, dist.get_rank())
-    export(plan, joining(layout), made, directory, BESIDE, existing)
+    export(plan, joining(layout), made, Destination(directory=directory, companions=BESIDE, existing=existing))
 
 
 def _killed(victim: int, number: int, directory: Path) -> None:
@@ -94,7 +94,7 @@ def _resumed(layout: str, directory: Path) -> list[str]:
         encoded.append(part.target.source.name)
         yield from producer(layout, dist.get_rank())(part)
 
-    export(plan, joining(layout), made, directory, BESIDE, Existing.RESUME)
+    export(plan, joining(layout), made, Destination(directory=directory, companions=BESIDE, existing=Existing.RESUME))
     return encoded
 
 

@@ -21,7 +21,13 @@ from megatron_quant.ckpt.plan.sidecars import Companions, companions
 from megatron_quant.ckpt.storage.safetensors_header import INDEX
 from megatron_quant.ckpt.write.directory import Existing, prepare_directory, publish
 from megatron_quant.ckpt.write.encode_part import Produced, produce
-from megatron_quant.ckpt.write.exporter import WriteOptions, export, read_digests, stage_documents
+from megatron_quant.ckpt.write.exporter import (
+    Destination,
+    WriteOptions,
+    export,
+    read_digests,
+    stage_documents,
+)
 from megatron_quant.ckpt.write.manifest import MANIFEST
 from megatron_quant.ckpt.write.rank_work import work_of, write_parts
 from megatron_quant.dist import Groups
@@ -117,7 +123,7 @@ def test_index_config_and_carried_files(tmp_path):
     beside = companions({**world.CONFIG, **old}, quant, dialect, torch.bfloat16)
     beside = beside.beside(tokenizer.parent, [tokenizer])
     seen: list[int] = []
-    export(plan, Groups(), producer(), out, beside, progress=seen.append)
+    export(plan, Groups(), producer(), Destination(directory=out, companions=beside), seen.append)
     index = json.loads((out / INDEX).read_text())
     assert index == plan.index
     for name, file in index["weight_map"].items():
@@ -141,24 +147,39 @@ def test_unquantized_config_has_no_quantization(tmp_path):
 def test_a_directory_that_is_not_empty(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ExportError, match="is not empty; pass --overwrite"):
-        export(world.plan("fp8", "tp1"), Groups(), producer(), tmp_path, BESIDE)
+        export(
+            world.plan("fp8", "tp1"),
+            Groups(),
+            producer(),
+            Destination(directory=tmp_path, companions=BESIDE),
+        )
     assert contents(tmp_path) == {"mine.txt": b"x"}
 
 
 def test_a_target_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("x")
     with pytest.raises(ExportError, match="out: cannot be used: Not a directory; choose an"):
-        export(world.plan("fp8", "tp1"), Groups(), producer(), tmp_path / "out", BESIDE)
+        export(
+            world.plan("fp8", "tp1"),
+            Groups(),
+            producer(),
+            Destination(directory=tmp_path / "out", companions=BESIDE),
+        )
 
 
 def test_overwrite_leaves_no_file_of_the_older_checkpoint(tmp_path):
     older = world.plan("nvfp4", "tp1", max_shard=20_000)
     quant = world.quant("nvfp4", world.model())
     beside = companions(world.CONFIG, quant, get_dialect("modelopt"), torch.bfloat16)
-    export(older, Groups(), producer(), tmp_path / "out", beside)
+    export(older, Groups(), producer(), Destination(directory=tmp_path / "out", companions=beside))
     (tmp_path / "out" / "mine.txt").write_text("x")
     newer = world.plan("fp8", "tp1")
-    export(newer, Groups(), producer(), tmp_path / "out", BESIDE, Existing.REPLACE)
+    export(
+        newer,
+        Groups(),
+        producer(),
+        Destination(directory=tmp_path / "out", companions=BESIDE, existing=Existing.REPLACE),
+    )
     names = {file.name for file in newer.files} | {INDEX, MANIFEST, "config.json", "mine.txt"}
     assert set(contents(tmp_path / "out")) == names
 
@@ -168,13 +189,18 @@ def test_overwriting_the_source_is_refused(tmp_path):
     tokenizer.write_text("{}")
     beside = Companions(documents={}, carried=(tokenizer,))
     with pytest.raises(ExportError, match="is the source checkpoint"):
-        export(world.plan("fp8", "tp1"), Groups(), producer(), tmp_path, beside, Existing.REPLACE)
+        export(
+            world.plan("fp8", "tp1"),
+            Groups(),
+            producer(),
+            Destination(directory=tmp_path, companions=beside, existing=Existing.REPLACE),
+        )
     assert contents(tmp_path) == {"tokenizer.json": b"{}"}
 
 
 def test_a_crash_leaves_no_index_beside_new_files(tmp_path):
     plan = world.plan("fp8", "tp1")
-    export(plan, Groups(), producer(), tmp_path, BESIDE)
+    export(plan, Groups(), producer(), Destination(directory=tmp_path, companions=BESIDE))
     claim = prepare_directory(plan, tmp_path, BESIDE, Existing.REPLACE)
     names = set(contents(tmp_path))
     names -= {".megatron_quant_unfinished.json.partial", ".megatron_quant_lock.partial"}
@@ -191,7 +217,12 @@ def test_a_failed_commit_leaves_nothing(tmp_path):
     )
     out = tmp_path / "out"
     with pytest.raises(ExportError, match=r"gone/tokenizer\.json: cannot be completed"):
-        export(world.plan("fp8", "tp1"), Groups(), producer(), out, beside)
+        export(
+            world.plan("fp8", "tp1"),
+            Groups(),
+            producer(),
+            Destination(directory=out, companions=beside),
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,7 +236,12 @@ def test_a_weight_that_is_not_finite(value, name, tmp_path):
         return produce(part, held, world.weight_amax(part.param), world.input_amax(part))
 
     with pytest.raises(FormatError, match=r"(experts\.3\.down_proj|gate|norm)\.weight has NaN"):
-        export(world.plan("nvfp4", "tp1"), Groups(), poisoned, tmp_path, BESIDE)
+        export(
+            world.plan("nvfp4", "tp1"),
+            Groups(),
+            poisoned,
+            Destination(directory=tmp_path, companions=BESIDE),
+        )
     assert contents(tmp_path) == {}
 
 
@@ -260,7 +296,12 @@ def test_no_room_is_found_before_anything_is_encoded(tmp_path):
 
     words = r"partial: cannot take \d+ bytes: File too large; choose a smaller --max-shard-size"
     with pytest.raises(ExportError, match=words), file_size_limit(10_000):
-        export(world.plan("nvfp4", "tp1"), Groups(), never, tmp_path, BESIDE)
+        export(
+            world.plan("nvfp4", "tp1"),
+            Groups(),
+            never,
+            Destination(directory=tmp_path, companions=BESIDE),
+        )
     assert contents(tmp_path) == {}
 
 

@@ -13,11 +13,10 @@ import torch
 from megatron_quant.ckpt.plan.sidecars import Companions
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.plan.ranks import Layout
-from megatron_quant.ckpt.write.rank_work import quiet
 from megatron_quant.ckpt.write.pipeline import WriteOptions
 from megatron_quant.ckpt.plan.export_plan import plan_export
 from megatron_quant.ckpt.write import rank_work as parts
-from megatron_quant.ckpt.write.exporter import Existing, export
+from megatron_quant.ckpt.write.exporter import Destination, export
 from megatron_quant.dist import Groups
 from megatron_quant.models.spec import Parallel, Param, Role, Source
 from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
@@ -50,8 +49,8 @@ def export_to(directory, rows, count, threads):
         yield piece.entry, piece.box, torch.full(piece.box.size, 1.0, dtype=torch.bfloat16)
 
     options = WriteOptions(threads, False)
-    beside = Companions(documents={})
-    export(plan, Groups(), produce, directory, beside, Existing.REFUSE, quiet, options)
+    to = Destination(directory=directory, companions=Companions(documents={}), options=options)
+    export(plan, Groups(), produce, to)
 
 parts.SMALL_BYTES = 0  # the tensors here are small, so as to be quick
 out = Path(sys.argv[1])

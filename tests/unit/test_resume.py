@@ -13,7 +13,7 @@ from megatron_quant.ckpt.plan.provenance import Origin, recipe_digest, source_di
 from megatron_quant.ckpt.storage.safetensors_header import INDEX
 from megatron_quant.ckpt.write.directory import Existing
 from megatron_quant.ckpt.write.encode_part import Produced
-from megatron_quant.ckpt.write.exporter import export
+from megatron_quant.ckpt.write.exporter import Destination, export
 from megatron_quant.ckpt.write.manifest import MANIFEST
 from megatron_quant.ckpt.write.pipeline import WriteOptions
 from megatron_quant.dist import Groups
@@ -46,7 +46,14 @@ def write(
         encoded.append(part.target.source.name)
         return (produce or producer())(part)
 
-    export(plan(), Groups(), made, directory, replace(BESIDE, origin=origin), existing)
+    export(
+        plan(),
+        Groups(),
+        made,
+        Destination(
+            directory=directory, companions=replace(BESIDE, origin=origin), existing=existing
+        ),
+    )
     return encoded
 
 
@@ -148,7 +155,12 @@ def test_another_origin_is_refused(change: dict[str, str], words: str, unfinishe
 def test_other_files_are_refused(unfinished: Path) -> None:
     before = contents(unfinished)
     with pytest.raises(ExportError, match=r"other tensors or files \(--export-format, --max-sh"):
-        export(plan(30_000), Groups(), producer(), unfinished, NAMED, Existing.RESUME)
+        export(
+            plan(30_000),
+            Groups(),
+            producer(),
+            Destination(directory=unfinished, companions=NAMED, existing=Existing.RESUME),
+        )
     assert contents(unfinished) == before
 
 
@@ -198,7 +210,12 @@ def test_a_failure_keeps_what_was_written_with_the_flag_alone(tmp_path: Path) ->
         made = plan()
         plan_parts = made.parts
         with pytest.raises(FormatError):
-            export(made, Groups(), failing, tmp_path, NAMED, existing)
+            export(
+                made,
+                Groups(),
+                failing,
+                Destination(directory=tmp_path, companions=NAMED, existing=existing),
+            )
         assert len(list(tmp_path.iterdir())) == count
     assert len(write(tmp_path)) == 1
 
@@ -226,8 +243,8 @@ def test_how_it_is_written_changes_no_byte(
     options: WriteOptions, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     progressed: list[int] = []
-    args = (Existing.REFUSE, progressed.append, options)
-    export(plan(), Groups(), producer(), tmp_path, NAMED, *args)
+    to = Destination(directory=tmp_path, companions=NAMED, options=options)
+    export(plan(), Groups(), producer(), to, progressed.append)
     assert contents(tmp_path) == whole
     assert sum(progressed) == plan().bytes_after
 

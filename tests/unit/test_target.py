@@ -13,7 +13,7 @@ import pytest
 from megatron_quant.ckpt.storage.disk import allocate, sync_directory
 from megatron_quant.ckpt.write import unfinished
 from megatron_quant.ckpt.write.directory import Existing
-from megatron_quant.ckpt.write.exporter import export
+from megatron_quant.ckpt.write.exporter import Destination, export
 from megatron_quant.ckpt.write.lock import Lock
 from megatron_quant.ckpt.write.pipeline import WriteOptions
 from megatron_quant.dist import Groups
@@ -32,7 +32,14 @@ def write(
 ) -> None:
     plan = world.plan("nvfp4", "tp1", max_shard=20_000)
     options = WriteOptions(1, fsync)
-    export(plan, Groups(), producer(), out, BESIDE, existing, options=options, check=check)
+    export(
+        plan,
+        Groups(),
+        producer(),
+        Destination(
+            directory=out, companions=BESIDE, existing=existing, options=options, check=check
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,12 @@ def test_a_source_is_not_replaced(out: str, where: str, tmp_path: Path) -> None:
     beside = replace(BESIDE, carried=(tokenizer,), root=tokenizer.parent)
     plan = world.plan("nvfp4", "tp1")
     with pytest.raises(ExportError, match=f"{where} source checkpoint"):
-        export(plan, Groups(), producer(), tmp_path / out, beside, Existing.REPLACE)
+        export(
+            plan,
+            Groups(),
+            producer(),
+            Destination(directory=tmp_path / out, companions=beside, existing=Existing.REPLACE),
+        )
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "tokenizer.json"]
 
 

@@ -7,6 +7,7 @@ from .encode_part import Produced as Produced
 from .encode_part import check_finite as check_finite
 from .encode_part import encoded as encoded
 from .encode_part import produce as produce
+from .exporter import Destination as Destination
 from .exporter import export as export
 from .lock import LOCK as LOCK
 from .lock import Lock as Lock
@@ -18,6 +19,7 @@ from .tensors_in_memory import in_memory as in_memory
 from .unfinished import names_in as names_in
 
 __all__ = [
+    "Destination",
     "LOCK",
     "Existing",
     "Lock",

@@ -8,7 +8,7 @@ bytes are there already.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_quant.ckpt.plan import Companions, ExportPlan, check_plan, joints
@@ -42,27 +42,38 @@ Check = Callable[[Path], object]
 """Called on every rank with the directory of an export that is all there; raises what is wrong."""
 
 
-def export(  # noqa: PLR0913
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where an export goes, and how it gets there.
+
+    companions: what lies beside the weights.
+    existing: what to do with an export that is there already.
+    check: comes before any file has its own name, or where the export was finished already.
+    """
+
+    directory: Path
+    companions: Companions
+    existing: Existing = Existing.REFUSE
+    options: WriteOptions = DEFAULTS
+    check: Check | None = None
+
+
+def export(
     plan: ExportPlan,
     groups: Groups,
     produce: Produce,
-    directory: Path,
-    companions: Companions,
-    existing: Existing = Existing.REFUSE,
+    to: Destination,
     progress: Progress = quiet,
-    options: WriteOptions = DEFAULTS,
-    check: Check | None = None,
 ) -> None:
     """Write the checkpoint; call it on every rank with the same plan.
 
-    ``check`` comes before any file has its own name, or where the export was finished already.
-
     Raises, on every rank, what any rank met: ExportError from the disk, or whatever ``produce``
-    raises. Then nothing is left in ``directory`` but what was there, less an older
+    raises. Then nothing is left in ``to.directory`` but what was there, less an older
     checkpoint's files under ``Existing.REPLACE``; a directory that was made for it is gone. Under
     ``Existing.RESUME``, and whenever a rank is killed, what was written stays and can be continued.
     """
     check_plan(plan)
+    directory, companions, existing = to.directory, to.companions, to.existing
     first = groups.rank == 0
 
     def complete() -> bool:
@@ -71,25 +82,27 @@ def export(  # noqa: PLR0913
         return resumes and leave_finished(plan, directory, companions, groups.size)
 
     if gather(together(groups, complete), groups)[0]:
-        if check is not None:
-            check(directory)
+        if to.check is not None:
+            to.check(directory)
         return
 
     def prepared() -> Claim | None:
         if not first:
             return None
-        return prepare_directory(plan, directory, companions, existing, groups.size, options.fsync)
+        return prepare_directory(
+            plan, directory, companions, existing, groups.size, to.options.fsync
+        )
 
     claim = together(groups, prepared)
     try:
         run = gather(claim.own.run if claim else "", groups)[0]
         together(groups, lambda: wait_for(directory, run))
-        digests = _write(plan, groups, produce, directory, progress, options)
+        digests = _write(plan, groups, produce, to, progress)
         together(
             groups, lambda: stage_documents(plan, claim, companions, digests) if claim else None
         )
-        if check is not None:
-            _checked(check, names_of(plan, companions), directory, groups)
+        if to.check is not None:
+            _checked(to.check, names_of(plan, companions), directory, groups)
         together(groups, lambda: publish(claim) if claim else None)
     except Exception as error:
         # A run whose rank was killed, or that Ctrl-C ended, goes on with what is there.
@@ -105,16 +118,15 @@ def _write(
     plan: ExportPlan,
     groups: Groups,
     produce: Produce,
-    directory: Path,
+    to: Destination,
     progress: Progress,
-    options: WriteOptions,
 ) -> dict[str, str]:
     """All parts, by all ranks; the digest of every tensor, on every rank.
 
     All was hashed before it was written. What is cut through leaves of its digest is read back,
     as the digest must not tell how it was cut; the ranks share that.
     """
-    rank = groups.rank
+    rank, directory, options = groups.rank, to.directory, to.options
     work = work_of(plan, rank, joints(plan) if groups.shards else ())
     intact = together(groups, lambda: find_intact(work, directory, options))
     everywhere = gather({joint.name for joint in work.joined if joint in intact}, groups)

@@ -16,7 +16,7 @@ from benchmarks.report import host, table
 from benchmarks.shapes import EXPERTS, MODELS, params
 from megatron_quant.ckpt.dialects.registry import get_dialect
 from megatron_quant.ckpt.plan.cost import measured, spread
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, plan_export
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, StorageRules, plan_export
 from megatron_quant.ckpt.plan.proof import check_plan
 from megatron_quant.ckpt.plan.quantizable import slots
 from megatron_quant.ckpt.plan.ranks import Layout
@@ -62,7 +62,9 @@ def figures(model: str, fmt: str, ranks: int) -> dict[str, float]:
     dialect = get_dialect("compressed-tensors")
 
     def proven() -> ExportPlan:
-        plan = plan_export(found, quant, dialect, layout, torch.bfloat16, _SHARD_BYTES)
+        plan = plan_export(
+            found, quant, layout, StorageRules(dialect, torch.bfloat16, _SHARD_BYTES)
+        )
         check_plan(plan)
         return plan
 

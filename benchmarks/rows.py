@@ -20,7 +20,7 @@ import torch.distributed as dist
 from benchmarks.report import host, replace_measured, table
 from megatron_quant.ckpt.dialects.registry import get_dialect
 from megatron_quant.ckpt.plan import row_joins
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, plan_export
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, StorageRules, plan_export
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.ckpt.plan.sidecars import Companions
 from megatron_quant.ckpt.write.encode_part import Produced
@@ -88,7 +88,9 @@ def _plan(width: int, ranks: int) -> ExportPlan:
     slots = (Slot(name=p.name, sources=(p.sources[0].module,), shape=p.shape) for p in params)
     quant = QuantPlan("plain", tuple(Decision(slot=slot, rule="none") for slot in slots))
     layout = Layout.simulate(ranks, ranks, 1, 1)
-    return plan_export(params, quant, get_dialect("modelopt"), layout, torch.bfloat16, 10**10)
+    return plan_export(
+        params, quant, layout, StorageRules(get_dialect("modelopt"), torch.bfloat16, 10**10)
+    )
 
 
 def _produce(part: RankPart) -> Iterator[Produced]:

@@ -11,6 +11,7 @@ from megatron_quant.ckpt.plan import (
     ExportPlan,
     Layout,
     Origin,
+    StorageRules,
     companions,
     digest_of,
     plan_export,
@@ -101,7 +102,7 @@ def _planned(options: ExportOptions, world: int) -> _Work:
     dtype = checkpoint.tensors[embedding.name].dtype
     kept = {name: info.dtype for name, info in checkpoint.tensors.items()}
     shard_bytes = parse_size(options.write.max_shard_size)
-    plan = plan_export(params, quant, dialect, layout, dtype, shard_bytes, kept)
+    plan = plan_export(params, quant, layout, StorageRules(dialect, dtype, shard_bytes, kept))
     origin = _origin(checkpoint, options)
     files = companions(checkpoint.config, quant, dialect, dtype, origin=origin)
     files = with_beside(files, options.source, checkpoint)

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from megatron_quant.ckpt.dialects import Dialect, get_dialect
-from megatron_quant.ckpt.plan import Cost, ExportPlan, Layout, measured, plan_export, slots
+from megatron_quant.ckpt.plan import (
+    Cost,
+    ExportPlan,
+    Layout,
+    StorageRules,
+    measured,
+    plan_export,
+    slots,
+)
 from megatron_quant.ckpt.read import Weights, kept_dtypes, logical
 from megatron_quant.ckpt.storage import read_config, resolve_source
 from megatron_quant.engines import check_serving
@@ -176,7 +184,9 @@ def decide(
     dialect.quantization_config(quant)  # refuses what it cannot say
     shard_bytes = parse_size(options.write.max_shard_size)
     export, cost = measured(
-        lambda: plan_export(params, quant, dialect, layout, dtype, shard_bytes, model.kept)
+        lambda: plan_export(
+            params, quant, layout, StorageRules(dialect, dtype, shard_bytes, model.kept)
+        )
     )
     return replace(job, dialect=dialect, export=export, cost=cost)
 
@@ -187,7 +197,7 @@ def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
         return replace(job, quant=quant)
     shard_bytes = parse_size(options.write.max_shard_size)
     export = plan_export(
-        job.params, quant, job.dialect, job.layout, job.dtype, shard_bytes, job.kept
+        job.params, quant, job.layout, StorageRules(job.dialect, job.dtype, shard_bytes, job.kept)
     )
     return replace(job, quant=quant, export=export)
 

@@ -16,6 +16,7 @@ from megatron_quant.ckpt.plan import (
     Companions,
     ExportPlan,
     Origin,
+    StorageRules,
     companions,
     digest_of,
     plan_export,
@@ -210,7 +211,9 @@ def _describe(handle: Quantized, format: str, serve: Serve, shard_bytes: int) ->
     params = (*model.params, *drafts)
     check_serving(handle.plan, params, dialect.name, serve.engine, serve.tp)
     dialect.quantization_config(handle.plan)  # refuses what it cannot say
-    plan = plan_export(params, handle.plan, dialect, model.layout, dtype, shard_bytes, kept)
+    plan = plan_export(
+        params, handle.plan, model.layout, StorageRules(dialect, dtype, shard_bytes, kept)
+    )
     made = _draft_producer(handle, source, dtype) if source and drafts else None
     produce = producer(model, handle.layers, handle.cached, made)
     return _Described(plan, _files(handle, dialect, dtype, source), produce)

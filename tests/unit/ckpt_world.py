@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 from megatron_quant.ckpt.dialects.registry import get_dialect
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, plan_export
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, StorageRules, plan_export
 from megatron_quant.ckpt.plan.quantizable import slots
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.formats.spec import Format, get_format
@@ -83,10 +83,8 @@ def plan(
     return plan_export(
         params,
         quant(recipe, params),
-        get_dialect(RECIPES[recipe][0]),
         Layout.simulate(*LAYOUTS[layout], experts=EXPERTS),
-        dtype,
-        max_shard,
+        StorageRules(get_dialect(RECIPES[recipe][0]), dtype, max_shard),
     )
 
 

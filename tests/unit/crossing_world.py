@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_quant.ckpt.dialects.base import Layer, Stored
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, plan_export
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, StorageRules, plan_export
 from megatron_quant.ckpt.plan.quantizable import slots
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.ckpt.plan.shards import regions
@@ -124,7 +124,9 @@ def plan(param: Param, fmt: Format, size: int, dialect: Any = None) -> ExportPla
     decisions = tuple(Decision(slot=slot, rule="test", weights=fmt) for slot in slots((param,)))
     quant = QuantPlan("crossing", decisions)
     layout = Layout.simulate(size, size, 1, 1)
-    return plan_export((param,), quant, dialect or Raw(), layout, torch.bfloat16, 10**9)
+    return plan_export(
+        (param,), quant, layout, StorageRules(dialect or Raw(), torch.bfloat16, 10**9)
+    )
 
 
 def export(param: Param, whole: Tensors, fmt: Format, size: int) -> Tensors:

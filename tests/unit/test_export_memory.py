@@ -14,7 +14,7 @@ from megatron_quant.ckpt.plan.sidecars import Companions
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.ckpt.write.pipeline import WriteOptions
-from megatron_quant.ckpt.plan.export_plan import plan_export
+from megatron_quant.ckpt.plan.export_plan import StorageRules, plan_export
 from megatron_quant.ckpt.write import rank_work as parts
 from megatron_quant.ckpt.write.exporter import Destination, export
 from megatron_quant.dist import Groups
@@ -42,7 +42,9 @@ def export_to(directory, rows, count, threads):
     slots = [Slot(name=p.name, sources=(p.sources[0].module,), shape=p.shape) for p in params]
     quant = QuantPlan("plain", tuple(Decision(slot=slot, rule="test") for slot in slots))
     layout = Layout.simulate(1, 1, 1, 1)
-    plan = plan_export(params, quant, get_dialect("modelopt"), layout, torch.bfloat16, 10**9)
+    plan = plan_export(
+        params, quant, layout, StorageRules(get_dialect("modelopt"), torch.bfloat16, 10**9)
+    )
 
     def produce(part):
         (piece,) = part.pieces

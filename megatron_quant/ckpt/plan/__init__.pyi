@@ -4,6 +4,7 @@ from .cost import spread as spread
 from .export_plan import ExportPlan as ExportPlan
 from .export_plan import Piece as Piece
 from .export_plan import RankPart as RankPart
+from .export_plan import StorageRules as StorageRules
 from .export_plan import StoredTensor as StoredTensor
 from .export_plan import plan_export as plan_export
 from .proof import check_plan as check_plan
@@ -38,6 +39,7 @@ __all__ = [
     "Origin",
     "Piece",
     "RankPart",
+    "StorageRules",
     "StoredTensor",
     "batches",
     "check_plan",

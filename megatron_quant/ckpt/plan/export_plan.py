@@ -133,37 +133,52 @@ class ExportPlan:
         return self._by_rank.get(rank, ())
 
 
-def plan_export(  # noqa: PLR0913
-    params: Sequence[Param],
-    quant: QuantPlan,
-    dialect: Dialect,
-    layout: Layout,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-    kept: Mapping[str, torch.dtype] = _NOTHING,
-) -> ExportPlan:
-    """Plan the files of ``params``, quantized by ``quant`` and stored by ``dialect``.
+@dataclass(frozen=True)
+class StorageRules:
+    """How the tensors of an export are stored, whatever is quantized and whoever holds it.
 
-    Args:
-        params: The model's logical parameters, in order.
-        quant: The resolved recipe.
+    Attributes:
         dialect: Dialect of the export.
-        layout: Ranks that hold the model.
         dtype: Dtype of all tensors that are not quantized.
         max_shard_bytes: Tensor bytes per file.
         kept: Hugging Face tensors that have another dtype where they are not quantized.
 
     Raises:
         ExportError: For a file size below 1 byte.
+    """
+
+    dialect: Dialect
+    dtype: torch.dtype
+    max_shard_bytes: int
+    kept: Mapping[str, torch.dtype] = _NOTHING
+
+    def __post_init__(self) -> None:
+        """Refuse files without a byte."""
+        if self.max_shard_bytes < 1:
+            raise ExportError(
+                f"--max-shard-size is {self.max_shard_bytes} bytes; give a positive size"
+            )
+
+
+def plan_export(
+    params: Sequence[Param], quant: QuantPlan, layout: Layout, rules: StorageRules
+) -> ExportPlan:
+    """Plan the files of ``params``, quantized by ``quant`` and stored by ``rules``.
+
+    Args:
+        params: The model's logical parameters, in order.
+        quant: The resolved recipe.
+        layout: Ranks that hold the model.
+        rules: How the tensors are stored.
+
+    Raises:
         FormatError: Where a shape does not suit its format.
         LayoutError: Where a shard's edge splits elements that are stored together.
     """
-    if max_shard_bytes < 1:
-        raise ExportError(f"--max-shard-size is {max_shard_bytes} bytes; give a positive size")
     fp32 = {s.name: torch.float32 for p in params if p.fp32 for s in p.sources}
-    schemes = StorageSchemes(dialect, dtype, {**fp32, **kept})
-    files, targets = _place(params, quant, schemes, max_shard_bytes)
-    before = sum(prod(source.shape) for p in params for source in p.sources) * dtype.itemsize
+    schemes = StorageSchemes(rules.dialect, rules.dtype, {**fp32, **rules.kept})
+    files, targets = _place(params, quant, schemes, rules.max_shard_bytes)
+    before = sum(prod(source.shape) for p in params for source in p.sources) * rules.dtype.itemsize
     after = sum(entry.nbytes for file in files for entry in file.entries)
     return ExportPlan(
         files=files,

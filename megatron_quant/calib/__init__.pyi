@@ -1,5 +1,6 @@
 from .calibration import CalibrationReport as CalibrationReport
 from .calibration import ColdExperts as ColdExperts
+from .calibration import InputRules as InputRules
 from .calibration import calibrate as calibrate
 from .calibration import calibrate_weights as calibrate_weights
 from .data import STDLIB as STDLIB
@@ -25,6 +26,7 @@ __all__ = [
     "CalibrationReport",
     "ColdExperts",
     "Drift",
+    "InputRules",
     "Ranges",
     "RunningInputs",
     "calibrate",

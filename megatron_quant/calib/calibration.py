@@ -49,14 +49,32 @@ class CalibrationReport:
     cold: tuple[str, ...]
 
 
-def calibrate(  # noqa: PLR0913
+@dataclass(frozen=True)
+class InputRules:
+    """How the scales of inputs follow from what forwards showed.
+
+    Attributes:
+        cold_experts: Treatment of an expert that no token reached.
+        act_percentile: Percentage of a layer's input values that its scale covers; larger values
+            are clipped. 100 clips nothing.
+        token_replicas: Number of ranks that are given the same expert's tokens (the expert
+            tensor-parallel size), so that the report counts each token once.
+    """
+
+    cold_experts: ColdExperts = ColdExperts.ERROR
+    act_percentile: float = 100.0
+    token_replicas: int = 1
+
+
+DEFAULTS = InputRules()
+
+
+def calibrate(
     layers: Sequence[QuantLayer],
     plan: QuantPlan,
     groups: Groups,
     forwards: Iterable[Callable[[], object]] = (),
-    cold_experts: ColdExperts = ColdExperts.ERROR,
-    token_replicas: int = 1,
-    act_percentile: float = 100.0,
+    rules: InputRules = DEFAULTS,
 ) -> CalibrationReport:
     """Fill the quantizers of ``layers``; every rank of ``groups`` calls it.
 
@@ -66,28 +84,25 @@ def calibrate(  # noqa: PLR0913
         groups: This rank's groups.
         forwards: Functions that run one batch each through the model; used only where inputs have a
             static scale.
-        cold_experts: Treatment of an expert that no token reached.
-        token_replicas: Number of ranks that are given the same expert's tokens (the expert
-            tensor-parallel size), so that the report counts each token once.
-        act_percentile: Percentage of a layer's input values that its scale covers; larger values
-            are clipped. 100 clips nothing.
+        rules: How the scales of inputs follow from what the forwards showed.
 
     Raises:
         CalibrationError: On every rank alike, for a weight or input that is not finite, a layer
             that no token reached, or a cold expert.
     """
     weights = _merge_weights(layers, plan, groups)
-    with histograms(layers if act_percentile < 100 else ()) as seen:
+    clips = rules.act_percentile < 100
+    with histograms(layers if clips else ()) as seen:
         inputs, tokens = _merge_inputs(layers, plan, groups, forwards)
     scaled = inputs
-    if act_percentile < 100 and inputs:
-        scaled = clip(plan, inputs, seen, act_percentile, groups)
+    if clips and inputs:
+        scaled = clip(plan, inputs, seen, rules.act_percentile, groups)
     unseen = (plan.by_name[name].slot for name, count in tokens.items() if not count)
-    cold = accept_cold(unseen, cold_experts is ColdExperts.LAYER_MAX)
+    cold = accept_cold(unseen, rules.cold_experts is ColdExperts.LAYER_MAX)
     _load_weights(layers, plan, weights)
     _load_inputs(layers, plan, scaled)
     find_scales(layers, plan, groups)
-    counts = {slot: count // token_replicas for slot, count in tokens.items()}
+    counts = {slot: count // rules.token_replicas for slot, count in tokens.items()}
     return CalibrationReport(weights, inputs, counts, cold)
 
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from megatron_quant.calib.blocks import RegionStat, give, is_cut, merge, merged_blocks, stacked
 from megatron_quant.calib.search_tensors import search_tensors
 from megatron_quant.dist import Groups, sum_reduce
-from megatron_quant.formats import FOUR_OVER_SIX_RANGE, MULTIPLIERS, choose, errors, tensor_scale
+from megatron_quant.formats import (
+    FOUR_OVER_SIX_RANGE,
+    MULTIPLIERS,
+    Searched,
+    choose,
+    errors,
+    tensor_scale,
+)
 from megatron_quant.layers import QuantLayer
 from megatron_quant.recipes import QuantPlan
 
@@ -101,7 +108,7 @@ def _search(item: RegionStat) -> _Best:
     multiplier, packed = item.stat.new_empty(item.stat.shape[:-1]), []
     for blocks, rows, row in _chunks(item, len(tried)):
         origin, stat = (row, item.region.start[1]), item.stat[:, blocks].contiguous()
-        sums = errors(w_ENK[:, rows], fmt, dscale, stat, tried, origin)
+        sums = errors(w_ENK[:, rows], fmt, dscale, stat, tried, Searched(origin))
         multiplier[:, blocks] = choose(sums, tried)
         if edge is not None:
             packed.append(edge.pack(sums.movedim(0, -1), 0))

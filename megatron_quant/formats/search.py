@@ -7,6 +7,7 @@ and so is the choice; rounded sums could break a tie differently.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,28 +46,42 @@ _UNITS = 2.0**32
 """Units of squared errors in amax^2, amax rounded up to a power of two."""
 
 
+@dataclass(frozen=True)
+class Searched:
+    """A piece of a tensor whose scales are searched.
+
+    Attributes:
+        origin: Row and column of the logical tensor at which the piece starts.
+        weight: Factor on the errors of each column from 0 to 1, fp32 [K], or [E, K] for a stack;
+            equal ones where None.
+    """
+
+    origin: Origin = (0, 0)
+    weight: Tensor | None = None
+
+
+_WHOLE = Searched()
+
+
 @torch.no_grad()
-def errors(  # noqa: PLR0913
+def errors(
     w: Tensor,
     fmt: Format,
     dscale: Tensor | None,
     stat: Tensor,
     multipliers: Sequence[float],
-    origin: Origin = (0, 0),
-    weight: Tensor | None = None,
+    piece: Searched = _WHOLE,
 ) -> Tensor:
     """Sum the squared dequantization errors for each multiple of ``stat``, as integers.
 
     Args:
-        w: Finite bf16, fp16 or fp32 [N, K] or [E, N, K], a piece that starts at ``origin``.
+        w: Finite bf16, fp16 or fp32 [N, K] or [E, N, K], the ``piece`` of its tensor.
         fmt: The format that stores ``w``.
         dscale: Scale of the tensor, as ``encode`` takes it; None where ``fmt`` has no blocks.
         stat: Merged statistic [..., N_b, K_b, P] of ``block_stat``. Where ``fmt`` has no blocks,
             the amax of the tensor, [] or [E, 1, 1].
         multipliers: The M multiples of ``stat`` to try.
-        origin: Row and column of the logical tensor at which ``w`` starts.
-        weight: Factor on the errors of each column from 0 to 1, fp32 [K], or [E, K] for a stack;
-            equal ones where None.
+        piece: Where ``w`` starts, and the factors on the errors of its columns.
 
     Returns:
         int64 [M, ..., N_b, K_b], or [M, *stat.shape] without blocks. Each element's squared error
@@ -77,6 +92,7 @@ def errors(  # noqa: PLR0913
     Raises:
         FormatError: Where ``encode`` raises it.
     """
+    origin, weight = piece.origin, piece.weight
     check_storable(w, fmt, stat, origin)
     tried = [_tried(w, fmt, dscale, stat, m, origin) for m in multipliers]
     rows, columns = cuts(w.shape, fmt, origin)

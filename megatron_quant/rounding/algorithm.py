@@ -48,15 +48,32 @@ def default_damp(fmt: Format) -> float:
     return _DAMP.get(fmt.name, 0.01)
 
 
+@dataclass(frozen=True)
+class Given:
+    """The damp that GPTQ takes, and which weights it rounds.
+
+    Attributes:
+        damp: Part of the moment's mean diagonal that is added to it, 0 < damp <= 1; that of
+            ``default_damp`` where None.
+        names: Names of the weights, one a matrix, for messages.
+        origin: Row of the logical tensor at which the weight starts, and 0.
+    """
+
+    damp: float | None = None
+    names: Sequence[str] = ()
+    origin: Origin = (0, 0)
+
+
+_NOTHING = Given()
+
+
 @torch.no_grad()
-def gptq(  # noqa: PLR0913
+def gptq(
     w: Tensor,
     fmt: Format,
     scales: Mapping[str, Tensor],
     moment: Tensor,
-    damp: float | None = None,
-    names: Sequence[str] = (),
-    origin: Origin = (0, 0),
+    given: Given = _NOTHING,
 ) -> Rounded:
     """Round ``w`` by columns, each making up for the errors of those before it.
 
@@ -66,17 +83,15 @@ def gptq(  # noqa: PLR0913
         scales: Fields of ``fmt`` without its elements, as ``encode_on`` takes them. ``encode_on``
             of the result, with them, gives its codes exactly.
         moment: Sums (or means) of x x^T over the inputs, fp32 [E, K, K], or [K, K] for all.
-        damp: Part of the moment's mean diagonal that is added to it, 0 < damp <= 1; that of
-            ``default_damp`` where None.
-        names: Names of the weights, one a matrix, for messages.
-        origin: Row of the logical tensor at which w starts, and 0.
+        given: The damp, and which weights these are.
 
     Raises:
         FormatError: Where ``encode`` raises it, and for a piece that begins after column 0.
         RecipeError: For another damp.
         CalibrationError: For a moment that is not finite or has no Cholesky factor.
     """
-    damp = default_damp(fmt) if damp is None else damp
+    origin, names = given.origin, given.names
+    damp = default_damp(fmt) if given.damp is None else given.damp
     check_damp(damp)
     check_storable(w, fmt, torch.empty(0), origin)
     if origin[1]:

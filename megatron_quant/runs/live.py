@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import nn
 
-from megatron_quant.calib import ColdExperts, shard
+from megatron_quant.calib import ColdExperts, InputRules, shard
 from megatron_quant.ckpt.dialects import Dialect, get_dialect
 from megatron_quant.ckpt.plan import (
     Companions,
@@ -33,6 +33,7 @@ from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.checkpoint import open_saved
 from megatron_quant.mcore.live import (
     Quantized,
+    Terms,
     attach_recipe,
     calibrate_quantized,
     producer,
@@ -89,8 +90,7 @@ def quantize(
         recipe,
         hf_model,
         groups,
-        expert_scales=_expert_scales(expert_scales),
-        of_weights=True,
+        Terms(expert_scales=_expert_scales(expert_scales), of_weights=True),
     )
     steps: list[Callable[[], None]] = []
     if handle.plan.needs_data:
@@ -98,7 +98,7 @@ def quantize(
         if forward_loop is not None:
             steps = [partial(forward_loop, model)]
     cold = ColdExperts(calibration.cold_experts)
-    return calibrate_quantized(handle, steps, cold, calibration.act_percentile)
+    return calibrate_quantized(handle, steps, InputRules(cold, calibration.act_percentile))
 
 
 def _expert_scales(name: str) -> ExpertScales:
@@ -281,7 +281,7 @@ def restore(
         raise CalibrationError(
             f"{directory} does not say how it is quantized: it was saved without megatron_quant"
         )
-    return attach_recipe(model, saved.recipe, hf_model, groups, saved=saved)
+    return attach_recipe(model, saved.recipe, hf_model, groups, Terms(saved))
 
 
 def export_tensors(

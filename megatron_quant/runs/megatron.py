@@ -10,6 +10,7 @@ from megatron.core import parallel_state as mpu
 from megatron_quant.calib import (
     CalibrationReport,
     ColdExperts,
+    InputRules,
     shard,
 )
 from megatron_quant.ckpt.verify import Report
@@ -19,6 +20,7 @@ from megatron_quant.evaluation import Sums
 from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer
 from megatron_quant.mcore.checkpoint import Saved, open_saved, restore
 from megatron_quant.mcore.live import (
+    Asked,
     HFModel,
     Quantized,
     attach_plan,
@@ -169,11 +171,13 @@ def _attach(inputs: Inputs, model: LiveModel, saved: Saved | None) -> Quantized:
     job, kept = inputs.job, inputs.kept
     handle = attach_plan(
         model,
-        HFModel(job.hf_config, job.source),
-        job.recipe,
-        job.quant,
-        ExpertScales(saved.expert_scales if saved else job.expert_scales),
-        source=inputs.origin.source,
+        Asked(
+            hf=HFModel(job.hf_config, job.source),
+            recipe=job.recipe,
+            plan=job.quant,
+            expert_scales=ExpertScales(saved.expert_scales if saved else job.expert_scales),
+            source=inputs.origin.source,
+        ),
         keep=None if kept is None else partial(keep_scales, model=model, checkpoint=kept),
     )
     wanted = replace(handle, expert_scales=ExpertScales(job.expert_scales))
@@ -192,7 +196,8 @@ def _calibrate(
     with phases.bar("calibrate", len(batches)) as progress:
         # One call for all: a pipeline is full only while batches follow one another.
         steps = [partial(run_schedule, chunks, batches, _drop, progress)]
-        return calibrate_quantized(handle, steps, ColdExperts(how.cold_experts), how.act_percentile)
+        rules = InputRules(ColdExperts(how.cold_experts), how.act_percentile)
+        return calibrate_quantized(handle, steps, rules)
 
 
 def _drop(logits: torch.Tensor) -> None:

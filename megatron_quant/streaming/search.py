@@ -2,7 +2,15 @@
 
 import torch
 
-from megatron_quant.formats import MULTIPLIERS, Format, block_stat, choose, errors, tensor_scale
+from megatron_quant.formats import (
+    MULTIPLIERS,
+    Format,
+    Searched,
+    block_stat,
+    choose,
+    errors,
+    tensor_scale,
+)
 from megatron_quant.recipes import Decision
 
 _ELEMENTS = 1 << 22
@@ -42,5 +50,5 @@ def _of_rows(
 ) -> torch.Tensor:
     stat = block_stat(w_NK, fmt, origin)
     dscale = None if amax is None else tensor_scale(amax, fmt) if fmt.tensor_scale else None
-    sums = errors(w_NK, fmt, dscale, stat, multipliers, origin)
+    sums = errors(w_NK, fmt, dscale, stat, multipliers, Searched(origin))
     return stat * choose(sums, multipliers).unsqueeze(-1)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_quant.calib.calibration import CalibrationReport, ColdExperts, calibrate
+from megatron_quant.calib.calibration import CalibrationReport, ColdExperts, InputRules, calibrate
 from megatron_quant.calib.data import shard
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.ckpt.read.open import open_source
@@ -57,8 +57,7 @@ class Attached:
             self.plan,
             self.model.groups,
             self.forwards(batches),
-            cold_experts,
-            token_replicas=self.model.layout.etp_size,
+            InputRules(cold_experts, token_replicas=self.model.layout.etp_size),
         )
 
     def forwards(self, batches: Sequence[torch.Tensor]) -> list[Callable[[], None]]:

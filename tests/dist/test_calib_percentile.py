@@ -51,7 +51,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _input_amaxes(path: Path, tp: int, ep: int, etp: int) -> list[dict[str, float]]:
     """Slot -> what its inputs' scale covers, for each percentile."""
-    from megatron_quant.calib.calibration import ColdExperts, calibrate
+    from megatron_quant.calib.calibration import ColdExperts, InputRules, calibrate
     from tests.dist import live
 
     model = live.load(path, live.Parallelism(tp, ep, etp))
@@ -64,8 +64,7 @@ def _input_amaxes(path: Path, tp: int, ep: int, etp: int) -> list[dict[str, floa
             attached.plan,
             model.groups,
             forwards,
-            ColdExperts.LAYER_MAX,
-            act_percentile=percentile,
+            InputRules(ColdExperts.LAYER_MAX, percentile),
         )
         assert report.input_amax
         found.append(

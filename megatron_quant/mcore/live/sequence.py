@@ -1,14 +1,14 @@
 """From a live model to a quantized one: check, resolve, attach, calibrate."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from megatron_quant.calib import (
-    ColdExperts,
+    InputRules,
     calibrate,
     calibrate_kv_cache,
     ranges_of,
@@ -25,26 +25,40 @@ from megatron_quant.mcore.model import LiveModel, attach_model, wrap_model
 from megatron_quant.models import lookup
 from megatron_quant.recipes import QuantPlan, Recipe, difference, load_recipe, resolve
 
+_RULES = InputRules()
 
-def attach_recipe(  # noqa: PLR0913
+
+@dataclass(frozen=True)
+class Terms:
+    """What an attachment starts from, and what it insists on.
+
+    saved: a Megatron checkpoint of a model quantized so, which gives weights and ranges.
+    expert_scales: None for those of ``saved``, without one for shared ones.
+    check: raises for a plan that the caller cannot use.
+    of_weights: whether the model has the weights that its Hugging Face name says, so that their
+        digest may stand in the export's manifest.
+    """
+
+    saved: Saved | None = None
+    expert_scales: ExpertScales | None = None
+    check: Callable[[QuantPlan], None] = lambda plan: None
+    of_weights: bool = False
+
+
+_NO_TERMS = Terms()
+
+
+def attach_recipe(
     model: nn.Module | Sequence[nn.Module],
     recipe: str | Recipe,
     hf_model: str | Path | Mapping[str, Any],
     groups: Groups,
-    *,
-    saved: Saved | None = None,
-    expert_scales: ExpertScales | None = None,
-    check: Callable[[QuantPlan], None] = lambda plan: None,
-    of_weights: bool = False,
+    terms: Terms = _NO_TERMS,
 ) -> Quantized:
     """Give a live model the quantizers that ``recipe`` asks for, in place. Collective.
 
     model: this rank's GPTModel or the list of its chunks; wrappers are looked through. hf_model:
-    the model's Hugging Face directory, hub id or config; recipes name weights as it does. saved:
-    a Megatron checkpoint of a model quantized so, which gives weights and ranges. expert_scales:
-    None for those of ``saved``, without one for shared ones. check: raises for a plan that the
-    caller cannot use. of_weights: whether ``model`` has the weights that ``hf_model`` names, so
-    that its digest may stand in the export's manifest.
+    the model's Hugging Face directory, hub id or config; recipes name weights as it does.
     Raises QuantError, on every rank alike and before anything changes, where settings, names or
     shapes are not those of the config, or the recipe does not fit.
     """
@@ -52,11 +66,16 @@ def attach_recipe(  # noqa: PLR0913
     hf, chosen = together(groups, lambda: (read_hf_model(hf_model), _loaded(recipe)))
     architecture = together(groups, lambda: lookup(hf.config))
     live = wrap_model(model, architecture, hf.config, groups)
-    plan = together(groups, lambda: _resolved(chosen, live, saved, check))
-    given = together(groups, lambda: saved.source if saved else _digest(hf) if of_weights else "")
-    scales = expert_scales or ExpertScales(saved.expert_scales if saved else "shared")
+    saved = terms.saved
+    plan = together(groups, lambda: _resolved(chosen, live, saved, terms.check))
+    given = together(
+        groups, lambda: saved.source if saved else _digest(hf) if terms.of_weights else ""
+    )
+    scales = terms.expert_scales or ExpertScales(saved.expert_scales if saved else "shared")
     first = ExpertScales(saved.expert_scales) if saved else scales
-    attached = attach_plan(live, hf, chosen, plan, first, source=given)
+    attached = attach_plan(
+        live, Asked(hf=hf, recipe=chosen, plan=plan, expert_scales=first, source=given)
+    )
     wanted = replace(attached, expert_scales=scales)
     together(groups, lambda: describe(wanted))
     if saved is None:
@@ -90,36 +109,45 @@ def _resolved(
     return plan
 
 
-def attach_plan(  # noqa: PLR0913
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A recipe that is resolved for a model.
+
+    source: digest of the Hugging Face checkpoint; empty where the weights are others.
+    """
+
+    hf: HFModel
+    recipe: Recipe
+    plan: QuantPlan
+    expert_scales: ExpertScales
+    source: str = ""
+
+
+def attach_plan(
     live: LiveModel,
-    hf: HFModel,
-    recipe: Recipe,
-    plan: QuantPlan,
-    scales: ExpertScales,
-    *,
-    source: str = "",
+    asked: Asked,
     keep: Callable[[Sequence[QuantLayer]], None] | None = None,
 ) -> Quantized:
     """Attach the quantizers of a plan that is resolved already. Collective.
 
-    source: digest of the Hugging Face checkpoint. keep: gives the attached layers the scales of a
+    keep: gives the attached layers the scales of a
     source that was quantized before. Raises CoverageError, on every rank, for a layer that cannot
     carry what the plan asks of it.
     """
 
     def attached() -> Quantized:
-        layers, cached = attach_model(live, plan, scales)
+        layers, cached = attach_model(live, asked.plan, asked.expert_scales)
         if keep is not None:
             keep(layers)
         return Quantized(
             model=live,
-            hf=hf,
-            recipe=recipe,
-            plan=plan,
-            expert_scales=scales,
+            hf=asked.hf,
+            recipe=asked.recipe,
+            plan=asked.plan,
+            expert_scales=asked.expert_scales,
             layers=tuple(layers),
             cached=tuple(cached),
-            source=source,
+            source=asked.source,
         )
 
     return together(live.groups, attached)
@@ -136,8 +164,7 @@ def describe(quantized: Quantized) -> None:
 def calibrate_quantized(
     quantized: Quantized,
     forwards: Iterable[Callable[[], object]] = (),
-    cold_experts: ColdExperts = ColdExperts.ERROR,
-    act_percentile: float = 100.0,
+    rules: InputRules = _RULES,
 ) -> Quantized:
     """Fill all quantizers and return the handle with its report. Collective.
 
@@ -151,9 +178,7 @@ def calibrate_quantized(
             quantized.plan,
             live.groups,
             steps,
-            cold_experts,
-            token_replicas=live.layout.etp_size,
-            act_percentile=act_percentile,
+            replace(rules, token_replicas=live.layout.etp_size),
         )
         run_rest(quantized.layers, steps)
     found = calibrate_kv_cache(quantized.cached, quantized.plan, live.groups, seen)

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_quant.calib import (
     ColdExperts,
     Drift,
+    InputRules,
     RunningInputs,
     calibrate,
     calibrate_weights,
@@ -125,7 +126,7 @@ class QuantCallback:
     ) -> None:
         """Find the ranges of inputs from batches of the caller; each of ``forwards`` runs one."""
         of = self._started()
-        calibrate(of.layers, of.plan, of.model.groups, forwards, cold_experts)
+        calibrate(of.layers, of.plan, of.model.groups, forwards, InputRules(cold_experts))
         self._calibrated = True
 
     def on_step_begin(self, step: int) -> None:

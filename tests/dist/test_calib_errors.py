@@ -131,7 +131,7 @@ class Collectives(TorchDispatchMode):
 
 
 def _collectives(path: Path, recipe: str, batches: int) -> list[str]:
-    from megatron_quant.calib.calibration import ColdExperts, calibrate
+    from megatron_quant.calib.calibration import ColdExperts, InputRules, calibrate
     from tests.dist import live
 
     model = live.load(path, live.Parallelism(ep=2))
@@ -145,7 +145,7 @@ def _collectives(path: Path, recipe: str, batches: int) -> list[str]:
 
         own = attached.forwards(live.batches(batches))
         forwards = [lambda f=f: deaf(f) for f in own]
-        calibrate(attached.layers, attached.plan, model.groups, forwards, ColdExperts.LAYER_MAX)
+        calibrate(attached.layers, attached.plan, model.groups, forwards, InputRules(ColdExperts.LAYER_MAX))
     return collectives.names
 
 

@@ -3,10 +3,9 @@
 import heapq
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,8 +25,6 @@ from megatron_quant.errors import ExportError, LayoutError
 from megatron_quant.formats import Region
 from megatron_quant.models import Box, Domain, Param, Source
 from megatron_quant.recipes import Decision, QuantPlan
-
-_NOTHING: Mapping[str, torch.dtype] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +147,7 @@ class StorageRules:
     dialect: Dialect
     dtype: torch.dtype
     max_shard_bytes: int
-    kept: Mapping[str, torch.dtype] = _NOTHING
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse files without a byte."""

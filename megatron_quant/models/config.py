@@ -6,7 +6,7 @@ from typing import Any
 from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.fields import MOST, Fields
-from megatron_quant.models.decoder import Decoder, Experts, Rope, Yarn
+from megatron_quant.models.decoder import Decoder, ExpertNames, Experts, Rope, Yarn
 
 Config = Mapping[str, Any]
 
@@ -177,6 +177,23 @@ def read_decoder(config: Config, *, qk_norm: bool) -> Decoder:
         tied=flag(config, "tie_word_embeddings"),
         rope=read_rope(config),
     )
+
+
+def experts_of_all_layers(config: Config, decoder: Decoder, names: ExpertNames) -> Experts:
+    """Experts in every layer, chosen by normalized weights; config.json spells them as Mixtral's.
+
+    Raises ArchitectureError as :func:`check_routing`, and for a key that is missing or malformed.
+    """
+    experts = Experts(
+        count=experts_in(config, "num_local_experts"),
+        topk=positive(config, "num_experts_per_tok"),
+        ffn=decoder.ffn,
+        layers=(True,) * decoder.layers,
+        normalized=True,
+        names=names,
+    )
+    check_routing(experts)
+    return experts
 
 
 def check_routing(experts: Experts) -> None:

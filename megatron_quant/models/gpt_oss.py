@@ -11,14 +11,13 @@ from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import (
     Config,
-    check_routing,
-    experts_in,
+    experts_of_all_layers,
     number,
     only,
     positive,
     read_decoder,
 )
-from megatron_quant.models.decoder import Decoder, ExpertNames, Experts, Window
+from megatron_quant.models.decoder import Decoder, ExpertNames, Window
 
 # GptOssConfig's values of keys that config.json lacks
 _DEFAULTS = {
@@ -58,16 +57,8 @@ def _decoder(config: Config) -> Decoder:
     only(config, "attention_bias", (True,))
     only(config, "swiglu_alpha", (1.702,))  # Megatron-Core has the number in its code
     decoder = read_decoder({**config, "attention_bias": False}, qk_norm=False)
-    experts = Experts(
-        count=experts_in(config, "num_local_experts"),
-        topk=positive(config, "num_experts_per_tok"),
-        ffn=decoder.ffn,
-        layers=(True,) * decoder.layers,
-        normalized=True,
-        names=_NAMES,
-        clamp=number(config, "swiglu_limit"),
-    )
-    check_routing(experts)
+    experts = experts_of_all_layers(config, decoder, _NAMES)
+    experts = replace(experts, clamp=number(config, "swiglu_limit"))
     window = _window(config, decoder.layers)
     return replace(decoder, experts=experts, biased=True, sinks=True, window=window)
 

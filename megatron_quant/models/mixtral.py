@@ -5,13 +5,11 @@ from dataclasses import replace
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import (
     Config,
-    check_routing,
-    experts_in,
+    experts_of_all_layers,
     full_attention,
-    positive,
     read_decoder,
 )
-from megatron_quant.models.decoder import Decoder, ExpertNames, Experts
+from megatron_quant.models.decoder import Decoder, ExpertNames
 
 # MixtralConfig's values of keys that config.json lacks
 _DEFAULTS = {"rope_theta": 1000000.0}
@@ -28,16 +26,7 @@ def _decoder(config: Config) -> Decoder:
     config = {**_DEFAULTS, **config}
     decoder = read_decoder(config, qk_norm=False)
     full_attention(config)
-    experts = Experts(
-        count=experts_in(config, "num_local_experts"),
-        topk=positive(config, "num_experts_per_tok"),
-        ffn=decoder.ffn,
-        layers=(True,) * decoder.layers,
-        normalized=True,
-        names=_NAMES,
-    )
-    check_routing(experts)
-    return replace(decoder, experts=experts)
+    return replace(decoder, experts=experts_of_all_layers(config, decoder, _NAMES))
 
 
 MIXTRAL = Architecture("MixtralForCausalLM", _decoder)

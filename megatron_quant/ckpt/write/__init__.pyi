@@ -19,8 +19,8 @@ from .tensors_in_memory import in_memory as in_memory
 from .unfinished import names_in as names_in
 
 __all__ = [
-    "Destination",
     "LOCK",
+    "Destination",
     "Existing",
     "Lock",
     "Produce",

@@ -22,7 +22,6 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
 from megatron_quant.runs.agree import check_options, check_plans, fetched
 from megatron_quant.runs.destination import (
-    Verification,
     checked_companions,
     existing_of,
     origin_of,

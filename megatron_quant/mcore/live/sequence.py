@@ -30,7 +30,7 @@ _RULES = InputRules()
 
 @dataclass(frozen=True)
 class Terms:
-    """What an attachment starts from, and what it insists on.
+    """Conditions of an attachment: where it starts, and what it insists on.
 
     saved: a Megatron checkpoint of a model quantized so, which gives weights and ranges.
     expert_scales: None for those of ``saved``, without one for shared ones.

@@ -14,6 +14,7 @@ from itertools import count
 import torch.distributed as dist
 
 from megatron_quant.alike import difference
+from megatron_quant.dist import Groups
 from megatron_quant.errors import LostRankError, RankError
 from megatron_quant.faults import MINUTES
 
@@ -110,3 +111,13 @@ def _rank() -> int:
 
 def _address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def start_ranks(minutes: float = MINUTES) -> Groups:
+    """Join all ranks that ``torchrun`` started, over gloo; one process without it.
+
+    minutes: how long a rank waits for the slowest.
+    """
+    if not dist.is_initialized() and is_one_of_many():
+        join("gloo", minutes)
+    return Groups(minutes=minutes)

@@ -17,7 +17,7 @@ from megatron_quant.dist import Groups, sum_reduce
 from megatron_quant.formats import (
     FOUR_OVER_SIX_RANGE,
     MULTIPLIERS,
-    Searched,
+    SearchedPiece,
     choose,
     errors,
     tensor_scale,
@@ -108,7 +108,7 @@ def _search(item: RegionStat) -> _Best:
     multiplier, packed = item.stat.new_empty(item.stat.shape[:-1]), []
     for blocks, rows, row in _chunks(item, len(tried)):
         origin, stat = (row, item.region.start[1]), item.stat[:, blocks].contiguous()
-        sums = errors(w_ENK[:, rows], fmt, dscale, stat, tried, Searched(origin))
+        sums = errors(w_ENK[:, rows], fmt, dscale, stat, tried, SearchedPiece(origin))
         multiplier[:, blocks] = choose(sums, tried)
         if edge is not None:
             packed.append(edge.pack(sums.movedim(0, -1), 0))

@@ -88,7 +88,7 @@ def _from_megatron(args: argparse.Namespace) -> None:
 
 
 def _rewrite(args: argparse.Namespace) -> None:
-    from megatron_quant.cli.ranks import start_ranks
+    from megatron_quant.rendezvous import start_ranks
     from megatron_quant.runs import ExportOptions, reexport
 
     out = console()

@@ -249,8 +249,8 @@ def _print_plan(job: "Job", options: QuantizeOptions, verbose: bool) -> None:
 def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
     if not args.dry_run:
         _check_export_dir(options)
-    from megatron_quant.cli.ranks import start_ranks
     from megatron_quant.dist import together
+    from megatron_quant.rendezvous import start_ranks
     from megatron_quant.runs import plan_stream, stream_files
 
     if args.dry_run:

@@ -36,7 +36,7 @@ class TokenizerChoice:
     def load(self, checkpoint: Path) -> PreTrainedTokenizerBase:
         """Load it by :func:`load_tokenizer`; CheckpointError where the folder is none too."""
         folder = checkpoint if self.folder is None else Path(self.folder).expanduser()
-        if not folder.is_dir():
+        if self.folder is not None and not folder.is_dir():
             raise CheckpointError(
                 f"--tokenizer {folder} is no directory: give the folder that has the tokenizer's "
                 "files"

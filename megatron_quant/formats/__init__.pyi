@@ -38,7 +38,7 @@ from .quantize_dequantize import fake_quant as fake_quant
 from .search import FOUR_OVER_SIX_RANGE as FOUR_OVER_SIX_RANGE
 from .search import MSE_MULTIPLIERS as MSE_MULTIPLIERS
 from .search import MULTIPLIERS as MULTIPLIERS
-from .search import Searched as Searched
+from .search import SearchedPiece as SearchedPiece
 from .search import choose as choose
 from .search import errors as errors
 from .search import histogram as histogram
@@ -76,7 +76,7 @@ __all__ = [
     "Format",
     "Region",
     "ScaleFields",
-    "Searched",
+    "SearchedPiece",
     "amax",
     "block_stat",
     "check_storable",

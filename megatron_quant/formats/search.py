@@ -47,7 +47,7 @@ _UNITS = 2.0**32
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchedPiece:
     """A piece of a tensor whose scales are searched.
 
     Attributes:
@@ -60,7 +60,7 @@ class Searched:
     weight: Tensor | None = None
 
 
-_WHOLE = Searched()
+_WHOLE = SearchedPiece()
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def errors(
     dscale: Tensor | None,
     stat: Tensor,
     multipliers: Sequence[float],
-    piece: Searched = _WHOLE,
+    piece: SearchedPiece = _WHOLE,
 ) -> Tensor:
     """Sum the squared dequantization errors for each multiple of ``stat``, as integers.
 

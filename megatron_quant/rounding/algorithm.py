@@ -49,7 +49,7 @@ def default_damp(fmt: Format) -> float:
 
 
 @dataclass(frozen=True)
-class Given:
+class GptqSettings:
     """The damp that GPTQ takes, and which weights it rounds.
 
     Attributes:
@@ -64,7 +64,7 @@ class Given:
     origin: Origin = (0, 0)
 
 
-_NOTHING = Given()
+_NOTHING = GptqSettings()
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def gptq(
     fmt: Format,
     scales: Mapping[str, Tensor],
     moment: Tensor,
-    given: Given = _NOTHING,
+    settings: GptqSettings = _NOTHING,
 ) -> Rounded:
     """Round ``w`` by columns, each making up for the errors of those before it.
 
@@ -83,15 +83,15 @@ def gptq(
         scales: Fields of ``fmt`` without its elements, as ``encode_on`` takes them. ``encode_on``
             of the result, with them, gives its codes exactly.
         moment: Sums (or means) of x x^T over the inputs, fp32 [E, K, K], or [K, K] for all.
-        given: The damp, and which weights these are.
+        settings: The damp, and which weights these are.
 
     Raises:
         FormatError: Where ``encode`` raises it, and for a piece that begins after column 0.
         RecipeError: For another damp.
         CalibrationError: For a moment that is not finite or has no Cholesky factor.
     """
-    origin, names = given.origin, given.names
-    damp = default_damp(fmt) if given.damp is None else given.damp
+    origin, names = settings.origin, settings.names
+    damp = default_damp(fmt) if settings.damp is None else settings.damp
     check_damp(damp)
     check_storable(w, fmt, torch.empty(0), origin)
     if origin[1]:

@@ -10,6 +10,7 @@ from megatron_quant.errors import QuantError
 from megatron_quant.evaluation import Result, Text, TokenizerChoice
 from megatron_quant.evaluation import evaluate as evaluate_checkpoint
 from megatron_quant.recipes import Recipe
+from megatron_quant.rendezvous import start_ranks
 from megatron_quant.runs.conversion import ExportOptions, Rewritten, reexport
 from megatron_quant.runs.file_to_file import Streamed, plan_stream, stream_files
 from megatron_quant.runs.job import Job, planned
@@ -83,7 +84,8 @@ def stream(
     """Quantize a Hugging Face checkpoint file to file, without a Megatron model. Collective.
 
     Memory does not grow with the model; ranks share the tensors. Arguments and errors are those of
-    :func:`quantize_checkpoint`; groups: the ranks that share the work, None for this process alone.
+    :func:`quantize_checkpoint`.
+    groups: the ranks that share the work; None for all that torchrun started.
     """
     options = _options(
         source,
@@ -96,7 +98,7 @@ def stream(
         write=write,
         stream=True,
     )
-    return stream_files(options, groups or Groups(), phases or Quiet())
+    return stream_files(options, groups or start_ranks(), phases or Quiet())
 
 
 def plan(
@@ -153,7 +155,7 @@ def convert(
         serve=serve,
         write=write,
     )
-    return reexport(options, groups or Groups(), phases or Quiet())
+    return reexport(options, groups or start_ranks(), phases or Quiet())
 
 
 def verify(out: str | Path, *, against: str | Path | None = None) -> Report:

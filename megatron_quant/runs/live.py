@@ -32,8 +32,8 @@ from megatron_quant.errors import CalibrationError
 from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.checkpoint import open_saved
 from megatron_quant.mcore.live import (
+    AttachSettings,
     Quantized,
-    Terms,
     attach_recipe,
     calibrate_quantized,
     producer,
@@ -90,7 +90,7 @@ def quantize(
         recipe,
         hf_model,
         groups,
-        Terms(expert_scales=_expert_scales(expert_scales), of_weights=True),
+        AttachSettings(expert_scales=_expert_scales(expert_scales), of_weights=True),
     )
     steps: list[Callable[[], None]] = []
     if handle.plan.needs_data:
@@ -281,7 +281,7 @@ def restore(
         raise CalibrationError(
             f"{directory} does not say how it is quantized: it was saved without megatron_quant"
         )
-    return attach_recipe(model, saved.recipe, hf_model, groups, Terms(saved))
+    return attach_recipe(model, saved.recipe, hf_model, groups, AttachSettings(saved))
 
 
 def export_tensors(

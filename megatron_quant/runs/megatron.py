@@ -21,9 +21,9 @@ from megatron_quant.evaluation import Sums
 from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer
 from megatron_quant.mcore.checkpoint import Saved, open_saved, restore
 from megatron_quant.mcore.live import (
-    Asked,
     HFModel,
     Quantized,
+    ResolvedRecipe,
     attach_plan,
     calibrate_quantized,
     describe,
@@ -172,7 +172,7 @@ def _attach(inputs: Inputs, model: LiveModel, saved: Saved | None) -> Quantized:
     job, kept = inputs.job, inputs.kept
     handle = attach_plan(
         model,
-        Asked(
+        ResolvedRecipe(
             hf=HFModel(job.hf_config, job.source),
             recipe=job.recipe,
             plan=job.quant,

@@ -5,7 +5,7 @@ import torch
 from megatron_quant.formats import (
     MULTIPLIERS,
     Format,
-    Searched,
+    SearchedPiece,
     block_stat,
     choose,
     errors,
@@ -50,5 +50,5 @@ def _of_rows(
 ) -> torch.Tensor:
     stat = block_stat(w_NK, fmt, origin)
     dscale = None if amax is None else tensor_scale(amax, fmt) if fmt.tensor_scale else None
-    sums = errors(w_NK, fmt, dscale, stat, multipliers, Searched(origin))
+    sums = errors(w_NK, fmt, dscale, stat, multipliers, SearchedPiece(origin))
     return stat * choose(sums, multipliers).unsqueeze(-1)

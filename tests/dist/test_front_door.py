@@ -135,3 +135,21 @@ def test_forward_loop(source: Path, ranks: Ranks) -> None:
     assert tokens > 0
     assert "GPTModel has no quantizers: give it to megatron_quant.quantize" in bare_model
     assert "give a forward_loop" in without_data
+
+
+def stream_and_convert(source: Path, out: Path) -> int:
+    """Without a word on groups, as a script under torchrun does it."""
+    mq.stream(source, "w4a16_nvfp4", out / "streamed")
+    mq.convert(out / "streamed", out / "converted", format="compressed-tensors")
+    return len(mq.verify(out / "converted", against=source).tensors)
+
+
+def test_all_ranks_share_the_work_on_files(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Two ranks write one export each, equal to that of one."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    (alone,) = ranks(1, stream_and_convert, source, one)
+    assert ranks(2, stream_and_convert, source, two) == [alone, alone]
+    for name in ("streamed", "converted"):
+        assert digests(two / name) == digests(one / name)

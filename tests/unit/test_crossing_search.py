@@ -6,7 +6,13 @@ import torch
 from megatron_quant.ckpt.plan.shards import regions
 from megatron_quant.formats import block_stat, get_format, tensor_scale
 from megatron_quant.formats.blocks.region import edge_of
-from megatron_quant.formats.search import FOUR_OVER_SIX, MSE_MULTIPLIERS, Searched, choose, errors
+from megatron_quant.formats.search import (
+    FOUR_OVER_SIX,
+    MSE_MULTIPLIERS,
+    SearchedPiece,
+    choose,
+    errors,
+)
 from megatron_quant.formats.spec import CHANNEL, Format
 from megatron_quant.models import Param
 from tests.unit import crossing_world as world
@@ -43,7 +49,7 @@ def found_by_shards(param: Param, weights: world.Tensors, fmt: Format, size: int
             if stat is None:
                 stat = block_stat(w, fmt, region.start)
             edges.append(edge_of(region, fmt))
-            own = errors(w, fmt, dscale, stat, tried(fmt), Searched(region.start))
+            own = errors(w, fmt, dscale, stat, tried(fmt), SearchedPiece(region.start))
             sums.append(own.movedim(0, -1)[None])  # [1, N_b, K_b, M], as the ranks pack it
         if edges[0] is not None:
             merged = sum(edge.pack(own, 0) for edge, own in zip(edges, sums, strict=True))

@@ -17,7 +17,7 @@ from megatron_quant.formats.search import (
     FOUR_OVER_SIX,
     FOUR_OVER_SIX_RANGE,
     MSE_MULTIPLIERS,
-    Searched,
+    SearchedPiece,
     choose,
     errors,
     histogram,
@@ -95,7 +95,9 @@ def test_errors_of_pieces_add_up_to_those_of_the_whole(fmt, dtype):
         touched = cells(fmt.stat_block, box)
         origin = (box[0].start, box[1].start)
         part = stat[(..., *touched, slice(None))]
-        merged[(..., *touched)] += errors(w[(..., *box)], fmt, dscale, part, FEW, Searched(origin))
+        merged[(..., *touched)] += errors(
+            w[(..., *box)], fmt, dscale, part, FEW, SearchedPiece(origin)
+        )
     assert torch.equal(merged, whole)
 
 
@@ -167,7 +169,7 @@ def test_errors_of_extreme_weights_fit(scale):
 def test_pieces_that_cut_packed_elements_are_refused():
     with pytest.raises(FormatError, match="stores 8 columns together"):
         w, fmt = torch.ones(2, 32), get_format("int4")
-        errors(w, fmt, None, block_stat(w, fmt, (0, 4)), FEW, Searched((0, 4)))
+        errors(w, fmt, None, block_stat(w, fmt, (0, 4)), FEW, SearchedPiece((0, 4)))
 
 
 def test_empty_pieces_have_no_errors():

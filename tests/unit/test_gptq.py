@@ -6,7 +6,7 @@ import torch
 from megatron_quant.errors import CalibrationError, FormatError, RecipeError
 from megatron_quant.formats import block_stat, decode, encode, get_format
 from megatron_quant.formats.grid import encode_on
-from megatron_quant.rounding import Given, algorithm, default_damp, gptq
+from megatron_quant.rounding import GptqSettings, algorithm, default_damp, gptq
 from tests.unit.formats_world import every_dtype, every_format, same_bits
 from tests.unit.gptq_world import COLS, dscale_of, loss, moment, plain, rtn, scales_of, stack
 
@@ -73,7 +73,7 @@ def test_a_row_comes_out_the_same_in_any_company(fmt, monkeypatch):
     assert same_bits(gptq(w, fmt, scales, h).w, whole)
     for rows in (slice(0, 1), slice(1, 66), slice(66, 150)):
         part = {name: _rows_of(value, rows, fmt, name) for name, value in scales.items()}
-        got = gptq(w[:, rows], fmt, part, h, Given(origin=(rows.start, 0))).w
+        got = gptq(w[:, rows], fmt, part, h, GptqSettings(origin=(rows.start, 0))).w
         assert same_bits(got, whole[:, rows].contiguous())
 
 
@@ -124,7 +124,9 @@ def test_no_rows():
 def test_the_damp_hardly_matters_within_its_usual_range():
     w, h = stack(1, 100)[0], moment(spread=0.3)
     _, scales = rtn(w, INT4)
-    few, many = (loss(w, gptq(w, INT4, scales, h, Given(damp=damp)).w, h) for damp in (0.01, 0.05))
+    few, many = (
+        loss(w, gptq(w, INT4, scales, h, GptqSettings(damp=damp)).w, h) for damp in (0.01, 0.05)
+    )
     assert abs(many / few - 1) < 0.1
 
 
@@ -142,7 +144,7 @@ def test_a_larger_damp_is_taken_where_the_factor_fails():
 def test_a_damp_out_of_range(damp):
     w = stack()
     with pytest.raises(RecipeError, match=rf"damp is {damp}; .* 0\.01"):
-        gptq(w, INT4, rtn(w, INT4)[1], moment(), Given(damp=damp))
+        gptq(w, INT4, rtn(w, INT4)[1], moment(), GptqSettings(damp=damp))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -150,7 +152,7 @@ def test_a_moment_that_is_not_finite(value):
     w, h = stack(), torch.stack([moment(), moment()])
     h[1, 3, 5] = value
     with pytest.raises(CalibrationError, match=r"inputs of up\.1 is not finite"):
-        gptq(w, INT4, rtn(w, INT4)[1], h, Given(names=["up.0", "up.1"]))
+        gptq(w, INT4, rtn(w, INT4)[1], h, GptqSettings(names=["up.0", "up.1"]))
 
 
 def test_what_is_no_moment():
@@ -161,7 +163,11 @@ def test_what_is_no_moment():
         gptq(w, INT4, scales, h)
     with pytest.raises(CalibrationError, match="o_proj is not positive definite, even with 100 of"):
         gptq(
-            w, INT4, scales, torch.eye(COLS) - 1e4 * (1 - torch.eye(COLS)), Given(names=["o_proj"])
+            w,
+            INT4,
+            scales,
+            torch.eye(COLS) - 1e4 * (1 - torch.eye(COLS)),
+            GptqSettings(names=["o_proj"]),
         )
 
 
@@ -169,7 +175,7 @@ def test_what_cannot_be_rounded():
     w = stack()
     scales = rtn(w, INT4)[1]
     with pytest.raises(FormatError, match="starts at column 128"):
-        gptq(w, INT4, scales, moment(), Given(origin=(0, 128)))
+        gptq(w, INT4, scales, moment(), GptqSettings(origin=(0, 128)))
     with pytest.raises(FormatError, match="multiple of 8"):
         gptq(w[..., :252], INT4, scales, moment(cols=252))
     with pytest.raises(FormatError, match="float64"):

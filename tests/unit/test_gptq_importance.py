@@ -5,7 +5,7 @@ import torch
 
 from megatron_quant.errors import CalibrationError
 from megatron_quant.formats import amax, block_stat, decode, encode, get_format, tensor_scale
-from megatron_quant.formats.search import MSE_MULTIPLIERS, Searched, choose, errors
+from megatron_quant.formats.search import MSE_MULTIPLIERS, SearchedPiece, choose, errors
 from megatron_quant.rounding import gptq, importance
 from tests.unit.formats_world import (
     ALL,
@@ -34,7 +34,7 @@ def searched(w, fmt, weight):
     """Fields with the scales that the search finds, of one matrix."""
     stat, dscale = statistic(w, fmt), dscale_of(w, fmt) if fmt.stat_block else None
     chosen = choose(
-        errors(w, fmt, dscale, stat, MSE_MULTIPLIERS, Searched(weight=weight)), MSE_MULTIPLIERS
+        errors(w, fmt, dscale, stat, MSE_MULTIPLIERS, SearchedPiece(weight=weight)), MSE_MULTIPLIERS
     )
     if fmt.stat_block:
         return encode(w, fmt, dscale, stat * chosen.unsqueeze(-1))
@@ -47,7 +47,7 @@ def test_errors_are_weighted_squares(fmt, dtype):
     w = weights(2, 150, 160, dtype=dtype)
     weight = torch.rand(2, 160, generator=torch.Generator().manual_seed(0))
     stat, dscale = statistic(w, fmt), dscale_of(w, fmt) if fmt.stat_block else None
-    got = errors(w, fmt, dscale, stat, [0.8], Searched(weight=weight))[0]
+    got = errors(w, fmt, dscale, stat, [0.8], SearchedPiece(weight=weight))[0]
     given = (dscale, 0.8 * stat) if fmt.stat_block else (tensor_scale(0.8 * stat, fmt), None)
     fields = encode(w, fmt, *given)
     error = (w.float() - decode(fields, fmt, torch.float32)).double().square() * weight[:, None]
@@ -68,11 +68,12 @@ def test_equal_weights_change_nothing(fmt):
     stat, dscale = statistic(w, fmt), dscale_of(w, fmt) if fmt.stat_block else None
     plain = errors(w, fmt, dscale, stat, FEW)
     for ones in (torch.ones(160), torch.ones(2, 160)):
-        assert torch.equal(errors(w, fmt, dscale, stat, FEW, Searched(weight=ones)), plain)
+        assert torch.equal(errors(w, fmt, dscale, stat, FEW, SearchedPiece(weight=ones)), plain)
     halves = importance(torch.zeros(160), fmt)
     assert (halves == 0.5).all()
     assert torch.equal(
-        choose(errors(w, fmt, dscale, stat, FEW, Searched(weight=halves)), FEW), choose(plain, FEW)
+        choose(errors(w, fmt, dscale, stat, FEW, SearchedPiece(weight=halves)), FEW),
+        choose(plain, FEW),
     )
 
 
@@ -81,7 +82,7 @@ def test_weighted_errors_of_pieces_add_up_to_those_of_the_whole(fmt):
     w = weights(2, ROWS, COLS)
     weight = importance(torch.rand(2, COLS, generator=torch.Generator().manual_seed(0)), fmt)
     stat, dscale = statistic(w, fmt), dscale_of(w, fmt)
-    whole = errors(w, fmt, dscale, stat, FEW, Searched(weight=weight))
+    whole = errors(w, fmt, dscale, stat, FEW, SearchedPiece(weight=weight))
     merged = torch.zeros_like(whole)
     for box in pieces(fmt, 4):
         touched = cells(fmt.stat_block, box)
@@ -89,7 +90,7 @@ def test_weighted_errors_of_pieces_add_up_to_those_of_the_whole(fmt):
         part = stat[(..., *touched, slice(None))]
         own = weight[:, box[1]]
         merged[(..., *touched)] += errors(
-            w[(..., *box)], fmt, dscale, part, FEW, Searched(origin, own)
+            w[(..., *box)], fmt, dscale, part, FEW, SearchedPiece(origin, own)
         )
     assert torch.equal(merged, whole)
 

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fields": {"errors", "documents"},
     "dist": {"errors", "faults"},
     "alike": {"errors", "faults", "dist"},
-    "rendezvous": {"errors", "faults", "alike"},
+    "rendezvous": {"errors", "faults", "alike", "dist"},
     "rounding": {"errors", "formats", "native"},
     "native": {"errors"},
     "formats": {"errors", "native"},

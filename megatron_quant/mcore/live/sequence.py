@@ -29,7 +29,7 @@ _RULES = InputRules()
 
 
 @dataclass(frozen=True)
-class Terms:
+class AttachSettings:
     """Conditions of an attachment: where it starts, and what it insists on.
 
     saved: a Megatron checkpoint of a model quantized so, which gives weights and ranges.
@@ -45,7 +45,7 @@ class Terms:
     of_weights: bool = False
 
 
-_NO_TERMS = Terms()
+_DEFAULTS = AttachSettings()
 
 
 def attach_recipe(
@@ -53,7 +53,7 @@ def attach_recipe(
     recipe: str | Recipe,
     hf_model: str | Path | Mapping[str, Any],
     groups: Groups,
-    terms: Terms = _NO_TERMS,
+    settings: AttachSettings = _DEFAULTS,
 ) -> Quantized:
     """Give a live model the quantizers that ``recipe`` asks for, in place. Collective.
 
@@ -66,15 +66,15 @@ def attach_recipe(
     hf, chosen = together(groups, lambda: (read_hf_model(hf_model), _loaded(recipe)))
     architecture = together(groups, lambda: lookup(hf.config))
     live = wrap_model(model, architecture, hf.config, groups)
-    saved = terms.saved
-    plan = together(groups, lambda: _resolved(chosen, live, saved, terms.check))
+    saved = settings.saved
+    plan = together(groups, lambda: _resolved(chosen, live, saved, settings.check))
     given = together(
-        groups, lambda: saved.source if saved else _digest(hf) if terms.of_weights else ""
+        groups, lambda: saved.source if saved else _digest(hf) if settings.of_weights else ""
     )
-    scales = terms.expert_scales or ExpertScales(saved.expert_scales if saved else "shared")
+    scales = settings.expert_scales or ExpertScales(saved.expert_scales if saved else "shared")
     first = ExpertScales(saved.expert_scales) if saved else scales
     attached = attach_plan(
-        live, Asked(hf=hf, recipe=chosen, plan=plan, expert_scales=first, source=given)
+        live, ResolvedRecipe(hf=hf, recipe=chosen, plan=plan, expert_scales=first, source=given)
     )
     wanted = replace(attached, expert_scales=scales)
     together(groups, lambda: describe(wanted))
@@ -110,7 +110,7 @@ def _resolved(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ResolvedRecipe:
     """A recipe that is resolved for a model.
 
     source: digest of the Hugging Face checkpoint; empty where the weights are others.
@@ -125,7 +125,7 @@ class Asked:
 
 def attach_plan(
     live: LiveModel,
-    asked: Asked,
+    resolved: ResolvedRecipe,
     keep: Callable[[Sequence[QuantLayer]], None] | None = None,
 ) -> Quantized:
     """Attach the quantizers of a plan that is resolved already. Collective.
@@ -136,18 +136,18 @@ def attach_plan(
     """
 
     def attached() -> Quantized:
-        layers, cached = attach_model(live, asked.plan, asked.expert_scales)
+        layers, cached = attach_model(live, resolved.plan, resolved.expert_scales)
         if keep is not None:
             keep(layers)
         return Quantized(
             model=live,
-            hf=asked.hf,
-            recipe=asked.recipe,
-            plan=asked.plan,
-            expert_scales=asked.expert_scales,
+            hf=resolved.hf,
+            recipe=resolved.recipe,
+            plan=resolved.plan,
+            expert_scales=resolved.expert_scales,
             layers=tuple(layers),
             cached=tuple(cached),
-            source=asked.source,
+            source=resolved.source,
         )
 
     return together(live.groups, attached)

@@ -19,7 +19,7 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.errors import QuantError
 from megatron_quant.layers import ExpertScales, QuantLayer
 from megatron_quant.mcore.checkpoint import open_saved
-from megatron_quant.mcore.live import Terms, attach_recipe
+from megatron_quant.mcore.live import AttachSettings, attach_recipe
 from megatron_quant.mcore.model import start_distributed
 from megatron_quant.recipes import QuantPlan, Recipe
 
@@ -54,7 +54,9 @@ def prepare(
     groups = groups or start_distributed()
     together(groups, lambda: _check(model))
     saved = None if checkpoint is None else open_saved(Path(checkpoint), groups)
-    handle = attach_recipe(model, recipe, hf_model, groups, Terms(saved, expert_scales, _trainable))
+    handle = attach_recipe(
+        model, recipe, hf_model, groups, AttachSettings(saved, expert_scales, _trainable)
+    )
     if saved is None:
         _start_ranges(handle.layers, handle.plan, groups)
     return model

@@ -181,7 +181,7 @@ def test_quantize_resumes_and_refuses_another_calibration(
     assert str(died[1]) == "the process died"
     left = tree(out)
     assert left and all(name.endswith(".partial") for name in left)
-    other = quantize_argv(source, out, **{**CALIBRATED, "calib_size": 9}, resume=True)
+    other = quantize_argv(source, out, **{**CALIBRATED, "calib_size": 24}, resume=True)
     assert "holds an export with other calibrated scales" in message(ranks(4, command, *other))
     assert tree(out) == left
     assert [e.status for e in ranks(4, command, *argv, "--resume")] == [0] * 4

@@ -47,7 +47,7 @@ from megatron_quant.runs.destination import check_place, existing_of, verificati
 from megatron_quant.runs.phases import Quiet
 from megatron_quant.runs.saving import SavePlace, save_model
 from megatron_quant.runs.settings import Calibration, Serve, Write, parse_size
-from megatron_quant.streaming import PartSource, Producer
+from megatron_quant.streaming import PartSource, unscaled
 
 Chunks = nn.Module | Sequence[nn.Module]
 HFSource = str | Path | Mapping[str, Any]
@@ -214,13 +214,9 @@ def _describe(handle: Quantized, format: str, serve: Serve, shard_bytes: int) ->
     plan = plan_export(
         params, handle.plan, model.layout, StorageRules(dialect, dtype, shard_bytes, kept)
     )
-    made = _draft_producer(handle, source, dtype) if source and drafts else None
+    made = unscaled(PartSource(source, dtype), handle.plan) if source and drafts else None
     produce = producer(model, handle.layers, handle.cached, made)
     return _Described(plan, _files(handle, dialect, dtype, source), produce)
-
-
-def _draft_producer(handle: Quantized, source: Weights, dtype: torch.dtype) -> Producer:
-    return Producer(source=PartSource(source, dtype), quant=handle.plan, weight_amax={})
 
 
 def _files(
@@ -236,10 +232,7 @@ def _files(
 
 def _weights_beside(handle: Quantized) -> Weights | None:
     """Open the weights that the Hugging Face directory has; None where it has none."""
-    directory = handle.hf.directory
-    if directory is None or not any(directory.glob("*.safetensors")):
-        return None
-    return open_source(directory)
+    return open_source(handle.hf.weights) if handle.hf.weights else None
 
 
 def _draft_params(source: Weights | None) -> tuple[Param, ...]:

@@ -26,7 +26,6 @@ from megatron_quant.mcore.live import (
     ResolvedRecipe,
     attach_plan,
     calibrate_quantized,
-    describe,
     producer,
 )
 from megatron_quant.mcore.model import (
@@ -51,7 +50,7 @@ from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
 from megatron_quant.runs.saving import SavePlace, save_model
-from megatron_quant.streaming import PartSource, Producer
+from megatron_quant.streaming import PartSource, unscaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,20 +169,18 @@ def statistics(model: LiveModel) -> list[tuple[str, tuple[int, ...], float]]:
 
 def _attach(inputs: Inputs, model: LiveModel, saved: Saved | None) -> Quantized:
     job, kept = inputs.job, inputs.kept
-    handle = attach_plan(
+    return attach_plan(
         model,
         ResolvedRecipe(
             hf=HFModel(job.hf_config, job.source),
             recipe=job.recipe,
             plan=job.quant,
-            expert_scales=ExpertScales(saved.expert_scales if saved else job.expert_scales),
+            expert_scales=ExpertScales(job.expert_scales),
             source=inputs.origin.source,
         ),
+        saved,
         keep=None if kept is None else partial(keep_scales, model=model, checkpoint=kept),
     )
-    wanted = replace(handle, expert_scales=ExpertScales(job.expert_scales))
-    together(model.groups, lambda: describe(wanted))
-    return wanted.remember()
 
 
 def _calibrate(
@@ -220,4 +217,4 @@ def _drafts(job: Job) -> Produce | None:
     """Makes what no Megatron model has, layers for speculation, from the source's files."""
     if job.checkpoint is None:
         return None
-    return Producer(source=PartSource(job.checkpoint, job.dtype), quant=job.quant, weight_amax={})
+    return unscaled(PartSource(job.checkpoint, job.dtype), job.quant)

@@ -11,6 +11,7 @@ from .part_source import PartSource as PartSource
 from .part_source import scaled as scaled
 from .part_split import bounded_parts as bounded_parts
 from .produce import Producer as Producer
+from .produce import unscaled as unscaled
 from .scales import Sharing as Sharing
 from .scales import per_expert as per_expert
 from .scales import searched_amaxes as searched_amaxes
@@ -36,6 +37,7 @@ __all__ = [
     "shared_amaxes",
     "slot_amaxes",
     "static_inputs",
+    "unscaled",
     "watched",
     "write_amaxes",
 ]

@@ -48,3 +48,8 @@ class Producer:
         if weight_amax is None:  # else finding the amax has checked every weight
             check_finite(part, w)
         return encoded(part, w, weight_amax, self.input_amax.get(name), stat, scales)
+
+
+def unscaled(source: PartSource, quant: QuantPlan) -> Producer:
+    """Return a producer of parts that need no amax, as those of layers for speculation."""
+    return Producer(source=source, quant=quant, weight_amax={})

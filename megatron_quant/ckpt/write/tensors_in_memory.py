@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from math import prod
 
 import torch
 
@@ -10,8 +9,9 @@ from megatron_quant.ckpt.plan import ExportPlan, RankPart, StoredTensor
 from megatron_quant.ckpt.write.encode_part import Produced
 from megatron_quant.ckpt.write.rank_work import Produce
 from megatron_quant.dist import Groups, gather, together
+from megatron_quant.models import Box
 
-_Sent = tuple[str, tuple[slice, ...], torch.Tensor]
+_Sent = tuple[str, Box, torch.Tensor]
 """A file tensor's name, a box of it, and the bytes of that box, row-major."""
 
 
@@ -23,18 +23,19 @@ def in_memory(
     Ranks make what they own and exchange it, about ``max_bytes`` of tensors at a time. Raises what
     ``produce`` raises, on every rank alike.
     """
+    own_of: dict[StoredTensor, list[RankPart]] = {}
+    for part in plan.parts_of(groups.rank):
+        own_of.setdefault(part.target, []).append(part)
     for batch in _batches(plan.targets, max_bytes):
-        wanted = {id(target) for target in batch}
-        own = [part for part in plan.parts_of(groups.rank) if id(part.target) in wanted]
-
+        own = [part for target in batch for part in own_of.get(target, ())]
         whole = {
             entry.name: torch.empty(entry.shape, dtype=entry.dtype)
             for target in batch
             for entry in target.entries
         }
         for of_rank in gather(together(groups, partial(_made, own, produce)), groups):
-            for name, where, flat in of_rank:
-                held = whole[name][where]
+            for name, box, flat in of_rank:
+                held = whole[name][box.index]
                 held.copy_(flat.view(held.dtype).view(held.shape))
         yield from whole.items()
 
@@ -45,16 +46,15 @@ def _made(own: Sequence[RankPart], produce: Produce) -> list[_Sent]:
 
 def _sent(produced: Produced) -> _Sent:
     entry, box, values = produced
-    where = tuple(slice(at, at + size) for at, size in zip(box.start, box.size, strict=True))
     flat = values.contiguous().cpu().reshape(-1).view(torch.uint8)  # float8 has no pickle
-    return entry.name, where, flat
+    return entry.name, box, flat
 
 
 def _batches(targets: tuple[StoredTensor, ...], max_bytes: int) -> Iterator[list[StoredTensor]]:
     batch: list[StoredTensor] = []
     held = 0
     for target in targets:
-        size = sum(prod(entry.shape) * entry.dtype.itemsize for entry in target.entries)
+        size = sum(entry.nbytes for entry in target.entries)
         if batch and held + size > max_bytes:
             yield batch
             batch, held = [], 0

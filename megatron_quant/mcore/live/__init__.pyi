@@ -7,7 +7,6 @@ from .sequence import ResolvedRecipe as ResolvedRecipe
 from .sequence import attach_plan as attach_plan
 from .sequence import attach_recipe as attach_recipe
 from .sequence import calibrate_quantized as calibrate_quantized
-from .sequence import describe as describe
 
 __all__ = [
     "AttachSettings",
@@ -17,7 +16,6 @@ __all__ = [
     "attach_plan",
     "attach_recipe",
     "calibrate_quantized",
-    "describe",
     "producer",
     "quantized",
 ]

@@ -29,6 +29,12 @@ class HFModel:
     config: Mapping[str, Any]
     directory: Path | None = None
 
+    @property
+    def weights(self) -> Path | None:
+        """Return the directory where it has safetensors too; None where it has none."""
+        found = self.directory is not None and any(self.directory.glob("*.safetensors"))
+        return self.directory if found else None
+
 
 def read_hf_model(hf_model: str | Path | Mapping[str, Any]) -> HFModel:
     """Read ``hf_model``: a directory, a hub id, or the content of config.json.

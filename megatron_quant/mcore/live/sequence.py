@@ -72,16 +72,12 @@ def attach_recipe(
         groups, lambda: saved.source if saved else _digest(hf) if settings.of_weights else ""
     )
     scales = settings.expert_scales or ExpertScales(saved.expert_scales if saved else "shared")
-    first = ExpertScales(saved.expert_scales) if saved else scales
-    attached = attach_plan(
-        live, ResolvedRecipe(hf=hf, recipe=chosen, plan=plan, expert_scales=first, source=given)
-    )
-    wanted = replace(attached, expert_scales=scales)
-    together(groups, lambda: describe(wanted))
+    resolved = ResolvedRecipe(hf=hf, recipe=chosen, plan=plan, expert_scales=scales, source=given)
+    attached = attach_plan(live, resolved, saved)
     if saved is None:
-        return wanted.remember()
-    restore(live, wanted.layers, wanted.cached, plan, saved, scales)
-    return replace(wanted, stored=ranges_of(wanted.layers)).remember()
+        return attached
+    restore(live, attached.layers, attached.cached, plan, saved, scales)
+    return replace(attached, stored=ranges_of(attached.layers)).remember()
 
 
 def _loaded(recipe: str | Recipe) -> Recipe:
@@ -89,8 +85,7 @@ def _loaded(recipe: str | Recipe) -> Recipe:
 
 
 def _digest(hf: HFModel) -> str:
-    has_weights = hf.directory is not None and any(hf.directory.glob("*.safetensors"))
-    return source_digest(hf.directory) if has_weights and hf.directory else ""
+    return source_digest(hf.weights) if hf.weights else ""
 
 
 def _resolved(
@@ -113,7 +108,8 @@ def _resolved(
 class ResolvedRecipe:
     """A recipe that is resolved for a model.
 
-    source: digest of the Hugging Face checkpoint; empty where the weights are others.
+    expert_scales: those that the model is to have in the end. source: digest of the Hugging Face
+    checkpoint; empty where the weights are others.
     """
 
     hf: HFModel
@@ -126,20 +122,22 @@ class ResolvedRecipe:
 def attach_plan(
     live: LiveModel,
     resolved: ResolvedRecipe,
+    saved: Saved | None = None,
     keep: Callable[[Sequence[QuantLayer]], None] | None = None,
 ) -> Quantized:
-    """Attach the quantizers of a plan that is resolved already. Collective.
+    """Attach the quantizers of a plan that is resolved already, and describe them. Collective.
 
-    keep: gives the attached layers the scales of a
-    source that was quantized before. Raises CoverageError, on every rank, for a layer that cannot
-    carry what the plan asks of it.
+    saved: the checkpoint that will be restored into them; they take its experts' scales first.
+    keep: gives the attached layers the scales of a source that was quantized before. Raises
+    CoverageError, on every rank, for a layer that cannot carry what the plan asks of it.
     """
+    first = ExpertScales(saved.expert_scales) if saved else resolved.expert_scales
 
     def attached() -> Quantized:
-        layers, cached = attach_model(live, resolved.plan, resolved.expert_scales)
+        layers, cached = attach_model(live, resolved.plan, first)
         if keep is not None:
             keep(layers)
-        return Quantized(
+        handle = Quantized(
             model=live,
             hf=resolved.hf,
             recipe=resolved.recipe,
@@ -149,11 +147,13 @@ def attach_plan(
             cached=tuple(cached),
             source=resolved.source,
         )
+        _describe(handle)
+        return handle
 
-    return together(live.groups, attached)
+    return together(live.groups, attached).remember()
 
 
-def describe(quantized: Quantized) -> None:
+def _describe(quantized: Quantized) -> None:
     """Put what is quantized, and how, into the model's own sharded state dict."""
     about = describe_run(
         quantized.recipe, quantized.plan, quantized.expert_scales.value, quantized.source

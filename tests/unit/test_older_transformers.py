@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluation import activations
@@ -44,6 +43,8 @@ def test_modules_import_what_it_has() -> None:
 
 def test_evaluation_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    # Through the module that reads it: another import may have reloaded transformers (its own
+    # clear_import_cache does), and then this file's name is another module.
+    monkeypatch.setattr(activations.transformers, "__version__", "4.57.6")
     with pytest.raises(CheckpointError, match=r"transformers 4\.57\.6 does .* install .* 5\.0 or"):
         activations.saved_tags(torch.nn.Linear(2, 2))

@@ -1,21 +1,19 @@
 """Quantize activations in a transformers model, as an engine does with a linear's input.
 
 transformers fuses a layer's experts into 3-D parameters and calls ``linear`` on one expert's view.
-So there is no module per expert to replace. Every weight is recognized where it is used, by its
-address, inside ``torch.nn.functional.linear``.
+So there is no module per expert to replace. ``weight_inputs`` finds every weight where it is used.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import Format, fake_quant
+from megatron_quant.weight_inputs import Watched, WeightInputs
 
 _TAG_ROWS = 12
 """Rows of a tag: a conversion may cut a fused parameter into 2, 3 or 4 Hugging Face tensors."""
@@ -67,21 +65,29 @@ def saved_tags(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return reverted
 
 
-def linear_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Map Hugging Face module name to the 2-D view that ``linear`` multiplies for it.
+def _linears(model: PreTrainedModel) -> dict[str, tuple[str, int]]:
+    """Map Hugging Face module name to the parameter that holds its weight, and its place there.
 
     The names are those that ``save_pretrained`` writes. Members of a fused parameter (gate and up)
-    share one view.
+    share one weight.
     """
-    views = []
-    for parameter in model.parameters():
-        views.append(parameter.detach().unbind(0) if parameter.ndim == 3 else [parameter.detach()])
+    parameters = list(model.named_parameters())
     found = {}
     for name, tag in saved_tags(model).items():
         number, expert = divmod(int(tag.flatten()[0]), 2**16)
-        if views[number][expert].ndim == 2:
-            found[name.removesuffix(".weight")] = views[number][expert]
+        parameter, tensor = parameters[number]
+        if tensor.ndim in (2, 3):
+            found[name.removesuffix(".weight")] = parameter, expert
     return found
+
+
+def linear_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Map Hugging Face module name to the 2-D view that the model multiplies for it."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return {
+        module: parameters[name] if parameters[name].ndim == 2 else parameters[name][expert]
+        for module, (name, expert) in _linears(model).items()
+    }
 
 
 def _merge(module: str, one: Activations | None, two: Activations) -> Activations:
@@ -96,10 +102,10 @@ def _merge(module: str, one: Activations | None, two: Activations) -> Activation
     return max(one, two, key=lambda a: a.dscale or 0.0)
 
 
-class QuantizedInputs(TorchFunctionMode):
+class QuantizedInputs(WeightInputs):
     """A mode that fake-quantizes the inputs of a model's linears while it is entered.
 
-    The model must call ``linear`` on each weight (``experts_implementation="eager"``).
+    The model must multiply each weight where it lies (``experts_implementation="eager"``).
     :meth:`check` proves that it did.
 
     Args:
@@ -111,47 +117,42 @@ class QuantizedInputs(TorchFunctionMode):
     """
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Activations]) -> None:
-        super().__init__()
-        self._by_address: dict[int, Activations] = {}
-        self._parameters: dict[int, str] = {}
+        self._by_key: dict[str, Activations] = {}
         self._used: set[str] = set()
-        weights = linear_weights(model)
+        self._watched: dict[str, Watched] = {}
+        linears, parameters = _linears(model), dict(model.named_parameters())
         for module, activations in inputs.items():
-            if module not in weights:
+            if module not in linears:
                 raise CheckpointError(
                     f"{module}: transformers' {type(model).__name__} has no such linear, whose "
                     "inputs could be quantized; quantize with --eval-text instead"
                 )
-            address = weights[module].data_ptr()
-            merged = _merge(module, self._by_address.get(address), activations)
-            self._by_address[address] = merged
-        self._name_parameters(model.named_parameters())
+            name, expert = linears[module]
+            key = _key(name, expert)
+            self._by_key[key] = _merge(module, self._by_key.get(key), activations)
+            self._watched[name] = _watched(name, parameters[name].detach())
+        super().__init__(self._watched.values(), self._quantize)
 
-    def _name_parameters(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        for name, parameter in parameters:
-            views = parameter.unbind(0) if parameter.ndim == 3 else [parameter]
-            for view in views:
-                if view.data_ptr() in self._by_address:
-                    self._parameters[view.data_ptr()] = name
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.linear:
-            return func(*args, **kwargs)
-        x_TK, weight_NK, *rest = args
-        address = weight_NK.data_ptr()
-        activations = self._by_address.get(address)
+    def _quantize(self, key: str, x: torch.Tensor) -> torch.Tensor | None:
+        activations = self._by_key.get(key)
         if activations is None:
-            return func(*args, **kwargs)
-        self._used.add(self._parameters[address])
-        return func(activations.apply(x_TK), weight_NK, *rest, **kwargs)
+            return None
+        self._used.add(key)
+        return activations.apply(x)
 
     def check(self) -> None:
         """Raise AssertionError where a parameter's input went by unquantized. Call after a forward.
 
         An expert may have no token: one expert of a fused parameter is enough.
         """
-        missed = set(self._parameters.values()) - self._used
+        missed = {name for name, w in self._watched.items() if not self._used & set(w.keys)}
         assert not missed, f"activations not quantized: {sorted(missed)[:3]}"
+
+
+def _key(parameter: str, expert: int) -> str:
+    return f"{parameter} {expert}"
+
+
+def _watched(name: str, parameter: torch.Tensor) -> Watched:
+    experts = len(parameter) if parameter.ndim == 3 else 1
+    return Watched(parameter, tuple(_key(name, expert) for expert in range(experts)))

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from megatron_quant.errors import CalibrationError, CheckpointError
 from megatron_quant.models import Parallel, Param, decoder_of
-from megatron_quant.streaming.observe import Watched
+from megatron_quant.weight_inputs import Watched
 
 _STACK = re.compile(r"(.*\.)?experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
 _EXPERT = re.compile(r"(.*\.)?experts\.(\d+)\.(\w+)\.weight")

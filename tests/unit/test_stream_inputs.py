@@ -27,7 +27,8 @@ from megatron_quant.runs.file_to_file import stream_files as stream
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.streaming import inputs
 from megatron_quant.streaming.inputs import InputAmaxes
-from megatron_quant.streaming.observe import Watched, WeightInputAmax
+from megatron_quant.streaming.observe import WeightInputAmax
+from megatron_quant.weight_inputs import Watched
 from tests.dist import checkpoints
 from tests.dist.command import command
 from tests.unit import hf_models, sources

@@ -1,0 +1,109 @@
+"""Find the inputs of weights in a forward, by the weight that they are multiplied with.
+
+A dispatch mode sees every matrix product. A factor that lies in a watched parameter is a weight.
+Where the parameter is a stack of experts, its offset tells the expert. The other factor is its
+input. So no module is replaced and no weight changed, however the model's code spells its linears.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OnInput = Callable[[str, torch.Tensor], torch.Tensor | None]
+
+_FACTORS: dict[Callable[..., Any], tuple[int, int]] = {
+    torch.ops.aten.mm.default: (0, 1),
+    torch.ops.aten.addmm.default: (1, 2),
+    torch.ops.aten.bmm.default: (0, 1),
+    torch.ops.aten.baddbmm.default: (1, 2),
+}
+"""Product -> indices of the two arguments that it multiplies."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A parameter: one weight [N, K], or a stack of them whose first dim tells ``keys`` apart."""
+
+    parameter: torch.Tensor
+    keys: tuple[str, ...]
+
+
+class WeightInputs(TorchDispatchMode):
+    """A mode that hands the inputs of watched weights to a function while it is entered.
+
+    Args:
+        watched: Parameters that hold the weights. Each must start at an address of its own.
+        on_input: Called with a weight's key and an input [T, K] of it, T > 0, in every product. A
+            stack's expert may get rows of zeros for tokens that go to other experts. The function
+            returns None, or the tensor of the same shape and dtype that is multiplied in its place.
+            What it computes is not observed.
+    """
+
+    def __init__(self, watched: Iterable[Watched], on_input: OnInput) -> None:
+        super().__init__()
+        self._on_input = on_input
+        self._by_storage: dict[int, list[Watched]] = {}
+        for w in sorted(watched, key=_offset):
+            self._by_storage.setdefault(_storage(w.parameter), []).append(w)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Look at the factors of a product, and compute it."""
+        at = _FACTORS.get(func)
+        if at is None:
+            with self:  # in inference mode, linear and matmul arrive before they are mm
+                found = func.decompose(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if found is NotImplemented else found
+        left, right = (args[i] for i in at)
+        changed = list(args)
+        changed[at[0]] = self._seen(left, right)
+        changed[at[1]] = self._seen(right.mT, left).mT
+        return func(*changed, **(kwargs or {}))
+
+    def _seen(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Hand over ``x`` where ``w`` is a watched weight, or several; return what replaces it."""
+        watched = self._find(w)
+        if watched is None or not x.numel():
+            return x
+        parameter, keys = watched.parameter, watched.keys
+        each = parameter.numel() // len(keys)
+        first = (w.storage_offset() - parameter.storage_offset()) // each
+        count = max(w.numel() // each, 1)
+        parts = [x] if count == 1 else list(x.unbind(0))
+        assert len(parts) == count, (x.shape, w.shape, keys[0])
+        found = [
+            self._on_input(key, part)
+            for key, part in zip(keys[first : first + count], parts, strict=True)
+        ]
+        if all(new is None for new in found):
+            return x
+        new = [old if part is None else part for old, part in zip(parts, found, strict=True)]
+        return new[0] if count == 1 else torch.stack(new)
+
+    def _find(self, w: torch.Tensor) -> Watched | None:
+        """Return the parameter of ``w``'s storage that starts last before it, and reaches it."""
+        at = self._by_storage.get(_storage(w))
+        if at is None:
+            return None
+        index = bisect_right(at, w.storage_offset(), key=_offset) - 1
+        found = at[index] if index >= 0 else None
+        if found is None or w.storage_offset() >= _offset(found) + found.parameter.numel():
+            return None
+        return found
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _offset(watched: Watched) -> int:
+    return int(watched.parameter.storage_offset())

@@ -3,6 +3,7 @@ from .dist import Groups as Groups
 from .errors import QuantError as QuantError
 from .mcore.live import Quantized as Quantized
 from .mcore.live import quantized as quantized
+from .mcore.live import update as update
 from .recipes import Recipe as Recipe
 from .recipes import load_recipe as load_recipe
 from .runs import Calibration as Calibration
@@ -43,6 +44,7 @@ __all__ = [
     "restore",
     "save",
     "stream",
+    "update",
     "use_cpu",
     "verify",
 ]

@@ -106,10 +106,12 @@ def calibrate(
     return CalibrationReport(weights, inputs, counts, cold)
 
 
-def calibrate_weights(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
+def calibrate_weights(
+    layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups
+) -> dict[str, float]:
     """Fill the quantizers of weights, which needs no data; those of inputs stay untouched.
 
-    Every rank of ``groups`` calls it.
+    Every rank of ``groups`` calls it. Returns the amax of each weight alone, by slot name.
 
     Args:
         layers: This rank's layers of the plan.
@@ -119,8 +121,10 @@ def calibrate_weights(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Gro
     Raises:
         CalibrationError: On every rank alike, for a weight that is not finite.
     """
-    _load_weights(layers, plan, _merge_weights(layers, plan, groups))
+    weights = _merge_weights(layers, plan, groups)
+    _load_weights(layers, plan, weights)
     find_scales(layers, plan, groups)
+    return weights
 
 
 def _merge_weights(

@@ -167,6 +167,11 @@ class QuantLayer:
         """Have the weights rounded onto ``grid``."""
         set_grid(self.weight_quantizer, grid)
 
+    @property
+    def keeps_scales(self) -> bool:
+        """Return whether the weights are rounded onto the grid of a source."""
+        return grid_of(self.weight_quantizer) is not None
+
     def scales(self, index: int, region: Region) -> dict[str, torch.Tensor] | None:
         """Scales that a region of the ``index``-th weight keeps; None where it keeps none."""
         grid = grid_of(self.weight_quantizer)

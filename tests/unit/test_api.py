@@ -23,6 +23,7 @@ SIGNATURES = {
     "restore": "model, directory, *, hf_model, groups",
     "save": "model, directory",
     "stream": "source, recipe, out, *, calibration, format, serve, write, groups, phases, **flags",
+    "update": "model",
     "use_cpu": "",
     "verify": "out, *, against",
 }

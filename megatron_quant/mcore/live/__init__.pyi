@@ -7,6 +7,7 @@ from .sequence import ResolvedRecipe as ResolvedRecipe
 from .sequence import attach_plan as attach_plan
 from .sequence import attach_recipe as attach_recipe
 from .sequence import calibrate_quantized as calibrate_quantized
+from .sequence import update as update
 
 __all__ = [
     "AttachSettings",
@@ -18,4 +19,5 @@ __all__ = [
     "calibrate_quantized",
     "producer",
     "quantized",
+    "update",
 ]

@@ -116,10 +116,11 @@ class Quantized:
 def quantized(model: nn.Module | Sequence[nn.Module] | Quantized) -> Quantized:
     """Return the handle of a model that was given quantizers, whatever wraps it since.
 
-    model: the model, or the list of its chunks. Raises QuantError where it has no quantizers.
+    model: the model, or the list of its chunks; of an older handle of it, the newest. Raises
+    QuantError where it has no quantizers.
     """
     if isinstance(model, Quantized):
-        return model
+        return _handle_of(model.model.chunks) or model
     found = _handle_of(model)
     if found is None:
         name = type(model[0] if isinstance(model, Sequence) else model).__name__

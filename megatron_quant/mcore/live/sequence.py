@@ -11,16 +11,23 @@ from megatron_quant.calib import (
     InputRules,
     calibrate,
     calibrate_kv_cache,
+    calibrate_weights,
     ranges_of,
     run_rest,
     watch,
 )
 from megatron_quant.ckpt.plan import slots, source_digest
 from megatron_quant.dist import Groups, together
-from megatron_quant.errors import RecipeError
+from megatron_quant.errors import CalibrationError, RecipeError
 from megatron_quant.layers import ExpertScales, QuantLayer
 from megatron_quant.mcore.checkpoint import Saved, describe_model, describe_run, restore
-from megatron_quant.mcore.live.handle import HFModel, Quantized, check_unquantized, read_hf_model
+from megatron_quant.mcore.live.handle import (
+    HFModel,
+    Quantized,
+    check_unquantized,
+    quantized,
+    read_hf_model,
+)
 from megatron_quant.mcore.model import LiveModel, attach_model, wrap_model
 from megatron_quant.models import lookup
 from megatron_quant.recipes import QuantPlan, Recipe, difference, load_recipe, resolve
@@ -153,16 +160,14 @@ def attach_plan(
     return together(live.groups, attached).remember()
 
 
-def _describe(quantized: Quantized) -> None:
+def _describe(handle: Quantized) -> None:
     """Put what is quantized, and how, into the model's own sharded state dict."""
-    about = describe_run(
-        quantized.recipe, quantized.plan, quantized.expert_scales.value, quantized.source
-    )
-    describe_model(quantized.model, about, quantized.layers)
+    about = describe_run(handle.recipe, handle.plan, handle.expert_scales.value, handle.source)
+    describe_model(handle.model, about, handle.layers)
 
 
 def calibrate_quantized(
-    quantized: Quantized,
+    handle: Quantized,
     forwards: Iterable[Callable[[], object]] = (),
     rules: InputRules = _RULES,
 ) -> Quantized:
@@ -171,15 +176,46 @@ def calibrate_quantized(
     forwards: each runs calibration data through the model; all are run where the KV cache or any
     input has a static scale. Raises CalibrationError, on every rank alike.
     """
-    live, steps = quantized.model, iter(forwards)
-    with watch(quantized.cached) as seen:
+    live, steps = handle.model, iter(forwards)
+    with watch(handle.cached) as seen:
         report = calibrate(
-            quantized.layers,
-            quantized.plan,
+            handle.layers,
+            handle.plan,
             live.groups,
             steps,
             replace(rules, token_replicas=live.layout.etp_size),
         )
-        run_rest(quantized.layers, steps)
-    found = calibrate_kv_cache(quantized.cached, quantized.plan, live.groups, seen)
-    return replace(quantized, report=report, kv_amax=found).remember()
+        run_rest(handle.layers, steps)
+    found = calibrate_kv_cache(handle.cached, handle.plan, live.groups, seen)
+    return replace(handle, report=report, kv_amax=found).remember()
+
+
+def update(model: Quantized | nn.Module | Sequence[nn.Module]) -> Quantized:
+    """Give the quantizers of weights the scales of the weights as they are now. Collective.
+
+    For a model that was trained, or given other weights, since it was quantized. No forward runs:
+    scales of inputs and of the KV cache stay. Whatever the recipe searches is searched again.
+
+    model: the handle, or the model itself, wrapped or not. Returns the handle, which
+    :func:`quantized` finds from now on. Raises CalibrationError, on every rank alike, for a weight
+    that is not finite, and for a model that keeps the scales of a source that was quantized before.
+    """
+    handle = quantized(model)
+    groups = handle.model.groups
+    together(groups, lambda: _check_own_scales(handle.layers))
+    found = calibrate_weights(handle.layers, handle.plan, groups)
+    report = replace(handle.report, weight_amax=found) if handle.report else None
+    stored = ranges_of(handle.layers) if handle.stored else ()
+    # The weights are no longer those of the Hugging Face checkpoint: its digest goes.
+    updated = replace(handle, report=report, source="", stored=stored)
+    together(groups, lambda: _describe(updated))
+    return updated.remember()
+
+
+def _check_own_scales(layers: Sequence[QuantLayer]) -> None:
+    for layer in layers:
+        if layer.keeps_scales:
+            raise CalibrationError(
+                f"{layer.name} keeps the scales of its source (--keep-scales), which no new "
+                "weights change: quantize without them"
+            )

@@ -114,4 +114,12 @@ def test_shared_exponents_in_their_own_dtype(tmp_path, weights, source, choice) 
 
     exported.edit(directory, spoil)
     (problem,) = verify(directory, source).problems
-    assert problem == f"{OUT}.weight_scale: holds NaN or infinity"
+    nan = f"{OUT}.weight_scale: holds the E8M0 code 255, which is NaN and no scale"
+    assert problem == nan
+
+    def as_bytes(tensors: exported.Tensors) -> None:
+        for name in [n for n in tensors if n.endswith("weight_scale")]:
+            tensors[name] = tensors[name].view(torch.uint8)
+
+    exported.edit(directory, as_bytes)
+    assert verify(directory, source).problems == (nan,)

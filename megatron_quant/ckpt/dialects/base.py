@@ -91,13 +91,16 @@ class Stored:
     def fits(self, dtype: torch.dtype, on_disk: tuple[int, ...], shape: tuple[int, int]) -> bool:
         """Whether a tensor of this dtype and shape on disk may store it, for a weight of ``shape``.
 
-        Scales of one number may have any float dtype and shape, E8M0 its own dtype or uint8.
+        Scales of one number may have any float dtype and shape. E8M0 may have its own dtype, for
+        uint8 and for fp32, which holds its powers of two.
         """
         dtypes = (self.dtype, *self.also)
         if self.block == _SCALAR and self.field != SHAPE:
             return prod(on_disk) == 1 and dtype in (*dtypes, *FLOATS)
-        same_bytes = dtype == torch.float8_e8m0fnu and torch.uint8 in dtypes
-        return on_disk == self.shape(*shape) and (dtype in dtypes or same_bytes)
+        e8m0 = dtype == torch.float8_e8m0fnu and (
+            torch.uint8 in dtypes or (self.field == "scale" and self.dtype == torch.float32)
+        )
+        return on_disk == self.shape(*shape) and (dtype in dtypes or e8m0)
 
     def constant(self, rows: int, cols: int) -> torch.Tensor:
         """Return the tensor made of ``SHAPE`` for ``rows`` x ``cols``; do not write to it."""

@@ -20,6 +20,8 @@ from .scale_keeping import check_fused as check_fused
 from .scale_keeping import check_shared as check_shared
 from .scale_keeping import keeping as keeping
 from .scale_keeping import kept_scales as kept_scales
+from .shared_exponents import is_e8m0 as is_e8m0
+from .shared_exponents import nan_of_e8m0 as nan_of_e8m0
 
 __all__ = [
     "GROUP_INDEX",
@@ -33,11 +35,13 @@ __all__ = [
     "check_shared",
     "fill",
     "is_buffer",
+    "is_e8m0",
     "keeping",
     "kept_dtypes",
     "kept_scales",
     "logical",
     "matrices",
+    "nan_of_e8m0",
     "open_directory",
     "open_original",
     "open_source",

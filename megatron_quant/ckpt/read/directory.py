@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_quant import documents
+from megatron_quant.ckpt.read.published import published_names
 from megatron_quant.ckpt.storage import (
     INDEX,
     WEIGHTS,
@@ -80,7 +81,8 @@ class Checkpoint(Listed):
     """An open checkpoint directory: its config, and where each tensor lies.
 
     config: content of config.json. tensors, entries: by name. files: of the directory.
-    unread: its safetensors files none of whose tensors are among these.
+    unread: its safetensors files none of whose tensors are among these. is_bare: whether its files
+    name the tensors without the ``model.`` that they have here.
     """
 
     path: Path
@@ -89,6 +91,7 @@ class Checkpoint(Listed):
     entries: dict[str, TensorEntry] = field(repr=False)
     files: MappedFiles = field(repr=False)
     unread: tuple[str, ...] = ()
+    is_bare: bool = False
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """Read ``box`` of tensor ``name``, in its stored dtype; read nothing else."""
@@ -186,6 +189,13 @@ def _check_tensor(
         packed = [n for n in beside(tensors, module) if n.rpartition(".")[2] in _PACKED]
         if packed:
             raise _packed_unsaid(path, packed[0])
+        if name == "lm_head.weight":
+            raise CheckpointError(
+                f"{path}: tensor {name} is missing, and tie_word_embeddings in config.json does "
+                "not say that the embedding takes its place: save the model with its head (of "
+                "transformers a ...ForCausalLM, not a bare ...Model), fetch the checkpoint again, "
+                "or correct config.json"
+            )
         raise CheckpointError(
             f"{path}: tensor {name} is missing; fetch the checkpoint again, or correct config.json"
         )
@@ -235,7 +245,7 @@ def fill(local: torch.Tensor, copies: Sequence[Copy], checkpoint: Weights) -> No
 
 
 def open_directory(path: Path) -> Checkpoint:
-    """Open a checkpoint of whatever dtypes, quantized ones included.
+    """Open a checkpoint of whatever dtypes, quantized ones included, by its published names.
 
     Raises CheckpointError where the directory, its config or its weights are missing, pickled,
     truncated or inconsistent.
@@ -253,6 +263,8 @@ def open_directory(path: Path) -> Checkpoint:
                 f"{path / file}: tensor {name} is missing, though {INDEX} names it; "
                 "fetch the checkpoint again"
             )
+    published = published_names(entries, config)
+    entries = {published.get(name, name): entry for name, entry in entries.items()}
     tensors = {name: TensorInfo(e.dtype, e.shape, e.file) for name, e in entries.items()}
     check_counts(config, (info.shape for info in tensors.values()))
     return Checkpoint(
@@ -262,6 +274,7 @@ def open_directory(path: Path) -> Checkpoint:
         entries=entries,
         files=MappedFiles(path),
         unread=unread,
+        is_bare=bool(published),
     )
 
 

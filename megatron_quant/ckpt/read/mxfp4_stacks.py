@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_quant.ckpt.read.directory import PLAIN_DTYPES, Checkpoint, Listed, TensorInfo
+from megatron_quant.ckpt.read.shared_exponents import check_e8m0
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode, get_format
 from megatron_quant.models import Box
@@ -65,9 +66,10 @@ class ExpertStacks(Listed):
         start, size = (expert, rows.start, first), (1, rows.size, count)
         blocks = self._files.read(f"{stack}_blocks", Box((*start, 0), (*size, _GROUP // 2)))
         scales = self._files.read(f"{stack}_scales", Box(start, size))
+        check_e8m0(self.path, f"{stack}_scales", scales)
         fields = {
             "elements": rows.own(blocks[0]).flatten(1).contiguous(),
-            "scale": rows.own(scales[0]).contiguous(),
+            "scale": rows.own(scales[0]).contiguous().view(torch.uint8),
         }
         w_NK = decode(fields, get_format("mxfp4"), torch.float32)
         skipped = box.start[1] - first * _GROUP
@@ -112,7 +114,10 @@ class ExpertStacks(Listed):
                 f"{self.path}: {stack}_blocks is {blocks.dtype} {list(shape)}, not uint8 [experts, "
                 f"rows, groups of {_GROUP}, {_GROUP // 2}]; fetch the checkpoint again"
             )
-        wanted = {"scales": ((torch.uint8,), shape[:3]), "bias": (PLAIN_DTYPES, shape[:2])}
+        wanted = {
+            "scales": ((torch.uint8, torch.float8_e8m0fnu), shape[:3]),
+            "bias": (PLAIN_DTYPES, shape[:2]),
+        }
         for suffix, (dtypes, expected) in wanted.items():
             info = self._files.tensors.get(f"{stack}_{suffix}")
             if info is None and suffix == "bias":

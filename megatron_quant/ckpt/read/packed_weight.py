@@ -24,6 +24,7 @@ from megatron_quant.ckpt.dialects import (
 )
 from megatron_quant.ckpt.read.directory import PLAIN_DTYPES, beside
 from megatron_quant.ckpt.read.read_once import Files
+from megatron_quant.ckpt.read.shared_exponents import check_e8m0, is_e8m0
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import Format, decode, lost, lost_between, regrouped
 from megatron_quant.models import Box, whole
@@ -157,7 +158,7 @@ class Packed:
         name = f"{self.module}.{stored.suffix}"
         info = self.files.tensors[name]
         if stored.block == _SCALAR:
-            value = self.files.read(name, whole(info.shape))
+            value = self._numbers(stored, name, self.files.read(name, whole(info.shape)))
             return stored.from_disk(value.float().reshape(stored.scalar_shape))
         extents = zip(box.start, box.size, stored.block, self.shape, strict=True)
         rows, cols = (_cells(o, n, b or length) for o, n, b, length in extents)
@@ -167,8 +168,14 @@ class Packed:
             stored.on_disk((rows[0], cols[0]), 0),
             stored.on_disk((rows[1] - rows[0], cols[1] - cols[0]), 1),
         )
-        part = self.files.read(name, where)
-        return stored.from_disk(part.view(torch.uint8) if _is_e8m0(part) else part)
+        return stored.from_disk(self._numbers(stored, name, self.files.read(name, where)))
+
+    def _numbers(self, stored: Stored, name: str, part: Tensor) -> Tensor:
+        """Return ``part`` as its field holds it: E8M0 as codes, or as fp32 where that is stored."""
+        if not is_e8m0(part, self.fmt, stored.field):
+            return part
+        check_e8m0(self.files.path, name, part)
+        return part.float() if stored.dtype.is_floating_point else part.view(torch.uint8)
 
     def _per_column(self, fields: Mapping[str, Tensor], box: Box) -> dict[str, Tensor]:
         elements = self.fmt.fields[0].name
@@ -276,10 +283,6 @@ def _check_form(
 
 def _cells(start: int, size: int, block: int) -> _Span:
     return start // block, -(-(start + size) // block)
-
-
-def _is_e8m0(part: Tensor) -> bool:
-    return part.dtype == torch.float8_e8m0fnu
 
 
 def _within(start: int, size: int, outer: int, block: int, length: int) -> slice:

@@ -33,6 +33,7 @@ from megatron_quant.ckpt.read.packed_weight import (
     open_packed,
     with_scale_dtype,
 )
+from megatron_quant.ckpt.read.published import PREFIX
 from megatron_quant.ckpt.read.read_once import Files, ReadOnce
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.models import Box, Param, table_names, whole
@@ -267,7 +268,25 @@ def _read_modules(
     if dialect.by_tensors:
         modules = tuple(m for m in modules if not _is_plain(files.tensors.get(f"{m}.weight")))
     found = dialect.read_config(quantization, modules)
+    if files.is_bare:
+        _check_names(files, found, dialect.read_config(quantization, tuple(map(_bare, modules))))
     return {m: _as_found(files, dialect, m, fmt) for m, fmt in found.items()}
+
+
+def _bare(module: str) -> str:
+    return module.removeprefix(PREFIX)
+
+
+def _check_names(
+    files: Checkpoint, found: Mapping[str, ModuleFormat], as_stored: Mapping[str, ModuleFormat]
+) -> None:
+    """Raise CheckpointError where a config means other modules by the names in the files."""
+    if {_bare(module): fmt for module, fmt in found.items()} != dict(as_stored):
+        raise CheckpointError(
+            f"{files.path}: names of tensors lack {PREFIX!r} (a bare ...Model was saved), and "
+            "quantization_config lists modules by name: put it before the names in both, all but "
+            "lm_head"
+        )
 
 
 def _is_plain(info: TensorInfo | None) -> bool:

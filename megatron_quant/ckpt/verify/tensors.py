@@ -7,8 +7,16 @@ import torch
 
 from megatron_quant.ckpt.dialects import INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
 from megatron_quant.ckpt.plan import slots
-from megatron_quant.ckpt.read import GROUP_INDEX, PLAIN_DTYPES, QuantizedCheckpoint, ReadOnce
+from megatron_quant.ckpt.read import (
+    GROUP_INDEX,
+    PLAIN_DTYPES,
+    QuantizedCheckpoint,
+    ReadOnce,
+    is_e8m0,
+    nan_of_e8m0,
+)
 from megatron_quant.errors import CheckpointError
+from megatron_quant.formats import Format
 from megatron_quant.models import Param, Source
 from megatron_quant.native import library
 from megatron_quant.recipes import attention_of
@@ -134,7 +142,8 @@ def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOn
             if not torch.equal(found.to(meant.dtype), meant):
                 problems.append(f"{name}: is not what shape {list(source.shape)} means")
         elif stored is not elements:
-            problems += _scale_problems(name, held.raw(name))
+            fmt = checkpoint.modules[source.module].weights
+            problems += _scale_problems(name, held.raw(name), fmt, stored.field)
     return problems
 
 
@@ -160,7 +169,12 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.float().isfinite().all())
 
 
-def _scale_problems(name: str, tensor: torch.Tensor) -> list[str]:
+def _scale_problems(
+    name: str, tensor: torch.Tensor, fmt: Format | None = None, field: str = ""
+) -> list[str]:
+    if is_e8m0(tensor, fmt, field):
+        fault = nan_of_e8m0(name, tensor)
+        return [fault] if fault else []
     if _is_sound(tensor):
         return []
     problems = _finite_problems(name, tensor)

@@ -90,6 +90,8 @@ def calibrate(
         CalibrationError: On every rank alike, for a weight or input that is not finite, a layer
             that no token reached, or a cold expert.
     """
+    if plan.weighs_inputs:
+        raise CalibrationError("algorithms imatrix and gptq are not there yet; take max or mse")
     weights = _merge_weights(layers, plan, groups)
     clips = rules.act_percentile < 100
     with histograms(layers if clips else ()) as seen:

@@ -75,7 +75,7 @@ def search_blocks(held: Sequence[RegionStat], groups: Groups) -> None:
 
 
 def _tried(layer: QuantLayer) -> Sequence[float]:
-    return MULTIPLIERS[layer.decisions[0].algorithm]
+    return MULTIPLIERS[layer.decisions[0].search]
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,7 +104,8 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weight-only",
         action="store_true",
-        help="quantize no activations, whatever the recipe says; needs no forward",
+        help="quantize no activations, whatever the recipe says; needs no forward, unless the "
+        "algorithm is imatrix or gptq",
     )
     group.add_argument(
         "--keep-scales",
@@ -134,9 +135,20 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--algorithm",
-        choices=("max", "mse"),
-        help="how the scales of weights are found, in place of what the recipe says: max takes the "
-        "largest magnitude, mse searches the scale of least squared error",
+        choices=("max", "mse", "imatrix", "gptq"),
+        help="how weights are quantized, in place of what the recipe says. max: the largest "
+        "magnitude makes the scale. mse: searches the scale of least squared error; needs no data, "
+        "and may do harm at 4 bits where inputs have outliers. imatrix: the same search, each "
+        "column weighted by the squares of its calibrated inputs. gptq: imatrix's scales, then "
+        "columns are rounded one after another, each making up for the errors of those before; "
+        "loses least, takes the most time and memory",
+    )
+    group.add_argument(
+        "--damp",
+        type=float,
+        metavar="D",
+        help="of gptq: the part of the mean diagonal of the inputs' second moment that is added to "
+        "it, above 0 and at most 1 (default 0.01, for nvfp4 0.05); more trusts the data less",
     )
     group.add_argument(
         "--act-percentile",

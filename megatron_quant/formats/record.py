@@ -95,7 +95,7 @@ class Format:
         group_sizes: Sizes that a recipe may choose and engines read; empty where there is one.
         inputs: Formats that the inputs of such weights may have, None for weight-only; empty for a
             format that no recipe may choose for weights.
-        algorithms: Ways to find the scales of such weights, keys of ``schema.ALGORITHMS``.
+        algorithms: Ways to quantize such weights, keys of ``schema.ALGORITHMS``.
     """
 
     name: str

@@ -33,6 +33,8 @@ def _rule(rule: Rule) -> dict[str, Any]:
         document["inputs"] = _format(rule.inputs)
     if rule.algorithm != "max":
         document["algorithm"] = rule.algorithm
+    if rule.damp is not None:
+        document["damp"] = rule.damp
     return document
 
 

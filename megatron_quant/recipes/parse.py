@@ -15,7 +15,7 @@ from megatron_quant.recipes.schema import (
 )
 
 _TOP = ("description", "rules", "kv_cache")
-_RULE = ("quantize", "exclude", "weights", "inputs", "algorithm")
+_RULE = ("quantize", "exclude", "weights", "inputs", "algorithm", "damp")
 
 
 def parse_recipe(name: str, document: Any) -> Recipe:
@@ -49,7 +49,7 @@ def _parse_rule(value: Any, where: str) -> Rule:
     if "exclude" in rule:
         if len(rule) > 1:
             raise RecipeError(
-                f"{where}: weights, inputs and algorithm belong to quantize, not to exclude"
+                f"{where}: weights, inputs, algorithm and damp belong to quantize, not to exclude"
             )
         return Rule(patterns=_parse_patterns(rule["exclude"], f"{where}, exclude"))
     if "weights" not in rule:
@@ -59,7 +59,8 @@ def _parse_rule(value: Any, where: str) -> Rule:
     inputs = None
     if rule.get("inputs") is not None:
         inputs = _parse_format(rule["inputs"], f"{where}, inputs")
-    return checked_rule(patterns, weights, inputs, where, rule.get("algorithm", "max"))
+    algorithm, damp = rule.get("algorithm", "max"), rule.get("damp")
+    return checked_rule(patterns, weights, inputs, where, algorithm, damp)
 
 
 def _parse_patterns(value: Any, where: str) -> tuple[str, ...]:

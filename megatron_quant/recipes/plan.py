@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_quant.formats import Format
+from megatron_quant.recipes.schema import ROUNDING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class Decision:
         rule: Label of the rule, as the coverage audit prints it.
         weights: Format of the weight; None to leave it alone.
         inputs: Format of the activations that the weight multiplies; None for weight-only.
-        algorithm: How the weight's scales are found, one of ``schema.ALGORITHMS``.
+        algorithm: How the weight is quantized, one of ``schema.ALGORITHMS``.
+        damp: That of algorithm gptq; the format's default where None.
     """
 
     slot: Slot
@@ -57,6 +59,7 @@ class Decision:
     weights: Format | None = None
     inputs: Format | None = None
     algorithm: str = "max"
+    damp: float | None = None
 
     @property
     def quantized(self) -> bool:
@@ -64,14 +67,32 @@ class Decision:
         return self.weights is not None
 
     @property
+    def search(self) -> str:
+        """Return the search that chooses scales, a key of ``formats.MULTIPLIERS``; or empty."""
+        name = "mse" if self.algorithm in ("imatrix", ROUNDING) else self.algorithm
+        searched = self.weights is not None and name in self.weights.algorithms
+        return name if searched and name != "max" else ""
+
+    @property
     def searches_tensor(self) -> bool:
         """Return whether a search chooses the scale of a tensor that has no blocks."""
-        return self.algorithm == "mse" and self.quantized and not self._has_blocks
+        return bool(self.search) and not self._has_blocks
 
     @property
     def searches_blocks(self) -> bool:
         """Return whether a search chooses the scale of each block."""
-        return self.algorithm != "max" and self._has_blocks
+        return bool(self.search) and self._has_blocks
+
+    @property
+    def weighted(self) -> bool:
+        """Return whether that search weighs each column by the squares of its inputs."""
+        by_inputs = self.algorithm in ("imatrix", ROUNDING)
+        return by_inputs and self.weights is not None and "imatrix" in self.weights.algorithms
+
+    @property
+    def rounds(self) -> bool:
+        """Return whether codes are chosen by the second moment of the inputs (gptq)."""
+        return self.algorithm == ROUNDING
 
     @property
     def _has_blocks(self) -> bool:
@@ -105,9 +126,14 @@ class QuantPlan:
 
     @property
     def needs_data(self) -> bool:
-        """Return whether a scale of inputs, keys or values is found by running data."""
+        """Return whether anything about inputs, keys or values is found by running data."""
         static = any(d.inputs is not None and d.inputs.tensor_scale for d in self.quantized)
-        return static or self.kv_cache == "fp8"
+        return static or self.weighs_inputs or self.kv_cache == "fp8"
+
+    @property
+    def weighs_inputs(self) -> bool:
+        """Return whether weights are quantized by the squares or products of their inputs."""
+        return any(d.weighted or d.rounds for d in self.quantized)
 
 
 def difference(a: QuantPlan, b: QuantPlan) -> str:
@@ -115,6 +141,7 @@ def difference(a: QuantPlan, b: QuantPlan) -> str:
     if a.kv_cache != b.kv_cache:
         return "the KV cache"
     for x, y in zip(a.decisions, b.decisions, strict=True):
-        if (x.weights, x.inputs, x.algorithm) != (y.weights, y.inputs, y.algorithm):
+        own, other = ((d.weights, d.inputs, d.algorithm, d.damp) for d in (x, y))
+        if own != other:
             return x.slot.name
     return ""

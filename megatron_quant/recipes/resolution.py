@@ -67,6 +67,7 @@ def _decide(recipe: Recipe, slot: Slot, index: int | None) -> Decision:
         weights=rule.weights,
         inputs=rule.inputs,
         algorithm=rule.algorithm,
+        damp=rule.damp,
     )
 
 
@@ -131,5 +132,5 @@ def _check_fused(decisions: Sequence[Decision]) -> None:
             )
 
 
-def _treatment(decision: Decision) -> tuple[Format | None, Format | None, str]:
-    return decision.weights, decision.inputs, decision.algorithm
+def _treatment(decision: Decision) -> tuple[Format | None, Format | None, str, float | None]:
+    return decision.weights, decision.inputs, decision.algorithm, decision.damp

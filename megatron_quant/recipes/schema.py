@@ -11,11 +11,15 @@ SUPPORTED: dict[str, tuple[str | None, ...]] = {
 """Format of the weights -> formats that their inputs may have; None is weight-only."""
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     algorithm: tuple(f.name for f in FORMATS.values() if algorithm in f.algorithms)
-    for algorithm in ("max", "mse", "four_over_six")
+    for algorithm in ("max", "mse", "imatrix", "four_over_six", "gptq")
 }
-"""Algorithm that finds the scales of weights -> the formats that it serves. ``max``: the largest
-magnitude is the largest code. ``mse``: the scale of least squared error. ``four_over_six``: the
-largest magnitude of a block is code 6 or code 4, whichever errs less."""
+"""Algorithm that quantizes weights -> the formats that it serves. ``max``: the largest magnitude is
+the largest code. ``mse``: the scale of least squared error. ``imatrix``: the same, each column
+weighted by the squares of its inputs. ``four_over_six``: the largest magnitude of a block is code 6
+or code 4, whichever errs less. ``gptq``: scales as ``imatrix``, or the nearest that the format
+has; then each column makes up for the errors of the columns that were rounded before it."""
+ROUNDING = "gptq"
+"""Algorithm that chooses codes too; the others choose scales and round to the nearest."""
 EXPERT_SCALES = ("shared", "per_expert")
 """Sources of the weight amax for an expert's tensor scale; the first is the default."""
 KV_CACHES = ("fp8", "fp8_cast")
@@ -33,7 +37,9 @@ class Rule:
         weights: Format of the weights; None excludes them from quantization.
         inputs: Format of the activations that they multiply; None for weight-only.
         optional: Whether the rule may claim nothing, as the catch-all lists of presets do.
-        algorithm: How the weights' scales are found, a key of :data:`ALGORITHMS`.
+        algorithm: How the weights are quantized, a key of :data:`ALGORITHMS`.
+        damp: Part of the mean diagonal of the inputs' second moment that ``gptq`` adds to it; the
+            format's default where None.
     """
 
     patterns: tuple[str, ...]
@@ -41,6 +47,7 @@ class Rule:
     inputs: Format | None = None
     optional: bool = False
     algorithm: str = "max"
+    damp: float | None = None
 
     @property
     def action(self) -> str:
@@ -48,8 +55,10 @@ class Rule:
         if self.weights is None:
             return "exclude"
         inputs = f"+{self.inputs.name}" if self.inputs else ""
-        algorithm = f" ({self.algorithm})" if self.algorithm != "max" else ""
-        return f"{self.weights.name}{inputs}{algorithm}"
+        if self.algorithm == "max":
+            return f"{self.weights.name}{inputs}"
+        damp = "" if self.damp is None else f", damp {self.damp:g}"
+        return f"{self.weights.name}{inputs} ({self.algorithm}{damp})"
 
 
 @dataclass(frozen=True)
@@ -98,15 +107,30 @@ def with_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
     """Set ``algorithm`` in every rule that quantizes.
 
     Raises:
-        RecipeError: For a rule whose format it does not search.
+        RecipeError: For a rule whose format it does not serve.
     """
     rules = []
     for index, rule in enumerate(recipe.rules):
         if rule.weights is not None:
             where = f"recipe {recipe.name!r}, {recipe.label(index)}"
             checked_algorithm(algorithm, rule.weights, where)
-            rule = replace(rule, algorithm=algorithm)
+            damp = rule.damp if algorithm == ROUNDING else None
+            rule = replace(rule, algorithm=algorithm, damp=damp)
         rules.append(rule)
+    return replace(recipe, rules=tuple(rules))
+
+
+def with_damp(recipe: Recipe, damp: float) -> Recipe:
+    """Set ``damp`` in every rule with algorithm gptq.
+
+    Raises:
+        RecipeError: For a value out of range, and where no rule has that algorithm.
+    """
+    where = f"recipe {recipe.name!r} with --damp"
+    if all(rule.algorithm != ROUNDING for rule in recipe.rules):
+        raise RecipeError(f"{where}: damp belongs to algorithm {ROUNDING}, which no rule has")
+    checked_damp(damp, ROUNDING, where)
+    rules = (replace(r, damp=damp) if r.algorithm == ROUNDING else r for r in recipe.rules)
     return replace(recipe, rules=tuple(rules))
 
 
@@ -126,6 +150,7 @@ def checked_rule(
     inputs: Format | None,
     where: str,
     algorithm: str = "max",
+    damp: float | None = None,
 ) -> Rule:
     """Return a rule that quantizes, after its checks.
 
@@ -134,14 +159,16 @@ def checked_rule(
         weights: Format of the weights.
         inputs: Format of their inputs; None for weight-only.
         where: Place of the rule, for messages.
-        algorithm: How scales are found.
+        algorithm: How the weights are quantized.
+        damp: That of gptq.
 
     Raises:
         RecipeError: For a combination that is not supported.
     """
     checked_pair(weights, inputs, where)
     checked_algorithm(algorithm, weights, where)
-    return Rule(patterns=patterns, weights=weights, inputs=inputs, algorithm=algorithm)
+    checked_damp(damp, algorithm, where)
+    return Rule(patterns=patterns, weights=weights, inputs=inputs, algorithm=algorithm, damp=damp)
 
 
 def checked_pair(weights: Format, inputs: Format | None, where: str) -> None:
@@ -169,6 +196,19 @@ def checked_algorithm(algorithm: str, weights: Format, where: str) -> None:
         raise RecipeError(
             f"{where}: algorithm {algorithm} does not search the scales of {weights.name}, only "
             f"of {suitable}"
+        )
+
+
+def checked_damp(damp: object, algorithm: str, where: str) -> None:
+    """Raise RecipeError, which names ``where``, for a damp that ``algorithm`` does not take."""
+    if damp is None:
+        return
+    if algorithm != ROUNDING:
+        raise RecipeError(f"{where}: damp belongs to algorithm {ROUNDING}, not to {algorithm}")
+    if not isinstance(damp, int | float) or isinstance(damp, bool) or not 0 < damp <= 1:
+        raise RecipeError(
+            f"{where}: damp must be above 0 and at most 1, got {damp!r}; it is the part of the "
+            "mean diagonal that is added to it, 0.01 or 0.05 say"
         )
 
 

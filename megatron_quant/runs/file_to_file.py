@@ -103,6 +103,11 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
             "--export-kv-cache-quant fp8 is not calibrated by --stream: take fp8_cast, or leave "
             "--stream out"
         )
+    if job.quant.weighs_inputs:
+        raise RecipeError(
+            "--algorithm imatrix and gptq are not measured by --stream: take max or mse, or leave "
+            "--stream out"
+        )
     keeps = None
     if options.keep_scales:
         quant, keeps = keeping(job.quant, source)

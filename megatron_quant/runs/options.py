@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_quant.errors import CheckpointError, QuantError, RecipeError
-from megatron_quant.recipes import Recipe, load_recipe, weight_only, with_algorithm, with_kv_cache
+from megatron_quant.recipes import (
+    Recipe,
+    load_recipe,
+    weight_only,
+    with_algorithm,
+    with_damp,
+    with_kv_cache,
+)
 from megatron_quant.runs.settings import Calibration, Parallel, Serve, Write, from_flags
 
 if TYPE_CHECKING:
@@ -28,8 +35,8 @@ def dtype_of(name: str) -> "torch.dtype":
 class QuantizeOptions:
     """One run of ``quantize``; what is no group of settings is the flag of the same name.
 
-    ``export_dir`` may be None for a dry run, and with ``megatron_save_path``. ``algorithm`` and
-    ``export_kv_cache_quant`` replace what the recipe says; None leaves it. With
+    ``export_dir`` may be None for a dry run, and with ``megatron_save_path``. ``algorithm``,
+    ``damp`` and ``export_kv_cache_quant`` replace what the recipe says; None leaves it. With
     ``megatron_load_path``, where weights and quantizers come from then, ``hf_model_id``,
     ``export_quant_cfg`` and ``expert_scales`` may be None: what was saved with it.
     """
@@ -46,6 +53,7 @@ class QuantizeOptions:
     weight_only: bool = False
     expert_scales: str | None = None
     algorithm: str | None = None
+    damp: float | None = None
     export_kv_cache_quant: str | None = None
     keep_scales: bool = False
     eval_text: Path | None = None
@@ -113,6 +121,8 @@ def chosen_recipe(options: QuantizeOptions, saved: "Saved | None") -> Recipe:
         recipe = weight_only(recipe)
     if options.algorithm is not None:
         recipe = with_algorithm(recipe, options.algorithm)
+    if options.damp is not None:
+        recipe = with_damp(recipe, options.damp)
     if options.export_kv_cache_quant is not None:
         recipe = with_kv_cache(recipe, options.export_kv_cache_quant)
     if options.weight_only and recipe.kv_cache == "fp8":

@@ -32,7 +32,7 @@ def searched_stat(
     if not decision.searches_blocks:
         return None
     assert fmt is not None and fmt.stat_block is not None
-    multipliers = MULTIPLIERS[decision.algorithm]
+    multipliers = MULTIPLIERS[decision.search]
     step = max(_ELEMENTS // w_NK.shape[1] // fmt.stat_block[0], 1) * fmt.stat_block[0]
     found = [
         _of_rows(rows, fmt, amax, multipliers, (start[0] + i * step, start[1]))

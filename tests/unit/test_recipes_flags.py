@@ -82,7 +82,14 @@ def test_scales_of_the_cache_are_planned(
             "a gptq checkpoint has no scales of a fp8_cast KV cache; export modelopt or",
         ),
         ("int4", {"export_kv_cache_quant": "nvfp4"}, RecipeError, "kv_cache must be one of fp8,"),
-        ("int4", {"algorithm": "awq"}, RecipeError, "algorithm must be one of max, mse, four_ov"),
+        ("int4", {"algorithm": "awq"}, RecipeError, "algorithm must be one of max, mse, imatrix"),
+        ("int4", {"damp": 0.1}, RecipeError, "damp belongs to algorithm gptq, which no rule has"),
+        (
+            "int4",
+            {"algorithm": "gptq", "damp": 7.0},
+            RecipeError,
+            "with --damp: damp must be above 0 and at most 1, got 7.0",
+        ),
         ("int8", {"weight_only": True}, RecipeError, "weight-only INT8 is int8_group"),
         (
             "int4",

@@ -7,14 +7,19 @@ import pytest
 import megatron_quant
 from megatron_quant.errors import RecipeError
 from megatron_quant.formats.spec import CHANNEL, get_format
+from megatron_quant.recipes.document import to_document
 from megatron_quant.recipes.load import load_recipe, recipe_names
 from megatron_quant.recipes.parse import parse_recipe
+from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
+from megatron_quant.recipes.resolution import resolve
 from megatron_quant.recipes.schema import (
+    ALGORITHMS,
     SUPPORTED,
     Recipe,
     Rule,
     weight_only,
     with_algorithm,
+    with_damp,
     with_kv_cache,
 )
 
@@ -41,6 +46,7 @@ SHIPPED = {
     "w4a8_dynamic": ("int4", "fp8_channel", "max"),
 }
 NVFP4 = {"quantize": ["*"], "weights": "nvfp4"}
+GPTQ = {"algorithm": "gptq"}
 
 
 def parse(*rules: object) -> Recipe:
@@ -146,6 +152,58 @@ def test_algorithm_that_does_not_suit_a_rule() -> None:
         with_algorithm(load_recipe("mxfp8"), "mse")
 
 
+def test_damp_of_a_rule() -> None:
+    recipe = parse(NVFP4 | GPTQ | {"damp": 0.1}, NVFP4 | GPTQ, NVFP4)
+    assert [r.damp for r in recipe.rules] == [0.1, None, None]
+    assert recipe.label(0) == "rule 1: nvfp4 (gptq, damp 0.1) *"
+    assert [r.damp for r in with_damp(recipe, 0.02).rules] == [0.02, 0.02, None]
+    assert with_algorithm(recipe, "gptq").rules[0].damp == 0.1
+    assert with_algorithm(recipe, "mse").rules[0].damp is None
+    with pytest.raises(RecipeError, match="with --damp: damp belongs to algorithm gptq, which no"):
+        with_damp(parse(NVFP4), 0.1)
+    with pytest.raises(RecipeError, match="with --damp: damp must be above 0 and at most 1, got 2"):
+        with_damp(recipe, 2)
+
+
+def test_damp_travels_with_a_model() -> None:
+    recipe = parse(NVFP4 | GPTQ | {"damp": 0.1})
+    slot = Slot(name="a.weight", sources=("a",), shape=(16, 16))
+    document = to_document(recipe, resolve(recipe, [slot]))
+    assert parse_recipe("mine", document).rules == recipe.rules
+
+
+def test_every_weight_format_has_gptq() -> None:
+    assert set(ALGORITHMS["gptq"]) == set(SUPPORTED)
+    assert set(ALGORITHMS["imatrix"]) < set(ALGORITHMS["mse"])
+
+
+def decided(weights: str, algorithm: str) -> Decision:
+    slot = Slot(name="a.weight", sources=("a",), shape=(128, 128))
+    rule = {"quantize": ["*"], "weights": weights, "algorithm": algorithm}
+    return resolve(parse(rule), [slot]).decisions[0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "algorithm", "search", "weighted", "needs_data"),
+    [
+        ("int4", "max", "", False, False),
+        ("int4", "mse", "mse", False, False),
+        ("int4", "imatrix", "mse", True, True),
+        ("int4", "gptq", "mse", True, True),
+        ("fp8", "gptq", "mse", False, True),  # one scale: weighing its search gains nothing
+        ("mxfp4", "gptq", "", False, True),  # powers of two, which nothing searches
+        ("nvfp4", "four_over_six", "four_over_six", False, False),
+    ],
+)
+def test_what_an_algorithm_does(
+    weights: str, algorithm: str, search: str, weighted: bool, needs_data: bool
+) -> None:
+    decision = decided(weights, algorithm)
+    assert (decision.search, decision.weighted) == (search, weighted)
+    assert QuantPlan("mine", (decision,)).needs_data is needs_data
+    assert decision.rounds is (algorithm == "gptq")
+
+
 def test_cache_of_a_recipe() -> None:
     recipe = load_recipe("int4")
     assert with_kv_cache(recipe, "fp8").kv_cache == "fp8"
@@ -190,13 +248,13 @@ def test_malformed_document(document: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("*", "must be a mapping of quantize, exclude, weights, inputs, algorithm, got"),
+        ("*", "must be a mapping of quantize, exclude, weights, inputs, algorithm, damp, got"),
         (NVFP4 | {"wieghts": "fp8"}, "unknown key wieghts; allowed: quantize, exclude, weights"),
         ({"weights": "fp8"}, "needs either quantize or exclude"),
         ({"quantize": ["a"], "exclude": ["b"]}, "needs either quantize or exclude"),
         (
             {"exclude": ["a"], "weights": "fp8"},
-            "inputs and algorithm belong to quantize, not to exclude",
+            "inputs, algorithm and damp belong to quantize, not to exclude",
         ),
         ({"quantize": ["a"]}, "weights is missing; known formats: fp8, fp8_channel, fp8_block"),
         ({"exclude": []}, r"exclude: must be a list of at least one pattern, got \[\]"),
@@ -214,8 +272,19 @@ def test_malformed_document(document: object, message: str) -> None:
         ),
         (NVFP4 | {"weights": {"format": "int4", "group_size": True}}, "must be an integer"),
         (NVFP4 | {"weights": {"format": "nvfp4", "group_size": 32}}, "is not one of nvfp4's: 16"),
-        (NVFP4 | {"algorithm": "gptq"}, "algorithm must be one of max, mse, four_over_six, got"),
-        (NVFP4 | {"algorithm": ["mse"]}, "algorithm must be one of max, mse, four_over_six, got"),
+        (NVFP4 | {"algorithm": "awq2"}, "algorithm must be one of max, mse, imatrix, four_over_s"),
+        (NVFP4 | {"algorithm": ["mse"]}, "algorithm must be one of max, mse, imatrix, four_over"),
+        (
+            {"quantize": ["*"], "weights": "fp8", "algorithm": "imatrix"},
+            "algorithm imatrix does not search the scales of fp8, only of fp8_channel, fp8_block",
+        ),
+        (NVFP4 | {"damp": 0.1}, "damp belongs to algorithm gptq, not to max"),
+        (NVFP4 | {"algorithm": "mse", "damp": 0.1}, "belongs to algorithm gptq, not to mse"),
+        (NVFP4 | GPTQ | {"damp": 0}, "damp must be above 0 and at most 1, got 0; it is the part"),
+        (NVFP4 | GPTQ | {"damp": 1.5}, "damp must be above 0 and at most 1, got 1.5"),
+        (NVFP4 | GPTQ | {"damp": float("nan")}, "damp must be above 0 and at most 1, got nan"),
+        (NVFP4 | GPTQ | {"damp": True}, "damp must be above 0 and at most 1, got True"),
+        (NVFP4 | GPTQ | {"damp": "0.1"}, "damp must be above 0 and at most 1, got '0.1'"),
         (
             {"quantize": ["*"], "weights": "int4", "algorithm": "four_over_six"},
             "four_over_six does not search the scales of int4, only of nvfp4",

@@ -40,7 +40,8 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def _rule(rule: Rule) -> list[object]:
     formats = [_format(rule.weights), _format(rule.inputs)]
-    return [rule.patterns, formats, rule.optional, rule.algorithm]
+    damp = [] if rule.damp is None else [rule.damp]
+    return [rule.patterns, formats, rule.optional, rule.algorithm, *damp]
 
 
 def _format(fmt: Format | None) -> object:

@@ -1,4 +1,4 @@
-"""Rows of a table that differ in the layer and the expert alone, as one."""
+"""Merge table rows that differ only in the layer or the expert."""
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -15,11 +15,11 @@ def collapse(
     kind: Callable[[Item], Hashable],
     layers: bool = True,
 ) -> Iterator[tuple[str, list[Item]]]:
-    """One name and its items for those of a kind that differ in their numbers alone.
+    """Group items of one kind whose names differ only in layer and expert numbers.
 
-    A name is ``model.layers.{0..93}.mlp.experts.{0..127}.up_proj.weight``: each of the layers has
-    each of the experts. They come in the order of their first items. ``layers`` is false where
-    only experts are to share a row.
+    Yields one name and its items for each group, in the order of the groups' first items. A name
+    is ``model.layers.{0..93}.mlp.experts.{0..127}.up_proj.weight``: each of the layers has each of
+    the experts. Set ``layers`` to false to merge experts only.
     """
     by_layer: dict[tuple[str, Hashable], list[Item]] = {}
     for item in items:

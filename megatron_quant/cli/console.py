@@ -25,35 +25,35 @@ from rich.progress import (
 from megatron_quant.documents import printable
 from megatron_quant.errors import QuantError
 
-_FILE_WIDTH = 160  # columns where the output is no terminal, so that no name is cut
+_FILE_WIDTH = 160  # columns when the output is not a terminal: wide enough to cut no name
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def rank() -> int:
-    """Return this process's rank as ``torchrun`` gives it, 0 without."""
+    """Return the rank that ``torchrun`` gave this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def console() -> Console:
-    """Standard output on rank 0; nothing on the others."""
+    """Return a console on standard output; on ranks other than 0 it prints nothing."""
     width = None if sys.stdout.isatty() else _FILE_WIDTH
     return Console(quiet=rank() != 0, width=width)
 
 
 def escape(text: str) -> str:
-    """Escape ``text`` for a console: no markup, and nothing that moves the cursor."""
+    """Escape markup in ``text``, and characters that move the cursor."""
     return markup.escape(printable(text))
 
 
 def check_output_file(flag: str, path: Path | None) -> None:
-    """Refuse, before the work, a file of ``flag`` that could not be written after it."""
+    """Raise QuantError, before the work starts, if the file that ``flag`` names is not writable."""
     if path and (path.is_dir() or not path.parent.is_dir()):
         reason = "is a directory" if path.is_dir() else "is in a directory that does not exist"
         raise QuantError(f"{flag} {path} {reason}; choose another file")
 
 
 def size(nbytes: float) -> str:
-    """Write ``nbytes`` for people, in powers of 1000."""
+    """Format ``nbytes`` for people, in powers of 1000."""
     for unit in _UNITS:
         if nbytes < 1000 or unit == _UNITS[-1]:
             return f"{nbytes:.4g} {unit}"
@@ -62,7 +62,7 @@ def size(nbytes: float) -> str:
 
 
 class ConsolePhases:
-    """Progress bars and the time of every phase."""
+    """Shows progress bars and measures the time of every phase."""
 
     def __init__(self, out: Console) -> None:
         self.out = out
@@ -95,9 +95,9 @@ class ConsolePhases:
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Show a phase without a bar."""
+        """Time a phase without showing a bar."""
         start = time.perf_counter()
-        self.seconds[name] = 0.0  # phases are told in the order in which they began
+        self.seconds[name] = 0.0  # so that phases are listed in the order in which they began
         try:
             yield
         finally:

@@ -17,15 +17,15 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     p = verbs.add_parser(
         "eval",
         help="perplexity on a text, and KL divergence from the original",
-        description="Perplexity of a bf16 or an exported quantized checkpoint, and the mean KL per "
-        "token to a reference, the figure that moves first. The checkpoint is decoded into the "
+        description="Measure the perplexity of a bf16 or quantized checkpoint, and its mean KL per "
+        "token to a reference. KL moves before perplexity does. The checkpoint is decoded into the "
         "transformers model; quantized activations are simulated with the stored scales.",
     )
     p.add_argument("directory", type=Path, metavar="DIR", help="the checkpoint")
     p.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
-    p.add_argument("--against", type=Path, metavar="HF_DIR", help="reference for the KL")
-    p.add_argument("--seq-length", type=int, default=512, help="tokens a window (default 512)")
-    p.add_argument("--max-tokens", type=int, help="stop after so many tokens (default: all)")
+    p.add_argument("--against", type=Path, metavar="HF_DIR", help="measure KL to this checkpoint")
+    p.add_argument("--seq-length", type=int, default=512, help="tokens per window (default 512)")
+    p.add_argument("--max-tokens", type=int, help="stop after this many tokens (default: all)")
     p.add_argument("--dtype", choices=DTYPES, default="bf16", help="default bf16")
     p.add_argument(
         "--native",
@@ -34,9 +34,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         const="native",
         default="decoded",
         help="let transformers read the quantized format itself; it reads compressed-tensors "
-        "(NVFP4 experts wrongly) and no modelopt",
+        "(but NVFP4 experts wrongly) and not modelopt",
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     add_tokenizer(p)
     p.set_defaults(run=run)
 

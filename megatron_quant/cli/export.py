@@ -19,16 +19,16 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     p = verbs.add_parser(
         "export",
         help="write a quantized checkpoint in an engine's format",
-        description="Write a checkpoint that quantize made in another dialect, with the same codes "
-        "and scales: no model, no calibration, no second rounding. Or export a Megatron checkpoint "
-        "of a quantized model, at any layout, without calibrating. Under torchrun the ranks share "
-        "the work.",
+        description="Rewrite a quantized checkpoint in another dialect, with the same codes and "
+        "scales: no model, no calibration, no second rounding. Or export a Megatron checkpoint of "
+        "a quantized model, at any layout, without calibrating. Under torchrun the ranks share the "
+        "work.",
     )
     p.add_argument(
         "source", type=Path, metavar="DIR", nargs="?", help="the quantized checkpoint to rewrite"
     )
     _megatron_flags(p)
-    p.add_argument("--export-dir", type=Path, required=True, help="where the new one goes")
+    p.add_argument("--export-dir", type=Path, required=True, help="where the new checkpoint goes")
     add_dialect(p, "modelopt")
     add_serving(p)
     add_writing(p)
@@ -41,11 +41,11 @@ def _megatron_flags(p: argparse.ArgumentParser) -> None:
         "--megatron-load-path",
         type=Path,
         metavar="LOAD_DIR",
-        help="export this checkpoint (torch_dist), which quantize saved with --megatron-save-path",
+        help="export this checkpoint (torch_dist) that quantize saved with --megatron-save-path",
     )
     group.add_argument(
         "--hf-model-id",
-        help="config.json and tokenizer of the model (default: those saved along)",
+        help="where the model's config.json and tokenizer are (default: those saved with it)",
     )
     group.add_argument(
         "--expert-scales",
@@ -56,7 +56,7 @@ def _megatron_flags(p: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="bf16",
-        help="of the model, and of what stays unquantized in the export (default bf16)",
+        help="dtype of the model, and of unquantized tensors in the export (default bf16)",
     )
     add_layout(group)
 

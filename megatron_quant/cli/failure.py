@@ -1,4 +1,4 @@
-"""How the command fails: each error is told once, by a rank that had it, before any rank ends."""
+"""End a failed command: one rank that had the error prints it once, before any rank exits."""
 
 import os
 import sys
@@ -8,18 +8,18 @@ from megatron_quant.errors import QuantError
 from megatron_quant.faults import Had, had, line_of, trace_of, translated
 
 TRACEBACK = "MEGATRON_QUANT_TRACEBACK"
-_WAIT_SECONDS = 3.0  # for ranks that fail too; one that was killed never comes
-_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+_WAIT_SECONDS = 3.0  # wait this long for other failing ranks; a killed one never answers
+_INTERRUPTED = 130  # the exit status that shells use for Ctrl-C
 
 
 def fail(error: BaseException, with_trace: bool = False) -> int:
-    """Tell of ``error``, which ends this rank; the exit status. All ranks that fail call it.
+    """Print the ``error`` that ends this rank; return the exit status. Every failing rank calls it.
 
-    What a user can act on is one line; what is not, a bug or another library's error, comes after
-    its traceback. with_trace, MEGATRON_QUANT_TRACEBACK=1: so does everything.
+    An error that the user can act on is one line. A bug, or another library's error, is printed
+    after its traceback. ``with_trace`` or MEGATRON_QUANT_TRACEBACK=1 shows every traceback.
 
-    ``torchrun`` ends all ranks when the first is gone, so none leaves before the others have told
-    what they have to, or a few seconds are over.
+    ``torchrun`` kills all ranks once the first exits. So each rank waits until the others have
+    printed their errors, or for a few seconds at most.
     """
     about = had(error) or _alone(error)
     heard = _share(about.line, _WAIT_SECONDS)
@@ -51,7 +51,7 @@ def _alone(error: BaseException) -> Had:
 
 
 def _print(line: str, shown: BaseException | None) -> None:
-    """In one write, newline included: other ranks may write to the same pipe."""
+    """Print in a single write, newline included: other ranks may share the pipe."""
     where = f"[rank {rank()}] " if "RANK" in os.environ else ""
     before = trace_of(shown) if shown is not None else ""
     sys.stderr.write(f"{before}{where}megatron-quant: error: {line}\n")

@@ -1,8 +1,8 @@
-"""The host that a verb with a Megatron model runs on."""
+"""Ready the host for a verb that builds a Megatron model."""
 
 
 def ready_host() -> None:
-    """Have Megatron run on the CPU where there is no GPU; before anything imports it."""
+    """Let Megatron run on the CPU if there is no GPU. Call it before anything imports Megatron."""
     import torch
 
     from megatron_quant import cpu

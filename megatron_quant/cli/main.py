@@ -15,10 +15,10 @@ from megatron_quant.faults import MINUTES
 _DESCRIPTION = """\
 Quantize Megatron-Core / Transformer Engine models, mixture-of-experts first.
 
-  quantize   a Hugging Face checkpoint in, a serving-ready quantized checkpoint out
-  export     a quantized checkpoint in another engine's format, bit for bit
-  verify     prove that a checkpoint is complete and what its own config says
-  eval       perplexity on a text, and KL divergence from the original
+  quantize   turn a Hugging Face checkpoint into a quantized one that engines serve
+  export     rewrite a quantized checkpoint in another engine's format, bit for bit
+  verify     check that a checkpoint is complete and matches its own config
+  eval       measure perplexity on a text, and KL divergence from the original
 """
 
 
@@ -44,8 +44,8 @@ def _running_flags(p: argparse.ArgumentParser) -> None:
         type=float,
         default=MINUTES,
         metavar="M",
-        help="under torchrun: how long a rank waits for the slowest, which may read, download or "
-        f"write meanwhile, before it gives up (default {MINUTES:g})",
+        help="under torchrun: how long a rank waits for the slowest one, which may be reading, "
+        f"downloading or writing, before it gives up (default {MINUTES:g})",
     )
     group.add_argument(
         "--traceback",
@@ -55,7 +55,7 @@ def _running_flags(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Call the verb; its exit status. An error that the user can act on becomes one line."""
+    """Call the verb and return its exit status. A user's error becomes one line."""
     try:
         if not args.distributed_timeout_minutes > 0:
             minutes = args.distributed_timeout_minutes
@@ -80,7 +80,7 @@ def _check_started_alike(args: argparse.Namespace) -> None:
 
 
 def _started(args: argparse.Namespace) -> dict[str, str]:
-    """Return the settings that must agree on all ranks, in a person's words."""
+    """Return the settings that must agree on all ranks, by readable names."""
     import torch
 
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
@@ -96,9 +96,9 @@ def _started(args: argparse.Namespace) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script."""
+    """Run the console script."""
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # what other libraries warn of; python -W shows it
+        warnings.simplefilter("ignore")  # from other libraries; python -W shows them
     try:
         args = parser().parse_args(argv)
     except SystemExit:
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell_the_others() -> None:
-    """That this rank does not run: its flags were refused, or ask for help."""
+    """Tell the other ranks that this one stops: its flags were refused, or ask for help."""
     if not _is_one_of_many():
         return
     from megatron_quant.rendezvous import check_started_alike

@@ -48,9 +48,9 @@ examples:
   # what would happen, from config.json alone
   megatron-quant quantize --hf-model-id PATH --export-quant-cfg nvfp4 --dry-run
 
-The result does not depend on --tp, --pp, --ep and --etp: the same bytes come out at every layout.
-Ranks that tensor and pipeline parallelism do not use are data parallel: they share the calibration
-data.
+The result does not depend on --tp, --pp, --ep and --etp: every layout writes the same bytes.
+Ranks that tensor and pipeline parallelism leave over are data parallel: they share the
+calibration data.
 """
 
 
@@ -58,9 +58,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Add the verb to the top parser."""
     p = verbs.add_parser(
         "quantize",
-        help="a Hugging Face checkpoint in, a serving-ready quantized checkpoint out",
-        description="Quantize a Hugging Face checkpoint through Megatron. Run under torchrun for "
-        "more than one rank.",
+        help="turn a Hugging Face checkpoint into a quantized one that engines serve",
+        description="Quantize a Hugging Face checkpoint through Megatron. Run it under torchrun to "
+        "use more than one rank.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,8 +74,8 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("model and layout")
     group.add_argument(
         "--hf-model-id",
-        help="checkpoint directory or hub id (safetensors only); with --megatron-load-path its "
-        "config.json and tokenizer alone (default then: those saved along)",
+        help="checkpoint directory or hub id (safetensors only); with --megatron-load-path only "
+        "its config.json and tokenizer are read (default then: those saved with it)",
     )
     group.add_argument(
         "--export-quant-cfg",
@@ -87,15 +87,15 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
         "--megatron-load-path",
         type=Path,
         metavar="DIR",
-        help="take weights, quantizers and recipe from a Megatron checkpoint (torch_dist) of a "
-        "quantized model, saved at any layout, in place of calibrating",
+        help="do not calibrate: take weights, quantizers and recipe from a Megatron checkpoint "
+        "(torch_dist) of a quantized model, saved at any layout",
     )
     add_layout(group)
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="bf16",
-        help="of the model, and of what stays unquantized in the export (default bf16)",
+        help="dtype of the model, and of unquantized tensors in the export (default bf16)",
     )
 
 
@@ -110,45 +110,44 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep-scales",
         action="store_true",
-        help="of a source that is quantized already: keep its scales, hence its codes, where its "
-        "format and groups are the recipe's; refuse where they are not",
+        help="for a source that is quantized already: keep its scales, and so its codes; refused "
+        "where its format and groups are not the recipe's",
     )
     group.add_argument(
         "--stream",
         action="store_true",
-        help="file to file, tensor by tensor: no Megatron model, memory independent of the model's "
-        "size; the ranks share the tensors",
+        help="quantize file to file, one tensor at a time: no Megatron model, and memory does not "
+        "grow with the model; the ranks share the tensors",
     )
     group.add_argument(
         "--amax-file",
         type=Path,
         metavar="FILE",
-        help="with --stream: where the largest inputs that were measured are kept, as safetensors "
+        help="with --stream: the safetensors file that keeps the largest inputs that were measured "
         "(default: beside --export-dir, with the suffix .amax.safetensors)",
     )
     group.add_argument(
         "--expert-scales",
         choices=EXPERT_SCALES,
-        help="one weight scale for all experts of a layer, or one each (default shared, or as "
-        "the --megatron-load-path has them); scales of groups and blocks always belong to their "
-        "own weights",
+        help="one weight scale for all experts of a layer, or one each (default: shared, or what "
+        "--megatron-load-path holds); scales of groups and blocks are never shared",
     )
     group.add_argument(
         "--algorithm",
         choices=("max", "mse", "imatrix", "gptq"),
-        help="how weights are quantized, in place of what the recipe says. max: the largest "
-        "magnitude makes the scale. mse: searches the scale of least squared error; needs no data, "
-        "and may do harm at 4 bits where inputs have outliers. imatrix: the same search, each "
-        "column weighted by the squares of its calibrated inputs. gptq: imatrix's scales, then "
-        "columns are rounded one after another, each making up for the errors of those before; "
-        "loses least, takes the most time and memory",
+        help="how to quantize weights, instead of as the recipe says. max: the largest magnitude "
+        "makes the scale. mse: searches for the least squared error; needs no data, and may do "
+        "harm at 4 bits if inputs have outliers. imatrix: the same search, with each column "
+        "weighted by the squares of its calibrated inputs. gptq: imatrix's scales, then columns "
+        "are rounded one after another, each making up for the errors of those before; loses "
+        "least, takes the most time and memory",
     )
     group.add_argument(
         "--damp",
         type=float,
         metavar="D",
-        help="of gptq: the part of the mean diagonal of the inputs' second moment that is added to "
-        "it, above 0 and at most 1 (default 0.01, for nvfp4 0.05); more trusts the data less",
+        help="for gptq: the share of the mean diagonal of the inputs' second moment that is added "
+        "to it, above 0 and at most 1 (default 0.01, for nvfp4 0.05); more trusts the data less",
     )
     group.add_argument(
         "--act-percentile",
@@ -158,12 +157,12 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         help="clip each layer's calibrated inputs above their P-th percentile, such as 99.9 "
         "(default 100: no clipping)",
     )
-    group.add_argument("--calib-size", type=int, default=512, help="samples (default 512)")
+    group.add_argument("--calib-size", type=int, default=512, help="samples to run (default 512)")
     group.add_argument(
-        "--calib-seq-length", type=int, default=512, help="tokens a sample (default 512)"
+        "--calib-seq-length", type=int, default=512, help="tokens per sample (default 512)"
     )
     group.add_argument(
-        "--calib-batch-size", type=int, default=4, help="samples a forward (default 4)"
+        "--calib-batch-size", type=int, default=4, help="samples per forward (default 4)"
     )
     group.add_argument(
         "--calib-dataset",
@@ -176,27 +175,28 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         "--cold-experts",
         choices=("error", "layer-max"),
         default="error",
-        help="an expert that saw no token: stop, or take the layer's largest amax (default error)",
+        help="for an expert that saw no token: stop, or use the layer's largest amax (default: "
+        "error)",
     )
 
 
 def _export_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("export")
-    group.add_argument("--export-dir", type=Path, help="where the checkpoint goes")
+    group.add_argument("--export-dir", type=Path, help="where the new checkpoint goes")
     group.add_argument(
         "--megatron-save-path",
         type=Path,
         metavar="DIR",
-        help="also, or only, save the model with its quantizers as a Megatron checkpoint "
-        "(torch_dist), which export and quantize load at any layout",
+        help="save the model with its quantizers as a Megatron checkpoint (torch_dist), which "
+        "export and quantize load at any layout; with --export-dir or alone",
     )
     add_dialect(group, "modelopt")
     add_serving(group)
     group.add_argument(
         "--export-kv-cache-quant",
         choices=("none", *KV_CACHES),
-        help="FP8 KV cache: fp8 calibrates one scale for the keys and one for the values of each "
-        "layer, fp8_cast takes scale 1 and needs no data; in modelopt and compressed-tensors "
+        help="FP8 KV cache: fp8 calibrates a scale for the keys and one for the values of each "
+        "layer; fp8_cast uses scale 1 and needs no data; modelopt and compressed-tensors only "
         "(default: as the recipe says)",
     )
     add_writing(group)
@@ -210,7 +210,7 @@ def _export_flags(p: argparse.ArgumentParser) -> None:
         type=Path,
         help="also report perplexity and KL to bf16 of the fake-quantized model on this text",
     )
-    group.add_argument("--report", type=Path, help="write what was found to this JSON file")
+    group.add_argument("--report", type=Path, help="write the findings to this JSON file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -229,8 +229,8 @@ def run(args: argparse.Namespace) -> None:
 def _check_export_dir(options: QuantizeOptions) -> None:
     if options.export_dir is None and options.megatron_save_path is None:
         raise ExportError(
-            "--export-dir is missing: say where the checkpoint goes, or --megatron-save-path, or "
-            "--dry-run"
+            "--export-dir is missing: say where the checkpoint goes, or give --megatron-save-path "
+            "or --dry-run"
         )
 
 
@@ -238,7 +238,7 @@ def _dry_run(options: QuantizeOptions, verbose: bool) -> None:
     check_plannable(options)
     recipe = options.export_quant_cfg
     if isinstance(recipe, str) and not is_preset(recipe):
-        chosen_recipe(options, None)  # what is wrong with it is said before torch is loaded
+        chosen_recipe(options, None)  # refuse a bad recipe before torch is loaded
     ready_host()
     from megatron_quant.runs import planned
 

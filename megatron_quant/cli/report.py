@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_quant.cli.console import escape
 from megatron_quant.cli.tables import sizes_line
 
-if TYPE_CHECKING:  # it imports Megatron, which a host without a GPU must be readied for
+if TYPE_CHECKING:  # imports Megatron, which needs ready_host() first
     from megatron_quant.ckpt.verify import Report
     from megatron_quant.runs import Outcome, Streamed
 
@@ -16,7 +16,7 @@ _COLD_SHOWN = 5
 
 
 def summary(outcome: "Outcome", seconds: Mapping[str, float]) -> Iterator[str]:
-    """Return lines on cold experts, quality, sizes, time of every phase."""
+    """Yield lines on cold experts, quality, sizes and the time of every phase."""
     calibration = outcome.calibration
     if calibration.tokens:
         tokens = sorted(calibration.tokens.values())
@@ -61,7 +61,7 @@ def as_json(outcome: "Outcome", seconds: Mapping[str, float]) -> dict[str, Any]:
 
 
 def summary_of_stream(streamed: "Streamed", seconds: Mapping[str, float]) -> Iterator[str]:
-    """Return lines on cold experts, verification, sizes, time of every phase."""
+    """Yield lines on cold experts, verification, sizes and the time of every phase."""
     if streamed.inputs and streamed.inputs.cold:
         yield _cold(streamed.inputs.cold)
     yield _verified(streamed.verified)
@@ -71,7 +71,7 @@ def summary_of_stream(streamed: "Streamed", seconds: Mapping[str, float]) -> Ite
 
 
 def stream_as_json(streamed: "Streamed", seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Return a streamed run's report, with every amax that was needed, by slot name."""
+    """Return a streamed run's report as JSON, with every amax that it needed by slot name."""
     plan = streamed.job.exported
     return {
         "recipe": streamed.job.quant.recipe,
@@ -86,18 +86,18 @@ def stream_as_json(streamed: "Streamed", seconds: Mapping[str, float]) -> dict[s
 
 
 def left_out_lines(left_out: Sequence[str]) -> Iterator[str]:
-    """Return a line for each thing of the source that the export lacks."""
+    """Return a line for everything that the source has and the export lacks."""
     return (escape(f"left out: {line}") for line in left_out)
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Write ``report`` into the file ``path``."""
+    """Write ``report`` to the file ``path``."""
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _verified(report: "Report | None") -> str:
     if report is None:
-        return "not verified (--no-verify): the verb verify does it"
+        return "not verified (--no-verify): run megatron-quant verify on it"
     return f"verified: {len(report.tensors)} tensors"
 
 

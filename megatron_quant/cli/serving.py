@@ -6,10 +6,10 @@ from megatron_quant.ckpt.dialects import DIALECT_NAMES
 from megatron_quant.engines import ENGINES
 
 DIALECT_HELP = (
-    "modelopt: vLLM, SGLang and TensorRT-LLM (int4 and w4a8 in it by TensorRT-LLM alone). "
+    "modelopt: vLLM, SGLang and TensorRT-LLM (its int4 and w4a8 only TensorRT-LLM). "
     "compressed-tensors: vLLM, SGLang and transformers. gptq, awq, auto-round: INT4 weights (and "
     "INT8 in gptq and auto-round) for vLLM and SGLang, and for transformers with their own "
-    "packages. fp8: 128 x 128 blocks as DeepSeek stores them, for all of these"
+    "packages. fp8: 128 x 128 blocks as DeepSeek stores them, for all of these engines"
 )
 
 
@@ -24,7 +24,7 @@ def add_dialect(group: "argparse._ActionsContainer", default: str) -> None:
 
 
 def add_layout(group: "argparse._ActionsContainer") -> None:
-    """Add the flags from ``--tp`` to those of pipeline stages."""
+    """Add ``--tp``, ``--pp``, ``--ep``, ``--etp`` and the flags of pipeline stages."""
     group.add_argument("--tp", type=int, default=1, help="tensor-parallel size (default 1)")
     group.add_argument("--pp", type=int, default=1, help="pipeline-parallel size (default 1)")
     group.add_argument("--ep", type=int, default=1, help="expert-parallel size (default 1)")
@@ -47,7 +47,7 @@ def _add_pipeline(group: "argparse._ActionsContainer") -> None:
             f"--num-layers-in-{end}-pipeline-stage",
             type=int,
             metavar="N",
-            help=f"layers of the {end} pipeline rank, where its share is not even",
+            help=f"layers on the {end} pipeline rank, if not an even share",
         )
 
 
@@ -56,7 +56,7 @@ def add_serving(group: "argparse._ActionsContainer") -> None:
     group.add_argument(
         "--serve-engine",
         choices=ENGINES,
-        help="refuse, before any weight is read, what this engine is known to reject or to misread "
+        help="refuse, before reading any weight, what this engine is known to reject or misread "
         "(default: refuse only what no engine can serve)",
     )
     group.add_argument(

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from megatron_quant.ckpt.plan import ExportPlan, StoredTensor
     from megatron_quant.runs import Job
 
-_FILES = 8  # more are one row
+_FILES = 8  # more than this share one row
 
 
 def weights_table(job: "Job", verbose: bool = False) -> Table:
-    """List every weight: its bucket, its rule, its bytes before and after.
+    """List every weight with its bucket, its rule, and its bytes before and after.
 
-    Like experts share a row, and like layers unless ``verbose``.
+    Experts that are alike share a row, and so do layers unless ``verbose``.
     """
     table = Table(title="Weights")
     table.add_column("Weight", overflow="fold")
@@ -58,7 +58,7 @@ def _bucket(target: "StoredTensor") -> str:
 
 
 def _alike(job: "Job", verbose: bool) -> "Iterator[tuple[str, list[StoredTensor]]]":
-    """Targets in the order of the model, those that differ in their numbers alone together."""
+    """Group the stored tensors that differ only in their numbers, in the order of the model."""
 
     def kind(target: "StoredTensor") -> tuple[object, ...]:
         rule = job.quant.by_name[target.param.name].rule
@@ -69,7 +69,7 @@ def _alike(job: "Job", verbose: bool) -> "Iterator[tuple[str, list[StoredTensor]
 
 
 def rules_table(job: "Job") -> Table:
-    """Return how many weights each rule, and each of its patterns, decided on."""
+    """Count the weights that each rule, and each of its patterns, decided on."""
     table = Table("Rule", "Action", "Weights", "Of each pattern", title="Coverage")
     for row in audit(job.quant, job.recipe):
         patterns = ", ".join(f"{pattern}: {count}" for pattern, count in row.patterns)
@@ -78,7 +78,7 @@ def rules_table(job: "Job") -> Table:
 
 
 def files_table(plan: "ExportPlan", verbose: bool = False) -> Table:
-    """List the files that an export writes; many of them in one row unless ``verbose``."""
+    """List the files that an export writes; many share one row unless ``verbose``."""
     table = Table("File", "Tensors", "Size", title="Files")
     files = list(plan.files)
     if verbose or len(files) <= _FILES:
@@ -92,7 +92,7 @@ def files_table(plan: "ExportPlan", verbose: bool = False) -> Table:
 
 
 def engines_table(job: "Job", serve_tp: int | None) -> Table:
-    """List the engines that can serve the export at ``serve_tp`` (1 by default), or why not."""
+    """List every engine: can it serve the export at ``serve_tp`` (default 1), or why not."""
     from megatron_quant.engines import obstacle
 
     tp = serve_tp or 1
@@ -106,7 +106,7 @@ def engines_table(job: "Job", serve_tp: int | None) -> Table:
 
 
 def needs(job: "Job") -> Iterator[str]:
-    """Return lines on the KV cache's storage, and on the need for calibration data."""
+    """Yield lines on how the KV cache is stored, and on whether calibration data is needed."""
     slots = cache_slots(job.quant)
     if slots:
         how = "calibrated" if job.quant.kv_cache == "fp8" else "all 1"
@@ -115,13 +115,13 @@ def needs(job: "Job") -> Iterator[str]:
 
 
 def sizes_line(plan: "ExportPlan") -> str:
-    """Return the bytes before and after, as a line."""
+    """Return a line with the bytes before and after."""
     ratio = plan.bytes_before / plan.bytes_after
     return f"size: {size(plan.bytes_before)} -> {size(plan.bytes_after)} ({ratio:.2f}x smaller)"
 
 
 def planning_lines(job: "Job") -> Iterator[str]:
-    """Return the cost of planning, and the bytes that each rank writes."""
+    """Yield lines on the cost of planning, and on the bytes that each rank writes."""
     from megatron_quant.ckpt.plan import spread
 
     assert job.cost is not None
@@ -137,9 +137,9 @@ def planning_lines(job: "Job") -> Iterator[str]:
 def statistics_table(
     statistics: Sequence[tuple[str, tuple[int, ...], float]], verbose: bool = False
 ) -> Table:
-    """Quantizer state as Megatron-Bridge's quantize.py shows it.
+    """Show the quantizers' state as Megatron-Bridge's quantize.py does.
 
-    Like layers share a row, with their smallest and largest value, unless ``verbose``.
+    Layers that are alike share a row, with their smallest and largest value, unless ``verbose``.
     """
     table = Table("Parameter Name", "Shape", "Max Value", title="Quantization Statistics")
     rows: Iterable[tuple[str, list[tuple[str, tuple[int, ...], float]]]]

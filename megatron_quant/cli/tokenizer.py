@@ -1,4 +1,4 @@
-"""Flags that say which tokenizer reads texts."""
+"""Flags that choose the tokenizer."""
 
 import argparse
 from pathlib import Path
@@ -15,6 +15,6 @@ def add_tokenizer(group: "argparse.ArgumentParser | argparse._ArgumentGroup") ->
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the Python code of a tokenizer that is code, such as Kimi-K2's; the model's code "
-        "is never run",
+        help="run the Python code that a tokenizer such as Kimi-K2's brings along; the model's "
+        "code is never run",
     )

@@ -14,29 +14,30 @@ if TYPE_CHECKING:
     from megatron_quant.ckpt.verify import Report
 
 _WORST = 10
-_THREADS = 4  # that read and hash
+_THREADS = 4  # they read and hash
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb to the top parser."""
     p = verbs.add_parser(
         "verify",
-        help="prove that a checkpoint is complete and what its own config says",
-        description="Reopen a checkpoint with safetensors alone: every weight has its scales or is "
-        "on the exclude list, shapes and dtypes are right, scales finite and positive, the index "
-        "complete, the config consistent. Exits non-zero and names the tensors where not.",
+        help="check that a checkpoint is complete and matches its own config",
+        description="Reopen a checkpoint with safetensors alone. Check that every weight has its "
+        "scales or is on the exclude list, that shapes and dtypes are right, scales finite and "
+        "positive, the index complete and the config consistent. If not, name the tensors and exit "
+        "non-zero.",
     )
     p.add_argument("directory", type=Path, metavar="DIR", help="the exported checkpoint")
     p.add_argument(
         "--against",
         type=Path,
         metavar="HF_DIR",
-        help="the original: also bound the dequantized error of every tensor",
+        help="the original: also check the dequantized error of every tensor",
     )
     p.add_argument(
         "--digests",
         action="store_true",
-        help="also read all bytes and compare them with the digests that the export noted in "
+        help="also read all bytes and compare them with the digests that the export wrote to "
         f"{MANIFEST}",
     )
     p.set_defaults(run=run)

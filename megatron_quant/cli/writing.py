@@ -4,36 +4,36 @@ import argparse
 
 
 def add_writing(group: "argparse._ActionsContainer") -> None:
-    """Add the flags from ``--max-shard-size`` to ``--resume``."""
+    """Add ``--max-shard-size``, ``--resume`` and the flags between them."""
     group.add_argument(
-        "--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)"
+        "--max-shard-size", default="5GB", help="largest safetensors file (default 5GB)"
     )
     group.add_argument(
         "--io-threads",
         type=int,
         default=2,
         metavar="N",
-        help="threads of each rank that hash and write while it encodes (default 2)",
+        help="threads per rank that hash and write while it encodes (default 2)",
     )
     group.add_argument(
         "--fsync",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="have all on stable storage before the index appears, so that a power cut leaves a "
-        "whole checkpoint or none (default); --no-fsync leaves that to the system, and a killed "
-        "run can still be resumed",
+        help="put everything on stable storage before the index appears, so that a power cut "
+        "leaves a whole checkpoint or none (default); --no-fsync leaves that to the system: a "
+        "killed run can still be resumed, a power cut may damage files",
     )
     group.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="read the export back, the ranks a share each, before its files have their names "
-        "(default); --no-verify leaves that to the verb verify",
+        help="read the export back before its files get their names; each rank reads a share "
+        "(default). --no-verify leaves that to the verb verify",
     )
     group.add_argument(
         "--verbose",
         action="store_true",
-        help="tables with every layer and file (default: like layers share a row)",
+        help="list every layer and file in the tables (default: layers that are alike share a row)",
     )
     group.add_argument(
         "--overwrite", action="store_true", help="replace the checkpoint that is there"
@@ -41,8 +41,8 @@ def add_writing(group: "argparse._ActionsContainer") -> None:
     group.add_argument(
         "--resume",
         action="store_true",
-        help="continue what a killed run left in --export-dir, or start where there is nothing: "
-        "what is there and intact is not written again. Refused where recipe, source, files or "
-        "calibrated scales are others. A run that fails with this flag (a full disk) keeps what "
-        "it wrote; without it, it removes that",
+        help="continue what a killed run left in --export-dir, or start if there is nothing; what "
+        "is intact is not written again. Refused if the recipe, source, files or calibrated scales "
+        "differ. A run that fails with this flag (a full disk) keeps what it wrote; without it, "
+        "that is removed",
     )

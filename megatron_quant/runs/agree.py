@@ -1,4 +1,4 @@
-"""Before a run writes anything: its ranks have the same inputs, and mean to do the same."""
+"""Check, before a run writes anything, that its ranks have the same inputs and the same plan."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,22 +17,22 @@ from megatron_quant.errors import QuantError
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.settings import flags_of
 
-_DIGITS = 12  # of a digest, on the screen
+_DIGITS = 12  # of a digest that a message shows
 
 
 def check_options(options: object, groups: Groups) -> None:
-    """Raise RankError, on every rank, where the ranks have other options. Collective.
+    """Raise RankError, on every rank, if the ranks' options differ. Collective.
 
-    options: a dataclass, whose groups of settings count by their flags.
+    options: a dataclass; its groups of settings are compared flag by flag.
     """
     check_alike(groups, **{name: str(value) for name, value in flags_of(options).items()})
 
 
 def fetched(options: QuantizeOptions, groups: Groups) -> QuantizeOptions:
-    """``options`` whose source is a directory: one rank of each host fetches what is on the hub.
+    """Return ``options`` with a directory as source; one rank per host fetches a hub id.
 
-    It also reads what all others will, so that they find it in the host's memory. Collective.
-    Raises CheckpointError, on every rank, where there is no such source.
+    That rank also reads the files that all others will read, so that they are in the host's memory.
+    Collective. Raises CheckpointError, on every rank, if there is no such source.
     """
     given = options.hf_model_id
     if given is None:
@@ -40,7 +40,7 @@ def fetched(options: QuantizeOptions, groups: Groups) -> QuantizeOptions:
 
     def fetch() -> str:
         source = resolve_source(given)
-        with suppress(QuantError):  # whoever needs it says what is wrong
+        with suppress(QuantError):  # reported where it is needed
             source_digest(source)
         if options.calibration.dataset != STDLIB and not Path(options.calibration.dataset).exists():
             with suppress(QuantError):
@@ -51,9 +51,9 @@ def fetched(options: QuantizeOptions, groups: Groups) -> QuantizeOptions:
 
 
 def check_plans(groups: Groups, origin: Origin, plan: ExportPlan | None) -> None:
-    """Raise RankError, on every rank, where another recipe, source or files are meant. Collective.
+    """Raise RankError, on every rank, if recipe, source or planned files differ. Collective.
 
-    Of a source config.json, and the names, sizes and headers of its files are compared.
+    Sources are compared by config.json and by the names, sizes and headers of their files.
     """
     check_alike(
         groups,
@@ -64,6 +64,6 @@ def check_plans(groups: Groups, origin: Origin, plan: ExportPlan | None) -> None
 
 
 def check_tokens(groups: Groups, tokens: Sequence[torch.Tensor]) -> None:
-    """Raise RankError, on every rank, where the ranks read other data. Collective."""
+    """Raise RankError, on every rank, if the ranks read different data. Collective."""
     digest = digest_of_parts(ids.contiguous().numpy().tobytes() for ids in tokens)
     check_alike(groups, the_digest_of_the_data=digest[:_DIGITS])

@@ -19,9 +19,9 @@ def tokenizer_choice(calibration: Calibration) -> TokenizerChoice:
 def calibration_batches(calibration: Calibration, source: Path) -> list[torch.Tensor]:
     """Return the batches that ``calibration`` asks for, [B, S] each.
 
-    source: the checkpoint, whose tokenizer is taken where ``calibration`` names none.
+    source: the checkpoint; its tokenizer is used if ``calibration`` names none.
 
-    Raises CheckpointError without a tokenizer and CalibrationError where there is too little text.
+    Raises CheckpointError if there is no tokenizer, CalibrationError if there is too little text.
     """
     try:
         tokenizer = tokenizer_choice(calibration).load(source)
@@ -41,6 +41,6 @@ def check_ids(
     if largest >= vocab_size:
         raise CheckpointError(
             f"{calibration.tokenizer or source}: the tokenizer gives token {largest}, but "
-            f"vocab_size in config.json is {vocab_size}; put the tokenizer there that the model "
-            "was trained with"
+            f"vocab_size in config.json is {vocab_size}; use the tokenizer that the model was "
+            "trained with"
         )

@@ -18,7 +18,7 @@ from megatron_quant.runs.options import QuantizeOptions, dtype_of
 from megatron_quant.runs.phases import Phases, Quiet
 from megatron_quant.runs.settings import Calibration, Parallel, Serve, Write
 
-if TYPE_CHECKING:  # it imports Megatron, which a host without a GPU must be readied for
+if TYPE_CHECKING:  # imports Megatron, which needs use_cpu() first on a host without a GPU
     from megatron_quant.runs.megatron import Outcome
 
 
@@ -46,10 +46,10 @@ def quantize_checkpoint(
         flags: further flags of ``megatron-quant quantize`` by name, such as ``keep_scales=True``.
 
     Returns:
-        What was found: ranges, tokens of experts, the verification.
+        The findings: ranges, tokens that each expert saw, the verification.
 
     Raises:
-        QuantError: on every rank alike; nothing that looks whole is left.
+        QuantError: on every rank alike; no export that looks complete is left.
     """
     from megatron_quant.mcore.model import start_distributed
     from megatron_quant.runs.megatron import quantize_run
@@ -83,8 +83,8 @@ def stream(
 ) -> Streamed:
     """Quantize a Hugging Face checkpoint file to file, without a Megatron model. Collective.
 
-    Memory does not grow with the model; ranks share the tensors. Arguments and errors are those of
-    :func:`quantize_checkpoint`.
+    Memory does not grow with the model; the ranks share the tensors. Other arguments, and errors,
+    are those of :func:`quantize_checkpoint`.
     groups: the ranks that share the work; None for all that torchrun started.
     """
     options = _options(
@@ -111,10 +111,10 @@ def plan(
     write: Write = Write(),
     **flags: Any,
 ) -> Job:
-    """Say what would happen to every weight, from config.json alone; writes nothing.
+    """Plan what would happen to every weight, from config.json alone. Writes nothing.
 
-    ``stream=True`` plans :func:`stream`, which also reads the headers of the weights. Raises the
-    QuantError of whatever does not fit.
+    ``stream=True`` plans :func:`stream`; it also reads the headers of the weights. Raises a
+    QuantError for whatever does not fit.
     """
     options = _options(
         source, recipe, flags, export_format=format, parallel=parallel, serve=serve, write=write
@@ -128,7 +128,7 @@ def _options(
     unknown = sorted(set(flags) - set(QuantizeOptions.__dataclass_fields__))
     if unknown:
         raise QuantError(
-            f"{unknown[0]} is no flag of quantize: known are "
+            f"{unknown[0]} is no flag of quantize: give one of "
             f"{', '.join(sorted(QuantizeOptions.__dataclass_fields__))}"
         )
     return QuantizeOptions(**(flags | given), hf_model_id=str(source), export_quant_cfg=recipe)
@@ -146,7 +146,7 @@ def convert(
 ) -> Rewritten:
     """Write a quantized checkpoint in another engine's format, code for code. Collective.
 
-    Raises QuantError, on every rank alike, where ``format`` cannot say what the checkpoint holds.
+    Raises QuantError, on every rank alike, if ``format`` cannot store what the checkpoint holds.
     """
     options = ExportOptions(
         source=Path(checkpoint),
@@ -159,9 +159,9 @@ def convert(
 
 
 def verify(out: str | Path, *, against: str | Path | None = None) -> Report:
-    """Check that a checkpoint is complete and is what its own config says.
+    """Check that a checkpoint is complete and matches its own config.
 
-    against: the checkpoint that it was made from; unquantized tensors must then be equal, and
+    against: the checkpoint that it was made from. Unquantized tensors must then be equal, and
     quantized ones within a step of their format. Raises VerifyError for the first problem.
     """
     report = verify_checkpoint(Path(out), Path(against) if against is not None else None)
@@ -180,11 +180,11 @@ def evaluate(
     tokenizer: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Result:
-    """Measure perplexity on a text, and the mean KL divergence from ``against`` where it is given.
+    """Measure perplexity on a text, and the mean KL divergence from ``against`` if it is given.
 
-    text: a UTF-8 file. seq_length: tokens of a window; windows do not overlap. tokenizer:
-    the folder of the tokenizer, None for the checkpoint's own. trust_remote_code: run the code of a
-    tokenizer that is code. Raises QuantError for a text or a checkpoint that cannot be used.
+    text: a UTF-8 file. seq_length: tokens per window; windows do not overlap. tokenizer: the
+    tokenizer's folder; None for the checkpoint's own. trust_remote_code: run the code that a
+    tokenizer brings along. Raises QuantError for a text or a checkpoint that cannot be used.
     """
     return evaluate_checkpoint(
         Path(out),

@@ -1,4 +1,4 @@
-"""Rewriting a quantized checkpoint in another dialect, without a model."""
+"""Rewrite a quantized checkpoint in another dialect, without a model."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +36,7 @@ from megatron_quant.runs.settings import Serve, Write, parse_size
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """One run of ``export``; what is no group of settings is the flag of the same name."""
+    """One run of ``export``. Each field is the flag of that name, or a group of flags."""
 
     source: Path
     export_dir: Path
@@ -47,7 +47,10 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """The files, and what the source has and they have not, one line each."""
+    """The files that were written.
+
+    left_out: what the source has and they lack, one line each.
+    """
 
     plan: ExportPlan
     left_out: tuple[str, ...]
@@ -56,8 +59,8 @@ class Rewritten:
 def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritten:
     """Write ``options.source`` in ``options.export_format``; the ranks share the work.
 
-    Collective. Raises a QuantError, the same on every rank; an unfinished export is removed (with
-    ``options.write.resume``: kept, to be continued).
+    Collective. Raises the same QuantError on every rank. An unfinished export is then removed;
+    ``options.write.resume`` keeps it, to be continued.
     """
     check_options(options, groups)
     work = together(groups, lambda: _planned(options, groups.size))
@@ -76,7 +79,7 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritte
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """The facts that are known before a tensor is read."""
+    """All that is known before a tensor is read."""
 
     checkpoint: QuantizedCheckpoint
     plan: ExportPlan
@@ -87,7 +90,7 @@ class _Work:
 
 
 def _planned(options: ExportOptions, world: int) -> _Work:
-    """Raises the QuantError of whatever does not fit; nothing has been written then."""
+    """Plan the work and write nothing. Raises a QuantError for whatever does not fit."""
     existing = existing_of(options.write)
     writing = WriteOptions(options.write.io_threads, options.write.fsync)
     checkpoint = QuantizedCheckpoint(options.source)
@@ -117,6 +120,6 @@ def _planned(options: ExportOptions, world: int) -> _Work:
 
 
 def _origin(checkpoint: QuantizedCheckpoint, options: ExportOptions) -> Origin:
-    """Digest the source; its config's account of its quantization serves as the recipe."""
+    """Digest the source; the quantization in its config stands for the recipe."""
     recipe = digest_of(checkpoint.config.get("quantization_config"))
     return Origin(recipe, source_digest(options.source))

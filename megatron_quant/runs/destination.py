@@ -1,4 +1,4 @@
-"""Where an export goes, checked alike for every verb that writes one, before and after."""
+"""Where an export goes: every verb that writes one checks it here, before and after."""
 
 from pathlib import Path
 
@@ -33,29 +33,29 @@ from megatron_quant.runs.settings import Write
 
 
 def existing_of(write: Write) -> Existing:
-    """Translate ``--overwrite`` and ``--resume`` into the treatment of files that exist."""
+    """Translate ``--overwrite`` and ``--resume`` into what happens to files that exist."""
     if write.resume:
         return Existing.RESUME
     return Existing.REPLACE if write.overwrite else Existing.REFUSE
 
 
 def check_place(directory: Path, *sources: Path, flag: str = "--export-dir") -> None:
-    """Raise ExportError where ``directory`` would lie in, or around, what it is made of.
+    """Raise ExportError if ``directory`` is in or around one of ``sources``.
 
-    Nor may it be the directory in which the run stands. flag: that names it.
+    It may not be the working directory either. flag: the one that names ``directory``.
     """
     if directory.resolve() == Path.cwd():
         raise ExportError(
-            f"{flag} {directory} is the directory that the command runs in; give one of its own"
+            f"{flag} {directory} is the directory that the command runs in; give another directory"
         )
     for source in sources:
         check_apart(directory, source, flag)
 
 
 def check_places(options: QuantizeOptions) -> None:
-    """Raise ExportError unless all that is written has places apart from one another and the rest.
+    """Raise ExportError if an output lies in another output or in an input.
 
-    ``options.hf_model_id`` is a directory, or none.
+    ``options.hf_model_id`` must be a directory or None.
     """
     out, saved = options.export_dir, options.megatron_save_path
     named = (options.hf_model_id, options.megatron_load_path)
@@ -66,25 +66,25 @@ def check_places(options: QuantizeOptions) -> None:
         check_place(saved, *sources, flag="--megatron-save-path")
     if out is not None and saved is not None and overlap(out, saved):
         raise ExportError(
-            f"--megatron-save-path {saved} is --export-dir {out}, or one lies in the other; give "
-            "each a directory of its own"
+            f"--megatron-save-path {saved} and --export-dir {out} are the same, or one lies in the "
+            "other; give each a directory of its own"
         )
 
 
 def origin_of(job: Job, saved: Saved | None = None) -> Origin:
-    """Digest the inputs of an export, alike through a model and without one.
+    """Digest the inputs of an export; the digests are equal with a model and without one.
 
-    saved: the Megatron checkpoint that the model comes from. Raises CheckpointError where the
-    source cannot be read.
+    saved: the Megatron checkpoint that the model comes from. Raises CheckpointError if the source
+    cannot be read.
     """
     source = source_digest(job.source) if saved is None else saved.source
     return Origin(recipe_digest(job.recipe), source)
 
 
 def statistics_digest(job: Job, options: QuantizeOptions, *found: object) -> str:
-    """Digest of the scales that were found, and of the flags that say how they become an export's.
+    """Digest the scales that were found, and the flags that shape them for the export.
 
-    An unfinished export is not continued with others.
+    An unfinished export is continued only with the same ones.
     """
     return digest_of([job.expert_scales, options.keep_scales, *found])
 
@@ -92,9 +92,9 @@ def statistics_digest(job: Job, options: QuantizeOptions, *found: object) -> str
 def checked_companions(
     job: Job, export_dir: Path, existing: Existing, origin: Origin
 ) -> Companions:
-    """Return the files beside the weights, once it is sure that ``export_dir`` may have them.
+    """Return the files beside the weights, after checking that they may go to ``export_dir``.
 
-    Raises ExportError where they may not.
+    Raises ExportError if they may not.
     """
     assert job.dialect is not None
     check_place(export_dir, job.source)
@@ -110,7 +110,7 @@ def checked_companions(
 def with_beside(files: Companions, source: Path, checkpoint: Weights | None) -> Companions:
     """Add to ``files`` those that lie beside the weights in ``source``.
 
-    checkpoint: the weights; None where they come from elsewhere.
+    checkpoint: the weights; None if they come from elsewhere.
     """
     found = beside(source)
     unread = [
@@ -122,7 +122,7 @@ def with_beside(files: Companions, source: Path, checkpoint: Weights | None) -> 
 def write_shown(
     plan: ExportPlan, groups: Groups, produce: Produce, to: Destination, phases: Phases
 ) -> None:
-    """Write the files, with a phase that shows this rank's bytes. Collective; raises as export."""
+    """Write the files in a phase that shows this rank's bytes. Collective; raises as ``export``."""
     own = sum(part.nbytes for part in plan.parts_of(groups.rank))
     with phases.transfer("export", own) as progress:
         export(plan, groups, produce, to, progress)
@@ -131,10 +131,10 @@ def write_shown(
 def verify_together(
     directory: Path, against: Path | None, groups: Groups, named: Path | None = None
 ) -> Report:
-    """Verify a checkpoint, of whose tensors each rank looks at a share. Collective.
+    """Verify a checkpoint; each rank looks at a share of its tensors. Collective.
 
-    named: how problems call it, where that is not ``directory``, which may differ between ranks.
-    Returns the same report on every rank. Raises what one rank cannot read, on all.
+    named: the path that messages show, if not ``directory``, which may differ between ranks.
+    Returns the same report on every rank. An error of one rank is raised on all.
     """
 
     def look() -> Share:
@@ -145,21 +145,21 @@ def verify_together(
 
 
 class Verification:
-    """Verifies an export before its files have their own names; called on every rank.
+    """Verifies an export before its files get their names. Every rank calls it.
 
-    report: what was found, the same on every rank; None where nothing was verified yet.
+    report: the findings, the same on every rank; None until the first call.
     """
 
     def __init__(
         self, export_dir: Path, source: Path | None, groups: Groups, phases: Phases
     ) -> None:
-        """``source``: what tensors are compared with; None where that is not at hand."""
+        """Set up; ``source`` is the checkpoint to compare with, None if there is none."""
         self._phases = phases
         self.report: Report | None = None
         self._named, self._source, self._groups = export_dir, source, groups
 
     def __call__(self, directory: Path) -> None:
-        """Collective. Raises VerifyError, on every rank, for the first problem."""
+        """Verify. Collective. Raises VerifyError, on every rank, for the first problem."""
         with self._phases.time("verify"):
             found = verify_together(directory, self._source, self._groups, self._named)
             together(self._groups, found.raise_for_problems)

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 def calibrate_inputs(
     options: QuantizeOptions, job: Job, groups: Groups, phases: Phases
 ) -> InputAmaxes:
-    """Run the calibration data through the model, shared over the ranks, and merge what was seen.
+    """Run the calibration data through the model and merge what the ranks saw. Collective.
 
-    Collective. Raises the QuantError of what is wrong with data or model, on every rank.
+    The ranks share the data. Raises a QuantError, on every rank, for a fault in data or model.
     """
-    # Only here: transformers takes seconds to import.
+    # Imported here: transformers takes seconds to load.
     from megatron_quant.calib import shard
     from megatron_quant.runs.batches import calibration_batches, check_ids
     from megatron_quant.streaming import WeightInputAmax, keys_of, load_model, run_model, watched
@@ -59,7 +59,7 @@ def calibrate_inputs(
 
 
 def check_amax_file(options: QuantizeOptions, source: Path) -> None:
-    """Raise ExportError where what is measured could not be written after the work."""
+    """Raise ExportError now if the amax file could not be written after the work."""
     path, out = _amax_file(options), options.export_dir
     assert out is not None
     if any(overlap(path, folder) for folder in (out, source)):
@@ -68,7 +68,7 @@ def check_amax_file(options: QuantizeOptions, source: Path) -> None:
             "another place"
         )
     folder = path.resolve().parent
-    if folder in out.resolve().parents:  # it is made with the export
+    if folder in out.resolve().parents:  # the export creates it
         folder = next(at for at in (folder, *folder.parents) if at.exists())
     reason = ""
     if path.is_dir():
@@ -82,7 +82,7 @@ def check_amax_file(options: QuantizeOptions, source: Path) -> None:
 
 
 def save_amaxes(options: QuantizeOptions, job: Job, amaxes: InputAmaxes) -> None:
-    """Write what was measured where ``options`` say, by default beside the export."""
+    """Write the measured amaxes where ``options`` say; beside the export by default."""
     write_amaxes(_amax_file(options), static_inputs(job.quant, job.params), amaxes)
 
 

@@ -1,4 +1,4 @@
-"""Quantizing file to file: no Megatron model, memory independent of the model's size."""
+"""Quantize file to file: without a Megatron model, in memory that does not grow with the model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -54,8 +54,8 @@ _SHARING: dict[str, Sharing] = {"shared": shared, "per_expert": per_expert}
 class Streamed:
     """The findings of a run.
 
-    weight_amax: of each slot that has a tensor scale. inputs: None where none was measured.
-    verified: None with ``--no-verify``. left_out: what the source has and the export has not.
+    weight_amax: one for each slot that has a tensor scale. inputs: None if none was measured.
+    verified: None with ``--no-verify``. left_out: what the source has and the export lacks.
     """
 
     job: Job
@@ -67,10 +67,10 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Planned:
-    """The facts that are known before weights are read.
+    """All that is known before weights are read.
 
-    checkpoint: the source by the names of the export. kept: whose scales the export keeps; None
-    where weights get their own.
+    checkpoint: the source, by the names of the export. kept: the checkpoint whose scales the
+    export keeps; None if weights get their own.
     """
 
     job: Job
@@ -79,9 +79,9 @@ class Planned:
 
 
 def plan_stream(options: QuantizeOptions, world: int) -> Planned:
-    """Check everything that needs no weights, from config.json and the headers of the weights.
+    """Check, from config.json and the weights' headers, everything that needs no weights.
 
-    Raises the QuantError of whatever does not fit; nothing has been written then.
+    Raises a QuantError for whatever does not fit, before anything is written.
     """
     _check_flags(options)
     assert options.hf_model_id is not None, "checked with the flags"
@@ -100,8 +100,8 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
     job = decide(options, model, Layout.simulate(world, 1, 1, 1))
     if job.quant.kv_cache == "fp8":
         raise RecipeError(
-            "--export-kv-cache-quant fp8 is not calibrated by --stream: take fp8_cast, or leave "
-            "--stream out"
+            "--stream cannot calibrate --export-kv-cache-quant fp8: take fp8_cast, or leave out "
+            "--stream"
         )
     if job.quant.weighs_inputs:
         raise RecipeError(
@@ -119,8 +119,8 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
 def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> Streamed:
     """Quantize a Hugging Face checkpoint into ``options.export_dir``, file to file.
 
-    Collective; the ranks share the tensors. Raises a QuantError, the same on every rank, before
-    anything is written or with what was written removed.
+    Collective; the ranks share the tensors. Raises the same QuantError on every rank, before
+    anything is written or after removing what was.
     """
     out = options.export_dir
     assert out is not None, "an export needs a directory"
@@ -175,7 +175,7 @@ def _with_statistics(
     weights: Mapping[str, float],
     inputs: InputAmaxes | None,
 ) -> Companions:
-    """With a digest of what was found."""
+    """Add a digest of the findings to ``files``."""
     of_inputs = {n: float(a) for n, a in inputs.scales.items()} if inputs else {}
     statistics = statistics_digest(job, options, dict(weights), of_inputs)
     return replace(files, origin=replace(files.origin, statistics=statistics))
@@ -188,7 +188,7 @@ def _existing(options: QuantizeOptions) -> Existing:
 def _weight_amaxes(
     job: Job, source: PartSource, groups: Groups, phases: Phases
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Return the amax of each slot, and the amax that its scale follows from."""
+    """Return each slot's amax, and the amax that its scale is made of."""
     own, sharing = job.exported.parts_of(groups.rank), _SHARING[job.expert_scales]
     with phases.bar("amax", _nbytes(scaled(own))) as progress:
         found = slot_amaxes(source, job.quant, own, groups, progress)
@@ -206,16 +206,19 @@ def _check_flags(options: QuantizeOptions) -> None:
     if any(size > 1 for size in sizes.values()):
         given = " ".join(f"--{name} {size}" for name, size in sizes.items() if size > 1)
         raise LayoutError(
-            f"{given} with --stream: there is no model to cut, the ranks share its tensors; leave "
-            "it out"
+            f"{given} does not go with --stream: its ranks share the tensors, no model is cut; "
+            "leave one of them out"
         )
     for flag in ("megatron_load_path", "megatron_save_path"):
         if getattr(options, flag) is not None:
             raise QuantError(
-                f"--{flag.replace('_', '-')} needs a model, which --stream has not: leave one of "
-                "them out"
+                f"--{flag.replace('_', '-')} needs a Megatron model, and --stream has none: leave "
+                "one of them out"
             )
     if options.eval_text:
-        raise QuantError("--eval-text needs a model, which --stream has not: use the verb eval")
+        raise QuantError(
+            "--eval-text needs a Megatron model, and --stream has none: run megatron-quant eval on "
+            "the export"
+        )
     if options.calibration.act_percentile < 100:
-        raise QuantError("--act-percentile is not measured by --stream: leave one of them out")
+        raise QuantError("--stream cannot measure --act-percentile: leave one of them out")

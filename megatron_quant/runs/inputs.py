@@ -20,10 +20,10 @@ from megatron_quant.runs.saving import SavePlace, check_save_path
 class Inputs:
     """A run's inputs, checked.
 
-    checkpoint: of the weights; None where they come from a Megatron checkpoint. kept: the same,
-    where the export keeps its scales. companions: None where nothing is exported.
-    batches: token ids [B, S] each, empty where no input is quantized. windows: evaluation text,
-    int64 [T + 1] each.
+    checkpoint: the weights; None if they come from a Megatron checkpoint. kept: the same
+    checkpoint, if the export keeps its scales. companions: None if nothing is exported. batches:
+    token ids [B, S] each; empty if no input is quantized. windows: evaluation text, int64 [T + 1]
+    each.
     """
 
     job: Job
@@ -38,10 +38,10 @@ class Inputs:
 
 
 def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None) -> Inputs:
-    """Check everything that a run of ``world`` ranks needs, the target directories included.
+    """Check everything that a run of ``world`` ranks needs, the output directories included.
 
     saved: what ``options.megatron_load_path`` holds.
-    Raises the QuantError of whatever is wrong; nothing has been written then.
+    Raises a QuantError for whatever is wrong, before anything is written.
     """
     existing = existing_of(options.write)
     writing = WriteOptions(options.write.io_threads, options.write.fsync)

@@ -1,4 +1,4 @@
-"""Everything that is decided before a weight is read: from config.json and the flags alone."""
+"""Decide, from config.json and the flags alone, everything that needs no weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -48,10 +48,10 @@ from megatron_quant.runs.settings import parse_size
 class Job:
     """A run that passed every check that needs no weights.
 
-    architecture: None where the checkpoint is streamed, which needs no model.
-    layout: as Megatron's default rank order gives it; dialect and export: the files, owners at
-    that layout, None where nothing is exported; cost: of planning them. expert_scales: whose
-    weight amaxes experts have. kept, checkpoint: as in :class:`SourceModel`.
+    architecture: None for a streamed checkpoint, which needs no model. layout: in Megatron's
+    default rank order. dialect, export: the files and, at that layout, who owns each part; None if
+    nothing is exported. cost: what planning them took. expert_scales: whether experts share a
+    weight amax. kept, checkpoint: as in :class:`SourceModel`.
     """
 
     source: Path
@@ -71,7 +71,7 @@ class Job:
 
     @property
     def exported(self) -> ExportPlan:
-        """:attr:`export` of a run that has one."""
+        """Return :attr:`export` of a run that exports."""
         assert self.export is not None, "nothing is exported"
         return self.export
 
@@ -84,12 +84,12 @@ def prepare_job(
 ) -> Job:
     """Check the flags against the model's config for ``world`` ranks.
 
-    saved: what ``options.megatron_load_path`` holds. open_weights: how to open the checkpoint,
-    whose layers for speculation the export then takes along; None to read config.json alone.
-    Raises the QuantError of whatever does not fit.
+    saved: what ``options.megatron_load_path`` holds. open_weights: opens the checkpoint, so that
+    its layers for speculation go into the export; None to read config.json alone.
+    Raises a QuantError for whatever does not fit.
     """
     if options.amax_file is not None:
-        raise QuantError("--amax-file is written by --stream: pass that too, or leave it out")
+        raise QuantError("--amax-file goes with --stream: give --stream too, or leave it out")
     source = _source(options, saved)
     hf_config = read_config(source)
     architecture = lookup(hf_config)
@@ -122,8 +122,8 @@ def prepare_job(
 def planned(options: QuantizeOptions) -> Job:
     """Decide everything from config.json alone, for the fewest ranks that the layout takes.
 
-    An export is planned also where the run would only save. Raises the QuantError of whatever does
-    not fit.
+    An export is planned even if the run would only save. Raises a QuantError for whatever does not
+    fit.
     """
     check_plannable(options)
     sizes, exporting = options.parallel, replace(options, megatron_save_path=None)
@@ -134,8 +134,8 @@ def planned(options: QuantizeOptions) -> Job:
 class SourceModel:
     """The model to quantize: its place, its config and its logical parameters.
 
-    kept: dtypes of Hugging Face tensors that keep theirs, whatever the export's is. checkpoint:
-    of the weights; None where they are not read, or come from a Megatron checkpoint.
+    kept: dtypes of the Hugging Face tensors that keep their own, whatever the export's is.
+    checkpoint: the weights; None if they are not read, or come from a Megatron checkpoint.
     """
 
     source: Path
@@ -151,7 +151,7 @@ def decide(
 ) -> Job:
     """Return the recipe's decisions on ``model`` and the files of its export.
 
-    Raises the QuantError of whatever does not fit.
+    Raises a QuantError for whatever does not fit.
     """
     recipe, params = chosen_recipe(options, saved), model.params
     quant = resolve(recipe, slots(params))
@@ -181,7 +181,7 @@ def decide(
         return job
     dialect = get_dialect(options.export_format)
     check_serving(quant, params, dialect.name, options.serve.engine, options.serve.tp)
-    dialect.quantization_config(quant)  # refuses what it cannot say
+    dialect.quantization_config(quant)  # refuses what it cannot store
     shard_bytes = parse_size(options.write.max_shard_size)
     export, cost = measured(
         lambda: plan_export(
@@ -192,7 +192,7 @@ def decide(
 
 
 def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
-    """Replace the plan of ``job`` by ``quant``; raises as :func:`prepare_job`."""
+    """Replace the plan of ``job`` by ``quant``. Raises as :func:`prepare_job` does."""
     if job.dialect is None:
         return replace(job, quant=quant)
     shard_bytes = parse_size(options.write.max_shard_size)
@@ -212,7 +212,7 @@ def _pipeline(options: QuantizeOptions) -> Pipeline:
 
 
 def _source(options: QuantizeOptions, saved: Saved | None) -> Path:
-    """Where config.json and the tokenizer are."""
+    """Find the directory that has config.json and the tokenizer."""
     if options.hf_model_id is not None:
         return resolve_source(options.hf_model_id)
     assert saved is not None
@@ -229,25 +229,25 @@ def _check_same(options: QuantizeOptions, quant: QuantPlan, saved: QuantPlan) ->
     if other := difference(quant, saved):
         raise RecipeError(
             f"{options.megatron_load_path} was saved with recipe {saved.recipe!r}, which treats "
-            f"{other} in another way than the flags ask for: leave out --export-quant-cfg and the "
-            "flags that change it"
+            f"{other} differently than the flags ask: leave out --export-quant-cfg and the flags "
+            "that change it"
         )
 
 
 def _check_cache(quant: QuantPlan) -> None:
-    """Raise RecipeError where there are no keys and values whose scales could be calibrated."""
+    """Raise RecipeError if the model caches no keys and values that could be calibrated."""
     if quant.kv_cache == "fp8" and not cache_slots(quant):
         raise RecipeError(
             "--export-kv-cache-quant fp8: latent attention caches keys and values as one vector, "
-            "compressed, which engines take without a calibrated scale; take fp8_cast, or none"
+            "compressed, and engines read no calibrated scale for it; take fp8_cast, or none"
         )
 
 
 def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
-    """Padding would be routed and observed, and so make the statistics depend on the layout."""
+    """Refuse samples that need padding: padding would make the statistics depend on the layout."""
     calibrates = quant.needs_data and saved is None
     tp, length = options.parallel.tp, options.calibration.seq_length
     if (options.eval_text or calibrates) and length % tp:
         raise LayoutError(
-            f"--tp {tp} does not divide --calib-seq-length {length}: choose a multiple"
+            f"--tp {tp} does not divide --calib-seq-length {length}: choose a multiple of {tp}"
         )

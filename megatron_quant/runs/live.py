@@ -68,13 +68,14 @@ def quantize(
     Args:
         model: this rank's GPTModel, or the list of its pipeline chunks, wrapped
             (Float16Module, DistributedDataParallel) or not.
-        recipe: as ``--export-quant-cfg`` takes it: a name, a YAML path, a ModelOpt preset, or a
-            Recipe.
+        recipe: a Recipe, or what ``--export-quant-cfg`` takes: a name, a YAML path, a ModelOpt
+            preset.
         forward_loop: runs the calibration data through ``model``, its only argument; every rank
-            calls it. None: the text of ``calibration`` is run, with the tokenizer in ``hf_model``.
-        hf_model: the model's Hugging Face directory, hub id or config. Recipes name weights as it
-            does.
-        expert_scales: ``shared``, one weight scale for the experts of a layer, or ``per_expert``.
+            calls it. None runs the text of ``calibration``, with the tokenizer in ``hf_model``.
+        hf_model: the model's Hugging Face directory, hub id or config. Recipes use its names of
+            weights.
+        expert_scales: ``shared`` for one weight scale for all experts of a layer, or
+            ``per_expert``.
         groups: the ranks that hold the model; None for all of torch.distributed's.
 
     Returns:
@@ -82,7 +83,7 @@ def quantize(
 
     Raises:
         QuantError: on every rank alike, for a model that is not the config's, a recipe that does
-            not fit, or data that reaches not every layer.
+            not fit, or data that does not reach every layer.
     """
     groups = groups or start_distributed()
     handle = attach_recipe(
@@ -110,16 +111,15 @@ def _expert_scales(name: str) -> ExpertScales:
 
 
 def _own_loop(handle: Quantized, calibration: Calibration, groups: Groups) -> Callable[[], None]:
-    """Run the text of ``calibration`` through the model; read when it is called first."""
+    """Return a loop that runs the text of ``calibration``; the first call reads the text."""
     hf, chunks = handle.hf, handle.model.chunks
 
     def read() -> list[torch.Tensor]:
         source = calibration.tokenizer or hf.directory
         if source is None:
             raise CalibrationError(
-                f"recipe {handle.recipe.name!r} is calibrated on data: give a forward_loop, or the "
-                "directory of the Hugging Face model as hf_model, which has its tokenizer, or a "
-                "tokenizer in calibration"
+                f"recipe {handle.recipe.name!r} is calibrated on data: give a forward_loop, or a "
+                "tokenizer, either in calibration or in the directory that hf_model names"
             )
         batches = calibration_batches(calibration, Path(source))
         check_ids(batches, calibration, Path(source), hf.config["vocab_size"])
@@ -137,8 +137,8 @@ def _own_loop(handle: Quantized, calibration: Calibration, groups: Groups) -> Ca
 class Exported:
     """An export that was written.
 
-    plan: its files. verified: what verification found; None where ``write`` leaves that out.
-    left_out: what the source has and the export has not, one line each.
+    plan: its files. verified: what verification found; None if ``write`` skips it.
+    left_out: what the source has and the export lacks, one line each.
     """
 
     plan: ExportPlan
@@ -148,7 +148,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Described:
-    """Files of an export, the tensors in them, and how their values are made."""
+    """The files of an export, their tensors, and what produces the values."""
 
     plan: ExportPlan
     files: Companions
@@ -165,18 +165,18 @@ def export(
 ) -> Exported:
     """Write the serving checkpoint of a quantized live model. Collective.
 
-    The bytes do not depend on the layout. Whatever the Hugging Face directory has and Megatron has
-    not (draft layers, tokenizer files) is carried over from it.
+    The bytes do not depend on the layout. What Megatron does not hold (draft layers, tokenizer
+    files) is carried over from the Hugging Face directory.
 
     Args:
         model: the handle that :func:`quantize` returned, or the model itself.
-        out: the directory to write; it must not hold a checkpoint, unless ``write`` says so.
+        out: the directory to write. It must not hold a checkpoint, unless ``write`` allows it.
         format: ``modelopt``, ``compressed-tensors``, ``gptq``, ``awq``, ``auto-round`` or
             ``fp8``.
 
     Raises:
-        QuantError: on every rank alike; what was written is removed then, or kept to be continued
-            where ``write.resume`` says so.
+        QuantError: on every rank alike. What was written is then removed; ``write.resume`` keeps
+            it, to be continued.
     """
     handle, directory = quantized(model), Path(out)
     groups, existing = handle.model.groups, existing_of(write)
@@ -210,7 +210,7 @@ def _describe(handle: Quantized, format: str, serve: Serve, shard_bytes: int) ->
     dtype = _dtype_of(model)
     params = (*model.params, *drafts)
     check_serving(handle.plan, params, dialect.name, serve.engine, serve.tp)
-    dialect.quantization_config(handle.plan)  # refuses what it cannot say
+    dialect.quantization_config(handle.plan)  # refuses what it cannot store
     plan = plan_export(
         params, handle.plan, model.layout, StorageRules(dialect, dtype, shard_bytes, kept)
     )
@@ -231,7 +231,7 @@ def _files(
 
 
 def _weights_beside(handle: Quantized) -> Weights | None:
-    """Open the weights that the Hugging Face directory has; None where it has none."""
+    """Open the weights in the Hugging Face directory; None if it has none."""
     return open_source(handle.hf.weights) if handle.hf.weights else None
 
 
@@ -242,7 +242,7 @@ def _draft_params(source: Weights | None) -> tuple[Param, ...]:
 
 
 def _dtype_of(model: LiveModel) -> torch.dtype:
-    """Return the dtype of the model's linear weights: of what stays unquantized in an export."""
+    """Return the dtype of the model's linear weights, which unquantized tensors get too."""
     return next(
         model.tensor(local).dtype for local in model.local if local.param.role is Role.LINEAR
     )
@@ -251,9 +251,9 @@ def _dtype_of(model: LiveModel) -> torch.dtype:
 def save(model: Quantized | Chunks, directory: str | Path) -> None:
     """Save a quantized live model as a Megatron checkpoint (torch_dist). Collective.
 
-    It can be restored, exported or trained on at any layout. A checkpoint of this library is
-    replaced. Raises ExportError, on every rank alike, for what the disk refuses and where files of
-    others lie; nothing is left of it then.
+    It can be restored, exported or trained on at any layout. A checkpoint of this library in
+    ``directory`` is replaced. Raises ExportError, on every rank alike, if the disk refuses, or if
+    ``directory`` holds files that this library did not write; nothing is left of it then.
     """
     handle = quantized(model)
     hf, place = handle.hf, SavePlace(Path(directory), Existing.REPLACE)
@@ -265,14 +265,15 @@ def restore(
 ) -> Quantized:
     """Fill a live model and its quantizers from a checkpoint that :func:`save` wrote. Collective.
 
-    model: unquantized, of the same architecture, at any layout. Raises CheckpointError, on every
-    rank alike, where the checkpoint is another model's or does not say how it is quantized.
+    model: an unquantized one of the same architecture, at any layout. Raises CheckpointError, on
+    every rank alike, if the checkpoint is another model's or does not say how it is quantized.
     """
     groups = groups or start_distributed()
     saved = open_saved(Path(directory), groups)
     if saved.recipe is None:
         raise CalibrationError(
-            f"{directory} does not say how it is quantized: it was saved without megatron_quant"
+            f"{directory} does not say how it is quantized: it was saved without megatron_quant; "
+            "restore one that mq.save wrote"
         )
     return attach_recipe(model, saved.recipe, hf_model, groups, AttachSettings(saved))
 
@@ -282,12 +283,12 @@ def export_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every (name, tensor) of the export on every rank, in file order, without a disk.
 
-    The tensors have the bytes that :func:`export` writes. Collective: all ranks go through the
-    iterator to its end, in step.
+    The tensors have the bytes that :func:`export` writes. Collective: all ranks iterate to the
+    end, in step.
 
     Args:
         format: as in :func:`export`.
-        max_bytes: of tensors under way at a time; one tensor that is larger is under way alone.
+        max_bytes: bytes of tensors in flight at a time; a larger tensor travels alone.
     """
     handle = quantized(model)
     groups = handle.model.groups

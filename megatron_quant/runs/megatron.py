@@ -1,4 +1,4 @@
-"""The run itself: load, attach, calibrate, export, verify. Every rank calls :func:`quantize`."""
+"""Run ``quantize`` through Megatron: load, attach, calibrate, export, verify."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -57,11 +57,11 @@ from megatron_quant.streaming import PartSource, unscaled
 class Outcome:
     """The findings of a run.
 
-    kv_amax: of the keys and values of each attention, where the KV cache was calibrated.
+    kv_amax: for the keys and values of each attention, if the KV cache was calibrated.
     statistics: (quantizer's state name, shape, largest value) of this rank's quantizers.
-    fake_quant: sums over the evaluation text, of the quantized model in Megatron; None without one.
+    fake_quant: the quantized model's sums over the evaluation text; None without a text.
     verified: what verifying the export found; None without an export, or with ``--no-verify``.
-    left_out: what the source has and the export has not, one line each.
+    left_out: what the source has and the export lacks, one line each.
     """
 
     job: Job
@@ -74,10 +74,10 @@ class Outcome:
 
 
 def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcome:
-    """Quantize a Hugging Face checkpoint into ``options.export_dir``, or load one that is.
+    """Quantize a Hugging Face checkpoint, or load a quantized Megatron one, and export it.
 
-    Collective. Raises a QuantError, the same on every rank, before anything is written or with
-    what was written removed (with ``options.write.resume``: kept, to be continued).
+    Collective; every rank calls it. Raises the same QuantError on every rank, before anything is
+    written or after removing what was; ``options.write.resume`` keeps it, to be continued.
     """
     check_options(options, groups)
     with phases.time("plan"):
@@ -137,14 +137,14 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
 
 
 def _save_place(path: Path, inputs: Inputs, statistics: str) -> SavePlace:
-    """``statistics``: digest of what calibration found."""
+    """Describe the place; ``statistics`` is the digest of what calibration found."""
     origin, dtype = inputs.origin, str(inputs.job.dtype)
     made_of = {"recipe": origin.recipe, "source": origin.source, "dtype": dtype}
     return SavePlace(path, inputs.existing, {**made_of, "calibrated scales": statistics})
 
 
 def _model(inputs: Inputs, groups: Groups, phases: Phases) -> LiveModel:
-    """Build the model; its weights are those of the Hugging Face checkpoint, if there is one."""
+    """Build the model and load the Hugging Face checkpoint's weights, if there is one."""
     job = inputs.job
     assert job.architecture is not None, "a live model needs a table"
     if inputs.checkpoint is None:
@@ -158,7 +158,7 @@ def _model(inputs: Inputs, groups: Groups, phases: Phases) -> LiveModel:
 
 
 def statistics(model: LiveModel) -> list[tuple[str, tuple[int, ...], float]]:
-    """State name (global layer), shape and largest value of every amax that this rank holds."""
+    """List every amax of this rank: state name (global layer), shape, largest value."""
     return [
         (model.global_name(number, name), tuple(amax.shape), float(amax.max()))
         for number, chunk in enumerate(model.chunks)
@@ -192,14 +192,14 @@ def _calibrate(
         batches = shard(inputs.batches, mpu.get_data_parallel_rank(), size)
     how, chunks = options.calibration, handle.model.chunks
     with phases.bar("calibrate", len(batches)) as progress:
-        # One call for all: a pipeline is full only while batches follow one another.
+        # One call for all batches: a pipeline stays full only while they follow one another.
         steps = [partial(run_schedule, chunks, batches, _drop, progress)]
         rules = InputRules(ColdExperts(how.cold_experts), how.act_percentile)
         return calibrate_quantized(handle, steps, rules)
 
 
 def _drop(logits: torch.Tensor) -> None:
-    """Calibration looks at inputs of layers alone."""
+    """Ignore the logits: calibration observes only the inputs of layers."""
 
 
 def _evaluate(inputs: Inputs, handle: Quantized, phases: Phases) -> Sums:
@@ -214,7 +214,7 @@ def _evaluate(inputs: Inputs, handle: Quantized, phases: Phases) -> Sums:
 
 
 def _drafts(job: Job) -> Produce | None:
-    """Makes what no Megatron model has, layers for speculation, from the source's files."""
+    """Make, from the source's files, the layers for speculation: Megatron models lack them."""
     if job.checkpoint is None:
         return None
     return unscaled(PartSource(job.checkpoint, job.dtype), job.quant)

@@ -1,4 +1,4 @@
-"""A user's wishes: the flags of ``quantize``, as values. Nothing here imports torch."""
+"""The flags of ``quantize``, as values. Nothing here imports torch."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_quant.mcore.checkpoint import Saved
 
 DTYPES = ("bf16", "fp16", "fp32")
-"""What ``--dtype`` may be."""
+"""The values of ``--dtype``."""
 
 
 def dtype_of(name: str) -> "torch.dtype":
@@ -33,12 +33,12 @@ def dtype_of(name: str) -> "torch.dtype":
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """One run of ``quantize``; what is no group of settings is the flag of the same name.
+    """One run of ``quantize``. Each field is the flag of that name, or a group of flags.
 
     ``export_dir`` may be None for a dry run, and with ``megatron_save_path``. ``algorithm``,
-    ``damp`` and ``export_kv_cache_quant`` replace what the recipe says; None leaves it. With
-    ``megatron_load_path``, where weights and quantizers come from then, ``hf_model_id``,
-    ``export_quant_cfg`` and ``expert_scales`` may be None: what was saved with it.
+    ``damp`` and ``export_kv_cache_quant`` replace what the recipe says, unless they are None. With
+    ``megatron_load_path``, weights and quantizers come from that checkpoint; ``hf_model_id``,
+    ``export_quant_cfg`` and ``expert_scales`` may then be None, for those saved with it.
     """
 
     hf_model_id: str | None
@@ -64,9 +64,9 @@ class QuantizeOptions:
 
     @classmethod
     def from_flags(cls, **flags: Any) -> "QuantizeOptions":
-        """Make options of the command line's flags; flags of other things are left out.
+        """Make options of the command line's flags; ignore flags that are not among them.
 
-        flags: by name, with underscores. A flag that is missing has its default.
+        flags: values by the flag's name, with underscores. A missing flag gets its default.
         """
         groups = {
             "parallel": from_flags(Parallel, flags),
@@ -79,13 +79,13 @@ class QuantizeOptions:
         return cls(**(own | groups))
 
     def __post_init__(self) -> None:
-        """Refuse what excludes one another; names are checked where they are resolved."""
+        """Refuse flags that exclude one another. Names are checked when they are resolved."""
         if self.dtype not in DTYPES:
             raise QuantError(f"--dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
         if self.keep_scales and self.dtype == "fp16":
             raise QuantError(
-                "--keep-scales goes with --dtype bf16 or fp32: fp16 does not hold small products "
-                "of a code and its scale"
+                "--keep-scales does not go with --dtype fp16, which cannot hold small products of "
+                "a code and its scale: use bf16 or fp32"
             )
         if self.megatron_load_path is None and None in (self.hf_model_id, self.export_quant_cfg):
             raise QuantError(
@@ -94,7 +94,7 @@ class QuantizeOptions:
 
 
 def check_plannable(options: QuantizeOptions) -> None:
-    """Raise QuantError where config.json alone does not say what would be done."""
+    """Raise QuantError if config.json alone does not decide what would be done."""
     if options.megatron_load_path is not None:
         raise QuantError("--dry-run plans from config.json: leave out --megatron-load-path")
 
@@ -102,8 +102,8 @@ def check_plannable(options: QuantizeOptions) -> None:
 def chosen_recipe(options: QuantizeOptions, saved: "Saved | None") -> Recipe:
     """Return the recipe, changed by the other flags.
 
-    saved: what ``options.megatron_load_path`` holds. Raises RecipeError for one that is malformed,
-    or that the flags do not go with, CheckpointError where neither flags nor ``saved`` name one.
+    saved: what ``options.megatron_load_path`` holds. Raises RecipeError if the recipe is malformed
+    or does not go with the flags, CheckpointError if neither flags nor ``saved`` name one.
     """
     if isinstance(options.export_quant_cfg, Recipe):
         recipe = options.export_quant_cfg
@@ -127,7 +127,7 @@ def chosen_recipe(options: QuantizeOptions, saved: "Saved | None") -> Recipe:
         recipe = with_kv_cache(recipe, options.export_kv_cache_quant)
     if options.weight_only and recipe.kv_cache == "fp8":
         raise RecipeError(
-            "--export-kv-cache-quant fp8 is calibrated, but --weight-only runs no data: "
+            "--export-kv-cache-quant fp8 needs calibration, but --weight-only runs no data: "
             "take fp8_cast, or leave out --weight-only"
         )
     return recipe

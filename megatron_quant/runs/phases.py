@@ -6,14 +6,14 @@ from typing import Protocol
 
 
 class Phases(Protocol):
-    """Where progress is shown; ``megatron_quant.cli.console.Phases`` is one."""
+    """Shows progress; ``megatron_quant.cli.console.ConsolePhases`` is one."""
 
     def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """Begin a phase of ``total`` steps; it yields a function to call with steps done."""
         ...
 
     def transfer(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Begin a phase that moves ``nbytes`` bytes; it yields a function of the bytes moved."""
+        """Begin a phase that moves ``nbytes`` bytes; it yields a function to call with bytes."""
         ...
 
     def time(self, name: str) -> AbstractContextManager[None]:
@@ -22,20 +22,20 @@ class Phases(Protocol):
 
 
 class Quiet:
-    """Shows nothing: for programs that import the library."""
+    """Shows nothing; for programs that import the library."""
 
     def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show nothing of a phase of ``total`` steps."""
+        """Begin a phase of ``total`` steps; show nothing."""
         return nullcontext(_ignore)
 
     def transfer(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show nothing of a phase that moves ``nbytes`` bytes."""
+        """Begin a phase that moves ``nbytes`` bytes; show nothing."""
         return nullcontext(_ignore)
 
     def time(self, name: str) -> AbstractContextManager[None]:
-        """Show nothing of a phase without steps."""
+        """Begin a phase without steps; show nothing."""
         return nullcontext()
 
 
 def _ignore(steps: int) -> None:
-    """Count nothing."""
+    """Ignore the steps."""

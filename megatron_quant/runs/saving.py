@@ -1,4 +1,4 @@
-"""Writing ``--megatron-save-path``: a folder of its own name only once all of it is there."""
+"""Write ``--megatron-save-path``; the folder gets its name only once all of it is there."""
 
 import json
 import logging
@@ -28,9 +28,9 @@ from megatron_quant.mcore.model import LiveModel
 
 @dataclass(frozen=True)
 class SavePlace:
-    """Where a checkpoint goes, and what it is made of: digests, by what they are of.
+    """Where a checkpoint goes.
 
-    existing: what to do with one that is there.
+    existing: what to do with one that is there. made_of: digests of its inputs, by input.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class SavePlace:
 def check_save_path(place: SavePlace) -> None:
     """Raise ExportError unless a checkpoint may go to ``place``. Changes nothing.
 
-    ``place.made_of``: what is known before the work.
+    ``place.made_of`` has the digests that are known before the work.
     """
     path = place.path.resolve()
     with explained(path, "cannot be used"):
@@ -52,7 +52,7 @@ def check_save_path(place: SavePlace) -> None:
         raise ExportError(f"--megatron-save-path {path} is not empty; choose another directory")
     if place.existing is Existing.REFUSE:
         raise ExportError(
-            f"--megatron-save-path {path} holds a checkpoint; choose another directory, or "
+            f"--megatron-save-path {path} holds a checkpoint; choose another directory, or give "
             "--overwrite"
         )
     if place.existing is Existing.RESUME:
@@ -62,7 +62,7 @@ def check_save_path(place: SavePlace) -> None:
 
 
 def _check_same(place: SavePlace) -> None:
-    """Raise ExportError where the finished checkpoint at ``place`` is made of anything else."""
+    """Raise ExportError if the finished checkpoint at ``place`` is made of anything else."""
     try:
         written = read_written(place.path)
     except CheckpointError as error:
@@ -71,9 +71,9 @@ def _check_same(place: SavePlace) -> None:
     for what, digest in place.made_of.items():
         if stated.get(what) != digest:
             raise ExportError(
-                f"--megatron-save-path {place.path} holds a finished checkpoint, and does not say "
-                f"that it has this run's {what}; --resume with what it was made of, or choose "
-                "another directory"
+                f"--megatron-save-path {place.path} holds a finished checkpoint that was not made "
+                f"with this run's {what}, or does not say so; --resume with what it was made of, "
+                "or choose another directory"
             )
 
 
@@ -84,11 +84,11 @@ def save_model(
     hf_config: Mapping[str, Any],
     groups: Groups,
 ) -> None:
-    """Save the model to ``place``, with ``source``'s small files where it is given. Collective.
+    """Save the model to ``place``, with the small files of ``source`` if it is given. Collective.
 
-    A checkpoint of this library is replaced, and with ``Existing.RESUME`` left as it is. Raises
-    ExportError, on every rank alike, for what the disk refuses and where others' files lie; then
-    nothing is left of it.
+    A checkpoint of this library is replaced, or with ``Existing.RESUME`` left as it is. Raises
+    ExportError, on every rank alike, if the disk refuses, or if ``place`` holds files that this
+    library did not write; nothing is left of it then.
     """
     path = place.path.resolve()
     small = together(groups, lambda: _small_files(source))
@@ -117,7 +117,7 @@ def save_model(
 
 
 def _small_files(source: Path | None) -> dict[Path, Path]:
-    """Those that go along, by their names below ``source``."""
+    """Find the files to copy, by their names below ``source``."""
     if source is None:
         return {}
     with explained(source, "cannot be read"):
@@ -125,7 +125,7 @@ def _small_files(source: Path | None) -> dict[Path, Path]:
 
 
 def _is_done(place: SavePlace) -> bool:
-    """Whether an earlier run saved the same. Raises ExportError where it saved anything else."""
+    """Return whether an earlier run saved the same. Raises ExportError if it saved another one."""
     if not is_checkpoint(place.path):
         return False
     _check_same(place)

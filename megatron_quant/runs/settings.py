@@ -25,13 +25,13 @@ def parse_size(text: str) -> int:
         raise ExportError(f"--max-shard-size {text!r} is no size: write it as 5GB or 200MB")
     size = int(float(match.group(1)) * _UNITS[(match.group(2) or "").upper()])
     if size < 1:
-        raise ExportError(f"--max-shard-size {text!r} is nothing: give at least a few MB")
+        raise ExportError(f"--max-shard-size {text!r} is below one byte: give at least a few MB")
     return size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How Megatron cuts the model over ranks; the field names are Megatron's flags.
+    """How Megatron cuts the model over ranks. The fields are named like Megatron's flags.
 
     tp, pp, ep, etp: tensor, pipeline, expert and expert-tensor parallel sizes.
     """
@@ -51,14 +51,14 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text that calibration runs, and the use that it makes of it.
+    """The text that calibration runs, and how its statistics become scales.
 
-    dataset: as ``--calib-dataset``. size: samples. seq_length: tokens a sample. batch_size: samples
-    a forward. cold_experts: ``error`` stops at an expert that saw no token, ``layer-max`` gives it
-    the largest amax of its layer. act_percentile: the percentage of a layer's input values that
-    its scale covers; 100 clips nothing. tokenizer: the folder of the tokenizer, None for the
-    checkpoint's own. trust_remote_code: run the code of a tokenizer that is code; the model's is
-    never run.
+    dataset: as ``--calib-dataset`` takes it. size: number of samples. seq_length: tokens per
+    sample. batch_size: samples per forward. cold_experts: ``error`` stops at an expert that saw no
+    token; ``layer-max`` gives it the largest amax of its layer. act_percentile: the percentage of
+    a layer's input values that its scale covers; 100 clips nothing. tokenizer: the tokenizer's
+    folder; None for the checkpoint's own. trust_remote_code: run the code that a tokenizer brings
+    along; the model's is never run.
     """
 
     dataset: str = "stdlib"
@@ -91,10 +91,10 @@ class Calibration:
 class Write:
     """How files are written.
 
-    overwrite: replace a checkpoint that is there. resume: go on with an unfinished one.
-    max_shard_size: tensor bytes of a file, as ``5GB``. io_threads: threads of a rank that hash and
-    write. fsync: make sure that all is on the disk. verify: read all back before the files get
-    their names.
+    overwrite: replace a checkpoint that is there. resume: continue an unfinished one.
+    max_shard_size: most tensor bytes per file, such as ``5GB``. io_threads: threads per rank that
+    hash and write. fsync: make sure that everything is on the disk. verify: read everything back
+    before the files get their names.
     """
 
     overwrite: bool = False
@@ -105,11 +105,11 @@ class Write:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what excludes one another, and what is no size or count."""
+        """Refuse settings that exclude one another, and bad sizes or counts."""
         if self.overwrite and self.resume:
             raise ExportError(
-                "--resume continues what --overwrite would remove; give one of them, --resume to "
-                "go on with an export that --overwrite began"
+                "--resume continues what --overwrite would remove: give one of them; --resume also "
+                "continues an export that --overwrite began"
             )
         parse_size(self.max_shard_size)
         _at_least_one(self, "io_threads")
@@ -117,10 +117,10 @@ class Write:
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Where the checkpoint will be served: planning refuses what the engine cannot read.
+    """Where the checkpoint will be served. Planning refuses what the engine cannot read.
 
-    engine: one of ``vllm``, ``sglang``, ``tensorrt-llm``; None where it is not known. tp: the
-    server's tensor-parallel size.
+    engine: ``vllm``, ``sglang`` or ``tensorrt-llm``; None if it is not known. tp: the server's
+    tensor-parallel size.
     """
 
     engine: str | None = None
@@ -134,21 +134,21 @@ _FLAGS = {
     "batch_size": "calib_batch_size",
     "engine": "serve_engine",
 }
-"""Field -> its flag, where that has another name."""
+"""Field -> its flag, if that has another name."""
 Settings = TypeVar("Settings", Parallel, Calibration, Write, Serve)
 
 
 def from_flags(group: type[Settings], flags: Mapping[str, Any]) -> Settings:
-    """Make ``group`` of the flags that the command line has for its fields; others are left out.
+    """Make ``group`` of the command line's flags; ignore flags that are not among its fields.
 
-    flags: values by the flag's name with underscores. A flag that is missing has its default.
+    flags: values by the flag's name, with underscores. A missing flag gets its default.
     """
     names = _names(group)
     return group(**{name: flags[flag] for name, flag in names.items() if flag in flags})
 
 
 def flags_of(options: object) -> dict[str, Any]:
-    """Flag -> value of a dataclass of options: what :func:`from_flags` takes."""
+    """Return flag -> value of a dataclass of options, as :func:`from_flags` takes it."""
     found: dict[str, Any] = {}
     for name, value in vars(options).items():
         if isinstance(value, Parallel | Calibration | Write | Serve):
@@ -160,6 +160,6 @@ def flags_of(options: object) -> dict[str, Any]:
 
 
 def _names(group: type) -> dict[str, str]:
-    """Field -> flag."""
+    """Return field -> flag."""
     names = {f.name: _FLAGS.get(f.name, f.name) for f in fields(group)}
     return names | {"tp": "serve_tp"} if group is Serve else names

@@ -53,7 +53,7 @@ def config_of(source: Path, to: Path, **changes: object) -> Path:
         ({"export_quant_cfg": "no.yaml"}, ["no.yaml does not exist", "give", *recipe_names()]),
         ({"export_dir": None}, ["--export-dir is missing: say where the checkpoint goes"]),
         ({"max_shard_size": "5XB"}, ["--max-shard-size '5XB' is no size: write it as 5GB"]),
-        ({"max_shard_size": "0"}, ["--max-shard-size '0' is nothing: give at least"]),
+        ({"max_shard_size": "0"}, ["--max-shard-size '0' is below one byte: give"]),
         ({"io_threads": 0}, ["--io-threads is 0: give at least 1"]),
         ({"resume": True, "overwrite": True}, ["--resume continues what --overwrite would remo"]),
         ({"export_dir": "/sys/out"}, ["/sys/out: cannot be used: ", "that you may write"]),
@@ -191,7 +191,7 @@ def test_a_broken_tokenizer(source: Path, ranks: Ranks, tmp_path: Path) -> None:
 def test_a_tokenizer_of_another_model(ranks: Ranks, tmp_path: Path) -> None:
     small = checkpoints.save("qwen3_moe", tmp_path / "small", vocab_size=64, eos_token_id=0)
     said = refused(ranks, tmp_path, quantize_argv(small, tmp_path / "out", **CALIBRATE))
-    assert re.search(r"tokenizer gives token \d+, but vocab_size in config.json is 64; put", said)
+    assert re.search(r"tokenizer gives token \d+, but vocab_size in config.json is 64; use", said)
 
 
 def test_too_little_text(source: Path, ranks: Ranks, tmp_path: Path) -> None:

@@ -128,8 +128,8 @@ def test_checkpoints_that_are_there(
     refusals = {
         "adapter.safetensors is there, and this library has": argv(others, overwrite=True),
         ".metadata is there, and this library has not listed": argv(unlisted, overwrite=True),
-        "does not say that it has this run's recipe": argv(old, resume=True, export_quant_cfg="fp8"),
-        "does not say that it has this run's dtype": argv(old, resume=True, dtype="fp32"),
+        "that was not made with this run's recipe": argv(old, resume=True, export_quant_cfg="fp8"),
+        "that was not made with this run's dtype": argv(old, resume=True, dtype="fp32"),
     }
     resumed = argv(old, resume=True)
     (ended,) = ranks(1, saved.commands, [*refusals.values(), resumed])
@@ -165,7 +165,7 @@ def test_a_run_removes_its_own_saves_alone(tmp_path: Path, ranks: Ranks) -> None
 def test_places_that_meet(source: Path, stored: Path, tmp_path: Path, ranks: Ranks) -> None:
     out, save = "--export-dir", "--megatron-save-path"
     cases: list[tuple[Path, Path, Path | None, str]] = [
-        (tmp_path / "a", tmp_path / "a", None, f"{save} {tmp_path / 'a'} is {out}"),
+        (tmp_path / "a", tmp_path / "a", None, f"{save} {tmp_path / 'a'} and {out} "),
         (tmp_path / "a", tmp_path / "a" / "b", None, "or one lies in the other"),
         (tmp_path / "a" / "b", tmp_path / "a", None, "or one lies in the other"),
         (Path(), tmp_path / "a", None, f"{out} . is the directory that the command runs in"),

@@ -73,7 +73,7 @@ def test_scales_of_the_cache_are_planned(
             "int4",
             {"weight_only": True, "export_kv_cache_quant": "fp8"},
             RecipeError,
-            "--export-kv-cache-quant fp8 is calibrated, but --weight-only runs no data: take fp8_",
+            "--export-kv-cache-quant fp8 needs calibration, but --weight-only runs no data: take",
         ),
         (
             "int4",

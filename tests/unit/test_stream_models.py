@@ -263,12 +263,12 @@ def test_layers_beyond_the_models_are_never_quantized() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"tp": 2}, "--tp 2 with --stream: .* leave it out"),
-        ({"ep": 2, "pp": 2}, "--ep 2 --pp 2 with --stream"),
-        ({"eval_text": Path("x")}, "use the verb eval"),
+        ({"tp": 2}, "--tp 2 does not go with --stream: .* leave one of them out"),
+        ({"ep": 2, "pp": 2}, "--ep 2 --pp 2 does not go with --stream"),
+        ({"eval_text": Path("x")}, "run megatron-quant eval"),
         ({"act_percentile": 99.0}, "--act-percentile"),
-        ({"megatron_save_path": Path("x")}, "^--megatron-save-path needs a model, which --stream"),
-        ({"megatron_load_path": Path("x")}, "^--megatron-load-path needs a model, which --stream"),
+        ({"megatron_save_path": Path("x")}, "^--megatron-save-path needs a Megatron model"),
+        ({"megatron_load_path": Path("x")}, "^--megatron-load-path needs a Megatron model"),
     ],
 )
 def test_flags_that_need_a_model_are_refused(gemma4: Path, tmp_path, flags, said) -> None:

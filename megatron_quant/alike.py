@@ -2,9 +2,12 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import TypeVar
 
-from megatron_quant.dist import Groups, gather, raise_together, together
+import torch
+
+from megatron_quant.dist import Groups, exchange, gather, together
 from megatron_quant.errors import RankError
 from megatron_quant.faults import one_line
 
@@ -61,8 +64,47 @@ def once_a_host(groups: Groups, work: Callable[[], T]) -> T:
     Every rank gets what that of its own host found, a small picklable value. What one rank raises
     is raised on all. A rank without LOCAL_RANK is the first of its host.
     """
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    found = gather(together(groups, lambda: [work()] if first else []), groups)
-    error = None if found[0] else RankError("LOCAL_RANK is 0 on no rank of the first host")
-    raise_together(error, groups)
-    return [of_rank[0] for of_rank in found[: groups.rank + 1] if of_rank][-1]
+    firsts = _first_ranks(groups)
+    own = together(groups, lambda: [work()] if firsts[groups.rank] == groups.rank else [])
+    return gather(own, groups)[firsts[groups.rank]][0]
+
+
+def ids_once_a_host(
+    groups: Groups, work: Callable[[], Sequence[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Run :func:`once_a_host` for int64 tensors, which travel within their host alone."""
+    firsts = _first_ranks(groups)
+    first = firsts[groups.rank]
+    own = together(groups, lambda: list(work()) if first == groups.rank else [])
+    if groups.size == 1:
+        return own
+    shapes = gather([tuple(ids.shape) for ids in own], groups)[first]
+    counts = [prod(shape) for shape in shapes]
+    nothing = torch.empty(0, dtype=torch.uint8)
+
+    def parts() -> list[torch.Tensor]:
+        flat = [ids.contiguous().flatten() for ids in own]
+        sent = torch.cat(flat).view(torch.uint8) if flat else nothing
+        return [sent if source == groups.rank else nothing for source in firsts]
+
+    sizes = [0] * groups.size
+    sizes[first] = sum(counts) * torch.int64.itemsize
+    # A rank that fails in it tells the others, which then wait for nothing.
+    received = together(groups, lambda: exchange(parts, sizes, groups))
+    assert received is not None, "every rank had parts"
+    found = received.view(torch.int64).split(counts)
+    return [ids.view(shape) for ids, shape in zip(found, shapes, strict=True)]
+
+
+def _first_ranks(groups: Groups) -> list[int]:
+    """Return, by rank, the first rank of the same host: local ranks rise within one. Collective."""
+    local = gather(_local_rank(), groups)
+    firsts = [0]
+    for rank in range(1, groups.size):
+        firsts.append(firsts[-1] if local[rank] > local[rank - 1] else rank)
+    return firsts
+
+
+def _local_rank() -> int:
+    text = os.environ.get("LOCAL_RANK", "")
+    return int(text) if text.isdecimal() else 0

@@ -3,7 +3,6 @@ from .calibration import ColdExperts as ColdExperts
 from .calibration import InputRules as InputRules
 from .calibration import calibrate as calibrate
 from .calibration import calibrate_weights as calibrate_weights
-from .data import STDLIB as STDLIB
 from .data import load_texts as load_texts
 from .data import shard as shard
 from .data import token_batches as token_batches
@@ -22,7 +21,6 @@ from .training import set_ranges as set_ranges
 from .training import update_inputs as update_inputs
 
 __all__ = [
-    "STDLIB",
     "CalibrationReport",
     "ColdExperts",
     "Drift",

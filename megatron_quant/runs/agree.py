@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from megatron_quant.alike import check_alike, once_a_host
-from megatron_quant.calib import STDLIB, load_texts
 from megatron_quant.ckpt.plan import ExportPlan, Origin, digest_of_parts, source_digest
 from megatron_quant.ckpt.storage import resolve_source
 from megatron_quant.ckpt.write import plan_digest
@@ -42,9 +40,6 @@ def fetched(options: QuantizeOptions, groups: Groups) -> QuantizeOptions:
         source = resolve_source(given)
         with suppress(QuantError):  # reported where it is needed
             source_digest(source)
-        if options.calibration.dataset != STDLIB and not Path(options.calibration.dataset).exists():
-            with suppress(QuantError):
-                load_texts(options.calibration.dataset)
         return str(source)
 
     return replace(options, hf_model_id=once_a_host(groups, fetch))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_quant.alike import ids_once_a_host
 from megatron_quant.ckpt.storage import overlap
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import ExportError
@@ -35,15 +36,19 @@ def calibrate_inputs(
     params = static_inputs(job.quant, job.params)
     with phases.time("load"):
 
-        def start() -> tuple[list[torch.Tensor], "PreTrainedModel", WeightInputAmax]:
+        def read() -> list[torch.Tensor]:
             batches = calibration_batches(options.calibration, job.source)
             vocabulary = positive(text_config(job.hf_config), "vocab_size")
             check_ids(batches, options.calibration, job.source, vocabulary)
-            model = load_model(job.source, job.dtype)
-            return batches, model, WeightInputAmax(watched(model, params))
+            return batches
 
-        batches, model, seen = together(groups, start)
+        def load() -> tuple["PreTrainedModel", WeightInputAmax]:
+            model = load_model(job.source, job.dtype)
+            return model, WeightInputAmax(watched(model, params))
+
+        batches = ids_once_a_host(groups, read)
         check_tokens(groups, batches)
+        model, seen = together(groups, load)
     own = shard(batches, groups.rank, groups.size)
 
     def forward() -> None:

@@ -1,12 +1,14 @@
 """Open a run's inputs besides weights: checkpoint, calibration batches, evaluation text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from megatron_quant.alike import ids_once_a_host
 from megatron_quant.ckpt.plan import Companions, Origin
 from megatron_quant.ckpt.read import QuantizedCheckpoint, Weights, keeping, open_source
 from megatron_quant.ckpt.write import Existing, WriteOptions
+from megatron_quant.dist import Groups
 from megatron_quant.evaluation import Text, read_windows
 from megatron_quant.mcore.checkpoint import Saved
 from megatron_quant.runs.batches import calibration_batches, check_ids, tokenizer_choice
@@ -33,14 +35,14 @@ class Inputs:
     companions: Companions | None
     existing: Existing
     writing: WriteOptions
-    batches: list[torch.Tensor]
-    windows: list[torch.Tensor]
+    batches: list[torch.Tensor] = field(default_factory=list)
+    windows: list[torch.Tensor] = field(default_factory=list)
 
 
 def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None) -> Inputs:
     """Check everything that a run of ``world`` ranks needs, the output directories included.
 
-    saved: what ``options.megatron_load_path`` holds.
+    Texts are read later, by :func:`with_texts`. saved: what ``options.megatron_load_path`` holds.
     Raises a QuantError for whatever is wrong, before anything is written.
     """
     existing = existing_of(options.write)
@@ -56,16 +58,6 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
     if options.megatron_save_path is not None:
         made_of = {"recipe": origin.recipe, "source": origin.source}
         check_save_path(SavePlace(options.megatron_save_path, existing, made_of))
-    windows = []
-    if options.eval_text:
-        data = options.calibration
-        tokenizer = tokenizer_choice(data)
-        text = Text(options.eval_text, data.seq_length, tokenizer=tokenizer)
-        windows = read_windows(job.source, text)
-    batches = []
-    if job.quant.needs_data and saved is None:
-        batches = calibration_batches(options.calibration, job.source)
-    check_ids([*batches, *windows], options.calibration, job.source, job.hf_config["vocab_size"])
     return Inputs(
         job=job,
         checkpoint=checkpoint,
@@ -74,6 +66,26 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
         companions=files,
         existing=existing,
         writing=writing,
-        batches=batches,
-        windows=windows,
     )
+
+
+def with_texts(
+    inputs: Inputs, options: QuantizeOptions, saved: Saved | None, groups: Groups
+) -> Inputs:
+    """Add the tokens of calibration and evaluation, which one rank of each host reads. Collective.
+
+    Raises a QuantError, on every rank, for whatever is wrong with the texts.
+    """
+    job, data = inputs.job, options.calibration
+
+    def checked(ids: list[torch.Tensor]) -> list[torch.Tensor]:
+        check_ids(ids, data, job.source, job.hf_config["vocab_size"])
+        return ids
+
+    windows, batches = list[torch.Tensor](), list[torch.Tensor]()
+    if options.eval_text:
+        text = Text(options.eval_text, data.seq_length, tokenizer=tokenizer_choice(data))
+        windows = ids_once_a_host(groups, lambda: checked(read_windows(job.source, text)))
+    if job.quant.needs_data and saved is None:
+        batches = ids_once_a_host(groups, lambda: checked(calibration_batches(data, job.source)))
+    return replace(inputs, batches=batches, windows=windows)

@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import nn
 
+from megatron_quant.alike import ids_once_a_host
 from megatron_quant.calib import ColdExperts, InputRules, shard
 from megatron_quant.ckpt.dialects import Dialect, get_dialect
 from megatron_quant.ckpt.plan import (
@@ -126,7 +127,7 @@ def _own_loop(handle: Quantized, calibration: Calibration, groups: Groups) -> Ca
         return batches
 
     def loop() -> None:
-        batches = together(groups, read)
+        batches = ids_once_a_host(groups, read)
         size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
         run_schedule(chunks, shard(batches, rank, size), lambda logits: None)
 

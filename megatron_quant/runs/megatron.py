@@ -45,7 +45,7 @@ from megatron_quant.runs.destination import (
     verification,
     write_shown,
 )
-from megatron_quant.runs.inputs import Inputs, open_inputs
+from megatron_quant.runs.inputs import Inputs, open_inputs, with_texts
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
@@ -86,8 +86,9 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
         saved = None
         if options.megatron_load_path is not None:
             saved = open_saved(options.megatron_load_path, groups)
-        inputs = together(groups, lambda: open_inputs(options, groups.size, saved))
-        check_plans(groups, inputs.origin, inputs.job.export)
+        opened = together(groups, lambda: open_inputs(options, groups.size, saved))
+        check_plans(groups, opened.origin, opened.job.export)
+        inputs = with_texts(opened, options, saved, groups)
         check_tokens(groups, [*inputs.batches, *inputs.windows])
     job = inputs.job
     model = _model(inputs, groups, phases)

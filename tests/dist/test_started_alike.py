@@ -84,6 +84,7 @@ def test_another_release_on_one_rank(source: Path, ranks: Ranks, tmp_path: Path)
 def on_its_own_host(folder: Path, argv: list[str]) -> Ended:
     """Relative paths find other files on each rank, as on several hosts."""
     os.chdir(folder / str(dist.get_rank()))
+    os.environ["LOCAL_RANK"] = "0"
     return command(*argv)
 
 

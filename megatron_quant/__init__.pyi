@@ -1,3 +1,6 @@
+from .ckpt.plan import ExportPlan as ExportPlan
+from .ckpt.plan import StoredTensor as StoredTensor
+from .ckpt.verify import Report as Report
 from .cpu import use_cpu as use_cpu
 from .dist import Groups as Groups
 from .errors import QuantError as QuantError
@@ -7,9 +10,16 @@ from .mcore.live import update as update
 from .recipes import Recipe as Recipe
 from .recipes import load_recipe as load_recipe
 from .runs import Calibration as Calibration
+from .runs import Choices as Choices
+from .runs import Exported as Exported
+from .runs import Job as Job
+from .runs import Outcome as Outcome
 from .runs import Parallel as Parallel
+from .runs import Rewritten as Rewritten
 from .runs import Serve as Serve
+from .runs import Streamed as Streamed
 from .runs import Write as Write
+from .runs import choices as choices
 from .runs import convert as convert
 from .runs import evaluate as evaluate
 from .runs import export as export
@@ -25,13 +35,23 @@ from .runs import verify as verify
 __version__: str
 __all__ = [
     "Calibration",
+    "Choices",
+    "ExportPlan",
+    "Exported",
     "Groups",
+    "Job",
+    "Outcome",
     "Parallel",
     "QuantError",
     "Quantized",
     "Recipe",
+    "Report",
+    "Rewritten",
     "Serve",
+    "StoredTensor",
+    "Streamed",
     "Write",
+    "choices",
     "convert",
     "evaluate",
     "export",

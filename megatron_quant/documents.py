@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -257,3 +258,15 @@ def _escaped(char: str) -> str:
     if unicodedata.category(char) == "Zs":  # other spaces are harmless
         return char
     return char.encode("unicode_escape").decode("ascii")
+
+
+def check_output_file(flag: str, path: Path | None) -> None:
+    """Refuse, before the work, a file of ``flag`` that could not be written after it."""
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        reason = "is a directory" if path.is_dir() else "is in a directory that does not exist"
+        raise QuantError(f"{flag} {path} {reason}; choose another file")
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    """Write ``found`` into the file ``path``, for people and programs."""
+    path.write_text(json.dumps(found, indent=2) + "\n")

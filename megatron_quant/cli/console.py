@@ -2,10 +2,8 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich import markup
 from rich.console import Console
@@ -23,7 +21,6 @@ from rich.progress import (
 )
 
 from megatron_quant.documents import printable
-from megatron_quant.errors import QuantError
 
 _FILE_WIDTH = 160  # columns when the output is not a terminal: wide enough to cut no name
 _UNITS = ("B", "KB", "MB", "GB", "TB")
@@ -45,13 +42,6 @@ def escape(text: str) -> str:
     return markup.escape(printable(text))
 
 
-def check_output_file(flag: str, path: Path | None) -> None:
-    """Raise QuantError, before the work starts, if the file that ``flag`` names is not writable."""
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        reason = "is a directory" if path.is_dir() else "is in a directory that does not exist"
-        raise QuantError(f"{flag} {path} {reason}; choose another file")
-
-
 def size(nbytes: float) -> str:
     """Format ``nbytes`` for people, in powers of 1000."""
     for unit in _UNITS:
@@ -62,11 +52,10 @@ def size(nbytes: float) -> str:
 
 
 class ConsolePhases:
-    """Shows progress bars and measures the time of every phase."""
+    """Shows a progress bar for every phase that has steps."""
 
     def __init__(self, out: Console) -> None:
         self.out = out
-        self.seconds: dict[str, float] = {}
 
     def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show a phase of ``total`` steps; yield a function to call with steps done."""
@@ -75,6 +64,10 @@ class ConsolePhases:
     def transfer(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show a phase that moves ``nbytes`` bytes; yield a function to call with bytes moved."""
         return self._progress(name, nbytes, (DownloadColumn(), TransferSpeedColumn()))
+
+    def time(self, name: str) -> AbstractContextManager[None]:
+        """Show nothing of a phase without steps."""
+        return nullcontext()
 
     @contextmanager
     def _progress(
@@ -89,16 +82,6 @@ class ConsolePhases:
             console=self.out,
             disable=rank() != 0 or not self.out.is_terminal,
         )
-        with self.time(name), progress:
+        with progress:
             task: TaskID = progress.add_task(escape(name), total=total)
             yield lambda steps: progress.advance(task, steps)
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Time a phase without showing a bar."""
-        start = time.perf_counter()
-        self.seconds[name] = 0.0  # so that phases are listed in the order in which they began
-        try:
-            yield
-        finally:
-            self.seconds[name] = time.perf_counter() - start

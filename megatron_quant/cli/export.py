@@ -1,17 +1,16 @@
 """The ``export`` verb."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+import megatron_quant as mq
 from megatron_quant.cli.console import ConsolePhases, console
-from megatron_quant.cli.host import ready_host
 from megatron_quant.cli.report import left_out_lines
-from megatron_quant.cli.serving import add_dialect, add_layout, add_serving
+from megatron_quant.cli.serving import add_dialect, add_layout, add_serving, arguments
 from megatron_quant.cli.tables import files_table
 from megatron_quant.cli.writing import add_writing
 from megatron_quant.errors import ExportError
-from megatron_quant.recipes import EXPERT_SCALES
-from megatron_quant.runs import DTYPES, QuantizeOptions, Serve, Write, from_flags
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -49,12 +48,12 @@ def _megatron_flags(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--expert-scales",
-        choices=EXPERT_SCALES,
+        choices=mq.choices().expert_scales,
         help="convert the experts' weight scales (default: as they were saved)",
     )
     group.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=mq.choices().dtypes,
         default="bf16",
         help="dtype of the model, and of unquantized tensors in the export (default bf16)",
     )
@@ -74,33 +73,32 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _from_megatron(args: argparse.Namespace) -> None:
-    ready_host()
-    from megatron_quant.mcore.model import start_distributed
-    from megatron_quant.runs import quantize_run
-
-    options = QuantizeOptions.from_flags(**vars(args))
-    out = console()
-    groups = start_distributed(args.distributed_timeout_minutes)
-    outcome = quantize_run(options, groups, ConsolePhases(out))
-    out.print(files_table(outcome.job.exported, args.verbose))
-    for line in left_out_lines(outcome.left_out):
-        out.print(line)
+    phases = ConsolePhases(console())
+    outcome = mq.quantize_checkpoint(
+        args.hf_model_id, None, args.export_dir, phases=phases, **arguments(args)
+    )
+    _print_files(outcome.job.exported, outcome.left_out, args.verbose)
 
 
 def _rewrite(args: argparse.Namespace) -> None:
+    # Only here: torch takes seconds to import.
     from megatron_quant.rendezvous import start_ranks
-    from megatron_quant.runs import ExportOptions, reexport
 
-    out = console()
-    options = ExportOptions(
-        source=args.source,
-        export_dir=args.export_dir,
-        export_format=args.export_format,
-        serve=from_flags(Serve, vars(args)),
-        write=from_flags(Write, vars(args)),
+    given = arguments(args)
+    rewritten = mq.convert(
+        args.source,
+        args.export_dir,
+        format=given["format"],
+        serve=given["serve"],
+        write=given["write"],
+        groups=start_ranks(args.distributed_timeout_minutes),
+        phases=ConsolePhases(console()),
     )
-    groups = start_ranks(args.distributed_timeout_minutes)
-    rewritten = reexport(options, groups, ConsolePhases(out))
-    out.print(files_table(rewritten.plan, args.verbose))
-    for line in left_out_lines(rewritten.left_out):
+    _print_files(rewritten.plan, rewritten.left_out, args.verbose)
+
+
+def _print_files(plan: "mq.ExportPlan", left_out: Sequence[str], verbose: bool) -> None:
+    out = console()
+    out.print(files_table(plan, verbose))
+    for line in left_out_lines(left_out):
         out.print(line)

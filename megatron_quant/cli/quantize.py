@@ -1,20 +1,12 @@
 """The ``quantize`` verb: flags as Megatron-Bridge's quantize.py names them."""
 
 import argparse
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from megatron_quant.cli.console import ConsolePhases, check_output_file, console, rank
-from megatron_quant.cli.host import ready_host
-from megatron_quant.cli.report import (
-    as_json,
-    stream_as_json,
-    summary,
-    summary_of_stream,
-    write_json,
-)
-from megatron_quant.cli.serving import add_dialect, add_layout, add_serving
+import megatron_quant as mq
+from megatron_quant.cli.console import ConsolePhases, console
+from megatron_quant.cli.report import summary, summary_of_stream
+from megatron_quant.cli.serving import add_dialect, add_layout, add_serving, arguments
 from megatron_quant.cli.tables import (
     engines_table,
     files_table,
@@ -27,13 +19,6 @@ from megatron_quant.cli.tables import (
 )
 from megatron_quant.cli.tokenizer import add_tokenizer
 from megatron_quant.cli.writing import add_writing
-from megatron_quant.errors import ExportError
-from megatron_quant.recipes import EXPERT_SCALES, KV_CACHES, is_preset, recipe_names
-from megatron_quant.runs import DTYPES, QuantizeOptions, check_plannable, chosen_recipe
-
-if TYPE_CHECKING:
-    from megatron_quant.dist import Groups
-    from megatron_quant.runs import Job
 
 _EPILOG = """\
 examples:
@@ -80,8 +65,8 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--export-quant-cfg",
         metavar="CFG",
-        help=f"recipe: {', '.join(recipe_names())}; a YAML path; or a ModelOpt preset name such as "
-        "NVFP4_DEFAULT_CFG or NVFP4_DEFAULT_CFG+FP8_KV_CFG",
+        help=f"recipe: {', '.join(mq.choices().recipes)}; a YAML path; or a ModelOpt preset name "
+        "such as NVFP4_DEFAULT_CFG or NVFP4_DEFAULT_CFG+FP8_KV_CFG",
     )
     group.add_argument(
         "--megatron-load-path",
@@ -93,7 +78,7 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
     add_layout(group)
     group.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=mq.choices().dtypes,
         default="bf16",
         help="dtype of the model, and of unquantized tensors in the export (default bf16)",
     )
@@ -128,7 +113,7 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--expert-scales",
-        choices=EXPERT_SCALES,
+        choices=mq.choices().expert_scales,
         help="one weight scale for all experts of a layer, or one each (default: shared, or what "
         "--megatron-load-path holds); scales of groups and blocks are never shared",
     )
@@ -194,7 +179,7 @@ def _export_flags(p: argparse.ArgumentParser) -> None:
     add_serving(group)
     group.add_argument(
         "--export-kv-cache-quant",
-        choices=("none", *KV_CACHES),
+        choices=("none", *mq.choices().kv_caches),
         help="FP8 KV cache: fp8 calibrates a scale for the keys and one for the values of each "
         "layer; fp8_cast uses scale 1 and needs no data; modelopt and compressed-tensors only "
         "(default: as the recipe says)",
@@ -215,89 +200,33 @@ def _export_flags(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Quantize, or print the plan."""
-    options = QuantizeOptions.from_flags(**vars(args))
-    if options.stream:
-        _stream(options, args)
-        return
+    out = console()
+    place = (args.hf_model_id, args.export_quant_cfg)
+    given = arguments(args)
     if args.dry_run:
-        _dry_run(options, args.verbose)
+        job = mq.plan(*place, **given)
+        _print_plan(job, args.serve_tp, args.verbose)
+    elif args.stream:
+        streamed = mq.stream(*place, args.export_dir, phases=ConsolePhases(out), **given)
+        for line in summary_of_stream(streamed):
+            out.print(line)
     else:
-        _check_export_dir(options)
-        _quantize(options, args)
-
-
-def _check_export_dir(options: QuantizeOptions) -> None:
-    if options.export_dir is None and options.megatron_save_path is None:
-        raise ExportError(
-            "--export-dir is missing: say where the checkpoint goes, or give --megatron-save-path "
-            "or --dry-run"
+        outcome = mq.quantize_checkpoint(
+            *place, args.export_dir, phases=ConsolePhases(out), **given
         )
+        out.print(statistics_table(outcome.statistics, args.verbose))
+        for line in summary(outcome):
+            out.print(line)
 
 
-def _dry_run(options: QuantizeOptions, verbose: bool) -> None:
-    check_plannable(options)
-    recipe = options.export_quant_cfg
-    if isinstance(recipe, str) and not is_preset(recipe):
-        chosen_recipe(options, None)  # refuse a bad recipe before torch is loaded
-    ready_host()
-    from megatron_quant.runs import planned
-
-    _print_plan(planned(options), options, verbose)
-
-
-def _print_plan(job: "Job", options: QuantizeOptions, verbose: bool) -> None:
+def _print_plan(job: "mq.Job", serve_tp: int | None, verbose: bool) -> None:
     out = console()
     out.print(weights_table(job, verbose))
     out.print(rules_table(job))
     out.print(files_table(job.exported, verbose))
-    out.print(engines_table(job, options.serve.tp))
+    out.print(engines_table(job, serve_tp))
     for line in needs(job):
         out.print(line)
     out.print(sizes_line(job.exported))
     for line in planning_lines(job):
         out.print(line)
-
-
-def _stream(options: QuantizeOptions, args: argparse.Namespace) -> None:
-    if not args.dry_run:
-        _check_export_dir(options)
-    from megatron_quant.dist import together
-    from megatron_quant.rendezvous import start_ranks
-    from megatron_quant.runs import plan_stream, stream_files
-
-    if args.dry_run:
-        return _print_plan(plan_stream(options, 1).job, options, args.verbose)
-    out = console()
-    phases = ConsolePhases(out)
-    groups = start_ranks(args.distributed_timeout_minutes)
-    together(groups, lambda: check_output_file("--report", args.report) if rank() == 0 else None)
-    streamed = stream_files(options, groups, phases)
-    for line in summary_of_stream(streamed, phases.seconds):
-        out.print(line)
-    _write_report(args.report, groups, lambda: stream_as_json(streamed, phases.seconds))
-
-
-def _quantize(options: QuantizeOptions, args: argparse.Namespace) -> None:
-    ready_host()
-    from megatron_quant.dist import together
-    from megatron_quant.mcore.model import start_distributed
-    from megatron_quant.runs import quantize_run
-
-    out = console()
-    phases = ConsolePhases(out)
-    groups = start_distributed(args.distributed_timeout_minutes)
-    together(groups, lambda: check_output_file("--report", args.report) if rank() == 0 else None)
-    outcome = quantize_run(options, groups, phases)
-    out.print(statistics_table(outcome.statistics, args.verbose))
-    for line in summary(outcome, phases.seconds):
-        out.print(line)
-    _write_report(args.report, groups, lambda: as_json(outcome, phases.seconds))
-
-
-def _write_report(
-    path: Path | None, groups: "Groups", content: Callable[[], Mapping[str, Any]]
-) -> None:
-    from megatron_quant.dist import together
-
-    if path is not None:
-        together(groups, lambda: write_json(path, content()) if groups.rank == 0 else None)

@@ -1,9 +1,9 @@
 """Flags shared by the verbs that write an export: who reads it, and the layout of the ranks."""
 
 import argparse
+from typing import Any
 
-from megatron_quant.ckpt.dialects import DIALECT_NAMES
-from megatron_quant.engines import ENGINES
+import megatron_quant as mq
 
 DIALECT_HELP = (
     "modelopt: vLLM, SGLang and TensorRT-LLM (its int4 and w4a8 only TensorRT-LLM). "
@@ -17,7 +17,7 @@ def add_dialect(group: "argparse._ActionsContainer", default: str) -> None:
     """Add ``--export-format``."""
     group.add_argument(
         "--export-format",
-        choices=DIALECT_NAMES,
+        choices=mq.choices().formats,
         default=default,
         help=f"who can read the export. {DIALECT_HELP} (default {default})",
     )
@@ -55,7 +55,7 @@ def add_serving(group: "argparse._ActionsContainer") -> None:
     """Add ``--serve-engine`` and ``--serve-tp``."""
     group.add_argument(
         "--serve-engine",
-        choices=ENGINES,
+        choices=mq.choices().engines,
         help="refuse, before reading any weight, what this engine is known to reject or misread "
         "(default: refuse only what no engine can serve)",
     )
@@ -66,3 +66,16 @@ def add_serving(group: "argparse._ActionsContainer") -> None:
         help="tensor-parallel size of the server: its ranks must hold whole groups and blocks; the "
         "error names the largest group size that works (default 1 with --serve-engine)",
     )
+
+
+def arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of the front door that the verb's flags say."""
+    flags = vars(args)
+    return {
+        "parallel": mq.Parallel.from_flags(flags),
+        "calibration": mq.Calibration.from_flags(flags),
+        "format": args.export_format,
+        "serve": mq.Serve.from_flags(flags),
+        "write": mq.Write.from_flags(flags),
+        **{name: flags[name] for name in mq.choices().flags if name in flags},
+    }

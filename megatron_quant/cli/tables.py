@@ -2,23 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+import megatron_quant as mq
 from megatron_quant.cli.collapse import collapse
 from megatron_quant.cli.console import escape, size
-from megatron_quant.engines import ENGINES
-from megatron_quant.recipes import audit, cache_slots
-
-if TYPE_CHECKING:
-    from megatron_quant.ckpt.plan import ExportPlan, StoredTensor
-    from megatron_quant.runs import Job
 
 _FILES = 8  # more than this share one row
 
 
-def weights_table(job: "Job", verbose: bool = False) -> Table:
+def weights_table(job: "mq.Job", verbose: bool = False) -> Table:
     """List every weight with its bucket, its rule, and its bytes before and after.
 
     Experts that are alike share a row, and so do layers unless ``verbose``.
@@ -44,7 +38,7 @@ def weights_table(job: "Job", verbose: bool = False) -> Table:
     return table
 
 
-def _bucket(target: "StoredTensor") -> str:
+def _bucket(target: "mq.StoredTensor") -> str:
     scheme = target.scheme
     if scheme.weights is None:
         return "excluded"
@@ -57,10 +51,10 @@ def _bucket(target: "StoredTensor") -> str:
     return f"{weights.name}{group}{inputs}"
 
 
-def _alike(job: "Job", verbose: bool) -> "Iterator[tuple[str, list[StoredTensor]]]":
+def _alike(job: "mq.Job", verbose: bool) -> "Iterator[tuple[str, list[mq.StoredTensor]]]":
     """Group the stored tensors that differ only in their numbers, in the order of the model."""
 
-    def kind(target: "StoredTensor") -> tuple[object, ...]:
+    def kind(target: "mq.StoredTensor") -> tuple[object, ...]:
         rule = job.quant.by_name[target.param.name].rule
         return target.source.shape, target.scheme, rule
 
@@ -68,16 +62,16 @@ def _alike(job: "Job", verbose: bool) -> "Iterator[tuple[str, list[StoredTensor]
     return collapse(weights, lambda t: t.source.name, kind, layers=not verbose)
 
 
-def rules_table(job: "Job") -> Table:
+def rules_table(job: "mq.Job") -> Table:
     """Count the weights that each rule, and each of its patterns, decided on."""
     table = Table("Rule", "Action", "Weights", "Of each pattern", title="Coverage")
-    for row in audit(job.quant, job.recipe):
+    for row in job.coverage:
         patterns = ", ".join(f"{pattern}: {count}" for pattern, count in row.patterns)
         table.add_row(escape(row.rule), row.action, str(row.weights), escape(patterns))
     return table
 
 
-def files_table(plan: "ExportPlan", verbose: bool = False) -> Table:
+def files_table(plan: "mq.ExportPlan", verbose: bool = False) -> Table:
     """List the files that an export writes; many share one row unless ``verbose``."""
     table = Table("File", "Tensors", "Size", title="Files")
     files = list(plan.files)
@@ -91,43 +85,36 @@ def files_table(plan: "ExportPlan", verbose: bool = False) -> Table:
     return table
 
 
-def engines_table(job: "Job", serve_tp: int | None) -> Table:
+def engines_table(job: "mq.Job", serve_tp: int | None) -> Table:
     """List every engine: can it serve the export at ``serve_tp`` (default 1), or why not."""
-    from megatron_quant.engines import obstacle
-
     tp = serve_tp or 1
     table = Table("Engine", "Serves it", "Why not", title=f"Engines, tensor-parallel size {tp}")
-    for engine in ENGINES:
-        assert job.dialect is not None
-        found = obstacle(job.quant, job.params, job.dialect.name, engine, tp)
+    for engine, found in job.servers(tp).items():
         why = f"{found.what}; take {found.instead}" if found else ""
         table.add_row(engine, "no" if found else "as far as known", escape(why))
     return table
 
 
-def needs(job: "Job") -> Iterator[str]:
+def needs(job: "mq.Job") -> Iterator[str]:
     """Yield lines on how the KV cache is stored, and on whether calibration data is needed."""
-    slots = cache_slots(job.quant)
-    if slots:
+    if job.cache_scales:
         how = "calibrated" if job.quant.kv_cache == "fp8" else "all 1"
-        yield f"KV cache: FP8, {len(slots)} scales ({how})"
+        yield f"KV cache: FP8, {job.cache_scales} scales ({how})"
     yield "calibration data: " + ("needed" if job.quant.needs_data else "not needed")
 
 
-def sizes_line(plan: "ExportPlan") -> str:
+def sizes_line(plan: "mq.ExportPlan") -> str:
     """Return a line with the bytes before and after."""
     ratio = plan.bytes_before / plan.bytes_after
     return f"size: {size(plan.bytes_before)} -> {size(plan.bytes_after)} ({ratio:.2f}x smaller)"
 
 
-def planning_lines(job: "Job") -> Iterator[str]:
+def planning_lines(job: "mq.Job") -> Iterator[str]:
     """Yield lines on the cost of planning, and on the bytes that each rank writes."""
-    from megatron_quant.ckpt.plan import spread
-
     assert job.cost is not None
     memory = f", {size(job.cost.nbytes)}" if job.cost.nbytes is not None else ""
     yield f"planned in {job.cost.seconds:.2f} s{memory}"
-    found = spread(job.exported, job.layout.world)
+    found = job.spread
     yield (
         f"bytes a rank writes, of {found.ranks}: {size(found.smallest)} to {size(found.largest)} "
         f"(imbalance {found.imbalance:.3f})"

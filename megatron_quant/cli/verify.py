@@ -1,20 +1,14 @@
 """The ``verify`` verb."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from megatron_quant.ckpt.storage import MANIFEST
+import megatron_quant as mq
 from megatron_quant.cli.console import console, escape
 
-if TYPE_CHECKING:
-    from megatron_quant.ckpt.verify import Report
-
 _WORST = 10
-_THREADS = 4  # they read and hash
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -37,21 +31,14 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     p.add_argument(
         "--digests",
         action="store_true",
-        help="also read all bytes and compare them with the digests that the export wrote to "
-        f"{MANIFEST}",
+        help="also read all bytes and compare them with the digests that the export wrote",
     )
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Verify and print."""
-    from megatron_quant.ckpt.verify import verify
-    from megatron_quant.ckpt.write import digest_problems
-
-    report = verify(args.directory, args.against)
-    if args.digests:
-        damaged = digest_problems(args.directory, _THREADS)
-        report = replace(report, problems=(*damaged, *report.problems))
+    report = mq.verify(args.directory, against=args.against, digests=args.digests, strict=False)
     out = console()
     for problem in report.problems:
         out.print(f"problem: {escape(str(problem))}")
@@ -61,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     out.print(f"{escape(str(args.directory))}: {len(report.tensors)} tensors, no problem found")
 
 
-def _errors(report: "Report") -> Table:
+def _errors(report: "mq.Report") -> Table:
     table = Table("Tensor", "Format", "Relative error", title=f"Largest {_WORST} errors")
     for tensor in report.worst(_WORST):
         table.add_row(escape(tensor.name), tensor.format, f"{tensor.error:.4f}")

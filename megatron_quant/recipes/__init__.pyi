@@ -1,3 +1,4 @@
+from .coverage import AuditRow as AuditRow
 from .coverage import audit as audit
 from .document import to_document as to_document
 from .kv_cache import CacheSlot as CacheSlot
@@ -27,6 +28,7 @@ from .schema import with_kv_cache as with_kv_cache
 __all__ = [
     "EXPERT_SCALES",
     "KV_CACHES",
+    "AuditRow",
     "CacheSlot",
     "Decision",
     "QuantPlan",

@@ -1,31 +1,43 @@
-"""The front door for checkpoints: quantize, stream, convert, plan, verify, evaluate."""
+"""The front door for checkpoints: quantize, stream, convert, plan, verify, evaluate.
 
+What is wrong with arguments is said before torch is imported: so functions import what computes.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_quant.ckpt.verify import Report
-from megatron_quant.ckpt.verify import verify as verify_checkpoint
-from megatron_quant.dist import Groups
-from megatron_quant.errors import QuantError
-from megatron_quant.evaluation import Result, Text, TokenizerChoice
-from megatron_quant.evaluation import evaluate as evaluate_checkpoint
-from megatron_quant.recipes import Recipe
-from megatron_quant.rendezvous import start_ranks
-from megatron_quant.runs.conversion import ExportOptions, Rewritten, reexport
-from megatron_quant.runs.file_to_file import Streamed, plan_stream, stream_files
-from megatron_quant.runs.job import Job, planned
-from megatron_quant.runs.options import QuantizeOptions, dtype_of
-from megatron_quant.runs.phases import Phases, Quiet
+from megatron_quant.errors import ExportError, QuantError
+from megatron_quant.recipes import Recipe, is_preset
+from megatron_quant.runs.options import (
+    QuantizeOptions,
+    check_plannable,
+    chosen_recipe,
+    dtype_of,
+)
+from megatron_quant.runs.phases import Phases, Quiet, Timed
 from megatron_quant.runs.settings import Calibration, Parallel, Serve, Write
 
-if TYPE_CHECKING:  # imports Megatron, which needs use_cpu() first on a host without a GPU
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_quant.ckpt.verify import Report
+    from megatron_quant.dist import Groups
+    from megatron_quant.evaluation import Result
+    from megatron_quant.runs.conversion import Rewritten
+    from megatron_quant.runs.file_to_file import Streamed
+    from megatron_quant.runs.job import Job
     from megatron_quant.runs.megatron import Outcome
+
+_DIGEST_THREADS = 4
 
 
 def quantize_checkpoint(
-    source: str | Path,
-    recipe: str | Recipe,
-    out: str | Path,
+    source: str | Path | None,
+    recipe: str | Recipe | None,
+    out: str | Path | None,
     *,
     parallel: Parallel = Parallel(),
     calibration: Calibration = Calibration(),
@@ -38,12 +50,15 @@ def quantize_checkpoint(
     """Quantize a Hugging Face checkpoint through Megatron. Collective over torchrun's ranks.
 
     Args:
-        source: the checkpoint's directory or hub id (safetensors).
-        recipe: as ``--export-quant-cfg`` takes it, or a Recipe.
-        out: the directory to write.
+        source: the checkpoint's directory or hub id (safetensors). None with
+            ``megatron_load_path=``, whose own config.json and recipe are taken.
+        recipe: as ``--export-quant-cfg`` takes it, or a Recipe; None as ``source``.
+        out: the directory to write; None with ``megatron_save_path=``, to save alone.
         parallel: the layout; it must fit the number of ranks. The bytes do not depend on it.
         phases: where progress is shown; None shows nothing.
         flags: further flags of ``megatron-quant quantize`` by name, such as ``keep_scales=True``.
+
+    A host without a GPU is readied as by ``use_cpu()``.
 
     Returns:
         The findings: ranges, tokens that each expert saw, the verification.
@@ -51,36 +66,45 @@ def quantize_checkpoint(
     Raises:
         QuantError: on every rank alike; no export that looks complete is left.
     """
-    from megatron_quant.mcore.model import start_distributed
-    from megatron_quant.runs.megatron import quantize_run
-
     options = _options(
         source,
         recipe,
         flags,
-        export_dir=Path(out),
+        export_dir=out,
         export_format=format,
         parallel=parallel,
         calibration=calibration,
         serve=serve,
         write=write,
     )
-    return quantize_run(options, start_distributed(), phases or Quiet())
+    _check_place(options)
+    from megatron_quant.cpu import use_cpu
+
+    use_cpu()
+    from megatron_quant.mcore.model import start_distributed
+    from megatron_quant.runs.megatron import quantize_run
+    from megatron_quant.runs.report import check_report, of_outcome, write_report
+
+    groups, timed = start_distributed(options.distributed_timeout_minutes), Timed(phases or Quiet())
+    check_report(options.report, groups)
+    outcome = replace(quantize_run(options, groups, timed), seconds=timed.seconds)
+    write_report(options.report, groups, lambda: of_outcome(outcome))
+    return outcome
 
 
 def stream(
-    source: str | Path,
-    recipe: str | Recipe,
-    out: str | Path,
+    source: str | Path | None,
+    recipe: str | Recipe | None,
+    out: str | Path | None,
     *,
     calibration: Calibration = Calibration(),
     format: str = "modelopt",
     serve: Serve = Serve(),
     write: Write = Write(),
-    groups: Groups | None = None,
+    groups: "Groups | None" = None,
     phases: Phases | None = None,
     **flags: Any,
-) -> Streamed:
+) -> "Streamed":
     """Quantize a Hugging Face checkpoint file to file, without a Megatron model. Collective.
 
     Memory does not grow with the model; the ranks share the tensors. Other arguments, and errors,
@@ -91,26 +115,36 @@ def stream(
         source,
         recipe,
         flags,
-        export_dir=Path(out),
+        export_dir=out,
         export_format=format,
         calibration=calibration,
         serve=serve,
         write=write,
         stream=True,
     )
-    return stream_files(options, groups or start_ranks(), phases or Quiet())
+    _check_place(options)
+    from megatron_quant.rendezvous import start_ranks
+    from megatron_quant.runs.file_to_file import stream_files
+    from megatron_quant.runs.report import check_report, of_streamed, write_report
+
+    groups = groups or start_ranks(options.distributed_timeout_minutes)
+    timed = Timed(phases or Quiet())
+    check_report(options.report, groups)
+    streamed = replace(stream_files(options, groups, timed), seconds=timed.seconds)
+    write_report(options.report, groups, lambda: of_streamed(streamed))
+    return streamed
 
 
 def plan(
-    source: str | Path,
-    recipe: str | Recipe,
+    source: str | Path | None,
+    recipe: str | Recipe | None,
     *,
     parallel: Parallel = Parallel(),
     format: str = "modelopt",
     serve: Serve = Serve(),
     write: Write = Write(),
     **flags: Any,
-) -> Job:
+) -> "Job":
     """Plan what would happen to every weight, from config.json alone. Writes nothing.
 
     ``stream=True`` plans :func:`stream`; it also reads the headers of the weights. Raises a
@@ -119,11 +153,23 @@ def plan(
     options = _options(
         source, recipe, flags, export_format=format, parallel=parallel, serve=serve, write=write
     )
-    return plan_stream(options, 1).job if options.stream else planned(options)
+    if options.stream:
+        from megatron_quant.runs.file_to_file import plan_stream
+
+        return plan_stream(options, 1).job
+    check_plannable(options)
+    if isinstance(recipe, str) and is_preset(recipe):
+        from megatron_quant.cpu import use_cpu
+
+        use_cpu()  # before ModelOpt is imported
+    chosen_recipe(options, None)
+    from megatron_quant.runs.job import planned
+
+    return planned(options)
 
 
 def _options(
-    source: str | Path, recipe: str | Recipe, flags: dict[str, Any], **given: Any
+    source: str | Path | None, recipe: str | Recipe | None, flags: dict[str, Any], **given: Any
 ) -> QuantizeOptions:
     unknown = sorted(set(flags) - set(QuantizeOptions.__dataclass_fields__))
     if unknown:
@@ -131,7 +177,18 @@ def _options(
             f"{unknown[0]} is no flag of quantize: give one of "
             f"{', '.join(sorted(QuantizeOptions.__dataclass_fields__))}"
         )
-    return QuantizeOptions(**(flags | given), hf_model_id=str(source), export_quant_cfg=recipe)
+    if given.get("export_dir") is not None:
+        given["export_dir"] = Path(given["export_dir"])
+    name = None if source is None else str(source)
+    return QuantizeOptions(**(flags | given), hf_model_id=name, export_quant_cfg=recipe)
+
+
+def _check_place(options: QuantizeOptions) -> None:
+    if options.export_dir is None and options.megatron_save_path is None:
+        raise ExportError(
+            "--export-dir is missing: say where the checkpoint goes, or give --megatron-save-path "
+            "or --dry-run"
+        )
 
 
 def convert(
@@ -141,13 +198,16 @@ def convert(
     format: str,
     serve: Serve = Serve(),
     write: Write = Write(),
-    groups: Groups | None = None,
+    groups: "Groups | None" = None,
     phases: Phases | None = None,
-) -> Rewritten:
+) -> "Rewritten":
     """Write a quantized checkpoint in another engine's format, code for code. Collective.
 
     Raises QuantError, on every rank alike, if ``format`` cannot store what the checkpoint holds.
     """
+    from megatron_quant.rendezvous import start_ranks
+    from megatron_quant.runs.conversion import ExportOptions, reexport
+
     options = ExportOptions(
         source=Path(checkpoint),
         export_dir=Path(out),
@@ -158,14 +218,29 @@ def convert(
     return reexport(options, groups or start_ranks(), phases or Quiet())
 
 
-def verify(out: str | Path, *, against: str | Path | None = None) -> Report:
+def verify(
+    out: str | Path,
+    *,
+    against: str | Path | None = None,
+    digests: bool = False,
+    strict: bool = True,
+) -> "Report":
     """Check that a checkpoint is complete and matches its own config.
 
     against: the checkpoint that it was made from. Unquantized tensors must then be equal, and
-    quantized ones within a step of their format. Raises VerifyError for the first problem.
+    quantized ones within a step of their format. digests: also compare all bytes with the digests
+    that the export wrote. Raises VerifyError for the first problem; strict=False leaves that to
+    ``raise_for_problems()`` of the report.
     """
+    from megatron_quant.ckpt.verify import verify as verify_checkpoint
+    from megatron_quant.ckpt.write import digest_problems
+
     report = verify_checkpoint(Path(out), Path(against) if against is not None else None)
-    report.raise_for_problems()
+    if digests:
+        damaged = digest_problems(Path(out), _DIGEST_THREADS)
+        report = replace(report, problems=(*damaged, *report.problems))
+    if strict:
+        report.raise_for_problems()
     return report
 
 
@@ -179,16 +254,36 @@ def evaluate(
     dtype: str = "bf16",
     tokenizer: str | Path | None = None,
     trust_remote_code: bool = False,
-) -> Result:
+    native: bool = False,
+    progress: "Callable[[list[torch.Tensor]], Iterable[torch.Tensor]] | None" = None,
+) -> "Result":
     """Measure perplexity on a text, and the mean KL divergence from ``against`` if it is given.
 
-    text: a UTF-8 file. seq_length: tokens per window; windows do not overlap. tokenizer: the
-    tokenizer's folder; None for the checkpoint's own. trust_remote_code: run the code that a
-    tokenizer brings along. Raises QuantError for a text or a checkpoint that cannot be used.
+    Args:
+        text: a UTF-8 file.
+        seq_length: tokens per window; windows do not overlap.
+        max_tokens: tokens in all; None for the whole text.
+        tokenizer: the tokenizer's folder; None for the checkpoint's own.
+        trust_remote_code: run the code that a tokenizer brings along.
+        native: let transformers read the quantized format itself.
+        progress: wraps the list of windows, to show progress; None shows nothing.
+
+    Raises:
+        QuantError: for a text or a checkpoint that cannot be used.
     """
-    return evaluate_checkpoint(
-        Path(out),
-        Text(Path(text), seq_length, max_tokens, TokenizerChoice(tokenizer, trust_remote_code)),
-        Path(against) if against is not None else None,
-        dtype_of(dtype),
-    )
+    for flag, value in (("--seq-length", seq_length), ("--max-tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise QuantError(f"{flag} is {value}: give at least 1")
+    from megatron_quant import evaluation
+    from megatron_quant.streaming import quiet
+
+    choice = evaluation.TokenizerChoice(tokenizer, trust_remote_code)
+    with quiet() if progress is None else nullcontext():
+        return evaluation.evaluate(
+            Path(out),
+            evaluation.Text(Path(text), seq_length, max_tokens, choice),
+            Path(against) if against is not None else None,
+            dtype_of(dtype),
+            evaluation.native if native else evaluation.decoded,
+            progress or iter,
+        )

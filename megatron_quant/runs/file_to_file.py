@@ -1,7 +1,7 @@
 """Quantize file to file: without a Megatron model, in memory that does not grow with the model."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -56,6 +56,7 @@ class Streamed:
 
     weight_amax: one for each slot that has a tensor scale. inputs: None if none was measured.
     verified: None with ``--no-verify``. left_out: what the source has and the export lacks.
+    seconds: of each phase.
     """
 
     job: Job
@@ -63,6 +64,7 @@ class Streamed:
     inputs: InputAmaxes | None
     verified: Report | None
     left_out: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,16 @@ from megatron_quant.ckpt.plan import (
     Cost,
     ExportPlan,
     Layout,
+    Spread,
     StorageRules,
     measured,
     plan_export,
     slots,
+    spread,
 )
 from megatron_quant.ckpt.read import Weights, kept_dtypes, logical
 from megatron_quant.ckpt.storage import read_config, resolve_source
-from megatron_quant.engines import check_serving
+from megatron_quant.engines import ENGINES, Obstacle, check_serving, obstacle
 from megatron_quant.errors import CheckpointError, LayoutError, QuantError, RecipeError
 from megatron_quant.mcore.checkpoint import HF_FILES, Saved
 from megatron_quant.models import (
@@ -34,8 +36,10 @@ from megatron_quant.models import (
 )
 from megatron_quant.recipes import (
     EXPERT_SCALES,
+    AuditRow,
     QuantPlan,
     Recipe,
+    audit,
     cache_slots,
     difference,
     resolve,
@@ -74,6 +78,27 @@ class Job:
         """Return :attr:`export` of a run that exports."""
         assert self.export is not None, "nothing is exported"
         return self.export
+
+    @property
+    def coverage(self) -> list[AuditRow]:
+        """How many weights each rule, and each of its patterns, decided on."""
+        return audit(self.quant, self.recipe)
+
+    @property
+    def cache_scales(self) -> int:
+        """Number of scales of the KV cache."""
+        return len(cache_slots(self.quant))
+
+    @property
+    def spread(self) -> Spread:
+        """Bytes that each of the layout's ranks writes, as a summary."""
+        return spread(self.exported, self.layout.world)
+
+    def servers(self, tp: int) -> dict[str, Obstacle | None]:
+        """Return what keeps each engine from serving the export at a tensor-parallel size."""
+        assert self.dialect is not None, "nothing is exported"
+        name = self.dialect.name
+        return {e: obstacle(self.quant, self.params, name, e, tp) for e in ENGINES}
 
 
 def prepare_job(

@@ -1,7 +1,7 @@
 """Run ``quantize`` through Megatron: load, attach, calibrate, export, verify."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Outcome:
     statistics: (quantizer's state name, shape, largest value) of this rank's quantizers.
     fake_quant: the quantized model's sums over the evaluation text; None without a text.
     verified: what verifying the export found; None without an export, or with ``--no-verify``.
-    left_out: what the source has and the export lacks, one line each.
+    left_out: what the source has and the export lacks, one line each. seconds: of each phase.
     """
 
     job: Job
@@ -71,6 +71,7 @@ class Outcome:
     fake_quant: Sums | None
     verified: Report | None
     left_out: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcome:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_quant.errors import CheckpointError, QuantError, RecipeError
+from megatron_quant.faults import MINUTES
 from megatron_quant.recipes import (
     Recipe,
     load_recipe,
@@ -13,7 +14,7 @@ from megatron_quant.recipes import (
     with_damp,
     with_kv_cache,
 )
-from megatron_quant.runs.settings import Calibration, Parallel, Serve, Write, from_flags
+from megatron_quant.runs.settings import Calibration, Parallel, Serve, Write
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,8 @@ class QuantizeOptions:
     amax_file: Path | None = None
     megatron_save_path: Path | None = None
     megatron_load_path: Path | None = None
+    report: Path | None = None
+    distributed_timeout_minutes: float = MINUTES
 
     @classmethod
     def from_flags(cls, **flags: Any) -> "QuantizeOptions":
@@ -69,10 +72,10 @@ class QuantizeOptions:
         flags: values by the flag's name, with underscores. A missing flag gets its default.
         """
         groups = {
-            "parallel": from_flags(Parallel, flags),
-            "calibration": from_flags(Calibration, flags),
-            "serve": from_flags(Serve, flags),
-            "write": from_flags(Write, flags),
+            "parallel": Parallel.from_flags(flags),
+            "calibration": Calibration.from_flags(flags),
+            "serve": Serve.from_flags(flags),
+            "write": Write.from_flags(flags),
         }
         own = {f.name: flags[f.name] for f in fields(cls) if f.name in flags}
         own = {"hf_model_id": None, "export_quant_cfg": None} | own

@@ -1,8 +1,11 @@
 """How a run shows its progress."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, TypeVar
+
+Shown = TypeVar("Shown")
 
 
 class Phases(Protocol):
@@ -35,6 +38,41 @@ class Quiet:
     def time(self, name: str) -> AbstractContextManager[None]:
         """Begin a phase without steps; show nothing."""
         return nullcontext()
+
+
+class Timed:
+    """Shows phases as others do, and keeps their time.
+
+    Attributes:
+        seconds: Phase -> seconds, in the order in which they began.
+    """
+
+    def __init__(self, shown: Phases) -> None:
+        """``shown``: who shows them."""
+        self._shown = shown
+        self.seconds: dict[str, float] = {}
+
+    def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Time a phase of ``total`` steps."""
+        return self._timed(name, self._shown.bar(name, total))
+
+    def transfer(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Time a phase that moves ``nbytes`` bytes."""
+        return self._timed(name, self._shown.transfer(name, nbytes))
+
+    def time(self, name: str) -> AbstractContextManager[None]:
+        """Time a phase without steps."""
+        return self._timed(name, self._shown.time(name))
+
+    @contextmanager
+    def _timed(self, name: str, phase: AbstractContextManager[Shown]) -> Iterator[Shown]:
+        start = time.perf_counter()
+        self.seconds[name] = 0.0
+        try:
+            with phase as shown:
+                yield shown
+        finally:
+            self.seconds[name] = time.perf_counter() - start
 
 
 def _ignore(steps: int) -> None:

@@ -29,8 +29,25 @@ def parse_size(text: str) -> int:
     return size
 
 
+Settings = TypeVar("Settings", bound="_Group")
+
+
+class _Group:
+    """A group of settings, whose fields are flags of the command line."""
+
+    @classmethod
+    def from_flags(cls: type[Settings], flags: Mapping[str, Any]) -> Settings:
+        """Make the group of the flags that the command line has for its fields.
+
+        flags: values by the flag's name, with underscores; others are ignored. A missing flag gets
+        its default.
+        """
+        names = _names(cls)
+        return cls(**{name: flags[flag] for name, flag in names.items() if flag in flags})
+
+
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
+class Parallel(_Group):
     """How Megatron cuts the model over ranks. The fields are named like Megatron's flags.
 
     tp, pp, ep, etp: tensor, pipeline, expert and expert-tensor parallel sizes.
@@ -50,7 +67,7 @@ class Parallel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibration(_Group):
     """The text that calibration runs, and how its statistics become scales.
 
     dataset: as ``--calib-dataset`` takes it. size: number of samples. seq_length: tokens per
@@ -88,7 +105,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Write:
+class Write(_Group):
     """How files are written.
 
     overwrite: replace a checkpoint that is there. resume: continue an unfinished one.
@@ -116,7 +133,7 @@ class Write:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve:
+class Serve(_Group):
     """Where the checkpoint will be served. Planning refuses what the engine cannot read.
 
     engine: ``vllm``, ``sglang`` or ``tensorrt-llm``; None if it is not known. tp: the server's
@@ -135,23 +152,13 @@ _FLAGS = {
     "engine": "serve_engine",
 }
 """Field -> its flag, if that has another name."""
-Settings = TypeVar("Settings", Parallel, Calibration, Write, Serve)
-
-
-def from_flags(group: type[Settings], flags: Mapping[str, Any]) -> Settings:
-    """Make ``group`` of the command line's flags; ignore flags that are not among its fields.
-
-    flags: values by the flag's name, with underscores. A missing flag gets its default.
-    """
-    names = _names(group)
-    return group(**{name: flags[flag] for name, flag in names.items() if flag in flags})
 
 
 def flags_of(options: object) -> dict[str, Any]:
-    """Return flag -> value of a dataclass of options, as :func:`from_flags` takes it."""
+    """Return flag -> value of a dataclass of options, as ``from_flags`` of the groups takes it."""
     found: dict[str, Any] = {}
     for name, value in vars(options).items():
-        if isinstance(value, Parallel | Calibration | Write | Serve):
+        if isinstance(value, _Group):
             names = _names(type(value))
             found |= {flag: getattr(value, own) for own, flag in names.items()}
         else:

@@ -4,6 +4,7 @@ from .inputs import static_inputs as static_inputs
 from .inputs import write_amaxes as write_amaxes
 from .model import keys_of as keys_of
 from .model import load_model as load_model
+from .model import quiet as quiet
 from .model import run_model as run_model
 from .model import watched as watched
 from .observe import WeightInputAmax as WeightInputAmax
@@ -30,6 +31,7 @@ __all__ = [
     "load_model",
     "merge_amaxes",
     "per_expert",
+    "quiet",
     "run_model",
     "scaled",
     "searched_amaxes",

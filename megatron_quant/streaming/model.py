@@ -28,7 +28,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         CheckpointError: Where transformers cannot load it, or would leave a parameter at random.
     """
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModel.from_pretrained(
                 directory,
                 dtype=dtype,
@@ -53,8 +53,8 @@ def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide transformers' own progress bar: every rank would draw one."""
+def quiet() -> Iterator[None]:
+    """Hide transformers' own progress bar."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -10,8 +10,9 @@ import megatron_quant as mq
 ROOT = Path(mq.__file__).parent
 SIGNATURES = {
     "convert": "checkpoint, out, *, format, serve, write, groups, phases",
+    "choices": "",
     "evaluate": "out, text, *, against, seq_length, max_tokens, dtype, tokenizer, "
-    "trust_remote_code",
+    "trust_remote_code, native, progress",
     "export": "model, out, *, format, serve, write",
     "export_tensors": "model, *, format, max_bytes",
     "load_recipe": "name_or_path",
@@ -25,7 +26,7 @@ SIGNATURES = {
     "stream": "source, recipe, out, *, calibration, format, serve, write, groups, phases, **flags",
     "update": "model",
     "use_cpu": "",
-    "verify": "out, *, against",
+    "verify": "out, *, against, digests, strict",
 }
 FIELDS = {
     "Parallel": "tp, pp, ep, etp, num_virtual_stages_per_pipeline_rank, "
@@ -35,6 +36,11 @@ FIELDS = {
     "Write": "overwrite, resume, max_shard_size, io_threads, fsync, verify",
     "Serve": "engine, tp",
 }
+RESULTS = {
+    *("Choices", "ExportPlan", "Exported", "Job", "Outcome", "Report", "Rewritten"),
+    *("StoredTensor", "Streamed"),
+}
+"""Types of what functions return."""
 
 
 def definitions() -> dict[str, ast.FunctionDef | ast.ClassDef]:
@@ -73,7 +79,7 @@ def test_names_and_signatures() -> None:
     functions = {n: spelled(d.args) for n, d in found.items() if isinstance(d, ast.FunctionDef)}
     assert functions == SIGNATURES
     classes = {n: d for n, d in found.items() if isinstance(d, ast.ClassDef)}
-    assert set(classes) == {*FIELDS, "Groups", "QuantError", "Quantized", "Recipe"}
+    assert set(classes) == {*FIELDS, "Groups", "QuantError", "Quantized", "Recipe", *RESULTS}
     for name, fields in FIELDS.items():
         lines = [n for n in classes[name].body if isinstance(n, ast.AnnAssign)]
         assert ", ".join(ast.unparse(line.target) for line in lines) == fields

@@ -6,6 +6,7 @@ import re
 from rich.console import Console
 
 from megatron_quant.cli.console import ConsolePhases
+from megatron_quant.runs.phases import Quiet, Timed
 
 
 def shown(terminal: bool) -> str:
@@ -14,7 +15,6 @@ def shown(terminal: bool) -> str:
     with phases.transfer("export", 2 * 10**9) as progress:
         progress(10**9)
         progress(10**9)
-    assert list(phases.seconds) == ["export"]
     return out.getvalue()
 
 
@@ -25,3 +25,11 @@ def test_bytes_their_rate_and_the_time_left() -> None:
 
 def test_nothing_where_there_is_no_terminal() -> None:
     assert shown(terminal=False).strip() == ""
+
+
+def test_phases_are_told_in_the_order_in_which_they_began() -> None:
+    timed = Timed(Quiet())
+    with timed.time("plan"), timed.bar("load", 3) as progress, timed.transfer("export", 9):
+        progress(1)
+    assert list(timed.seconds) == ["plan", "load", "export"]
+    assert all(seconds > 0 for seconds in timed.seconds.values())

@@ -1,11 +1,16 @@
 """What ``--help`` teaches, and how a command line that cannot be parsed ends."""
 
+import argparse
 import re
 import subprocess
 import sys
 
 import pytest
 
+from megatron_quant.cli.main import parser
+from megatron_quant.cli.serving import arguments
+from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.runs.settings import flags_of
 from tests.dist.command import command
 
 FLAGS = (
@@ -58,6 +63,20 @@ def test_a_command_line_that_cannot_be_parsed(argv: list[str], words: str) -> No
     ended = command(*argv)
     assert ended.status == 2
     assert words in ended.err.splitlines()[-1]
+
+
+def test_every_flag_that_says_what_is_done_reaches_the_front_door() -> None:
+    """A flag that is parsed and then dropped would be ignored without a word."""
+    argv = ["quantize", "--hf-model-id", "M", "--export-quant-cfg", "fp8", "--export-dir", "D"]
+    args = vars(parser().parse_args(argv))
+    options = flags_of(QuantizeOptions.from_flags(**args))
+    assert args.keys() - options.keys() == {"verb", "run", "traceback", "verbose", "dry_run"}
+    given = arguments(argparse.Namespace(**args))
+    groups = {"parallel", "calibration", "serve", "write"}
+    fields = set(QuantizeOptions.__dataclass_fields__)
+    assert given.keys() - {"format"} - groups == fields - groups - {
+        *("hf_model_id", "export_quant_cfg", "export_dir", "export_format")
+    }
 
 
 def test_the_module_is_the_command() -> None:

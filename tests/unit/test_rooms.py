@@ -53,9 +53,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mcore.checkpoint": _LIVE | {"", "mcore.model"},
     "mcore.live": _LIVE | {"mcore.model", "mcore.checkpoint"},
     "mcore.training": _LIVE | {"mcore.model", "mcore.checkpoint", "mcore.live"},
-    "runs": _ALL,
+    "runs": _ALL | {"faults"},
     "": _ALL | {"runs"},
-    "cli": _ALL | {"", "faults", "runs"},
+    # errors, and documents for names that a terminal can show; ranks tell each other of faults.
+    "cli": {"", "errors", "documents", "faults", "rendezvous"},
     "__main__": {"cli"},
 }
 HOLD_ROOMS = ("ckpt", "mcore")

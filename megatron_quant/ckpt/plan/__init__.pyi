@@ -1,4 +1,5 @@
 from .cost import Cost as Cost
+from .cost import Spread as Spread
 from .cost import measured as measured
 from .cost import spread as spread
 from .export_plan import ExportPlan as ExportPlan
@@ -39,6 +40,7 @@ __all__ = [
     "Origin",
     "Piece",
     "RankPart",
+    "Spread",
     "StorageRules",
     "StoredTensor",
     "batches",

@@ -1,4 +1,4 @@
-"""Ranks that compare what they are about to do, before any of it is done."""
+"""Compare what the ranks are about to do, before any of them does it."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,9 @@ _LONGEST = 120
 
 
 def check_alike(groups: Groups, **said: str) -> None:
-    """Raise RankError, on every rank, where ``said`` is not the same on all. Collective.
+    """Raise RankError, on every rank, if ``said`` differs between ranks. Collective.
 
-    said: by the words that a person knows it by, ``_`` for a space; a digest or a value.
+    said: digests or values, by the words that a message uses, with ``_`` for a space.
     """
     named = {name.replace("_", " "): value for name, value in said.items()}
     other = difference(gather(named, groups))
@@ -29,7 +29,7 @@ def check_alike(groups: Groups, **said: str) -> None:
 
 
 def difference(said: Sequence[Mapping[str, str]]) -> str | None:
-    """Return where the ranks, in order, differ, and who has what; None where all agree."""
+    """Return the first value that differs and which ranks have what; None if all agree."""
     names = dict.fromkeys(name for of_rank in said for name in of_rank)
     for name in names:
         having: dict[str, list[int]] = {}
@@ -42,7 +42,7 @@ def difference(said: Sequence[Mapping[str, str]]) -> str | None:
 
 
 def ranks_named(ranks: Sequence[int]) -> str:
-    """Return ``rank 3``, ``ranks 0, 2-5``, of ranks in rising order."""
+    """Return ``rank 3`` or ``ranks 0, 2-5``; ``ranks`` must be in rising order."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:
@@ -59,10 +59,10 @@ def _short(value: str) -> str:
 
 
 def once_a_host(groups: Groups, work: Callable[[], T]) -> T:
-    """Run ``work()`` on the first rank of each host, as ``torchrun`` counts them. Collective.
+    """Run ``work()`` on one rank per host, the first by LOCAL_RANK. Collective.
 
-    Every rank gets what that of its own host found, a small picklable value. What one rank raises
-    is raised on all. A rank without LOCAL_RANK is the first of its host.
+    Returns on every rank what its own host's rank returned, a small picklable value. An error of
+    one rank is raised on all.
     """
     firsts = _first_ranks(groups)
     own = together(groups, lambda: [work()] if firsts[groups.rank] == groups.rank else [])

@@ -1,7 +1,7 @@
-"""The few collectives that this library needs; each works without a process group.
+"""The few collectives that this library needs. Each also works without a process group.
 
-One rule keeps ranks from waiting for one another: whatever one rank raises between two of these
-calls, it raises through :func:`raise_together`, so every rank leaves at the same place.
+One rule keeps ranks from waiting for a failed one: an error between two of these calls is raised
+through :func:`raise_together`, so every rank leaves at the same place.
 """
 
 import traceback
@@ -23,11 +23,11 @@ T = TypeVar("T")
 class Groups:
     """The ranks that hold one model together.
 
-    model: process group of all of them; None is the default group, or a single process where
+    model: the process group of all of them. None is the default group, or a single process if
         torch.distributed is not initialized.
     device: where tensors must live for a collective (``cuda`` for NCCL, ``cpu`` for gloo).
-    shards: those of them with whom this rank shares tensors; None where no tensor is cut.
-    minutes: how long a rank waits for the slowest, in groups that are made of this one.
+    shards: the ranks that this one shares tensors with; None if no tensor is cut.
+    minutes: how long a rank waits for the slowest one, also in groups made from this one.
     """
 
     model: Any = None
@@ -48,9 +48,9 @@ class Groups:
 
 @dataclass(frozen=True)
 class Shards:
-    """The ranks among which a rank's tensors are cut, each of which holds another shard.
+    """The ranks that hold the other shards of a rank's tensors.
 
-    dense: of the layers that every token meets (tensor parallel). experts: of experts (expert
+    dense: for the layers that every token passes (tensor parallel). experts: for experts (expert
     tensor parallel).
     """
 
@@ -60,7 +60,7 @@ class Shards:
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Raise LostRankError where the other ranks cannot be reached."""
+    """Raise LostRankError if the other ranks cannot be reached."""
     try:
         yield
     except RuntimeError as e:
@@ -68,7 +68,7 @@ def _answered() -> Iterator[None]:
             raise
         raise LostRankError(
             "the other ranks do not answer: one of them has ended, or is slower than "
-            "--distributed-timeout-minutes allows"
+            "--distributed-timeout-minutes allows; see what the others printed, or raise it"
         ) from e
 
 
@@ -82,17 +82,17 @@ def _all_reduce(flat: torch.Tensor, op: Any, groups: Groups) -> torch.Tensor:
 
 
 def max_reduce(flat: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Elementwise maximum over the model's ranks; ``flat`` has the same length on all."""
+    """Return the elementwise maximum over the model's ranks; ``flat`` is equally long on all."""
     return _all_reduce(flat, dist.ReduceOp.MAX, groups)
 
 
 def sum_reduce(flat: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Elementwise sum over the model's ranks; ``flat`` has the same length on all."""
+    """Return the elementwise sum over the model's ranks; ``flat`` is equally long on all."""
     return _all_reduce(flat, dist.ReduceOp.SUM, groups)
 
 
 def gather(value: T, groups: Groups) -> list[T]:
-    """Return ``value`` of every rank, in rank order, on every rank. For small picklable values."""
+    """Return every rank's ``value``, in rank order, on every rank. For small picklable values."""
     if groups.size == 1:
         return [value]
     values: list[Any] = [None] * groups.size
@@ -104,11 +104,11 @@ def gather(value: T, groups: Groups) -> list[T]:
 def exchange(
     parts: Callable[[], Sequence[torch.Tensor]] | None, sizes: Sequence[int], groups: Groups
 ) -> torch.Tensor | None:
-    """Send ``parts()`` (uint8 [n], one for each rank) and get what the ranks have for this one.
+    """Send ``parts()`` (uint8 [n], one for each rank); return what the ranks sent to this one.
 
-    parts: None on a rank that has failed; then, and where ``parts`` raises or the memory for what
-    is sent or received is not there, all ranks get None. sizes: bytes that come from each rank.
-    Returns them after one another. What ``parts`` raises is raised once the others know.
+    parts: None on a rank that has failed. All ranks then get None, and so they do if ``parts``
+    raises or memory runs out for what is sent or received. sizes: bytes that come from each rank;
+    they are returned one after another. An error in ``parts`` is raised once the others know.
     """
     error: BaseException | None = None
     try:
@@ -131,10 +131,10 @@ def exchange(
 
 
 def raise_together(error: BaseException | None, groups: Groups) -> None:
-    """Raise on every rank the error of the lowest rank that has one; nothing where none has.
+    """Raise on every rank the error of the lowest rank that has one; do nothing if none has.
 
-    A user's error (QuantError, OSError) is equal on all ranks. Anything else stays what it is on
-    the rank that raised it, and is a RankError that names rank and type on the others.
+    A user's error (QuantError, OSError) is the same on all ranks. Any other error stays as it is on
+    the rank that raised it; the others get a RankError that names that rank and the error's type.
     """
     own = None if error is None else fault_of(error)
     if error is not None and is_out_of_memory(error):
@@ -144,20 +144,20 @@ def raise_together(error: BaseException | None, groups: Groups) -> None:
     except RankError:
         if error is None:
             raise
-        raise error from None  # what ended this rank is its own error, whatever ended the others
+        raise error from None  # this rank reports its own error, not the others'
     if any(fault is not None for fault in faults):
         raise shared(error, faults, groups.rank)
 
 
 def _free(error: BaseException) -> None:
-    """Let go of what the failed work still holds, so that telling the others finds memory."""
+    """Free what the failed work still holds: telling the others needs memory too."""
     traceback.clear_frames(error.__traceback__)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def together(groups: Groups, work: Callable[[], T]) -> T:
-    """Run ``work()`` on every rank; raise on all what one rank raises, Ctrl-C included.
+    """Run ``work()`` on every rank; raise one rank's error, or Ctrl-C, on all.
 
     ``work`` must not wait for other ranks itself. See :func:`raise_together`.
     """

@@ -1,8 +1,8 @@
-"""The one door for documents that somebody else may have written: JSON and YAML, in files or bytes.
+"""Read JSON and YAML that somebody else may have written, from files or bytes.
 
-Whoever reads one chooses the error; nothing else is raised for what a document holds. Limits come
-before the parser: bytes, values and depth. Only regular files are read, so that a pipe or a device
-cannot hold or fill the process.
+The caller chooses the error; a document's content raises no other. Bytes, values and depth are
+limited before the parser runs. Only regular files are read: a pipe or a device could block the
+process or fill its memory.
 """
 
 import json
@@ -21,12 +21,12 @@ from megatron_quant.errors import CheckpointError, QuantError
 
 MB = 1_000_000
 _SHOWN = 120  # characters of a value in a message
-_SCALAR = 1000  # characters of a YAML scalar that is no text: parsers of numbers are quadratic
+_SCALAR = 1000  # characters of a YAML scalar that is not text: parsing numbers is quadratic
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a document: bytes, values (and keys), and levels of nesting."""
+    """Limits of a document: bytes, values (keys count too), and levels of nesting."""
 
     nbytes: int
     values: int
@@ -34,19 +34,19 @@ class Limits:
 
 
 CONFIG = Limits(64 * MB, 2_000_000)
-"""A config: the largest that are published list every module that is not quantized."""
+"""Limits of a config. The largest published ones list every unquantized module."""
 INDEX = Limits(256 * MB, 3_000_000)
-"""An index, a manifest: a line for every tensor."""
+"""Limits of an index or a manifest: a line for every tensor."""
 HEADER = Limits(100 * MB, 3_000_000)
-"""A safetensors header: three lists for every tensor."""
+"""Limits of a safetensors header: three lists for every tensor."""
 RECIPE = Limits(2 * MB, 100_000)
-"""A recipe; its parser is slow."""
+"""Limits of a recipe. Its parser is slow."""
 
 
 def read_bytes(path: Path, limits: Limits, error: type[QuantError] = CheckpointError) -> bytes:
-    """Content of the regular file ``path``; ``error`` where it is none, or too large."""
+    """Return the content of ``path``; raise ``error`` if it is no regular file or too large."""
     try:
-        # Without O_NONBLOCK the opening of a pipe waits for somebody who writes.
+        # Without O_NONBLOCK, opening a pipe waits for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             _check_file(path, os.fstat(fd), limits, error)
@@ -65,7 +65,7 @@ def read_bytes(path: Path, limits: Limits, error: type[QuantError] = CheckpointE
 
 
 def check_file(path: Path, limits: Limits, error: type[QuantError] = CheckpointError) -> None:
-    """Raise ``error`` unless ``path`` is a regular file that a library may be given to read."""
+    """Raise ``error`` unless ``path`` is a regular file that is safe to give to a library."""
     try:
         found = path.stat()
     except (OSError, ValueError) as e:
@@ -75,7 +75,7 @@ def check_file(path: Path, limits: Limits, error: type[QuantError] = CheckpointE
 
 
 def check_regular(path: Path, error: type[QuantError] = CheckpointError) -> None:
-    """Run :func:`check_file` without a limit of size."""
+    """Run :func:`check_file` without a size limit."""
     check_file(path, Limits(2**63, 0), error)
 
 
@@ -88,8 +88,8 @@ def _check_file(path: Path, found: os.stat_result, limits: Limits, error: type[Q
 
 def _too_large(path: Path, size: int, limits: Limits) -> str:
     return (
-        f"{path} has {size} bytes, {limits.nbytes} are read of such a file: it is damaged, or no "
-        "such document"
+        f"{path} has {size} bytes, more than the {limits.nbytes} that such a file may have: it is "
+        "damaged, or another kind of file"
     )
 
 
@@ -108,7 +108,7 @@ def parse_json(
 ) -> Any:
     """Parse a JSON document; ``where`` names it in the message of ``error``.
 
-    NaN and Infinity are read, as the configs of transformers have them. Text that is not Unicode,
+    NaN and Infinity are read, because configs of transformers have them. Text that is not Unicode,
     such as half of a surrogate pair, is refused.
     """
     refused = f"{where} cannot be read as JSON"
@@ -127,7 +127,7 @@ def parse_json(
             _text(value).encode()
     except RecursionError:
         raise error(f"{refused}: it is nested deeper than {limits.depth} levels") from None
-    except ValueError as e:  # as UnicodeError is
+    except ValueError as e:  # UnicodeError is one too
         raise error(f"{refused}: {e}") from None
     return value
 
@@ -137,7 +137,7 @@ def _utf8(content: bytes | str) -> str:
 
 
 def _text(value: Any) -> str:
-    """All text in a JSON value, one after another."""
+    """Join all text in a JSON value."""
     found: list[str] = []
     left = [value]
     while left:
@@ -165,7 +165,7 @@ def parse_yaml(
 ) -> Any:
     """Parse a YAML document; ``where`` names it in the message of ``error``.
 
-    Aliases are read; what they stand for counts as often as it is named.
+    Aliases are read; their values count against the limit each time they are named.
     """
     try:
         loader = yaml.SafeLoader(_utf8(content))
@@ -182,7 +182,7 @@ def parse_yaml(
     except RecursionError:
         raise error(f"{where} is nested deeper than {limits.depth} levels") from None
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as e:
-        # a date, a number or a merge that is none: PyYAML raises whatever its parser does
+        # a bad date, number or merge: PyYAML raises whatever its parser does
         reason = " ".join(str(e).split())
         raise error(
             f'{where} is not valid YAML: {reason} (patterns need quotes: "*mlp*")'
@@ -192,7 +192,7 @@ def parse_yaml(
 def _check_nodes(
     node: yaml.Node, limits: Limits, depth: int = 0, seen: dict[yaml.Node, int | None] | None = None
 ) -> int:
-    """Values of a node with those of its aliases; ValueError where they are too many."""
+    """Count a node's values, aliases included; ValueError if they are too many."""
     seen = {} if seen is None else seen
     if node in seen:
         found = seen[node]
@@ -220,12 +220,12 @@ def _check_nodes(
 
 
 def shown(value: object) -> str:
-    """Show ``value`` in a message: in Python's spelling, on one line, no longer than a line."""
+    """Spell ``value`` for a message: as Python does, on one line, and not too long."""
     return clipped(repr(_few(value, 4)))
 
 
 def _few(value: object, depth: int) -> object:
-    """Return the part of a value that can be shown, made without going through all of it."""
+    """Return the part of a value that is shown, without going through all of it."""
     if isinstance(value, str | bytes):
         return value[: _SHOWN + 1]
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
@@ -240,14 +240,14 @@ def _few(value: object, depth: int) -> object:
 
 
 def clipped(text: str) -> str:
-    """Return ``text``, or its first part where it is too long for a message."""
+    """Return ``text``, cut if it is too long for a message."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def printable(text: str) -> str:
     """Escape characters of ``text`` that move the cursor or reorder text on a screen.
 
-    Line ends and tabs are too: what is printed of one name is on one line.
+    Line ends and tabs are escaped too, so that a name stays on one line.
     """
     if text.isprintable():
         return text

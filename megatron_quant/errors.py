@@ -9,11 +9,11 @@ class QuantError(Exception):
 
 
 class HostError(QuantError):
-    """The machine or an installed library is not what is needed."""
+    """The machine or an installed library does not do."""
 
 
 class ArchitectureError(QuantError):
-    """The Hugging Face config names a model that no table describes, or a variant of one."""
+    """No table describes the model, or the variant of it, that the Hugging Face config names."""
 
 
 class LayoutError(QuantError):
@@ -25,7 +25,7 @@ class RecipeError(QuantError):
 
 
 class CoverageError(QuantError):
-    """A weight is claimed by no rule, or the members of a fused group by different ones."""
+    """No rule claims a weight, or different rules claim members of a fused group."""
 
 
 class FormatError(QuantError):
@@ -37,7 +37,7 @@ class CalibrationError(QuantError):
 
 
 class CheckpointError(QuantError):
-    """A checkpoint that was given as input cannot be used."""
+    """An input checkpoint cannot be used."""
 
 
 class ExportError(QuantError):
@@ -45,7 +45,7 @@ class ExportError(QuantError):
 
 
 class VerifyError(QuantError):
-    """A written checkpoint is not what its own config says."""
+    """A written checkpoint does not match its own config."""
 
 
 class RankError(QuantError):
@@ -53,4 +53,4 @@ class RankError(QuantError):
 
 
 class LostRankError(RankError):
-    """Other ranks do not answer: one was killed, perhaps. What was written may be continued."""
+    """Other ranks do not answer; one may have been killed. What was written may be continued."""

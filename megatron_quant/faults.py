@@ -9,7 +9,7 @@ from megatron_quant.documents import printable
 from megatron_quant.errors import QuantError, RankError
 
 MINUTES = 120.0
-"""How long ranks wait for the slowest one, where nobody says it."""
+"""How long ranks wait for the slowest one by default."""
 _HAD = "_megatron_quant_had"
 _OUT_OF_MEMORY = (
     "this rank has too little memory: use more ranks (a larger --tp, --pp or --ep), a smaller "
@@ -21,8 +21,8 @@ _OUT_OF_MEMORY = (
 class Fault:
     """An error of one rank, in a form that every other rank can read.
 
-    line: what a person is told. error: what a user can act on, raised alike on every rank; None
-    for a bug or a foreign exception. interrupted: whether it was Ctrl-C.
+    line: the message for people. error: a user's error, which every rank raises alike; None for a
+    bug or a foreign exception. interrupted: whether it was Ctrl-C.
     """
 
     line: str
@@ -32,9 +32,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Had:
-    """A person's account of an error that all ranks raise, and which of them had it first.
+    """The message of an error that all ranks raise, and the ranks that had it first.
 
-    is_bug: whether it is none that a user can act on.
+    is_bug: whether it is an error that a user cannot act on.
     """
 
     line: str
@@ -43,7 +43,7 @@ class Had:
 
 
 def had(error: BaseException) -> Had | None:
-    """Return the note of :func:`shared` on ``error``; None for one that this rank has alone."""
+    """Return the note that :func:`shared` left on ``error``; None if only this rank has it."""
     found = vars(error).get(_HAD)
     return found if isinstance(found, Had) else None
 
@@ -54,7 +54,7 @@ def trace_of(error: BaseException) -> str:
 
 
 def line_of(error: BaseException) -> str:
-    """One printable line: the message of a user's error, else the exception's type and message."""
+    """Return one printable line: a user's error's message, or another's type and message."""
     text = one_line(str(error))
     if isinstance(error, QuantError):
         return text
@@ -89,7 +89,7 @@ def fault_of(error: BaseException) -> Fault:
 
 
 def translated(error: OSError) -> QuantError:
-    """Translate the system's error into a user's: what is wrong, and with which file."""
+    """Turn a system error into a user's error that says what is wrong with which file."""
     found = QuantError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     found.__cause__ = error
     return found
@@ -98,7 +98,7 @@ def translated(error: OSError) -> QuantError:
 def _portable(error: QuantError) -> QuantError:
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # of what an exception may hold anything can fail to be pickled
+    except Exception:  # anything that an exception holds may fail to pickle
         return QuantError(str(error))
     return (
         error if type(copy) is type(error) and str(copy) == str(error) else QuantError(str(error))
@@ -106,10 +106,10 @@ def _portable(error: QuantError) -> QuantError:
 
 
 def shared(error: BaseException | None, faults: Sequence[Fault | None], rank: int) -> BaseException:
-    """Return the error that ``rank``, which had ``error``, raises for ``faults``, not all None.
+    """Return the error that ``rank``, which had ``error``, raises for all ranks' ``faults``.
 
-    The error of the lowest rank that has one; the exception itself on the rank that raised it.
-    KeyboardInterrupt goes before all, as nothing is removed after it.
+    It is that of the lowest rank that has one, and the exception itself on that rank. At least one
+    fault is not None. KeyboardInterrupt comes first, because nothing is removed after it.
     """
     having = [(r, fault) for r, fault in enumerate(faults) if fault is not None]
     interrupts = [(r, fault) for r, fault in having if fault.interrupted]

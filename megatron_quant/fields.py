@@ -1,7 +1,7 @@
-"""Typed access to an object of a document that somebody else wrote.
+"""Typed access to a JSON or YAML object that somebody else wrote.
 
-Whoever asks for a key says what it must be; what it is instead is one error that names the key,
-its value and what is expected. ``true`` is no number.
+The caller says what a key's value must be. Any other value is one error that names the key, the
+value and what is expected. ``true`` is not a number.
 """
 
 import math
@@ -13,14 +13,14 @@ from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, QuantError
 
 MOST = 2**31 - 1
-"""The largest number of anything: what the kernels of engines index with."""
+"""The largest count of anything: kernels of engines index with 32 bits."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """An object, by its keys; an absent key and one that is null are alike.
+    """An object and its keys. A key that is null counts as absent.
 
-    values: the object. where: what messages call it. error: what is raised.
+    values: the object. where: its name in messages. error: the class that is raised.
     """
 
     values: Mapping[str, Any]
@@ -28,15 +28,15 @@ class Fields:
     error: type[QuantError] = CheckpointError
 
     def get(self, key: str) -> Any:
-        """Return the value, whatever it is; None where there is none."""
+        """Return the value, of any type; None if there is none."""
         return self.values.get(key)
 
     def refused(self, key: str, expected: str) -> QuantError:
-        """Return the error for a value that is not as ``expected``."""
+        """Return the error for a value that is not what was ``expected``."""
         return self.error(f"{key}={shown(self.get(key))} in {self.where} must be {expected}")
 
     def count(self, key: str, default: int | None = None, most: int = MOST) -> int:
-        """Return a whole number above 0, and not above ``most``."""
+        """Return a whole number from 1 to ``most``."""
         value = self._or(key, default)
         if type(value) is not int or value < 1:
             raise self.refused(key, "a whole number above 0")
@@ -55,14 +55,14 @@ class Fields:
             raise self.refused(key, "a number above 0 that a float holds") from None
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
+        """Return true or false."""
         value = self._or(key, default)
         if not isinstance(value, bool):
             raise self.refused(key, "true or false")
         return value
 
     def whole(self, key: str) -> int | None:
-        """Return a whole number, of either sign; None where there is none."""
+        """Return a whole number of either sign; None if there is none."""
         value = self.get(key)
         if value is not None and type(value) is not int:
             raise self.refused(key, "a whole number")
@@ -76,26 +76,26 @@ class Fields:
         return value
 
     def part(self, key: str) -> "Fields":
-        """Return an object; an empty one where there is none."""
+        """Return an object; an empty one if there is none."""
         value = self._or(key, {})
         if not isinstance(value, Mapping):
             raise self.refused(key, "an object")
         return Fields(value, f"{key} of {self.where}", self.error)
 
     def parts(self, key: str) -> "dict[str, Fields]":
-        """Return an object of objects, by their keys."""
+        """Return the objects in an object, by their keys."""
         inner = self.part(key)
         return {name: inner.part(name) for name in inner.values}
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """Return a list of strings; empty where there is none."""
+        """Return a list of strings; empty if there is none."""
         value = self._or(key, [])
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
             raise self.refused(key, "a list of strings")
         return tuple(value)
 
     def only(self, key: str, allowed: tuple[object, ...]) -> None:
-        """Refuse a value that is given and is none of ``allowed``."""
+        """Refuse a value that is given but not one of ``allowed``."""
         value = self.get(key)
         if value is not None and not any(_same(value, one) for one in allowed):
             known = " or ".join(repr(one) for one in allowed)
@@ -112,5 +112,5 @@ class Fields:
 
 
 def _same(value: object, other: object) -> bool:
-    """Return whether two values are equal in JSON, where 1 is 1.0 but not true."""
+    """Return whether two values are equal in JSON: 1 equals 1.0, but not true."""
     return value == other and isinstance(value, bool) is isinstance(other, bool)

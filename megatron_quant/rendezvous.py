@@ -1,6 +1,6 @@
-"""Where ranks that ``torchrun`` started meet: a store, over which they compare and then join.
+"""Let the ranks that ``torchrun`` started meet at a store, compare their settings, and join.
 
-All of it works before there is a process group, and whatever state a group is in.
+This works before there is a process group, and whatever state a group is in.
 """
 
 import json
@@ -23,9 +23,9 @@ _READ_SECONDS = 10.0
 
 
 def is_one_of_many() -> bool:
-    """Return whether ``torchrun``, or whatever sets what it sets, started this process and others.
+    """Return whether this process is one of several that ``torchrun`` or its like started.
 
-    Raises RankError where it is one of several, but cannot find them.
+    Raises RankError if it is one of several but cannot find the others.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
@@ -41,13 +41,13 @@ def is_one_of_many() -> bool:
 
 @cache
 def _store() -> tuple[dist.Store, int, int]:
-    """Return the store, this rank and how many there are."""
+    """Return the store, this rank and the number of ranks."""
     store, rank, size = next(dist.rendezvous("env://"))
     return store, rank, size
 
 
 def join(backend: str, minutes: float = MINUTES) -> None:
-    """Make the default process group of all ranks, whose collectives wait for ``minutes``."""
+    """Make the default process group of all ranks; its collectives wait for ``minutes``."""
     timeout = timedelta(minutes=minutes)
     if is_one_of_many():
         store, rank, size = _store()
@@ -60,9 +60,9 @@ def join(backend: str, minutes: float = MINUTES) -> None:
 
 
 def check_started_alike(said: Mapping[str, str], minutes: float = MINUTES) -> None:
-    """Raise RankError, on every rank, where ``said`` is not the same on all.
+    """Raise RankError, on every rank, if ``said`` differs between ranks.
 
-    It waits for all ranks, but needs no process group of them: call it before anything that does.
+    It waits for all ranks but needs no process group: call it before anything that needs one.
     """
     if not is_one_of_many():
         return
@@ -75,18 +75,19 @@ def check_started_alike(said: Mapping[str, str], minutes: float = MINUTES) -> No
     except (RuntimeError, ValueError) as error:
         raise LostRankError(
             f"not all of the {os.environ['WORLD_SIZE']} ranks came to {_address()} within "
-            f"{minutes:g} minutes: see what the others say, or raise --distributed-timeout-minutes"
+            f"{minutes:g} minutes: see what the others printed, or raise "
+            "--distributed-timeout-minutes"
         ) from error
-    share("", _READ_SECONDS)  # all have read: the rank that keeps the store may end
+    share("", _READ_SECONDS)  # once all have read, the rank that keeps the store may end
     other = difference(found)
     if other is not None:
         raise RankError(f"the ranks were not started alike: {other}; start all with one command")
 
 
 def share(said: str, seconds: float) -> dict[int, str]:
-    """Return each rank's word, by rank; without ranks that are not here after ``seconds``.
+    """Return what each rank said, by rank; leave out ranks that are not here after ``seconds``.
 
-    It works whatever has become of the others, so that nothing waits for one that has ended.
+    It works whatever has become of the others, and never waits for one that has ended.
     """
     try:
         if not is_one_of_many():
@@ -102,7 +103,7 @@ def share(said: str, seconds: float) -> dict[int, str]:
             time.sleep(0.01)
         return {r: store.get(key).decode() for r, key in enumerate(keys) if store.check([key])}
     except RuntimeError:
-        return {rank: said}  # whoever kept the store has gone
+        return {rank: said}  # the rank that kept the store has gone
 
 
 def _rank() -> int:
@@ -114,9 +115,9 @@ def _address() -> str:
 
 
 def start_ranks(minutes: float = MINUTES) -> Groups:
-    """Join all ranks that ``torchrun`` started, over gloo; one process without it.
+    """Join all ranks that ``torchrun`` started, over gloo; one process without torchrun.
 
-    minutes: how long a rank waits for the slowest.
+    minutes: how long a rank waits for the slowest one.
     """
     if not dist.is_initialized() and is_one_of_many():
         join("gloo", minutes)

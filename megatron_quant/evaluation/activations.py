@@ -21,11 +21,11 @@ _TAG_ROWS = 12
 
 @dataclass(frozen=True)
 class Activations:
-    """The storage of a linear's input.
+    """How a linear's input is stored.
 
     Attributes:
         fmt: Its format.
-        dscale: Scale of the whole tensor (multiply to decode), where the format has one.
+        dscale: Scale of the whole tensor (multiply to decode), if the format has one.
     """
 
     fmt: Format
@@ -49,15 +49,15 @@ def _tag(number: int, parameter: torch.Tensor) -> torch.Tensor:
 def saved_tags(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Map each tensor name that ``save_pretrained`` writes to the tag of its parameter.
 
-    Nothing here knows which parameters transformers fuses: tags go through its own conversion to
-    checkpoint names. ``model`` may be on the meta device. Raises CheckpointError where transformers
-    is older than 5.0, which has no such conversion.
+    Nothing here knows which parameters transformers fuses: the tags go through its own conversion
+    to checkpoint names. ``model`` may be on the meta device. Raises CheckpointError if transformers
+    is older than 5.0 and has no such conversion.
     """
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:
         raise CheckpointError(
-            f"transformers {transformers.__version__} does not say what it fuses: install "
+            f"transformers {transformers.__version__} does not say which weights it fuses: install "
             "transformers 5.0 or newer to evaluate checkpoints"
         ) from None
     tags = {name: _tag(i, p) for i, (name, p) in enumerate(model.named_parameters())}
@@ -91,13 +91,13 @@ def linear_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _merge(module: str, one: Activations | None, two: Activations) -> Activations:
-    """Take the larger scale: one input feeds all members of a fused weight, and engines do so."""
+    """Take the larger scale, as engines do: one input feeds all members of a fused weight."""
     if one is None:
         return two
     if one.fmt != two.fmt:
         raise CheckpointError(
-            f"{module}: its input is {two.fmt.name}, {one.fmt.name} for another part of the same "
-            "fused weight; quantize both alike"
+            f"{module}: its input is {two.fmt.name}, but {one.fmt.name} for another part of the "
+            "same fused weight; quantize both alike"
         )
     return max(one, two, key=lambda a: a.dscale or 0.0)
 
@@ -113,7 +113,7 @@ class QuantizedInputs(WeightInputs):
         inputs: Hugging Face module name -> how its input is stored.
 
     Raises:
-        CheckpointError: For a module that is no linear of the model.
+        CheckpointError: For a module that is not a linear of the model.
     """
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Activations]) -> None:
@@ -124,8 +124,8 @@ class QuantizedInputs(WeightInputs):
         for module, activations in inputs.items():
             if module not in linears:
                 raise CheckpointError(
-                    f"{module}: transformers' {type(model).__name__} has no such linear, whose "
-                    "inputs could be quantized; quantize with --eval-text instead"
+                    f"{module}: transformers' {type(model).__name__} has no such linear, so its "
+                    "inputs cannot be quantized; quantize with --eval-text instead"
                 )
             name, expert = linears[module]
             key = _key(name, expert)
@@ -141,9 +141,9 @@ class QuantizedInputs(WeightInputs):
         return activations.apply(x)
 
     def check(self) -> None:
-        """Raise AssertionError where a parameter's input went by unquantized. Call after a forward.
+        """Raise AssertionError if a parameter's input stayed unquantized. Call after a forward.
 
-        An expert may have no token: one expert of a fused parameter is enough.
+        An expert may get no token: one expert of a fused parameter is enough.
         """
         missed = {name for name, w in self._watched.items() if not self._used & set(w.keys)}
         assert not missed, f"activations not quantized: {sorted(missed)[:3]}"

@@ -23,7 +23,7 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids, int64 [tokens] -> logits [tokens, vocabulary] of one causal forward."""
 
 Load = Callable[[Path, torch.dtype], Logits]
-"""Reader of a directory: :func:`decoded` or :func:`native`."""
+"""How a directory is loaded: :func:`decoded` or :func:`native`."""
 
 
 def _first_line(error: Exception) -> str:
@@ -43,10 +43,10 @@ def native(directory: Path, dtype: torch.dtype) -> Logits:
     """Load the checkpoint as transformers reads it by itself, quantized or not.
 
     Pickled weights and remote code are never loaded. transformers reads NVFP4 experts wrongly
-    without an error, and has no reader for the modelopt dialect: judge those with :func:`decoded`.
+    without an error, and cannot read the modelopt dialect: judge those with :func:`decoded`.
 
     Raises:
-        CheckpointError: Where transformers cannot read it.
+        CheckpointError: If transformers cannot read it.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -64,7 +64,7 @@ def native(directory: Path, dtype: torch.dtype) -> Logits:
 def decoded(directory: Path, dtype: torch.dtype) -> Logits:
     """Load the checkpoint by this library's codecs, with quantized activations simulated.
 
-    An unquantized one takes the same way, so that two checkpoints differ by their values alone.
+    An unquantized one is loaded the same way, so that two checkpoints differ only by their values.
 
     Raises:
         CheckpointError: For a tensor that the model or the checkpoint lacks.
@@ -78,7 +78,7 @@ def decoded(directory: Path, dtype: torch.dtype) -> Logits:
 def _model(
     directory: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Fill transformers' model of the config with ``tensors`` under Hugging Face names."""
+    """Fill transformers' model of the config with ``tensors``, which have Hugging Face names."""
     config = _unquantized_config(directory)
     empty = _empty(directory, config)
     tensors = _in_stacks(empty, tensors)
@@ -102,7 +102,7 @@ def _model(
 def _empty(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
     """Build transformers' model of the config on the meta device, with its towers if it has some.
 
-    It is of the class that config.json names, as a text decoder alone names its tensors otherwise.
+    It has the class that config.json names: a text decoder alone names its tensors differently.
     """
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if len(names) == 1 else None
@@ -115,15 +115,15 @@ def _empty(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             else:
                 model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    except Exception as e:  # a config that contradicts itself makes a model's code raise anything
+    except Exception as e:  # with a contradictory config, a model's code raises anything
         raise CheckpointError(
-            f"{directory}: transformers cannot build the model of its config: {_first_line(e)}"
+            f"{directory}: transformers cannot build the model from its config: {_first_line(e)}"
         ) from e
     return model
 
 
 def _in_stacks(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Put single experts back into the stacks that transformers saves whole."""
+    """Put single experts back into the stacks that transformers saves as one tensor."""
     shapes = {name: tuple(p.shape) for name, p in empty.named_parameters()}
     whole_ones = {name: shapes[name] for name in shapes.keys() & saved_tags(empty).keys()}
     views = unstack(empty.config.to_dict(), whole_ones)
@@ -152,7 +152,7 @@ def _unquantized_config(directory: Path) -> PretrainedConfig:
 
 
 def _inputs(checkpoint: QuantizedCheckpoint) -> dict[str, Activations]:
-    """Return how each module's input is stored, for those whose config quantizes it."""
+    """Return how the input of each module is stored whose config quantizes it."""
     inputs = {}
     for module, form in checkpoint.modules.items():
         if form.inputs is None:
@@ -160,7 +160,7 @@ def _inputs(checkpoint: QuantizedCheckpoint) -> dict[str, Activations]:
         dscale = checkpoint.input_scale(module)
         if dscale is None and form.inputs.tensor_scale:
             raise CheckpointError(
-                f"{module}: {form.inputs.name} activations without an input scale"
+                f"{module}: {form.inputs.name} activations without an input scale; export it again"
             )
         inputs[module] = Activations(form.inputs, dscale)
     return inputs

@@ -12,7 +12,7 @@ from megatron_quant.evaluation.metrics import NOTHING, Sums, nll_and_kl, windows
 from megatron_quant.evaluation.tokenizer import TokenizerChoice
 
 BatchProgress = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
-"""Wrapper of a list that is gone through once, to show progress."""
+"""Wraps a list that is iterated once, to show progress."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Text:
-    """A UTF-8 text file, and the part of it that is read.
+    """A UTF-8 text file, and how much of it is read.
 
     Attributes:
         file: Its path.
-        seq_length: Tokens that are predicted in each window.
+        seq_length: Tokens predicted in each window.
         max_tokens: Most tokens in all; None for the whole text.
-        tokenizer: Tokenizer that cuts it, by default the checkpoint's own.
+        tokenizer: Its tokenizer; the checkpoint's own by default.
     """
 
     file: Path
@@ -62,10 +62,10 @@ def evaluate(
         text: The text.
         against: Reference checkpoint with the same vocabulary, for the KL.
         dtype: Dtype of weights and arithmetic, in both.
-        load: :func:`~megatron_quant.evaluation.load.decoded` by our codecs or
+        load: :func:`~megatron_quant.evaluation.load.decoded` reads by our codecs,
             :func:`~megatron_quant.evaluation.load.native` by transformers alone. The reference is
             always decoded.
-        progress: Wrapper of the windows that shows progress.
+        progress: Wraps the windows to show progress.
 
     Raises:
         QuantError: For a text that cannot be used.
@@ -82,7 +82,7 @@ def score(model: Logits, cut: Iterable[torch.Tensor], reference: Logits | None =
     """Sum the losses of windows (each int64 [seq_length + 1]) under a model and its reference.
 
     Raises:
-        CheckpointError: Where the two do not have the same vocabulary.
+        CheckpointError: If the two have different vocabularies.
     """
     total = NOTHING
     for window in cut:
@@ -90,7 +90,7 @@ def score(model: Logits, cut: Iterable[torch.Tensor], reference: Logits | None =
         logits_TV, ref_TV = model(ids_T), reference(ids_T) if reference else None
         if ref_TV is not None and ref_TV.shape != logits_TV.shape:
             raise CheckpointError(
-                f"the model's vocabulary is {logits_TV.shape[-1]}, the reference's "
+                f"the model's vocabulary has {logits_TV.shape[-1]} tokens, the reference's "
                 f"{ref_TV.shape[-1]}; compare with the checkpoint that was quantized"
             )
         total += nll_and_kl(logits_TV, ref_TV, labels_T)
@@ -101,11 +101,11 @@ def read_windows(directory: Path, text: Text) -> list[torch.Tensor]:
     """Cut a text into windows, each int64 [seq_length + 1].
 
     Args:
-        directory: The checkpoint, whose tokenizer is taken where ``text`` names none.
+        directory: The checkpoint; its tokenizer is used if ``text`` names none.
         text: The text.
 
     Raises:
-        QuantError: Where the text cannot be read or does not fill one window.
+        QuantError: If the text cannot be read or does not fill one window.
     """
     try:
         content = text.file.read_text(encoding="utf-8")
@@ -118,7 +118,7 @@ def read_windows(directory: Path, text: Text) -> list[torch.Tensor]:
     cut = list(windows(ids, text.seq_length))
     if not cut:
         raise QuantError(
-            f"{text.file}: {len(ids)} tokens do not fill a window of {text.seq_length} and its "
-            "label; give a longer text or a smaller sequence length"
+            f"{text.file}: {len(ids)} tokens do not fill a window of {text.seq_length} and the "
+            "label after it; give a longer text or a smaller --seq-length"
         )
     return cut

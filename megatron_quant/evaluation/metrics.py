@@ -1,7 +1,7 @@
-"""Perplexity and divergence of a language model, as pure functions over ids and logits.
+"""Perplexity and divergence of a language model, as pure functions of ids and logits.
 
-Every judge of a model (transformers on one process, Megatron on many) cuts the text and adds up the
-figures here. So their numbers differ only by the models' own.
+Every evaluation (transformers in one process, Megatron on many ranks) cuts the text and sums the
+losses here. So their figures differ only by the models.
 """
 
 import math
@@ -52,7 +52,7 @@ def windows(ids: Sequence[int], seq_length: int) -> Iterator[torch.Tensor]:
 def nll_and_kl(
     logits_TV: torch.Tensor, ref_logits_TV: torch.Tensor | None, labels_T: torch.Tensor
 ) -> Sums:
-    """Sum -log p(label) and KL(reference || model), 0 without a reference, over tokens.
+    """Sum -log p(label) and KL(reference || model) over tokens; the KL is 0 without a reference.
 
     Args:
         logits_TV: [tokens, vocabulary] of any float type. The log-softmax is taken in fp32 and the

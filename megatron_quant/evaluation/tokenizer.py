@@ -23,18 +23,18 @@ _SETTINGS = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """The tokenizer of a text, in place of the one beside a checkpoint's weights.
+    """The choice of a tokenizer.
 
     Attributes:
         folder: Folder that has it; None for the checkpoint's own.
-        trust_remote_code: Whether to run its code where it is code.
+        trust_remote_code: Whether to run the Python code that it may bring along.
     """
 
     folder: str | Path | None = None
     trust_remote_code: bool = False
 
     def load(self, checkpoint: Path) -> PreTrainedTokenizerBase:
-        """Load it by :func:`load_tokenizer`; CheckpointError where the folder is none too."""
+        """Load it by :func:`load_tokenizer`. Raises CheckpointError too if the folder is none."""
         folder = checkpoint if self.folder is None else Path(self.folder).expanduser()
         if self.folder is not None and not folder.is_dir():
             raise CheckpointError(
@@ -45,19 +45,18 @@ class TokenizerChoice:
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load transformers' tokenizer of a checkpoint, from local files alone.
+    """Load transformers' tokenizer of a checkpoint from local files only.
 
-    Code that config.json names, of the model and its config, is never run.
+    The code of model and config that config.json names is never run.
 
     Args:
         directory: Folder of the tokenizer's files.
-        trust_remote_code: Whether to run the Python code that tokenizer_config.json names, where it
-            names some.
+        trust_remote_code: Whether to run the Python code that tokenizer_config.json may name.
 
     Raises:
-        CheckpointError: Where transformers cannot read a tokenizer, reads an empty one, or would
-            have to run code that is not trusted or missing; and for a file of it that is no regular
-            one, or larger than any tokenizer's.
+        CheckpointError: If transformers cannot read a tokenizer or reads an empty one; if its code
+            is missing or not trusted; and if one of its files is not a regular one, or larger than
+            any tokenizer's.
     """
     for path in directory.glob("*"):
         if path.suffix in _PARSED and not path.name.endswith(_INDEX) and not path.is_dir():
@@ -67,28 +66,28 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrain
         return _of_code(directory, code)
     refused = CheckpointError(
         f"{directory}: no tokenizer that transformers can read; put the original model's there, or "
-        "give its folder with --tokenizer"
+        "name its folder with --tokenizer"
         if code is None
         else f"{directory}: the tokenizer is Python code ({code}), which is not run unless asked "
-        "for: read it and give --trust-remote-code, or another tokenizer with --tokenizer"
+        "for: read it and give --trust-remote-code, or name another tokenizer with --tokenizer"
     )
     try:
         return _working(
             AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         )
-    except Exception as e:  # a broken file makes transformers raise whatever its parser does
+    except Exception as e:  # for a broken file, transformers raises whatever its parser does
         raise refused from e
 
 
 def _working(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Refuse an empty vocabulary: transformers may hand one out where files are missing."""
+    """Refuse an empty vocabulary: transformers may return one if files are missing."""
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise ValueError("its vocabulary is empty")
     return tokenizer
 
 
 def _code(directory: Path) -> str | None:
-    """Return the tokenizer's class as ``module.Class``; None where it is transformers' own."""
+    """Return the tokenizer's class as ``module.Class``; None if it is transformers' own."""
     path = directory / _SETTINGS
     found = read_json(path) if path.exists() else None
     found = found.get("auto_map") if isinstance(found, dict) else None
@@ -101,13 +100,13 @@ def _of_code(directory: Path, code: str) -> PreTrainedTokenizerBase:
     file = directory / f"{code.partition('.')[0]}.py"
     if "--" in code:
         raise CheckpointError(
-            f"{directory}: the tokenizer's code is in another repository ({code}): give a folder "
+            f"{directory}: the tokenizer's code is in another repository ({code}): name a folder "
             "that has tokenizer and code with --tokenizer"
         )
     if not file.is_file():
         raise CheckpointError(
-            f"{directory}: {file.name}, the code of the tokenizer, is not there (code is never "
-            "fetched from the hub): give a folder that has it with --tokenizer"
+            f"{directory}: {file.name}, the tokenizer's code, is missing (code is never fetched "
+            "from the hub): name a folder that has it with --tokenizer"
         )
     try:
         with _alone(), _nameless(directory) as view:
@@ -118,7 +117,7 @@ def _of_code(directory: Path, code: str) -> PreTrainedTokenizerBase:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise CheckpointError(
             f"{directory}: the tokenizer's code ({code}) fails ({type(e).__name__}: {reason}): "
-            "install what it needs, or give another tokenizer with --tokenizer"
+            "install what it needs, or name another tokenizer with --tokenizer"
         ) from e
 
 
@@ -144,7 +143,7 @@ def _nameless(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Let one process in at a time: ranks would read code that another one is just copying."""
+    """Let one process in at a time: others would read code that is still being copied."""
     folder = Path(HF_MODULES_CACHE)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".megatron_quant.lock").open("w") as lock:

@@ -48,12 +48,12 @@ def merge_amaxes(
     cold_experts: str,
     groups: Groups,
 ) -> InputAmaxes:
-    """Merge every rank's observations; one collective.
+    """Merge every rank's observations in one collective.
 
     Args:
         quant: The resolved recipe.
         params: Result of :func:`static_inputs`.
-        keys_of: Keys in ``seen`` of a parameter.
+        keys_of: Maps a parameter to its keys in ``seen``.
         seen: This rank's amaxes by key.
         cold_experts: ``layer-max`` to let an unreached expert take its layer's largest amax.
         groups: This rank's groups.
@@ -84,7 +84,7 @@ def write_amaxes(path: Path, params: Sequence[Param], amaxes: InputAmaxes) -> No
     """Write a safetensors file with ``MODULE.input_amax``, fp32 [], of every module reached.
 
     Raises:
-        ExportError: For what the disk refuses; an older file is there then.
+        ExportError: If the disk refuses; an older file then stays as it is.
     """
     tensors = {
         f"{source.module}.input_amax": torch.tensor(amaxes.found[param.name])

@@ -22,10 +22,10 @@ _DOWN = ("down_proj", "w2")
 def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load the base model (no head) in evaluation mode, experts computed one after another.
 
-    It reads local files alone and runs no remote code.
+    It reads only local files and runs no remote code.
 
     Raises:
-        CheckpointError: Where transformers cannot load it, or would leave a parameter at random.
+        CheckpointError: If transformers cannot load it, or would leave a parameter random.
     """
     try:
         with quiet():
@@ -37,7 +37,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
                 experts_implementation="eager",
                 output_loading_info=True,
             )
-    except Exception as e:  # transformers raises whatever a model's code does
+    except Exception as e:  # transformers raises whatever a model's code raises
         reason = " ".join(str(e).split())[:200]
         raise CheckpointError(
             f"{directory}: transformers cannot load the model ({reason}); pass --weight-only"
@@ -45,8 +45,8 @@ def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"{directory} has nothing for {missing[0]} of transformers' model ({len(missing)} "
-            "such); fetch the checkpoint again, or pass --weight-only"
+            f"{directory} has no tensor for {missing[0]} of transformers' model ({len(missing)} "
+            "missing in all); fetch the checkpoint again, or pass --weight-only"
         )
     loaded: PreTrainedModel = model.eval()
     return loaded
@@ -54,7 +54,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide transformers' own progress bar."""
+    """Hide transformers' progress bar, which every rank would draw."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -67,7 +67,7 @@ def quiet() -> Iterator[None]:
 def run_model(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Run token ids [B, S] through the model and drop the output.
 
-    CalibrationError where it fails.
+    Raises CalibrationError if the forward fails.
     """
     try:
         model(input_ids=ids, use_cache=False)

@@ -32,7 +32,7 @@ class PartSource:
 
 
 def needs_amax(part: RankPart) -> bool:
-    """Return whether encoding the part must wait for the amax of all that shares its scale."""
+    """Return whether encoding the part must wait for the amax of everything with its scale."""
     scheme = part.target.scheme
     if part.param.role is Role.CACHE or scheme.weights is None:
         return False

@@ -1,4 +1,4 @@
-"""Cut parts to a bounded size: a rank's memory does not grow with the model."""
+"""Cut parts to a bounded size, so that a rank's memory does not grow with the model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,7 +7,7 @@ from math import prod
 from megatron_quant.ckpt.plan import ExportPlan, RankPart
 
 _ELEMENTS = 1 << 25
-"""Elements of a part, if its rows can be told apart."""
+"""Most elements of a part, if it can be cut between rows."""
 _ROWS = 128
 """Rows that a block, or a word of packed elements, may span."""
 
@@ -35,7 +35,7 @@ def _pieces(part: RankPart) -> Iterator[RankPart]:
 
 
 def _halves(part: RankPart, step: int) -> bool:
-    """Return whether blocks of half of ``step`` rows are stored apart; rows of a block are not."""
+    """Return whether the part can be cut at half of ``step`` rows: blocks stay whole."""
     if part.target.scheme.weights is None:
         return step > 1
     return step % (2 * _ROWS) == 0

@@ -25,9 +25,9 @@ class Producer:
     Attributes:
         source: The source checkpoint.
         quant: The resolved recipe.
-        weight_amax: Amax by slot, fp32 [], where needed.
-        input_amax: Amax of inputs by slot, fp32 [], where needed.
-        kept: Checkpoint whose scales the weights keep; None where they get their own.
+        weight_amax: Amax by slot, fp32 [], if needed.
+        input_amax: Amax of inputs by slot, fp32 [], if needed.
+        kept: Checkpoint whose scales the weights keep; None if they get their own.
     """
 
     source: PartSource
@@ -45,11 +45,11 @@ class Producer:
         stat, scales = searched_stat(w, decision, weight_amax, part.src.start), None
         if self.kept is not None and decision.quantized:
             scales = kept_scales(self.kept, part.target.source.module, part.region)
-        if weight_amax is None:  # else finding the amax has checked every weight
+        if weight_amax is None:  # otherwise finding the amax has checked every weight
             check_finite(part, w)
         return encoded(part, w, weight_amax, self.input_amax.get(name), stat, scales)
 
 
 def unscaled(source: PartSource, quant: QuantPlan) -> Producer:
-    """Return a producer of parts that need no amax, as those of layers for speculation."""
+    """Return a producer of parts that need no amax, such as those of draft layers."""
     return Producer(source=source, quant=quant, weight_amax={})

@@ -15,19 +15,16 @@ from megatron_quant.streaming.part_source import PartSource, scaled
 
 Progress = Callable[[int], None]
 Sharing = Callable[[Slot], str]
-"""Slot -> name of the set of slots that have one scale."""
+"""Slot -> name of the set of slots that share its scale."""
 
 
 def shared(slot: Slot) -> str:
-    """Return the name under which a layer's experts share one scale.
-
-    Other weights have their own.
-    """
+    """Name the scale of a slot: a layer's experts share one, other weights have their own."""
     return slot.sharing
 
 
 def per_expert(slot: Slot) -> str:
-    """Return the name under which every weight of every expert has its own scale."""
+    """Name the scale of a slot: every weight of every expert has its own."""
     return slot.fused or slot.name
 
 
@@ -43,7 +40,7 @@ def slot_amaxes(
     Args:
         source: The source checkpoint.
         quant: The resolved recipe.
-        parts: Parts that this rank writes. All ranks' parts make the model.
+        parts: Parts that this rank writes. All ranks' parts together are the model.
         groups: This rank's groups.
         progress: Called with the bytes of each part that is done.
 
@@ -99,7 +96,7 @@ def searched_amaxes(
     sharing: Sharing,
     groups: Groups,
 ) -> dict[str, torch.Tensor]:
-    """Replace ``amaxes`` of searched tensors without blocks (mse) by those of least error."""
+    """Replace ``amaxes`` of searched tensors without blocks (mse) by those with least error."""
     names = [d.slot.name for d in quant.quantized if d.searches_tensor]
     if not names:
         return amaxes

@@ -1,4 +1,4 @@
-"""Search the statistics of blocks that leave the least error, one part at a time."""
+"""Search the blocks' statistics for the least error, one part at a time."""
 
 import torch
 
@@ -14,18 +14,18 @@ from megatron_quant.formats import (
 from megatron_quant.recipes import Decision
 
 _ELEMENTS = 1 << 22
-"""Elements that are searched at a time."""
+"""Elements searched at a time."""
 
 
 def searched_stat(
     w_NK: torch.Tensor, decision: Decision, amax: torch.Tensor | None, start: tuple[int, ...]
 ) -> torch.Tensor | None:
-    """Search the statistic of the part's blocks; None where the algorithm takes their amax.
+    """Search the statistic of the part's blocks; None if the algorithm takes their amax.
 
     Args:
         w_NK: Whole blocks of rows, from row ``start[0]`` of the tensor on.
         decision: Format and algorithm.
-        amax: Amax of all that shares the tensor's scale, where the format has one.
+        amax: Amax of everything that shares the tensor's scale, if the format has one.
         start: Row and column of the tensor at which ``w_NK`` starts.
     """
     fmt = decision.weights

@@ -50,7 +50,7 @@ def test_divergence_from_itself_is_zero_and_figures_as_json(
     [
         (["--seq-length", "0"], "--seq-length is 0: give at least 1"),
         (["--max-tokens", "0"], "--max-tokens is 0: give at least 1"),
-        (["--max-tokens", "8"], "9 tokens do not fill a window of 32 and its label; give a longer"),
+        (["--max-tokens", "8"], "9 tokens do not fill a window of 32 and the label after it; give"),
         (["--text", "/no/such"], "/no/such: not a readable UTF-8 text file"),
         (["--json", "/no/such/f.json"], "--json /no/such/f.json is in a directory that does not"),
         (["--json", "."], "--json . is a directory; choose another file"),

@@ -40,7 +40,7 @@ class OwnTokenizer(PreTrainedTokenizer):
 TEXT = "abcdefgh" * 40
 REFUSED = (
     "the tokenizer is Python code (tokenization_own.OwnTokenizer), which is not run unless asked "
-    "for: read it and give --trust-remote-code, or another tokenizer with --tokenizer"
+    "for: read it and give --trust-remote-code, or name another tokenizer with --tokenizer"
 )
 
 
@@ -135,7 +135,7 @@ def test_a_tokenizer_from_elsewhere(coded: Path, plain: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("absent", r"tokenization_own.py, the code of the tokenizer, is not there \(code is never"),
+        ("absent", r"tokenization_own.py, the tokenizer's code, is missing \(code is never"),
         ("elsewhere", "the tokenizer's code is in another repository .them/it--tokenization_own"),
         ("failing", r"the tokenizer's code \(.*\) fails \(ZeroDivisionError: division by zero\): "),
     ],

@@ -133,7 +133,7 @@ def forward_loops(source: Path) -> tuple[int, str, Any]:
 def test_forward_loop(source: Path, ranks: Ranks) -> None:
     ((tokens, bare_model, without_data),) = ranks(1, forward_loops, source)
     assert tokens > 0
-    assert "GPTModel has no quantizers: give it to megatron_quant.quantize" in bare_model
+    assert "GPTModel has no quantizers: pass it to megatron_quant.quantize" in bare_model
     assert "give a forward_loop" in without_data
 
 

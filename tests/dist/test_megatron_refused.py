@@ -44,9 +44,9 @@ OTHER = "other.linear.weight_quantizer._amax"
 KEYS = [
     (FC1, "", f"has no {FC1} (1 missing in all)"),
     ("decoder.final_layernorm.weight", "", "has no decoder.final_layernorm.weight"),
-    ("", INPUT, f"has {INPUT} (1 in all), which the model has not"),
+    ("", INPUT, f"has {INPUT} (1 in all), which the model lacks"),
     ("", OTHER, f"has {OTHER} (1 in all)"),
-    (FC1, FC1, f"{FC1} is (7,), the model's is (1,)"),
+    (FC1, FC1, f"{FC1} is (7,), but (1,) in the model"),
     ("", "optimizer.state.exp_avg.decoder", ""),  # none of ours
 ]
 
@@ -126,8 +126,8 @@ def test_checkpoints_that_are_there(
 
     before = tree(tmp_path)
     refusals = {
-        "adapter.safetensors is there, and this library has": argv(others, overwrite=True),
-        ".metadata is there, and this library has not listed": argv(unlisted, overwrite=True),
+        "adapter.safetensors is in the way, and this library did": argv(others, overwrite=True),
+        ".metadata is in the way, and this library did not list": argv(unlisted, overwrite=True),
         "that was not made with this run's recipe": argv(old, resume=True, export_quant_cfg="fp8"),
         "that was not made with this run's dtype": argv(old, resume=True, dtype="fp32"),
     }

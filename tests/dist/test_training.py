@@ -210,8 +210,8 @@ def _prepare(path: Path, change: str) -> None:
     ("change", "words"),
     [
         ("fp8", "fp8='hybrid' in the TransformerConfig"),
-        ("wrapped", "wrapped in DistributedDataParallel already: call prepare before"),
-        ("chunks", "comes in 2 chunks, and a pipeline rank has 1 virtual stages"),
+        ("wrapped", "already wrapped in DistributedDataParallel: call prepare earlier"),
+        ("chunks", "comes in 2 chunks, but a pipeline rank has 1 virtual stages"),
         ("provider", "has no parameter pre_process, so it is no model provider"),
     ],
 )

@@ -164,7 +164,7 @@ EXTRA = "decoder.layers.1.mlp.linear_fc1.output_quantizer._amax"
         ("absent", CheckpointError, "holds no distributed checkpoint"),
         ("recipe", QuantError, "was saved with recipe 'nvfp4', which treats "),
         ("missing", CheckpointError, f"has no {AMAX}"),
-        ("beyond", CheckpointError, f"has {EXTRA} (1 in all), which the model has not"),
+        ("beyond", CheckpointError, f"has {EXTRA} (1 in all), which the model lacks"),
     ],
 )
 def test_every_rank_refuses(

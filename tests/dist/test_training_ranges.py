@@ -202,7 +202,7 @@ def _fail(path: Path, how: str) -> None:
         ("steps", QuantError, "every=-1: give 0 or more"),
         ("freeze", QuantError, "freeze_before=2 is before calibrate_before=5"),
         ("start", QuantError, "the callback has no model: call start"),
-        ("plain", QuantError, "GPTModel has no quantizers: give it to"),
+        ("plain", QuantError, "GPTModel has no quantizers: pass it to"),
         ("inf", CalibrationError, "is NaN or Inf in training"),
         ("unseen", CalibrationError, "no token reached decoder.layers.0"),
         ("autocast", QuantError, "within Transformer Engine's fp8 autocast"),

@@ -253,7 +253,7 @@ def test_fused_members_with_two_formats_are_refused(moe):
         f"{prefix}gate_proj": Activations(get_format("fp8"), 0.01),
         f"{prefix}up_proj": Activations(get_format("nvfp4"), 0.01),
     }
-    with pytest.raises(CheckpointError, match=r"experts\.0\.up_proj: its input is nvfp4, fp8 for"):
+    with pytest.raises(CheckpointError, match=r"experts\.0\.up_proj: its input is nvfp4, but fp8"):
         QuantizedInputs(model_of(moe), inputs)
 
 
@@ -269,7 +269,7 @@ def test_a_missing_tensor_is_named(moe, text, tmp_path):
 def test_a_reference_with_another_vocabulary_is_refused(moe, text, tmp_path):
     config = Qwen3Config(**{**SHAPE, "vocab_size": 300})
     other = save(Qwen3ForCausalLM(config), tmp_path / "other")
-    with pytest.raises(CheckpointError, match="vocabulary is 257, the reference's 300"):
+    with pytest.raises(CheckpointError, match="vocabulary has 257 tokens, the reference's 300"):
         evaluate(moe, Text(text, 64), against=other)
 
 

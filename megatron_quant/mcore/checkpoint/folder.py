@@ -1,11 +1,11 @@
-"""A Megatron checkpoint's folder: written aside, and removed by the names that it lists.
+"""Write a Megatron checkpoint's folder beside its place first; remove only files that it lists.
 
-    NAME.incomplete/megatron_quant_files.json   the names that may come, until all is there
+    NAME.incomplete/megatron_quant_files.json   the files that may appear until it is complete
     NAME.incomplete/checkpoint/                 becomes NAME
-    NAME.replaced/                              what NAME was, until the new one has its name
+    NAME.replaced/                              the old NAME, until the new one has its name
     NAME/megatron_quant_files.json              the files of NAME, and what they are made of
 
-Nothing is removed that such a list does not name, and nothing is written where other files lie.
+Only files on such a list are removed, and nothing is written where other files lie.
 """
 
 import json
@@ -25,7 +25,7 @@ WRITTEN = "megatron_quant_files.json"
 _NEW = f"{WRITTEN}.new"
 _INSIDE = "checkpoint"
 _DOING = "cannot be written"
-_FILES_A_RANK = 2  # Megatron's, of tensors: one a thread
+_FILES_A_RANK = 2  # tensor files that Megatron writes, one for each thread
 _FIRST = "metadata.json"  # without it a folder is no checkpoint
 
 
@@ -33,8 +33,9 @@ _FIRST = "metadata.json"  # without it a folder is no checkpoint
 class Content:
     """The content of a checkpoint's folder.
 
-    save: collective, writes the tensors into the empty folder that it gets. finish: on one rank,
-    adds ``names``, below the folder. made_of: what it says of itself, for a later run to compare.
+    save: collective, writes the tensors into the empty folder that it gets. finish: called on one
+    rank, adds the files ``names`` below the folder. made_of: digests of its inputs, which a later
+    run compares.
     """
 
     save: Callable[[Path], None]
@@ -45,16 +46,16 @@ class Content:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A list of files, below the folder in which it lies, and what they are made of."""
+    """A list of the files below its folder, and what they are made of."""
 
     files: tuple[str, ...]
     made_of: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_written(folder: Path) -> Written | None:
-    """Read the list in ``folder``; None where there is none.
+    """Read the list in ``folder``; None if there is none.
 
-    Raises CheckpointError for one that this library did not write.
+    Raises CheckpointError for a list that this library did not write.
     """
     path = folder / WRITTEN
     if not path.exists():
@@ -68,22 +69,23 @@ def read_written(folder: Path) -> Written | None:
 
 
 def check_own(folder: Path) -> None:
-    """Raise ExportError where ``folder`` has a file that its list, written here, does not name."""
+    """Raise ExportError if ``folder`` has no list of ours, or a file that its list lacks."""
     _own(folder)
 
 
 def check_free(path: Path) -> None:
-    """Raise ExportError where files of others lie at the temporary names beside ``path``."""
+    """Raise ExportError if the temporary names beside ``path`` hold files that are not ours."""
     for folder in (_work(path), _replaced(path)):
         if folder.exists() and not _is_bare(folder):
             _own(folder)
 
 
 def write_folder(path: Path, groups: Groups, content: Content) -> None:
-    """Write a checkpoint to ``path``, in place of one of this library. Collective.
+    """Write a checkpoint to ``path``; it may replace one of this library. Collective.
 
-    Until it is complete it lies beside. Raises ExportError, on every rank alike, for what the disk
-    refuses, for files of others and where another run writes there; nothing of it is left then.
+    It lies beside ``path`` until it is complete. Raises ExportError, on every rank alike, if the
+    disk refuses, if files that are not ours lie there, or if another run writes there; nothing of
+    it is left then.
     """
     first = groups.rank == 0
     lock = together(groups, lambda: _begin(path, groups.size, content) if first else None)
@@ -96,7 +98,7 @@ def write_folder(path: Path, groups: Groups, content: Content) -> None:
 
 
 def remove_own(folder: Path) -> None:
-    """Remove what the list in ``folder`` names. Raises ExportError where other files lie there."""
+    """Remove the files that the list in ``folder`` names. Raises ExportError if it has others."""
     with explained(folder, "cannot be removed"):
         _remove(folder, _own(folder))
 
@@ -110,7 +112,7 @@ def _replaced(path: Path) -> Path:
 
 
 def _is_bare(folder: Path) -> bool:
-    """Whether there is nothing but what a run leaves that was killed before it had a list."""
+    """Return whether ``folder`` has only what a run leaves that is killed before it has a list."""
     return folder.is_dir() and {p.name for p in folder.iterdir()} <= {LOCK, _NEW}
 
 
@@ -124,7 +126,7 @@ def _own(folder: Path) -> tuple[str, ...]:
     other = next((name for name in sorted(_names(folder)) if name not in known), None)
     if other is not None:
         raise ExportError(
-            f"{folder / other} is there, and this library has not listed it as its own; move it "
+            f"{folder / other} is in the way, and this library did not list it as its own; move it "
             "away or choose another directory"
         )
     return names
@@ -140,7 +142,7 @@ def _names(folder: Path) -> Iterable[str]:
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:
-    """Raises OSError; the list goes last, when nothing is left that it names."""
+    """Remove ``names``, and the list itself last. Raises OSError."""
     for name in sorted(names, key=lambda name: (name != _FIRST, name)):
         (folder / name).unlink(missing_ok=True)
     inner = {parent for name in names for parent in Path(name).parents} - {Path()}
@@ -154,13 +156,13 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
 
 
 def _list(folder: Path, written: Written) -> None:
-    """All of it or nothing, as a kill may come."""
+    """Write the list in one step, so that a kill leaves all of it or nothing."""
     write_file(folder / _NEW, (json.dumps(asdict(written)) + "\n").encode(), fsync=True)
     os.replace(folder / _NEW, folder / WRITTEN)
 
 
 def _expected(ranks: int, content: Content) -> list[str]:
-    """Names below the checkpoint, those of Megatron and torch included."""
+    """List the files that may appear below the checkpoint, Megatron's and torch's included."""
     of_ranks = [f"__{r}_{i}.distcp" for r in range(ranks) for i in range(_FILES_A_RANK)]
     whole = (_FIRST, ".metadata", ".metadata.tmp", "common.pt", *of_ranks)
     return [*whole, *content.names]
@@ -176,7 +178,7 @@ def _begin(path: Path, ranks: int, content: Content) -> Lock:
             _put_back(path)
             if path.exists() and any(path.iterdir()):
                 _own(path)
-            if not _is_bare(work):  # a killed run's
+            if not _is_bare(work):  # left by a killed run
                 _remove(work, _own(work))
                 work.mkdir(exist_ok=True)
             inside = [*_expected(ranks, content), WRITTEN, _NEW]
@@ -191,7 +193,7 @@ def _begin(path: Path, ranks: int, content: Content) -> Lock:
 
 
 def _put_back(path: Path) -> None:
-    """Undo, or finish, what a run that was killed did with the checkpoint it replaced."""
+    """Undo, or finish, the replacement that a killed run had begun."""
     replaced = _replaced(path)
     if not replaced.exists():
         return
@@ -205,7 +207,7 @@ def _commit(path: Path, content: Content) -> None:
     inside, replaced = _work(path) / _INSIDE, _replaced(path)
     with explained(inside, _DOING):
         content.finish(inside)
-        listed = _own(_work(path))  # nobody has put anything there
+        listed = _own(_work(path))  # refuse if anybody put something there
         files = tuple(name for name in sorted(_names(inside)) if f"{_INSIDE}/{name}" in listed)
         _list(inside, Written(files=files, made_of=content.made_of))
         older = path.exists() and any(path.iterdir())
@@ -224,7 +226,7 @@ def _commit(path: Path, content: Content) -> None:
 
 
 def _end(path: Path, lock: Lock) -> None:
-    """Remove what is left of the temporary names, as far as the disk lets it go."""
+    """Remove what is left at the temporary names, as far as the disk allows."""
     work = _work(path)
     with suppress(OSError, ExportError):
         _remove(work, _own(work))

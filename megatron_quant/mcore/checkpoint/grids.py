@@ -1,7 +1,7 @@
 """Grids of block statistics in a distributed checkpoint.
 
-A grid is stored once, as the logical tensors have it, whoever holds their shards: a rank writes the
-blocks whose first element it holds, and reads all that it touches.
+A grid is stored once, for the logical tensor, whichever ranks hold its shards. A rank writes the
+blocks whose first element it holds, and reads every block that its shard touches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,16 @@ from megatron_quant.formats import Region
 from megatron_quant.layers import BLOCK_AMAX, LocalWeight, QuantLayer
 
 Replica = tuple[int, int, int]
-"""(pipeline, tensor, data parallel) as Megatron has it: (0, 0, 0) is written, others are copies."""
+"""Megatron's (pipeline, tensor, data parallel): (0, 0, 0) is written, others are copies."""
 
 
 @dataclass(frozen=True)
 class GridPiece:
-    """Blocks of one logical tensor that a rank's statistics have.
+    """Blocks of one logical tensor in a rank's statistics.
 
-    rows: where in the statistics' rows of blocks; cols: which of their columns. offset: of the
-    first in the logical grid, whose rows those of the fused tensors before it precede. own:
-    whether this rank holds the blocks' first elements.
+    rows, cols: the blocks' rows and columns in the statistics. offset: the place of the first one
+    in the logical grid, in which fused tensors follow one another by rows. own: whether this rank
+    holds the blocks' first elements.
     """
 
     rows: tuple[int, ...]
@@ -37,10 +37,10 @@ class GridPiece:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedGrid:
-    """The block statistics of one layer's weights on this rank and in the checkpoint.
+    """The block statistics of one layer's weights, on this rank and in the checkpoint.
 
-    whole: (rows, columns) of the logical grid, those of fused tensors under one another.
-    first, experts: the rank's first expert of the layer's; None for a dense layer.
+    whole: (rows, columns) of the logical grid; fused tensors follow one another by rows.
+    first, experts: the rank's first expert, and how many the layer has; None for a dense layer.
     """
 
     layer: QuantLayer
@@ -51,7 +51,7 @@ class SavedGrid:
     is_cut: bool
 
     def key(self, expert: int | None) -> str:
-        """In the checkpoint: of the layer, or of one expert where these are apart."""
+        """Return the key in the checkpoint: the layer's, or an expert's if each has its own."""
         name = self.layer.name
         if self.first is not None:
             module, _, linear = name.rpartition(".")
@@ -62,7 +62,7 @@ class SavedGrid:
     def factory(self, stat: torch.Tensor, singleton: bool, dp_rank: int) -> ShardedTensorFactory:
         """Describe the layer's statistics in the form that Megatron saves and loads.
 
-        stat: fp32 [N_b, K_b, P], or [E, N_b, K_b, P] of experts.
+        stat: fp32 [N_b, K_b, P]; [E, N_b, K_b, P] for experts.
         """
         if self.first is not None:
             replica = (
@@ -96,7 +96,7 @@ class SavedGrid:
         return built
 
     def _replica(self, piece: GridPiece, replica: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(0, 0, 0) for exactly one rank: shards of a tensor that is cut are no replicas."""
+        """Return (0, 0, 0) on exactly one rank: shards of a cut tensor are not replicas."""
         if not piece.own:
             return (1, *replica[1:])
         return (0, 0, replica[2]) if self.is_cut else replica
@@ -125,7 +125,7 @@ def _sharded(
     whole: tuple[int, ...],
     replica: tuple[int, int, int],
 ) -> ShardedTensor:
-    """Describe a box of a grid; ``offset`` and ``whole`` lack the statistics' own last dim."""
+    """Describe a box of a grid; ``offset`` and ``whole`` leave out the statistics' last dim."""
     shape, parts = tuple(values.shape), values.shape[-1]
     return ShardedTensor(
         key, values, values.dtype, shape, (*whole, parts), (*offset, 0), None, replica
@@ -135,8 +135,8 @@ def _sharded(
 def grids_of(layers: Sequence[QuantLayer], weights: Sequence[LocalWeight]) -> list[SavedGrid]:
     """Return the grids of the layers whose block scales were searched.
 
-    Others follow from the weights and are not stored. weights: this rank's share of all slots, with
-    what it holds of their tensors.
+    Other scales follow from the weights and are not stored. weights: this rank's share of all
+    slots, and of their tensors.
     """
     held = {weight.slot: weight for weight in weights}
     return [_grid(layer, held) for layer in layers if layer.searches_blocks]
@@ -179,8 +179,8 @@ def _experts(layer: QuantLayer) -> int:
 
 
 def _stat_rows(region: Region, block: tuple[int, int], at: int) -> tuple[int, ...]:
-    """Rows of the layer's statistics that are the region's, in the order of its tensor."""
-    if block[0] == 1:  # one row of blocks a row of the weight, in the weight's own order
+    """Return the rows of the layer's statistics that belong to the region, in tensor order."""
+    if block[0] == 1:  # one row of blocks for each row of the weight, in its order
         return tuple(row for start, stop in region.rows for row in range(start, stop))
     return tuple(range(at, at + len(region.touched(block)[0])))
 

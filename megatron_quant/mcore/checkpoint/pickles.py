@@ -1,15 +1,15 @@
-"""Find out the cost of loading a pickle, in a process that may be ended.
+"""Try a pickle in a child process first, to bound the cost of loading it.
 
-A few bytes can ask for gigabytes, for a hash that takes years, or for more stack than there is;
-nothing in the process itself can stop that. The other one knows no class but stand-ins, and may
-only take time and memory that fit the size of what it reads.
+A few bytes can ask for gigabytes, for a hash that takes years, or for more stack than there is, and
+the process that loads them cannot stop that. The child knows no classes but stand-ins. Its time and
+memory are limited by the pickle's size.
 """
 
 import subprocess
 import sys
 
-_CPU = (10, 0.3e-6)  # seconds, and of these for each byte
-_MEMORY = (600_000_000, 40)  # bytes of address space, and of these for each byte
+_CPU = (10, 0.3e-6)  # seconds, and seconds more for each byte of the pickle
+_MEMORY = (600_000_000, 40)  # bytes of address space, and bytes more for each byte of it
 _CHILD = """
 import collections, io, pickle, resource, sys
 memory, cpu = int(sys.argv[1]), int(sys.argv[2])
@@ -39,7 +39,7 @@ Reader(io.BytesIO(content)).load()
 
 
 def check_pickle(content: bytes) -> None:
-    """Raise ValueError for a pickle that is none, or that takes far more than one of its size."""
+    """Raise ValueError if ``content`` is no pickle, or costs far more than its size explains."""
     cpu = int(_CPU[0] + _CPU[1] * len(content))
     memory = _MEMORY[0] + _MEMORY[1] * len(content)
     command = [sys.executable, "-I", "-S", "-c", _CHILD, str(memory), str(cpu)]

@@ -1,4 +1,4 @@
-"""A quantized model as it was saved: its weights, and its quantizers without calibration."""
+"""Restore a quantized model as it was saved: weights and quantizers, without calibration."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,9 +25,9 @@ from megatron_quant.recipes import QuantPlan
 
 
 def open_saved(directory: Path, groups: Groups) -> Saved:
-    """Open ``directory`` and read the checkpoint's account of its quantization. Collective.
+    """Open ``directory`` and read how the checkpoint is quantized. Collective.
 
-    Raises CheckpointError, on every rank alike, where there is none or it cannot be read.
+    Raises CheckpointError, on every rank alike, if there is no checkpoint or it cannot be read.
     """
     stored = together(groups, lambda: open_torch_dist(directory))
     digest = digest_of([[key, *shape] for key, shape in sorted(stored.shapes.items())])
@@ -45,9 +45,9 @@ def restore(
 ) -> None:
     """Fill the model's weights and quantizers from the checkpoint. Collective.
 
-    layers, cached: as attached with the expert scales of ``saved``. scales: those wanted. Where
-    they are others, the experts' weight scales are found anew, from the loaded weights: they are
-    those of a model that was quantized so. Raises what :func:`store.load` does.
+    layers, cached: as attached with the expert scales of ``saved``. scales: the wanted expert
+    scales. If they differ from those of ``saved``, the experts' weight scales are found again from
+    the loaded weights, as if the model had been quantized so. Raises what :func:`store.load` does.
     """
     _reserve(layers, cached)
     store.load(model.chunks, saved.stored, model.groups)
@@ -57,7 +57,7 @@ def restore(
 
 
 def _reserve(layers: Sequence[QuantLayer], cached: Sequence[CachedTensor]) -> None:
-    """Give the quantizers all that a calibration would, of the right shapes."""
+    """Give the quantizers everything that a calibration would, in the right shapes."""
     for layer in layers:
         device = layer.weights()[0].device
         shape = (len(layer.decisions), 1, 1) if layer.per_expert else ()

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint's account of its quantization: one JSON document beside its tensors."""
+"""How a Megatron checkpoint says that it is quantized: one JSON document beside its tensors."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from megatron_quant.mcore.checkpoint.torch_dist import TorchDist
 from megatron_quant.recipes import EXPERT_SCALES, QuantPlan, Recipe, parse_recipe, to_document
 
 HF_FILES = "hf"
-"""Folder in the checkpoint with the model's config.json and its tokenizer's files."""
+"""Folder in the checkpoint with the model's config.json and its tokenizer files."""
 _SCHEMA = 1
 _APART = re.compile(r"\.experts\.\d+\.linear_fc\d\.weight_quantizer\._amax$")
 
@@ -19,9 +19,9 @@ _APART = re.compile(r"\.experts\.\d+\.linear_fc\d\.weight_quantizer\._amax$")
 class Saved:
     """A checkpoint with quantizers.
 
-    recipe: None where it was saved without this library, by ModelOpt say.
-    expert_scales: whose weight amaxes it has, one of ``schema.EXPERT_SCALES``.
-    source: digest of the Hugging Face checkpoint that was quantized; empty where it is not known.
+    recipe: None if it was saved without this library, for example by ModelOpt.
+    expert_scales: one of ``schema.EXPERT_SCALES``; its experts' weight amaxes are of this kind.
+    source: digest of the Hugging Face checkpoint that was quantized; empty if it is not known.
     """
 
     stored: TorchDist
@@ -45,9 +45,9 @@ def describe_run(
 
 
 def parse_description(stored: TorchDist, description: Any) -> Saved:
-    """Parse the checkpoint's document; ``description`` is None where it has none.
+    """Parse the checkpoint's document; ``description`` is None if it has none.
 
-    Raises CheckpointError for one that this release cannot read.
+    Raises CheckpointError for a document that this release cannot read.
     """
     if description is None:
         apart = any(map(_APART.search, stored.shapes))

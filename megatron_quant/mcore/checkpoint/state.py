@@ -1,8 +1,8 @@
-"""The part of a model's ``sharded_state_dict`` on its quantization, beyond the amaxes.
+"""Add to a model's ``sharded_state_dict`` how it is quantized.
 
-Amaxes are the quantized layers' to give. A child of the model gives the rest: one description (the
-recipe, formats, whose scales experts have, versions) as the bytes of a JSON document, and the grids
-of block statistics that a search chose.
+The quantized layers give their own amaxes. A child module of the model gives the rest: a
+description (recipe, formats, expert scales, versions) as the bytes of a JSON document, and the
+grids of block statistics that a search chose.
 """
 
 import json
@@ -23,27 +23,27 @@ from megatron_quant.mcore.model import LiveModel
 CHILD = "megatron_quant"
 DESCRIPTION = f"{CHILD}.description"
 DESCRIBED = Limits(4 * MB, 100_000)
-"""What a description may be."""
-_PAGE = 4096  # bytes to a multiple of which the description is padded, so that its shape is stable
+"""Limits of a description."""
+_PAGE = 4096  # bytes; descriptions are padded to a multiple, so that their shape is stable
 
 
 def encode(description: Mapping[str, Any]) -> torch.Tensor:
-    """Encode a JSON document as uint8 [bytes], spaces at its end."""
+    """Encode a JSON document as uint8 [bytes], padded with spaces."""
     text = json.dumps(description, sort_keys=True).encode()
     return torch.tensor(list(text + b" " * (-len(text) % _PAGE)), dtype=torch.uint8)
 
 
 def decode(stored: torch.Tensor) -> Any:
-    """Inverse of :func:`encode`; CheckpointError for other bytes."""
+    """Decode what :func:`encode` made. Raises CheckpointError for other bytes."""
     return parse_json(stored.numpy().tobytes().rstrip(b"\0 "), DESCRIPTION, DESCRIBED)
 
 
 class QuantState(nn.Module):
-    """The child. Sharded state dicts have its description and grids, plain ones nothing.
+    """The child module. It adds its description and grids to sharded state dicts only.
 
-    A plain state dict is what others name parameters by, such as Megatron-Bridge's export.
+    Plain state dicts stay as they are: Megatron-Bridge's export, for one, names parameters by them.
 
-    virtual_stage: of the model where a rank has several.
+    virtual_stage: the model's, if a rank has several.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class QuantState(nn.Module):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Megatron's seam: what this rank has of everything, with its place in the whole."""
+        """Return this rank's tensors and where they lie in the whole. Megatron calls it."""
         assert not sharded_offsets, "the child of a whole model is on no axis"
         given = metadata or {}
         group = given.get("dp_cp_group") or mpu.get_data_parallel_group(with_context_parallel=True)
@@ -78,12 +78,12 @@ class QuantState(nn.Module):
         }
         for key, grid in self.grids.items():
             stat = block_amax(grid.layer.weight_quantizer)
-            if stat is not None:  # it is calibrated
+            if stat is not None:  # None before calibration
                 state[f"{prefix}{key}"] = grid.factory(stat, singleton, rank)
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(f"{prefix}description", None)  # the model's own says what it is
+        state_dict.pop(f"{prefix}description", None)  # the model keeps its own
         for key, grid in self.grids.items():
             stat = state_dict.pop(f"{prefix}{key}", None)
             if stat is not None:
@@ -98,9 +98,9 @@ def add_state(
     layers: Sequence[QuantLayer],
     weights: Sequence[LocalWeight],
 ) -> None:
-    """Give the model its child; ``layers`` are those of its weights that are quantized.
+    """Give the model its child; ``layers`` are its quantized ones.
 
-    A second call replaces the first one's.
+    A second call replaces the child of the first.
     """
     state = QuantState(description, grids_of(layers, weights), model.vp_stage or 0)
     model.add_module(CHILD, state.to(next(model.parameters()).device))

@@ -1,8 +1,8 @@
-"""Megatron's distributed checkpoints of quantized models: saving, and loading at another layout.
+"""Save quantized models as Megatron's distributed checkpoints, and load them at any layout.
 
-What is saved is what the model's own ``sharded_state_dict`` gives, less ``_extra_state``, which are
-pickles of Transformer Engine's FP8 training and of ModelOpt. Of a checkpoint tensors alone are
-read, through Megatron's strategy for ``torch_dist``: no common state, nor any object in it.
+A save holds the model's own ``sharded_state_dict`` without ``_extra_state``: those are pickles of
+Transformer Engine's FP8 training and of ModelOpt. A load reads only tensors, through Megatron's
+strategy for ``torch_dist``: no common state and no pickled objects.
 """
 
 import pickle
@@ -30,23 +30,23 @@ from megatron_quant.mcore.checkpoint.torch_dist import TorchDist
 _FAILURES = (CheckpointException, CheckpointingException, RuntimeError, ValueError, KeyError)
 _OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.linear_fc|\.linear_fc1\.weight_[wv]$")
 OPTIMIZER = "optimizer"
-# The state of whole parameters, under one key wherever their experts or stages are.
+# The state of whole parameters, under one key whichever ranks hold their experts or stages.
 RESHARDABLE = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
 
 Chunks = Sequence[nn.Module]
-"""A rank's parts of a model: one, or as many as it has virtual pipeline stages."""
+"""A rank's parts of a model: one, or one for each virtual pipeline stage."""
 
 
 def save(chunks: Chunks, directory: Path, groups: Groups, optimizer: Any = None) -> None:
-    """Write the model to ``directory``, which is empty, and an optimizer's state. Collective.
+    """Write the model, and an optimizer's state, to the empty ``directory``. Collective.
 
-    ``metadata.json``, which makes it a checkpoint, comes last. Raises ExportError, on every rank
-    alike, for what the disk refuses.
+    ``metadata.json``, which makes it a checkpoint, is written last. Raises ExportError, on every
+    rank alike, if the disk refuses.
     """
-    state = sharded_state(chunks, singleton=True)  # as ModelOpt's layers always have it
+    state = sharded_state(chunks, singleton=True)  # ModelOpt's layers always use it
     if optimizer is not None:
         state[OPTIMIZER] = optimizer.sharded_state_dict(state, metadata=RESHARDABLE)
     content = {"singleton_local_shards": True}
@@ -62,9 +62,9 @@ def save(chunks: Chunks, directory: Path, groups: Groups, optimizer: Any = None)
 
 
 def read_description(stored: TorchDist, groups: Groups) -> Any:
-    """Read the document that a saved model brought along; None without one. Collective.
+    """Read the document that was saved with the model; None without one. Collective.
 
-    Raises CheckpointError where it is no JSON, or none of its size.
+    Raises CheckpointError if it is not JSON, or too large.
     """
     if DESCRIPTION not in stored.shapes:
         return None
@@ -85,14 +85,14 @@ def read_description(stored: TorchDist, groups: Groups) -> Any:
 
 @torch.no_grad()
 def load(chunks: Chunks, stored: TorchDist, groups: Groups) -> None:
-    """Fill the model's weights, amaxes and statistics of blocks, which it has already. Collective.
+    """Fill the model's existing weights, amaxes and block statistics. Collective.
 
-    Raises CheckpointError, on every rank alike, for a key that the checkpoint lacks or has beyond
-    the model's, another shape, and numbers that are not finite.
+    Raises CheckpointError, on every rank alike, for a key that only the checkpoint or only the
+    model has, for another shape, and for numbers that are not finite.
     """
     state = sharded_state(chunks, singleton=any(map(_OF_AN_EXPERT.search, stored.shapes)))
     for of_chunk in state.values():
-        of_chunk.pop(DESCRIPTION)  # it is the reader's own
+        of_chunk.pop(DESCRIPTION)  # the model keeps its own
     sharded, _, factories = load_preprocess(state)
     check_keys(shapes_of(sharded), stored, groups)
     loaded = read_tensors(sharded, stored, groups)
@@ -107,7 +107,7 @@ def load(chunks: Chunks, stored: TorchDist, groups: Groups) -> None:
 
 
 def read_tensors(sharded: dict[str, Any], stored: TorchDist, groups: Groups) -> dict[str, Any]:
-    """Read the tensors, from the files with tensors alone. Collective."""
+    """Read the tensors, and nothing but the files that hold tensors. Collective."""
     error: BaseException | None = None
     loaded: dict[str, Any] = {}
     try:
@@ -124,7 +124,7 @@ def read_tensors(sharded: dict[str, Any], stored: TorchDist, groups: Groups) -> 
 
 
 def _reason(error: BaseException) -> str:
-    """One line; of what ranks raised together the first."""
+    """Return one line: the error's, or the first of several that ranks raised together."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     lines = str(error).splitlines() or [type(error).__name__]
@@ -132,7 +132,7 @@ def _reason(error: BaseException) -> str:
 
 
 def sharded_state(chunks: Chunks, singleton: bool) -> dict[str, dict[str, Any]]:
-    """By the chunk's name, as Megatron's own saves have it."""
+    """Return each chunk's sharded state by the chunk's name, as in Megatron's own saves."""
     group = mpu.get_data_parallel_group(with_context_parallel=True)
     found = {}
     for number, chunk in enumerate(chunks):
@@ -145,7 +145,7 @@ def sharded_state(chunks: Chunks, singleton: bool) -> dict[str, dict[str, Any]]:
 
 
 def shapes_of(sharded: Any) -> dict[str, tuple[int, ...] | None]:
-    """Key -> global shape of every tensor, None where another one will do (padded vocabularies)."""
+    """Map each tensor's key to its global shape; None if it may differ (padded vocabulary)."""
     if isinstance(sharded, ShardedTensor):
         return {sharded.key: None if sharded.allow_shape_mismatch else sharded.global_shape}
     values: Iterable[Any] = sharded.values() if isinstance(sharded, dict) else sharded
@@ -157,14 +157,15 @@ def check_keys(
 ) -> None:
     """Raise CheckpointError unless the checkpoint has exactly what all ranks together need.
 
-    What lies beside the model, such as an optimizer's state, may be there.
+    Keys that are not the model's, such as an optimizer's state, may be there too.
     """
     expected = {key: shape for part in gather(dict(local), groups) for key, shape in part.items()}
     where, tops = stored.path, {key.split(".")[0] for key in expected}
     if missing := sorted(expected.keys() - stored.shapes.keys()):
         raise CheckpointError(
-            f"{where} has no {missing[0]} ({len(missing)} missing in all): the model or recipe is "
-            "another than the one that was saved, or it was saved before it was calibrated"
+            f"{where} has no {missing[0]} ({len(missing)} missing in all): it was saved of another "
+            "model, with another recipe, or before it was calibrated; give that model and recipe, "
+            "or save again after calibrating"
         )
     of_model = tops != {OPTIMIZER}
     beyond = sorted(
@@ -174,19 +175,19 @@ def check_keys(
     )
     if beyond:
         raise CheckpointError(
-            f"{where} has {beyond[0]} ({len(beyond)} in all), which the model has not: it was "
-            "saved of another model or with another recipe; give that one"
+            f"{where} has {beyond[0]} ({len(beyond)} in all), which the model lacks: it was saved "
+            "of another model or with another recipe; give that one"
         )
     for key, shape in sorted(expected.items()):
         if shape is not None and stored.shapes[key] != shape:
             raise CheckpointError(
-                f"{where}: {key} is {stored.shapes[key]}, the model's is {shape}: it was saved of "
-                "another model or with another recipe; give that one"
+                f"{where}: {key} is {stored.shapes[key]}, but {shape} in the model: it was saved "
+                "of another model or with another recipe; give that one"
             )
 
 
 def _assign(model: nn.Module, loaded: Mapping[str, torch.Tensor]) -> None:
-    """Copy into the model's tensors; amaxes may be stored [1] where the model has them []."""
+    """Copy into the model's tensors; amaxes may be [1] in the checkpoint and [] in the model."""
     own = model.state_dict(keep_vars=True)
     rest = {}
     for name, tensor in loaded.items():
@@ -194,7 +195,7 @@ def _assign(model: nn.Module, loaded: Mapping[str, torch.Tensor]) -> None:
             own[name].copy_(tensor.view_as(own[name]))
         else:
             rest[name.removeprefix(f"{CHILD}.")] = tensor
-    state = model.get_submodule(CHILD)  # statistics of blocks are in no plain state dict
+    state = model.get_submodule(CHILD)  # plain state dicts lack block statistics
     _, unexpected = state.load_state_dict(rest, strict=False)
     assert not unexpected, unexpected
 

@@ -1,7 +1,8 @@
-"""Megatron's distributed checkpoints (``torch_dist``) on disk: where one is, and what it holds.
+"""Find Megatron's distributed checkpoints (``torch_dist``) on disk, and list their tensors.
 
 torch describes such a checkpoint in ``.metadata``, a pickle that torch and Megatron load whatever
-it names. It is read here first, and refused where it names anything but what describes tensors.
+it names. This module reads it first, and refuses it if it names more than a description of tensors
+needs.
 """
 
 import pickle
@@ -19,10 +20,10 @@ from megatron_quant.errors import CheckpointError
 from megatron_quant.mcore.checkpoint.pickles import check_pickle
 
 BACKEND = "torch_dist"
-_DESCRIPTION, _TENSORS = "metadata.json", ".metadata"  # Megatron's, and torch's
+_DESCRIPTION, _TENSORS = "metadata.json", ".metadata"  # Megatron's file, and torch's
 TRACKER = "latest_checkpointed_iteration.txt"
 _TRACKED, _METADATA = Limits(64, 0), Limits(2048 * MB, 0)
-# What torch.distributed.checkpoint and Megatron write into .metadata.
+# The names that torch.distributed.checkpoint and Megatron write into .metadata.
 _TORCH_DCP = {
     "torch.distributed.checkpoint.metadata": (
         *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata"),
@@ -46,7 +47,7 @@ _TORCH_DCP = {
 
 @dataclass(frozen=True)
 class TorchDist:
-    """A distributed checkpoint's directory, and the shapes of the tensors in it by key."""
+    """A distributed checkpoint's directory, and its tensors' shapes by key."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
@@ -55,8 +56,8 @@ class TorchDist:
 def open_torch_dist(directory: Path) -> TorchDist:
     """Open the checkpoint in ``directory``, or the last one of a training run's directory.
 
-    Raises CheckpointError where there is none, where it has another format than ``torch_dist``, and
-    where its ``.metadata`` cannot be read or names what a description of tensors has no need of.
+    Raises CheckpointError if there is none, if its format is not ``torch_dist``, and if its
+    ``.metadata`` cannot be read or names more than a description of tensors needs.
     """
     path = latest(directory)
     if not is_checkpoint(path):
@@ -81,7 +82,7 @@ def is_checkpoint(path: Path) -> bool:
 def latest(directory: Path) -> Path:
     """Return the last checkpoint of a training run's directory; any other directory unchanged.
 
-    Raises CheckpointError where the run's own word on it cannot be read.
+    Raises CheckpointError if the file in which the run names it cannot be read.
     """
     tracker = directory / TRACKER
     if not tracker.is_file():
@@ -89,7 +90,8 @@ def latest(directory: Path) -> Path:
     iteration = read_bytes(tracker, _TRACKED).decode(errors="replace").strip()
     if iteration != "release" and not iteration.isdecimal():
         raise CheckpointError(
-            f"{tracker} says {shown(iteration)}: give the checkpoint's own directory"
+            f"{tracker} says {shown(iteration)}, which names no checkpoint: give the checkpoint's "
+            "own directory"
         )
     return directory / ("release" if iteration == "release" else f"iter_{int(iteration):07d}")
 
@@ -110,10 +112,10 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         check_pickle(content)
         tensors = _Reader(BytesIO(content)).load().state_dict_metadata
         return {_text(key): _shape(t.size) for key, t in tensors.items() if hasattr(t, "size")}
-    except Exception as e:  # whatever is in a pickle, that is raised
+    except Exception as e:  # a pickle can raise anything
         raise CheckpointError(
-            f"{file} does not only describe a checkpoint's tensors ({clipped(str(e))}): fetch the "
-            "checkpoint again, from where it can be trusted"
+            f"{file} holds more than a description of tensors ({clipped(str(e))}): fetch the "
+            "checkpoint again, from a source that can be trusted"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""A live model with quantizers: the one sequence that command line, hooks and library run."""
+"""A live model with quantizers. Command line, hooks and library run the same sequence."""
 
 import lazy_loader
 

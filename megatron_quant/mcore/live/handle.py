@@ -16,14 +16,14 @@ from megatron_quant.mcore.model import LiveModel
 from megatron_quant.recipes import QuantPlan, Recipe
 
 _ATTRIBUTE = "_megatron_quant"
-"""Where a model chunk keeps its handle; in ``vars``, so that no state dict has it."""
+"""The attribute that keeps a chunk's handle; set in ``vars``, so that no state dict has it."""
 
 
 @dataclass(frozen=True)
 class HFModel:
     """The Hugging Face side of a model: config.json, and the directory that has it.
 
-    directory: None where only the config was given.
+    directory: None if only the config was given.
     """
 
     config: Mapping[str, Any]
@@ -31,7 +31,7 @@ class HFModel:
 
     @property
     def weights(self) -> Path | None:
-        """Return the directory where it has safetensors too; None where it has none."""
+        """Return the directory if it has safetensors; None if it has none."""
         found = self.directory is not None and any(self.directory.glob("*.safetensors"))
         return self.directory if found else None
 
@@ -39,7 +39,7 @@ class HFModel:
 def read_hf_model(hf_model: str | Path | Mapping[str, Any]) -> HFModel:
     """Read ``hf_model``: a directory, a hub id, or the content of config.json.
 
-    Raises CheckpointError where there is no config.json to read.
+    Raises CheckpointError if there is no config.json to read.
     """
     if isinstance(hf_model, Mapping):
         return HFModel(hf_model)
@@ -52,10 +52,10 @@ class Quantized:
     """A live model with quantizers.
 
     model: this rank's part, with the meaning of its parameters. plan: the recipe's decision on
-    every weight. layers, cached: this rank's quantized linears and KV caches. stored: ranges that
-    a Megatron checkpoint gave; empty where calibration finds them. source: digest of the Hugging
-    Face checkpoint, for the manifest; empty where it is not known. report, kv_amax: what
-    calibration found; None and empty before it.
+    every weight. layers, cached: this rank's quantized linears and KV caches. stored: ranges from
+    a Megatron checkpoint; empty if calibration finds them. source: digest of the Hugging Face
+    checkpoint, for the manifest; empty if it is not known. report, kv_amax: calibration's
+    findings; None and empty before it.
     """
 
     model: LiveModel
@@ -71,7 +71,7 @@ class Quantized:
     kv_amax: Mapping[str, float] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Give a copied model no handle: its tensors are others."""
+        """Give a copied model no handle, because its tensors are different ones."""
 
     def remember(self) -> "Quantized":
         """Make this the handle that :func:`quantized` finds on the model; return it."""
@@ -80,12 +80,12 @@ class Quantized:
         return self
 
     def enable(self) -> None:
-        """Quantize in every forward from now on."""
+        """Quantize in every forward from now on; the calibrated ranges are used."""
         for quantizer in self._quantizers():
             quantizer.enable()
 
     def disable(self) -> None:
-        """Run every forward unquantized from now on; calibrated ranges stay."""
+        """Run every forward unquantized from now on; the calibrated ranges stay."""
         for quantizer in self._quantizers():
             quantizer.disable()
 
@@ -96,7 +96,7 @@ class Quantized:
         return [*quantizers, *(q for tensor in self.cached for q in tensor.quantizers)]
 
     def summary(self) -> str:
-        """Say in a few lines what is quantized, in which formats, and what calibration saw."""
+        """Return a few lines: what is quantized, in which formats, and what calibration saw."""
         decided = self.plan.decisions
         formats = Counter(d.weights.name if d.weights else "unquantized" for d in decided)
         lines = [f"recipe {self.recipe.name}: {len(decided)} weights"]
@@ -114,10 +114,10 @@ class Quantized:
 
 
 def quantized(model: nn.Module | Sequence[nn.Module] | Quantized) -> Quantized:
-    """Return the handle of a model that was given quantizers, whatever wraps it since.
+    """Return the handle of a model that was given quantizers, whatever wraps it now.
 
-    model: the model, or the list of its chunks; of an older handle of it, the newest. Raises
-    QuantError where it has no quantizers.
+    model: the model, the list of its chunks, or an older handle, for which the newest one is
+    returned. Raises QuantError if it has no quantizers.
     """
     if isinstance(model, Quantized):
         return _handle_of(model.model.chunks) or model
@@ -125,20 +125,20 @@ def quantized(model: nn.Module | Sequence[nn.Module] | Quantized) -> Quantized:
     if found is None:
         name = type(model[0] if isinstance(model, Sequence) else model).__name__
         raise QuantError(
-            f"{name} has no quantizers: give it to megatron_quant.quantize, or to the hook "
-            "megatron_quant.mcore.training.prepare before it is wrapped"
+            f"{name} has no quantizers: pass it to megatron_quant.quantize, or, before it is "
+            "wrapped, to the hook megatron_quant.mcore.training.prepare"
         )
     return found
 
 
 def check_unquantized(model: nn.Module | Sequence[nn.Module]) -> None:
-    """Raise QuantError where the model was given quantizers before."""
+    """Raise QuantError if the model has quantizers already."""
     found = _handle_of(model)
     if found is not None:
         raise QuantError(
-            f"the model has quantizers already, of recipe {found.recipe.name!r}: "
-            "megatron_quant.quantized(model) gives their handle; load the weights into a new model "
-            "for another recipe"
+            f"the model has quantizers already, of recipe {found.recipe.name!r}: take their handle "
+            "from megatron_quant.quantized(model), or load the weights into a new model for "
+            "another recipe"
         )
 
 

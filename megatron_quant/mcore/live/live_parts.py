@@ -17,7 +17,7 @@ def producer(
 ) -> Callable[[RankPart], Iterable[Produced]]:
     """Return a producer of parts: the live weight with its quantizers' amaxes.
 
-    drafts: makes the parts of layers for speculation, which the model has not.
+    drafts: makes the parts of layers for speculation, which the model lacks.
     """
     tensors = {local.param.name: local for local in model.local}
     amaxes = {

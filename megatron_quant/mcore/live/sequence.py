@@ -1,4 +1,4 @@
-"""From a live model to a quantized one: check, resolve, attach, calibrate."""
+"""Turn a live model into a quantized one: check, resolve, attach, calibrate."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,12 +37,12 @@ _RULES = InputRules()
 
 @dataclass(frozen=True)
 class AttachSettings:
-    """Conditions of an attachment: where it starts, and what it insists on.
+    """Options of attaching quantizers.
 
-    saved: a Megatron checkpoint of a model quantized so, which gives weights and ranges.
-    expert_scales: None for those of ``saved``, without one for shared ones.
+    saved: a Megatron checkpoint of a model quantized the same way; it gives weights and ranges.
+    expert_scales: None for those of ``saved``; without ``saved``, for shared ones.
     check: raises for a plan that the caller cannot use.
-    of_weights: whether the model has the weights that its Hugging Face name says, so that their
+    of_weights: whether the model has the weights of its Hugging Face checkpoint, so that their
         digest may stand in the export's manifest.
     """
 
@@ -65,9 +65,9 @@ def attach_recipe(
     """Give a live model the quantizers that ``recipe`` asks for, in place. Collective.
 
     model: this rank's GPTModel or the list of its chunks; wrappers are looked through. hf_model:
-    the model's Hugging Face directory, hub id or config; recipes name weights as it does.
-    Raises QuantError, on every rank alike and before anything changes, where settings, names or
-    shapes are not those of the config, or the recipe does not fit.
+    the model's Hugging Face directory, hub id or config; recipes use its names of weights.
+    Raises QuantError, on every rank alike and before anything changes, if settings, names or
+    shapes are not the config's, or the recipe does not fit.
     """
     together(groups, lambda: check_unquantized(model))
     hf, chosen = together(groups, lambda: (read_hf_model(hf_model), _loaded(recipe)))
@@ -106,7 +106,7 @@ def _resolved(
     if other := difference(plan, resolve(saved.recipe, described)):
         raise RecipeError(
             f"{saved.stored.path} was saved with recipe {saved.recipe.name!r}, which treats "
-            f"{other} in another way than {recipe.name!r}: give that one"
+            f"{other} differently than {recipe.name!r}: give the saved recipe"
         )
     return plan
 
@@ -115,8 +115,8 @@ def _resolved(
 class ResolvedRecipe:
     """A recipe that is resolved for a model.
 
-    expert_scales: those that the model is to have in the end. source: digest of the Hugging Face
-    checkpoint; empty where the weights are others.
+    expert_scales: those that the model has in the end. source: digest of the Hugging Face
+    checkpoint; empty if the weights are not its.
     """
 
     hf: HFModel
@@ -132,11 +132,11 @@ def attach_plan(
     saved: Saved | None = None,
     keep: Callable[[Sequence[QuantLayer]], None] | None = None,
 ) -> Quantized:
-    """Attach the quantizers of a plan that is resolved already, and describe them. Collective.
+    """Attach the quantizers of a resolved plan, and describe them. Collective.
 
-    saved: the checkpoint that will be restored into them; they take its experts' scales first.
-    keep: gives the attached layers the scales of a source that was quantized before. Raises
-    CoverageError, on every rank, for a layer that cannot carry what the plan asks of it.
+    saved: the checkpoint that will be restored into them; they start with its expert scales.
+    keep: gives the attached layers the scales of a source that is already quantized. Raises
+    CoverageError, on every rank, for a layer that cannot carry the quantizer that the plan asks.
     """
     first = ExpertScales(saved.expert_scales) if saved else resolved.expert_scales
 
@@ -161,7 +161,7 @@ def attach_plan(
 
 
 def _describe(handle: Quantized) -> None:
-    """Put what is quantized, and how, into the model's own sharded state dict."""
+    """Describe what is quantized, and how, in the model's own sharded state dict."""
     about = describe_run(handle.recipe, handle.plan, handle.expert_scales.value, handle.source)
     describe_model(handle.model, about, handle.layers)
 
@@ -173,7 +173,7 @@ def calibrate_quantized(
 ) -> Quantized:
     """Fill all quantizers and return the handle with its report. Collective.
 
-    forwards: each runs calibration data through the model; all are run where the KV cache or any
+    forwards: each runs calibration data through the model. All are run if the KV cache or any
     input has a static scale. Raises CalibrationError, on every rank alike.
     """
     live, steps = handle.model, iter(forwards)
@@ -191,10 +191,10 @@ def calibrate_quantized(
 
 
 def update(model: Quantized | nn.Module | Sequence[nn.Module]) -> Quantized:
-    """Give the quantizers of weights the scales of the weights as they are now. Collective.
+    """Give the weights' quantizers the scales of the present weights. Collective.
 
-    For a model that was trained, or given other weights, since it was quantized. No forward runs:
-    scales of inputs and of the KV cache stay. Whatever the recipe searches is searched again.
+    Call it after a quantized model was trained or given other weights. No forward runs: scales of
+    inputs and of the KV cache stay. Whatever the recipe searches is searched again.
 
     model: the handle, or the model itself, wrapped or not. Returns the handle, which
     :func:`quantized` finds from now on. Raises CalibrationError, on every rank alike, for a weight
@@ -206,7 +206,7 @@ def update(model: Quantized | nn.Module | Sequence[nn.Module]) -> Quantized:
     found = calibrate_weights(handle.layers, handle.plan, groups)
     report = replace(handle.report, weight_amax=found) if handle.report else None
     stored = ranges_of(handle.layers) if handle.stored else ()
-    # The weights are no longer those of the Hugging Face checkpoint: its digest goes.
+    # The weights are no longer the Hugging Face checkpoint's, so its digest is dropped.
     updated = replace(handle, report=report, source="", stored=stored)
     together(groups, lambda: _describe(updated))
     return updated.remember()
@@ -216,6 +216,6 @@ def _check_own_scales(layers: Sequence[QuantLayer]) -> None:
     for layer in layers:
         if layer.keeps_scales:
             raise CalibrationError(
-                f"{layer.name} keeps the scales of its source (--keep-scales), which no new "
-                "weights change: quantize without them"
+                f"{layer.name} keeps the scales of its source, which new weights cannot change: "
+                "quantize without --keep-scales"
             )

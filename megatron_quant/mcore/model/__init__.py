@@ -1,4 +1,4 @@
-"""Live Megatron models: building, loading, attaching quantizers, running."""
+"""Build, load and run live Megatron models, and attach quantizers to them."""
 
 import lazy_loader
 

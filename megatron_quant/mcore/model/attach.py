@@ -1,4 +1,4 @@
-"""Quantizers on a live Megatron model, chunk by chunk."""
+"""Attach quantizers to a live Megatron model, chunk by chunk."""
 
 from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer, attach, attach_kv_cache
 from megatron_quant.mcore.model.load import LiveModel
@@ -8,9 +8,9 @@ from megatron_quant.recipes import QuantPlan
 def attach_model(
     model: LiveModel, plan: QuantPlan, expert_scales: ExpertScales = ExpertScales.SHARED
 ) -> tuple[list[QuantLayer], list[CachedTensor]]:
-    """Convert this rank's chunks in place; return what is quantized of their linears and caches.
+    """Convert this rank's chunks in place; return their quantized linears and caches.
 
-    Raises CoverageError for a layer that cannot carry what the plan asks of it.
+    Raises CoverageError for a layer that cannot carry the quantizer that the plan asks.
     """
     layers: list[QuantLayer] = []
     cached: list[CachedTensor] = []

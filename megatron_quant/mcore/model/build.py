@@ -1,4 +1,4 @@
-"""A Megatron GPTModel from a Hugging Face config: Transformer Engine's layer spec, any layout."""
+"""Build a Megatron GPTModel from a Hugging Face config, with Transformer Engine's layer spec."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,14 +28,14 @@ from megatron_quant.models import Architecture, padded_vocab
 def transformer_config(
     architecture: Architecture, hf_config: Mapping[str, Any], layout: Layout, dtype: torch.dtype
 ) -> TransformerConfig:
-    """Megatron's config of the model at ``layout``, for inference and calibration in ``dtype``."""
+    """Make Megatron's config at ``layout``, for inference and calibration in ``dtype``."""
     host = {} if torch.cuda.is_available() else cpu.transformer_config_overrides()
     settings = {
         "tensor_model_parallel_size": layout.tp_size,
         "expert_model_parallel_size": layout.ep_size,
         "expert_tensor_parallel_size": layout.etp_size,
         **_pipeline(layout, dtype),
-        # Megatron's own rule where tensor and expert parallelism meet.
+        # Megatron requires it if tensor and expert parallelism are combined.
         "sequence_parallel": layout.tp_size > 1,
         "params_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
@@ -53,18 +53,18 @@ def transformer_config(
 
 
 def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the settings that have Megatron deal the layers as ``layout`` does."""
+    """Return the settings that make Megatron deal the layers as ``layout`` does."""
     if layout.pp_size == 1:
         return {}
     counts = [sum(map(len, chunks)) for chunks in layout.stages]
-    # Only ends that differ: with virtual stages Megatron divides by the number of the others.
+    # Give only ends that differ: with virtual stages Megatron divides by the number of the others.
     ends = {end: counts[i] for end, i in (("first", 0), ("last", -1)) if counts[i] != counts[1]}
     return {
         "pipeline_model_parallel_size": layout.pp_size,
         "virtual_pipeline_model_parallel_size": virtual_size(layout),
         "pipeline_dtype": dtype,
-        "variable_seq_lengths": True,  # stages tell one another the shapes that they send
-        # Without it the schedule of virtual stages mixes up what two ranks send both ways.
+        "variable_seq_lengths": True,  # stages send one another their shapes first
+        # Without it, virtual stages mix up what two ranks send each other at the same time.
         "overlap_p2p_comm": virtual_size(layout) is not None,
         "batch_p2p_comm": virtual_size(layout) is None,
         **{f"num_layers_in_{end}_pipeline_stage": count for end, count in ends.items()},
@@ -74,9 +74,9 @@ def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
 def build_model(
     architecture: Architecture, hf_config: Mapping[str, Any], layout: Layout, dtype: torch.dtype
 ) -> tuple[GPTModel, ...]:
-    """Build this rank's chunks of the model, in eval mode, their weights not yet filled.
+    """Build this rank's chunks of the model in eval mode, with weights not yet filled.
 
-    One, but for virtual pipeline stages.
+    There is one chunk, or one for each virtual pipeline stage.
     """
     model_parallel_cuda_manual_seed(0)
     config = transformer_config(architecture, hf_config, layout, dtype)
@@ -101,18 +101,18 @@ def build_model(
 
 
 def _cast(chunk: GPTModel, dtype: torch.dtype) -> GPTModel:
-    """Its parameters in ``dtype``; buffers, such as a router's bias, as Megatron made them."""
+    """Cast the parameters to ``dtype``; leave buffers, such as a router's bias, as they are."""
     for parameter in chunk.parameters():
         parameter.data = parameter.data.to(dtype)
     return chunk
 
 
 def _mark_shards(chunk: GPTModel) -> None:
-    """Say which weights have other values on every tensor-parallel rank.
+    """Mark the weights whose values differ between tensor-parallel ranks.
 
-    Megatron marks the vocabulary's as it initializes them, which a checkpoint does here, and
-    Transformer Engine experts' not in every release. Where the norm of gradients is taken, what is
-    not marked counts on one rank alone.
+    Megatron marks the vocabulary's when it initializes them, but here a checkpoint fills them.
+    Transformer Engine does not mark experts' weights in every release. The norm of gradients counts
+    an unmarked weight on one rank only.
     """
     for module in chunk.modules():
         if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear):

@@ -1,4 +1,4 @@
-"""Whether a live model is what the table of its architecture says, before anything is attached."""
+"""Check, before anything is attached, that a live model is what its architecture's table says."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from megatron_quant.mcore.model.locate import LocalParam
 from megatron_quant.models import local_shape
 
 _NORMED_QUERIES = ".self_attention.linear_q_proj.layer_norm_weight"
-"""What releases from 0.19 on give latent attention whose queries are not compressed."""
+"""The weight that releases from 0.19 on give latent attention without query compression."""
 
 
 def check_model(chunks: Sequence[nn.Module], local: Sequence[LocalParam]) -> None:
-    """Raise ArchitectureError unless this rank's chunks hold exactly ``local``, of its shapes."""
+    """Raise ArchitectureError unless this rank's chunks hold exactly ``local``, in its shapes."""
     for number, chunk in enumerate(chunks):
         own = [p for p in local if p.chunk == number]
         _check_names(chunk, own)
@@ -32,12 +32,12 @@ def _check_names(chunk: nn.Module, local: Sequence[LocalParam]) -> None:
     if any(name.endswith(_NORMED_QUERIES) for name in extra):
         raise ArchitectureError(
             "q_lora_rank=None in config.json: this megatron-core release normalizes the inputs of "
-            "such queries twice, the model once; use megatron-core 0.16, or --stream"
+            "such queries twice, but the model once; use megatron-core 0.16, or --stream"
         )
     if extra:
         raise ArchitectureError(
             f"the Megatron model has a parameter {extra[0]} that its table does not describe "
-            f"({len(extra)} in all): this megatron-core release differs, report it"
+            f"({len(extra)} in all): this megatron-core release differs; report it, or use another"
         )
     named |= {name for name, _ in chunk.named_buffers()}
     if missing := sorted({p.name for p in local} - named):
@@ -52,7 +52,7 @@ def _check_shape(local: LocalParam, tensor: torch.Tensor) -> None:
     if tuple(tensor.shape) != expected:
         shard = f"shard {local.shard_rank} of {local.shard_size} of " * (local.shard_size > 1)
         raise ArchitectureError(
-            f"the Megatron model's {local.name} is {tuple(tensor.shape)}, and config.json makes "
+            f"the Megatron model's {local.name} is {tuple(tensor.shape)}, but config.json makes "
             f"{shard}{local.param.name} {expected}: give the config.json of this very model"
         )
 
@@ -60,15 +60,15 @@ def _check_shape(local: LocalParam, tensor: torch.Tensor) -> None:
 def check_place(chunks: Sequence[Any], layout: Layout, layers: int) -> None:
     """Raise ArchitectureError unless the model is cut as Megatron's present groups say.
 
-    chunks: this rank's, GPTModels. layers: of the whole model. Every rank must hold the layers and
-    experts that its coordinates stand for.
+    chunks: this rank's GPTModels. layers: how many the whole model has. Every rank must hold the
+    layers and experts that its place in the groups calls for.
     """
     held = [x.layer_number - 1 for chunk in chunks for x in chunk.decoder.layers]
     if layout.stages:
         held = [n for stage in layout.stages for chunk in stage for n in chunk]
     if sorted(held) != list(range(layers)):
         raise ArchitectureError(
-            f"the Megatron model has {len(held)} layers ({_shown(held)}), config.json says "
+            f"the Megatron model has {len(held)} layers ({_shown(held)}), but config.json says "
             f"{layers}: give the config.json of this very model, and all its pipeline stages"
         )
     for chunk in chunks:
@@ -83,7 +83,7 @@ def _shown(numbers: Sequence[int]) -> str:
 
 
 def _check_groups(chunk: Any) -> None:
-    """Refuse a model with process groups of its own, which nothing here knows."""
+    """Refuse a model with process groups of its own, which this library does not know."""
     groups = getattr(chunk, "pg_collection", None)
     for name, known in (
         ("tp", mpu.get_tensor_model_parallel_group()),
@@ -98,7 +98,7 @@ def _check_groups(chunk: Any) -> None:
         if (group.rank(), group.size()) != (rank, size):
             raise ArchitectureError(
                 f"the Megatron model was built with a {name} group of its own (rank {group.rank()} "
-                f"of {group.size()}), megatron.core.parallel_state has rank {rank} of {size}: "
+                f"of {group.size()}), but megatron.core.parallel_state has rank {rank} of {size}: "
                 "build it with the groups of parallel_state"
             )
 
@@ -112,6 +112,6 @@ def _check_experts(layer: Any, layout: Layout) -> None:
     if list(here) != list(range(first, first + each)):
         raise ArchitectureError(
             f"layer {layer.layer_number - 1} of the Megatron model holds the experts "
-            f"{_shown(list(here))} on this rank, and config.json makes it {each} from {first} on: "
+            f"{_shown(list(here))} on this rank, but config.json makes it {each} from {first} on: "
             "give the config.json of this very model"
         )

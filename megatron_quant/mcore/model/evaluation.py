@@ -1,4 +1,4 @@
-"""Perplexity of a live Megatron model, quantized as it is, and its divergence from unquantized."""
+"""Measure a live quantized Megatron model's perplexity, and its KL from itself unquantized."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,13 +22,14 @@ def evaluate_model(
     groups: Groups,
     progress: Callable[[int], None],
 ) -> Sums:
-    """Sums over ``windows`` (int64 [T + 1] each) of the quantized model against its own bf16 self.
+    """Sum the losses over ``windows`` (int64 [T + 1] each), quantized and against unquantized.
 
-    layers: all that is quantized, and so is off for the latter; cached keys and values too.
+    layers: everything that is quantized, cached keys and values too; it is switched off for the
+    reference.
 
-    Collective: data-parallel ranks share the windows, and each runs equally many forwards, as the
-    dispatch of experts needs. A window is one forward, as many as there are pipeline stages run at
-    a time. The result is equal on all ranks.
+    Collective: data-parallel ranks share the windows. All run equally many forwards, as the
+    dispatch of experts needs. Each window is one forward; as many as there are pipeline stages run
+    at a time. The result is equal on all ranks.
     """
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     counted = mpu.get_tensor_model_parallel_rank() == 0
@@ -37,7 +38,7 @@ def evaluate_model(
     total = NOTHING
     for few in (own[i : i + stages] for i in range(0, len(own), stages)):
         found = _windows(model, layers, [windows[i % len(windows)] for i in few], vocab_size)
-        for index, sums in zip(few, found, strict=False):  # none before the last stage
+        for index, sums in zip(few, found, strict=False):  # empty before the last stage
             if counted and index < len(windows):
                 total += sums
         progress(len(few))
@@ -52,7 +53,7 @@ def _windows(
     windows: Sequence[torch.Tensor],
     vocab_size: int,
 ) -> list[Sums]:
-    """Return the sums of each window, on ranks of the last pipeline stage; none on others."""
+    """Return the sums of each window on ranks of the last pipeline stage; nothing on others."""
     ids = [window[None, :-1] for window in windows]
     logits = run_schedule(model, ids, partial(whole, vocab_size=vocab_size))
     with unquantized(layers):

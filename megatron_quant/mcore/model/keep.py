@@ -1,4 +1,4 @@
-"""Giving the quantizers of a loaded model the scales that its source was quantized with."""
+"""Give a loaded model's quantizers the scales that its source was quantized with."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,11 +17,11 @@ from megatron_quant.models import Source
 def keep_scales(
     layers: Sequence[QuantLayer], model: LiveModel, checkpoint: QuantizedCheckpoint
 ) -> None:
-    """Let the layers round their weights onto the grids of ``checkpoint`` from here on.
+    """Make the layers round their weights onto the grids of ``checkpoint`` from now on.
 
-    It reads the scales of this rank's shards. bf16 is exact enough for the codes to be those of the
-    source: it moves a value by 2^-9 of itself, hence a code of 128 by a quarter, which rounds back.
-    Raises CheckpointError where engines could not read the scales.
+    It reads the scales of this rank's shards. bf16 is exact enough to give the source's codes: it
+    moves a value by at most 2^-9 of itself, so a code of 128 by a quarter, which rounds back.
+    Raises CheckpointError if engines could not read the scales.
     """
     where = {local.param.name: local for local in model.local}
     together: dict[str, dict[str, Scales]] = {}
@@ -47,7 +47,7 @@ def _regions(local: LocalParam) -> tuple[tuple[Source, Region], ...]:
 
 
 def _scales(local: LocalParam, checkpoint: QuantizedCheckpoint) -> Mapping[str, Scales]:
-    """By source module, in the order of the regions."""
+    """Return the scales by source module, in the order of the regions."""
     found = {s.module: kept_scales(checkpoint, s.module, r) for s, r in _regions(local)}
     check_shared(found, checkpoint.path)
     return found

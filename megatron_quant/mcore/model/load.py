@@ -1,4 +1,4 @@
-"""A Megatron model filled from a Hugging Face checkpoint: every rank reads the slices it owns."""
+"""Fill a Megatron model from a Hugging Face checkpoint. Every rank reads the slices it owns."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,9 +34,9 @@ from megatron_quant.models import (
 class LiveModel:
     """A live Megatron model with the meaning of its parameters.
 
-    chunks: this rank's part of it, as Megatron's schedules take it: one GPTModel, or several where
-    the pipeline has virtual stages. params: the logical parameters of the whole model; local: this
-    rank's shards of them.
+    chunks: this rank's part, as Megatron's schedules take it: one GPTModel, or one for each virtual
+    pipeline stage. params: the logical parameters of the whole model; local: this rank's shards of
+    them.
     """
 
     chunks: tuple[GPTModel, ...]
@@ -56,9 +56,9 @@ class LiveModel:
         return local.tensor(self.chunks[local.chunk])
 
     def global_name(self, chunk: int, name: str) -> str:
-        """Return the whole model's name of a chunk's ``name``: its layer is the model's.
+        """Return a chunk's ``name`` with the layer's number in the whole model.
 
-        Experts keep the numbers that the rank gives them.
+        Experts keep their numbers on this rank.
         """
         if not self.layout.stages:
             return name
@@ -72,14 +72,14 @@ def wrap_model(
     hf_config: Mapping[str, Any],
     groups: Groups,
 ) -> LiveModel:
-    """Wrap a GPTModel that lives in Megatron's present process groups for this library.
+    """Wrap a GPTModel that lives in Megatron's present process groups.
 
-    module: this rank's part of it; its chunks in order where it has virtual pipeline stages. What
-    wraps them (Float16Module, DistributedDataParallel) is looked through.
+    module: this rank's part; with virtual pipeline stages, its chunks in order. Wrappers
+    (Float16Module, DistributedDataParallel) are looked through.
 
-    Collective. Raises ArchitectureError, on every rank alike and before anything is changed, where
-    the model's settings, layers, parameters or shapes are not those of the config. The vocabulary
-    may be padded to any number of rows.
+    Collective. Raises ArchitectureError, on every rank alike and before anything is changed, if
+    the model's settings, layers, parameters or shapes are not the config's. The vocabulary may be
+    padded to any number of rows.
     """
     given = (module,) if isinstance(module, nn.Module) else tuple(module)
 
@@ -124,16 +124,16 @@ def _unwrapped(chunk: nn.Module) -> GPTModel:
 def _padded(
     params: tuple[Param, ...], chunks: Sequence[GPTModel], layout: Layout, groups: Groups
 ) -> tuple[Param, ...]:
-    """``params`` whose vocabularies have as many rows as the live model gives them. Collective."""
+    """Pad the vocabularies of ``params`` to as many rows as the live model has. Collective."""
     named = [dict(chunk.named_parameters()) for chunk in chunks]
     own = {len(held[name]) for held in named for name in VOCABULARY if name in held}
     found = sorted({rows * layout.tp_size for of_rank in gather(own, groups) for rows in of_rank})
     vocab = next(p.shape[0] for p in params if p.role is Role.EMBEDDING)
     if len(found) != 1 or found[0] < vocab:
         raise ArchitectureError(
-            f"the Megatron model's vocabulary has {' or '.join(map(str, found))} rows, its padding "
-            f"included, and config.json a vocab_size of {vocab}: give the config.json of this very "
-            "model"
+            f"the Megatron model's vocabulary has {' or '.join(map(str, found))} rows, padding "
+            f"included, but config.json has a vocab_size of {vocab}: give the config.json of this "
+            "very model"
         )
     if found[0] == padded_vocab(vocab, layout.tp_size):
         return params
@@ -148,11 +148,11 @@ def empty_model(
     groups: Groups,
     dtype: torch.dtype,
 ) -> LiveModel:
-    """Build the model at ``layout``, its weights not yet filled. Collective."""
+    """Build the model at ``layout``, with weights not yet filled. Collective."""
     start_megatron(layout, groups.minutes)
     if layout.pp_size == 1:
         chunks = together(groups, lambda: build_model(architecture, hf_config, layout, dtype))
-    else:  # stages talk to one another as Megatron builds them
+    else:  # Megatron's stages talk to one another while they are built
         chunks = build_model(architecture, hf_config, layout, dtype)
     return wrap_model(chunks, architecture, hf_config, groups)
 
@@ -179,7 +179,7 @@ def load_model(
 def _fill(model: LiveModel, checkpoint: Weights, progress: Callable[[int], None]) -> None:
     for local in model.local:
         tensor = model.tensor(local)
-        tensor.zero_()  # rows that pad the vocabulary stay zero
+        tensor.zero_()  # padding rows of the vocabulary stay zero
         pieces = copies(local.param, local.shard_rank, local.shard_size)
         fill(tensor, pieces, checkpoint)
         if not torch.isfinite(amax(tensor)):
@@ -190,7 +190,7 @@ def _fill(model: LiveModel, checkpoint: Weights, progress: Callable[[int], None]
 def _explain_not_finite(
     dtype: torch.dtype, pieces: Sequence[Copy], checkpoint: Weights
 ) -> NoReturn:
-    """Raise CheckpointError for the source of a parameter that holds NaN or Inf in ``dtype``."""
+    """Raise CheckpointError for the tensor that gave a parameter NaN or Inf in ``dtype``."""
     for piece in pieces:
         name, stored = piece.source.name, checkpoint.read(piece.source.name, piece.src)
         if not torch.isfinite(amax(stored)):

@@ -1,4 +1,4 @@
-"""Where a rank's model keeps its share of the logical parameters."""
+"""Find where a rank's model keeps its share of the logical parameters."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,18 +12,17 @@ from megatron_quant.layers import LocalWeight
 from megatron_quant.models import Domain, Param, Stage
 
 LAYER = re.compile(r"(?<=\blayers\.)\d+")
-"""The number of a layer in the name of what it owns."""
+"""The layer's number in a parameter's name."""
 _OUTPUT = "output_layer.weight"
 VOCABULARY = ("embedding.word_embeddings.weight", _OUTPUT)
-"""Parameters with a row for each token, as a chunk has them."""
+"""Parameters with a row for each token, by their names in a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalParam:
     """This rank's shard ``shard_rank`` of ``shard_size`` of ``param``.
 
-    name: as the rank's chunk number ``chunk`` of the model has it, which counts its own layers and
-    experts from 0.
+    name: its name in the rank's chunk number ``chunk``, which counts its layers and experts from 0.
     """
 
     param: Param
@@ -33,7 +32,7 @@ class LocalParam:
     chunk: int = 0
 
     def tensor(self, model: nn.Module) -> torch.Tensor:
-        """Return the live parameter (a buffer, if it stays float32) of the chunk that holds it."""
+        """Return the live parameter of the chunk that holds it (a buffer, if it stays float32)."""
         if self.param.fp32:
             return model.get_buffer(self.name)
         return model.get_parameter(self.name)
@@ -71,7 +70,7 @@ def _local_params(params: Sequence[Param], layout: Layout, rank: int) -> Iterato
 
 def _name_in_chunk(param: Param, layout: Layout, pp: int, chunk: int) -> str:
     if param.stage is Stage.ENDS and pp > 0:
-        return _OUTPUT  # the last stage has the embedding as its output layer alone
+        return _OUTPUT  # on the last stage, the embedding is only the output layer
     if param.layer is None or not layout.stages:
         return param.name
     number = layout.stages[pp][chunk].index(param.layer)

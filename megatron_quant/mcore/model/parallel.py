@@ -1,4 +1,4 @@
-"""Process groups: starting torch.distributed, Megatron's groups, and what every rank holds."""
+"""Start torch.distributed and Megatron's process groups, and find what every rank holds."""
 
 import os
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from megatron_quant.rendezvous import join
 
 
 def start_distributed(minutes: float = Groups.minutes) -> Groups:
-    """Join the ranks that ``torchrun`` started (one rank where it did not); idempotent.
+    """Join the ranks that ``torchrun`` started, or be the only one without it; idempotent.
 
-    NCCL with one GPU a local rank where CUDA is available, else gloo. minutes: how long a rank
-    waits for the slowest.
+    It takes NCCL with one GPU per local rank if CUDA is available, else gloo. minutes: how long a
+    rank waits for the slowest one.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -28,10 +28,11 @@ def start_distributed(minutes: float = Groups.minutes) -> Groups:
 
 
 def start_megatron(layout: Layout, minutes: float = Groups.minutes) -> None:
-    """Make Megatron's process groups at the sizes of ``layout``, in place of others there may be.
+    """Make Megatron's process groups at the sizes of ``layout``; replace groups of other sizes.
 
-    Groups of these sizes stay: Megatron never closes what it replaces, and each of its some twenty
-    groups keeps a thread and a socket for each of its ranks. minutes: as of the default group.
+    Groups that have these sizes already stay. Megatron never closes groups that it replaces, and
+    each of its twenty or so keeps a thread and a socket per rank. minutes: as for the default
+    group.
     """
     if _runs_at(layout):
         return
@@ -47,7 +48,7 @@ def start_megatron(layout: Layout, minutes: float = Groups.minutes) -> None:
 
 
 def virtual_size(layout: Layout) -> int | None:
-    """Chunks of each pipeline rank, as Megatron takes it: None for one."""
+    """Return the chunks per pipeline rank as Megatron takes it: None for one."""
     chunks = len(layout.stages[0]) if layout.stages else 1
     return chunks if chunks > 1 else None
 
@@ -81,8 +82,8 @@ def shards(device: str) -> Shards:
 def megatron_layout(groups: Groups, experts: int, chunks: Sequence[GPTModel]) -> Layout:
     """Return the layout of Megatron's groups: every rank says where it is. Collective.
 
-    experts: experts a layer, 0 for a model without. chunks: this rank's part of the model, which
-    says what layers it holds.
+    experts: experts per layer, 0 for a model without. chunks: this rank's part of the model; it
+    tells which layers the rank holds.
     """
     layers = tuple(tuple(x.layer_number - 1 for x in chunk.decoder.layers) for chunk in chunks)
     here = Coord(

@@ -1,4 +1,4 @@
-"""Forwards of a Megatron model through all stages of its pipeline."""
+"""Run forwards of a Megatron model through all stages of its pipeline."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 T = TypeVar("T")
 ModelChunks: TypeAlias = GPTModel | Sequence[GPTModel]
-"""What Megatron's schedules call a model: what a rank holds of it, one chunk or several."""
+"""A rank's part of a model, as Megatron's schedules take it: one chunk or several."""
 
 
 def run_schedule(
@@ -22,15 +22,16 @@ def run_schedule(
     collect: Callable[[torch.Tensor], T],
     progress: Callable[[int], None] = lambda steps: None,
 ) -> list[T]:
-    """Run token ids [B, S] each, and ``collect`` this rank's logits [B, S, V / tp] of each.
+    """Run batches of token ids [B, S]; ``collect`` gets this rank's logits [B, S, V / tp] of each.
 
-    Returns what ``collect`` does, in order, on ranks of the last pipeline stage; nothing elsewhere,
-    where there are no logits. progress: called with 1 as each batch enters this rank's last chunk.
+    Returns the results of ``collect``, in order, on ranks of the last pipeline stage; nothing
+    elsewhere, because there are no logits. progress: called with 1 when a batch enters this rank's
+    last chunk.
 
     Collective over the ranks that hold the model; data-parallel ranks give equally many batches.
-    Each is one microbatch of Megatron's own schedule. With virtual stages that wants at least as
-    many as the pipeline has stages: where there are fewer the first ones run again. Stages of a
-    model whose config lacks ``variable_seq_lengths`` take batches of one shape alone.
+    Each batch is one microbatch of Megatron's own schedule. With virtual stages that needs at least
+    as many batches as the pipeline has stages; if there are fewer, the first ones run again.
+    Without ``variable_seq_lengths`` in its config, a pipeline takes batches of one shape only.
     """
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     if not batches:
@@ -52,7 +53,7 @@ def run_schedule(
 
 
 def _enough(batches: Sequence[torch.Tensor], chunks: Sequence[GPTModel]) -> list[torch.Tensor]:
-    """Return as many batches as the schedule of virtual stages takes, and set its group size."""
+    """Return as many batches as the schedule of virtual stages needs, and set its group size."""
     if len(chunks) == 1:
         return list(batches)
     stages = mpu.get_pipeline_model_parallel_world_size()
@@ -74,10 +75,10 @@ def _counted(
 def _step(
     batches: Iterator[torch.Tensor], chunk: GPTModel, collect: Callable[[torch.Tensor], Any]
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """One microbatch through one chunk, as the schedules call it.
+    """Run one microbatch through one chunk, as the schedules call it.
 
-    Sequences are padded at the end to a multiple of the tensor-parallel size (sequence parallelism
-    splits them); causal attention keeps the padding from what precedes it.
+    Sequences are padded at the end to a multiple of the tensor-parallel size, because sequence
+    parallelism splits them. Causal attention keeps earlier tokens from seeing the padding.
     """
     ids_BS = next(batches)
     length = ids_BS.shape[1]
@@ -107,15 +108,15 @@ def _as_they_are(logits: torch.Tensor) -> torch.Tensor:
 
 
 def full_logits(model: ModelChunks, ids_BS: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
-    """Logits [B, S, vocab_size] in fp32, equal on all ranks of the last pipeline stage.
+    """Return logits [B, S, vocab_size] in fp32, equal on all ranks of the last pipeline stage.
 
-    None before it.
+    Returns None on ranks of earlier stages.
     """
     return next(iter(run_schedule(model, [ids_BS], partial(whole, vocab_size=vocab_size))), None)
 
 
 def whole(logits_BSV: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """[B, S, V / tp] -> [B, S, vocab_size] in fp32, on all ranks of the tensor-parallel group."""
+    """Gather [B, S, V / tp] to [B, S, vocab_size] in fp32 on all tensor-parallel ranks."""
     local = logits_BSV.float().contiguous()
     size = mpu.get_tensor_model_parallel_world_size()
     shards = [torch.empty_like(local) for _ in range(size)]

@@ -1,7 +1,7 @@
 """Check a live model's TransformerConfig: its weights must mean what the tables say.
 
-Some settings change the order, the names or the mathematics of weights and no shape: they would
-be exported wrongly without a word. Only values that this library knows are let through.
+Some settings change the order, names or mathematics of weights, but no shape. The export would be
+wrong without an error. So only values that this library knows are let through.
 """
 
 import math
@@ -15,15 +15,15 @@ _ROWS = "orders the rows of linear_fc1 in another way"
 _FUSER = "multiplies without the modules that carry quantizers"
 _OTHER_MODEL = "computes what no supported Hugging Face model does"
 
-# Megatron-Core 0.16 to 0.19. Name -> (values that are let through, what others do).
+# Megatron-Core 0.16 to 0.19. Name -> (values that are let through, what other values do).
 KNOWN: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    # the order of weights, and of what is in them
+    # order of weights, and of the rows in them
     "moe_mlp_glu_interleave_size": ((None,), _ROWS),
     "moe_shared_expert_glu_interleave_size": ((None,), _ROWS),
     "rotary_interleaved": ((False,), "orders the rows of q and k in another way"),
     "layernorm_zero_centered_gamma": ((False,), "stores the weights of norms less 1"),
     "attention_output_gate": ((False,), "puts a gate among the rows of linear_qkv"),
-    # where weights are
+    # places of weights
     "moe_single_grouped_weight": ((False,), "leaves a grouped linear no weight of each expert"),
     "moe_single_grouped_bias": ((False,), "leaves a grouped linear no bias of each expert"),
     "mla_down_proj_fusion": ((False,), "makes one linear of q_a_proj and kv_a_proj"),
@@ -32,7 +32,7 @@ KNOWN: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "moe_use_legacy_grouped_gemm": ((False,), _NAMES),
     "heterogeneous_block_specs": ((False,), "gives layers shapes of their own"),
     "mtp_num_layers": ((None, 0), "adds layers that predict further tokens (MTP)"),
-    # what is computed with them
+    # computation with weights
     "use_transformer_engine_op_fuser": ((False,), _FUSER),
     "use_inference_optimized_layers": ((False,), _FUSER),
     "use_kitchen": ((False,), "rounds what quantizers gave again"),
@@ -49,8 +49,8 @@ KNOWN: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "linear_attention_freq": ((None,), _OTHER_MODEL),
     "is_hybrid_model": ((False,), _OTHER_MODEL),
 }
-# Settings that config.json decides, where equal shapes can hide that they differ; and what they are
-# where the table of an architecture does not speak of them.
+# Settings that config.json decides and that can differ without changing a shape; with their values
+# if the table of an architecture does not name them.
 _DECIDED: Mapping[str, Any] = {
     "num_attention_heads": None,
     "normalization": "RMSNorm",
@@ -70,7 +70,7 @@ _OF_LATENTS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_di
 def check_settings(config: Any, described: Mapping[str, Any]) -> None:
     """Raise ArchitectureError for a value of a TransformerConfig that the tables do not know.
 
-    described: what ``Architecture.megatron_config`` makes of the model's config.json.
+    described: the result of ``Architecture.megatron_config`` for the model's config.json.
     """
     for name, (allowed, why) in KNOWN.items():
         value = getattr(config, name, allowed[0])
@@ -91,7 +91,7 @@ def check_settings(config: Any, described: Mapping[str, Any]) -> None:
 def _check_decided(name: str, value: Any, described: Any) -> None:
     if not _same(value, described):
         raise ArchitectureError(
-            f"{name}={_spelled(value)} in the TransformerConfig, and config.json makes it "
+            f"{name}={_spelled(value)} in the TransformerConfig, but config.json makes it "
             f"{_spelled(described)}: give the config.json of this very model"
         )
 
@@ -99,7 +99,7 @@ def _check_decided(name: str, value: Any, described: Any) -> None:
 def _same(value: Any, described: Any) -> bool:
     """Return whether two values mean the same: numbers of any type, activations by name.
 
-    A number that went through fp32 is still itself.
+    A number still equals its fp32 rounding.
     """
     if callable(described):
         name = _spelled(value).strip("'").lower()
@@ -113,9 +113,9 @@ _SPELLINGS = {"swish": "silu", "quickgelu": "quick_gelu", "quickgeluactivation":
 
 
 def _spelled(value: Any) -> str:
-    """Functions and modules by name: one activation has several definitions."""
+    """Name a function or module by its name: one activation has several definitions."""
     if not callable(value):
         return repr(value)
-    # scripted functions have their own in "name", and their class's in "__name__"
+    # scripted functions have their own name in "name", and their class's in "__name__"
     name = getattr(value, "name", None) or getattr(value, "__name__", None)
     return str(name or type(value).__name__)

@@ -1,8 +1,8 @@
-"""When the ranges of a model in training are found, followed and frozen.
+"""Find, follow and freeze the ranges of a model in training.
 
 :class:`QuantCallback` has the events of Megatron-Bridge's callbacks (``on_train_start``,
-``on_train_step_start``, ``on_train_step_end``, ``on_train_end``, ``on_checkpoint_save``), and for
-other loops ``start``, ``on_step_begin``, ``on_step_end``, ``on_save`` and ``finish``. All of them
+``on_train_step_start``, ``on_train_step_end``, ``on_train_end``, ``on_checkpoint_save``). For other
+loops it has ``start``, ``on_step_begin``, ``on_step_end``, ``on_save`` and ``finish``. All of them
 are collective.
 """
 
@@ -30,19 +30,19 @@ from megatron_quant.mcore.live import Quantized, quantized
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Steps are counted from 0, the one before which nothing is trained.
+    """When ranges are found, followed and frozen. Steps are counted from 0, before any training.
 
     A model that `prepare` filled from a checkpoint is calibrated and warmed up: it has the
     checkpoint's ranges and runs quantized from its first step on.
 
-    calibrate_before: the first step whose inputs have ranges; those before it run unquantized and
-        are what the ranges are found from. 0 where the model is calibrated already.
-    warm_up: how many steps more run unquantized.
-    every: the ranges follow the weights and inputs after every so many steps; 0 for never. Those of
-        weights follow at every save too.
-    freeze_before: the step from which they stay as they are; None for never.
-    average: what the newest range of inputs counts for in an exponential average; None for a
-        running maximum.
+    calibrate_before: the first step whose inputs have ranges. The steps before it run unquantized
+        and give the ranges. 0 if the model is calibrated already.
+    warm_up: how many more steps run unquantized.
+    every: how many steps pass until the ranges follow the weights and inputs again; 0 for never.
+        Ranges of weights follow at every save too.
+    freeze_before: the step from which ranges stay as they are; None for never.
+    average: the weight of the newest range of inputs in an exponential average; None for a running
+        maximum.
     """
 
     calibrate_before: int = 1
@@ -52,20 +52,20 @@ class Schedule:
     average: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no step, interval or share."""
+        """Refuse values that are no step, interval or share."""
         for name in ("calibrate_before", "warm_up", "every"):
             if getattr(self, name) < 0:
                 raise QuantError(f"{name}={getattr(self, name)}: give 0 or more steps")
         if self.freeze_before is not None and self.freeze_before < self.calibrate_before:
             raise QuantError(
                 f"freeze_before={self.freeze_before} is before calibrate_before="
-                f"{self.calibrate_before}, when there is nothing to freeze: give a later step"
+                f"{self.calibrate_before}, so there is nothing to freeze: give a later step"
             )
         if self.average is not None and not 0 < self.average <= 1:
             raise QuantError(f"average={self.average}: give a share above 0, up to 1")
 
     def frozen(self, step: int) -> bool:
-        """Return whether the ranges that step ``step`` uses may not change."""
+        """Return whether the ranges of step ``step`` are frozen."""
         return self.freeze_before is not None and step > self.freeze_before
 
 
@@ -77,7 +77,7 @@ class QuantCallback:
         schedule: Schedule = Schedule(),
         log: Callable[[str], None] = print,
     ) -> None:
-        """``log``: given what is said, on rank 0."""
+        """Set up; ``log`` gets every message, on rank 0."""
         self.schedule = schedule
         self._log = log
         self._of: Quantized | None = None
@@ -89,30 +89,30 @@ class QuantCallback:
         self._drift: Drift | None = None
 
     def on_train_start(self, context: Any) -> None:
-        """Megatron-Bridge's event; also :meth:`start`."""
+        """Handle Megatron-Bridge's event: call :meth:`start`."""
         self.start(context.model)
 
     def on_train_step_start(self, context: Any) -> None:
-        """Megatron-Bridge's event."""
+        """Handle Megatron-Bridge's event: call :meth:`on_step_begin`."""
         self._step = context.state.train_state.step
         self.on_step_begin(self._step)
 
     def on_train_step_end(self, context: Any) -> None:
-        """Megatron-Bridge's event, before or after which it counts the step."""
+        """Handle Megatron-Bridge's event, whether it counts the step before or after it."""
         self.on_step_end(self._step)
 
     def on_train_end(self, context: Any) -> None:
-        """Megatron-Bridge's event; also :meth:`finish`."""
+        """Handle Megatron-Bridge's event: call :meth:`finish`."""
         self.finish(context.state.train_state.step)
 
     def on_checkpoint_save(self, context: Any) -> None:
-        """Megatron-Bridge's event."""
+        """Handle Megatron-Bridge's event: call :meth:`on_save`."""
         self.on_save(context.state.train_state.step)
 
     def start(self, model: Any) -> None:
-        """Start to follow the model, wrapped or not, before its first step."""
+        """Start to follow the model, wrapped or not. Call it before the first step."""
         self._of = of = quantized(model)
-        # Float16Module turns every buffer into 16 bits.
+        # Float16Module casts every buffer to 16 bits.
         set_ranges(of.layers, of.stored or ranges_of(of.layers))
         self._fresh = not of.stored
         self._inputs = RunningInputs(of.layers)
@@ -124,15 +124,15 @@ class QuantCallback:
         forwards: Iterable[Callable[[], object]],
         cold_experts: ColdExperts = ColdExperts.LAYER_MAX,
     ) -> None:
-        """Find the ranges of inputs from batches of the caller; each of ``forwards`` runs one."""
+        """Find the ranges of inputs from the caller's batches; each of ``forwards`` runs one."""
         of = self._started()
         calibrate(of.layers, of.plan, of.model.groups, forwards, InputRules(cold_experts))
         self._calibrated = True
 
     def on_step_begin(self, step: int) -> None:
-        """Before the forwards of step ``step``."""
+        """Prepare the quantizers for step ``step``. Call it before the step's forwards."""
         of = self._started()
-        if self._fresh and not self.schedule.frozen(step):  # weights may have been loaded since
+        if self._fresh and not self.schedule.frozen(step):  # weights may have been loaded meanwhile
             calibrate_weights(of.layers, of.plan, of.model.groups)
         self._fresh = False
         if step >= self.schedule.calibrate_before and not self._calibrated:
@@ -145,15 +145,15 @@ class QuantCallback:
                 quantizer.enable() if on else quantizer.disable()
 
     def on_step_end(self, step: int) -> None:
-        """After the optimizer's step."""
+        """Follow the ranges if they are due. Call it after the optimizer's step."""
         every = self.schedule.every
         if self._calibrated and every and (step + 1) % every == 0:
             self._follow(step + 1)
 
     def on_save(self, step: int) -> None:
-        """Before a checkpoint of ``step`` steps: ranges of its weights, and a line on what it has.
+        """Refresh the weights' ranges and log a line. Call it before a save after ``step`` steps.
 
-        Weights take the range that they have now, whatever ``every`` is, unless it is frozen.
+        Weights get their present range, whatever ``every`` is, unless it is frozen.
         """
         of = self._started()
         if not self.schedule.frozen(step):
@@ -168,7 +168,7 @@ class QuantCallback:
         self._say(f"step {step}: {held} weights, ranges {ranges}, {self._largest()}")
 
     def finish(self, step: int) -> None:
-        """After the last of ``step`` steps: the ranges are those of the weights as they are."""
+        """Set the ranges of the final weights. Call it after the last of ``step`` steps."""
         if self._calibrated:
             self._follow(step)
         if self._inputs is not None:
@@ -178,7 +178,7 @@ class QuantCallback:
         if self._of is None:
             raise QuantError(
                 "the callback has no model: call start(model) before the first step (Megatron-"
-                "Bridge does as on_train_start)"
+                "Bridge calls it as on_train_start)"
             )
         return self._of
 
@@ -199,7 +199,7 @@ class QuantCallback:
         self._say(f"step {step}: calibrated {len(of.plan.quantized)} weights")
 
     def _follow(self, step: int) -> None:
-        """Note the drift of an interval and, unless they are frozen, refresh the ranges."""
+        """Note the drift since the last refresh and, unless they are frozen, refresh the ranges."""
         of, watched = self._started(), self._inputs
         assert watched is not None
         live = merge_live(of.layers, of.plan, of.model.groups, watched.take())

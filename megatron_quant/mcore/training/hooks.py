@@ -1,8 +1,8 @@
-"""Quantizers in a model that somebody else's script builds and trains.
+"""Put quantizers into a model that somebody else's script builds and trains.
 
-:func:`prepare` with its keywords bound is a hook: Megatron-Bridge's ``register_pre_wrap_hook`` and
-Megatron-LM's ``ModelConfig.pre_wrap_hooks`` take it as it is, and :func:`wrap_provider` puts it
-behind the model provider of a Megatron-LM without hooks.
+:func:`prepare` with its keywords bound is a hook. Megatron-Bridge's ``register_pre_wrap_hook`` and
+Megatron-LM's ``ModelConfig.pre_wrap_hooks`` take it as it is. For a Megatron-LM without hooks,
+:func:`wrap_provider` puts it behind the model provider.
 """
 
 import functools
@@ -35,21 +35,20 @@ def prepare(
 ) -> list[Any]:
     """Give the linears of a live model quantizers, in place, and return it. Collective.
 
-    model: this rank's part of it before DistributedDataParallel, with the weights to train from;
-        all its chunks where the pipeline has virtual stages.
-    recipe: as ``--export-quant-cfg`` takes it; it names weights as the Hugging Face model does,
-        which ``hf_model`` says: its directory or hub id (only config.json is read), or the config.
+    model: this rank's part before DistributedDataParallel, with the weights to train from; with
+        virtual pipeline stages, all its chunks.
+    recipe: as ``--export-quant-cfg`` takes it; it uses the Hugging Face model's names of weights.
     checkpoint: a ``torch_dist`` checkpoint of a model quantized with ``recipe``, at any layout, or
-        a training run's directory: weights and all ranges are then as it has them.
-    expert_scales: None for those of the checkpoint; without one for shared ones.
+        a training run's directory. Weights and all ranges then come from it.
+    hf_model: that model's directory or hub id (only config.json is read), or its config.
+    expert_scales: None for those of the checkpoint; without a checkpoint, for shared ones.
     groups: the ranks that hold the model; None for all of torch.distributed's.
 
-    Without a checkpoint weights are calibrated and quantized at once. Inputs with a static scale
-    are quantized as soon as they have one, which
-    :class:`megatron_quant.mcore.training.callback.QuantCallback` finds.
+    Without a checkpoint, weights are calibrated and quantized at once. Inputs with a static scale
+    are quantized as soon as :class:`megatron_quant.mcore.training.callback.QuantCallback` finds it.
 
-    Raises QuantError, on every rank alike, for a model or config that cannot be trained so, and
-    for a checkpoint that is of another model or recipe, or lacks a key.
+    Raises QuantError, on every rank alike, for a model or config that cannot be trained with
+    quantizers, and for a checkpoint that is of another model or recipe, or lacks a key.
     """
     groups = groups or start_distributed()
     together(groups, lambda: _check(model))
@@ -73,7 +72,7 @@ def _trainable(plan: QuantPlan) -> None:
     if plan.kv_cache:
         raise QuantError(
             f"recipe {plan.recipe!r} quantizes the KV cache ({plan.kv_cache}), which training does "
-            "not: leave it out (kv_cache), and say it when the trained model is exported"
+            "not: leave kv_cache out of it, and ask for it when the trained model is exported"
         )
 
 
@@ -81,13 +80,13 @@ def _check(model: Sequence[nn.Module]) -> None:
     stages = mpu.get_virtual_pipeline_model_parallel_world_size() or 1
     if len(model) != stages:
         raise QuantError(
-            f"the model comes in {len(model)} chunks, and a pipeline rank has {stages} virtual "
+            f"the model comes in {len(model)} chunks, but a pipeline rank has {stages} virtual "
             "stages: give the list of all its chunks"
         )
     for chunk in model:
         if hasattr(chunk, "module"):
             raise QuantError(
-                f"the model is wrapped in {type(chunk).__name__} already: call prepare before, as "
+                f"the model is already wrapped in {type(chunk).__name__}: call prepare earlier, as "
                 "a pre-wrap hook, so that the optimizer sees the quantized layers"
             )
         _check_config(chunk.config)
@@ -99,8 +98,8 @@ def _check_config(config: Any) -> None:
         value = getattr(config, name, None)
         if value:
             raise QuantError(
-                f"{name}={value!r} in the TransformerConfig has Transformer Engine round what "
-                "quantizers gave again: train without it, or without quantizers"
+                f"{name}={value!r} in the TransformerConfig makes Transformer Engine round the "
+                "quantizers' results again: train without it, or without quantizers"
             )
 
 
@@ -114,14 +113,14 @@ def wrap_provider(
 ) -> Callable[..., nn.Module]:
     """Wrap a Megatron-LM ``model_provider`` so that its model goes through :func:`prepare`.
 
-    Its parameters, which differ between releases, stay those of ``provider``, and so does the way
-    Megatron-LM calls it: once, or for every virtual pipeline stage in turn, the last of which has
-    all chunks prepared. Raises QuantError for what gives no model.
+    The wrapper keeps the parameters of ``provider``, which differ between releases. Megatron-LM
+    calls it once, or once for every virtual pipeline stage; the call for the last stage prepares
+    all chunks. Raises QuantError if ``provider`` is no model provider.
     """
     if "pre_process" not in inspect.signature(provider).parameters:
         raise QuantError(
             f"{getattr(provider, '__name__', provider)} has no parameter pre_process, so it is no "
-            "model provider: give what pretrain takes as model_provider"
+            "model provider: give the function that pretrain takes as model_provider"
         )
     made: list[nn.Module] = []
 

@@ -25,11 +25,11 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def load_optimizer(
     chunks: Chunks, optimizer: Any, stored: TorchDist, step: int, groups: Groups
 ) -> None:
-    """Fill Adam's moments and main parameters; ``step`` were done. Collective.
+    """Fill Adam's moments and main parameters as after ``step`` steps. Collective.
 
-    optimizer: Megatron's, of ``chunks``, distributed. Learning rates, which a schedule gives, stay
-    as they are. Raises CheckpointError, on every rank alike, for a key that the checkpoint lacks or
-    has of another shape.
+    optimizer: Megatron's distributed one, of ``chunks``. Learning rates stay as they are, because a
+    schedule sets them. Raises CheckpointError, on every rank alike, for a key that the checkpoint
+    lacks or has in another shape.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     for part in parts:
@@ -43,13 +43,13 @@ def load_optimizer(
     loaded = apply_factory_merges(read_tensors(tensors, stored, groups), factories)[OPTIMIZER]
     for index, part in enumerate(parts):
         own = loaded if len(parts) == 1 else loaded[index]
-        _set_step(part.optimizer, None)  # Megatron-Core looks for all that is there
+        _set_step(part.optimizer, None)  # Megatron-Core looks for every state that exists
         part.load_parameter_state_from_fully_reshardable(own["param_state"])
         _set_step(part.optimizer, step)
 
 
 def _allocate(optimizer: torch.optim.Optimizer) -> None:
-    """Megatron-Core gives torch's AdamW its moments without a count, and AdamW refuses that."""
+    """Give torch's AdamW a step count: Megatron-Core sets only its moments, and AdamW refuses."""
     if isinstance(optimizer, torch.optim.AdamW):
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             optimizer.state[p] = {name: torch.zeros_like(p) for name in _MOMENTS}
@@ -57,7 +57,7 @@ def _allocate(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int | None) -> None:
-    """Where Adam counts: Transformer Engine's in its groups, torch's by parameter."""
+    """Set Adam's count: Transformer Engine keeps it by group, torch by parameter."""
     if not isinstance(optimizer, torch.optim.AdamW):
         for group in optimizer.param_groups:
             group["step"] = step or 0

@@ -1,10 +1,10 @@
-"""A training run on disk: model, quantizers and optimizer after a step, for any layout to go on.
+"""Save a training run (model, quantizers, optimizer) so that any layout can continue it.
 
     DIR/iter_0000040/                       a ``torch_dist`` checkpoint, and progress.json
-    DIR/latest_checkpointed_iteration.txt   "40", as Megatron-LM has it; renamed into place last
+    DIR/latest_checkpointed_iteration.txt   "40", as in Megatron-LM; renamed into place last
 
 A run that is killed at any moment leaves the last save that it finished. The optimizer's state is
-in Megatron-Core's ``fully_reshardable`` format, of whole parameters.
+in Megatron-Core's ``fully_reshardable`` format, which holds whole parameters.
 """
 
 import json
@@ -37,8 +37,8 @@ _PROGRESS = "progress.json"
 class TrainProgress:
     """A finished save.
 
-    path: the checkpoint, which ``prepare`` takes. step: how many steps were done. settings: what
-    the run said of itself.
+    path: the checkpoint, for ``prepare``. step: how many steps were done. settings: those that the
+    run gave to :func:`save_run`.
     """
 
     path: Path
@@ -49,11 +49,11 @@ class TrainProgress:
 def save_run(
     directory: Path, step: int, settings: Mapping[str, Any], model: Any, optimizer: Any
 ) -> None:
-    """Save the run after ``step`` steps; its save before is removed. Collective.
+    """Save the run after ``step`` steps, and remove its previous save. Collective.
 
-    model: what ``prepare`` quantized, wrapped or not. optimizer: Megatron's, distributed.
-    settings: values of JSON. Raises ExportError, on every rank alike, for what the disk refuses and
-    where files of others lie at the save's place.
+    model: the one that ``prepare`` quantized, wrapped or not. optimizer: Megatron's distributed
+    one. settings: JSON values. Raises ExportError, on every rank alike, if the disk refuses, or if
+    files that are not ours lie at the save's place.
     """
     of, path = quantized(model).model, directory / f"iter_{step:07d}"
     first = of.groups.rank == 0
@@ -72,7 +72,7 @@ def _add_progress(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
 
 
 def _name_latest(path: Path, step: int) -> None:
-    """Have the run's directory say that ``path`` is its last save; the one before it goes."""
+    """Name ``path`` as the last save in the run's directory, and remove the previous one."""
     before = latest(path.parent)
     with explained(path, "cannot be written"):
         temporary = path.parent / f"{TRACKER}.incomplete"
@@ -82,7 +82,7 @@ def _name_latest(path: Path, step: int) -> None:
         try:
             remove_own(before)
         except ExportError as error:
-            logging.getLogger(__name__).warning("the save before is kept: %s", error)
+            logging.getLogger(__name__).warning("the previous save is kept: %s", error)
 
 
 def last_save(directory: Path, groups: Groups) -> TrainProgress | None:
@@ -99,20 +99,20 @@ def _last_save(directory: Path) -> TrainProgress | None:
         return None
     if not (path / _PROGRESS).is_file():
         raise CheckpointError(
-            f"{path} has no {_PROGRESS}: another program saved it: give an empty "
-            "directory, or that program"
+            f"{path} has no {_PROGRESS}, so another program saved it: give an empty directory, or "
+            "continue with that program"
         )
     found = read_object(path / _PROGRESS)
     step, settings = found.get("step"), found.get("settings")
     if not isinstance(step, int) or not isinstance(settings, dict):
-        raise CheckpointError(f"{path / _PROGRESS} says no step and settings: save the run again")
+        raise CheckpointError(f"{path / _PROGRESS} has no step and settings: save the run again")
     return TrainProgress(path, step, settings)
 
 
 def load_progress(saved: TrainProgress, model: Any, optimizer: Any) -> None:
-    """Give ``optimizer`` its state of the save from which ``model`` was prepared. Collective.
+    """Fill ``optimizer`` from the save that ``model`` was prepared from. Collective.
 
-    Raises CheckpointError, on every rank alike, for what the save lacks.
+    Raises CheckpointError, on every rank alike, if the save lacks a part of it.
     """
     of = quantized(model).model
     stored = together(of.groups, lambda: open_torch_dist(saved.path))

@@ -1,9 +1,9 @@
-"""A host without a GPU: the classes of Transformer Engine and Megatron-Core on CPU tensors.
+"""Run the classes of Transformer Engine and Megatron-Core on CPU tensors, without a GPU.
 
-One class hierarchy runs everywhere, Transformer Engine's own. What its shared libraries do on a GPU
-is done here by torch operations, for the kernels that float32, bfloat16 and float16 forward and
-backward of a Megatron model need. This room is the only one that replaces anything in another
-library, and only :func:`activate` does so: importing it changes nothing.
+One class hierarchy runs everywhere, Transformer Engine's own. Torch operations replace those GPU
+kernels that a float32, bfloat16 or float16 forward and backward of a Megatron model needs. Only
+this room replaces anything in another library, and only when :func:`activate` is called: importing
+it changes nothing.
 
 Written for Transformer Engine 2.10.0 to 2.20.2 (the pure-Python wheel is enough; shared libraries
 are loaded only where :mod:`megatron_quant.cpu.plugin` is asked for) and Megatron-Core 0.16.1 to
@@ -88,8 +88,8 @@ def transformer_config_overrides() -> dict[str, object]:
 def _check_host() -> None:
     if torch.cuda.is_available():
         raise HostError(
-            "cpu.activate() on a host with CUDA: leave it out, the installed Transformer Engine"
-            " is used there (or hide the GPU with CUDA_VISIBLE_DEVICES='')"
+            "cpu.activate() on a host with CUDA: leave it out, because the installed Transformer"
+            " Engine is used there (or hide the GPU with CUDA_VISIBLE_DEVICES='')"
         )
     for name in _EARLIER:
         if name in sys.modules:

@@ -38,7 +38,7 @@ def load(version: str) -> None:
     """
     if versions.numbers(version) < versions.numbers(versions.PLUGIN):
         raise HostError(
-            f"{VARIABLE} is of Transformer Engine {versions.PLUGIN}, this is {version}: unset it"
+            f"{VARIABLE} needs Transformer Engine {versions.PLUGIN}, this is {version}: unset it"
         )
     try:
         importlib.import_module("transformer_engine.pytorch")

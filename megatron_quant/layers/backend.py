@@ -1,13 +1,13 @@
-"""ModelOpt's quantizers computing with our codecs.
+"""Let ModelOpt's quantizers compute with our codecs.
 
-ModelOpt owns the quantizer object (what is on, its amax, its name in state dicts); the numbers come
-from :mod:`megatron_quant.formats` through ModelOpt's public backend seam, so that what a forward
-sees is what an export stores, on every device.
+ModelOpt owns the quantizer object: what is on, its amax, its name in state dicts. The numbers come
+from :mod:`megatron_quant.formats` through ModelOpt's public backend seam. So a forward sees what an
+export stores, on every device.
 
-A weight quantizer knows which regions of logical tensors its weight holds, and may have a buffer
-``_block_amax``: the statistics of all blocks that those touch, fp32 [N_b, K_b, P], or with the
-experts of a stack before them, the regions' blocks under one another. Without it block scales
-follow from the values.
+A weight quantizer knows which regions of logical tensors its weight holds. It may have a buffer
+``_block_amax``: the statistics of all blocks that those regions touch, fp32 [N_b, K_b, P], region
+after region by rows; a stack of experts has its number as the first dim. Without that buffer block
+scales follow from the values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,16 +36,16 @@ from megatron_quant.formats import (
 )
 
 BACKEND = "megatron_quant"
-_SHARE = "_share"  # of a quantizer: the module that says what its weight holds
-AMAX, BLOCK_AMAX = "_amax", "_block_amax"  # buffers of a quantizer: ModelOpt's, and ours
+_SHARE = "_share"  # a quantizer's child that says what its weight holds
+AMAX, BLOCK_AMAX = "_amax", "_block_amax"  # a quantizer's buffers: ModelOpt's, and ours
 
 
 def quantizer_attributes(fmt: Format, axis: int | None = None) -> dict[str, Any]:
-    """Attribute config of a ModelOpt ``TensorQuantizer`` that stores in ``fmt``.
+    """Return the attribute config of a ModelOpt ``TensorQuantizer`` that stores in ``fmt``.
 
-    ``axis``: the dim that has one amax an index (0 for one an expert of a stack); None for one
-    amax over all. Block formats say ``dynamic``: their block scales follow from the values.
-    ModelOpt's summaries describe a format by these; the backend computes by its name.
+    ``axis``: the dim with one amax per index (0 for one per expert of a stack); None for a single
+    amax. Block formats are ``dynamic``: their block scales follow from the values. ModelOpt's
+    summaries describe a format by these attributes; the backend computes by the format's name.
     """
     return {
         "num_bits": fmt.float_bits or fmt.bits,
@@ -74,10 +74,10 @@ def quantizer_format(quantizer: TensorQuantizer) -> Format:
 
 @dataclass(frozen=True)
 class KeptGrid:
-    """Scales that a weight quantizer was given, as ``formats.grid`` has them.
+    """Scales that a weight quantizer was given, in the form of ``formats.grid``.
 
-    regions: what the weight holds of its logical tensors, in the order of its rows. scales: of
-    each region, by field; those of a stack of experts have their number as the first dim.
+    regions: the parts of logical tensors that the weight holds, in the order of its rows. scales:
+    each region's, by field; for a stack of experts their number is the first dim.
     """
 
     fmt: Format
@@ -85,7 +85,7 @@ class KeptGrid:
     scales: tuple[Mapping[str, torch.Tensor], ...]
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the nearest values to ``weight`` [N, K] or [E, N, K] on the grid."""
+        """Round ``weight`` [N, K] or [E, N, K] to the nearest values on the grid."""
         parts = [
             fake_quant_on(region.take(weight), self.fmt, scales, _origin(region))
             for region, scales in zip(self.regions, self.scales, strict=True)
@@ -94,10 +94,10 @@ class KeptGrid:
 
 
 class _Share(nn.Module):
-    """A weight quantizer's knowledge of this rank's share of its weight.
+    """What a weight quantizer knows of this rank's share of its weight.
 
-    A module without parameters or buffers: it is in no state dict, neither torch's nor ModelOpt's,
-    and a copy of the model has it too.
+    It is a module without parameters or buffers. So no state dict has it, neither torch's nor
+    ModelOpt's, but a copy of the model does.
     """
 
     def __init__(self, regions: Sequence[Region] = (), grid: KeptGrid | None = None) -> None:
@@ -109,9 +109,9 @@ _NOTHING = _Share()
 
 
 def set_regions(quantizer: TensorQuantizer, regions: Sequence[Region]) -> None:
-    """Tell a weight quantizer what its weight holds, as ``formats.blocks.region.grids`` has it.
+    """Tell a weight quantizer what its weight holds, as ``formats.blocks.region.grids`` takes it.
 
-    It is this rank's layout, hence in no state dict. A grid that there was is gone.
+    The regions depend on this rank's layout, so no state dict has them. An earlier grid is dropped.
     """
     quantizer.add_module(_SHARE, _Share(regions))
 
@@ -122,12 +122,12 @@ def regions_of(quantizer: TensorQuantizer) -> tuple[Region, ...]:
 
 
 def set_grid(quantizer: TensorQuantizer, grid: KeptGrid) -> None:
-    """Have a weight quantizer round onto ``grid``, whatever its statistics."""
+    """Make a weight quantizer round onto ``grid``, whatever its statistics."""
     quantizer.add_module(_SHARE, _Share(regions_of(quantizer), grid))
 
 
 def grid_of(quantizer: TensorQuantizer) -> KeptGrid | None:
-    """Return the grid that :func:`set_grid` set; None where scales follow from statistics."""
+    """Return the grid that :func:`set_grid` set; None if scales follow from statistics."""
     return _share_of(quantizer).grid
 
 
@@ -136,26 +136,26 @@ def _share_of(quantizer: TensorQuantizer) -> _Share:
 
 
 def set_block_amax(quantizer: TensorQuantizer, stat: torch.Tensor) -> None:
-    """Give a weight quantizer the statistics of its blocks; they replace any there are.
+    """Give a weight quantizer the statistics of its blocks, in place of any it has.
 
-    They are of this rank's layout, hence in no state dict.
+    They depend on this rank's layout, so no state dict has them.
     """
     quantizer.register_buffer(BLOCK_AMAX, stat, persistent=False)
 
 
 def block_amax(quantizer: TensorQuantizer) -> torch.Tensor | None:
-    """Return the statistics of its blocks; None where they follow from the weight."""
+    """Return the statistics of its blocks; None if they follow from the weight."""
     return getattr(quantizer, BLOCK_AMAX, None)
 
 
 def reset_block_amax(quantizer: TensorQuantizer) -> None:
-    """Have the statistics of its blocks follow from the weight again."""
+    """Let the statistics of its blocks follow from the weight again."""
     if block_amax(quantizer) is not None:
         delattr(quantizer, BLOCK_AMAX)
 
 
 def split_stat(stat: torch.Tensor, regions: Sequence[Region], fmt: Format) -> list[torch.Tensor]:
-    """Statistics [..., N_b, K_b, P] of all regions -> those of each."""
+    """Split statistics [..., N_b, K_b, P] of all regions into those of each."""
     assert fmt.stat_block is not None
     counts = [len(region.touched(fmt.stat_block)[0]) for region in regions]
     return [own.contiguous() for own in stat.split(counts, dim=-3)]
@@ -180,9 +180,9 @@ def _fake_quantize(inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Te
 
 
 def _short_blocks(x: torch.Tensor, fmt: Format) -> torch.Tensor | None:
-    """Statistics of a layer's inputs whose last block is short; None where all blocks are full.
+    """Return the statistics of inputs whose last block is short; None if all blocks are full.
 
-    Every rank scales what it multiplies by itself, as engines do: blocks start at its first column.
+    Every rank scales its own columns, as engines do: blocks start at its first column.
     """
     short = fmt.group_size > 0 and x.shape[-1] % fmt.group_size
     return block_stat(x, fmt) if short else None
@@ -195,17 +195,17 @@ def _origin(region: Region) -> tuple[int, int]:
 def _dscale(quantizer: TensorQuantizer, fmt: Format) -> torch.Tensor:
     if quantizer.amax is None:
         raise CalibrationError(
-            f"a {fmt.name} quantizer was used before it has an amax: calibrate the model first"
+            f"a {fmt.name} quantizer was used before it had an amax: calibrate the model first"
         )
     return tensor_scale(quantizer.amax.float(), fmt)
 
 
 def register_backend() -> None:
-    """Make ``backend="megatron_quant"`` known to ModelOpt; a second call does nothing."""
+    """Register ``backend="megatron_quant"`` with ModelOpt; a second call does nothing."""
     if not is_registered_quant_backend(BACKEND):
         register_quant_backend(BACKEND, _fake_quantize)
 
 
 def unregister_backend() -> None:
-    """Have ModelOpt forget it; a second call does nothing."""
+    """Remove the backend from ModelOpt; a second call does nothing."""
     unregister_quant_backend(BACKEND)

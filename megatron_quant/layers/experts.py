@@ -1,9 +1,9 @@
-"""Routed experts whose second linear is given what serving engines give it.
+"""Routed experts whose second linear gets the same inputs as in serving engines.
 
 Megatron's ``TEGroupedMLP`` multiplies a token's routing probability into the activation, before
-``linear_fc2``; transformers and the engines multiply it into the output of ``down_proj``. The
-two are equal in exact arithmetic, but the inputs of ``linear_fc2``, which calibration measures and
-fake quantization rounds, are not.
+``linear_fc2``. transformers and the engines multiply it into the output of ``down_proj``. In exact
+arithmetic the results are equal. The inputs of ``linear_fc2`` are not, and these are what
+calibration measures and fake quantization rounds.
 """
 
 from typing import Any
@@ -23,15 +23,15 @@ class QuantExperts(QuantModule):
     def _setup(self) -> None:
         if getattr(self, "_with_fused_impl", False):  # from megatron-core 0.17
             raise QuantError(
-                "use_transformer_engine_op_fuser=True computes experts without calling their "
-                "linears, and so without their quantizers: set it to False in the TransformerConfig"
+                "use_transformer_engine_op_fuser=True computes experts without their linears, and "
+                "so without their quantizers: set it to False in the TransformerConfig"
             )
 
     def forward(
         self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, probs_T: torch.Tensor
     ) -> tuple[torch.Tensor, Any]:
         """Run the experts on tokens sorted by expert, and weigh each by its routing probability."""
-        if self.config.moe_apply_probs_on_input:  # as such a model is trained and served (Llama 4)
+        if self.config.moe_apply_probs_on_input:  # Llama 4 is trained and served so
             weighed: tuple[torch.Tensor, Any] = super().forward(x_TH, tokens_per_expert, probs_T)
             return weighed
         out_TH, bias = super().forward(x_TH, tokens_per_expert, torch.ones_like(probs_T))

@@ -1,8 +1,8 @@
-"""Quantization of ``weight0 .. weight{N-1}`` of a grouped linear, whatever its base class.
+"""Quantize ``weight0 .. weight{N-1}`` of a grouped linear, whatever its base class.
 
-The base class is called through its public ``forward`` only. The quantized weights reach it through
-the parameters that it reads: they stand in ``_parameters`` for the time of the call. All experts of
-a rank are quantized as one stack, so the number of Python calls does not grow with theirs.
+The base class is called only through its public ``forward``. It reads the quantized weights from
+``_parameters``, where they replace the parameters during the call. All experts of a rank are
+quantized as one stack, so the number of Python calls does not grow with the experts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,10 +20,10 @@ from megatron_quant.layers.stand_in import stand_ins
 class QuantGroupedLinear(QuantModule):
     """A grouped linear with an input quantizer and one weight quantizer for its experts.
 
-    With this library's attributes ``weight_quantizer`` holds one amax for the rank's experts
-    (``axis=None``, shared scales) or one each (``axis=0``, [E, 1, 1]), and is given the experts as
-    a stack, [E, N, K]. With ModelOpt's own it does what it does on a plain linear: it is given
-    their rows under one another, [E * N, K].
+    With this library's attributes, ``weight_quantizer`` gets the experts as a stack, [E, N, K]. It
+    holds one amax for all of the rank's experts (``axis=None``, shared scales) or one each
+    (``axis=0``, [E, 1, 1]). With ModelOpt's own attributes it works as on a plain linear and gets
+    the experts' rows one after another, [E * N, K].
     """
 
     num_gemms: int
@@ -45,11 +45,11 @@ class QuantGroupedLinear(QuantModule):
 
     @property
     def per_expert(self) -> bool:
-        """Return whether every expert has a weight amax of its own."""
+        """Return whether every expert has its own weight amax."""
         return bool(self.weight_quantizer.axis == 0 and self.weight_quantizer.backend == BACKEND)
 
     def quantize(self, w_ENK: torch.Tensor) -> torch.Tensor:
-        """Quantize the weights [E, N, K] of all experts of the rank in one call."""
+        """Quantize the weights [E, N, K] of all of the rank's experts in one call."""
         if self.weight_quantizer.backend == BACKEND:
             stack: torch.Tensor = self.weight_quantizer(w_ENK)
             return stack
@@ -57,9 +57,9 @@ class QuantGroupedLinear(QuantModule):
         return rows.view_as(w_ENK)
 
     def iter_weights_for_calibration(self) -> Iterator[tuple[torch.Tensor, Any]]:
-        """Yield weights [N, K] and who is to observe them (ModelOpt's calibration seam).
+        """Yield weights [N, K], each with the quantizer that observes it, for ModelOpt.
 
-        Where the amax tells the experts apart they come once, as the stack [E, N, K].
+        If every expert has its own amax, the weights come once, as the stack [E, N, K].
         """
         quantizer = self.weight_quantizer
         if quantizer.axis is None and not quantizer.is_static_block_quant:
@@ -98,7 +98,7 @@ class QuantGroupedLinear(QuantModule):
         return self.quantize(torch.stack(weights)).unbind(0)
 
     def forward(self, x: torch.Tensor, m_splits: Any) -> Any:
-        """Run ``x`` [tokens, K], sorted by expert, with ``m_splits`` tokens an expert."""
+        """Run ``x`` [tokens, K], sorted by expert; ``m_splits`` counts each expert's tokens."""
         x = self.input_quantizer(x)
         with self._quantized_weights():
             out = super().forward(x, m_splits)

@@ -1,4 +1,4 @@
-"""Turning a model's layers into their quantized subclasses, as a plan says: all or nothing."""
+"""Turn a model's layers into their quantized subclasses, as a plan says: all or none."""
 
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -40,7 +40,7 @@ _ALL_OFF = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm"
 
 
 class ExpertScales(Enum):
-    """Whose weight amax an expert's tensor scale comes from."""
+    """Which weight amax an expert's tensor scale comes from."""
 
     SHARED = "shared"  # the largest of all experts of the layer, on every rank
     PER_EXPERT = "per_expert"
@@ -48,10 +48,10 @@ class ExpertScales(Enum):
 
 @dataclass(frozen=True)
 class LocalWeight:
-    """Where this rank keeps (its shard of) a slot: ``model.get_submodule(module).attribute``.
+    """Where this rank keeps its shard of a slot: ``model.get_submodule(module).attribute``.
 
-    regions: what it holds of the slot's logical tensors, in the order of its rows; empty for a
-        weight that is one logical tensor, whole.
+    regions: the parts of the slot's logical tensors that it holds, in the order of its rows; empty
+        if the weight is one whole logical tensor.
     """
 
     slot: str
@@ -70,45 +70,45 @@ class QuantLayer:
 
     @property
     def name(self) -> str:
-        """Global Megatron module name."""
+        """Return the global Megatron module name."""
         return self.decisions[0].slot.module
 
     @property
     def sharing(self) -> str:
-        """:attr:`Slot.sharing` of its weights."""
+        """Return :attr:`Slot.sharing` of its weights."""
         return self.decisions[0].slot.sharing
 
     @property
     def weight_format(self) -> Format:
-        """Format of the weights."""
+        """Return the format of the weights."""
         fmt = self.decisions[0].weights
         assert fmt is not None
         return fmt
 
     @property
     def searches_blocks(self) -> bool:
-        """Return whether the scales of the blocks of its weights are searched."""
+        """Return whether its weights' block scales are searched."""
         return self.decisions[0].searches_blocks
 
     @property
     def static_inputs(self) -> bool:
-        """Whether the inputs' scale is calibrated; others follow from the inputs of each call."""
+        """Return whether the inputs' scale is calibrated, not taken from each call's inputs."""
         inputs = self.decisions[0].inputs
         return inputs is not None and inputs.tensor_scale
 
     @property
     def grouped(self) -> bool:
-        """Return whether the weights are experts'."""
+        """Return whether the weights belong to experts."""
         return isinstance(self.module, QuantGroupedLinear)
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """Return each weight's parts of its logical tensors, each with a block grid of its own."""
+        """Return each weight's parts of logical tensors; each part has its own block grid."""
         return regions_of(self.weight_quantizer)
 
     @property
     def per_expert(self) -> bool:
-        """Return whether each of its weights is an expert's with an amax of its own."""
+        """Return whether its weights are experts' and each has its own amax."""
         return isinstance(self.module, QuantGroupedLinear) and self.module.per_expert
 
     @property
@@ -127,7 +127,7 @@ class QuantLayer:
         return (self.weight_quantizer, self.input_quantizer)
 
     def weights(self) -> list[torch.Tensor]:
-        """Return the rank's shards [N, K], one a decision."""
+        """Return the rank's shards [N, K], one per decision."""
         return [getattr(self.module, attribute) for attribute in self.attributes]
 
     def weight_amax(self, index: int) -> torch.Tensor | None:
@@ -146,13 +146,13 @@ class QuantLayer:
         return amax.float()
 
     def input_amax(self) -> torch.Tensor | None:
-        """Return the inputs' calibrated amax, fp32 []; None where they have no static scale."""
+        """Return the inputs' calibrated amax, fp32 []; None if they have no static scale."""
         return self.input_quantizer.amax.float().reshape(()) if self.static_inputs else None
 
     def block_stat(self, index: int, region: Region) -> torch.Tensor | None:
-        """Statistics of the blocks that a region of the ``index``-th weight touches.
+        """Return the statistics of the blocks that a region of the ``index``-th weight touches.
 
-        fp32 [N_b, K_b, P]; None where they follow from the region alone.
+        fp32 [N_b, K_b, P]; None if they follow from the region alone.
         """
         stat = block_amax(self.weight_quantizer)
         if stat is None:
@@ -164,7 +164,7 @@ class QuantLayer:
         return torch.cat([own[start:stop] for start, stop in region.rows])  # a block has one row
 
     def keep(self, grid: KeptGrid) -> None:
-        """Have the weights rounded onto ``grid``."""
+        """Round the weights onto ``grid`` from now on."""
         set_grid(self.weight_quantizer, grid)
 
     @property
@@ -173,7 +173,7 @@ class QuantLayer:
         return grid_of(self.weight_quantizer) is not None
 
     def scales(self, index: int, region: Region) -> dict[str, torch.Tensor] | None:
-        """Scales that a region of the ``index``-th weight keeps; None where it keeps none."""
+        """Return the scales that a region of the ``index``-th weight keeps; None if none."""
         grid = grid_of(self.weight_quantizer)
         if grid is None:
             return None
@@ -191,7 +191,7 @@ def _quantizer(found: object) -> TensorQuantizer:
 
 
 def set_expert_scales(layer: QuantLayer, scales: ExpertScales) -> None:
-    """Have the layer's experts share their weight amax or not; there is none then."""
+    """Let the layer's experts share their weight amax or not, and drop any present amax."""
     assert layer.grouped, layer.name
     quantizer = layer.weight_quantizer
     quantizer.reset_amax()
@@ -209,15 +209,15 @@ def attach(
     """Convert ``model`` in place; return its quantized layers in the model's order.
 
     ``weights``: this rank's share of the plan's slots. Everything is checked before the first
-    layer changes. Raises CoverageError for a layer that cannot carry what the plan asks of it,
-    QuantError for a model that is to be recorded in CUDA graphs.
+    layer changes. Raises CoverageError for a layer that cannot carry the quantizer that the plan
+    asks, QuantError for a model that records CUDA graphs.
     """
     refuse_cuda_graphs(model)
     register()
     chosen = _by_module(plan, weights)
     for name in chosen:
         _check(name, model.get_submodule(name))
-    # ModelOpt prints how many quantizers, on every rank.
+    # ModelOpt prints the number of quantizers, on every rank.
     with redirect_stdout(StringIO()), fusion_kept(model), mode_state_kept(model):
         mtq.quantize(model, _ALL_OFF)
     return [_configure(model.get_submodule(n), m, expert_scales) for n, m in chosen.items()]
@@ -262,7 +262,7 @@ def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> Qu
 
 
 def _regions(weight: LocalWeight, layer: QuantLayer) -> tuple[Region, ...]:
-    """Return the regions of the first weight; the experts of a layer are all cut alike."""
+    """Return the first weight's regions; all experts of a layer are cut alike."""
     rows, cols = layer.weights()[0].shape
     if weight.regions:
         assert sum(region.size[0] for region in weight.regions) == rows, weight

@@ -1,7 +1,6 @@
 """Quantizers of cached keys and values, on the attention that ModelOpt's registry converts.
 
-Its ``k_bmm_quantizer`` and ``v_bmm_quantizer`` are given what an engine would cache: keys after the
-rotation, and values.
+Its ``k_bmm_quantizer`` and ``v_bmm_quantizer`` see what an engine caches: rotated keys, and values.
 """
 
 from collections.abc import Sequence
@@ -18,13 +17,13 @@ from megatron_quant.layers.install import LocalWeight
 from megatron_quant.recipes import CacheSlot, QuantPlan, attention_of, cache_slots
 
 CAST_AMAX = 448.0
-"""With it an FP8 scale is 1: keys and values are cast as they are."""
+"""The amax that gives an FP8 scale of 1: keys and values are cast as they are."""
 _CACHED = get_format("fp8")
 
 
 @dataclass(frozen=True)
 class CachedTensor:
-    """The quantizer of one attention's keys or values on this rank, which holds some of its heads.
+    """The quantizer of one attention's keys or values, for the heads on this rank.
 
     device: where its amax lives.
     """
@@ -39,7 +38,7 @@ class CachedTensor:
         return (self.quantizer,)
 
     def set_amax(self, amax: float) -> None:
-        """Give it the largest magnitude of the keys or values of all heads."""
+        """Set the largest magnitude of all heads' keys or values."""
         self.quantizer.amax = torch.tensor(amax, dtype=torch.float32, device=self.device)
 
     def amax(self) -> torch.Tensor:
@@ -51,10 +50,10 @@ class CachedTensor:
 def attach_kv_cache(
     model: nn.Module, plan: QuantPlan, weights: Sequence[LocalWeight]
 ) -> list[CachedTensor]:
-    """Turn on the quantizers that ``plan.kv_cache`` asks for; :func:`attach` came before.
+    """Turn on the quantizers that ``plan.kv_cache`` asks for. Call it after :func:`attach`.
 
-    weights: this rank's share of the plan's slots. Raises CoverageError for an attention that has
-    no such quantizers.
+    weights: this rank's share of the plan's slots. Raises CoverageError for an attention without
+    such quantizers.
     """
     device = next(model.parameters()).device
     slots: dict[str, list[CacheSlot]] = {}

@@ -1,7 +1,7 @@
-"""Our classes in ModelOpt's registry: put there by a call, and taken out by one.
+"""Put our classes into ModelOpt's registry, and take them out again.
 
 ``mtq.quantize`` converts a module to the class that ``QuantModuleRegistry`` has for it, and
-computes by the backend that a quantizer names. Importing this package changes neither.
+computes with the backend that the quantizer names. Importing this package changes neither.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from megatron_quant.layers.te import ATTENTION, COLUMN, DENSE_MLP, ROW, Column, 
 
 @dataclass(frozen=True)
 class _Entry:
-    """The class that the registry gives a quantized ``base``, and the name it is saved by."""
+    """The registry's class for a quantized ``base``, and the name that it is saved under."""
 
     base: type[nn.Module]
     quantized: type[QuantModule]
@@ -24,21 +24,21 @@ class _Entry:
 
 
 _replaced: list[_Entry] = []
-"""ModelOpt's entries while ours stand in their place."""
+"""ModelOpt's entries that ours replace."""
 _ours: list[_Entry] = []
 
 
 def register() -> None:
-    """Put our classes in the place of ModelOpt's entries; a second call does nothing.
+    """Replace ModelOpt's entries by our classes; a second call does nothing.
 
-    ``attach`` calls it. Call it before ``mtq.quantize`` or ``mto.restore`` of your own.
+    ``attach`` calls it. Call it yourself before your own ``mtq.quantize`` or ``mto.restore``.
     """
     register_backend()
     if _ours:
         return
     _replaced.extend(filter(None, map(_entry, (COLUMN, ROW, ATTENTION, EXPERTS, DENSE_MLP))))
-    # ModelOpt's MLP sets singleton_local_shards in the caller's metadata, for all layers after it:
-    # none of ours replaces it.
+    # ModelOpt's MLP goes, and nothing takes its place: it sets singleton_local_shards in the
+    # caller's metadata, for all layers after it.
     ours = (
         _Entry(COLUMN, Column, "megatron_quant_TEColumnParallelGroupedLinear"),
         _Entry(ROW, Row, "megatron_quant_TERowParallelGroupedLinear"),
@@ -52,8 +52,8 @@ def register() -> None:
 def unregister() -> None:
     """Put ModelOpt's entries back; a second call does nothing.
 
-    Models that are quantized keep their classes, but not the backend that they compute by: call it
-    when they are gone.
+    Quantized models keep their classes, but not the backend that they compute with. So call it
+    only when they are gone.
     """
     unregister_backend()
     _exchange(_ours, _replaced)
@@ -62,7 +62,7 @@ def unregister() -> None:
 
 
 def _entry(base: type[nn.Module]) -> _Entry | None:
-    """Return the registry's entry for ``base``; None where it has none."""
+    """Return the registry's entry for ``base``; None if it has none."""
     if base not in QuantModuleRegistry:
         return None
     made = QuantModuleRegistry[base]  # a subclass of the registered class and of the base

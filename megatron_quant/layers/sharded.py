@@ -1,9 +1,9 @@
 """The amaxes of a grouped linear's quantizers in a distributed checkpoint.
 
-Keys and shapes are ModelOpt's: ``...experts.linear_fc1.weight_quantizer._amax`` [1] for an amax
-that all experts of a layer share (before 0.47), ``...experts.5.linear_fc1.weight_quantizer._amax``
-[1] for that of global expert 5 (since). Where Megatron stacks experts (no
-``singleton_local_shards``), so are their amaxes: [experts, 1] under the key of a shared one.
+Keys and shapes are ModelOpt's. An amax that all experts of a layer share (before 0.47) is
+``...experts.linear_fc1.weight_quantizer._amax`` [1]. The amax of global expert 5 (since 0.47) is
+``...experts.5.linear_fc1.weight_quantizer._amax`` [1]. If Megatron stacks experts (without
+``singleton_local_shards``), their amaxes are stacked too: [experts, 1] under the shared key.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from megatron_quant.errors import QuantError
 from megatron_quant.layers.grouped import QuantGroupedLinear
 
 Offsets = tuple[tuple[int, int, int], ...]
-"""(axis, index, count) of each axis that a layer's place in the model prepends (Megatron)."""
+"""(axis, index, count) of each axis that Megatron prepends for a layer's place in the model."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this rank is among those that hold a layer's experts.
+    """This rank's place among those that hold a layer's experts.
 
     etp, ep, edp: its ranks in the expert tensor-, expert- and expert-data-parallel groups.
-    experts: of the layer, on all ranks.
+    experts: how many the layer has, on all ranks.
     """
 
     etp: int
@@ -36,9 +36,9 @@ class Place:
 def quantizer_state(
     layer: QuantGroupedLinear, prefix: str, offsets: Offsets, singleton: bool, place: Place
 ) -> dict[str, Any]:
-    """State name -> ShardedTensor (or factory) of every amax that the layer has.
+    """Map the state name of every amax of the layer to its ShardedTensor (or factory).
 
-    Raises QuantError for amaxes of rows or blocks, which are of a shard: ModelOpt's own formats.
+    Raises QuantError for amaxes of rows or blocks (ModelOpt's own formats): they belong to a shard.
     """
     state: dict[str, Any] = {}
     for name in ("weight_quantizer", "input_quantizer", "output_quantizer"):
@@ -53,11 +53,11 @@ def quantizer_state(
 
 
 def _shared(amax: torch.Tensor, key: str, offsets: Offsets, place: Place) -> ShardedTensor:
-    """Equal on all ranks that hold experts of the layer, one of which writes it."""
+    """Describe an amax that is equal on all ranks with experts of the layer; one writes it."""
     if amax.numel() != 1:
         raise QuantError(
-            f"{key} {tuple(amax.shape)} is of one rank's rows or blocks: quantize experts with a "
-            "recipe of megatron_quant to have them in a distributed checkpoint"
+            f"{key} {tuple(amax.shape)} belongs to one rank's rows or blocks: to save experts in a "
+            "distributed checkpoint, quantize them with a recipe of megatron_quant"
         )
     return _shard(key, amax.view(1), offsets, (place.ep, place.etp, place.edp))
 
@@ -73,7 +73,7 @@ def _shard(
 def _per_expert(
     amax_E11: torch.Tensor, key: str, offsets: Offsets, singleton: bool, place: Place
 ) -> ShardedTensorFactory:
-    """One tensor an expert, each with the expert's global index; merged to the buffer's shape."""
+    """Describe one tensor per expert, by global index; loading merges them into the buffer."""
     shape, count = amax_E11.shape, len(amax_E11)
 
     def build(

@@ -1,8 +1,8 @@
-"""Quantized values in the place of a weight, for those who read more of it than its values.
+"""Let quantized values stand in for a weight, attributes included.
 
-Transformer Engine and Megatron-Core add a weight's gradient to the buffer ``main_grad`` where
-``fuse_wgrad_accumulation`` is on, and say so to Megatron's DistributedDataParallel by a flag on the
-weight. Both look for them on the tensor that was multiplied.
+With ``fuse_wgrad_accumulation``, Transformer Engine and Megatron-Core add a weight's gradient to
+the buffer ``main_grad``, and tell Megatron's DistributedDataParallel by a flag on the weight. Both
+look for buffer and flag on the tensor that was multiplied.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def stand_in(values: Tensor, weight: Tensor) -> Tensor:
-    """``values``, which share the attributes of ``weight`` from now on.
+    """Return ``values``, which share all attributes with ``weight`` from now on.
 
-    All of them, in both directions: what a backward sets on one, the other has.
+    They share in both directions: what a backward sets on one, the other has too.
     """
     values.__dict__ = weight.__dict__
     return values
@@ -28,9 +28,9 @@ def follow(quantizer: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor)
 
 
 class _StackedStraightThrough(torch.autograd.Function):
-    """Quantizes weights as one stack, and hands each gradient to its weight as it is.
+    """Quantizes weights as one stack, and hands each gradient unchanged to its weight.
 
-    Gradients that are placeholders, because the real ones went to ``main_grad``, are not copied.
+    Placeholder gradients, whose real ones went to ``main_grad``, are not copied.
     """
 
     @staticmethod
@@ -45,9 +45,9 @@ class _StackedStraightThrough(torch.autograd.Function):
 
 
 def stand_ins(weights: list[Tensor], quantize: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """One for each of ``weights`` [N, K]; ``quantize`` takes them stacked, [E, N, K].
+    """Make a stand-in for each of ``weights`` [N, K]; ``quantize`` takes them as [E, N, K].
 
-    Its gradient must be that of the identity, as our codecs' is.
+    The gradient of ``quantize`` must be the identity's, as our codecs' is.
     """
     values = _StackedStraightThrough.apply(quantize, *weights)
     return [stand_in(v, w) for v, w in zip(values, weights, strict=True)]

@@ -1,8 +1,8 @@
-"""The quantized classes on Transformer Engine's grouped linears, as ModelOpt's registry takes them.
+"""Quantized classes for Transformer Engine's grouped linears, as ModelOpt's registry takes them.
 
-It makes ``QuantTEColumnParallelGroupedLinear`` and ``QuantTERowParallelGroupedLinear`` of them,
-subclasses of Megatron's ``TEColumnParallelGroupedLinear`` / ``TERowParallelGroupedLinear``, that is
-of TE's ``GroupedLinear`` (its naming: ``Quant`` + the base's name).
+The registry makes subclasses of Megatron's ``TEColumnParallelGroupedLinear`` and
+``TERowParallelGroupedLinear``, and so of TE's ``GroupedLinear``. It calls them ``Quant`` + the
+base's name: ``QuantTEColumnParallelGroupedLinear`` and ``QuantTERowParallelGroupedLinear``.
 """
 
 from collections.abc import Iterator
@@ -34,13 +34,13 @@ ATTENTION, DENSE_MLP = TEDotProductAttention, MLP
 
 
 class _QuantTEGroupedLinear(QuantGroupedLinear):
-    """The needs of Transformer Engine's options and ModelOpt's calibration in a grouped linear."""
+    """Adapts a grouped linear to Transformer Engine's options and ModelOpt's calibration."""
 
     parallel_state: ParallelState | None
 
     def _setup(self) -> None:
         _check_options(self)
-        # ModelOpt's own formats may mask gradients; `fusion_kept` turns it on again for ours.
+        # Off, because ModelOpt's formats may mask gradients; `fusion_kept` restores it for ours.
         self.fuse_wgrad_accumulation = False
         if self.parallel_state is None:
             self.parallel_state = ParallelState(
@@ -58,16 +58,16 @@ class _QuantTEGroupedLinear(QuantGroupedLinear):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Add the quantizers' amaxes, with their experts' global indices, to the base class's."""
+        """Add the quantizers' amaxes, by global expert index, to the base class's state."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         singleton = bool((metadata or {}).get("singleton_local_shards", False))
         return {**state, **quantizer_state(self, prefix, sharded_offsets, singleton, _place(self))}
 
     def layer_sync_moe_local_experts_amax(self, sync_weight_amax: bool) -> None:
-        """ModelOpt's ``max_calibrate`` calls it before it merges the other amaxes over ranks.
+        """Merge a shared weight amax over expert-parallel ranks. ModelOpt's calibration calls it.
 
-        It merges an expert's weight amax over data and tensor parallelism only; a shared one is of
-        all experts of the layer, hence of the expert-parallel ranks too.
+        ``max_calibrate`` calls it before it merges other amaxes, and itself merges an expert's only
+        over data and tensor parallelism. A shared amax covers all experts of the layer.
         """
         amax = self.weight_quantizer.amax
         if amax is not None and amax.numel() == 1 and not self.per_expert:
@@ -79,7 +79,7 @@ class _QuantTEGroupedLinear(QuantGroupedLinear):
 def _drop_modelopt_state(module: nn.Module) -> None:
     """Leave ``_extra_state`` to Transformer Engine.
 
-    ModelOpt gives the instance methods that put a pickle of all quantizers there, once an expert.
+    ModelOpt gives the instance methods that put a pickle of all quantizers there for each expert.
     """
     for name in ("get_extra_state", "set_extra_state"):
         vars(module).pop(name, None)
@@ -87,10 +87,10 @@ def _drop_modelopt_state(module: nn.Module) -> None:
 
 @contextmanager
 def mode_state_kept(model: nn.Module) -> Iterator[None]:
-    """Give the model the list of ModelOpt's modes that it had before, mostly none.
+    """Restore, on exit, the model's list of ModelOpt modes, which is mostly empty.
 
-    By that list Megatron-LM writes ``modelopt_state/``, of single chunks alone, and builds the
-    model through ModelOpt when it resumes, which knows nothing of our layers.
+    If the list has a mode, Megatron-LM writes ``modelopt_state/`` (for single chunks only), and on
+    resuming builds the model through ModelOpt, which does not know our layers.
     """
     names = (ModeloptStateManager._state_key, ModeloptStateManager._state_version_key)
     before = {name: list(vars(model)[name]) for name in names if name in vars(model)}
@@ -113,14 +113,14 @@ def _place(module: QuantGroupedLinear) -> Place:
 
 @contextmanager
 def fusion_kept(model: nn.Module) -> Iterator[None]:
-    """Layers that add weight gradients to ``main_grad`` still do after ModelOpt converted them.
+    """Keep layers adding weight gradients to ``main_grad`` after ModelOpt converts them.
 
-    It turns that off, as its gradients may be masked. Ours are not: what a quantizer gives stands
-    in for the weight, ``main_grad`` and flags included. A conversion that failed leaves it on too.
+    ModelOpt turns that off, because its gradients may be masked. Ours are not: a quantizer's result
+    stands in for the weight, ``main_grad`` and flags included. A failed conversion keeps it on too.
     """
     fused: list[Any] = [m for m in model.modules() if getattr(m, "fuse_wgrad_accumulation", False)]
     for module in fused:
-        module.fuse_wgrad_accumulation = False  # or it would warn
+        module.fuse_wgrad_accumulation = False  # or ModelOpt warns
     try:
         yield
     finally:
@@ -136,14 +136,14 @@ def refuse_fp8(module: nn.Module, args: object) -> None:
     if FP8GlobalStateManager.is_fp8_enabled():
         raise QuantError(
             f"a quantized {type(module).__name__} was called within Transformer Engine's fp8 "
-            "autocast, which rounds what its quantizers gave again: train without fp8 (--fp8-format"
+            "autocast, which rounds its quantizers' results again: train without fp8 (--fp8-format"
             ", TransformerConfig.fp8, te.autocast), or without quantizers"
         )
 
 
 _RECORDED = (
-    "a CUDA graph repeats one recorded forward, so that quantizers could not go from calibration "
-    "to fake quant, nor to new ranges"
+    "a CUDA graph repeats one recorded forward, so quantizers could neither go from calibration to "
+    "fake quant nor take new ranges"
 )
 
 
@@ -157,7 +157,7 @@ def refuse_capture(module: nn.Module, args: object) -> None:
 
 
 def refuse_cuda_graphs(model: nn.Module) -> None:
-    """Raise QuantError where Megatron's configuration asks for CUDA graphs."""
+    """Raise QuantError if Megatron's configuration asks for CUDA graphs."""
     config = getattr(model, "config", None)
     asked = getattr(config, "cuda_graph_impl", "none")
     if asked not in (None, "none"):
@@ -175,8 +175,8 @@ def _check_options(module: Any) -> None:
         )
     if getattr(module, "single_grouped_weight", False):
         raise QuantError(
-            "single_grouped_weight=True leaves a grouped linear no weight of each expert: "
-            "build the model without it"
+            "single_grouped_weight=True gives a grouped linear one weight for all experts, not one "
+            "each: build the model without it"
         )
 
 
@@ -193,9 +193,9 @@ class Row(_QuantTEGroupedLinear):
 
 
 def attention() -> type[QuantModule]:
-    """ModelOpt's quantized attention, whose sinks a distributed checkpoint has whole.
+    """Make ModelOpt's quantized attention save its sinks whole in a distributed checkpoint.
 
-    Its base is what the registry has: call it before that is replaced.
+    The base is the registry's present class, so call it before that entry is replaced.
     """
     modelopts: Any = QuantModuleRegistry[TEDotProductAttention].__bases__[0]
 
@@ -206,7 +206,7 @@ def attention() -> type[QuantModule]:
             sharded_offsets: tuple[tuple[int, int, int], ...] = (),
             metadata: dict[str, Any] | None = None,
         ) -> dict[str, Any]:
-            """Return Megatron's own where heads have sinks: ModelOpt's takes a shard for all."""
+            """Return Megatron's own state if heads have sinks: ModelOpt's saves a shard as all."""
             owner = modelopts
             if self.config.softmax_type == "learnable":
                 owner, metadata = TEDotProductAttention, ensure_metadata_has_dp_cp_group(metadata)

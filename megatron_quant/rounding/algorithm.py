@@ -34,7 +34,7 @@ class Rounded:
 
     Attributes:
         w: fp32 in the weight's shape, every value on the grid.
-        loss_E: Sum over rows of e H e^T, e = w - rounded, with the damped H: fp64, one a moment.
+        loss_E: Sum over rows of e H e^T, e = w - rounded, with the damped H: fp64, one per moment.
         damp_E: Damp that each moment took.
     """
 
@@ -75,7 +75,7 @@ def gptq(
     moment: Tensor,
     settings: GptqSettings = _NOTHING,
 ) -> Rounded:
-    """Round ``w`` by columns, each making up for the errors of those before it.
+    """Round ``w`` column by column; each makes up for the errors of those before it.
 
     Args:
         w: Finite bf16, fp16 or fp32, [N, K] or [E, N, K]: whole rows of the logical tensor.

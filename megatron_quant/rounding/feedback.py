@@ -42,7 +42,7 @@ class Feedback:
 def check_damp(damp: float) -> None:
     """Raise RecipeError unless ``damp`` is a part of the mean diagonal, above 0 and at most 1."""
     if not 0 < damp <= 1:
-        raise RecipeError(f"damp is {damp}; it is a part of the mean diagonal, 0.01 or 0.05 say")
+        raise RecipeError(f"damp is {damp}; give a part of the mean diagonal, such as 0.01 or 0.05")
 
 
 def check_moment(moment_EKK: Tensor, names: Sequence[str]) -> None:
@@ -54,12 +54,12 @@ def check_moment(moment_EKK: Tensor, names: Sequence[str]) -> None:
         if not fine:
             raise CalibrationError(
                 f"the second moment of the inputs of {name} is not finite: an activation is NaN or "
-                "infinite on the calibration data; exclude the layer or look at the model"
+                "infinite on the calibration data; exclude the layer or check the model"
             )
         if least < 0:
             raise CalibrationError(
-                f"the second moment of the inputs of {name} has {least:g} on its diagonal, where "
-                "sums of squares belong; calibrate again"
+                f"the second moment of the inputs of {name} has {least:g} on its diagonal, which "
+                "holds sums of squares; calibrate again"
             )
 
 

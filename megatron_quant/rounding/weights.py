@@ -29,7 +29,7 @@ def importance(diagonal: Tensor, fmt: Format, name: str = "a weight") -> Tensor:
     if not diagonal.isfinite().all():
         raise CalibrationError(
             f"the squares of the inputs of {name} are not finite: an activation is NaN, infinite "
-            "or very large on the calibration data; exclude the layer or look at the model"
+            "or very large on the calibration data; exclude the layer or check the model"
         )
     cols = diagonal.shape[-1]
     block = fmt.stat_block[1] if fmt.stat_block else WHOLE

@@ -239,7 +239,7 @@ def test_refusals(ranks: Ranks) -> None:
     for check, kind, message in (
         (_convert_without_experts, LayoutError, "num_gemms=0 holds no expert: lower --ep"),
         (_convert_with_delayed_gradients, QuantError, "delay_wgrad_compute=True"),
-        (_forward_before_calibration, CalibrationError, "a fp8 quantizer was used before it has"),
+        (_forward_before_calibration, CalibrationError, "a fp8 quantizer was used before it had"),
     ):
         (error,) = ranks.errors(1, check)
         assert isinstance(error, kind), error

@@ -42,7 +42,7 @@ def test_answers_have_the_shape_of_their_version() -> None:
 
 
 def test_the_plugin_needs_the_hook() -> None:
-    with pytest.raises(HostError, match=r"NVTE_PLUGIN is of Transformer Engine 2\.20, this"):
+    with pytest.raises(HostError, match=r"NVTE_PLUGIN needs Transformer Engine 2\.20, this"):
         plugin.load("2.19.0")
 
 

@@ -38,7 +38,7 @@ def test_the_last_iteration_of_a_run(written: str, folder: str, stored: Path) ->
 
 def test_an_iteration_that_is_none(stored: Path) -> None:
     (stored.parent / "latest_checkpointed_iteration.txt").write_text("../elsewhere")
-    with pytest.raises(CheckpointError, match=r"latest_.*txt says '\.\./elsewhere', which names no"):
+    with pytest.raises(CheckpointError, match=r"latest_.*txt says '\.\./elsewhere', which names"):
         open_torch_dist(stored.parent)
 
 

@@ -94,7 +94,7 @@ class KeptGrid:
 
 
 class _Share(nn.Module):
-    """What a weight quantizer knows of this rank's share of its weight.
+    """Holds what a weight quantizer knows of this rank's share of its weight.
 
     It is a module without parameters or buffers. So no state dict has it, neither torch's nor
     ModelOpt's, but a copy of the model does.

@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--quant-cfg", default="nvfp4", help="recipe (default: nvfp4)")
     parser.add_argument("--weight-only", action="store_true", help="leave activations as they are")
-    parser.add_argument("--steps", type=int, default=560, help="training steps (default: 560)")
+    parser.add_argument("--steps", help="training steps (default: make_small_moe.py's)")
     return parser.parse_args()
 
 
@@ -78,8 +78,8 @@ def main() -> None:
     args = parse()
     model, export = args.work_dir / "small-moe", args.work_dir / f"small-moe-{args.quant_cfg}"
     report = args.work_dir / "report.json"
-    if not (model / "config.json").is_file():
-        run(HERE / "make_small_moe.py", "--output-dir", model, "--steps", str(args.steps))
+    steps = ("--steps", args.steps) if args.steps else ()
+    run(HERE / "make_small_moe.py", "--output-dir", model, *steps)
     quantize(args, model, export, report)
     run("-m", "megatron_quant", "verify", export, "--against", model)
     rows = {

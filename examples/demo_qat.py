@@ -59,8 +59,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     model = args.work_dir / "small-moe"
-    if not (model / "config.json").is_file():
-        demo.run(demo.HERE / "make_small_moe.py", "--output-dir", model)
+    demo.run(demo.HERE / "make_small_moe.py", "--output-dir", model)
     write_training_text(args.work_dir)
     rows = {"bf16": demo.measure(args, model)}
     for recipe in args.recipes:

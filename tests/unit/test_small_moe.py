@@ -43,6 +43,21 @@ def test_it_writes_a_learned_checkpoint_and_the_same_one_again(example, tmp_path
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert {t.dtype for t in one.values()} == {torch.bfloat16}
     check_directory(tmp_path / "one")
+    check_reuse(example, tmp_path / "one", capsys)
+
+
+def check_reuse(example, directory: Path, capsys) -> None:
+    """It is kept while settings are the same, and made again after a run that did not end."""
+    weights = directory / "model" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    example.main(["--output-dir", str(directory / "model"), *SMALL])
+    assert capsys.readouterr().out.startswith("kept ")
+    example.main(["--output-dir", str(directory / "model"), *SMALL, "--steps=1"])
+    assert weights.stat().st_mtime_ns > before
+    assert "kept" not in capsys.readouterr().out
+    (directory / "model.made_from").unlink()
+    example.main(["--output-dir", str(directory / "model"), *SMALL, "--steps=1"])
+    assert "kept" not in capsys.readouterr().out
 
 
 def check_directory(directory: Path) -> None:

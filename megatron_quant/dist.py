@@ -64,12 +64,24 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+        if not is_lost(e):
             raise
-        raise LostRankError(
-            "the other ranks do not answer: one of them has ended, or is slower than "
-            "--distributed-timeout-minutes allows; see what the others printed, or raise it"
-        ) from e
+        raise lost_ranks() from e
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether a collective failed because other ranks cannot be reached."""
+    if isinstance(error, LostRankError | dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
+def lost_ranks() -> LostRankError:
+    """Return the error of a rank that the others do not answer."""
+    return LostRankError(
+        "the other ranks do not answer: one of them has ended, or is slower than "
+        "--distributed-timeout-minutes allows; see what the others printed, or raise it"
+    )
 
 
 def _all_reduce(flat: torch.Tensor, op: Any, groups: Groups) -> torch.Tensor:

@@ -78,6 +78,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def told(rank: int, line: str, is_bug: bool) -> RankError:
+    """Return the error of a rank that ends because ``rank`` had the error ``line``."""
+    error = RankError(f"rank {rank} failed: {line}")
+    vars(error)[_HAD] = Had(line, (rank,), is_bug)
+    return error
+
+
 def fault_of(error: BaseException) -> Fault:
     """Wrap ``error`` for the other ranks, whether it can be pickled or not."""
     if isinstance(error, OSError) and not isinstance(error, QuantError):

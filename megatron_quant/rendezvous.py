@@ -5,8 +5,11 @@ This works before there is a process group, and whatever state a group is in.
 
 import json
 import os
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -14,12 +17,14 @@ from itertools import count
 import torch.distributed as dist
 
 from megatron_quant.alike import difference
-from megatron_quant.dist import Groups
-from megatron_quant.errors import LostRankError, RankError
-from megatron_quant.faults import MINUTES
+from megatron_quant.dist import Groups, is_lost, lost_ranks
+from megatron_quant.errors import LostRankError, QuantError, RankError
+from megatron_quant.faults import MINUTES, line_of, told
 
-_RUNS, _MEETINGS = count(), count()
+_RUNS, _MEETINGS, _FORWARDS = count(), count(), count()
 _READ_SECONDS = 10.0
+_LOOK_SECONDS = 1.0  # between looks at whether another rank has failed
+_GRACE_SECONDS = 15.0  # for a rank to notice by itself, or for torchrun to end it
 
 
 def is_one_of_many() -> bool:
@@ -104,6 +109,63 @@ def share(said: str, seconds: float) -> dict[int, str]:
         return {r: store.get(key).decode() for r, key in enumerate(keys) if store.check([key])}
     except RuntimeError:
         return {rank: said}  # the rank that kept the store has gone
+
+
+@contextmanager
+def forwards() -> Iterator[None]:
+    """Run forwards, whose collectives are not ours, so that no rank waits for one that failed.
+
+    A rank tells the others its error over the store. One that finds its connections closed by that
+    raises RankError with it. One that still waits seconds later ends with status 1: a collective
+    cannot be left. All ranks enter it together. Without the store of :func:`join` it does nothing.
+    """
+    if not _store.cache_info().currsize:
+        yield
+        return
+    (store, rank, _), key, left = _store(), f"forwards{next(_FORWARDS)}", threading.Event()
+    watch = threading.Thread(target=_end_after, args=(store, key, rank, left), daemon=True)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        first = _failed(store, key, rank, error)
+        if first is error:
+            raise
+        raise first from error
+    finally:
+        left.set()
+        watch.join(_LOOK_SECONDS)
+
+
+def _failed(store: dist.Store, key: str, rank: int, error: BaseException) -> BaseException:
+    """Tell the others of ``error``; the one of another rank instead, where that is its cause."""
+    try:
+        if not is_lost(error):
+            bug = not isinstance(error, QuantError | KeyboardInterrupt)
+            store.set(key, json.dumps([rank, line_of(error), bug]))
+            return error
+        if store.check([key]):
+            return told(*json.loads(store.get(key)))
+    except RuntimeError:  # whoever kept the store has gone
+        return error
+    return error if isinstance(error, QuantError) else lost_ranks()
+
+
+def _end_after(store: dist.Store, key: str, rank: int, left: threading.Event) -> None:
+    """End this process where another rank has failed and this one does not come back."""
+    try:
+        while not store.check([key]):
+            if left.wait(_LOOK_SECONDS):
+                return
+        failed, line, _ = json.loads(store.get(key))
+    except RuntimeError:
+        return
+    if not left.wait(_GRACE_SECONDS):
+        if rank == (0 if failed else 1):
+            said = f"rank {failed} failed: {line}; the others waited for it, and end"
+            sys.stderr.write(f"[rank {rank}] megatron-quant: error: {said}\n")
+            sys.stderr.flush()
+        os._exit(1)
 
 
 def _rank() -> int:

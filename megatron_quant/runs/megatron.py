@@ -38,6 +38,7 @@ from megatron_quant.mcore.model import (
     run_schedule,
 )
 from megatron_quant.models import Role
+from megatron_quant.rendezvous import forwards
 from megatron_quant.runs.agree import check_options, check_plans, check_tokens, fetched
 from megatron_quant.runs.destination import (
     check_places,
@@ -193,7 +194,7 @@ def _calibrate(
         size = mpu.get_data_parallel_world_size()
         batches = shard(inputs.batches, mpu.get_data_parallel_rank(), size)
     how, chunks = options.calibration, handle.model.chunks
-    with phases.bar("calibrate", len(batches)) as progress:
+    with forwards(), phases.bar("calibrate", len(batches)) as progress:
         # One call for all batches: a pipeline stays full only while they follow one another.
         steps = [partial(run_schedule, chunks, batches, _drop, progress)]
         rules = InputRules(ColdExperts(how.cold_experts), how.act_percentile)
@@ -209,7 +210,8 @@ def _evaluate(inputs: Inputs, handle: Quantized, phases: Phases) -> Sums:
     quantized: list[QuantLayer | CachedTensor] = [*handle.layers, *handle.cached]
     size = mpu.get_data_parallel_world_size()
     vocab_size = inputs.job.hf_config["vocab_size"]
-    with phases.bar("evaluate", -(-len(inputs.windows) // size)) as progress:
+    count = -(-len(inputs.windows) // size)
+    with forwards(), phases.bar("evaluate", count) as progress:
         return evaluate_model(
             model.chunks, quantized, inputs.windows, vocab_size, model.groups, progress
         )

@@ -3,9 +3,16 @@ from .calibration import ColdExperts as ColdExperts
 from .calibration import InputRules as InputRules
 from .calibration import calibrate as calibrate
 from .calibration import calibrate_weights as calibrate_weights
+from .calibration_file import AMAX as AMAX
+from .calibration_file import CalibrationFile as CalibrationFile
+from .calibration_file import loaded_amaxes as loaded_amaxes
+from .calibration_file import read_calibration as read_calibration
+from .calibration_file import statistic_key as statistic_key
+from .calibration_file import write_calibration as write_calibration
 from .data import load_texts as load_texts
 from .data import shard as shard
 from .data import token_batches as token_batches
+from .keeping import measured_tensors as measured_tensors
 from .kv_cache import calibrate_kv_cache as calibrate_kv_cache
 from .kv_cache import run_rest as run_rest
 from .kv_cache import watch as watch
@@ -21,6 +28,8 @@ from .training import set_ranges as set_ranges
 from .training import update_inputs as update_inputs
 
 __all__ = [
+    "AMAX",
+    "CalibrationFile",
     "CalibrationReport",
     "ColdExperts",
     "Drift",
@@ -33,13 +42,18 @@ __all__ = [
     "follow_weights",
     "largest_drift",
     "load_texts",
+    "loaded_amaxes",
+    "measured_tensors",
     "merge_live",
     "ranges_of",
+    "read_calibration",
     "run_rest",
     "set_ranges",
     "shard",
+    "statistic_key",
     "token_batches",
     "unquantized",
     "update_inputs",
     "watch",
+    "write_calibration",
 ]

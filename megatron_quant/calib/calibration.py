@@ -12,11 +12,12 @@ from math import isfinite
 
 import torch
 
+from megatron_quant.calib.calibration_file import TOKENS, CalibrationFile, loaded_amaxes
 from megatron_quant.calib.histogram import clip, histograms
 from megatron_quant.calib.observe import observe
 from megatron_quant.calib.search import find_scales
 from megatron_quant.calib.sync import merge_max, merge_sum
-from megatron_quant.dist import Groups
+from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CalibrationError
 from megatron_quant.formats import amax
 from megatron_quant.layers import QuantLayer
@@ -30,13 +31,14 @@ class ColdExperts(Enum):
     LAYER_MAX = "layer-max"  # it takes the largest amax of the layer's experts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CalibrationReport:
     """The results of calibration, by slot name; equal on every rank.
 
     Attributes:
         weight_amax: Amax of each weight alone, also where its layer's experts share the largest.
         input_amax: Amax of each weight's inputs, also where a percentile clips them.
+        scaled_amax: The same, clipped where a percentile does: what input scales follow from.
         tokens: Number of tokens that an expert was given, for each of its weights (empty for
             weight-only plans). Everything that ran counts: padding too, and a batch as often as
             data-parallel ranks ran it so that all run equally many.
@@ -45,6 +47,7 @@ class CalibrationReport:
 
     weight_amax: Mapping[str, float]
     input_amax: Mapping[str, float]
+    scaled_amax: Mapping[str, float]
     tokens: Mapping[str, int]
     cold: tuple[str, ...]
 
@@ -59,11 +62,13 @@ class InputRules:
             are clipped. 100 clips nothing.
         token_replicas: Number of ranks that are given the same expert's tokens (the expert
             tensor-parallel size), so that the report counts each token once.
+        loaded: What an earlier calibration measured; nothing is run then.
     """
 
     cold_experts: ColdExperts = ColdExperts.ERROR
     act_percentile: float = 100.0
     token_replicas: int = 1
+    loaded: CalibrationFile | None = None
 
 
 DEFAULTS = InputRules()
@@ -95,7 +100,11 @@ def calibrate(
     weights = _merge_weights(layers, plan, groups)
     clips = rules.act_percentile < 100
     with histograms(layers if clips else ()) as seen:
-        inputs, tokens = _merge_inputs(layers, plan, groups, forwards)
+        if rules.loaded is None:
+            inputs, tokens = _merge_inputs(layers, plan, groups, forwards)
+        else:
+            file = rules.loaded
+            inputs, tokens = together(groups, lambda: _read_inputs(file, plan))
     scaled = inputs
     if clips and inputs:
         scaled = clip(plan, inputs, seen, rules.act_percentile, groups)
@@ -104,8 +113,11 @@ def calibrate(
     _load_weights(layers, plan, weights)
     _load_inputs(layers, plan, scaled)
     find_scales(layers, plan, groups)
-    counts = {slot: count // rules.token_replicas for slot, count in tokens.items()}
-    return CalibrationReport(weights, inputs, counts, cold)
+    replicas = 1 if rules.loaded else rules.token_replicas
+    counts = {slot: count // replicas for slot, count in tokens.items()}
+    return CalibrationReport(
+        weight_amax=weights, input_amax=inputs, scaled_amax=scaled, tokens=counts, cold=cold
+    )
 
 
 def calibrate_weights(
@@ -160,6 +172,17 @@ def _merge_inputs(
     tokens = merge_sum(_names(experts), observed.tokens, groups) if experts else {}
     _check_finite("input of", inputs)
     check_reached((d.slot for d in watched), largest_shared(plan, inputs))
+    return inputs, tokens
+
+
+def _read_inputs(file: CalibrationFile, plan: QuantPlan) -> tuple[dict[str, float], dict[str, int]]:
+    """Return what :func:`_merge_inputs` does, from what an earlier run measured."""
+    watched = [d for d in plan.quantized if d.inputs and d.inputs.tensor_scale]
+    inputs = loaded_amaxes(file, watched)
+    tokens = {}
+    for slot in (d.slot for d in watched if d.slot.expert is not None):
+        found = file.find(slot.sources, TOKENS, ())
+        tokens[slot.name] = int(slot.name in inputs) if found is None else int(found)
     return inputs, tokens
 
 

@@ -6,9 +6,10 @@ from math import isfinite
 
 import torch
 
+from megatron_quant.calib.calibration_file import CalibrationFile, cache_key
 from megatron_quant.calib.observe import InputAmax, unquantized
 from megatron_quant.calib.sync import merge_max
-from megatron_quant.dist import Groups
+from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CalibrationError
 from megatron_quant.layers import CachedTensor, QuantLayer
 from megatron_quant.recipes import QuantPlan, cache_slots
@@ -38,7 +39,11 @@ def run_rest(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], objec
 
 
 def calibrate_kv_cache(
-    cached: Sequence[CachedTensor], plan: QuantPlan, groups: Groups, seen: Seen
+    cached: Sequence[CachedTensor],
+    plan: QuantPlan,
+    groups: Groups,
+    seen: Seen,
+    loaded: CalibrationFile | None = None,
 ) -> dict[str, float]:
     """Give every cache its amax, merged over all ranks; every rank of ``groups`` calls it.
 
@@ -47,6 +52,7 @@ def calibrate_kv_cache(
         plan: Decisions on every slot of the model.
         groups: This rank's groups.
         seen: Running amaxes of this rank.
+        loaded: What an earlier calibration measured, which counts in place of ``seen``.
 
     Returns:
         The amaxes by cache slot, equal on every rank; empty where ``plan`` calibrates none.
@@ -58,13 +64,28 @@ def calibrate_kv_cache(
     if plan.kv_cache != "fp8":
         return {}
     slots = [slot.name for slot in cache_slots(plan)]
-    found = {name: stat.value for name, stat in seen.items() if stat.value is not None}
-    merged = merge_max(slots, found, groups)
+    merged = _merged(slots, groups, seen) if loaded is None else _read(slots, groups, loaded)
     for name in slots:
         _check(name, merged.get(name))
     for tensor in cached:
         tensor.set_amax(merged[tensor.slot.name])
     return merged
+
+
+def _merged(slots: Sequence[str], groups: Groups, seen: Seen) -> dict[str, float]:
+    found = {name: stat.value for name, stat in seen.items() if stat.value is not None}
+    return merge_max(slots, found, groups)
+
+
+def _read(slots: Sequence[str], groups: Groups, file: CalibrationFile) -> dict[str, float]:
+    found = together(groups, lambda: {name: file.cache_amax(name) for name in slots})
+    lacking = next((name for name, value in found.items() if value is None), None)
+    if lacking is not None:
+        raise CalibrationError(
+            f"--load-calibration {file.path} has no {cache_key(lacking)}: save one of a run with "
+            "--export-kv-cache-quant fp8"
+        )
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _check(name: str, amax: float | None) -> None:

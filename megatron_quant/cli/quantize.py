@@ -105,13 +105,6 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         "grow with the model; the ranks share the tensors",
     )
     group.add_argument(
-        "--amax-file",
-        type=Path,
-        metavar="FILE",
-        help="with --stream: the safetensors file that keeps the largest inputs that were measured "
-        "(default: beside --export-dir, with the suffix .amax.safetensors)",
-    )
-    group.add_argument(
         "--expert-scales",
         choices=mq.choices().expert_scales,
         help="one weight scale for all experts of a layer, or one each (default: shared, or what "
@@ -134,6 +127,10 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         help="for gptq: the share of the mean diagonal of the inputs' second moment that is added "
         "to it, above 0 and at most 1 (default 0.01, for nvfp4 0.05); more trusts the data less",
     )
+    _data_flags(group)
+
+
+def _data_flags(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--act-percentile",
         type=float,
@@ -154,6 +151,25 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         default="stdlib",
         help="text file; .jsonl, .json or .parquet of records with 'text' or a chat ('messages'); "
         "folder of them; or hub id (default: the Python standard library's sources)",
+    )
+    group.add_argument(
+        "--save-calibration",
+        type=Path,
+        metavar="FILE",
+        help="keep what calibration measured, by the names of the weights, as safetensors",
+    )
+    group.add_argument(
+        "--keep-hessians",
+        action="store_true",
+        help="with --save-calibration: keep the second moments of inputs too, which gptq needs; "
+        "inputs^2 x 4 bytes for each linear and each expert",
+    )
+    group.add_argument(
+        "--load-calibration",
+        type=Path,
+        metavar="FILE",
+        help="take what --save-calibration kept, in place of running data: another format, dialect "
+        "or layout, or another run, gets equal bytes from it",
     )
     add_tokenizer(group)
     group.add_argument(

@@ -1,5 +1,6 @@
 """Where an export goes: every verb that writes one checks it here, before and after."""
 
+import os
 from pathlib import Path
 
 from megatron_quant.ckpt.plan import (
@@ -69,6 +70,33 @@ def check_places(options: QuantizeOptions) -> None:
             f"--megatron-save-path {saved} and --export-dir {out} are the same, or one lies in the "
             "other; give each a directory of its own"
         )
+    check_calibration_file(options)
+
+
+def check_calibration_file(options: QuantizeOptions) -> None:
+    """Raise ExportError where ``--save-calibration`` could not be written after the work."""
+    path = options.calibration.save
+    if path is None:
+        return
+    made = [p for p in (options.export_dir, options.megatron_save_path) if p is not None]
+    source = [Path(options.hf_model_id)] if options.hf_model_id else []
+    if any(overlap(path, folder) for folder in (*made, *source)):
+        raise ExportError(
+            f"--save-calibration {path} is, or lies in, --export-dir, --megatron-save-path or the "
+            "source checkpoint; choose another place"
+        )
+    folder = path.resolve().parent
+    if any(folder in out.resolve().parents for out in made):  # it is made with the export
+        folder = next(at for at in (folder, *folder.parents) if at.exists())
+    reason = ""
+    if path.is_dir():
+        reason = "is a directory"
+    elif not folder.is_dir():
+        reason = f"is in {folder}, which is no directory"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        reason = "may not be written"
+    if reason:
+        raise ExportError(f"--save-calibration {path} {reason}; choose another place")
 
 
 def origin_of(job: Job, saved: Saved | None = None) -> Origin:

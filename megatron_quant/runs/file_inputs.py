@@ -1,21 +1,17 @@
-"""Input scales from a forward of the transformers model itself."""
+"""Input scales from a forward of the transformers model itself, or from an earlier one."""
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_quant.alike import ids_once_a_host
-from megatron_quant.ckpt.storage import overlap
 from megatron_quant.dist import Groups, together
-from megatron_quant.errors import ExportError
 from megatron_quant.models import positive, text_config
 from megatron_quant.runs.agree import check_tokens
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
-from megatron_quant.streaming import InputAmaxes, merge_amaxes, static_inputs, write_amaxes
+from megatron_quant.streaming import InputAmaxes, merge_amaxes, static_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +29,8 @@ def calibrate_inputs(
     from megatron_quant.runs.batches import calibration_batches, check_ids
     from megatron_quant.streaming import WeightInputAmax, keys_of, load_model, run_model, watched
 
+    if options.calibration.load is not None:
+        return load_inputs(options, job, groups)
     params = static_inputs(job.quant, job.params)
     with phases.time("load"):
 
@@ -63,35 +61,38 @@ def calibrate_inputs(
     )
 
 
-def check_amax_file(options: QuantizeOptions, source: Path) -> None:
-    """Raise ExportError now if the amax file could not be written after the work."""
-    path, out = _amax_file(options), options.export_dir
-    assert out is not None
-    if any(overlap(path, folder) for folder in (out, source)):
-        raise ExportError(
-            f"--amax-file {path} is, or lies in, --export-dir or the source checkpoint; choose "
-            "another place"
-        )
-    folder = path.resolve().parent
-    if folder in out.resolve().parents:  # the export creates it
-        folder = next(at for at in (folder, *folder.parents) if at.exists())
-    reason = ""
-    if path.is_dir():
-        reason = "is a directory"
-    elif not folder.is_dir():
-        reason = f"is in {folder}, which is no directory"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
-        reason = "may not be written"
-    if reason:
-        raise ExportError(f"--amax-file {path} {reason}; choose another place")
+def load_inputs(options: QuantizeOptions, job: Job, groups: Groups) -> InputAmaxes:
+    """Read what an earlier calibration measured. Collective.
+
+    Raises the QuantError of what is wrong with the file, on every rank.
+    """
+    from megatron_quant.calib import loaded_amaxes, read_calibration
+
+    path = options.calibration.load
+    assert path is not None, "nothing to load"
+    params, plan = static_inputs(job.quant, job.params), job.quant.by_name
+
+    def read() -> dict[str, torch.Tensor]:
+        found = loaded_amaxes(read_calibration(path), [plan[p.name] for p in params])
+        return {name: torch.tensor(value) for name, value in found.items()}
+
+    seen, cold = together(groups, read), options.calibration.cold_experts
+    return merge_amaxes(job.quant, params, lambda param: (param.name,), seen, cold, groups)
 
 
-def save_amaxes(options: QuantizeOptions, job: Job, amaxes: InputAmaxes) -> None:
-    """Write the measured amaxes where ``options`` say; beside the export by default."""
-    write_amaxes(_amax_file(options), static_inputs(job.quant, job.params), amaxes)
+def save_inputs(options: QuantizeOptions, job: Job, amaxes: InputAmaxes) -> None:
+    """Write what was measured where ``options`` say.
 
+    Raises ExportError for what the disk refuses; an older file is there then.
+    """
+    from megatron_quant.calib import AMAX, statistic_key, write_calibration
 
-def _amax_file(options: QuantizeOptions) -> Path:
-    out = options.export_dir
-    assert out is not None
-    return options.amax_file or out.with_name(f"{out.name}.amax.safetensors")
+    path = options.calibration.save
+    assert path is not None, "nowhere to save"
+    tensors = {
+        statistic_key(source.module, AMAX): torch.tensor(amaxes.found[param.name])
+        for param in static_inputs(job.quant, job.params)
+        if param.name in amaxes.found
+        for source in param.sources
+    }
+    write_calibration(path, tensors)

@@ -22,6 +22,7 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
 from megatron_quant.runs.agree import check_options, check_plans, fetched
 from megatron_quant.runs.destination import (
+    check_calibration_file,
     checked_companions,
     existing_of,
     origin_of,
@@ -29,7 +30,7 @@ from megatron_quant.runs.destination import (
     verification,
     write_shown,
 )
-from megatron_quant.runs.file_inputs import calibrate_inputs, check_amax_file, save_amaxes
+from megatron_quant.runs.file_inputs import calibrate_inputs, save_inputs
 from megatron_quant.runs.job import Job, SourceModel, decide, replanned
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
@@ -135,8 +136,7 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
         origin = together(groups, lambda: origin_of(job))
         check_plans(groups, origin, job.export)
         files = together(groups, lambda: checked_companions(job, out, existing, origin))
-        if job.quant.needs_data:
-            together(groups, lambda: check_amax_file(options, job.source))
+        together(groups, lambda: check_calibration_file(options))
     inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
     source = PartSource(planned.checkpoint, job.dtype)
     found, amaxes = _weight_amaxes(job, source, groups, phases)
@@ -157,10 +157,10 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
         check=check,
     )
     write_shown(job.exported, groups, producer, to, phases)
-    if inputs is not None:
+    if inputs is not None and options.calibration.save is not None:
         measured = inputs
         first = groups.rank == 0
-        together(groups, lambda: save_amaxes(options, job, measured) if first else None)
+        together(groups, lambda: save_inputs(options, job, measured) if first else None)
     return Streamed(
         job=job,
         weight_amax=found,

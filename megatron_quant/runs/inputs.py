@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron_quant.alike import ids_once_a_host
+from megatron_quant.calib import CalibrationFile, read_calibration
 from megatron_quant.ckpt.plan import Companions, Origin
 from megatron_quant.ckpt.read import QuantizedCheckpoint, Weights, keeping, open_source
 from megatron_quant.ckpt.write import Existing, WriteOptions
@@ -23,9 +24,9 @@ class Inputs:
     """A run's inputs, checked.
 
     checkpoint: the weights; None if they come from a Megatron checkpoint. kept: the same
-    checkpoint, if the export keeps its scales. companions: None if nothing is exported. batches:
-    token ids [B, S] each; empty if no input is quantized. windows: evaluation text, int64 [T + 1]
-    each.
+    checkpoint, if the export keeps its scales. companions: None if nothing is exported.
+    calibrated: what an earlier run measured; None if this run measures. batches: token ids
+    [B, S] each; empty if nothing is measured. windows: evaluation text, int64 [T + 1] each.
     """
 
     job: Job
@@ -35,6 +36,7 @@ class Inputs:
     companions: Companions | None
     existing: Existing
     writing: WriteOptions
+    calibrated: CalibrationFile | None
     batches: list[torch.Tensor] = field(default_factory=list)
     windows: list[torch.Tensor] = field(default_factory=list)
 
@@ -45,7 +47,7 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
     Texts are read later, by :func:`with_texts`. saved: what ``options.megatron_load_path`` holds.
     Raises a QuantError for whatever is wrong, before anything is written.
     """
-    existing = existing_of(options.write)
+    existing, load = existing_of(options.write), options.calibration.load
     writing = WriteOptions(options.write.io_threads, options.write.fsync)
     job = prepare_job(options, world, saved, open_source if saved is None else None)
     checkpoint, kept = job.checkpoint, None
@@ -66,6 +68,7 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
         companions=files,
         existing=existing,
         writing=writing,
+        calibrated=read_calibration(load) if load else None,
     )
 
 
@@ -86,6 +89,6 @@ def with_texts(
     if options.eval_text:
         text = Text(options.eval_text, data.seq_length, tokenizer=tokenizer_choice(data))
         windows = ids_once_a_host(groups, lambda: checked(read_windows(job.source, text)))
-    if job.quant.needs_data and saved is None:
+    if job.quant.needs_data and saved is None and data.load is None:
         batches = ids_once_a_host(groups, lambda: checked(calibration_batches(data, job.source)))
     return replace(inputs, batches=batches, windows=windows)

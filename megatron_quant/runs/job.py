@@ -113,8 +113,6 @@ def prepare_job(
     its layers for speculation go into the export; None to read config.json alone.
     Raises a QuantError for whatever does not fit.
     """
-    if options.amax_file is not None:
-        raise QuantError("--amax-file goes with --stream: give --stream too, or leave it out")
     source = _source(options, saved)
     hf_config = read_config(source)
     architecture = lookup(hf_config)
@@ -182,6 +180,7 @@ def decide(
     quant = resolve(recipe, slots(params))
     if saved is not None and saved.recipe is not None:
         _check_same(options, quant, resolve(saved.recipe, slots(params)))
+    _check_calibration(options, quant, saved)
     _check_samples(options, quant, saved)
     _check_cache(quant)
     dtype = dtype_of(options.dtype)
@@ -268,9 +267,27 @@ def _check_cache(quant: QuantPlan) -> None:
         )
 
 
+def _check_calibration(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
+    """Raise QuantError where nothing is calibrated that a calibration file could keep or give."""
+    data = options.calibration
+    flag = "--save-calibration" if data.save else "--load-calibration" if data.load else ""
+    if flag and saved is not None:
+        raise QuantError(
+            f"{flag}: --megatron-load-path has its scales and nothing is calibrated; leave one of "
+            "them out"
+        )
+    if flag and not quant.needs_data:
+        raise QuantError(f"{flag}: recipe {quant.recipe!r} needs no calibration data; leave it out")
+    if data.keep_hessians and not any(d.rounds for d in quant.quantized):
+        raise QuantError(
+            "--keep-hessians: second moments are measured for algorithm gptq alone, which no rule "
+            "has; leave it out"
+        )
+
+
 def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
     """Refuse samples that need padding: padding would make the statistics depend on the layout."""
-    calibrates = quant.needs_data and saved is None
+    calibrates = quant.needs_data and saved is None and options.calibration.load is None
     tp, length = options.parallel.tp, options.calibration.seq_length
     if (options.eval_text or calibrates) and length % tp:
         raise LayoutError(

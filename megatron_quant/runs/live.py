@@ -11,7 +11,7 @@ from megatron.core import parallel_state as mpu
 from torch import nn
 
 from megatron_quant.alike import ids_once_a_host
-from megatron_quant.calib import ColdExperts, InputRules, shard
+from megatron_quant.calib import ColdExperts, InputRules, read_calibration, shard
 from megatron_quant.ckpt.dialects import Dialect, get_dialect
 from megatron_quant.ckpt.plan import (
     Companions,
@@ -95,12 +95,15 @@ def quantize(
         AttachSettings(expert_scales=_expert_scales(expert_scales), of_weights=True),
     )
     steps: list[Callable[[], None]] = []
-    if handle.plan.needs_data:
+    load = calibration.load
+    file = together(groups, lambda: read_calibration(load)) if load else None
+    if handle.plan.needs_data and file is None:
         steps = [_own_loop(handle, calibration, groups)]
         if forward_loop is not None:
             steps = [partial(forward_loop, model)]
     cold = ColdExperts(calibration.cold_experts)
-    return calibrate_quantized(handle, steps, InputRules(cold, calibration.act_percentile))
+    rules = InputRules(cold, calibration.act_percentile, loaded=file)
+    return calibrate_quantized(handle, steps, rules, calibration.save)
 
 
 def _expert_scales(name: str) -> ExpertScales:

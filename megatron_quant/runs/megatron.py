@@ -103,7 +103,9 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
             restore(model, handle.layers, handle.cached, job.quant, saved, scales)
     else:
         handle = _calibrate(options, inputs, handle, phases)
-    calibration = handle.report or CalibrationReport({}, {}, {}, ())
+    calibration = handle.report or CalibrationReport(
+        weight_amax={}, input_amax={}, scaled_amax={}, tokens={}, cold=()
+    )
     fake_quant = _evaluate(inputs, handle, phases) if inputs.windows else None
     found = (calibration.weight_amax, calibration.input_amax, handle.kv_amax)
     digest = together(groups, lambda: statistics_digest(job, options, *found))
@@ -197,8 +199,10 @@ def _calibrate(
     with forwards(), phases.bar("calibrate", len(batches)) as progress:
         # One call for all batches: a pipeline stays full only while they follow one another.
         steps = [partial(run_schedule, chunks, batches, _drop, progress)]
-        rules = InputRules(ColdExperts(how.cold_experts), how.act_percentile)
-        return calibrate_quantized(handle, steps, rules)
+        rules = InputRules(
+            ColdExperts(how.cold_experts), how.act_percentile, loaded=inputs.calibrated
+        )
+        return calibrate_quantized(handle, steps, rules, how.save)
 
 
 def _drop(logits: torch.Tensor) -> None:

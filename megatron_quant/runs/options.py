@@ -59,7 +59,6 @@ class QuantizeOptions:
     keep_scales: bool = False
     eval_text: Path | None = None
     stream: bool = False
-    amax_file: Path | None = None
     megatron_save_path: Path | None = None
     megatron_load_path: Path | None = None
     report: Path | None = None

@@ -75,7 +75,9 @@ class Calibration(_Group):
     token; ``layer-max`` gives it the largest amax of its layer. act_percentile: the percentage of
     a layer's input values that its scale covers; 100 clips nothing. tokenizer: the tokenizer's
     folder; None for the checkpoint's own. trust_remote_code: run the code that a tokenizer brings
-    along; the model's is never run.
+    along; the model's is never run. save: a file that keeps what is measured, with
+    ``keep_hessians`` the second moments of inputs too. load: such a file, used instead of
+    measuring; no text is read.
     """
 
     dataset: str = "stdlib"
@@ -86,9 +88,13 @@ class Calibration(_Group):
     act_percentile: float = 100.0
     tokenizer: str | Path | None = None
     trust_remote_code: bool = False
+    save: Path | None = None
+    load: Path | None = None
+    keep_hessians: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse counts below one, a percentage out of range, an unknown policy."""
+        """Refuse counts below one, a percentage out of range, what excludes one another."""
+        self._check_files()
         for name in ("size", "seq_length", "batch_size"):
             value = getattr(self, name)
             if value < 1:
@@ -101,6 +107,20 @@ class Calibration(_Group):
             raise QuantError(
                 f"--act-percentile is {self.act_percentile:g}: give a percentage above 0, such as "
                 "99.9; 100 clips nothing"
+            )
+
+    def _check_files(self) -> None:
+        if self.save is not None and self.load is not None:
+            raise QuantError(
+                "--save-calibration keeps what is measured, and --load-calibration measures "
+                "nothing: leave one of them out"
+            )
+        if self.keep_hessians and self.save is None:
+            raise QuantError("--keep-hessians goes with --save-calibration FILE: add it")
+        if self.load is not None and self.act_percentile < 100:
+            raise QuantError(
+                "--act-percentile is of what is measured, and --load-calibration measures nothing: "
+                "give it to the run that saves the calibration"
             )
 
 
@@ -149,6 +169,8 @@ _FLAGS = {
     "size": "calib_size",
     "seq_length": "calib_seq_length",
     "batch_size": "calib_batch_size",
+    "save": "save_calibration",
+    "load": "load_calibration",
     "engine": "serve_engine",
 }
 """Field -> its flag, if that has another name."""

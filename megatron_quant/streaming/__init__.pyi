@@ -1,7 +1,6 @@
 from .inputs import InputAmaxes as InputAmaxes
 from .inputs import merge_amaxes as merge_amaxes
 from .inputs import static_inputs as static_inputs
-from .inputs import write_amaxes as write_amaxes
 from .model import keys_of as keys_of
 from .model import load_model as load_model
 from .model import quiet as quiet
@@ -41,5 +40,4 @@ __all__ = [
     "static_inputs",
     "unscaled",
     "watched",
-    "write_amaxes",
 ]

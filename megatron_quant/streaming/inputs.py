@@ -1,15 +1,11 @@
-"""Merge input amaxes of all slots from every rank's observations, and keep them in a file."""
+"""Merge input amaxes of all slots from every rank's observations."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
-from megatron_quant.ckpt.storage import explained, write_file
 from megatron_quant.dist import Groups, max_reduce
 from megatron_quant.errors import CalibrationError
 from megatron_quant.models import Param
@@ -78,25 +74,3 @@ def merge_amaxes(
     cold = accept_cold(unseen, cold_experts == _LAYER_MAX)
     scales = {slot.name: torch.tensor(largest[slot.sharing]) for slot in slots}
     return InputAmaxes(found, scales, cold)
-
-
-def write_amaxes(path: Path, params: Sequence[Param], amaxes: InputAmaxes) -> None:
-    """Write a safetensors file with ``MODULE.input_amax``, fp32 [], of every module reached.
-
-    Raises:
-        ExportError: If the disk refuses; an older file then stays as it is.
-    """
-    tensors = {
-        f"{source.module}.input_amax": torch.tensor(amaxes.found[param.name])
-        for param in params
-        if param.name in amaxes.found
-        for source in param.sources
-    }
-    whole = path.with_name(f"{path.name}.incomplete")
-    with explained(whole, "cannot be written"):
-        try:
-            write_file(whole, save(tensors), fsync=False)
-            os.replace(whole, path)
-        except BaseException:
-            whole.unlink(missing_ok=True)
-            raise

@@ -90,6 +90,18 @@ def test_scales_of_the_cache_are_planned(
             RecipeError,
             "with --damp: damp must be above 0 and at most 1, got 7.0",
         ),
+        (
+            "int4",
+            {"save_calibration": Path("x")},
+            QuantError,
+            "--save-calibration: recipe 'int4' needs no calibration data; leave it out",
+        ),
+        (
+            "nvfp4",
+            {"save_calibration": Path("x"), "keep_hessians": True},
+            QuantError,
+            "--keep-hessians: second moments are measured for algorithm gptq alone",
+        ),
         ("int8", {"weight_only": True}, RecipeError, "weight-only INT8 is int8_group"),
         (
             "int4",

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": _BASE | {"models", "ckpt.dialects"},
     "cpu": {"errors"},
     "layers": _BASE | {"native"},
-    "calib": _BASE | {"dist", "layers"},
+    "calib": _BASE | {"dist", "layers", "ckpt.storage"},
     "ckpt.storage": _TEXT | {"native", "models"},
     "ckpt.dialects": _STORED,
     "ckpt.read": _STORED | {"ckpt.dialects"},

@@ -1,6 +1,5 @@
 """Inputs measured on transformers' own models: by hand, by hooks, and in the export."""
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,13 +19,11 @@ from megatron_quant.ckpt.verify.checkpoint import verify
 from megatron_quant.cli.console import ConsolePhases, console
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, CheckpointError, ExportError, QuantError
-from megatron_quant.runs import file_to_file
+from megatron_quant.runs import file_inputs, file_to_file
 from megatron_quant.runs.batches import calibration_batches
 from megatron_quant.runs.file_to_file import Streamed
 from megatron_quant.runs.file_to_file import stream_files as stream
 from megatron_quant.runs.options import QuantizeOptions
-from megatron_quant.streaming import inputs
-from megatron_quant.streaming.inputs import InputAmaxes
 from megatron_quant.streaming.observe import WeightInputAmax
 from megatron_quant.weight_inputs import Watched
 from tests.dist import checkpoints
@@ -100,14 +97,14 @@ def by_hand(model: nn.Module) -> Iterator[dict[str, float]]:
 
 def test_amaxes_are_those_found_by_hand(model, tmp_path: Path) -> None:
     _, source = model
-    streamed = run(source, tmp_path / "out")
+    streamed = run(source, tmp_path / "out", save_calibration=tmp_path / "kept.safetensors")
     reference = AutoModel.from_pretrained(
         source, dtype=torch.bfloat16, experts_implementation="eager"
     )
     with torch.no_grad(), by_hand(reference) as found:
         for batch in calibration_batches(options(source, tmp_path).calibration, source):
             reference(input_ids=batch, use_cache=False)
-    kept = load_file(tmp_path / "out.amax.safetensors")
+    kept = load_file(tmp_path / "kept.safetensors")
     assert len(kept) > 20
     for key, amax in kept.items():
         module = key.removesuffix(".input_amax").removeprefix("model.")
@@ -121,10 +118,21 @@ def test_amaxes_are_those_found_by_hand(model, tmp_path: Path) -> None:
     )
 
 
+def test_what_was_kept_gives_the_same_bytes(gemma4: Path, tmp_path: Path, monkeypatch) -> None:
+    kept = tmp_path / "kept.safetensors"
+    run(gemma4, tmp_path / "one", save_calibration=kept)
+    monkeypatch.setattr(file_inputs, "check_tokens", None)  # no data is read
+    other = run(gemma4, tmp_path / "two", load_calibration=kept, calib_dataset="none")
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert len(other.inputs.cold) == len(other.inputs.scales) - len(other.inputs.found)
+
+
 def test_the_export_has_the_scales_that_follow(model, tmp_path: Path) -> None:
     name, source = model
     out = tmp_path / "out"
-    run(source, out, amax_file=tmp_path / "kept.safetensors")
+    run(source, out, save_calibration=tmp_path / "kept.safetensors")
     kept = load_file(tmp_path / "kept.safetensors")
     stored = QuantizedCheckpoint(out)
     experts = f"{LAYERS[name]}.experts"
@@ -171,7 +179,6 @@ def test_a_tokenizer_is_needed_for_data_alone(gemma4: Path, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="or quantize with --weight-only"):
         run(source, tmp_path / "out")
     run(source, tmp_path / "out", weight_only=True)
-    assert not (tmp_path / "out.amax.safetensors").exists()
 
 
 def test_a_calibrated_cache_is_refused(gemma4: Path, tmp_path: Path) -> None:
@@ -214,9 +221,9 @@ def test_a_layer_that_is_given_zeros_alone_has_scale_one(tmp_path: Path) -> None
         ("none/kept.safetensors", "which is no directory"),
         ("notes.txt/kept.safetensors", "which is no directory"),
         ("folder", "is a directory"),
-        ("out/model.safetensors", "lies in, --export-dir or the source checkpoint"),
-        ("source/model.safetensors", "lies in, --export-dir or the source checkpoint"),
-        ("out", "lies in, --export-dir or the source checkpoint"),
+        ("out/model.safetensors", "lies in, --export-dir, --megatron-save-path or"),
+        ("source/model.safetensors", "lies in, --export-dir, --megatron-save-path or"),
+        ("out", "lies in, --export-dir, --megatron-save-path or"),
     ],
 )
 def test_a_file_that_could_not_be_written_is_refused_before_the_work(
@@ -227,20 +234,5 @@ def test_a_file_that_could_not_be_written_is_refused_before_the_work(
     (tmp_path / "source").symlink_to(gemma4)
     monkeypatch.setattr(file_to_file, "calibrate_inputs", None)  # no work is done
     with pytest.raises(ExportError, match=words):
-        run(gemma4, tmp_path / "out", amax_file=tmp_path / place)
+        run(gemma4, tmp_path / "out", save_calibration=tmp_path / place)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "notes.txt", "source"]
-
-
-def test_a_full_disk_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name appears, or is replaced, when all of it is written."""
-
-    def full(path: Path, content: bytes, fsync: bool) -> None:
-        path.write_bytes(content[:10])
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    (tmp_path / "kept.safetensors").write_text("older")
-    monkeypatch.setattr(inputs, "write_file", full)
-    with pytest.raises(ExportError, match="No space left on device; free some space"):
-        inputs.write_amaxes(tmp_path / "kept.safetensors", [], InputAmaxes({}, {}, ()))
-    assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
-    assert (tmp_path / "kept.safetensors").read_text() == "older"

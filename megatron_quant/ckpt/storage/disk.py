@@ -25,17 +25,19 @@ _WAYS_OUT = {
 
 
 @contextmanager
-def explained(path: Path, doing: str) -> Iterator[None]:
+def explained(path: Path, doing: str, flag: str = "--export-dir") -> Iterator[None]:
     """Turn an OSError of the block into an ExportError that names the file and the way out.
 
     Args:
         path: File to name where the OSError names none.
         doing: What failed, for the message.
+        flag: Names the place, for the way out.
     """
     try:
         yield
     except OSError as error:
         way_out = _WAYS_OUT.get(error.errno or 0, "choose another --export-dir")
+        way_out = way_out.replace("--export-dir", flag)
         named = error.filename or path
         raise ExportError(f"{named}: {doing}: {error.strerror or error}; {way_out}") from error
 

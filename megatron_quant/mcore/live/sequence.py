@@ -12,9 +12,11 @@ from megatron_quant.calib import (
     calibrate,
     calibrate_kv_cache,
     calibrate_weights,
+    measured_tensors,
     ranges_of,
     run_rest,
     watch,
+    write_calibration,
 )
 from megatron_quant.ckpt.plan import slots, source_digest
 from megatron_quant.dist import Groups, together
@@ -170,11 +172,14 @@ def calibrate_quantized(
     handle: Quantized,
     forwards: Iterable[Callable[[], object]] = (),
     rules: InputRules = _RULES,
+    keep: Path | None = None,
 ) -> Quantized:
     """Fill all quantizers and return the handle with its report. Collective.
 
     forwards: each runs calibration data through the model. All are run if the KV cache or any
-    input has a static scale. Raises CalibrationError, on every rank alike.
+    input has a static scale, unless ``rules`` have what an earlier run measured. keep: a file for
+    what is measured. Raises CalibrationError, on every rank alike, and ExportError if the file
+    cannot be written.
     """
     live, steps = handle.model, iter(forwards)
     with watch(handle.cached) as seen:
@@ -186,7 +191,11 @@ def calibrate_quantized(
             replace(rules, token_replicas=live.layout.etp_size),
         )
         run_rest(handle.layers, steps)
-    found = calibrate_kv_cache(handle.cached, handle.plan, live.groups, seen)
+    found = calibrate_kv_cache(handle.cached, handle.plan, live.groups, seen, rules.loaded)
+    if keep is not None:
+        tensors = measured_tensors(handle.plan, report, found)
+        first, groups = live.groups.rank == 0, live.groups
+        together(groups, lambda: write_calibration(keep, tensors) if first else None)
     return replace(handle, report=report, kv_amax=found).remember()
 
 

@@ -1,0 +1,264 @@
+"""The file that keeps what calibration measured, by the names of logical tensors.
+
+A safetensors file. For each Hugging Face module whose inputs were measured:
+
+- ``MODULE.input_amax``, fp32 []: their largest magnitude, to which a percentile may have clipped.
+- ``MODULE.input_tokens``, int64 []: tokens that were seen; 0 for an expert that saw none.
+- ``MODULE.input_squares``, fp32 [K]: sums of squares.
+- ``MODULE.input_moment``, fp32 [K, K]: sums of x x^T. Modules that are fused read the same inputs;
+  it is kept once, under the first of them.
+
+For each attention ``ATTENTION.k_cache_amax`` and ``ATTENTION.v_cache_amax``, fp32 [], of a
+calibrated KV cache. An expert that saw no token has the squares and products of its whole layer.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import isfinite, prod
+from pathlib import Path
+
+import torch
+
+from megatron_quant.ckpt.storage import (
+    Draft,
+    MappedFiles,
+    TensorEntry,
+    allocate,
+    entries_of,
+    explained,
+    lay_out,
+    read_header,
+    write_at,
+)
+from megatron_quant.errors import CalibrationError, CheckpointError
+from megatron_quant.recipes import Decision
+
+AMAX, TOKENS, SQUARES, MOMENT = "input_amax", "input_tokens", "input_squares", "input_moment"
+_FLAG = "--save-calibration"
+
+
+def statistic_key(module: str, statistic: str) -> str:
+    """Return the name of a module's statistic in the file."""
+    return f"{module}.{statistic}"
+
+
+def cache_key(cache_slot: str) -> str:
+    """Return the name of the amax of a cache slot, such as ``model.layers.0.self_attn.k``."""
+    return f"{cache_slot}_cache_amax"
+
+
+class CalibrationWriter:
+    """Writes a calibration file whose tensors come in any order, from several processes too.
+
+    One process calls :meth:`create`, then any of them :meth:`put`, then that one :meth:`finish`.
+    Until then a file of that name that was there stays.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> None:
+        """Plan the file.
+
+        Args:
+            path: Its name.
+            tensors: dtype and shape of each tensor by its name; alike in all processes.
+        """
+        drafts = [
+            Draft(name, dtype, shape, prod(shape) * dtype.itemsize)
+            for name, (dtype, shape) in sorted(tensors.items())
+        ]
+        (self._file,) = lay_out([drafts], max_shard_bytes=1 << 62)
+        self._entries = {entry.name: entry for entry in self._file.entries}
+        self._path, self._whole = path, path.with_name(f"{path.name}.incomplete")
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the file."""
+        return self._file.size
+
+    def create(self) -> None:
+        """Claim the space of the file under a temporary name.
+
+        Raises:
+            ExportError: For what the disk refuses.
+        """
+        with explained(self._whole, "cannot be written", _FLAG):
+            fd = os.open(self._whole, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                allocate(fd, self._file.size)
+                write_at(fd, memoryview(self._file.header), 0)
+            finally:
+                os.close(fd)
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Write one tensor into its place.
+
+        Raises:
+            ExportError: For what the disk refuses.
+        """
+        entry = self._entries[name]
+        assert (value.dtype, tuple(value.shape)) == (entry.dtype, entry.shape), (name, value.shape)
+        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        with explained(self._whole, "cannot be written", _FLAG):
+            fd = os.open(self._whole, os.O_WRONLY)
+            try:
+                write_at(fd, memoryview(data.data), entry.offset)
+            finally:
+                os.close(fd)
+
+    def finish(self) -> None:
+        """Give the file its name.
+
+        Raises:
+            ExportError: For what the disk refuses.
+        """
+        with explained(self._path, "cannot be written", _FLAG):
+            os.replace(self._whole, self._path)
+
+    def abandon(self) -> None:
+        """Remove the unfinished file."""
+        with suppress(OSError):
+            self._whole.unlink(missing_ok=True)
+
+
+def write_calibration(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a calibration file at once.
+
+    Raises:
+        ExportError: For what the disk refuses; an older file is there then.
+    """
+    writer = CalibrationWriter(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
+    try:
+        writer.create()
+        for name, tensor in tensors.items():
+            writer.put(name, tensor)
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+@dataclass(frozen=True)
+class CalibrationFile:
+    """A calibration file, opened; tensors are read when they are asked for."""
+
+    path: Path
+    entries: Mapping[str, TensorEntry]
+    files: MappedFiles
+
+    def find(
+        self, modules: Sequence[str], statistic: str, shape: tuple[int, ...]
+    ) -> torch.Tensor | None:
+        """Return a statistic of the inputs that fused modules share; None where it has none.
+
+        Args:
+            modules: Hugging Face modules.
+            statistic: :data:`AMAX`, :data:`TOKENS`, :data:`SQUARES` or :data:`MOMENT`.
+            shape: Shape that it has to have.
+
+        Raises:
+            CalibrationError: For another shape or dtype, and for bytes that are not there.
+        """
+        keys = (statistic_key(module, statistic) for module in modules)
+        return self._read(next((k for k in keys if k in self.entries), ""), shape)
+
+    def amax(self, modules: Sequence[str]) -> float | None:
+        """Return the largest magnitude of the inputs of fused modules; None where it has none.
+
+        Raises:
+            CalibrationError: As :meth:`find`, and for a value that is no magnitude.
+        """
+        return self._magnitude(self.find(modules, AMAX, ()), f"{modules[0]}.{AMAX}")
+
+    def cache_amax(self, cache_slot: str) -> float | None:
+        """Return the largest key or value of a cache slot; None where it has none.
+
+        Raises:
+            CalibrationError: As :meth:`amax`.
+        """
+        key = cache_key(cache_slot)
+        return self._magnitude(self._read(key, ()), key)
+
+    def needed(
+        self, modules: Sequence[str], statistic: str, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Return what :meth:`find` does.
+
+        Raises:
+            CalibrationError: As :meth:`find`, and where the file has no such statistic.
+        """
+        found = self.find(modules, statistic, shape)
+        if found is None:
+            how = " with --keep-hessians" if statistic == MOMENT else ""
+            raise CalibrationError(
+                f"--load-calibration {self.path} has no {statistic_key(modules[0], statistic)}: "
+                f"save one{how} of this model and recipe with {_FLAG}"
+            )
+        return found
+
+    def _magnitude(self, found: torch.Tensor | None, key: str) -> float | None:
+        if found is None:
+            return None
+        value = found.item()
+        if not (isfinite(value) and value >= 0):
+            raise CalibrationError(
+                f"--load-calibration {self.path}: {key} is {value}; calibrate again"
+            )
+        return value
+
+    def _read(self, key: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        dtype = torch.int64 if key.endswith(TOKENS) else torch.float32
+        if (entry.dtype, entry.shape) != (dtype, shape):
+            raise CalibrationError(
+                f"--load-calibration {self.path}: {key} is {entry.dtype} {list(entry.shape)}, and "
+                f"{dtype} {list(shape)} is needed; it was saved for another model"
+            )
+        try:
+            return self.files.tensor(entry)
+        except OSError as e:
+            raise CalibrationError(f"--load-calibration {self.path}: {key}: {e}") from e
+
+
+def read_calibration(path: Path) -> CalibrationFile:
+    """Open a calibration file.
+
+    Raises:
+        CalibrationError: Where there is none, or it is no safetensors file.
+    """
+    try:
+        header = read_header(path)
+        entries = {entry.name: entry for entry in entries_of(path.name, header)}
+    except (CheckpointError, KeyError) as e:
+        raise CalibrationError(f"--load-calibration: {e}") from e
+    return CalibrationFile(path, entries, MappedFiles(path.parent))
+
+
+def loaded_amaxes(file: CalibrationFile, decisions: Sequence[Decision]) -> dict[str, float]:
+    """Return the amaxes of inputs by slot name; an expert that saw no token is missing.
+
+    Args:
+        file: The file.
+        decisions: Decisions on slots whose inputs have a static scale.
+
+    Raises:
+        CalibrationError: Where the file has none for a slot, nor for one that shares its scale.
+    """
+    found: dict[str, float] = {}
+    lacking: dict[str, Decision] = {}
+    for decision in decisions:
+        value = file.amax(decision.slot.sources)
+        if value is None:
+            lacking.setdefault(decision.slot.name, decision)
+        else:
+            found[decision.slot.name] = value
+    reached = {d.slot.sharing for d in decisions if d.slot.name in found}
+    for decision in lacking.values():
+        slot = decision.slot
+        if slot.expert is None or slot.sharing not in reached:
+            file.needed(slot.sources, AMAX, ())
+    return found

@@ -111,7 +111,7 @@ def test_a_group_that_there_is_not(
         ({"quant_method": "hqq"}, "quant_method 'hqq' in config.json is not read; known: modelopt"),
         ({"bits": 3}, "quantization_config: bits=3 with sym=True is not read; known: 4 and 8"),
         ({"group_size": 64}, "weight [128, 704] in groups of 64; correct quantization_config"),
-        ({"checkpoint_format": "gptq_v2"}, "qzeros is not what the config and the shape"),
+        ({"checkpoint_format": "gptq_v2"}, "qzeros does not fit the config and the shape"),
         ({"checkpoint_format": "exl2"}, "gptq checkpoint_format 'exl2' is not read; known: gptq,"),
     ],
 )

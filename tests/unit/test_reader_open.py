@@ -246,4 +246,4 @@ def test_a_dtype_that_is_no_weight(single: Path) -> None:
 def test_a_dtype_that_is_unknown(single: Path) -> None:
     header = json.dumps({"w": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}).encode()
     (single / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    _assert_refused(single, "w has dtype 'C64', which is not known here")
+    _assert_refused(single, "w has dtype 'C64', which this library does not")

@@ -1,4 +1,4 @@
-"""Any source as dense logical tensors."""
+"""Read any source as dense logical tensors."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint slice by slice: what a rank does not hold it does not read."""
+"""Read a Hugging Face checkpoint slice by slice: a rank reads only what it holds."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,10 +28,10 @@ from megatron_quant.errors import CheckpointError
 from megatron_quant.models import Box, Copy, Param, Role, check_counts, is_draft
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""In which a tensor that is not quantized may be stored."""
+"""Dtypes that an unquantized tensor may have."""
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attention\.masked_bias")
 _PACKED = ("qweight", "weight_packed")
-"""Last parts of names of tensors that are codes of a weight, whatever a config says."""
+"""Last name parts of tensors that are a weight's codes, whatever a config says."""
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -39,7 +39,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 class TensorInfo:
     """The entry of one tensor in a safetensors header; ``file`` is a name in the directory.
 
-    decoded: whether it is what quantized tensors stand for, so that no header says its dtype.
+    decoded: whether it is decoded from quantized tensors, so that no header says its dtype.
     """
 
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class TensorInfo:
 
 
 class Listed:
-    """A checkpoint all of whose tensors are known before one is read."""
+    """A checkpoint whose tensors are all known before one is read."""
 
     path: Path
     config: dict[str, Any]
@@ -64,7 +64,7 @@ class Listed:
         return ()
 
     def info(self, name: str) -> TensorInfo | None:
-        """Dtype, shape and file of what is read of ``name``; None where there is no such tensor."""
+        """Return dtype, shape and file of tensor ``name`` as it is read; None if there is none."""
         return self.tensors.get(name)
 
     def dense(self) -> Mapping[str, TensorInfo]:
@@ -80,9 +80,9 @@ class Listed:
 class Checkpoint(Listed):
     """An open checkpoint directory: its config, and where each tensor lies.
 
-    config: content of config.json. tensors, entries: by name. files: of the directory.
-    unread: its safetensors files none of whose tensors are among these. is_bare: whether its files
-    name the tensors without the ``model.`` that they have here.
+    config: content of config.json. tensors, entries: by name. files: those in the directory.
+    unread: its safetensors files that hold none of these tensors. is_bare: whether the files name
+    the tensors without the ``model.`` that they have here.
     """
 
     path: Path
@@ -94,7 +94,7 @@ class Checkpoint(Listed):
     is_bare: bool = False
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """Read ``box`` of tensor ``name``, in its stored dtype; read nothing else."""
+        """Read only ``box`` of tensor ``name``, in its stored dtype."""
         entry = self.entries[name]
         try:
             tensor = self.files.tensor(entry)
@@ -106,7 +106,7 @@ class Checkpoint(Listed):
 
 
 class Weights(Protocol):
-    """A checkpoint as loading sees it: tensors of an unquantized model, however they are stored.
+    """A checkpoint as loaders see it: tensors of an unquantized model, however they are stored.
 
     Iterating yields their names.
     """
@@ -115,17 +115,17 @@ class Weights(Protocol):
 
     @property
     def path(self) -> Path:
-        """Its directory."""
+        """Return its directory."""
         ...
 
     @property
     def config(self) -> dict[str, Any]:
-        """Content of config.json."""
+        """Return the content of config.json."""
         ...
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Return safetensors files in its directory that are not read: nothing names them."""
+        """Return safetensors files in its directory that are not read, as nothing names them."""
         ...
 
     def read(self, name: str, box: Box) -> torch.Tensor:
@@ -133,11 +133,11 @@ class Weights(Protocol):
         ...
 
     def info(self, name: str) -> TensorInfo | None:
-        """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
+        """Return dtype, shape and file of what :meth:`read` gives; None if there is no tensor."""
         ...
 
     def dense(self) -> Mapping[str, TensorInfo]:
-        """:meth:`info` of every tensor that a model of these weights may have, by name."""
+        """Return, by name, :meth:`info` of every tensor that a model of these weights may have."""
         ...
 
     def check(self, params: Iterable[Param]) -> tuple[str, ...]:
@@ -153,10 +153,10 @@ def check_tensors(
 ) -> tuple[str, ...]:
     """Check that ``tensors`` has every source of ``params`` in its shape, and nothing unexpected.
 
-    Returns the names of tensors that are rightly unused: buffers that old versions of
-    transformers stored, ``lm_head.weight`` where the embedding takes its place, and layers that
-    only speculation needs, as ``config`` tells. Raises CheckpointError naming the first tensor
-    that is missing, misshapen, not in bf16, fp16 or fp32, or unexpected.
+    Returns the names of tensors that may stay unused: buffers that old versions of transformers
+    stored, ``lm_head.weight`` if the embedding takes its place, and, by ``config``, layers that
+    only speculation needs. Raises CheckpointError for the first tensor that is missing, misshapen,
+    not in bf16, fp16 or fp32, or unexpected.
     """
     params = tuple(params)
     sources = {s.name: s.shape for p in params for s in p.sources}
@@ -176,7 +176,7 @@ def check_tensors(
 
 
 def is_buffer(name: str) -> bool:
-    """Return whether a tensor is what old versions of transformers stored, and no model needs."""
+    """Return whether a tensor is a buffer that old transformers stored and no model needs."""
     return _BUFFERS.fullmatch(name) is not None
 
 
@@ -201,7 +201,7 @@ def _check_tensor(
         )
     if info.shape != shape:
         raise CheckpointError(
-            f"{path / info.file}: {name} has shape {list(info.shape)} where config.json "
+            f"{path / info.file}: {name} has shape {list(info.shape)}, but config.json "
             f"asks for {list(shape)}; correct config.json"
         )
     if info.dtype not in PLAIN_DTYPES:
@@ -226,18 +226,18 @@ def beside(tensors: Iterable[str], module: str) -> list[str]:
 
 
 def check_plain(path: Path, name: str, dtype: torch.dtype) -> None:
-    """Raise CheckpointError where a tensor that is not quantized has a quantized one's dtype."""
+    """Raise CheckpointError if an unquantized tensor has a quantized one's dtype."""
     if dtype not in PLAIN_DTYPES:
         raise CheckpointError(
-            f"{path}: {name} is {dtype}, but its quantization_config does not say that it is "
-            "quantized"
+            f"{path}: {name} is {dtype}, but quantization_config in config.json does not say that "
+            "it is quantized; correct quantization_config"
         )
 
 
 def fill(local: torch.Tensor, copies: Sequence[Copy], checkpoint: Weights) -> None:
     """Copy each rectangle of the checkpoint into ``local``, in ``local``'s dtype and device.
 
-    Elements that are in no rectangle (vocabulary padding) keep their value.
+    Elements outside all rectangles (vocabulary padding) keep their value.
     """
     with torch.no_grad():
         for copy in copies:
@@ -245,9 +245,9 @@ def fill(local: torch.Tensor, copies: Sequence[Copy], checkpoint: Weights) -> No
 
 
 def open_directory(path: Path) -> Checkpoint:
-    """Open a checkpoint of whatever dtypes, quantized ones included, by its published names.
+    """Open a checkpoint of any dtypes, quantized ones included, by its published names.
 
-    Raises CheckpointError where the directory, its config or its weights are missing, pickled,
+    Raises CheckpointError if the directory, its config or its weights are missing, pickled,
     truncated or inconsistent.
     """
     config = read_config(path)
@@ -281,7 +281,7 @@ def open_directory(path: Path) -> Checkpoint:
 def _beside(
     path: Path, config: Mapping[str, Any], names: Sequence[str], named: Mapping[str, TensorEntry]
 ) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
-    """Tensors of token prediction in files that nothing names, and the other such files.
+    """Find draft tensors in files that nothing names; return them and the other such files.
 
     GLM-4.7 is published with ``mtp.safetensors`` beside its index.
     """
@@ -292,7 +292,7 @@ def _beside(
             continue
         try:
             entries = _entries(file)
-        except CheckpointError:  # of no concern, as it is not read
+        except CheckpointError:  # harmless: the file is not read
             entries = []
         known = any(e.name in named or e.name in found for e in entries)
         if entries and not known and all(is_draft(config, e.name) for e in entries):
@@ -303,9 +303,9 @@ def _beside(
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> file name of the index; empty where one file holds all.
+    """Return the index's tensor name -> file name; empty if one file holds all.
 
-    That wins over an index of other files, as in transformers.
+    That one file wins over an index of other files, as in transformers.
     """
     alone = (path / WEIGHTS).exists()
     if not (path / INDEX).exists():
@@ -324,7 +324,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     for file, name in named.items():
         if not file or Path(file).name != file:
             raise CheckpointError(
-                f"{path / INDEX}: {where[name]!r} of {name} is no file name in its directory"
+                f"{path / INDEX}: {where[name]!r} of {name} is no file name in its directory; "
+                "fetch it again"
             )
         if not (path / file).is_file():
             raise CheckpointError(
@@ -346,14 +347,14 @@ def _single_file(path: Path) -> str:
     pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{path} has only pickled weights ({pickles[0]}), which can run code; convert it: "
-            "load it in transformers and save_pretrained(directory, safe_serialization=True)"
+            f"{path} has only pickled weights ({pickles[0]}), which can run code; convert them: "
+            "load in transformers and save_pretrained(directory, safe_serialization=True)"
         )
     raise CheckpointError(f"{path} has no {WEIGHTS}; give a checkpoint with safetensors weights")
 
 
 def _entries(file: Path) -> list[TensorEntry]:
-    """Return the tensors of a file by name, once safetensors has found it sound."""
+    """Return the tensors of a file, after safetensors has found it sound."""
     check_regular(file)
     try:
         with safe_open(file, framework="pt"):
@@ -365,4 +366,4 @@ def _entries(file: Path) -> list[TensorEntry]:
     try:
         return sorted(entries_of(file.name, read_header(file)), key=attrgetter("name"))
     except UnknownDtype as e:
-        raise CheckpointError(f"{file}: {e}, which is not known here") from e
+        raise CheckpointError(f"{file}: {e}, which this library does not know") from e

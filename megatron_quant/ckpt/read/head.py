@@ -1,7 +1,7 @@
-"""The output layer of a checkpoint whose config says that the embedding takes its place.
+"""Tell whether a checkpoint's output layer really is its embedding, as its config may say.
 
-transformers ties the two only where the checkpoint has no head: a fine-tune may have another one
-under a config that still says ``tie_word_embeddings``. Values decide.
+transformers ties the two only if the checkpoint has no head. A fine-tune may have its own head
+under a config that still says ``tie_word_embeddings``. So the values decide.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,15 +18,15 @@ TIED = "tie_word_embeddings"
 _HEAD, _EMBEDDING, _WEIGHT = "lm_head", "embed_tokens.weight", ".weight"
 _NESTED = ("text_config", "llm_config", "language_config")
 _ELEMENTS = 1 << 22
-"""Of the two that are compared at a time."""
+"""Elements of each that are compared at a time."""
 
 
 def with_own_head(checkpoint: Checkpoint) -> Checkpoint:
-    """``checkpoint`` with a config that says of its head what its tensors say.
+    """Return ``checkpoint`` with a config that agrees with its head's tensors.
 
-    A head equal to the embedding is one tensor with it, where the config says so; of another one
-    the config then says that it is not tied. Reads both, block by block, up to the first
-    difference.
+    If the config ties the two and the head equals the embedding, they are one tensor. If the head
+    differs, the returned config says that it is not tied. Both are read, block by block, up to the
+    first difference.
     """
     said = _said(checkpoint.config)
     heads = [n for n in checkpoint.tensors if _is_head(n)]
@@ -45,7 +45,7 @@ def _is_head(name: str) -> bool:
 
 
 def _said(config: Mapping[str, Any]) -> bool | None:
-    """Whether the embedding is the head; None where the config leaves that to the model's class."""
+    """Return whether the config ties the head; None if it leaves that to the model's class."""
     for part in (config, *(config.get(key) for key in _NESTED)):
         if isinstance(part, dict) and isinstance(part.get(TIED), bool):
             return bool(part[TIED])
@@ -62,7 +62,7 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_equal(checkpoint: Checkpoint, heads: list[str]) -> bool:
-    """Return whether the only tensor of the head is the embedding again."""
+    """Return whether the head has one tensor, equal to the embedding."""
     embeddings = sorted((n for n in checkpoint.tensors if n.endswith(_EMBEDDING)), key=len)
     if len(heads) != 1 or not heads[0].endswith(_WEIGHT) or not embeddings:
         return False

@@ -1,4 +1,4 @@
-"""A checkpoint as its logical tensors, whatever it stores them in."""
+"""Open a checkpoint as its logical tensors, however it stores them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from megatron_quant.ckpt.read.stack_views import viewed
 from megatron_quant.models import Box, Param, Structure, describe_structure, has_table, is_draft
 
 _ELEMENTS, _ROWS = 1 << 22, 128
-"""Of a block that is read at a time: about how many elements, and of what its rows are a multiple.
+"""About how many elements a block has that is read at a time; its rows are a multiple of the other.
 
-Few enough for what is computed with them to stay in memory that the process has already."""
+They are few enough that computing with them reuses memory that the process already has."""
 
 
 def logical(checkpoint: Weights) -> tuple[Weights, Structure]:
-    """Return the checkpoint by engines' names, and the meaning of each for the model.
+    """Return the checkpoint by engines' names, and what each name means in the model.
 
-    Raises ArchitectureError where a tensor cannot be told.
+    Raises ArchitectureError for a tensor that cannot be identified.
     """
     shapes = {name: info.shape for name, info in checkpoint.dense().items()}
     structure = describe_structure(checkpoint.config, shapes)
@@ -32,22 +32,23 @@ def logical(checkpoint: Weights) -> tuple[Weights, Structure]:
 def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
     """Return the logical parameters of a checkpoint, by its config or else by its tensors.
 
-    Raises ArchitectureError where a tensor cannot be told, as where an expert is missing.
+    Raises ArchitectureError for a tensor that cannot be identified, for example if an expert is
+    missing.
     """
     config, table = checkpoint.config, has_table(checkpoint.config)
-    # verification reports what a table names and the checkpoint lacks
+    # verification reports tensors that a table names and the checkpoint lacks
     wanted = [n for n in checkpoint if not table or is_draft(config, n)]
     return describe_structure(config, {n: checkpoint.shape(n) for n in wanted}).params
 
 
 def open_original(directory: Path) -> Weights:
-    """Open the checkpoint that an export was made from, by the names that engines load."""
+    """Open the checkpoint that an export was made from, by the names that engines use."""
     checkpoint = open_source(directory)
     return checkpoint if has_table(checkpoint.config) else logical(checkpoint)[0]
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[Box]:
-    """Blocks of rows of a tensor: whole blocks of any format, alike for all sources."""
+    """Cut a tensor into blocks of rows: whole blocks of any format, equal for all sources."""
     rows = shape[0] if shape else 1
     step = max(_ELEMENTS // max(prod(shape[1:]), 1) // _ROWS, 1) * _ROWS
     for start in range(0, rows, step):
@@ -58,7 +59,7 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[Box]:
 def plain_part(checkpoint: Weights, name: str, box: Box) -> torch.Tensor:
     """Read the rectangle ``box`` of a tensor.
 
-    Raises CheckpointError where it cannot be read, or is none of an unquantized model.
+    Raises CheckpointError if it cannot be read, or is not an unquantized model's.
     """
     part = checkpoint.read(name, box)
     check_plain(checkpoint.path, name, part.dtype)
@@ -66,10 +67,10 @@ def plain_part(checkpoint: Weights, name: str, box: Box) -> torch.Tensor:
 
 
 def kept_dtypes(checkpoint: Weights) -> dict[str, torch.dtype]:
-    """Tensors whose dtype is not that of most of the checkpoint, with it: they need it.
+    """Return the tensors that need a dtype other than most of the checkpoint's, with that dtype.
 
-    What is decoded has none of its own. Of a model that has a table, which says so itself, those
-    of layers for speculation alone.
+    Decoded tensors have no dtype of their own. If the model has a table, the table says so for all
+    but layers for speculation, so only these are returned.
     """
     config = checkpoint.config
     plain = {n: info for n, info in checkpoint.dense().items() if not info.decoded}

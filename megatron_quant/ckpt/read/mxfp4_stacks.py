@@ -1,9 +1,9 @@
-"""Stacks of experts in MXFP4, as GPT-OSS has them, as one decoded matrix an expert.
+"""Read GPT-OSS's stacks of MXFP4 experts as one decoded matrix per expert.
 
-On disk, for each layer: ``experts.gate_up_proj_blocks`` uint8 [E, 2I, H/32, 16] (two E2M1 codes a
+Each layer has on disk ``experts.gate_up_proj_blocks`` uint8 [E, 2I, H/32, 16] (two E2M1 codes per
 byte, the even column in the low nibble), ``gate_up_proj_scales`` uint8 [E, 2I, H/32] (E8M0) and
-``gate_up_proj_bias`` [E, 2I]; the same of ``down_proj`` with [E, H, I]. Rows of gate_up alternate:
-gate, up, gate, up. As transformers' ``integrations/mxfp4.py`` decodes them.
+``gate_up_proj_bias`` [E, 2I]; and the same for ``down_proj`` with [E, H, I]. Rows of gate_up
+alternate: gate, up, gate, up. transformers' ``integrations/mxfp4.py`` decodes them like this.
 """
 
 import re
@@ -28,13 +28,13 @@ _GROUP = 32
 class ExpertStacks(Listed):
     """A checkpoint directory whose experts are stacks in MXFP4.
 
-    Its tensors have the names that other models give to single experts:
-    ``...experts.3.gate_proj.weight`` [I, H] and ``.bias`` [I], ``up_proj`` alike, ``down_proj``
-    [H, I] and [H]; all others keep their own. Iterating yields the names.
+    Its experts' tensors have the names that other models give to single experts:
+    ``...experts.3.gate_proj.weight`` [I, H] and ``.bias`` [I], the same for ``up_proj``, and
+    ``down_proj`` [H, I] and [H]. All other tensors keep their names. Iterating yields the names.
     """
 
     def __init__(self, files: Checkpoint):
-        """Raise CheckpointError where the headers of ``files`` contradict one another."""
+        """Raise CheckpointError if the headers of ``files`` contradict one another."""
         self._files = files
         self.path, self.config = files.path, files.config
         self.tensors = dict(self._logical())
@@ -47,7 +47,7 @@ class ExpertStacks(Listed):
     def read(self, name: str, box: Box) -> Tensor:
         """Read ``box`` of tensor ``name``: an expert's weight in fp32, else in its stored dtype.
 
-        Of a stack only the rows and blocks of that expert are read that the rectangle touches.
+        It reads only those rows and blocks of the expert that the rectangle touches.
         """
         match = _NAME.fullmatch(name)
         if match is None:
@@ -125,13 +125,13 @@ class ExpertStacks(Listed):
             if info is None or info.shape != expected or info.dtype not in dtypes:
                 found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
                 raise CheckpointError(
-                    f"{self.path}: {stack}_{suffix} is {found}, not {dtypes[0]} {list(expected)} as"
-                    f" {stack}_blocks means; fetch the checkpoint again"
+                    f"{self.path}: {stack}_{suffix} is {found}, but {stack}_blocks needs"
+                    f" {dtypes[0]} {list(expected)}; fetch the checkpoint again"
                 )
 
 
 class _Rows:
-    """Rows of a stack that hold those of one projection: every second one where two alternate."""
+    """The rows of a stack that belong to one projection: every second one if two alternate."""
 
     def __init__(self, projection: str, start: int, size: int):
         self._first = _FIRST.get(projection, 0)

@@ -1,4 +1,4 @@
-"""Opening a source: a checkpoint to be quantized, which may be quantized already."""
+"""Open a source: a checkpoint to quantize, which may be quantized already."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from megatron_quant.models import has_table
 def open_source(path: Path) -> Weights:
     """Open directory ``path`` for loading: names and values of the dense model.
 
-    Where a model without a table stores its experts in stacks, so does what is returned.
+    If a model without a table stores its experts in stacks, they stay stacks here.
 
-    Raises CheckpointError where it is broken, or quantized in a way that is not known.
+    Raises CheckpointError if it is broken, or quantized in an unknown way.
     """
     checkpoint = with_own_head(open_directory(path))
     if has_expert_stacks(checkpoint.config):

@@ -1,8 +1,8 @@
-"""Rectangles of quantized weights, decoded: only the stored cells that they touch are read.
+"""Read rectangles of quantized weights, decoded, from only the stored cells that they touch.
 
-Groups and blocks count from the first column of the logical tensor, so a slice decodes to the slice
-of the decoded tensor, wherever it begins. Where a checkpoint says the group of each column
-(``g_idx``, GPTQ's activation order) and these are not in their natural order, every column takes
+Groups and blocks count from the first column of the logical tensor. So a slice decodes to the same
+slice of the decoded tensor, wherever it begins. If a checkpoint gives each column's group
+(``g_idx``, GPTQ's activation order) and columns are not in their natural order, every column uses
 the scale and zero point of its own group.
 """
 
@@ -31,12 +31,12 @@ from megatron_quant.models import Box, whole
 from megatron_quant.native import WHOLE
 
 GROUP_INDEX = ("g_idx", "weight_g_idx")
-"""Suffixes of the group of each column, int32 [K]: GPTQ's, and compressed-tensors'."""
+"""Suffixes of the tensor with each column's group, int32 [K]: GPTQ's, compressed-tensors'."""
 _OF_WEIGHTS = (
     *("qweight", "qzeros", "scales", "weight_packed", "weight_zero_point"),
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale"),
 )
-"""Suffixes of what the dialects store of weights."""
+"""Suffixes of the tensors that dialects store for a weight."""
 _SCALAR = (WHOLE, WHOLE)
 _WEIGHT_SHAPE = "weight_shape"
 _INTEGERS = (torch.int32, torch.int64)
@@ -47,8 +47,8 @@ _Span = tuple[int, int]
 class Packed:
     """The quantized weight of ``module`` in the files of a checkpoint.
 
-    fmt: its format. stored: its tensors, as the dialect has them; those of activations and what
-    follows from the shape alone are not read. shape: [N, K] of the weight.
+    fmt: its format. stored: its tensors, as the dialect stores them; tensors of activations, and
+    those that follow from the shape, are not read. shape: [N, K] of the weight.
     """
 
     files: Files
@@ -60,7 +60,7 @@ class Packed:
     def read(self, box: Box) -> Tensor:
         """Read the rectangle ``box`` of the weight, fp32.
 
-        Raises CheckpointError where what is stored cannot be that of the module's format.
+        Raises CheckpointError if the stored tensors do not fit the module's format.
         """
         outer = self._aligned(box)
         fields, fmt = self.fields(outer), self.fmt
@@ -71,9 +71,9 @@ class Packed:
         return w_NK[tuple(slice(a - o, a - o + n) for a, o, n in inner)]
 
     def lost(self, w_NK: Tensor, box: Box) -> tuple[float, float]:
-        """(sum of w^2, sum of (w - decoded)^2) in fp64: ``w_NK`` is the original of ``box``.
+        """Return (sum of w^2, sum of (w - decoded)^2) in fp64; ``w_NK`` is the original of ``box``.
 
-        As ``lost_between`` finds them of :meth:`read`, which raises the same.
+        They equal those of ``lost_between`` with the result of :meth:`read`; it raises the same.
         """
         cut = box.size != self.shape and self._aligned(box) != box
         padded = box.size[1] % self.fmt.fields[0].block[1]
@@ -82,14 +82,15 @@ class Packed:
         return lost(w_NK, self.fields(box), self.fmt, (box.start[0], box.start[1]))
 
     def fields(self, box: Box) -> dict[str, Tensor]:
-        """Read the codec's fields of the blocks that ``box`` touches; it splits no packed element.
+        """Read the codec's fields of the blocks that ``box`` touches.
 
-        Scales of columns in another order than the natural one are those of all groups.
+        ``box`` must split no packed element. If the columns are not in their natural order, the
+        scales are those of all groups.
         """
         return {s.field: self._field(s, box) for s in self._coded}
 
     def scales(self, box: Box) -> dict[str, Tensor]:
-        """Read the codec's fields but the elements, of all blocks that ``box`` touches."""
+        """Read the codec's fields, without elements, of all blocks that ``box`` touches."""
         outer = self._aligned(box)
         assert self.group_of_column is None, self.module
         found = {}
@@ -108,7 +109,7 @@ class Packed:
 
     @cached_property
     def group_of_column(self) -> Tensor | None:
-        """int64 [K], where the columns' groups are not in their natural order; else None."""
+        """Return each column's group, int64 [K]; None if they are in their natural order."""
         name = next(
             (n for s in GROUP_INDEX if (n := f"{self.module}.{s}") in self.files.tensors), ""
         )
@@ -133,7 +134,7 @@ class Packed:
 
     @cached_property
     def _coded(self) -> tuple[Stored, ...]:
-        """Return the tensors of the codec's fields; CheckpointError for wrong constants beside."""
+        """Return the tensors of the codec's fields; CheckpointError for wrong constants."""
         self._check_constants()
         names = {field.name for field in self.fmt.fields}
         return tuple(s for s in self.stored if s.field in names)
@@ -186,9 +187,9 @@ class Packed:
         return {n: f if n == elements else f.index_select(1, own) for n, f in fields.items()}
 
     def _check_constants(self) -> None:
-        """Raise CheckpointError unless what is stored of the shape alone is what it means.
+        """Raise CheckpointError unless the tensors that follow from the shape are right.
 
-        These are the zero points of symmetric weights: others would be of another format.
+        They are the zero points of symmetric weights. Other values would mean another format.
         """
         for stored in self.stored:
             name = f"{self.module}.{stored.suffix}"
@@ -200,17 +201,17 @@ class Packed:
             found = self.files.read(name, whole(info.shape))
             if not torch.equal(found, stored.constant(*self.shape).to(found.dtype)):
                 raise CheckpointError(
-                    f"{self.files.path}: {name} is not what the config and the shape "
-                    f"{list(self.shape)} of a {self.fmt.name} weight mean; correct sym, bits or "
+                    f"{self.files.path}: {name} does not fit the config and the shape "
+                    f"{list(self.shape)} of a {self.fmt.name} weight; correct sym, bits or "
                     "checkpoint_format in quantization_config, or fetch the checkpoint again"
                 )
 
 
 def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ...]) -> Packed:
-    """Open the weight of ``module``, all of whose tensors fit ``fmt``.
+    """Open the weight of ``module``, and check that all its tensors fit ``fmt``.
 
-    Reads headers, and what is stored of the shape. Raises CheckpointError naming the first tensor
-    that is missing, or that contradicts the format or the others.
+    It reads headers, and tensors that follow from the shape. Raises CheckpointError for the first
+    tensor that is missing, or that contradicts the format or the others.
     """
     own = tuple(s for s in stored if s.field not in (INPUT_SCALE, WEIGHT_SCALE))
     for s in own:
@@ -232,7 +233,7 @@ def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ..
 def _missing(
     files: Files, module: str, lacked: Stored, fmt: Format, stored: tuple[Stored, ...]
 ) -> str:
-    """Describe a missing tensor, and the tensors found in its place."""
+    """Describe a missing tensor, and the tensors that are there instead."""
     said = (
         f"{files.path}: no tensor {module}.{lacked.suffix}, though config.json says that "
         f"{module} is {fmt.name}"
@@ -249,12 +250,13 @@ def _missing(
 
 
 def _shape(files: Files, module: str, stored: tuple[Stored, ...]) -> tuple[int, int]:
-    """[N, K]: as it is stored, where it is (columns may fill their last word in part)."""
+    """Return [N, K], as stored if it is stored: columns may fill their last word in part."""
     elements = stored[0]
     on_disk = files.tensors[f"{module}.{elements.suffix}"].shape
     if len(on_disk) != 2:
         raise CheckpointError(
-            f"{files.path}: {module}.{elements.suffix} has shape {list(on_disk)}, not two dims"
+            f"{files.path}: {module}.{elements.suffix} has shape {list(on_disk)}, not two dims; "
+            "fetch the checkpoint again"
         )
     rows, cols = elements.weight_shape(on_disk)
     name = f"{module}.{_WEIGHT_SHAPE}"
@@ -286,7 +288,7 @@ def _cells(start: int, size: int, block: int) -> _Span:
 
 
 def _within(start: int, size: int, outer: int, block: int, length: int) -> slice:
-    """Blocks that ``size`` elements from ``start`` on touch, counted from that of ``outer``."""
+    """Return the blocks that ``size`` elements from ``start`` on touch, counted from ``outer``."""
     first, stop = _cells(start, size, block or length)
     skipped = outer // (block or length)
     return slice(first - skipped, stop - skipped)

@@ -1,8 +1,8 @@
-"""Names of tensors as checkpoints are published, where a bare model was saved.
+"""Give a bare model's tensors the names that whole checkpoints are published with.
 
-transformers' ``Qwen3Model.save_pretrained`` writes ``layers.0...`` where ``Qwen3ForCausalLM``
-writes ``model.layers.0...``. Embedding models are published so. Engines and transformers read the
-longer names into either class.
+transformers' ``Qwen3Model.save_pretrained`` writes ``layers.0...``, ``Qwen3ForCausalLM`` writes
+``model.layers.0...``. Embedding models are published with the short names. Engines and transformers
+read the long names into either class.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,14 +11,14 @@ from typing import Any
 PREFIX = "model."
 _EMBEDDING = "embed_tokens.weight"
 _BESIDE = ("lm_head.", "mtp.", "score.")
-"""Beginnings of names that are beside the bare model in the whole one."""
+"""Beginnings of names that lie beside the bare model in a whole one."""
 
 
 def published_names(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """Return stored name -> published name of the tensors of a bare model; else empty.
+    """Return stored name -> published name of a bare model's tensors; empty for a whole one.
 
     Args:
-        names: Of all tensors of a checkpoint.
+        names: Names of all tensors of a checkpoint.
         config: Content of config.json.
     """
     stored = set(names)

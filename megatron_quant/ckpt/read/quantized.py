@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint with its weights decoded, read with safetensors alone."""
+"""Read a Hugging Face checkpoint with its weights decoded, by safetensors alone."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -40,7 +40,7 @@ from megatron_quant.models import Box, Param, table_names, whole
 
 _WEIGHTS = ("weight", "weight_packed", "qweight")
 _UNREAD = ("pre_quant_scale", "weight_zero_point")
-"""Tensors of which a module's values depend where they are, but not in any format known here."""
+"""Tensors that would change a module's values, but that no format known here uses."""
 _OF_ACTIVATIONS = (
     "input_scale",
     "input_global_scale",
@@ -52,25 +52,25 @@ _OF_ACTIVATIONS = (
     "v_scale",
     "prob_scale",
 )
-"""Last parts of names of tensors of which no weight depends."""
+"""Last name parts of tensors that no weight depends on."""
 
 
 class QuantizedCheckpoint:
-    """A checkpoint directory; plain ones are read as well.
+    """A checkpoint directory, quantized or plain.
 
-    modules: what the checkpoint's own config says of each quantized module (Hugging Face name).
-    dialect: the convention that it is in; None where nothing is quantized.
-    kv_cache: ``fp8`` where it has scales of an FP8 KV cache, else empty.
-    is_ordered, lists_exclusions: as the dialect's methods of these names say of the config.
+    modules: the format of each quantized module (Hugging Face name), by the checkpoint's config.
+    dialect: its dialect; None if nothing is quantized.
+    kv_cache: ``fp8`` if it has scales of an FP8 KV cache, else empty.
+    is_ordered, lists_exclusions: the results of the dialect's methods of these names.
 
-    Iterating yields the tensor names of the unquantized model. Tensors are read when asked for,
-    one at a time.
+    Iterating yields the tensor names of the unquantized model. Tensors are read on demand, one at
+    a time.
     """
 
     def __init__(self, directory: Path):
         """Read the config and the headers of ``directory``.
 
-        Raises CheckpointError where a file is missing or broken, or the config is not known.
+        Raises CheckpointError if a file is missing or broken, or the config is not known.
         """
         files = with_own_head(open_directory(directory))
         self._open(files, matrices(files))
@@ -79,7 +79,7 @@ class QuantizedCheckpoint:
     def over(cls, files: Checkpoint, modules: Iterable[str]) -> "QuantizedCheckpoint":
         """Open the checkpoint in ``files``; its config tells which of ``modules`` are quantized.
 
-        For verification, their tensors may be missing or malformed.
+        Their tensors may be missing or malformed: verification opens it like this.
         """
         checkpoint = cls.__new__(cls)
         checkpoint._open(files, modules)
@@ -128,51 +128,51 @@ class QuantizedCheckpoint:
                 yield name
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the tensor that the unquantized model calls ``name``, one of those iterated."""
+        """Return the shape of the unquantized model's tensor ``name``, one of those iterated."""
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or module not in self.modules:
             return self.tensors[name].shape
         elements = self.stored(module)[0]
         info = self.tensors[f"{module}.{elements.suffix}"]
-        if info.dtype in PLAIN_DTYPES:  # by mistake, which verifying reports
+        if info.dtype in PLAIN_DTYPES:  # a mistake that verification reports
             return info.shape
         return elements.weight_shape(info.shape)
 
     @property
     def cache_scales(self) -> tuple[Stored, ...]:
-        """Return every attention's tensors beside its weights; empty without an FP8 KV cache."""
+        """Return every attention's cache scales; empty without an FP8 KV cache."""
         return self.dialect.cache_scales if self.dialect and self.kv_cache else ()
 
     def raw(self, name: str) -> torch.Tensor:
-        """Read a tensor in its stored form; CheckpointError where there is none of that name."""
+        """Read a tensor in its stored form; CheckpointError if there is none of that name."""
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path}: no tensor {name}")
+            raise CheckpointError(f"{self.path}: no tensor {name}; fetch the checkpoint again")
         return self._files.read(name, whole(self.tensors[name].shape))
 
     def weight(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Decode the tensor that the unquantized model calls ``name``, in ``dtype``.
 
-        Raises CheckpointError where one of its stored tensors is missing or malformed, or has a
-        companion that this library does not know (such as a scale of the inputs folded into it).
+        Raises CheckpointError if one of its stored tensors is missing or malformed, or if there is
+        one beside them that this library does not know (such as a folded scale of the inputs).
         """
         if not self._is_packed(name):
             return self._plain(name).to(dtype)
         return self.packed(name.rpartition(".")[0]).whole().to(dtype)
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """Read ``box`` of :meth:`weight`: fp32 of a quantized one, else in its stored dtype.
+        """Read ``box`` of :meth:`weight`: fp32 if quantized, else in its stored dtype.
 
-        Nothing else of it is read, but for tensors with a few numbers a row or column.
+        It reads nothing else but tensors with a few numbers per row or column.
         """
         if not self._is_packed(name):
             return self._files.read(name, box)
         return self.packed(name.rpartition(".")[0]).read(box)
 
     def dense(self) -> Mapping[str, TensorInfo]:
-        """:meth:`info` of what is iterated, by name, but what no model needs.
+        """Return, by name, :meth:`info` of all iterated tensors that a model needs.
 
-        That is what is stored of activations, and biases of zeros that the model's table has not,
-        which some packers add.
+        It leaves out tensors of activations, and biases of zeros that some packers add and the
+        model's table lacks.
         """
         needed = (name for name in self if not self._is_needless(name))
         return {name: info for name in needed if (info := self.info(name)) is not None}
@@ -182,7 +182,7 @@ class QuantizedCheckpoint:
         return check_tensors(self.path, self.config, self.dense(), params)
 
     def info(self, name: str) -> TensorInfo | None:
-        """Dtype, shape and file of what :meth:`read` gives; None where there is no such tensor."""
+        """Return dtype, shape and file of what :meth:`read` gives; None if there is no tensor."""
         if not self._is_packed(name):
             return self.tensors.get(name)
         packed = self.packed(name.rpartition(".")[0])
@@ -190,16 +190,16 @@ class QuantizedCheckpoint:
         return TensorInfo(torch.float32, packed.shape, file, decoded=True)
 
     def fields(self, module: str) -> dict[str, torch.Tensor]:
-        """Return a quantized module's fields and pseudo fields by name, but ``SHAPE``.
+        """Return a quantized module's fields and pseudo fields by name, without ``SHAPE``.
 
-        Raises CheckpointError where a tensor is missing or does not fit the others, or where the
-        columns are not in their natural order.
+        Raises CheckpointError if a tensor is missing or does not fit the others, or if the columns
+        are not in their natural order.
         """
         packed = self.packed(module)
         if packed.group_of_column is not None:
             raise CheckpointError(
                 f"{self.path}: the columns of {module} are not in their natural order (g_idx), "
-                "which no other dialect can say; quantize this checkpoint instead"
+                "which no other dialect can store; quantize this checkpoint instead"
             )
         found = packed.fields(whole(packed.shape))
         for stored in self.stored(module):
@@ -208,18 +208,21 @@ class QuantizedCheckpoint:
         return found
 
     def held(self) -> ReadOnce:
-        """Return the stored tensors, each read once while the returned object lives."""
+        """Return a reader of the stored tensors that reads each only once."""
         return ReadOnce(self._files)
 
     def packed(self, module: str, files: Files | None = None) -> Packed:
-        """Open the weight of a quantized module; CheckpointError where its tensors do not fit.
+        """Open the weight of a quantized module; CheckpointError if its tensors do not fit.
 
-        files: what reads them; the checkpoint itself where None.
+        files: the reader; None for the checkpoint itself.
         """
         known = [s.suffix for s in self.stored(module)]
         for suffix in _UNREAD:
             if suffix not in known and f"{module}.{suffix}" in self.tensors:
-                raise CheckpointError(f"{self.path}: {module}.{suffix} is not read")
+                raise CheckpointError(
+                    f"{self.path}: {module}.{suffix} changes the weight in a way that this library "
+                    "cannot read; give another checkpoint"
+                )
         fmt = self.modules[module].weights
         return open_packed(files or self._files, module, fmt, self.stored(module))
 
@@ -234,7 +237,7 @@ class QuantizedCheckpoint:
         return leaf in _OF_ACTIVATIONS
 
     def input_scale(self, module: str) -> float | None:
-        """Tensor scale of a module's inputs (multiply to dequantize); None where it has none."""
+        """Return the tensor scale of a module's inputs (multiply to dequantize); None if none."""
         if module not in self.modules:
             return None
         for stored in self.stored(module):
@@ -249,9 +252,9 @@ class QuantizedCheckpoint:
 
 
 def matrices(files: Checkpoint) -> list[str]:
-    """Modules that have a 2-D weight that may be quantized.
+    """List the modules whose 2-D weight may be quantized.
 
-    Whatever a config's patterns say: a plain matrix without scales is not.
+    A plain matrix without scales is not quantized, whatever a config's patterns say.
     """
     weights = [n.rpartition(".") for n, t in files.tensors.items() if len(t.shape) == 2]
     modules = [module for module, _, leaf in weights if leaf in _WEIGHTS]
@@ -280,7 +283,7 @@ def _bare(module: str) -> str:
 def _check_names(
     files: Checkpoint, found: Mapping[str, ModuleFormat], as_stored: Mapping[str, ModuleFormat]
 ) -> None:
-    """Raise CheckpointError where a config means other modules by the names in the files."""
+    """Raise CheckpointError if the files' own names would match other modules in the config."""
     if {_bare(module): fmt for module, fmt in found.items()} != dict(as_stored):
         raise CheckpointError(
             f"{files.path}: names of tensors lack {PREFIX!r} (a bare ...Model was saved), and "
@@ -294,9 +297,10 @@ def _is_plain(info: TensorInfo | None) -> bool:
 
 
 def _as_found(files: Checkpoint, dialect: Dialect, module: str, fmt: ModuleFormat) -> ModuleFormat:
-    """``fmt`` with the dtype in which the module's group scales are stored, where that is another.
+    """Return ``fmt`` with the dtype that the module's group scales really have.
 
-    Producers round them to fp16 or bf16, before the codes: neither dtype holds the other's.
+    Producers round them to fp16 or bf16 before they make codes, and neither dtype holds all values
+    of the other.
     """
     try:
         tensors = stored_by(dialect, fmt, layer_of(module))

@@ -15,7 +15,7 @@ class Files(Protocol):
 
     @property
     def path(self) -> Path:
-        """Its directory."""
+        """Return its directory."""
         ...
 
     @property
@@ -29,10 +29,10 @@ class Files(Protocol):
 
 
 class ReadOnce:
-    """``files``, of which what was read whole stays mapped: for the tensors of one module."""
+    """Keeps every tensor of ``files`` that was read whole until its module is done."""
 
     def __init__(self, files: Files):
-        """Nothing is read yet."""
+        """Set up; read nothing yet."""
         self.path, self.tensors = files.path, files.tensors
         self._files = files
         self._read: dict[str, Tensor] = {}
@@ -45,7 +45,7 @@ class ReadOnce:
         return found
 
     def read(self, name: str, box: Box) -> Tensor:
-        """Read ``box`` of it, in its stored dtype."""
+        """Read ``box`` of tensor ``name``, in its stored dtype."""
         if box.size == self.tensors[name].shape:
             return self.raw(name)
         found = self._read.get(name)

@@ -1,4 +1,4 @@
-"""Keeping the scales of a source that is quantized already: same format, same grid."""
+"""Keep the scales of a source that is quantized already: same format, same grid."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,9 +19,9 @@ Scales = dict[str, torch.Tensor]
 
 
 def keeping(plan: QuantPlan, checkpoint: Weights) -> tuple[QuantPlan, QuantizedCheckpoint]:
-    """Return ``plan`` with the source's dtypes of scales, and the source whose scales they are.
+    """Return ``plan`` with the source's scale dtypes, and the source that has the scales.
 
-    Raises CheckpointError naming the first weight whose grid in the source is not the plan's.
+    Raises CheckpointError for the first weight whose grid in the source is not the plan's.
     """
     if not isinstance(checkpoint, QuantizedCheckpoint):
         raise CheckpointError(f"{checkpoint.path} has no scales to keep; {_WITHOUT}")
@@ -33,8 +33,8 @@ def _kept(decision: Decision, checkpoint: QuantizedCheckpoint) -> Decision:
     first = decision.slot.sources[0]
     if decision.algorithm != "max":
         raise CheckpointError(
-            f"{first}: the recipe searches its scales ({decision.algorithm}), which {_FLAG} "
-            f"excludes; take algorithm max, or {_WITHOUT}"
+            f"{first}: the recipe searches its scales ({decision.algorithm}), which does not go "
+            f"with {_FLAG}; take algorithm max, or {_WITHOUT}"
         )
     formats = [_own_format(module, decision, checkpoint) for module in decision.slot.sources]
     if len(set(formats)) > 1:
@@ -46,7 +46,7 @@ def _kept(decision: Decision, checkpoint: QuantizedCheckpoint) -> Decision:
 
 
 def _own_format(module: str, decision: Decision, checkpoint: QuantizedCheckpoint) -> Format:
-    """Return the format of a source of ``decision``: its target's but for the scales' dtype."""
+    """Return the source's format for ``decision``; it may differ only in the scales' dtype."""
     assert decision.weights is not None
     found = checkpoint.modules.get(module)
     where = f"{checkpoint.path}: {module}"
@@ -58,13 +58,13 @@ def _own_format(module: str, decision: Decision, checkpoint: QuantizedCheckpoint
         wanted = describe_format(replace(found, weights=decision.weights, inputs=None))
         own = describe_format(replace(found, inputs=None))
         raise CheckpointError(
-            f"{where} is in {own}, whose scales are none of {wanted}; take a recipe with that "
+            f"{where} is in {own}, whose scales do not fit {wanted}; take a recipe with that "
             f"format, exclude it, or {_WITHOUT}"
         )
     if checkpoint.packed(module).group_of_column is not None:
         raise CheckpointError(
-            f"{where} has its columns in another order (g_idx), so its groups are none of an "
-            f"export's; {_WITHOUT}"
+            f"{where} has its columns in another order (g_idx), so an export cannot have its "
+            f"groups; {_WITHOUT}"
         )
     return found.weights
 
@@ -74,12 +74,12 @@ def _grid(fmt: Format) -> tuple[str, int]:
 
 
 def kept_scales(checkpoint: QuantizedCheckpoint, module: str, region: Region) -> Scales:
-    """Scales of all blocks of ``module``'s weight that ``region`` touches, and the tensor's."""
+    """Read the scales of all blocks of a weight that ``region`` touches, and the tensor's."""
     return checkpoint.packed(module).scales(Box(region.start, region.size))
 
 
 def check_fused(plan: QuantPlan, checkpoint: QuantizedCheckpoint) -> None:
-    """:func:`check_shared` of all that ``plan`` fuses; one block of scales of each is read."""
+    """Run :func:`check_shared` on all that ``plan`` fuses; read one block of scales of each."""
     fused: dict[str, list[str]] = {}
     for decision in plan.quantized:
         if decision.weights and decision.weights.tensor_scale:
@@ -93,14 +93,14 @@ def check_fused(plan: QuantPlan, checkpoint: QuantizedCheckpoint) -> None:
 
 
 def check_shared(found: Mapping[str, Scales], path: object) -> None:
-    """Raise CheckpointError where fused modules have unequal NVFP4 tensor scales.
+    """Raise CheckpointError if fused modules have unequal NVFP4 tensor scales.
 
-    found: by module. Engines use one of them for all.
+    Engines use one of them for all. found: scales by module.
     """
     scales = {m: s["tensor_scale"].item() for m, s in found.items() if "tensor_scale" in s}
     if len(set(scales.values())) > 1:
         low, high = min(scales, key=scales.__getitem__), max(scales, key=scales.__getitem__)
         raise CheckpointError(
-            f"{path}: {low} and {high} have tensor scales {scales[low]:g} and {scales[high]:g}, of "
-            f"which engines would use one for both; {_WITHOUT}"
+            f"{path}: {low} and {high} have tensor scales {scales[low]:g} and {scales[high]:g}, "
+            f"but engines would use one for both; {_WITHOUT}"
         )

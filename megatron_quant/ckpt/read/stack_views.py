@@ -1,4 +1,4 @@
-"""A checkpoint that stores experts in stacks, with the single ones that engines load."""
+"""View a checkpoint's stacks of experts as the single experts that engines load."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from megatron_quant.models import Box, View, unstack
 
 @dataclass(frozen=True, kw_only=True)
 class Viewed(Listed):
-    """``stored`` with the tensors of ``views`` in place of the stacks that hold them."""
+    """``stored``, with the tensors of ``views`` instead of the stacks that hold them."""
 
     path: Path
     config: dict[str, Any]
@@ -27,7 +27,7 @@ class Viewed(Listed):
         return self.stored.unread
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """Read ``box`` of tensor ``name``, in the form that ``stored`` gives; read no more."""
+        """Read only ``box`` of tensor ``name``, in the form that ``stored`` gives."""
         view = self.views.get(name)
         if view is None:
             return self.stored.read(name, box)
@@ -38,7 +38,7 @@ class Viewed(Listed):
 
 
 def viewed(checkpoint: Weights, views: Mapping[str, View]) -> Weights:
-    """``checkpoint`` itself where there is nothing to view."""
+    """View ``checkpoint``; return it unchanged if there are no views."""
     if not views:
         return checkpoint
     stored = checkpoint.dense()
@@ -56,7 +56,7 @@ def viewed(checkpoint: Weights, views: Mapping[str, View]) -> Weights:
 
 
 def unstacked(checkpoint: Weights) -> Weights:
-    """Return the checkpoint by engines' names, whatever its tensors are to the model.
+    """Return the checkpoint by engines' names, without knowing what its tensors mean.
 
     Raises ArchitectureError for a stack whose experts cannot be told apart.
     """

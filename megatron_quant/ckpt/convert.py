@@ -1,7 +1,7 @@
-"""A quantized checkpoint in another dialect: the same codes and scales under other names.
+"""Write a quantized checkpoint in another dialect: the same codes and scales under other names.
 
-Nothing is decoded and rounded again: elements, zero points and block scales keep their values. A
-tensor scale that the other dialect stores as its inverse may move by one unit in the last place.
+Nothing is decoded or rounded again: elements, zero points and block scales keep their values. A
+tensor scale may move by one unit in the last place if the other dialect stores its inverse.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from megatron_quant.models import Domain, Parallel, Param, Role, Source
 from megatron_quant.recipes import Decision, QuantPlan, Slot
 
 _KEEPING_CODES = (Role.LINEAR, Role.DRAFT, Role.OUTSIDE)
-"""Roles of linears that a source may have quantized, and an export then keeps so."""
+"""Roles of linears that may be quantized in a source, and then are in the export too."""
 
 
 def whole_tensors(params: tuple[Param, ...]) -> tuple[Param, ...]:
-    """Take ``params`` apart: every Hugging Face tensor as an unfused, uncut parameter."""
+    """Take ``params`` apart: every Hugging Face tensor becomes an unfused, uncut parameter."""
     return tuple(
         replace(
             param,
@@ -43,8 +43,8 @@ def whole_tensors(params: tuple[Param, ...]) -> tuple[Param, ...]:
 def plan_of(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> QuantPlan:
     """Return the checkpoint's own decision on each of ``params`` (whole tensors).
 
-    Raises CheckpointError where nothing in it is quantized, and FormatError for a format that is
-    read alone.
+    Raises CheckpointError if nothing in it is quantized, and FormatError for a format that can be
+    read but not written.
     """
     if checkpoint.dialect is None:
         raise CheckpointError(
@@ -57,12 +57,12 @@ def plan_of(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> Quant
         stored = checkpoint.modules.get(source.module) if _is_weight(source) else None
         if stored is not None and param.role not in _KEEPING_CODES:
             raise CheckpointError(
-                f"{checkpoint.path}: {source.module} is quantized, which other dialects do not "
-                f"have of the {param.role.value}; quantize this checkpoint instead"
+                f"{checkpoint.path}: {source.module} is quantized, but other dialects cannot store "
+                f"a quantized {param.role.value}; quantize this checkpoint instead"
             )
         fixed = "" if param.role is Role.LINEAR or stored else param.role.value
         slot = Slot(name=param.name, sources=(source.module,), shape=param.shape, fixed=fixed)
-        if stored is not None:  # engines run no other
+        if stored is not None:  # engines run only this one
             get_format(stored.weights.name, stored.weights.group_size)
         weights, inputs = (stored.weights, stored.inputs) if stored else (None, None)
         decisions.append(
@@ -81,7 +81,7 @@ def transcode(part: RankPart, checkpoint: QuantizedCheckpoint) -> Iterator[Produ
     for piece in part.pieces:
         if piece.stored.field not in fields:
             raise CheckpointError(
-                f"{checkpoint.path} has nothing to make {piece.entry.name} of; quantize the "
+                f"{checkpoint.path} has nothing to make {piece.entry.name} from; quantize the "
                 "source checkpoint instead"
             )
         value = piece.stored.to_disk(fields[piece.stored.field])
@@ -100,13 +100,13 @@ def _fields(part: RankPart, checkpoint: QuantizedCheckpoint) -> dict[str, torch.
 
 
 def _cast(value: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """``value`` in the dtype of its entry; CheckpointError where that would round it."""
+    """Cast ``value`` to the dtype of its entry; CheckpointError if that would round it."""
     cast = value.to(piece.entry.dtype)
     if piece.stored.field == PLAIN or cast.dtype == value.dtype:
         return cast
     if not torch.equal(cast.to(value.dtype), value):
         raise CheckpointError(
-            f"{piece.entry.name} would be {cast.dtype}, which does not hold the {value.dtype} "
+            f"{piece.entry.name} would be {cast.dtype}, which cannot hold the {value.dtype} "
             "scales of the source; quantize the source checkpoint instead"
         )
     return cast

@@ -302,7 +302,7 @@ def test_verify_of_headers_and_manifests(tmp_path: Path) -> None:
     write(tmp_path)
     manifest = (tmp_path / MANIFEST).read_text()
     (tmp_path / MANIFEST).write_text(manifest.replace('"version": 2', '"version": 9'))
-    assert "is not of version 2; verify with the release that" in verify_digests(tmp_path)[0]
+    assert "does not have version 2; verify with the release that" in verify_digests(tmp_path)[0]
     (tmp_path / MANIFEST).unlink()
     assert f"{MANIFEST} is missing; verify without --digests" in verify_digests(tmp_path)[0]
     (tmp_path / MANIFEST).write_text(manifest)

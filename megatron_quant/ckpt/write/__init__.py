@@ -1,4 +1,4 @@
-"""Writing an export: ranks, threads and fsync."""
+"""Write an export: ranks, threads and fsync."""
 
 import lazy_loader
 

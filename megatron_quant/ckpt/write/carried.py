@@ -1,7 +1,7 @@
-"""The files beside a checkpoint's weights: which of them an export takes along.
+"""Choose the files beside a checkpoint's weights that an export takes along.
 
-All but what it writes itself: weights, their index, config.json and what says how the source is
-quantized. Code is copied as any other file; nothing of it is run.
+It takes all but those that it writes itself: weights, their index, config.json, and the files that
+say how the source is quantized. Code is copied like any other file, and never run.
 """
 
 import os
@@ -21,14 +21,15 @@ _WEIGHTS = (
 )
 _OWN = (MANIFEST, *FILES, "quantization_config.json", "*.index.json")
 _LARGEST = 256 << 20
-"""Bytes of a file that is no weight: tokenizers have some tens of millions."""
+"""Most bytes of a file beside the weights: tokenizers have some tens of millions."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """carried: files to take along, below the source's directory, in the order of their names.
+    """The files beside the weights.
 
-    left_out: what is not, and why; one line each.
+    carried: files to take along, below the source's directory, sorted by name. left_out: the
+    others and why they stay, one line each.
     """
 
     carried: tuple[Path, ...]
@@ -38,8 +39,8 @@ class Beside:
 def beside(directory: Path) -> Beside:
     """Find the files beside the weights in the checkpoint ``directory``, in folders too.
 
-    Hidden files and a folder that holds weights of its own stay behind; so does a link to
-    somewhere else, but for the hub's cache, which is made of such.
+    Hidden files stay behind, and so do folders with weights of their own and links to somewhere
+    else. The hub's cache is the exception: all its files are links.
     """
     carried: list[Path] = []
     left_out: list[str] = []
@@ -78,7 +79,7 @@ def _of_folder(folder: Path, files: list[Path]) -> str:
 
 
 def _reason(directory: Path, file: Path) -> str:
-    """Why a file stays behind; empty for one that need not."""
+    """Return why a file stays behind; empty if it does not."""
     if _matches(file.name, _WEIGHTS):
         return ""
     if file.is_symlink() and not _is_own(directory, file):
@@ -90,7 +91,7 @@ def _reason(directory: Path, file: Path) -> str:
 
 def _is_own(directory: Path, link: Path) -> bool:
     target, root = link.resolve(), directory.resolve()
-    cache = root.parent.parent / "blobs"  # of the hub: snapshots/REVISION beside blobs
+    cache = root.parent.parent / "blobs"  # the hub's cache has snapshots/REVISION beside blobs
     return target.is_relative_to(root) or (
         root.parent.name == "snapshots" and target.is_relative_to(cache)
     )

@@ -1,7 +1,7 @@
 """The directory that an export goes to: what it may hold, and how its files get there.
 
-An unfinished export is temporary names alone (see ``unfinished.py``), and one run at a
-time writes it (see ``lock.py``).
+An unfinished export has only temporary names (see ``unfinished.py``), and one run at a time writes
+it (see ``lock.py``).
 """
 
 import os
@@ -34,18 +34,18 @@ from megatron_quant.errors import CheckpointError, ExportError
 
 
 class Existing(Enum):
-    """The treatment of a directory that is not empty."""
+    """What to do with a directory that is not empty."""
 
     REFUSE = "refuse"
     REPLACE = "replace"
-    RESUME = "resume"  # continue the unfinished export in it; start where there is none
+    RESUME = "resume"  # continue the unfinished export in it, or start if there is none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A directory that this run alone writes, until :meth:`release`.
+    """A directory that only this run writes, until :meth:`release`.
 
-    own: what its document says. made: directories that had to be made, the deepest first.
+    own: the content of its document. made: directories that had to be made, deepest first.
     """
 
     directory: Path
@@ -55,11 +55,11 @@ class Claim:
     fsync: bool
 
     def release(self) -> None:
-        """Let other runs in; what was written stays."""
+        """Let other runs in; keep what was written."""
         self.lock.release()
 
     def discard(self) -> None:
-        """Remove what this run wrote; a directory in which other files appeared stays."""
+        """Remove what this run wrote; keep a directory in which other files appeared."""
         discard(self.directory, self.own)
         self.release()
         for path in self.made:
@@ -68,16 +68,16 @@ class Claim:
 
 
 def names_of(plan: ExportPlan, companions: Companions) -> tuple[str, ...]:
-    """Return the names of all files of an export, in the order of their naming: the index last."""
+    """Return the names of all files of an export, in the order in which they get them."""
     names = (*(file.name for file in plan.files), *companions.names, MANIFEST, INDEX)
     assert len(set(names)) == len(names), f"two files of one name: {names}"
     return names
 
 
 def check_apart(directory: Path, source: Path, flag: str = "--export-dir") -> None:
-    """Raise ExportError where an export would be in the checkpoint it is made of, or around it.
+    """Raise ExportError if an export would lie in or around the checkpoint it is made of.
 
-    flag: that names ``directory``.
+    flag: the one that names ``directory``.
     """
     if not overlap(directory, source):
         return
@@ -110,7 +110,7 @@ def check_target(
 
 
 def _is_free(directory: Path) -> bool:
-    """Return whether there is nothing but what a run leaves that was killed as it began."""
+    """Return whether the directory is empty but for what a run leaves that is killed at once."""
     left = {directory / LOCK, unfinished.before_document(directory)}
     return set(directory.iterdir()) <= left
 
@@ -131,7 +131,7 @@ def _identity(plan: ExportPlan, companions: Companions) -> dict[str, str]:
 
 
 def is_finished(directory: Path) -> bool:
-    """Return whether an index of this library says that all is there."""
+    """Return whether there is an index and a manifest of this library: all is there."""
     if not (directory / INDEX).exists() or not (directory / MANIFEST).exists():
         return False
     begun = _begun(directory)
@@ -164,7 +164,7 @@ _DIFFERENCES = {
 
 
 def _check_same(directory: Path, stated: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Compare all that both sides know; statistics before calibration are not known."""
+    """Compare all that both sides know; before calibration, statistics are not known."""
     for key, difference in _DIFFERENCES.items():
         if own[key] and stated.get(key) and own[key] != stated[key]:
             made_by = f" ({stated[key]}, and this is {own[key]})" if key == "encoder" else ""
@@ -175,17 +175,17 @@ def _check_same(directory: Path, stated: Mapping[str, str], own: Mapping[str, st
 
 
 def _begun(directory: Path) -> Unfinished | None:
-    """Read the document, where it can be read."""
+    """Read the document, if it can be read."""
     with suppress(CheckpointError):
         return unfinished.read(directory)
     return None
 
 
 def _replaced(directory: Path) -> tuple[str, ...]:
-    """Names of the files of an older export, as its manifest lists them.
+    """Return the names of an older export's files, as its manifest lists them.
 
-    Manifests of older releases list none: there the index does. Raises ExportError where neither
-    can be read.
+    Manifests of older releases list no files, so the index does. Raises ExportError if neither can
+    be read.
     """
     if not (directory / MANIFEST).exists():
         return ()
@@ -204,7 +204,7 @@ def _replaced(directory: Path) -> tuple[str, ...]:
 
 
 def _check_own(directory: Path, names: Iterable[str]) -> None:
-    """Raise ExportError where a file would be replaced that no export of ours has listed."""
+    """Raise ExportError if a file would be replaced that no export of ours has listed."""
     begun = _begun(directory)
     known = set(_replaced(directory))
     if begun is not None:
@@ -212,15 +212,15 @@ def _check_own(directory: Path, names: Iterable[str]) -> None:
     for name in names:
         if name not in known and os.path.lexists(directory / name):
             raise ExportError(
-                f"{directory / name} is there, and no export of this library has written it; move "
+                f"{directory / name} is in the way, and no export of this library wrote it; move "
                 "it away or choose another --export-dir"
             )
 
 
 def leave_finished(plan: ExportPlan, directory: Path, companions: Companions, ranks: int) -> bool:
-    """On one rank, after :func:`check_target`: whether what is to be continued is finished.
+    """Return whether the export to continue is finished. On one rank, after :func:`check_target`.
 
-    Then what a kill after the last rename may have left is removed.
+    If it is, remove what a kill after the last rename may have left.
     """
     if not is_finished(directory):
         return False
@@ -239,11 +239,11 @@ def prepare_directory(
     ranks: int = 1,
     fsync: bool = True,
 ) -> Claim:
-    """On one rank: empty the way, claim the space of every file, write the headers.
+    """Clear the way, reserve the space of every file, and write the headers. On one rank.
 
-    An older export's index goes first, so that it never lies beside new files. To continue an
-    export its files are kept. ``ranks``: that may write. Raises ExportError, also where another
-    run is at it.
+    An older export's index goes first, so that it never lies beside new files. Files of an export
+    to continue are kept. ``ranks``: how many may write. Raises ExportError, also if another run
+    writes there.
     """
     check_target(directory, companions, existing, plan)
     with explained(directory, "cannot be used"):
@@ -258,7 +258,7 @@ def prepare_directory(
     )
     claim = Claim(directory=directory, own=own, lock=lock, made=made, fsync=fsync)
     try:
-        # Again: another run may have ended, or begun, before this one had the lock.
+        # Check again: another run may have ended, or begun, before this one had the lock.
         check_target(directory, companions, existing, plan)
     except BaseException:
         claim.release()
@@ -281,7 +281,7 @@ def prepare_directory(
 
 
 def _begin(directory: Path, own: Unfinished, existing: Existing, fsync: bool) -> Unfinished:
-    """Have the document say what is to come, and older files gone."""
+    """Write the document that lists what is to come, and remove older files."""
     begun = _begun(directory)
     if existing is Existing.RESUME and begun is not None:
         unfinished.take_back(directory, begun)
@@ -295,7 +295,7 @@ def _begin(directory: Path, own: Unfinished, existing: Existing, fsync: bool) ->
 
 
 def _create(directory: Path, file: OutFile) -> None:
-    """Create the file and write its header; keep content that exists, whatever its size."""
+    """Create the file and write its header; keep existing content, whatever its size."""
     path = partial(directory, file.name)
     with explained(path, f"cannot take {file.size} bytes"):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -307,9 +307,9 @@ def _create(directory: Path, file: OutFile) -> None:
 
 
 def publish(claim: Claim) -> None:
-    """On one rank, when all is there and verified: give every file its name, the index last.
+    """Give every file its name, the index last. On one rank, when all is there and verified.
 
-    Raises ExportError; then all has temporary names again.
+    Raises ExportError; then all files have temporary names again.
     """
     directory, own = claim.directory, replace(claim.own, naming=True, replaces=())
     with explained(directory, "cannot be completed"):
@@ -329,7 +329,7 @@ def publish(claim: Claim) -> None:
 
 
 def _rename(directory: Path, name: str, fsync: bool) -> None:
-    """Give a file its own name, in a folder of the checkpoint where that has one."""
+    """Give a file its own name, in the folder of the checkpoint that the name may have."""
     final = directory / name
     if final.parent != directory:
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The value of one scale of a quantized KV cache."""
+"""Make one scale of a quantized KV cache."""
 
 from collections.abc import Iterator
 

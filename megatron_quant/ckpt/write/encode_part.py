@@ -1,4 +1,4 @@
-"""The values of one part, made from the parameter that its owner holds."""
+"""Make the values of one part from the parameter that its owner holds."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,7 +15,7 @@ from megatron_quant.models import Box
 from megatron_quant.native import WHOLE
 
 Produced = tuple[TensorEntry, Box, torch.Tensor]
-"""A tensor on disk, a box of it, and that box's values."""
+"""A file tensor, a box of it, and the box's values."""
 Fields = dict[str, torch.Tensor]
 
 
@@ -30,13 +30,14 @@ def produce(
     """Yield the tensors of ``part``, from the live parameter ``local`` of its owner.
 
     local: the rank's shard of ``part.param``, bf16, fp16 or fp32 on any device.
-    weight_amax: one element, the largest magnitude of the whole parameter (all that it fuses),
-        where the format or the dialect has a tensor scale. input_amax: the same of its inputs,
-        where their format has one.
-    block_stat: statistics of the blocks that the part touches, as ``formats.block_stat`` has them;
-        None where they follow from the part alone, which they do not where a shard cuts a block.
-    scales: scales of all blocks that the part touches, and the tensor's, as ``formats.grid`` has
-        them: the part is rounded onto them. None where they follow from amax and statistics.
+    weight_amax: one element, the largest magnitude of the whole parameter (all that it fuses), if
+        the format or the dialect has a tensor scale. input_amax: the same of its inputs, if their
+        format has one.
+    block_stat: statistics of the blocks that the part touches, as ``formats.block_stat`` makes
+        them. None if they follow from the part alone, which takes that no shard cuts a block.
+    scales: scales of all blocks that the part touches, and the tensor's, in the form of
+        ``formats.grid``: the part is rounded onto them. None if they follow from amax and
+        statistics.
 
     Raises FormatError for a weight or a scale that is not finite (or a scale that is 0), and
     CalibrationError for a statistic that is missing or not finite; both name the tensor.
@@ -47,7 +48,7 @@ def produce(
 
 
 def check_finite(part: RankPart, w: torch.Tensor) -> None:
-    """Raise FormatError where the part's own values ``w`` are not all finite."""
+    """Raise FormatError unless the part's own values ``w`` are all finite."""
     if not isfinite(amax(w).item()):
         name = part.target.source.name
         raise FormatError(f"{name} has NaN or Inf; repair the source checkpoint")
@@ -61,7 +62,7 @@ def encoded(
     block_stat: torch.Tensor | None = None,
     scales: Fields | None = None,
 ) -> Iterator[Produced]:
-    """Yield the tensors of the part's own values ``w``, which are finite."""
+    """Yield the tensors of the part's own values ``w``, which must be finite."""
     weights = part.target.scheme.weights
     if weights is None:
         yield _plain(part, w)
@@ -70,7 +71,7 @@ def encoded(
     fields |= _pseudo_fields(part, weight_amax, input_amax)
     for piece in part.pieces:
         field = _own_cells(part, piece.stored, fields[piece.stored.field])
-        stored = piece.stored.to_disk(field).to(piece.entry.dtype)  # a kept scale's may be narrower
+        stored = piece.stored.to_disk(field).to(piece.entry.dtype)  # a kept scale's is narrower
         value = stored.reshape(piece.box.size)
         _check_scale(piece, value, weights)
         yield piece.entry, piece.box, value
@@ -91,7 +92,7 @@ def _encoded(
     weight_amax: torch.Tensor | None,
     block_stat: torch.Tensor | None,
 ) -> Fields:
-    """Fields of the part's weight; those of scales cover every block that it touches."""
+    """Encode the part's weight; the scales cover every block that it touches."""
     source, weights = part.target.source, part.target.scheme.weights
     assert weights is not None
     dscale = None
@@ -105,7 +106,7 @@ def _encoded(
 
 
 def _on(part: RankPart, w_NK: torch.Tensor, scales: Fields) -> Fields:
-    """Encode with these scales."""
+    """Encode the part's weight with these scales."""
     weights, start = part.target.scheme.weights, part.region.start
     assert weights is not None
     return encode_on(w_NK, weights, scales, (start[0], start[1]))
@@ -128,19 +129,19 @@ def _pseudo_fields(
 
 
 def _check_stat(part: RankPart, fmt: Format, block_stat: torch.Tensor | None) -> None:
-    """Raise CalibrationError where blocks need a statistic that only several shards have."""
+    """Raise CalibrationError if a block's statistic lies on several shards and is not merged."""
     block = fmt.stat_block
     if block_stat is None and block is not None and any(part.region.cut(block)):
         raise CalibrationError(
-            f"{part.target.source.name}: shards cut its {fmt.name} blocks, whose statistics no"
-            " calibration has merged; calibrate first"
+            f"{part.target.source.name}: shards cut its {fmt.name} blocks, and no calibration has"
+            " merged their statistics; calibrate first"
         )
 
 
 def _own_cells(part: RankPart, stored: Stored, value: torch.Tensor) -> torch.Tensor:
-    """Pick the scales that the part writes out of those of all blocks that it touches.
+    """Pick the scales that the part writes from those of all blocks that it touches.
 
-    Elements it writes all: no edge splits what they are packed in.
+    It writes all of its elements: no edge splits what they are packed in.
     """
     fmt = part.target.scheme.weights
     assert fmt is not None
@@ -153,13 +154,13 @@ def _own_cells(part: RankPart, stored: Stored, value: torch.Tensor) -> torch.Ten
 
 
 def _slice(start: int, size: int, count: int, touched: range) -> slice:
-    """Stored elements ``start`` and on, of ``count`` cells each, in what covers ``touched``."""
+    """Return where stored elements from ``start`` on, ``count`` cells each, lie in ``touched``."""
     stop = min((start + size) * count, touched.stop)
     return slice(start * count - touched.start, stop - touched.start)
 
 
 def _cells_each(stored: Stored, field: Field, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """By dim how many of the codec's cells one stored element holds."""
+    """Return, by dim, how many of the codec's cells one stored element holds."""
     extents = zip(stored.block, field.block, shape, strict=True)
     counts = [divmod(s or n, b or n) for s, b, n in extents]
     assert not any(remainder for _, remainder in counts), (stored, field)
@@ -173,7 +174,7 @@ def _dscale(
         raise CalibrationError(f"{what} have no amax, which {fmt.name} needs; calibrate first")
     value = amax.item()
     if not isfinite(value):
-        raise CalibrationError(f"the amax of {what} is {value}; look for NaN in the model")
+        raise CalibrationError(f"the amax of {what} is {value}; look for NaN or Inf in the model")
     return _scale_of(value, fmt, stored)
 
 
@@ -181,17 +182,17 @@ def _dscale(
 def _scale_of(amax: float, fmt: Format, stored: Stored | None) -> torch.Tensor:
     """Return one scale for all experts that share it; do not change it.
 
-    It is the value that readers of ``stored`` get. Where a dialect stores the inverse, one scale
-    in six does not survive the way there and back, and its neighbour that does is taken: codes
-    are then made with the scale that decodes them. (A third inverse is the first again, for every
-    fp32 mantissa, so once is enough.)
+    It is the value that readers of ``stored`` get, so codes are made with the scale that decodes
+    them. If a dialect stores the inverse, one scale in six changes on the way there and back; the
+    result of that way is taken instead. (For every fp32 mantissa a third inverse equals the first,
+    so once is enough.)
     """
     scale = tensor_scale(torch.tensor(amax), fmt)
     return scale if stored is None else stored.from_disk(stored.to_disk(scale)).reshape(())
 
 
 def _check_scale(piece: Piece, value: torch.Tensor, weights: Format) -> None:
-    """Whatever is a float and no element is a scale."""
+    """Raise FormatError for a scale that cannot decode; every float but an element is a scale."""
     if piece.stored.field == weights.fields[0].name or not value.is_floating_point():
         return
     low, high = (value.item(),) * 2 if value.numel() == 1 else _bounds(value)
@@ -203,7 +204,7 @@ def _check_scale(piece: Piece, value: torch.Tensor, weights: Format) -> None:
 
 
 def _bounds(value: torch.Tensor) -> tuple[float, float]:
-    """Least and largest element, as far as all are positive; else one that is not, or NaN."""
+    """Return the least and the largest element; if one is not positive or NaN, it shows."""
     if value.dtype == torch.float8_e4m3fn:  # codes order as their values do
         codes = torch.stack(torch.aminmax(value.view(torch.uint8)))
         low, high = codes.view(torch.float8_e4m3fn).float().tolist()

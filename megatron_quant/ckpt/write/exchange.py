@@ -1,4 +1,4 @@
-"""Ranks that put rows of tensors together, and none of which waits for one that failed."""
+"""Let ranks put rows of tensors together; none waits for a rank that failed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from megatron_quant.errors import RankError
 from megatron_quant.models import Domain
 
 Pieces = Mapping[str, memoryview]
-"""Bytes that a member encoded, by file tensor."""
+"""The bytes that a member encoded, by file tensor."""
 
 
 def join_all(
@@ -25,10 +25,10 @@ def join_all(
 ) -> bool:
     """Exchange all ``batches`` (:func:`megatron_quant.ckpt.plan.row_joins.batches`); collective.
 
-    encode: what this rank has of a batch. write: of the rows that it put together.
+    encode: encodes what this rank has of a batch. write: writes the rows that it put together.
 
-    What either of them raises is raised when nobody waits for this rank any more. Returns whether
-    all is well; False where another rank failed, which will say so.
+    An error of either is raised once nobody waits for this rank any more. Returns True if all went
+    well, and False if another rank failed; that rank raises the error.
     """
     error: BaseException | None = None
     left: set[tuple[int, ...]] = set()
@@ -41,9 +41,9 @@ def join_all(
         try:
             received = exchange(message, _sizes(batch, rank), _group(batch[0], shards))
         except RankError as e:
-            raise error or e from None  # nobody is there who could wait
+            raise error or e from None  # nobody waits: the others are gone
         except BaseException as e:
-            error, received = e, None  # the members know
+            error, received = e, None  # the members know it
         if received is None:
             left.add(members)
             continue
@@ -67,7 +67,7 @@ def _joins(batch: tuple[Joint, ...]) -> list[Join]:
 
 
 def _sizes(batch: tuple[Joint, ...], rank: int) -> list[int]:
-    """Bytes that come from each member."""
+    """Return the bytes that come from each member."""
     members = batch[0].members
     me = members.index(rank)
     return [sum(_nbytes(join, me, of) for join in _joins(batch)) for of in range(len(members))]
@@ -81,7 +81,7 @@ def _nbytes(join: Join, to: int, of: int) -> int:
 def _message(
     batch: tuple[Joint, ...], rank: int, encode: Callable[[tuple[Joint, ...]], Pieces]
 ) -> list[torch.Tensor]:
-    """For each member its rows of what this rank encodes, uint8."""
+    """Return, for each member, its rows of what this rank encodes, uint8."""
     members, pieces = batch[0].members, encode(batch)
     me = members.index(rank)
     return [_for_member(_joins(batch), me, to, pieces) for to in range(len(members))]
@@ -99,7 +99,7 @@ def _for_member(joins: Sequence[Join], me: int, to: int, pieces: Pieces) -> torc
 
 
 def _joined(batch: tuple[Joint, ...], rank: int, received: torch.Tensor) -> list[Encoded]:
-    """This rank's rows, of what came from the members."""
+    """Put this rank's rows together from what the members sent."""
     me, sizes = batch[0].members.index(rank), _sizes(batch, rank)
     parts = [part.numpy() for part in received.split(sizes)]
     at, found = [0] * len(parts), list[Encoded]()

@@ -1,9 +1,9 @@
-"""Files from an export plan: every rank writes its own bytes, and the index comes last.
+"""Write the files of an export plan: every rank writes its own bytes, and the index comes last.
 
-Phases, between which all ranks meet: :func:`prepare_directory` on one rank, :func:`write_parts` on
-all, :func:`stage_documents` on one, a check on all, :func:`publish` on one. Until then every
-file has a temporary name, so whatever stops an export leaves no index behind; a journal says which
-bytes are there already.
+All ranks meet between the phases: :func:`prepare_directory` on one rank, :func:`write_parts` on
+all, :func:`stage_documents` on one, a check on all, :func:`publish` on one. Until the last phase
+every file has a temporary name, so an export that is stopped leaves no index. A journal lists the
+bytes that are already there.
 """
 
 import json
@@ -39,16 +39,16 @@ from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import LostRankError
 
 Check = Callable[[Path], object]
-"""Called on every rank with the directory of an export that is all there; raises what is wrong."""
+"""Called on every rank with the directory of a complete export; raises an error if it is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
     """Where an export goes, and how it gets there.
 
-    companions: what lies beside the weights.
+    companions: the files beside the weights.
     existing: what to do with an export that is there already.
-    check: comes before any file has its own name, or where the export was finished already.
+    check: called before any file has its own name, and for an export that was finished already.
     """
 
     directory: Path
@@ -67,9 +67,9 @@ def export(
 ) -> None:
     """Write the checkpoint; call it on every rank with the same plan.
 
-    Raises, on every rank, what any rank met: ExportError from the disk, or whatever ``produce``
-    raises. Then nothing is left in ``to.directory`` but what was there, less an older
-    checkpoint's files under ``Existing.REPLACE``; a directory that was made for it is gone. Under
+    Raises on every rank what any rank met: ExportError from the disk, or an error of ``produce``.
+    ``to.directory`` then has only what it had before, without an older checkpoint's files under
+    ``Existing.REPLACE``; a directory that was made for the export is removed. Under
     ``Existing.RESUME``, and whenever a rank is killed, what was written stays and can be continued.
     """
     check_plan(plan)
@@ -105,7 +105,7 @@ def export(
             _checked(to.check, names_of(plan, companions), directory, groups)
         together(groups, lambda: publish(claim) if claim else None)
     except Exception as error:
-        # A run whose rank was killed, or that Ctrl-C ended, goes on with what is there.
+        # Keep the files if a rank was killed or Ctrl-C ended the run: it can be continued.
         if claim and existing is not Existing.RESUME and not isinstance(error, LostRankError):
             claim.discard()
         raise
@@ -121,10 +121,10 @@ def _write(
     to: Destination,
     progress: Progress,
 ) -> dict[str, str]:
-    """All parts, by all ranks; the digest of every tensor, on every rank.
+    """Write all parts on all ranks; return the digest of every tensor on every rank.
 
-    All was hashed before it was written. What is cut through leaves of its digest is read back,
-    as the digest must not tell how it was cut; the ranks share that.
+    Bytes are hashed before they are written. A tensor that is cut inside a leaf of its digest is
+    read back, because the digest must not depend on the cuts; the ranks share that work.
     """
     rank, directory, options = groups.rank, to.directory, to.options
     work = work_of(plan, rank, joints(plan) if groups.shards else ())
@@ -162,7 +162,7 @@ def _share(entries: Sequence[TensorEntry], rank: int, size: int) -> Iterator[Ten
 def read_digests(
     entries: Iterable[TensorEntry], directory: Path, options: WriteOptions
 ) -> dict[str, str]:
-    """Digests of tensors that are written, from files that still have their temporary names."""
+    """Compute digests of written tensors, from files that still have temporary names."""
     written = (replace(entry, file=partial(directory, entry.file).name) for entry in entries)
     return digests_on_disk(directory, written, options.io_threads)
 
@@ -170,9 +170,9 @@ def read_digests(
 def stage_documents(
     plan: ExportPlan, claim: Claim, companions: Companions, digests: Mapping[str, str]
 ) -> None:
-    """On one rank, when all have written: add the other files, under temporary names.
+    """Add the other files under temporary names. On one rank, when all have written.
 
-    digests: of every tensor.
+    digests: those of every tensor.
     """
     listed = names_of(plan, companions)
     origin = companions.origin
@@ -187,7 +187,7 @@ def stage_documents(
 
 
 def _checked(check: Check, claim_names: Sequence[str], directory: Path, groups: Groups) -> None:
-    """Have ``check`` see the export as it will be, on every rank."""
+    """Call ``check`` on every rank with the export as it will be."""
     preview = together(groups, lambda: Preview(directory, claim_names))
     try:
         check(preview.path)

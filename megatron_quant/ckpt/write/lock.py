@@ -1,4 +1,4 @@
-"""One run at a time in a directory: a lock that ends with the process that holds it."""
+"""Let one run at a time write a directory, by a lock that ends with the process."""
 
 import errno
 import fcntl
@@ -13,20 +13,20 @@ from megatron_quant.ckpt.storage import UNSUPPORTED
 from megatron_quant.errors import ExportError
 
 LOCK = ".megatron_quant_lock.partial"
-"""Name of the file that is locked, in the directory of the export."""
+"""The file that is locked, in the directory of the export."""
 _HELD = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK)
 
 
 class Lock:
-    """Held from its making until :meth:`release`, or until the process ends in whatever way.
+    """A lock that is held until :meth:`release`, or until the process ends in any way.
 
-    A POSIX lock: forks do not inherit it, and NFS keeps it among hosts. Where the file system has
-    no locks a line says so, and nothing is held.
+    It is a POSIX lock: forks do not inherit it, and NFS keeps it across hosts. If the file system
+    has no locks, a line says so and nothing is locked.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Raise ExportError where another process holds it, and OSError."""
+        """Take the lock. Raises ExportError if another process holds it, and OSError."""
         self._path = directory / LOCK
         self._stream: IO[str] | None = None
         while self._stream is None:
@@ -53,7 +53,7 @@ class Lock:
             if error.errno not in _NO_LOCKS:
                 raise
             logging.getLogger(__name__).warning(
-                "%s: this file system has no locks: see to it that no other run writes there",
+                "%s: this file system has no locks: make sure that no other run writes there",
                 self._path.parent,
             )
         stream.truncate(0)
@@ -61,7 +61,7 @@ class Lock:
         stream.flush()
 
     def release(self) -> None:
-        """Let others in; the file goes."""
+        """Let others in, and remove the file."""
         if self._stream is not None:
             with suppress(OSError):
                 self._path.unlink()

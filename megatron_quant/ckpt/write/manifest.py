@@ -1,6 +1,6 @@
 """``megatron_quant_manifest.json``: what an export was made of, and a digest of every tensor.
 
-Nothing in it depends on the layout or the time, so that it is byte-equal wherever the files are.
+Nothing in it depends on the layout or the time: equal files have byte-equal manifests.
 """
 
 import os
@@ -30,7 +30,7 @@ _VERSION = 2
 
 
 def plan_digest(plan: ExportPlan) -> str:
-    """Digest of every file's name and header: of all of a plan that no layout changes."""
+    """Digest every file's name and header: all of a plan that no layout changes."""
     return _files_digest((file.name, file.header) for file in plan.files)
 
 
@@ -46,7 +46,7 @@ def identity(plan: ExportPlan, origin: Origin) -> dict[str, str]:
 def manifest(
     plan: ExportPlan, origin: Origin, digests: Mapping[str, str], files: Iterable[str]
 ) -> dict[str, Any]:
-    """Content of the manifest; ``digests``: by tensor name. files: names of all of the export's."""
+    """Make the manifest. digests: by tensor name. files: the names of all files of the export."""
     tensors = {entry.name: digests[entry.name] for entry in plan.entries}
     about = {"version": _VERSION, "digest": ABOUT}
     return {**about, **identity(plan, origin), "files": sorted(files), "tensors": tensors}
@@ -55,11 +55,9 @@ def manifest(
 def digests_on_disk(
     directory: Path, entries: Iterable[TensorEntry], threads: int
 ) -> dict[str, str]:
-    """Digest of each of ``entries``, read from their files under ``directory``.
+    """Compute the digest of each of ``entries``, read from their files under ``directory``.
 
-    Empty where the file ends before.
-
-    Raises ExportError where a file cannot be read.
+    The digest is empty if the file ends too early. Raises ExportError if a file cannot be read.
     """
     with ThreadPoolExecutor(threads) as pool:
         return dict(pool.map(partial(_named_digest, directory), entries))
@@ -79,7 +77,7 @@ def _named_digest(directory: Path, entry: TensorEntry) -> tuple[str, str]:
 def digest_problems(directory: Path, threads: int) -> Iterator[str]:
     """Report where a checkpoint's files contradict its manifest, in the order of the files.
 
-    Headers first: where one is damaged, nothing is said of the tensors.
+    Headers are compared first; if one is damaged, tensors are not compared.
     """
     if not (directory / MANIFEST).exists():
         yield f"{MANIFEST} is missing; verify without --digests, or export again"
@@ -93,7 +91,7 @@ def digest_problems(directory: Path, threads: int) -> Iterator[str]:
         yield str(error)
         return
     if stated.get("version") != _VERSION or not isinstance(stated.get("tensors"), dict):
-        yield f"{MANIFEST} is not of version {_VERSION}; verify with the release that wrote it"
+        yield f"{MANIFEST} does not have version {_VERSION}; verify with the release that wrote it"
     elif stated.get("plan") != _files_digest(headers.items()):
         yield f"the names or headers of the files are not those of {MANIFEST}; export again"
     else:

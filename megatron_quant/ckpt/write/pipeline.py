@@ -1,7 +1,7 @@
-"""Parts to files: the next one is encoded while the last ones are hashed and written.
+"""Write parts to files: the next one is encoded while the last ones are hashed and written.
 
-The caller's thread encodes. A few threads hash and write; one more sees to it that what is written
-reaches the disk and only then the journal. What is encoded and not yet written is bounded.
+The caller's thread encodes. A few threads hash and write. One more makes sure that bytes reach the
+disk before the journal notes them. The amount that is encoded and not yet written is bounded.
 """
 
 from collections import deque
@@ -27,25 +27,25 @@ from megatron_quant.ckpt.write.journal import Journal
 from megatron_quant.errors import ExportError
 from megatron_quant.models import Box
 
-_SEAL_BYTES = 256 << 20  # written between two entries in the journal: what a kill may cost a rank
-_BATCH_BYTES = 4 << 20  # hashed and written by one thread at a time, while caches hold it
-_GIVE_BACK_BYTES = 64 << 20  # of memory freed, before it is given back to the system
+_SEAL_BYTES = 256 << 20  # bytes between two notes in the journal: what a kill may cost a rank
+_BATCH_BYTES = 4 << 20  # bytes that a thread hashes and writes at a time: few enough for caches
+_GIVE_BACK_BYTES = 64 << 20  # bytes freed before memory is given back to the system
 
 Encoded = tuple[TensorEntry, Box, memoryview]
-"""A file tensor, a box of it, and the bytes of that box."""
+"""A file tensor, a box of it, and the box's bytes."""
 Progress = Callable[[int], None]
-"""Called on every rank with the bytes that it has written since the last call."""
+"""Called on every rank with the number of bytes that it wrote since the last call."""
 
 
 @dataclass(frozen=True)
 class WriteOptions:
     """How files are written.
 
-    io_threads: threads of a rank that hash and write while it encodes.
-    fsync: whether all is on stable storage before the index appears, so that a power cut leaves a
-        whole checkpoint or none. A killed process loses nothing either way.
+    io_threads: threads per rank that hash and write while it encodes.
+    fsync: whether everything is on stable storage before the index appears, so that a power cut
+        leaves a whole checkpoint or none. A killed process loses nothing either way.
 
-    Raises ExportError for no threads.
+    Raises ExportError for less than one thread.
     """
 
     io_threads: int = 2
@@ -57,15 +57,15 @@ class WriteOptions:
 
 
 class WritePipeline:
-    """One rank's writes in progress; a context that ends when all has reached the files.
+    """One rank's writes in progress; a context that ends when everything has reached the files.
 
-    Whatever a thread raises, :meth:`reserve`, :meth:`write` or the end of the context raises.
+    An error in a thread is raised by :meth:`reserve`, :meth:`write` or the end of the context.
     """
 
     def __init__(
         self, journal: Journal, options: WriteOptions, max_bytes: int, progress: Progress
     ) -> None:
-        """``max_bytes``: bound of what is encoded and not yet written."""
+        """Start the threads. ``max_bytes``: most bytes that are encoded and not yet written."""
         self.digests = TensorDigests()
         self._journal, self._options = journal, options
         self._max_bytes, self._progress = max_bytes, progress
@@ -85,7 +85,7 @@ class WritePipeline:
             if error is None:
                 self._finish()
         finally:
-            self._seal()  # what is encoded is written and noted, whatever failed
+            self._seal()  # write and note what is encoded, whatever failed
             self._writers.shutdown()
             self._sealer.shutdown()
             self._journal.close()
@@ -103,10 +103,10 @@ class WritePipeline:
             give_back()
 
     def write(self, path: Path, pieces: list[Encoded]) -> None:
-        """Hash and write what belongs into the file ``path``, later.
+        """Hash and write pieces of the file ``path`` later.
 
-        Its bytes must not change until then, and the list is emptied. Call :meth:`reserve` before
-        they are made.
+        Their bytes must not change until then. The list is emptied. Call :meth:`reserve` before
+        making them.
         """
         if self._file is None or self._file.out.path != path:
             self._seal()
@@ -123,7 +123,7 @@ class WritePipeline:
             self._seal()
 
     def _submit(self) -> None:
-        """Have the batch written: pieces together, as their digests are faster so."""
+        """Give the batch to a thread; hashing pieces together is faster."""
         file = self._file
         if file is None or not file.batch:
             return
@@ -134,7 +134,7 @@ class WritePipeline:
         file.batch, file.batched = [], 0
 
     def _write(self, out: OutputFile, pieces: list[Encoded]) -> list[Written]:
-        """Empties the list, as the pool holds on to it for longer than this runs."""
+        """Hash and write the pieces; empty the list, because the pool keeps it for longer."""
         each = hashed([leaves_of(*piece) for piece in pieces])
         written = [(entry, box, it) for (entry, box, _), it in zip(pieces, each, strict=True)]
         pieces.sort(key=lambda piece: (piece[0].offset, piece[1].start))
@@ -174,7 +174,7 @@ class WritePipeline:
             self._file = None
 
     def _seal_now(self, file: "_File") -> list[Written]:
-        """Once all is written: to the disk first, then to the journal."""
+        """Sync what is written to the disk, and then note it in the journal."""
         written: list[Written] = []
         try:
             for future in file.written:
@@ -190,7 +190,7 @@ class WritePipeline:
 
 @dataclass(eq=False, kw_only=True)
 class _File:
-    """A file that is being written, until it is sealed; ``batch`` is not under way yet."""
+    """A file that is being written, until it is sealed; ``batch`` waits for a thread."""
 
     out: OutputFile
     written: list[Future[list[Written]]] = field(default_factory=list)

@@ -1,7 +1,7 @@
-"""An export as it will look, before its files have their own names.
+"""Show an export as it will look, before its files have their own names.
 
-A directory of symbolic links in the host's own temporary space, so that whatever reads a checkpoint
-reads it as it is published, and the file system of the export needs no links.
+It makes a directory of symbolic links in the host's temporary space. Any reader of checkpoints then
+sees the export as published, and the export's own file system needs no links.
 """
 
 import os
@@ -15,10 +15,10 @@ from megatron_quant.ckpt.write.unfinished import partial
 
 
 class Preview:
-    """Links by the final ``names`` to the files of ``directory``; ``path`` is where they are."""
+    """Links with the final ``names`` to the files of ``directory``; they lie in ``path``."""
 
     def __init__(self, directory: Path, names: Iterable[str]) -> None:
-        """Raise ExportError where the host's temporary space takes no links."""
+        """Make the links. Raises ExportError if the host's temporary space takes none."""
         with explained(Path(tempfile.gettempdir()), "cannot hold links (TMPDIR)"):
             self.path = Path(tempfile.mkdtemp(prefix="megatron-quant-"))
             for name in names:
@@ -27,5 +27,5 @@ class Preview:
                 os.symlink(partial(directory.absolute(), name), link)
 
     def close(self) -> None:
-        """Remove the links; what they lead to stays."""
+        """Remove the links, not the files."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""One rank's share of an export: what it encodes, exchanges with others, and writes."""
+"""One rank's share of an export: the parts that it encodes, exchanges and writes."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -27,10 +27,10 @@ from megatron_quant.ckpt.write.unfinished import partial
 from megatron_quant.dist import Shards
 
 Produce = Callable[[RankPart], Iterable[Produced]]
-"""For one part what :func:`megatron_quant.ckpt.write.encode_part.produce` yields of it."""
+"""Yields the tensors of a part, as :func:`megatron_quant.ckpt.write.encode_part.produce` does."""
 DEFAULTS = WriteOptions()
 SMALL_BYTES = 128 << 20
-"""What a rank may always hold encoded, however small its parts."""
+"""Encoded bytes that a rank may always hold, however small its parts."""
 Item = RankPart | Joint
 
 
@@ -42,8 +42,8 @@ def quiet(nbytes: int) -> None:
 class Work:
     """The work of ``rank``.
 
-    alone: parts that it encodes and writes. joined: tensors whose rows it puts together with
-    others, from the part that each encodes; of those in ``kept`` its own rows are written already.
+    alone: parts that it encodes and writes. joined: tensors whose rows it puts together with other
+    ranks, from the part that each encodes. kept: those of them whose own rows are written already.
     """
 
     rank: int
@@ -53,11 +53,11 @@ class Work:
 
     @property
     def items(self) -> tuple[Item, ...]:
-        """Return all of it."""
+        """Return the whole work."""
         return (*self.joined, *self.alone)
 
     def filled(self, item: Item) -> tuple[Filled, ...]:
-        """Return the boxes of it that the rank writes."""
+        """Return the boxes of ``item`` that the rank writes."""
         if isinstance(item, RankPart):
             return tuple((piece.entry, piece.box) for piece in item.pieces)
         return tuple(item.filled(item.members.index(self.rank)))
@@ -67,9 +67,10 @@ class Work:
         return joint.parts[joint.members.index(self.rank)]
 
     def less(self, intact: Iterable[Item], everywhere: Sequence[set[str]]) -> "Work":
-        """Without what is ``intact``; ``everywhere``: names of such joined tensors, by rank.
+        """Return the work without ``intact`` items.
 
-        What is intact on some ranks alone is exchanged, for the others' sake.
+        everywhere: names of intact joined tensors, by rank. A tensor that is intact on some ranks
+        only is still exchanged, because the others need it.
         """
         done = frozenset(intact)
         joined = tuple(
@@ -82,7 +83,7 @@ class Work:
 
 
 def work_of(plan: ExportPlan, rank: int, joined: Sequence[Joint] = ()) -> Work:
-    """Return the work of ``rank`` for ``plan``, where several ranks put ``joined`` together."""
+    """Return the work of ``rank`` for ``plan``; several ranks put ``joined`` together."""
     own = tuple(joint for joint in joined if rank in joint.members)
     shared = {part for joint in own for part in joint.parts}
     return Work(rank, tuple(p for p in plan.parts_of(rank) if p not in shared), own)
@@ -116,11 +117,11 @@ def write_parts(
     options: WriteOptions = DEFAULTS,
     shards: Shards | None = None,
 ) -> TensorDigests:
-    """On every rank: encode and write what ``work`` says. Returns the digests of that.
+    """Encode and write this rank's ``work``; return the digests. Every rank calls it.
 
-    At most two of the largest part are encoded at a time, or several of :data:`SMALL_BYTES`
-    together; a part that is joined is held three times meanwhile. Tensors are joined first, so
-    that nobody waits for a rank that fails: where one does, the others write no more.
+    At most twice the bytes of the largest part are encoded at a time, or :data:`SMALL_BYTES`; a
+    joined part is held three times meanwhile. Tensors are joined first, so that nobody waits for a
+    rank that fails: if one does, the others stop writing.
     """
     parts = [*work.alone, *map(work.part, work.joined)]
     largest = max((part.nbytes for part in parts), default=0)
@@ -158,7 +159,7 @@ def _encoded(part: RankPart, produce: Produce) -> list[Encoded]:
 def _join(
     work: Work, produce: Produce, directory: Path, pipeline: WritePipeline, shards: Shards | None
 ) -> bool:
-    """All that is joined; whether every rank could."""
+    """Write everything that is joined; return whether every rank could."""
     if not work.joined:
         return True
     assert shards is not None, "tensors are joined among the ranks that share them"
@@ -181,7 +182,7 @@ def _join(
 
 
 def _on_disk(directory: Path, filled: Sequence[Filled]) -> list[Written]:
-    """Hash the files' bytes of ``filled``; return nothing where they end before."""
+    """Hash the bytes of ``filled`` in their file; return nothing if the file ends too early."""
     path = partial(directory, filled[0][0].file)
     with explained(path, "cannot be read back"):
         fd = os.open(path, os.O_RDONLY)
@@ -189,8 +190,8 @@ def _on_disk(directory: Path, filled: Sequence[Filled]) -> list[Written]:
             written = []
             for entry, box in filled:
                 found = hashed_on_disk(fd, entry, box)
-                # A network file system would send a page that was read whole when a part of it is
-                # written, and with it old bytes of what other hosts write there.
+                # If a page was read, a network file system sends all of it when a part is written,
+                # with old bytes where other hosts write.
                 forget(fd, entry.offset, entry.nbytes)
                 if found is None:
                     return []

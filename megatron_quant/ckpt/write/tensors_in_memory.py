@@ -1,4 +1,4 @@
-"""An export as tensors in memory, on every rank, for a server that is refitted."""
+"""Make an export's tensors in memory, on every rank, to refit a server."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from megatron_quant.dist import Groups, gather, together
 from megatron_quant.models import Box
 
 _Sent = tuple[str, Box, torch.Tensor]
-"""A file tensor's name, a box of it, and the bytes of that box, row-major."""
+"""A file tensor's name, a box of it, and the box's bytes, row-major."""
 
 
 def in_memory(
@@ -20,8 +20,8 @@ def in_memory(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of every file tensor, in the order of the plan. Collective.
 
-    Ranks make what they own and exchange it, about ``max_bytes`` of tensors at a time. Raises what
-    ``produce`` raises, on every rank alike.
+    Ranks make what they own and exchange it, about ``max_bytes`` of tensors at a time. An error of
+    ``produce`` is raised on every rank alike.
     """
     own_of: dict[StoredTensor, list[RankPart]] = {}
     for part in plan.parts_of(groups.rank):

@@ -1,8 +1,8 @@
-"""The leavings of an unfinished export: temporary names, and one document that lists them.
+"""What an unfinished export leaves: temporary names, and one document that lists them.
 
-Nothing is removed that a document, an index or the export at hand does not name. The document is
-written before the first file and removed after the last one, and it is replaced as a whole, so
-that it says at every moment which names are the export's.
+Only files that a document, an index or the present export names are removed. The document is
+written before the first file, removed after the last one, and replaced as a whole. So it says at
+every moment which names are the export's.
 """
 
 import json
@@ -25,18 +25,18 @@ _NEW = f"{DOCUMENT}.new"
 
 
 def partial(directory: Path, name: str) -> Path:
-    """Return a file's temporary name, in the directory itself even for a file in a folder."""
+    """Return a file's temporary name; it lies in the directory, even for a file in a folder."""
     return directory / f".{name.replace('/', '%')}.partial"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unfinished:
-    """An export under way.
+    """An export in progress.
 
-    made_of: digests of recipe, source, plan and statistics, and the encoders' version. names: of
-    all of its files, the index last. ranks: that may have a journal. replaces: names of an older
+    made_of: digests of recipe, source, plan and statistics, and the encoders' version. names: all
+    of its files, the index last. ranks: how many may have a journal. replaces: files of an older
     checkpoint that are still to be removed. naming: whether files may have their own names
-    already. run: a number of this run, which tells whether two ranks see the same directory.
+    already. run: a number of this run, by which ranks tell whether they see the same directory.
     """
 
     made_of: Mapping[str, str]
@@ -52,7 +52,7 @@ class Unfinished:
 
 
 def read(directory: Path) -> Unfinished | None:
-    """Return an unfinished export's own account; None where there is none.
+    """Read the document of an unfinished export; None if there is none.
 
     Raises CheckpointError for a document that this library did not write.
     """
@@ -80,7 +80,7 @@ def _text(value: Any) -> str:
 
 
 def names_in(values: Any) -> tuple[str, ...]:
-    """File names below the directory; TypeError or ValueError where one leads out of it."""
+    """Return file names below the directory; TypeError or ValueError if one leads out of it."""
     names = tuple(map(_text, values))
     for name in names:
         if not name or name.startswith("/") or ".." in Path(name).parts:
@@ -89,7 +89,7 @@ def names_in(values: Any) -> tuple[str, ...]:
 
 
 def write(directory: Path, unfinished: Unfinished, fsync: bool) -> None:
-    """Say it: all of it or nothing, as a kill may come. Raises ExportError."""
+    """Write the document in one step: a kill leaves the old or the new one. Raises ExportError."""
     stage(directory, _NEW, (json.dumps(asdict(unfinished)) + "\n").encode(), fsync)
     new = partial(directory, _NEW)
     with explained(new, "cannot be written"):
@@ -99,18 +99,18 @@ def write(directory: Path, unfinished: Unfinished, fsync: bool) -> None:
 
 
 SEEN_WITHIN = 60.0
-"""Seconds for which clients of NFS may hold that a name is not there."""
+"""Seconds for which an NFS client may believe that a name is missing."""
 
 
 def wait_for(directory: Path, run: str) -> None:
-    """Return when this host sees the document of ``run``.
+    """Wait until this host sees the document of ``run``.
 
-    Raises ExportError where it does not within :data:`SEEN_WITHIN`: it is another directory.
+    Raises ExportError if it does not within :data:`SEEN_WITHIN`: then it is another directory.
     """
     end, pause = time.monotonic() + SEEN_WITHIN, 0.01
     while True:
         with suppress(OSError, CheckpointError):
-            os.listdir(directory)  # has the client ask its server
+            os.listdir(directory)  # makes the client ask its server
             found = read(directory)
             if found is not None and found.run == run:
                 return
@@ -124,16 +124,16 @@ def wait_for(directory: Path, run: str) -> None:
 
 
 def stage(directory: Path, name: str, content: bytes, fsync: bool = True) -> None:
-    """Write a whole file under its temporary name; ``fsync``: onto the disk."""
+    """Write a whole file under its temporary name; with ``fsync`` make it reach the disk."""
     path = partial(directory, name)
     with explained(path, "cannot be written"):
         write_file(path, content, fsync)
 
 
 def take_back(directory: Path, unfinished: Unfinished) -> None:
-    """Undo a naming that was stopped at whatever step. Raises OSError.
+    """Undo a commit that was interrupted between its renames. Raises OSError.
 
-    All had temporary names when it began: what has none now has its own.
+    All files had temporary names when it began: one that has none now has its own.
     """
     if not unfinished.naming:
         return
@@ -143,15 +143,15 @@ def take_back(directory: Path, unfinished: Unfinished) -> None:
 
 
 def withdraw(directory: Path, unfinished: Unfinished) -> None:
-    """:func:`take_back`, on a disk that has just refused: at least the index goes."""
+    """Run :func:`take_back` on a disk that has just refused: remove at least the index."""
     with suppress(OSError):
         take_back(directory, unfinished)
     if (directory / INDEX).exists() and not partial(directory, INDEX).exists():
-        _remove([directory / INDEX])  # a resume writes it again
+        _remove([directory / INDEX])  # --resume writes it again
 
 
 def remove_replaced(directory: Path, unfinished: Unfinished, fsync: bool) -> None:
-    """Remove what is left of an older checkpoint: its index first. Raises OSError."""
+    """Remove what is left of an older checkpoint, its index first. Raises OSError."""
     if unfinished.replaces:
         (directory / INDEX).unlink(missing_ok=True)
         if fsync:
@@ -161,10 +161,10 @@ def remove_replaced(directory: Path, unfinished: Unfinished, fsync: bool) -> Non
 
 
 def discard(directory: Path, own: Unfinished | None = None) -> None:
-    """Remove what an unfinished export left, by the names that it has listed.
+    """Remove the files that an unfinished export lists; a finished one stays.
 
-    own: of the export at hand, for where no document can be read. A finished one stays. What the
-    disk does not let go stays with the document, so that ``--resume`` and ``--overwrite`` find it.
+    own: the present export's, for when no document can be read. If the disk refuses to remove a
+    file, the document stays too, so that ``--resume`` and ``--overwrite`` find it.
     """
     found = own
     with suppress(CheckpointError):
@@ -190,7 +190,7 @@ def discard(directory: Path, own: Unfinished | None = None) -> None:
 
 
 def _remove(paths: Iterable[Path]) -> bool:
-    """Remove files, as far as the disk lets them go; whether all are gone."""
+    """Remove files as far as the disk allows; return whether all are gone."""
     gone = True
     for path in paths:
         try:
@@ -206,5 +206,5 @@ def is_begun(directory: Path) -> bool:
 
 
 def before_document(directory: Path) -> Path:
-    """Return the file that a run may leave when it is killed before it has a document."""
+    """Return the file that a run leaves if it is killed before it has a document."""
     return partial(directory, _NEW)

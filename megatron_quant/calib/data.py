@@ -101,8 +101,8 @@ def token_batches(
     found = len(tokens) // seq_length
     if found < samples:
         raise CalibrationError(
-            f"the calibration text has {found} samples of {seq_length} tokens, {samples} are asked "
-            "for: give more text, fewer samples or shorter ones"
+            f"the calibration text has {found} samples of {seq_length} tokens, but {samples} are "
+            "asked for: give more text, or ask for fewer or shorter samples"
         )
     data = torch.tensor(tokens[: samples * seq_length], dtype=torch.int64)
     return list(data.view(samples, seq_length).split(batch_size))
@@ -142,7 +142,7 @@ def _text(document: Document, tokenizer: Tokenizer) -> str:
     except Exception as e:  # a template raises whatever it likes
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise CalibrationError(
-            f"{document.where}: the tokenizer's chat template does not take it: {reason}"
+            f"{document.where}: the tokenizer's chat template rejects it: {reason}"
         ) from None
     return str(text)
 

@@ -100,8 +100,8 @@ def _yarn(rope: dict[str, Any]) -> Yarn:
     if (factor := rope.get("attention_factor")) is not None:
         raise ArchitectureError(
             f"attention_factor={shown(factor)} of rope_type 'yarn' in config.json is not "
-            "supported, Megatron-Core derives it; remove it where it is 0.1 * ln(factor) + 1, or "
-            "use a model without it"
+            "supported, Megatron-Core derives it; remove it if it is 0.1 * ln(factor) + 1, or use "
+            "a model without it"
         )
     scales = [number(rope, k) if rope.get(k) else None for k in ("mscale", "mscale_all_dim")]
     both = None not in scales
@@ -142,7 +142,7 @@ def _heads(config: Config) -> tuple[int, int, int]:
     if heads % groups:
         raise ArchitectureError(
             f"num_key_value_heads={groups} in config.json does not divide "
-            f"num_attention_heads={heads}"
+            f"num_attention_heads={heads}; correct config.json"
         )
     hidden = positive(config, "hidden_size")
     if config.get("head_dim") is None and hidden % heads:

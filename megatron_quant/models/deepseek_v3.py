@@ -85,8 +85,8 @@ def _check_routing(experts: Experts) -> None:
     if experts.normalized is not (topk > 1):
         raise ArchitectureError(
             f"norm_topk_prob={experts.normalized} with num_experts_per_tok={topk} in config.json "
-            "is not supported by Megatron-Core, whose router normalizes sigmoid scores of more "
-            "than one expert, and of one never; use another model, or --stream"
+            "is not supported by Megatron-Core, whose router always normalizes sigmoid scores of "
+            "several experts and never of one; use another model, or --stream"
         )
 
 

@@ -16,7 +16,7 @@ def padded_vocab(vocab_size: int, tp: int) -> int:
 def _require(flag: str, size: int, count: int, what: str) -> None:
     """Raise LayoutError unless ``size``, the value of ``flag``, divides ``count``."""
     if size < 1:
-        raise LayoutError(f"{flag} {size} is below 1")
+        raise LayoutError(f"{flag} is {size}: give at least 1")
     if count % size:
         choices = ", ".join(str(n) for n in range(1, min(count, 64) + 1) if count % n == 0)
         raise LayoutError(f"{flag} {size} does not divide {what} ({count}); use one of {choices}")

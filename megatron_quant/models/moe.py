@@ -66,8 +66,8 @@ def blocks(config: Config, layer: str, shapes: Shapes) -> tuple[MoeBlock, ...]:
     for name in experts.keys() ^ routers.keys():
         has, lacks = ("experts", "router") if name in experts else ("a router", "experts")
         raise ArchitectureError(
-            f"{name} has {has} but no {lacks}: it is no mixture of experts that is known, and "
-            "nothing of it may be skipped in silence"
+            f"{name} has {has} but no {lacks}, so it is no known mixture of experts, and none of "
+            "its tensors may be skipped in silence; use a model that is stored as transformers does"
         )
     return tuple(
         MoeBlock(name, tuple(routers[name]), _checked(name, of_block, config, shapes))
@@ -103,7 +103,8 @@ def _checked(
     if linears not in _LINEARS:
         known = " or ".join(", ".join(sorted(names)) for names in _LINEARS)
         raise ArchitectureError(
-            f"{name}.experts.0 has the linears {', '.join(sorted(linears))}; known are {known}"
+            f"{name}.experts.0 has the linears {', '.join(sorted(linears))}; known are {known}; "
+            "use a model that has those"
         )
     first = {leaf: shapes[full] for leaf, full in experts[0].items()}
     for expert in range(count):
@@ -111,7 +112,7 @@ def _checked(
         if own != first:
             odd = min(leaf for leaf, _ in own.items() ^ first.items())
             raise ArchitectureError(
-                f"{name}.experts.{expert}.{odd} is not as that of expert 0: the experts of a layer "
-                "must be alike; fetch the checkpoint again"
+                f"{name}.experts.{expert}.{odd} differs from that of expert 0, but a layer's "
+                "experts must be alike; fetch the checkpoint again"
             )
     return tuple(tuple(experts[e].values()) for e in range(count))

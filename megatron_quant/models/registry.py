@@ -33,7 +33,7 @@ def lookup(hf_config: Config) -> Architecture:
     if isinstance(names, list) and any(str(name).startswith(_DELTA_NETS) for name in names):
         raise ArchitectureError(
             f"architectures={shown(names)} in config.json has gated delta net layers, which "
-            "Megatron-Core builds with flash-linear-attention alone and no table here describes; "
+            "Megatron-Core builds only with flash-linear-attention and no table here describes; "
             "pass --stream, which needs no model in Megatron"
         )
     raise ArchitectureError(

@@ -72,7 +72,10 @@ def load_preset(name: str) -> Recipe:
     algorithm = _algorithm(_preset(base), where)
     for other in others:
         if _preset(other).get("algorithm") not in _MAX:
-            raise RecipeError(f"{where}: {other} has an algorithm of its own, only {base}'s counts")
+            raise RecipeError(
+                f"{where}: {other} has an algorithm of its own, but only {base} may have one; "
+                f"leave {other} out, or write a recipe"
+            )
     raw = [e for part in (base, *others) for e in _raw_entries(part)]
     entries = [entry for e in raw if (entry := _read(e, where)) is not None]
     kv_cache = _kv_cache(raw, where)
@@ -123,7 +126,7 @@ def _kv_format(cfg: Any, where: str) -> str:
     for name, known in _KV_CACHES.items():
         if attributes == known:
             return name
-    raise RecipeError(f"{where}: a KV cache of {attributes} is not supported, only FP8")
+    raise RecipeError(f"{where}: a KV cache of {attributes} is not supported; take one of FP8")
 
 
 def _read(entry: Any, where: str) -> _Entry | None:
@@ -148,7 +151,9 @@ def _read_disabled(
     name: str, side: str | None, parent_class: str | None, where: str
 ) -> _Entry | None:
     if parent_class and "Linear" in parent_class:
-        raise RecipeError(f"{where}: entries for the class {parent_class} are not supported")
+        raise RecipeError(
+            f"{where}: entries for the class {parent_class} are not supported; write a recipe"
+        )
     if parent_class or (not side and name.endswith("quantizer")):
         return None  # norms, embeddings, outputs, attention: never quantized
     if side:
@@ -204,7 +209,7 @@ def _merge_sides(entries: Sequence[_Entry], algorithm: str, where: str) -> list[
             inherits = side not in formats and any(getattr(r, side) for r in rules)
             if inherits:
                 raise RecipeError(
-                    f"{where}: {patterns[0]} changes weights or inputs alone; write it as a recipe"
+                    f"{where}: {patterns[0]} changes only weights or only inputs; write a recipe"
                 )
         weights, inputs = formats.get("weights"), formats.get("inputs")
         if weights is not None:

@@ -208,7 +208,7 @@ def checked_damp(damp: object, algorithm: str, where: str) -> None:
     if not isinstance(damp, int | float) or isinstance(damp, bool) or not 0 < damp <= 1:
         raise RecipeError(
             f"{where}: damp must be above 0 and at most 1, got {damp!r}; it is the part of the "
-            "mean diagonal that is added to it, 0.01 or 0.05 say"
+            "mean diagonal that is added to it, such as 0.01 or 0.05"
         )
 
 

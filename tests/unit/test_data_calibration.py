@@ -177,9 +177,7 @@ def test_a_chat_that_the_template_refuses() -> None:
     tokenizer = Characters()
     tokenizer.chat_template = "a template"
     chat = Chat("a.jsonl:1", ({"role": "user"},))
-    with pytest.raises(
-        CalibrationError, match=r"a\.jsonl:1: .*template does not take it: 'content'"
-    ):
+    with pytest.raises(CalibrationError, match=r"a\.jsonl:1: .*template rejects it: 'content'"):
         token_batches([chat], tokenizer, 1, 4, 1)
 
 

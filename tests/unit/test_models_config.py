@@ -160,7 +160,7 @@ def test_rope_in_both_spellings() -> None:
         ({"rope_type": "longrope", "factor": 4.0}, "rope_type='longrope' .* remove rope_scaling"),
         ({"rope_type": "yarn", "factor": 4.0}, "no 'original_max_position_embeddings'"),
         ({**_YARN, "factor": None}, "no 'factor'"),
-        ({**_YARN, "attention_factor": 1.5}, "attention_factor=1.5 .* remove it where"),
+        ({**_YARN, "attention_factor": 1.5}, "attention_factor=1.5 .* remove it if"),
         ({"type": "dynamic", "factor": 2.0}, "rope_type='dynamic'"),
         ({"rope_type": "linear"}, "no 'factor'"),
         ({**_LLAMA3, "high_freq_factor": 2.0}, "high_freq_factor=2.0 .* only has 4"),

@@ -162,7 +162,7 @@ def test_a_size_that_does_not_divide_is_refused(part: str, size: int, message: s
         ("qwen3_moe", (8, 1, 1), r"--tp 8 does not divide the key-value heads \(4\); .* 1, 2, 4$"),
         ("qwen3_moe", (1, 3, 1), r"--ep 3 does not divide the experts of a layer \(4\)"),
         ("qwen3_moe", (1, 1, 5), r"--etp 5 does not divide the intermediate size of an expert"),
-        ("qwen3_moe", (0, 1, 1), "--tp 0 is below 1"),
+        ("qwen3_moe", (0, 1, 1), "--tp is 0: give at least 1"),
         ("gpt_oss", (2, 2, 2), "--etp 2: experts of GptOssForCausalLM have biases.* --stream"),
         ("llama", (1, 2, 1), "--ep 2 --etp 1: LlamaForCausalLM has no experts; leave both at 1"),
     ],

@@ -208,7 +208,7 @@ def test_verify_finds_experts_that_were_left_out(gemma4: Path, tmp_path: Path) -
     for changes, said in [
         (gone, "experts: expert 3 is missing, config.json has 4 experts"),
         (plain, "experts.3.down_proj.weight: neither quantized nor in the ignore list"),
-        ({f"{expert}.up_proj.weight": None}, "experts.3.up_proj.weight is not as that of"),
+        ({f"{expert}.up_proj.weight": None}, "experts.3.up_proj.weight differs from that of"),
     ]:
         copy = shutil.copytree(out, tmp_path / str(len(list(tmp_path.iterdir()))))
         (problem, *_) = verify(spoil(copy, **changes)).problems

@@ -70,7 +70,7 @@ def test_an_error_removes_what_it_wrote_alone(tmp_path: Path) -> None:
 
 def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"mine")
-    with pytest.raises(ExportError, match=r"config\.json is in the way, and no export of this library"):
+    with pytest.raises(ExportError, match=r"config\.json is in the way, and no export of this"):
         write(tmp_path, Existing.REPLACE)
     assert contents(tmp_path) == {"config.json": b"mine"}
 

@@ -273,7 +273,7 @@ def test_wrong_stored_shape(tmp_path, weights):
     directory = exported.export(tmp_path / "out", "compressed-tensors", plan, weights)
     name = f"{EXPERT}.down_proj.weight_shape"
     exported.edit(directory, lambda t: t[name].fill_(3))
-    broken(directory, name, "is not what shape [128, 128] means")
+    broken(directory, name, "does not fit the shape [128, 128]")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_unequal_weight_scales_of_fp8_are_legal(tmp_path, weights):
 def test_constants_of_gptq(tmp_path, weights, suffix):
     directory = exported.export(tmp_path / "out", "gptq", exported.plan("int4"), weights)
     exported.edit(directory, lambda t: t[f"{OUT}.{suffix}"][0].add_(1))
-    broken(directory, f"{OUT}.{suffix}", "is not what shape [128, 128] means")
+    broken(directory, f"{OUT}.{suffix}", "does not fit the shape [128, 128]")
     with pytest.raises(CheckpointError, match=f"{suffix} (does not fit the config|holds 1, but)"):
         QuantizedCheckpoint(directory).weight(f"{OUT}.weight", torch.float32)
 

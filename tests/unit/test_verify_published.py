@@ -34,7 +34,7 @@ def test_an_order_that_the_config_denies(ordered: tuple[Path, Path], tmp_path: P
     )
     denied = [p for p in verify(directory).problems if "fused with it" not in p]
     assert len(denied) == 8
-    assert all("down_proj.g_idx: is not what shape" in problem for problem in denied)
+    assert all("down_proj.g_idx: does not fit the shape" in problem for problem in denied)
 
 
 def copy_of(directory: Path, out: Path) -> Path:

@@ -62,8 +62,9 @@ class AutoRound(Dialect):
         if weights.name not in _PACKINGS or (inputs.name if inputs else None) not in allowed:
             raise FormatError(
                 f"auto-round export has no {describe_format(ModuleFormat(weights, inputs))}; "
-                "it writes int4, int4_asym and int8_group weights alone, mxfp4 and mxfp8 with "
-                "inputs of the same format or none: take one of them, or export compressed-tensors"
+                "it writes int4, int4_asym and int8_group weights without inputs, and mxfp4 and "
+                "mxfp8 with inputs of the same format or none: take one of them, or export "
+                "compressed-tensors"
             )
         packing = self.packing or _PACKINGS[weights.name]
         if packing == GPTQ:
@@ -162,7 +163,7 @@ def _refuse_mixtures(formats: list[ModuleFormat]) -> None:
             )
         if _PACKINGS[base.weights.name] == MX:  # readers take one scheme for the whole checkpoint
             raise FormatError(
-                f"auto-round reads one microscaling format a checkpoint, not {both}; use one of "
+                f"auto-round reads one microscaling format per checkpoint, not {both}; use one of "
                 "them, or export compressed-tensors"
             )
 

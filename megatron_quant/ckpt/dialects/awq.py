@@ -88,7 +88,7 @@ class Awq(Dialect):
         if inputs is not None or weights.name not in ("int4", "int4_asym"):
             raise FormatError(
                 f"awq export has no {describe_format(ModuleFormat(weights, inputs))}; it writes "
-                "int4 and int4_asym weights alone: take one of them, or export compressed-tensors"
+                "only int4 and int4_asym weights: take one of them, or export compressed-tensors"
             )
         return awq_tensors(weights)
 

@@ -142,7 +142,7 @@ class Gptq(Dialect):
         if inputs is not None or weights.name not in integers:
             raise FormatError(
                 f"gptq export has no {describe_format(ModuleFormat(weights, inputs))}; it writes "
-                "int4 and int8_group weights alone: take one of them, or export compressed-tensors"
+                "only int4 and int8_group weights: take one of them, or export compressed-tensors"
             )
         return gptq_tensors(weights, self.version)
 

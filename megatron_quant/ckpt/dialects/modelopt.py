@@ -126,9 +126,9 @@ def _refuse_experts(plan: QuantPlan) -> None:
     experts = [m for m in formats if layer_of(m) is Layer.EXPERT]
     if experts and len(formats_of(plan)) == 1 and formats[experts[0]].weights.name == "fp8_block":
         raise FormatError(
-            f"{experts[0]}: engines load no FP8_PB_WO experts where the whole model has that "
-            "format; export fp8 or compressed-tensors, or give attention another format, such as "
-            "fp8 with fp8 inputs"
+            f"{experts[0]}: engines load no FP8_PB_WO experts if the whole model has that format; "
+            "export fp8 or compressed-tensors, or give attention another format, such as fp8 with "
+            "fp8 inputs"
         )
 
 
@@ -149,8 +149,8 @@ class ModelOpt(Dialect):
         algorithm = algorithm_of(ModuleFormat(weights, inputs))
         if layer is Layer.EXPERT and algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
             raise FormatError(
-                f"{algorithm} is for dense layers: engines read one scale a matrix of FP8 experts; "
-                "give experts fp8 with fp8 inputs, or export compressed-tensors"
+                f"{algorithm} is for dense layers: engines read one scale per matrix of FP8 "
+                "experts; give experts fp8 with fp8 inputs, or export compressed-tensors"
             )
         return (*_weight_tensors(weights, layer), *_input_tensors(algorithm, inputs))
 

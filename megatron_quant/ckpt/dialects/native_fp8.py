@@ -93,7 +93,7 @@ class NativeFp8(Dialect):
         }
 
     def lists_exclusions(self, config: Mapping[str, Any]) -> bool:
-        """DeepSeek's and MiniMax's releases name none."""
+        """Return whether it names any; DeepSeek's and MiniMax's releases name none."""
         return bool(_exclusions(stated(config)))
 
 

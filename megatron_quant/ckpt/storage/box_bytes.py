@@ -18,7 +18,7 @@ _READ_BYTES = 64 * LEAF_BYTES
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return a tensor's bytes, row-major and on the CPU; no copy where they are so already."""
+    """Return a tensor's bytes, row-major and on the CPU; copy only if they are not."""
     data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
 
@@ -45,7 +45,7 @@ def placed(entry: TensorEntry, box: Box, data: memoryview) -> Iterator[tuple[int
 def leaves_of(entry: TensorEntry, box: Box, data: memoryview) -> Leaves:
     """Return the bytes of ``box`` as leaves of the tensor's digest, or as their own message.
 
-    They are a message where the box is not made of whole leaves one after the other.
+    They are a message of their own if the box is not made of whole leaves in a row.
     """
     first, ends = _place(entry, box) or (0, True)
     return Leaves(data, first, ends)

@@ -1,4 +1,4 @@
-"""Fill a file in place, past the system's cache where its bytes are to reach the disk.
+"""Fill a file in place; bypass the system's cache if its bytes must reach the disk.
 
 The cache would copy them into memory that nobody reads again, drop data that others read, and get
 them to the disk no sooner.

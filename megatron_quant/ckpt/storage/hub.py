@@ -71,7 +71,9 @@ def read_object(path: Path, limits: Limits = CONFIG) -> dict[str, Any]:
     except CheckpointError as e:
         raise CheckpointError(f"{e}; fetch it again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object but {type(content).__name__}")
+        raise CheckpointError(
+            f"{path} holds no JSON object but {type(content).__name__}; fetch it again"
+        )
     return content
 
 

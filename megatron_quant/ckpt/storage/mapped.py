@@ -1,7 +1,7 @@
 """Map safetensors files as memory: a tensor is a view of pages of its file, with no copy.
 
-A page that a file no longer has is a SIGBUS, which ends the process. So sizes are looked at before
-each tensor. Where a file is cut during that, ``library.explain_lost_pages`` has the last word.
+Reading a page that a file no longer has is a SIGBUS, which ends the process. So sizes are checked
+before each tensor. If a file is cut in between, ``library.explain_lost_pages`` explains the end.
 """
 
 import os
@@ -35,7 +35,7 @@ class MappedFiles:
             return torch.empty(entry.shape, dtype=entry.dtype)
         memory = self._pages(entry)
         data = torch.frombuffer(memory, dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
-        if entry.offset % entry.dtype.itemsize:  # as some writers leave them
+        if entry.offset % entry.dtype.itemsize:  # some writers do not align them
             data = data.clone()
         return data.view(entry.dtype).view(entry.shape)
 
@@ -59,6 +59,6 @@ def _check_size(size: int, entry: TensorEntry, mapped: int | None = None) -> Non
     """Raise OSError where a file of ``size`` bytes lacks some, or had ``mapped`` ones before."""
     if size < entry.offset + entry.nbytes or mapped not in (None, size):
         raise OSError(
-            f"the file has {size} bytes, and had others when it was opened: another program writes "
-            "or truncates it; run again when that has ended"
+            f"the file has {size} bytes, but had another size when it was opened: another program "
+            "writes or truncates it; run again when that has ended"
         )

@@ -1,4 +1,4 @@
-"""Give freed memory back to the system, so that a bound on held memory is one on used memory."""
+"""Give freed memory back to the system, so that bounding held memory bounds used memory."""
 
 import ctypes
 

@@ -86,8 +86,8 @@ class Report:
 class Share:
     """The findings of one of several processes on a checkpoint; :func:`joined` reports on all.
 
-    unreadable: why it could not be looked at; then there is nothing else. problems: lines, by the
-    place that they have among those of the other shares. tensors: by the number of the parameter.
+    unreadable: why the checkpoint could not be read; the rest is then empty. problems: lines, by
+    their place among those of the other shares. tensors: by the number of the parameter.
     """
 
     directory: Path
@@ -101,7 +101,7 @@ class Share:
             self.problems[kind, number] = list(problems)
 
     def called(self, directory: Path) -> "Share":
-        """Return the report of a checkpoint that has another name than when it was read."""
+        """Return the findings with ``directory`` as the checkpoint's name."""
         was, now = str(self.directory), str(directory)
         lines = {p: [line.replace(was, now) for line in own] for p, own in self.problems.items()}
         unreadable = tuple(line.replace(was, now) for line in self.unreadable)
@@ -144,8 +144,8 @@ def joined(shares: Sequence[Share]) -> Report:
 def verify_share(directory: Path, against: Path | None, rank: int, size: int) -> Share:
     """Do the share of process ``rank`` of ``size`` in :func:`verify`, about equal in elements.
 
-    All read the headers; names and config are looked at by the first alone. Raises CheckpointError
-    where ``against`` cannot be read.
+    All read the headers; only the first checks names and config. Raises CheckpointError if
+    ``against`` cannot be read.
     """
     source = open_original(against) if against is not None else None
     if problems := index_problems(directory):
@@ -222,7 +222,7 @@ def _lost(config: Mapping[str, Any], params: Sequence[Param], source: Weights) -
     known = {s.name for param in params for s in param.sources}
     drafts = has_drafts(config)
     return [
-        f"{name}: {source.path} has it, this checkpoint has not"
+        f"{name}: missing, though {source.path} has it"
         for name in source.dense()
         if name not in known
         and not is_buffer(name)

@@ -140,7 +140,7 @@ def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOn
         if stored.field == SHAPE:
             meant, found = stored.constant(*source.shape), held.raw(name)
             if not torch.equal(found.to(meant.dtype), meant):
-                problems.append(f"{name}: is not what shape {list(source.shape)} means")
+                problems.append(f"{name}: does not fit the shape {list(source.shape)}")
         elif stored is not elements:
             fmt = checkpoint.modules[source.module].weights
             problems += _scale_problems(name, held.raw(name), fmt, stored.field)

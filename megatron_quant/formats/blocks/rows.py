@@ -27,8 +27,8 @@ def check_storable(x: Tensor, fmt: Format, stat: Tensor | None, origin: Origin) 
         multiple = fmt.group_size
     if x.shape[-1] % multiple:
         raise FormatError(
-            f"{fmt.name} needs the last dim to be a multiple of {multiple}, which shape "
-            f"{list(x.shape)} has not; exclude this weight in the recipe or choose fp8 for it"
+            f"{fmt.name} needs the last dim to be a multiple of {multiple}, but the shape is "
+            f"{list(x.shape)}; exclude this weight in the recipe or choose fp8 for it"
         )
     if origin[1] % multiple:
         raise FormatError(

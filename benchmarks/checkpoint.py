@@ -32,14 +32,17 @@ _CONFIG: dict[str, object] = {
 
 
 def make_checkpoint(directory: Path, gigabytes: float, experts: int = 1) -> Path:
-    """About so large, in shards of half a GB; ``experts`` times as many, each so much smaller."""
+    """Make about ``gigabytes``, in shards of half a GB, with ``experts`` times as many experts.
+
+    Each expert is then as many times smaller.
+    """
     layer = (_EXPERTS * 3 * _FFN + 40 * 128) * _HIDDEN * 2
     layers = max(round((gigabytes * 1e9 - 4 * _VOCAB * _HIDDEN) / layer), 1)
     return _write(directory, layers, _EXPERTS * experts, _FFN // experts, _VOCAB)
 
 
 def make_smallest(directory: Path) -> Path:
-    """One layer of the same shapes with as few experts as there can be, for first calls."""
+    """Make one layer of the same shapes with as few experts as possible, for first calls."""
     return _write(directory, 1, 4, _FFN, 512)
 
 
@@ -70,5 +73,5 @@ def _shards(config: dict[str, object]) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def gigabytes_of(directory: Path) -> float:
-    """Size of the weights."""
+    """Return the size of the weights."""
     return sum(p.stat().st_size for p in directory.glob("*.safetensors")) / 1e9

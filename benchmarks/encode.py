@@ -1,10 +1,10 @@
-"""How fast weights are encoded: GB/s of bf16 input on one CPU thread, beside other tools.
+"""Measure how fast weights are encoded: GB/s of bf16 input on one CPU thread, beside other tools.
 
     python -m benchmarks.encode [--write docs/performance.md]
 
-All that stands in a row is measured in turns within one run, a copy of the weight included, and the
-least of its CPU seconds is taken. On a host that does other work too, trust the ratios of a row
-more than its numbers.
+Everything in a row, a copy of the weight included, is measured in turns within one run; the least
+CPU seconds count. On a host that also does other work, trust the ratios of a row more than its
+numbers.
 """
 
 import argparse
@@ -42,19 +42,19 @@ from megatron_quant.native import library
 
 
 def speeds(work: Sequence[Work | None], w: Tensor, rounds: int) -> Row:
-    """Cells of GB/s of ``w``."""
+    """Return cells with GB/s of ``w``."""
     taken = seconds(work, rounds)
     return ["-" if t is None else f"{w.nbytes / t / 1e9:.2f}" for t in taken]
 
 
 def copy_of(w: Tensor) -> Work:
-    """What the memory allows."""
+    """Copy the weight: the most that the memory allows."""
     to = torch.empty_like(w)
     return lambda: to.copy_(w)
 
 
 def own_encode(w: Tensor, name: str) -> Work:
-    """Ours, scale of the tensor included."""
+    """Encode with ours, the tensor's scale included."""
     fmt = get_format(name)
     if fmt.tensor_scale:
         return lambda: encode(w, fmt, tensor_scale(amax(w), fmt))
@@ -62,14 +62,14 @@ def own_encode(w: Tensor, name: str) -> Work:
 
 
 def own_fake_quant(w: Tensor, name: str) -> Work:
-    """Ours, with the scale of the tensor known from calibration."""
+    """Fake-quantize with ours, with the tensor's scale known from calibration."""
     fmt = get_format(name)
     dscale = tensor_scale(amax(w), fmt) if fmt.tensor_scale else None
     return lambda: fake_quant(w, fmt, dscale)
 
 
 def in_torch(work: Work) -> Work:
-    """``work`` as a host without the library does it."""
+    """Do ``work`` as a host without the C library does."""
 
     def run() -> object:
         with patch.object(library, "available", return_value=False):

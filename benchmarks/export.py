@@ -1,11 +1,11 @@
-"""How exports are planned and written.
+"""Measure how exports are planned and written.
 
     python -m benchmarks.export planning
     python -m benchmarks.export stream --gb 0.25
     python -m benchmarks.export live --gb 0.25
     python -m benchmarks.export rows
 
-A verb a question; each prints Markdown.
+Each verb answers one question and prints Markdown.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""One export by one tool, in a process of its own, with what it took.
+"""Run one export by one tool, in its own process, and report its cost.
 
     python -m benchmarks.exporters TOOL FORMAT SOURCE SMALLEST OUT
 
-The tool first does the same with the smallest checkpoint: imports, compilation and whatever else is
-done once are in that, and not in the figures of the work itself.
+The tool first exports the smallest checkpoint. That call has the cost of imports, compilation and
+whatever else is done once, so that the figures of the work itself do not.
 """
 
 import json
@@ -27,7 +27,7 @@ FORMATS = {
 
 
 class Clock:
-    """Phases as the API asks for them; CPU and wall seconds of each."""
+    """Phases as the API asks for them, with CPU and wall seconds of each."""
 
     def __init__(self) -> None:
         self.cpu: dict[str, float] = {}
@@ -108,10 +108,10 @@ def peak_rss() -> int:
 
 
 def took(tool: str, fmt: str, source: Path, smallest: Path, out: Path) -> dict[str, float]:
-    """CPU seconds of the first call and of the work, its wall seconds, bytes at the peak.
+    """Return CPU seconds of the first call and of the work, its wall seconds, and peak bytes.
 
-    The work is done several times, and the least of each counts: where a host lends memory to its
-    machines, pages that were free for a while cost ten times what others do.
+    The work is done several times, and the least of each counts: on a host that lends memory to its
+    machines, pages that were free for a while cost ten times as much as others.
     """
     TOOLS[tool](smallest, out.with_name("first"), Clock(), fmt)
     first = time.process_time()
@@ -131,7 +131,7 @@ def _turn(tool: str, fmt: str, source: Path, out: Path) -> dict[str, float]:
 
 
 def _remove(folder: Path) -> None:
-    """On one rank, when all have done with it."""
+    """Remove the folder on one rank, when all are done with it."""
     together = torch.distributed.is_initialized()
     if together:
         torch.distributed.barrier()
@@ -142,7 +142,7 @@ def _remove(folder: Path) -> None:
 
 
 def main() -> None:
-    """Do it, on every rank, and print the sum of the ranks' (the peak: of the largest) as JSON."""
+    """Export on every rank; print as JSON the ranks' sums, and the largest rank's peak."""
     tool, fmt, *paths = sys.argv[1:]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:

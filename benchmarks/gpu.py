@@ -1,10 +1,10 @@
-"""What quantization costs on a GPU: codecs against the copy bandwidth, layers against their GEMM.
+"""Measure quantization on a GPU: codecs against the copy bandwidth, layers against their GEMM.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu --experts 8 --rows 256 --cols 256   # only: does it run?
 
-Prints Markdown with the device's name and the versions, for docs/performance_gpu.md. Bytes are
-those of the bf16 input. Goals: amax and encode at 70 % of the copy bandwidth; fake quant of all
+It prints Markdown with the device's name and the versions, for docs/performance_gpu.md. Bytes are
+those of the bf16 input. The goals: amax and encode at 70 % of the copy bandwidth; fake quant of all
 experts of a layer under 15 % of its grouped product in bf16.
 """
 

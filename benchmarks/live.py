@@ -1,7 +1,7 @@
-"""Exporting a live model that tensor parallelism cuts, against torch's distributed checkpoint.
+"""Export a live model that tensor parallelism cuts, against torch's distributed checkpoint.
 
-``HuggingFaceStorageWriter`` with consolidation writes bf16 alone; so do we in one row, quantized
-in the others. Each run has ranks of its own; only the export is measured, without verifying.
+``HuggingFaceStorageWriter`` with consolidation writes only bf16. So do we in one row; the others
+are quantized. Each run has its own ranks. Only the export is measured, without verifying.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _DENSE = """rules:
     weights: fp8
   - exclude: ["*self_attn*", "*mlp*"]
 """
-"""A recipe has to quantize something: it is a thousandth."""
+"""A recipe must quantize something: this one quantizes a thousandth of the weights."""
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,4 +1,4 @@
-"""One export of a live model, on every rank of it, with what it took.
+"""Run one export of a live model on all its ranks, and report its cost.
 
 torchrun --nproc-per-node 4 -m benchmarks.live_ranks TOOL FORMAT FOLDER
 """
@@ -66,7 +66,7 @@ def _dcp(folder: Path, fmt: str, clock: Clock) -> None:
 
 
 def _state(model: "LiveModel") -> dict[str, torch.Tensor]:
-    """Hugging Face names -> what every rank holds of these tensors."""
+    """Map Hugging Face names to what the rank holds of these tensors."""
     mesh = init_device_mesh("cpu", (model.groups.size,))
     state: dict[str, torch.Tensor] = {}
     for local in model.local:
@@ -80,7 +80,7 @@ def _state(model: "LiveModel") -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """One run, on every rank: print what all of them took as JSON."""
+    """Run on every rank; print as JSON what all of them took."""
     tool, fmt, folder = sys.argv[1:]
     clock = Clock()
     if not torch.cuda.is_available():

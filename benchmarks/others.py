@@ -1,7 +1,7 @@
-"""The same work by the tools that it is compared with, from a bf16 weight [N, K] to stored tensors.
+"""Do the same work by other tools, from a bf16 weight [N, K] to stored tensors.
 
-ModelOpt: what its exporter calls. compressed-tensors: minimum and maximum of each group (its
-observers), ``calculate_qparams`` and the compressor.
+For ModelOpt it is what its exporter calls. For compressed-tensors it is each group's minimum and
+maximum (its observers), ``calculate_qparams`` and the compressor.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""What it takes to plan the export of large models, and how evenly ranks share the writing.
+"""Measure the planning of large models' exports, and how evenly ranks share the writing.
 
-Nothing of the models is needed: the plan follows from their shapes. Each plan is made in a process
-of its own, so that the memory is its own too.
+The models themselves are not needed: plans follow from their shapes. Each plan is made in its own
+process, so that its memory can be measured.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def figures(model: str, fmt: str, ranks: int) -> dict[str, float]:
-    """Of the plan of ``model`` with all linears in ``fmt``."""
+    """Return the figures of a plan of ``model`` with all linears in ``fmt``."""
     found = params(model)
     weights = get_format(fmt)
     decisions = (
@@ -75,7 +75,7 @@ def figures(model: str, fmt: str, ranks: int) -> dict[str, float]:
 
 
 def _apart(model: str, fmt: str, ranks: int) -> dict[str, float]:
-    """:func:`figures` in another process."""
+    """Call :func:`figures` in another process."""
     argv = [sys.executable, "-m", "benchmarks.export", "planning", "--one", model, fmt, str(ranks)]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Timing in turns, and Markdown of what came out."""
+"""Time work in turns, and write the results as Markdown."""
 
 import platform
 import time
@@ -11,7 +11,7 @@ _END = "<!-- end -->"
 
 
 def seconds(work: Sequence[Work | None], rounds: int) -> list[float | None]:
-    """Least CPU seconds of each piece of work, all of them in turns; one turn is not counted."""
+    """Return each work's least CPU seconds, measured in turns; the first turn does not count."""
     taken: list[list[float]] = [[] for _ in work]
     for turn in range(rounds + 1):
         for times, run in zip(taken, work, strict=True):
@@ -25,7 +25,7 @@ def seconds(work: Sequence[Work | None], rounds: int) -> list[float | None]:
 
 
 def host() -> str:
-    """The CPU in general terms."""
+    """Describe the CPU in general terms."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
@@ -34,7 +34,7 @@ def host() -> str:
 
 
 def table(title: str, header: str, rows: list[Row]) -> str:
-    """A Markdown table under a line of text; columns of ``header`` are parted by ``|``."""
+    """Make a Markdown table under a line of text; ``|`` separates the columns of ``header``."""
     lines = [header.split("|"), ["---", *["---:"] * header.count("|")], *rows]
     return f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -1,6 +1,6 @@
-"""Tensors that shards cut along their rows: each piece written where it belongs, or rows joined.
+"""Write tensors whose rows shards cut: each piece where it belongs, or rows joined first.
 
-Ranks write tensors of bf16 of which each has so many bytes of every row, in turns, without syncing.
+Ranks write bf16 tensors in turns, without syncing. Each rank has the given bytes of every row.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def _took(plan: ExportPlan, groups: Groups, out: Path) -> Took:
 
 
 def main() -> None:
-    """On every rank: all widths, and a line of the table of each."""
+    """Measure all widths on every rank; print a line of the table for each."""
     turns, out = int(sys.argv[1]), Path(sys.argv[2]) / "out"
     dist.init_process_group("gloo")
     row_joins.LONG_BYTES = 1 << 40  # all that may be joined

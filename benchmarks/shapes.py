@@ -1,8 +1,8 @@
-"""Real models as lists of parameters, from config values alone.
+"""List the parameters of real models, from config values alone.
 
-Qwen3-235B-A22B through its table. DeepSeek-V3 and Kimi-K2 have none: their tensors are written out
-here by the names and shapes of transformers' DeepseekV3ForCausalLM (MLA, a dense start, one shared
-expert, without the multi-token-prediction layer).
+Qwen3-235B-A22B uses its table. For DeepSeek-V3 and Kimi-K2 the tensors are written out here, by the
+names and shapes of transformers' DeepseekV3ForCausalLM (MLA, dense first layers, one shared expert,
+without the multi-token-prediction layer).
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,9 @@
-"""Streaming export against a plain copy and against other exporters, in interleaved turns.
+"""Measure streaming export against a plain copy and other exporters, in interleaved turns.
 
-Every run is a process of its own with one thread that does the work three times, of which the least
-counts; of several such runs (--turns) the median. CPU and wall seconds are of the work alone: what
-is done once a process (imports, compilation; measured with the smallest checkpoint) and verifying
-have columns of their own. Memory is the process's peak.
+Every run is its own process with one thread. It does the work three times, and the least counts;
+of several runs (--turns) the median counts. CPU and wall seconds are those of the work alone. What
+a process does once (imports, compilation; measured with the smallest checkpoint) and verifying have
+their own columns. Memory is the process's peak.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the table: a tool and a format, on so many ranks."""
+    """One line of the table: a tool, a format and a number of ranks."""
 
     tool: str
     fmt: str = ""
@@ -62,25 +62,25 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What it is called in the table."""
+        """Return its name in the table."""
         ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
         return f"{self.fmt} {self.tool}".strip() + ranks
 
 
 class Machine:
-    """Starts runs. others: where llm-compressor is, which wants libraries of its own."""
+    """Starts runs. others: the folder of llm-compressor, which needs its own libraries."""
 
     def __init__(self, folder: Path, others: Path | None) -> None:
         self._folder, self._others = folder, others
         self.smallest = make_smallest(folder / "smallest")
 
     def lacks(self, tool: str) -> str:
-        """The last line of why the tool cannot be imported; empty where it can."""
+        """Return the last line of why the tool cannot be imported; empty if it can."""
         done = self._start(tool, ["-c", f"import {_TOOLS[tool]}"])
         return _last_line(done.stderr) if done.returncode else ""
 
     def measure(self, run: Run, source: Path) -> dict[str, float] | str:
-        """What one run took, or the last line of why it failed."""
+        """Return what one run took, or the last line of why it failed."""
         out = self._folder / "out"
         launch = ["-m", "benchmarks.exporters"]
         if run.ranks > 1:
@@ -108,7 +108,7 @@ def _last_line(text: str) -> str:
 
 
 def compare(machine: Machine, source: Path, runs: list[Run], turns: int) -> Iterator[list[str]]:
-    """Rows of one checkpoint: every run once a turn, in turns. The first is what others are of."""
+    """Yield rows of one checkpoint: each turn does every run once. Ratios are to the first run."""
     found: dict[Run, list[dict[str, float]]] = {run: [] for run in runs}
     failed: dict[Run, str] = {}
     for _ in range(turns):

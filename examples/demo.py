@@ -1,11 +1,11 @@
-"""The whole way on one machine without a GPU: train, quantize, export, verify, compare.
+"""Train, quantize, export, verify and compare on one machine without a GPU.
 
     python examples/demo.py --work-dir out/demo
 
-trains a small Qwen3-MoE (kept for the next run), quantizes it in Megatron at TP=2 EP=2 on four
-CPU ranks, exports and verifies it, and prints the perplexity and the KL to bf16 of the
-fake-quantized model in Megatron and of the exported checkpoint read back from disk. Exits with 1
-where those two perplexities differ by more than one part in a thousand.
+trains a small Qwen3-MoE (kept for the next run), quantizes it in Megatron at TP=2 EP=2 on four CPU
+ranks, exports it and verifies the export. It prints the perplexity, and the KL to bf16, of the
+fake-quantized model in Megatron and of the exported checkpoint read back from disk. It exits with 1
+if those two perplexities differ by more than one part in a thousand.
 """
 
 import argparse
@@ -22,13 +22,14 @@ from rich.table import Table
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
 RANKS = 4
-# Megatron and transformers round bf16 in other places. Activations then fall on the other side of a
-# quantization step, which on so little text moves a perplexity by a thousandth; not so in fp32.
+# Megatron and transformers round bf16 in different places. Some activations then land on the other
+# side of a quantization step. On so little text that moves a perplexity by a thousandth. fp32 does
+# not have this effect.
 DTYPE = ("--dtype", "fp32")
 
 
 def run(*command: str | Path) -> None:
-    """One step as a process of its own; the demo ends where a step fails."""
+    """Run one step in its own process; end the demo if it fails."""
     words = [sys.executable, *map(str, command)]
     print("\n$ python", *words[1:], flush=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -48,7 +49,7 @@ def quantize(args: argparse.Namespace, model: Path, export: Path, report: Path) 
 
 
 def measure(args: argparse.Namespace, model: Path, *against: str | Path) -> dict[str, Any]:
-    """Figures of a checkpoint on the held-out text, as the eval verb writes them."""
+    """Measure a checkpoint on the held-out text; return the figures that ``eval`` writes."""
     figures = args.work_dir / "figures.json"
     text = ("--text", args.work_dir / "heldout.txt")
     run("-m", "megatron_quant", "eval", model, *text, *DTYPE, *against, "--json", figures)

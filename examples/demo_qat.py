@@ -1,10 +1,10 @@
-"""What training through the quantizers gains over calibration alone, on one machine without a GPU.
+"""Show what training through the quantizers gains over calibration alone, without a GPU.
 
     python examples/demo_qat.py --work-dir out/demo
 
-takes the small MoE of demo.py (trained first where it is missing), exports it in nvfp4 and int4
-after calibration (PTQ) and after training (QAT, examples/train_qat.py), and prints perplexity and
-KL to bf16 of the four exported checkpoints on held-out text.
+takes the small MoE of demo.py (and trains it first if it is missing). It exports the model in nvfp4
+and int4, after calibration (PTQ) and after training (QAT, examples/train_qat.py). It prints
+perplexity and KL to bf16 of the four exported checkpoints on held-out text.
 """
 
 import argparse
@@ -21,7 +21,7 @@ TRAINING_TEXT = "train.txt"
 
 
 def write_training_text(work_dir: Path) -> Path:
-    """What the small model was trained on, which neither is measured on nor calibrated with."""
+    """Write the small model's training text; it is used neither to measure nor to calibrate."""
     path = work_dir / TRAINING_TEXT
     texts = make_small_moe.read_texts(make_small_moe.parse(["--output-dir", str(work_dir)]))
     path.write_text("\n".join(texts.train)[:CHARACTERS], encoding="utf-8")
@@ -29,7 +29,7 @@ def write_training_text(work_dir: Path) -> Path:
 
 
 def export(args: argparse.Namespace, recipe: str, trained: bool) -> Path:
-    """PTQ, or QAT from the same calibration."""
+    """Export after PTQ, or after QAT that starts from the same calibration."""
     model, out = (
         args.work_dir / "small-moe",
         args.work_dir / f"{'qat' if trained else 'ptq'}-{recipe}",
@@ -51,8 +51,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=["nvfp4", "int4"])
-    parser.add_argument("--steps", type=int, default=120, help="of QAT (default: 120)")
-    parser.add_argument("--lr", type=float, default=3e-5, help="of QAT (default: 3e-5)")
+    parser.add_argument("--steps", type=int, default=120, help="QAT steps (default: 120)")
+    parser.add_argument("--lr", type=float, default=3e-5, help="QAT learning rate (default: 3e-5)")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""The loss of a student that learns a teacher's logits, over shards of the vocabulary."""
+"""The loss of a student that learns a teacher's logits, with the vocabulary cut over ranks."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 def divergence(
     student_BSV: torch.Tensor, teacher_BSV: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
-    """Mean KL(teacher || student) per token, of logits that tensor parallelism cuts."""
+    """Return the mean KL(teacher || student) per token of logits that tensor parallelism cuts."""
     start = mpu.get_tensor_model_parallel_rank() * student_BSV.shape[-1]
     real = max(0, min(student_BSV.shape[-1], vocab_size - start))  # the rest pads the vocabulary
     student, teacher = (x[..., :real].float() for x in (student_BSV, teacher_BSV))
@@ -21,7 +21,7 @@ def divergence(
 
 
 def log_softmax(logits_BSV: torch.Tensor) -> torch.Tensor:
-    """Over the whole vocabulary; the gradient too."""
+    """Take the log-softmax, and its gradient, over the whole vocabulary."""
     group = mpu.get_tensor_model_parallel_group()
     largest = logits_BSV.detach().amax(-1, keepdim=True)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
@@ -30,16 +30,16 @@ def log_softmax(logits_BSV: torch.Tensor) -> torch.Tensor:
 
 
 class SumOverShards(torch.autograd.Function):
-    """A sum that every rank goes on with in its own way, so that gradients are summed as well."""
+    """A sum that every rank uses in its own way, so that gradients are summed too."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """[B, S, 1] of this rank -> their sum."""
+        """Sum [B, S, 1] over the ranks."""
         return _summed(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        """What all ranks' uses of the sum ask for."""
+        """Sum the gradients of all ranks' uses."""
         return _summed(grad)
 
 

@@ -1,14 +1,14 @@
 """Train a small Qwen3-MoE on this host's own Python sources: a real checkpoint, made offline.
 
-It stands in for a large model in the demo and in the tests: the same architecture, a tokenizer,
-learned weights with learned outliers, experts that the router uses unevenly. About four minutes
-on two CPU cores.
+It stands in for a large model in the demo and in the tests. It has the same architecture, a
+tokenizer, learned weights with learned outliers, and experts that the router uses unevenly.
+Training takes about four minutes on two CPU cores.
 
     python examples/make_small_moe.py --output-dir out/small-moe
 
 writes the Hugging Face checkpoint and, beside it, two texts that the model has not seen:
 heldout.txt to measure on and calibration.txt to calibrate with. Run again, it keeps what is there
-where script, settings and sources are the same.
+if script, settings and sources are the same.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Threads that spin while they wait are several times slower where other work shares the cores.
-# Read once, when torch is loaded.
+# Threads that spin while they wait are several times slower if other work shares the cores.
+# torch reads this once, when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -40,7 +40,7 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to
 
 @dataclass(frozen=True)
 class Texts:
-    """What is trained on, measured on and calibrated with: disjoint sets of source files."""
+    """The texts to train on, to measure on and to calibrate with: disjoint sets of source files."""
 
     train: list[str]
     heldout: str
@@ -48,7 +48,7 @@ class Texts:
 
 
 def source_files() -> list[Path]:
-    """The standard library's modules, in an order that does not depend on the file system."""
+    """List the standard library's modules in an order that does not depend on the file system."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found: list[Path] = []
     for folder, folders, files in os.walk(root):
@@ -62,14 +62,14 @@ def read(path: Path) -> str:
 
 
 def excerpt(path: Path) -> str:
-    """The middle of a file: many short pieces make a more even text than a few long files."""
+    """Return the middle of a file: many short pieces make a more even text than few long files."""
     text = read(path)
     start = max(0, (len(text) - EXCERPT) // 2)
     return text[start : start + EXCERPT]
 
 
 def take(files: Iterator[Path], piece: Callable[[Path], str], characters: int) -> list[str]:
-    """A piece of each file until ``characters`` are reached, or until there are no more."""
+    """Take a piece of each file until there are ``characters``, or no more files."""
     texts: list[str] = []
     filled = 0
     while filled < characters and (path := next(files, None)):
@@ -87,7 +87,7 @@ def read_texts(args: argparse.Namespace) -> Texts:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every text has ids, and ids give back the same text."""
+    """Train a byte-level BPE: every text has ids, and ids give back the same text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -129,7 +129,7 @@ def build_model(args: argparse.Namespace) -> Qwen3MoeForCausalLM:
 
 
 def batches(ids: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Random windows [batch, seq] of one long stream of ids; the same ones for the same seed."""
+    """Yield random windows [batch, seq] of one long stream of ids, equal for equal seeds."""
     generator = torch.Generator().manual_seed(args.seed)
     offsets = torch.arange(args.seq_length)
     while True:
@@ -140,9 +140,9 @@ def batches(ids: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tenso
 
 
 def imbalance(model: Qwen3MoeForCausalLM, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Sum over layers of the Switch Transformer's balance loss; keeps every expert in use.
+    """Sum the Switch Transformer's balance loss over layers; it keeps every expert in use.
 
-    transformers' own total takes all layers for one: an expert may be idle in a layer that way.
+    transformers' own total treats all layers as one, so an expert may be idle in a layer.
     """
     experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
     per_layer = [load_balancing_loss_func((r,), experts, top_k) for r in router_logits]
@@ -180,7 +180,7 @@ def train(model: Qwen3MoeForCausalLM, ids: torch.Tensor, args: argparse.Namespac
 
 @torch.no_grad()
 def measure(model: Qwen3MoeForCausalLM, ids: list[int], seq_length: int) -> float:
-    """Perplexity over non-overlapping windows."""
+    """Return the perplexity over non-overlapping windows."""
     total = NOTHING
     for window in windows(ids, seq_length):
         total += nll_and_kl(model(window[None, :-1]).logits[0], None, window[1:])
@@ -193,7 +193,7 @@ def save(
     texts: Texts,
     args: argparse.Namespace,
 ) -> None:
-    """bf16 weights, tokenizer, and the two texts."""
+    """Save the bf16 weights, the tokenizer and the two texts."""
     model.to(torch.bfloat16).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     args.heldout.write_text(texts.heldout, encoding="utf-8")
@@ -215,7 +215,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--heldout", type=Path, help="default: heldout.txt beside the output")
-    parser.add_argument("--calibration", type=Path, help="default: calibration.txt, likewise")
+    parser.add_argument("--calibration", type=Path, help="default: calibration.txt beside it")
     for flag, default in {
         "steps": 800,
         "seed": 0,

@@ -3,11 +3,11 @@
 torchrun --nproc-per-node 4 examples/train_qat.py --hf-model-id PATH --export-quant-cfg nvfp4 \
     --tp 2 --ep 2 --train-steps 200 --kd-teacher bf16 --train-data TEXTS --export-dir OUT
 
-The student starts as the calibrated model (what `quantize` would export) and learns to give the
-logits of the model that it was (`--kd-teacher bf16`), or to predict the text (`none`).
+The student starts as the calibrated model that `quantize` would export. It learns to give the
+original model's logits (`--kd-teacher bf16`), or to predict the text (`none`).
 
-With `--save-dir RUN --save-every 50` the run is saved; the same command goes on from the last save,
-at other --tp, --ep, --etp and --pp too.
+With `--save-dir RUN --save-every 50` the run is saved. The same command continues from the last
+save, also with other --tp, --ep, --etp and --pp.
 """
 
 import argparse
@@ -64,9 +64,9 @@ from megatron_quant.runs.inputs import Inputs, open_inputs
 from megatron_quant.runs.options import QuantizeOptions
 
 Microbatch = tuple[torch.Tensor, torch.Tensor | None]
-"""Token ids [B, S + 1], and the teacher's logits of the first S where a rank has any."""
+"""Token ids [B, S + 1], and the teacher's logits of the first S if the rank has any."""
 PIECE = 4096  # characters of the text that stay together
-# What a run must not change when it goes on.
+# Flags that must stay the same when a run continues.
 SETTINGS = ("train_steps", "global_batch_size", "seq_length", "lr", "seed", "kd_teacher", "train")
 
 
@@ -76,7 +76,7 @@ def say(*words: object) -> None:
 
 
 def forward_step(vocab_size: int) -> Callable[..., Any]:
-    """What Megatron's schedules call for each chunk of the model and each microbatch."""
+    """Return the function that Megatron's schedules call for each chunk and microbatch."""
 
     def step(batches: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         tokens, target = next(batches)
@@ -101,7 +101,7 @@ def reported(loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
 class Trainer:
     """A student in DistributedDataParallel with its optimizer, and its teacher.
 
-    teacher: chunks of the model that the student was; None where it learns the text.
+    teacher: chunks of the original model; None if the student learns the text.
     """
 
     model: list[DistributedDataParallel]
@@ -111,7 +111,7 @@ class Trainer:
     step: Callable[..., Any]
 
     def train(self, microbatches: Sequence[torch.Tensor]) -> float:
-        """One step on this data-parallel rank's microbatches; the mean loss before it."""
+        """Do one step on this data-parallel rank's microbatches; return the mean loss before it."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -137,12 +137,12 @@ class Trainer:
         ids = [tokens[:, :-1].contiguous() for tokens in microbatches]
         with torch.no_grad():
             logits = run_model(self.teacher, ids, lambda logits: logits)
-        nothing = torch.empty(0)  # before the last stage, which has no use for it
+        nothing = torch.empty(0)  # stages before the last do not use it
         return list(zip(microbatches, logits or [nothing] * len(ids), strict=True))
 
 
 def mean_of_ranks(losses: Sequence[torch.Tensor], device: torch.device) -> float:
-    """Of those ranks that have any: the last stage's."""
+    """Average over the ranks that have losses: those of the last stage."""
     found = torch.tensor([float(sum(losses)), float(len(losses))], device=device)
     dist.all_reduce(found)
     return float(found[0] / found[1])
@@ -192,12 +192,12 @@ def wrap(
 
 
 def read_batches(args: argparse.Namespace, source: Path) -> list[torch.Tensor]:
-    """Microbatches [B, S + 1] from all over the text, in an order of their own."""
+    """Return microbatches [B, S + 1] from all over the text, shuffled."""
     texts, length = load_texts(args.train_data), args.seq_length + 1
     pieces = [text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE)]
     random.Random(args.seed).shuffle(pieces)
     wanted = args.train_steps * args.global_batch_size
-    tokens = sum(map(len, pieces)) // 4  # at the very least, of any tokenizer's text
+    tokens = sum(map(len, pieces)) // 4  # no tokenizer makes fewer of a text
     found = token_batches(
         pieces, load_tokenizer(source), min(wanted, max(1, tokens // length)), length, 1
     )
@@ -209,7 +209,7 @@ def read_batches(args: argparse.Namespace, source: Path) -> list[torch.Tensor]:
 
 
 def calibrate(callback: QuantCallback, inputs: Inputs, student: Sequence[GPTModel]) -> None:
-    """As `quantize` does, so that training starts from what that would export."""
+    """Calibrate as `quantize` does, so that training starts from what that would export."""
     if inputs.batches:
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         own = shard(inputs.batches, rank, size)
@@ -217,20 +217,20 @@ def calibrate(callback: QuantCallback, inputs: Inputs, student: Sequence[GPTMode
 
 
 def last_saved(args: argparse.Namespace, groups: Groups) -> TrainProgress | None:
-    """Where the run goes on; None where it starts."""
+    """Return the save that the run continues from; None if it starts."""
     saved = last_save(args.save_dir, groups) if args.save_dir else None
     for name in SETTINGS if saved else ():
         if (before := saved.settings.get(name)) != getattr(args, name):
             flag = f"--{name.replace('_', '-')}"
             raise QuantError(
-                f"{flag} {getattr(args, name)}: the run in {args.save_dir} has {flag} {before}; "
+                f"{flag} is {getattr(args, name)}, but the run in {args.save_dir} has {before}: "
                 "give that, or another --save-dir"
             )
     return saved
 
 
 def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> Any:
-    """The trained student, as :func:`quantized` has it."""
+    """Train, and return the student in the form of :func:`quantized`."""
     job, saved = inputs.job, last_saved(args, groups)
     batches = together(groups, lambda: read_batches(args, job.source))
 
@@ -251,7 +251,7 @@ def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> Any:
     else:
         load_progress(saved, trainer.model, trainer.optimizer)
         trainer.scheduler.step(increment=saved.step)
-        say(f"goes on from {saved.path}")
+        say(f"continues from {saved.path}")
     for chunk in student:
         chunk.train()
     loop(args, trainer, callback, batches, saved.step if saved else 0)
@@ -260,7 +260,7 @@ def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> Any:
 
 
 def choose_trained(student: Sequence[GPTModel], which: str) -> None:
-    """Freeze what is not quantized, where weights that are shall make up for their rounding."""
+    """Freeze unquantized weights, if only quantized ones shall make up for their rounding."""
     if which == "quantized":
         chosen = {id(w) for layer in quantized(student).layers for w in layer.weights()}
         for parameter in (p for chunk in student for p in chunk.parameters()):
@@ -317,9 +317,9 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--hf-model-id", required=True, help=" ")
-    parser.add_argument("--export-quant-cfg", required=True, help="recipe, as of quantize")
+    parser.add_argument("--export-quant-cfg", required=True, help="recipe, as for quantize")
     parser.add_argument("--export-dir", type=Path, required=True, help=" ")
-    parser.add_argument("--train-data", default="stdlib", help="texts, as --calib-dataset")
+    parser.add_argument("--train-data", default="stdlib", help="texts, as for --calib-dataset")
     parser.add_argument("--kd-teacher", choices=("bf16", "none"), default="bf16", help=" ")
     for flag, default in {
         "tp": 1,
@@ -343,12 +343,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--train", choices=("quantized", "all"), default="quantized", help="which weights"
     )
-    parser.add_argument("--save-dir", type=Path, help="save the run here, and go on from here")
+    parser.add_argument("--save-dir", type=Path, help="save the run here, and continue it here")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help=" ")
-    parser.add_argument("--expert-scales", default="shared", help="as of quantize")
-    parser.add_argument("--export-format", default="modelopt", help="as of quantize")
-    parser.add_argument("--calib-dataset", default="stdlib", help="as of quantize")
-    parser.add_argument("--overwrite", action="store_true", help="as of quantize")
+    parser.add_argument("--expert-scales", default="shared", help="as for quantize")
+    parser.add_argument("--export-format", default="modelopt", help="as for quantize")
+    parser.add_argument("--calib-dataset", default="stdlib", help="as for quantize")
+    parser.add_argument("--overwrite", action="store_true", help="as for quantize")
     return parser.parse_args()
 
 
@@ -356,15 +356,15 @@ def check(args: argparse.Namespace, world: int) -> None:
     ranks = world // (args.tp * args.pp)
     if args.train_steps < 1 or args.global_batch_size % (args.micro_batch_size * ranks):
         raise QuantError(
-            f"--global-batch-size {args.global_batch_size} is no multiple of --micro-batch-size "
-            f"{args.micro_batch_size} times {ranks} data-parallel ranks, or --train-steps "
-            f"{args.train_steps} is below 1: change them"
+            f"--global-batch-size {args.global_batch_size} must be a multiple of "
+            f"--micro-batch-size {args.micro_batch_size} times {ranks} data-parallel ranks, and "
+            f"--train-steps {args.train_steps} at least 1"
         )
     microbatches = args.global_batch_size // (args.micro_batch_size * ranks)
     if args.num_virtual_stages_per_pipeline_rank > 1 and microbatches % args.pp:
         raise QuantError(
             f"--global-batch-size {args.global_batch_size} gives a rank {microbatches} "
-            f"microbatches: virtual stages take a multiple of --pp {args.pp}"
+            f"microbatches, but virtual stages need a multiple of --pp {args.pp}"
         )
 
 

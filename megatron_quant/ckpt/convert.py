@@ -81,7 +81,7 @@ def transcode(part: RankPart, checkpoint: QuantizedCheckpoint) -> Iterator[Produ
     for piece in part.pieces:
         if piece.stored.field not in fields:
             raise CheckpointError(
-                f"{checkpoint.path} has nothing to make {piece.entry.name} from; quantize the "
+                f"{checkpoint.path} has nothing to make {piece.entry.name} of; quantize the "
                 "source checkpoint instead"
             )
         value = piece.stored.to_disk(fields[piece.stored.field])

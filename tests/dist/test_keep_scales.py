@@ -147,7 +147,7 @@ def test_a_search(sources, tmp_path: Path, ranks: Ranks) -> None:
     said = said_of(
         sources[0][0], ranks, tmp_path, export_format="compressed-tensors", **flags
     )
-    assert "the recipe searches its scales (mse), which --keep-scales excludes" in said
+    assert "the recipe searches its scales (mse), which does not go with --keep" in said
 
 
 def test_a_source_that_is_not_quantized(tmp_path: Path, ranks: Ranks) -> None:

@@ -125,11 +125,11 @@ def test_a_killed_run_goes_on_at_another_layout(
     assert (run / "iter_0000004").is_dir()
     world, flags = LAYOUTS["pp2"]
     lines = ranks(world, _run, source, run.parent, flags, timeout=PATIENCE_S)[0]
-    assert f"goes on from {run / 'iter_0000002'}" in lines
+    assert f"continues from {run / 'iter_0000002'}" in lines
     assert _loss(lines) == pytest.approx(_loss(undisturbed), rel=0.01)
     assert _last(run) == str(STEPS) and not (run / "iter_0000002").exists()
     (other,) = ranks.errors(1, _run, source, run.parent, "--seed 1")
-    assert isinstance(other, QuantError) and "--seed 1: the run in" in str(other)
+    assert isinstance(other, QuantError) and "--seed is 1, but the run in" in str(other)
     (run / f"iter_000000{STEPS}" / "progress.json").unlink()
     (other,) = ranks.errors(1, _run, source, run.parent, "")
     assert isinstance(other, CheckpointError) and "has no progress.json" in str(other)

@@ -235,7 +235,7 @@ def test_an_unexpected_tensor(single: Path) -> None:
 
 def test_a_wrong_shape(single: Path) -> None:
     _change_tensors(single, **{"model.norm.weight": torch.zeros(31)})
-    _assert_refused(single, r"model\.norm\.weight has shape \[31\] where .* asks for \[32\]")
+    _assert_refused(single, r"model\.norm\.weight has shape \[31\], but .* asks for \[32\]")
 
 
 def test_a_dtype_that_is_no_weight(single: Path) -> None:

@@ -34,7 +34,7 @@ from megatron_quant.errors import CheckpointError, ExportError
 
 
 class Existing(Enum):
-    """What to do with a directory that is not empty."""
+    """The treatment of a directory that is not empty."""
 
     REFUSE = "refuse"
     REPLACE = "replace"

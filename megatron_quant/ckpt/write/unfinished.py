@@ -1,4 +1,4 @@
-"""What an unfinished export leaves: temporary names, and one document that lists them.
+"""The files of an unfinished export: temporary names, and one document that lists them.
 
 Only files that a document, an index or the present export names are removed. The document is
 written before the first file, removed after the last one, and replaced as a whole. So it says at

@@ -104,7 +104,7 @@ def test_malformed_tensor(nvfp4, suffix, change):
 def test_folded_input_scale_is_refused(nvfp4):
     name = f"{DOWN}.pre_quant_scale"
     exported.edit(nvfp4, lambda t: t.update({name: torch.ones(128)}))
-    with pytest.raises(CheckpointError, match=f"{name} is not read"):
+    with pytest.raises(CheckpointError, match=f"{name} changes the weight"):
         QuantizedCheckpoint(nvfp4).weight(f"{DOWN}.weight", torch.bfloat16)
 
 

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -105,49 +104,6 @@ def test_verification_comes_before_names(tmp_path: Path, whole: dict[str, bytes]
     assert all(name.endswith(".partial") for name in contents(tmp_path))
     write(tmp_path, Existing.RESUME)
     assert contents(tmp_path) == whole
-
-
-class Failing:
-    """``os``'s function, which fails at its ``number``-th call; it counts them."""
-
-    def __init__(self, name: str, number: int, patch: pytest.MonkeyPatch) -> None:
-        self.real, self.number, self.calls = getattr(os, name), number, 0
-        patch.setattr(os, name, self)
-
-    def __call__(self, *args: Any, **named: Any) -> Any:
-        self.calls += 1
-        if self.calls == self.number:
-            raise OSError(errno.EIO, "Input/output error")
-        return self.real(*args, **named)
-
-
-@pytest.mark.parametrize("existing", [Existing.REFUSE, Existing.RESUME])
-@pytest.mark.parametrize("name", ["rename", "fsync", "pwrite", "ftruncate"])
-def test_every_call_that_fails_leaves_nothing_that_looks_whole(
-    name: str, existing: Existing, tmp_path: Path, whole: dict[str, bytes]
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        counted = Failing(name, 0, patch)
-        write(tmp_path / "counted")
-    assert counted.calls > 3
-    for number in range(1, counted.calls + 1):
-        out = tmp_path / str(number)
-        with pytest.MonkeyPatch.context() as patch:
-            Failing(name, number, patch)
-            with pytest.raises(ExportError, match="Input/output error"):
-                write(out, existing)
-        left = contents(out) if out.exists() else {}
-        assert all(file.endswith(".partial") for file in left)
-        assert not left or existing is Existing.RESUME
-        write(out, Existing.RESUME)
-        assert contents(out) == whole
-
-
-def test_without_fsync_nothing_is_synced(tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        counted = Failing("fsync", 0, patch)
-        write(tmp_path, fsync=False)
-    assert counted.calls == 0
 
 
 def test_one_run_at_a_time(tmp_path: Path, whole: dict[str, bytes]) -> None:

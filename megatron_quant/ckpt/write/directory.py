@@ -62,9 +62,14 @@ class Claim:
         """Remove what this run wrote; keep a directory in which other files appeared."""
         discard(self.directory, self.own)
         self.release()
-        for path in self.made:
-            with suppress(OSError):
-                path.rmdir()
+        _unmake(self.made)
+
+
+def _unmake(folders: Iterable[Path]) -> None:
+    """Remove folders, the deepest first, but those in which other files appeared."""
+    for path in folders:
+        with suppress(OSError):
+            path.rmdir()
 
 
 def names_of(plan: ExportPlan, companions: Companions) -> tuple[str, ...]:
@@ -249,7 +254,11 @@ def prepare_directory(
     with explained(directory, "cannot be used"):
         made = tuple(path for path in (directory, *directory.parents) if not path.exists())
         directory.mkdir(parents=True, exist_ok=True)
-        lock = Lock(directory)
+        try:
+            lock = Lock(directory)
+        except BaseException:
+            _unmake(made)
+            raise
     own = Unfinished(
         made_of=_identity(plan, companions),
         names=names_of(plan, companions),

@@ -56,9 +56,14 @@ class Lock:
                 "%s: this file system has no locks: make sure that no other run writes there",
                 self._path.parent,
             )
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-        stream.flush()
+        try:
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                self._path.unlink()
+            raise
 
     def release(self) -> None:
         """Let others in, and remove the file."""

@@ -22,7 +22,6 @@ from .spec import num_experts as num_experts
 from .spec import num_layers as num_layers
 from .spec import whole as whole
 from .stacks import View as View
-from .stacks import text_config as text_config
 from .stacks import unstack as unstack
 from .structure import Structure as Structure
 from .structure import decoder_of as decoder_of
@@ -32,6 +31,7 @@ from .structure import has_drafts as has_drafts
 from .structure import has_table as has_table
 from .structure import is_draft as is_draft
 from .structure import table_names as table_names
+from .text import text_config as text_config
 
 __all__ = [
     "ARCHITECTURES",

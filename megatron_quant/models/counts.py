@@ -6,15 +6,17 @@ A config may claim a thousand million layers. Making something for each would en
 from collections.abc import Iterable
 
 from megatron_quant.documents import shown
+from megatron_quant.engines.families import COUNTS
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config
-from megatron_quant.models.moe import EXPERT_COUNTS
-from megatron_quant.models.stacks import Shape, text_config
+from megatron_quant.models.stacks import Shape
+from megatron_quant.models.text import text_config
 
 _OF_TENSORS = (
     "num_hidden_layers",
+    "num_layers",
     "num_nextn_predict_layers",
-    *EXPERT_COUNTS,
+    *COUNTS,
 )
 """Keys that count things of which each has a tensor of its own, or a slice of a stack."""
 

@@ -7,22 +7,26 @@ without the others. A tensor that looks like an expert and belongs to no block i
 import re
 from dataclasses import dataclass
 
+from megatron_quant.engines.families import COUNTS
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config, positive
-from megatron_quant.models.stacks import Shapes, text_config
+from megatron_quant.models.stacks import Shapes
+from megatron_quant.models.text import family, text_config
 
 _EXPERT = re.compile(r"(.*)\.experts\.(\d{1,9})\.(.+)")
 _ROUTER = re.compile(
     r"(.*?)\.(router(\..+)?|router_bias|expert_bias|e_score_correction_bias|moe_statics\..+"
-    r"|gate\.(wg\.)?(weight|bias|expert_bias|e_score_correction_bias))"
+    r"|gate\.(wg\.)?(weight|bias|expert_bias|e_score_correction_bias|tid2eid))"
 )
-"""Tensors of a router. Its bias may lie beside it (LFM2-MoE, AFMoE, Ling, MiniMax, Ernie)."""
-_LINEARS = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"})
+"""Tensors of a router. Its bias may lie beside it (LFM2-MoE, AFMoE, Ling, MiniMax, Ernie); in
+place of one, DeepSeek-V4's first layers have a table of tokens."""
+_GATED = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"})
+_UNGATED = ({"up_proj", "down_proj"},)
 """Linears of an expert, as checkpoints name them."""
-_KNOWN = re.compile(r"(.*\.)?shared?_experts?\..+|(.*\.)?shared_expert_gate\.weight")
+_KNOWN = re.compile(
+    r"(.*\.)?shared?_experts?\..+|(.*\.)?shared_expert_gate\.weight|.*\.routed_expert_\w+_proj\..+"
+)
 """Names with ``expert`` in them that belong to no routed expert."""
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of config.json that count the experts of a layer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,11 @@ def blocks(config: Config, layer: str, shapes: Shapes) -> tuple[MoeBlock, ...]:
             "its tensors may be skipped in silence; use a model that is stored as transformers does"
         )
     return tuple(
-        MoeBlock(name, tuple(routers[name]), _checked(name, of_block, config, shapes))
+        MoeBlock(
+            name,
+            tuple(routers[name]),
+            _checked(name, of_block, config, shapes, _rows(routers[name], shapes)),
+        )
         for name, of_block in experts.items()
     )
 
@@ -84,24 +92,33 @@ def _refuse_strays(layer: str, names: list[str]) -> None:
             )
 
 
+def _rows(routers: list[str], shapes: Shapes) -> int:
+    """Return the rows of a router: it has one for each expert, and some have more."""
+    weights = [shapes[n] for n in routers if n.endswith(".weight") and len(shapes[n]) == 2]
+    return max((shape[0] for shape in weights), default=0)
+
+
 def _checked(
-    name: str, experts: dict[int, dict[str, str]], config: Config, shapes: Shapes
+    name: str, experts: dict[int, dict[str, str]], config: Config, shapes: Shapes, rows: int
 ) -> tuple[tuple[str, ...], ...]:
     text = text_config(config)
-    stated = next((k for k in EXPERT_COUNTS if text.get(k) is not None and text[k] != 0), None)
-    count = len(experts) if stated is None else positive(text, stated)
+    stated = next((k for k in COUNTS if text.get(k) is not None and text[k] != 0), None)
+    count = (rows or len(experts)) if stated is None else positive(text, stated)
     missing = next((e for e in range(count) if e not in experts), None)
     if missing is not None or len(experts) != count:
         which = (
             f"expert {missing} is missing" if missing is not None else f"{len(experts)} are there"
         )
+        who = "its router" if stated is None else "config.json"
         raise ArchitectureError(
-            f"{name}.experts: {which}, config.json has {count} experts; fetch the checkpoint "
+            f"{name}.experts: {which}, {who} has {count} experts; fetch the checkpoint "
             "again, or correct config.json"
         )
     linears = {leaf.rpartition(".")[0] for leaf in experts[0]}
-    if linears not in _LINEARS:
-        known = " or ".join(", ".join(sorted(names)) for names in _LINEARS)
+    of_family = family(config)
+    allowed = _UNGATED if of_family is not None and not of_family.gated else _GATED
+    if linears not in allowed:
+        known = " or ".join(", ".join(sorted(names)) for names in allowed)
         raise ArchitectureError(
             f"{name}.experts.0 has the linears {', '.join(sorted(linears))}; known are {known}; "
             "use a model that has those"

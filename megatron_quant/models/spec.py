@@ -109,6 +109,7 @@ class Param:
         fused: Name of the linear that engines make of it and other parameters, which then share
             format and scales; empty where they leave it alone.
         fp32: Whether it stays in float32, whatever the model's dtype. Megatron has it as a buffer.
+        called: Modules under which engines build its sources, where they call them otherwise.
         padded: Rows of a vocabulary in a live model, padding included; 0 for the next multiple of
             the shards. No file has the padding.
     """
@@ -126,6 +127,7 @@ class Param:
     fused: str = ""
     fp32: bool = False
     padded: int = 0
+    called: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:

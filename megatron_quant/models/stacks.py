@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 from megatron_quant.documents import shown
+from megatron_quant.engines.families import Layout, stack_of
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config
 from megatron_quant.models.spec import Box
+from megatron_quant.models.text import family, text_config
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -16,11 +17,21 @@ Shapes = Mapping[str, Shape]
 _STACK = re.compile(r"(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(_bias)?(\.weight)?")
 
 
-class Halves(Enum):
-    """Where gate and up lie among the output features of a linear that fuses them."""
+@dataclass(frozen=True)
+class Stacked:
+    """What a stored stack holds: of the module of experts ``module``, all ``kind`` matrices."""
 
-    AFTER = "gate first, then up"
-    ALTERNATING = "gate and up in turn"
+    module: str
+    kind: str
+    bias: bool = False
+
+
+def _parse(name: str) -> Stacked | None:
+    """Return what the tensor of this name holds where it is a stack; None for any other."""
+    if (own := stack_of(name)) is not None:
+        return Stacked(f"{own[0]}.experts", own[1].holds)
+    match = _STACK.fullmatch(name)
+    return Stacked(match[1], match[2], bool(match[3])) if match is not None else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,25 +69,6 @@ class View:
         return Box(start, size)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    transposed: bool = False
-    halves: Halves = Halves.AFTER
-
-
-# model_type -> how transformers 5.23 lays its experts out. All others are like Gemma-4.
-_LAYOUTS = {
-    "gpt_oss": _Layout(True, Halves.ALTERNATING),
-    "llama4": _Layout(True),
-    "llama4_text": _Layout(True),
-}
-
-
-_EITHER = ("qwen3_vl_moe", "qwen3_vl_moe_text")
-"""Models that have [E, H, 2I] and [E, I, H] on the hub, while transformers saves them as
-[E, 2I, H] and [E, H, I]."""
-
-
 def _turned(config: Config, shapes: Shapes) -> dict[str, bool]:
     """Map the module of a layer's stacks to whether they are transposed.
 
@@ -92,12 +84,12 @@ def _turned(config: Config, shapes: Shapes) -> dict[str, bool]:
     plain = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
     found: dict[str, set[bool]] = {}
     for name, shape in shapes.items():
-        match = _STACK.fullmatch(name)
-        if match is None or match[3] or match[2] not in plain:
+        stack = _parse(name)
+        if stack is None or stack.bias or stack.kind not in plain:
             continue
-        wanted, own = plain[match[2]], tuple(shape[1:])
+        wanted, own = plain[stack.kind], tuple(shape[1:])
         fits = {turned for turned in (False, True) if own == (wanted[::-1] if turned else wanted)}
-        found[match[1]] = found.get(match[1], {False, True}) & fits
+        found[stack.module] = found.get(stack.module, {False, True}) & fits
     for module, fits in found.items():
         if len(fits) != 1:
             raise ArchitectureError(
@@ -106,12 +98,6 @@ def _turned(config: Config, shapes: Shapes) -> dict[str, bool]:
                 "correct config.json, or store single experts"
             )
     return {module: fits.pop() for module, fits in found.items()}
-
-
-def text_config(config: Config) -> Config:
-    """Return the part of config.json that describes the text decoder."""
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
 
 
 def unstack(config: Config, shapes: Shapes) -> dict[str, View]:
@@ -124,29 +110,36 @@ def unstack(config: Config, shapes: Shapes) -> dict[str, View]:
     Raises:
         ArchitectureError: For a stack whose shape does not tell its rows from its columns.
     """
-    kinds = [text_config(config).get("model_type"), config.get("model_type")]
-    known = next((lay for kind, lay in _LAYOUTS.items() if kind in kinds), _Layout())
-    turned = _turned(config, shapes) if any(kind in kinds for kind in _EITHER) else {}
+    of_family = family(config)
+    known = of_family.layout if of_family is not None else Layout.PLAIN
+    turned = _turned(config, shapes) if known is Layout.EITHER else {}
     views: dict[str, View] = {}
     for name, shape in shapes.items():
-        match = _STACK.fullmatch(name)
-        if match is None:
+        stack = _parse(name)
+        if stack is None or _is_single(name, shape):
             continue
-        layout = _Layout(turned[match[1]]) if match[1] in turned else known
-        _check(name, shape, match, config, layout)
+        layout = known
+        if known is Layout.EITHER:
+            layout = Layout.TRANSPOSED if turned.get(stack.module) else Layout.PLAIN
+        _check(name, shape, stack, config, layout)
         for expert in range(shape[0]):
-            views.update(_of_expert(name, shape, match, expert, layout))
+            views.update(_of_expert(name, shape, stack, expert, layout))
     return views
 
 
-def _check(name: str, shape: Shape, match: re.Match[str], config: Config, lay: _Layout) -> None:
-    hidden, bias = text_config(config).get("hidden_size"), bool(match[3])
-    what = "[experts, features]" if bias else _meant(match[2], lay)
+def _is_single(name: str, shape: Shape) -> bool:
+    """Return whether a matrix has the name of a stack of its family, as in its dense layers."""
+    return len(shape) == 2 and stack_of(name) is not None
+
+
+def _check(name: str, shape: Shape, stack: Stacked, config: Config, lay: Layout) -> None:
+    hidden, bias = text_config(config).get("hidden_size"), stack.bias
+    what = "[experts, features]" if bias else _meant(stack.kind, lay)
     fits = len(shape) == 2 + (not bias) and 0 not in shape
     if fits and not bias:
-        inner = 1 if lay.transposed != (match[2] == "down_proj") else 2
+        inner = 1 if _transposed(lay) != (stack.kind == "down_proj") else 2
         fits = shape[inner] == hidden
-    if fits and match[2] == "gate_up_proj":
+    if fits and stack.kind == "gate_up_proj":
         fits = shape[_rows_dim(lay, bias)] % 2 == 0
     if not fits:
         raise ArchitectureError(
@@ -155,27 +148,31 @@ def _check(name: str, shape: Shape, match: re.Match[str], config: Config, lay: _
         )
 
 
-def _meant(kind: str, lay: _Layout) -> str:
+def _transposed(lay: Layout) -> bool:
+    return lay in (Layout.TRANSPOSED, Layout.ALTERNATING)
+
+
+def _meant(kind: str, lay: Layout) -> str:
     rows, cols = ("hidden", "intermediate") if kind == "down_proj" else ("features", "hidden")
-    return f"[experts, {cols}, {rows}]" if lay.transposed else f"[experts, {rows}, {cols}]"
+    return f"[experts, {cols}, {rows}]" if _transposed(lay) else f"[experts, {rows}, {cols}]"
 
 
-def _rows_dim(lay: _Layout, bias: bool) -> int:
-    return 1 if bias or not lay.transposed else 2
+def _rows_dim(lay: Layout, bias: bool) -> int:
+    return 2 if _transposed(lay) and not bias else 1
 
 
 def _of_expert(
-    name: str, shape: Shape, match: re.Match[str], expert: int, lay: _Layout
+    name: str, shape: Shape, stack: Stacked, expert: int, lay: Layout
 ) -> Iterator[tuple[str, View]]:
-    bias = bool(match[3])
+    bias = stack.bias
     rows = shape[_rows_dim(lay, bias)]
-    inner = () if bias else (shape[1 if lay.transposed else 2],)
-    transposed = lay.transposed and not bias
+    transposed = _transposed(lay) and not bias
+    inner = () if bias else (shape[1 if transposed else 2],)
     leaf = "bias" if bias else "weight"
-    kinds = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else (match[2],)
+    kinds = ("gate_proj", "up_proj") if stack.kind == "gate_up_proj" else (stack.kind,)
     count = rows // len(kinds)
     for i, kind in enumerate(kinds):
-        fused = len(kinds) > 1 and lay.halves is Halves.ALTERNATING
+        fused = len(kinds) > 1 and lay is Layout.ALTERNATING
         start, step = (i, len(kinds)) if fused else (i * count, 1)
         view = View(
             stored=name,
@@ -185,4 +182,4 @@ def _of_expert(
             step=step,
             transposed=transposed,
         )
-        yield f"{match[1]}.{expert}.{kind}.{leaf}", view
+        yield f"{stack.module}.{expert}.{kind}.{leaf}", view

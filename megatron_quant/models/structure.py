@@ -8,28 +8,26 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from megatron_quant.engines.families import (
+    EMBEDDINGS,
+    HEADS,
+    dense_row,
+    engine_names,
+    fused_sets,
+)
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config, fields, positive
-from megatron_quant.models.dense import dense_role
 from megatron_quant.models.moe import MoeBlock, blocks
 from megatron_quant.models.registry import ARCHITECTURES, lookup
 from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
-from megatron_quant.models.stacks import Shapes, View, text_config, unstack
+from megatron_quant.models.stacks import Shapes, View, unstack
+from megatron_quant.models.text import family, layers_of, text_config
 
-_EMBEDDING = "embed_tokens.weight"
-_FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("qkv_proj", ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj")),
-    ("gate_up_proj", ("gate_proj", "up_proj")),
-    ("gate_up_proj", ("w1", "w3")),
-    ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
-    ("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")),
-)
-"""(fused linear of an engine, linears of one module that it fuses). A layer may lack some."""
-_OF = {member: (fused, members) for fused, members in _FUSED for member in members}
 _PREDICTS = re.compile(r"(?:[^.]+\.)*?mtp\.")
 _NUMBERED = re.compile(r"(?:model\.|language_model\.)*layers\.([0-9]{1,9})\.")
 """Names of tensors in numbered layers; a number beyond the model's is a layer for speculation."""
-_ROW = ("o_proj", "down_proj", "w2", "out_proj")
+_OUTPUTS = tuple(f"{head}.weight" for head in HEADS)
+_ROW = ("o_proj", "down_proj", "w2", "out_proj", "dense", "wo_b", "output_linear")
 """Linears that engines cut along their input features."""
 _KINDS: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"(.*[._])?norm\d*(_\d+)?\.(weight|bias)|.*layernorm(_\d+)?\.weight"), Role.NORM),
@@ -88,12 +86,15 @@ def is_draft(config: Config, name: str) -> bool:
     """
     if _PREDICTS.match(name):
         return True
-    text = text_config(config)
-    layers, drafts = text.get("num_hidden_layers"), text.get("num_nextn_predict_layers")
-    if type(layers) is not int or type(drafts) is not int:
-        return False
     match = _NUMBERED.match(name)
-    return match is not None and int(match[1]) in range(layers, layers + drafts)
+    drafts = text_config(config).get("num_nextn_predict_layers")
+    if match is None or type(drafts) is not int:
+        return False
+    try:
+        layers = layers_of(config)
+    except ArchitectureError:
+        return False
+    return int(match[1]) in range(layers, layers + drafts)
 
 
 _COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
@@ -116,13 +117,14 @@ def recognise(config: Config, shapes: Shapes) -> Structure:
     Raises:
         ArchitectureError: Where names and shapes do not tell what a tensor is.
     """
-    prefix = decoder_of(shapes)
+    prefix, embedding = _embedding_of(shapes)
     layers = _layers(config, prefix, shapes)
     views = unstack(config, {n: s for n, s in shapes.items() if _layer_of(n, prefix) in layers})
     stacked = {view.stored for view in views.values()}
     tensors = {n: s for n, s in shapes.items() if n not in stacked}
     tensors |= {name: view.shape for name, view in views.items()}
     found: dict[str, Param] = {}
+    known = family(config)
     by_layer: dict[int | None, dict[str, tuple[int, ...]]] = {}
     for name in sorted(tensors, key=_natural):
         layer = _layer_of(name, prefix)
@@ -131,24 +133,37 @@ def recognise(config: Config, shapes: Shapes) -> Structure:
         if layer is not None and layer in layers:
             params = _of_layer(config, f"{prefix}layers.{layer}.", of_layer)
         else:
-            params = _of_rest(prefix, of_layer, layer)
-        found.update((param.name, replace(param, layer=layer)) for param in params)
+            params = _of_rest(prefix, embedding, of_layer, layer)
+        for param in params:
+            called = engine_names(known, (source.module for source in param.sources))
+            found[param.name] = replace(param, layer=layer, called=called)
     return Structure(tuple(found.values()), views)
 
 
 def decoder_of(shapes: Shapes) -> str:
     """Return the prefix of the text decoder's names, such as ``model.language_model.``."""
-    found = sorted((n for n in shapes if n.endswith(_EMBEDDING)), key=len)
-    if not found:
-        raise ArchitectureError(
-            f"no tensor is called {_EMBEDDING}, by which the text decoder is found; use a model of "
-            f"{', '.join(ARCHITECTURES)} or one with such names"
-        )
-    return found[0].removesuffix(_EMBEDDING)
+    return _embedding_of(shapes)[0]
+
+
+def _embedding_of(shapes: Shapes) -> tuple[str, str]:
+    """Return the decoder's prefix, and the name of its embedding's weight."""
+    numbered = {n.partition("layers.")[0] for n in shapes if "layers." in n}
+    for module in EMBEDDINGS:
+        leaf = f"{module}.weight"
+        found = [n.removesuffix(leaf) for n in shapes if n == leaf or n.endswith(f".{leaf}")]
+        if module != EMBEDDINGS[0]:  # towers have embeddings of these names too
+            found = [prefix for prefix in found if prefix in numbered]
+        if found:
+            prefix = min(found, key=len)
+            return prefix, f"{prefix}{leaf}"
+    raise ArchitectureError(
+        f"no tensor is called {EMBEDDINGS[0]}.weight, by which the text decoder is found; use a "
+        f"model of {', '.join(ARCHITECTURES)} or one with such names"
+    )
 
 
 def _layers(config: Config, prefix: str, shapes: Shapes) -> range:
-    count = positive(text_config(config), "num_hidden_layers")
+    count = layers_of(config)
     present = {_layer_of(name, prefix) for name in shapes}
     missing = next((i for i in range(count) if i not in present), None)
     if missing is not None:
@@ -176,16 +191,18 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(p), "") if _is_number(p) else (-1, p) for p in re.split(r"(\d+)", name)]
 
 
-def _of_rest(prefix: str, shapes: Shapes, layer: int | None) -> Iterator[Param]:
+def _of_rest(
+    prefix: str, embedding: str, shapes: Shapes, layer: int | None
+) -> Iterator[Param]:
     for name, shape in shapes.items():
         if layer is not None or _PREDICTS.match(name):
             yield _draft(name, shape)
             continue
-        if name.endswith("lm_head.weight"):
+        if name.endswith("lm_head.weight") or name in _OUTPUTS:
             role = Role.OUTPUT
         elif not name.startswith(prefix):
             role = Role.OUTSIDE
-        elif name == f"{prefix}{_EMBEDDING}" or "embed_tokens" in name:
+        elif name == embedding or EMBEDDINGS[0] in name:
             role = Role.EMBEDDING
         else:
             role = Role.NORM if "norm" in name else Role.OTHER
@@ -212,10 +229,13 @@ def _of_layer(config: Config, layer: str, shapes: Shapes) -> Iterator[Param]:
     routers = {name for block in found for name in block.routers}
     routed = {name for block in found for of_expert in block.experts for name in of_expert}
     linears: dict[str, tuple[int, ...]] = {}
+    unquantized = _unquantized(config, layer)
     for name, shape in shapes.items():
         if name in routed:
             continue
         role = Role.ROUTER if name in routers else _role(name.removeprefix(layer), shape)
+        if role is Role.LINEAR and name.startswith(unquantized):
+            role = Role.OTHER
         if role is Role.LINEAR:
             linears[name] = shape
         else:
@@ -225,9 +245,17 @@ def _of_layer(config: Config, layer: str, shapes: Shapes) -> Iterator[Param]:
         yield from _experts(block, shapes, config)
 
 
+def _unquantized(config: Config, layer: str) -> tuple[str, ...]:
+    """Return prefixes of what engines keep as it is since config.json says so."""
+    known = family(config)
+    listed = config.get(known.dense_key) if known is not None and known.dense_key else None
+    names = listed if isinstance(listed, list) else []
+    return tuple(f"{layer}{name}." for name in names if isinstance(name, str))
+
+
 def _role(name: str, shape: tuple[int, ...]) -> Role:
-    if (dense := dense_role(name)) is not None:
-        return dense
+    if (dense := dense_row(name)) is not None:
+        return Role.ROUTER if dense.router else Role.OTHER
     for pattern, role in _KINDS:
         if pattern.fullmatch(name):
             return role
@@ -236,16 +264,23 @@ def _role(name: str, shape: tuple[int, ...]) -> Role:
 
 def _fuse(linears: Shapes, config: Config) -> Iterator[Param]:
     """Yield linears, fused ones put together, each at the place of its first member."""
+    by_parent: dict[str, list[str]] = {}
+    for name in linears:
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        by_parent.setdefault(parent, []).append(leaf)
+    sets = {parent: fused_sets(frozenset(leaves)) for parent, leaves in by_parent.items()}
     done: set[str] = set()
     for name, shape in linears.items():
-        module = name.removesuffix(".weight")
-        parent, _, leaf = module.rpartition(".")
-        fused, members = _OF.get(leaf, (leaf, (leaf,)))
+        if name in done:
+            continue
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        fused, members = leaf, (leaf,)
+        for found in sets[parent]:
+            if leaf in found.members:
+                fused, members = found.name, found.members
         names = [f"{parent}.{m}.weight" for m in members]
         names = [n for n in names if n in linears and linears[n][1:] == shape[1:]]
-        if names[0] in done:
-            continue
-        done.add(names[0])
+        done.update(names)
         sources = tuple(Source(n, linears[n]) for n in names)
         rows = sum(s.shape[0] for s in sources)
         parallel = Parallel.ROW if leaf in _ROW else Parallel.COLUMN
@@ -268,6 +303,7 @@ def _groups(param: Param, config: Config) -> int:
     for count, dim in (
         ("num_key_value_heads", "head_dim"),
         ("num_global_key_value_heads", "global_head_dim"),
+        ("swa_num_key_value_heads", "swa_head_dim"),
     ):
         if text.get(count) is None or text.get(dim) is None:
             continue

@@ -1,0 +1,22 @@
+"""Ling and Ring (Bailing MoE)."""
+
+from megatron_quant.engines.families.record import Family, Fused
+
+FAMILY = Family(
+    title="Ling, Ring (Bailing MoE 2.0 to 3)",
+    classes=(
+        "BailingMoeV2ForCausalLM",
+        "BailingMoeV2_5ForCausalLM",
+        "BailingMoeV3ForCausalLM",
+        "BailingHybridForCausalLM",
+    ),
+    kinds=("bailing_moe_v2", "bailing_moe", "bailing_moe_linear", "bailing_hybrid"),
+    embedding="word_embeddings",
+    fused=(
+        Fused(
+            name="qkvb_proj", members=("q_proj", "k_proj", "v_proj", "b_proj"), marks=("b_proj",)
+        ),
+    ),
+    head_reason="engines normalize its output layer while they load it (norm_head), whatever it "
+    "holds",
+)

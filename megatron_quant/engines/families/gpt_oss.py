@@ -1,0 +1,11 @@
+"""gpt-oss."""
+
+from megatron_quant.engines.families.record import Family, Layout
+
+FAMILY = Family(
+    title="gpt-oss",
+    classes=("GptOssForCausalLM",),
+    kinds=("gpt_oss",),
+    layout=Layout.ALTERNATING,
+    head_reason="vLLM builds its output layer without a quantization config",
+)

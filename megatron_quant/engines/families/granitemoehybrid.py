@@ -1,0 +1,20 @@
+"""Granite-4: Mamba and attention, stacks of experts with names of their own."""
+
+from megatron_quant.engines.families.record import Called, Family, Stack
+
+FAMILY = Family(
+    title="Granite-4",
+    classes=("GraniteMoeHybridForCausalLM",),
+    kinds=("granitemoehybrid",),
+    called=(
+        Called(
+            modules=r"(.*\blayers\.\d+)\.mamba\.(.+)",
+            engine=r"\1.mixer.\2",
+            source="vLLM granitemoehybrid.py: the prefix of its Mamba mixer",
+        ),
+    ),
+    stacks=(
+        Stack(names=r"(.*\bblock_sparse_moe)\.input_linear\.weight", holds="gate_up_proj"),
+        Stack(names=r"(.*\bblock_sparse_moe)\.output_linear\.weight", holds="down_proj"),
+    ),
+)

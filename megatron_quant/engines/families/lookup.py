@@ -1,0 +1,89 @@
+"""Look facts up: by names where a name tells, by ``model_type`` where two families differ."""
+
+import re
+from collections.abc import Collection, Iterable
+from functools import cache
+
+from megatron_quant.engines.families import every
+from megatron_quant.engines.families.record import Dense, Family, Fused, Stack
+from megatron_quant.engines.families.registry import FAMILIES
+
+
+def _all(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+DENSE = tuple(row for family in FAMILIES for row in family.dense)
+"""Names decide, as derived models have a ``model_type`` of their own."""
+FUSED = (*every.FUSED, *(row for family in FAMILIES for row in family.fused))
+STACKS = tuple(row for family in FAMILIES for row in family.stacks)
+EMBEDDINGS = _all(("embed_tokens", *(family.embedding for family in FAMILIES)))
+HEADS = _all(("lm_head", *(family.head for family in FAMILIES)))
+LAYERS = _all(("num_hidden_layers", *(key for family in FAMILIES for key in family.layers)))
+COUNTS = _all((*every.COUNTS, *(key for family in FAMILIES for key in family.counts)))
+_DENSE = tuple((re.compile(row.names), row) for row in DENSE)
+
+
+def family_of(kinds: Iterable[object]) -> Family | None:
+    """Return the family of the first ``model_type`` that one has; None where none has it."""
+    return next((f for kind in kinds for f in FAMILIES if kind in f.kinds), None)
+
+
+def dense_row(name: str) -> Dense | None:
+    """Return why engines keep a tensor unquantized; None for any other.
+
+    Args:
+        name: Name in the layer.
+    """
+    return next((row for pattern, row in _DENSE if pattern.fullmatch(name)), None)
+
+
+@cache
+def fused_sets(leaves: frozenset[str]) -> tuple[Fused, ...]:
+    """Return the linears that engines make of a module's, each member in one of them at most.
+
+    Where a member may go into two, the one takes it that fuses more of what the module has.
+
+    Args:
+        leaves: Last parts of the names of the module's linears.
+    """
+    known = [f for f in FUSED if leaves.issuperset(f.marks) and len(leaves & set(f.members)) > 1]
+    found: list[Fused] = []
+    for fused in sorted(known, key=lambda f: -len(leaves & set(f.members))):
+        if not any(set(fused.members) & set(other.members) & leaves for other in found):
+            found.append(fused)
+    return tuple(found)
+
+
+def fused_names(leaves: Collection[str]) -> tuple[str, ...]:
+    """Return every name that engines may give to what they fuse of ``leaves``, linears of a module.
+
+    A config matches them beside the members' own.
+    """
+    own = set(leaves)
+    known = (f for leaf in leaves for f in FUSED if leaf in f.members and own.issuperset(f.marks))
+    return _all(fused.name for fused in known)
+
+
+def engine_names(family: Family | None, modules: Iterable[str]) -> tuple[str, ...]:
+    """Return the engine's names of those of ``modules`` that it calls otherwise."""
+    rows = family.called if family is not None else ()
+    found = (m.expand(row.engine) for n in modules for row in rows if (m := _match(row.modules, n)))
+    return _all(found)
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+def _match(pattern: str, name: str) -> re.Match[str] | None:
+    return _compiled(pattern).fullmatch(name)
+
+
+def stack_of(name: str) -> tuple[str, Stack] | None:
+    """Return the block and the row of a stack with a name of its own; None for any other tensor."""
+    for row in STACKS:
+        if match := _match(row.names, name):
+            return match[1], row
+    return None

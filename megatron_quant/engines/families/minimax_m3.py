@@ -1,0 +1,16 @@
+"""MiniMax-M3: attention to blocks that an indexer chooses."""
+
+from megatron_quant.engines.families.record import Family, Fused
+
+FAMILY = Family(
+    title="MiniMax-M3",
+    classes=("MiniMaxM3SparseForConditionalGeneration",),
+    kinds=("minimax_m3_vl", "minimax_m3_vl_text"),
+    fused=(
+        Fused(
+            name="qkv_proj",
+            members=("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"),
+            marks=("index_q_proj",),
+        ),
+    ),
+)

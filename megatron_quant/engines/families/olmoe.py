@@ -1,0 +1,9 @@
+"""OLMoE."""
+
+from megatron_quant.engines.families.record import Family
+
+FAMILY = Family(
+    title="OLMoE",
+    classes=("OlmoeForCausalLM",),
+    kinds=("olmoe",),
+)

@@ -1,0 +1,118 @@
+"""The record of a family. One file holds one family; `registry` lists the files."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """Tensors of a layer that engines build without quantization. No recipe quantizes them.
+
+    Engines load such tensors by the names of plain ones. Codes there raise an error; where only the
+    dtype differs, they load as wrong values without a word.
+
+    Attributes:
+        names: Pattern of the tensors' names in their layer.
+        source: Where an engine says so.
+        router: Whether it is a router's, or another gate of experts.
+    """
+
+    names: str
+    source: str
+    router: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """Linears of one module that engines make one of. They share format and tensor scales.
+
+    Attributes:
+        name: The engines' name of the one.
+        members: Last parts of the names of those that it fuses; a module may lack some.
+        marks: Members that a module has where it is this one and no other of the same members.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Called:
+    """Modules that an engine builds under another prefix than the checkpoint's.
+
+    Exclusions and formats that a config states by name then name both.
+
+    Attributes:
+        modules: Pattern of the checkpoint's names.
+        engine: The engine's name, with groups of the pattern as ``\\1``.
+        source: Where an engine says so.
+    """
+
+    modules: str
+    engine: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A stored 3-D tensor with a matrix for each expert, under another name than the usual.
+
+    Attributes:
+        names: Pattern of the tensor's name. Its first group is the block that has the experts.
+        holds: ``gate_up_proj`` or one of ``gate_proj``, ``up_proj``, ``down_proj``.
+    """
+
+    names: str
+    holds: str
+
+
+class Layout(Enum):
+    """How the stacks of a family lie."""
+
+    PLAIN = "[E, 2I, H] and [E, H, I], gate first"
+    TRANSPOSED = "[E, H, 2I] and [E, I, H], gate first"
+    ALTERNATING = "[E, H, 2I] and [E, I, H], gate and up in turn"
+    EITHER = "plain as transformers saves it, transposed on the hub: shapes tell"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The facts of one family that differ from those of most.
+
+    Attributes:
+        title: What people call its models.
+        classes: Entries of ``architectures`` in config.json.
+        kinds: ``model_type`` in config.json, or in its config of the text decoder.
+        embedding: Module of the embedding in the decoder.
+        head: Module of the output layer.
+        layers: Keys of config.json that count the decoder's layers, or list them.
+        counts: Keys of config.json that count a layer's experts, besides the usual ones.
+        gated: Whether an expert has a gate: gate, up and down; otherwise up and down alone.
+        dense: What engines keep unquantized.
+        dense_key: Key of config.json that lists modules of a layer which engines then keep so.
+        fused: What engines fuse, besides the usual.
+        called: What engines call otherwise.
+        stacks: Stacks of experts with names of their own.
+        layout: How stacks lie.
+        head_reason: Why engines load no quantized output layer; empty where they do.
+        forward: Why transformers cannot run the published names, so that input scales cannot be
+            measured; empty where it can.
+    """
+
+    title: str
+    classes: tuple[str, ...]
+    kinds: tuple[str, ...]
+    embedding: str = "embed_tokens"
+    head: str = "lm_head"
+    layers: tuple[str, ...] = ("num_hidden_layers",)
+    counts: tuple[str, ...] = ()
+    gated: bool = True
+    dense: tuple[Dense, ...] = ()
+    dense_key: str = ""
+    fused: tuple[Fused, ...] = ()
+    called: tuple[Called, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+    layout: Layout = Layout.PLAIN
+    head_reason: str = ""
+    forward: str = ""

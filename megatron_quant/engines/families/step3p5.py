@@ -1,0 +1,14 @@
+"""Step-3.5 and Step-3.7: stacks of gate, up and down apart."""
+
+from megatron_quant.engines.families.record import Family, Stack
+
+FAMILY = Family(
+    title="Step-3.5, Step-3.7",
+    classes=("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration"),
+    kinds=("step3p5", "step3p7"),
+    stacks=(
+        Stack(names=r"(.*\bmoe)\.gate_proj\.weight", holds="gate_proj"),
+        Stack(names=r"(.*\bmoe)\.up_proj\.weight", holds="up_proj"),
+        Stack(names=r"(.*\bmoe)\.down_proj\.weight", holds="down_proj"),
+    ),
+)

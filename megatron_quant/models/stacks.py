@@ -19,7 +19,7 @@ _STACK = re.compile(r"(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(
 
 @dataclass(frozen=True)
 class Stacked:
-    """What a stored stack holds: of the module of experts ``module``, all ``kind`` matrices."""
+    """A stored stack: all ``kind`` matrices of the experts in ``module``."""
 
     module: str
     kind: str

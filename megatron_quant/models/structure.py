@@ -16,7 +16,7 @@ from megatron_quant.engines.families import (
     fused_sets,
 )
 from megatron_quant.errors import ArchitectureError
-from megatron_quant.models.config import Config, fields, positive
+from megatron_quant.models.config import Config, fields
 from megatron_quant.models.moe import MoeBlock, blocks
 from megatron_quant.models.registry import ARCHITECTURES, lookup
 from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
@@ -191,9 +191,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(p), "") if _is_number(p) else (-1, p) for p in re.split(r"(\d+)", name)]
 
 
-def _of_rest(
-    prefix: str, embedding: str, shapes: Shapes, layer: int | None
-) -> Iterator[Param]:
+def _of_rest(prefix: str, embedding: str, shapes: Shapes, layer: int | None) -> Iterator[Param]:
     for name, shape in shapes.items():
         if layer is not None or _PREDICTS.match(name):
             yield _draft(name, shape)
@@ -274,10 +272,9 @@ def _fuse(linears: Shapes, config: Config) -> Iterator[Param]:
         if name in done:
             continue
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        fused, members = leaf, (leaf,)
-        for found in sets[parent]:
-            if leaf in found.members:
-                fused, members = found.name, found.members
+        of_set = next((found for found in sets[parent] if leaf in found.members), None)
+        fused = of_set.name if of_set is not None else leaf
+        members = of_set.members if of_set is not None else (leaf,)
         names = [f"{parent}.{m}.weight" for m in members]
         names = [n for n in names if n in linears and linears[n][1:] == shape[1:]]
         done.update(names)

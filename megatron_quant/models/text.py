@@ -32,3 +32,9 @@ def layers_of(config: Config) -> int:
     if not listed:
         raise ArchitectureError(f"{key}={shown(listed)} in config.json lists no layer; correct it")
     return len(listed)
+
+
+def has_plain_router(config: Config) -> bool:
+    """Return whether engines are known to build the model's router plain, whatever is stored."""
+    known = family(config)
+    return known is not None and known.plain_router

@@ -21,6 +21,8 @@ class Slot:
         expert: Global index of the routed expert; None for a weight that every token meets.
         fused: Name of the linear that engines make of several slots, which then share formats and
             scales; empty for a slot that they leave alone.
+        called: Names of modules that engines give to its sources where they have others; a config
+            states both.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Slot:
     fixed: str = ""
     expert: int | None = None
     fused: str = ""
+    called: tuple[str, ...] = ()
 
     @property
     def sharing(self) -> str:

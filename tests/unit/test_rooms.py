@@ -20,8 +20,8 @@ _LIVE = (
 )
 _MCORE = {f"mcore.{room}" for room in ("model", "checkpoint", "live", "training")}
 _ALL = _LIVE | _MCORE | {"native", "engines", "ckpt", "streaming"}
-# A room is a package with a face, or a module of the package itself. "ckpt" and "mcore" hold rooms;
-# ckpt's own face is that of ckpt/convert.py. "" is the front door.
+# A room is a package with a face, or a module of the package itself. "ckpt", "mcore" and "engines"
+# hold rooms; ckpt's own face is that of ckpt/convert.py. "" is the front door.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "documents": {"errors"},
@@ -60,7 +60,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"", "errors", "documents", "faults", "rendezvous"},
     "__main__": {"cli"},
 }
-HOLD_ROOMS = ("ckpt", "mcore")
+HOLD_ROOMS = ("ckpt", "mcore", "engines")
+WITHOUT_FACES = ("ckpt", "mcore", "cli")
 # An outside library, and the rooms or files that may import it.
 OWNERS = {
     "transformer_engine": ("cpu/", "mcore/", "layers/te.py"),
@@ -139,11 +140,14 @@ def own_imports(file: str) -> set[str]:
 
 def behind_a_face(importer: str, module: str) -> bool:
     """Whether ``module`` lies in a package that ``importer`` is not in, but for its face."""
-    packages = [p for p in PACKAGES if module.startswith(f"{p}.")]
+    room = f"{PACKAGE}.{room_of(module)}"
+    packages = [
+        p for p in PACKAGES if module.startswith(f"{p}.") and f"{p}.".startswith(f"{room}.")
+    ]
     return any(
         not f"{importer}.".startswith(f"{p}.")
         for p in packages
-        if p.removeprefix(f"{PACKAGE}.") not in (*HOLD_ROOMS, "cli")
+        if p.removeprefix(f"{PACKAGE}.") not in WITHOUT_FACES
     )
 
 
@@ -313,6 +317,9 @@ def test_the_checks_see_what_they_look_for() -> None:
     assert sorted(imports(tree)) == ["a.b", "c.d"]
     assert list(replacements(tree)) == [4, 5]
     assert behind_a_face("megatron_quant.runs.job", "megatron_quant.ckpt.plan.export_plan")
+    assert behind_a_face("megatron_quant.runs.job", "megatron_quant.engines.facts")
+    assert behind_a_face("megatron_quant.models.moe", "megatron_quant.engines.families.every")
+    assert not behind_a_face("megatron_quant.models.moe", "megatron_quant.engines.families")
     assert not behind_a_face("megatron_quant.runs.job", "megatron_quant.ckpt.plan")
     assert not behind_a_face("megatron_quant.ckpt.plan.ranks", "megatron_quant.ckpt.plan.shards")
     assert behind_a_face("megatron_quant.formats.codec", "megatron_quant.formats.blocks.rows")

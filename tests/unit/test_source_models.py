@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers as t
 
+from megatron_quant.engines.families import DENSE
 from megatron_quant.errors import ArchitectureError
-from megatron_quant.models.dense import DENSE
 from megatron_quant.models.spec import Role
 from megatron_quant.models.structure import recognise
 from tests.dist.checkpoints import tokenizer
@@ -42,8 +42,8 @@ def test_the_indexer_of_sparse_attention_stays_as_engines_build_it(
     assert "weights_proj" in stated and "wk" in stated
 
 
-def test_every_row_of_the_table_says_whose_it_is() -> None:
-    assert all(row.families and row.source and row.role is not Role.LINEAR for row in DENSE)
+def test_every_row_of_what_stays_dense_says_who_says_so() -> None:
+    assert DENSE and all(row.names and row.source for row in DENSE)
 
 
 @pytest.mark.parametrize(

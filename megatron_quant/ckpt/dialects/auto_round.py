@@ -19,6 +19,7 @@ from megatron_quant.ckpt.dialects.common import (
     format_of_modules,
     formats_of,
     linears,
+    named_formats,
     refuse_cache,
     stated,
 )
@@ -181,7 +182,7 @@ def _extra(plan: QuantPlan, base: ModuleFormat) -> dict[str, dict[str, Any]]:
         for name in excluded(plan)
         if name.startswith(blocks)
     }
-    for module, fmt in format_of_modules(plan).items():
+    for module, fmt in named_formats(plan).items():
         if fmt != base:
             extra[module] = _settings(fmt)
     return extra

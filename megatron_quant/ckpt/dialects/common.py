@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_quant.ckpt.dialects.base import Layer, ModuleFormat, layer_of
+from megatron_quant.engines.families import fused_names
 from megatron_quant.errors import FormatError
 from megatron_quant.fields import Fields
 from megatron_quant.formats import CHANNEL, Format
@@ -15,23 +16,9 @@ LM_HEAD = "lm_head"
 """Output layer, always listed as unquantized: engines build a tied one though it has no tensor."""
 EMBEDDING = "embed_tokens"
 """Last part of an embedding's name: a 2-D weight but no linear, whatever a config targets."""
-FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "index_q_proj": "qkv_proj",
-    "index_k_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-    "q_a_proj": "fused_qkv_a_proj",
-    "kv_a_proj_with_mqa": "fused_qkv_a_proj",
-    "in_proj_qkv": "in_proj_qkvz",
-    "in_proj_z": "in_proj_qkvz",
-    "in_proj_b": "in_proj_ba",
-    "in_proj_a": "in_proj_ba",
-}
-"""Linear -> the one that engines fuse it into on load. They match a config's names with both."""
 _EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
+_BLOCK = re.compile(r"^((?:.*\.)?experts)(?:\.\d+\..+)?$")
+"""A block of routed experts: one of its linears, or its stacks."""
 
 
 def format_of_modules(plan: QuantPlan) -> dict[str, ModuleFormat]:
@@ -49,6 +36,20 @@ def format_of_modules(plan: QuantPlan) -> dict[str, ModuleFormat]:
     if not found:
         raise FormatError(f"recipe {plan.recipe!r} quantizes no weight, so there is no format")
     return found
+
+
+def named_formats(plan: QuantPlan) -> dict[str, ModuleFormat]:
+    """Return :func:`format_of_modules` with the names that engines give to modules besides.
+
+    Configs that state formats by name list them all.
+    """
+    called = {
+        module: ModuleFormat(decision.weights, decision.inputs)
+        for decision in plan.quantized
+        if decision.weights is not None
+        for module in decision.slot.called
+    }
+    return {**format_of_modules(plan), **called}
 
 
 def formats_of(plan: QuantPlan) -> list[ModuleFormat]:
@@ -104,7 +105,19 @@ def excluded(plan: QuantPlan) -> list[str]:
     """
     _refuse_partial_experts(plan)
     kept = [d.slot for d in plan.decisions if not d.quantized and _may_be_linear(d.slot.shape)]
-    return list(dict.fromkeys([n for slot in kept for n in slot.sources] + [LM_HEAD]))
+    names = [n for slot in kept for n in (*slot.sources, *slot.called)]
+    return list(dict.fromkeys([*names, LM_HEAD]))
+
+
+def expert_blocks(plan: QuantPlan) -> list[str]:
+    """List a pattern for each block of routed experts that ``plan`` leaves alone.
+
+    vLLM and SGLang give a block without a format of its own that of the first module under the
+    block's parent which has one, such as a shared expert's.
+    """
+    kept = (d.slot for d in plan.decisions if not d.quantized and _may_be_linear(d.slot.shape))
+    found = (_BLOCK.match(n) for slot in kept for n in (*slot.sources, *slot.called))
+    return list(dict.fromkeys(f"{match[1]}*" for match in found if match is not None))
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:
@@ -141,7 +154,12 @@ def refuse_substrings(plan: QuantPlan, names: list[str]) -> None:
     alone, fused names included.
     """
     quantized = "\n".join(
-        dict.fromkeys(p for d in plan.quantized for n in d.slot.sources for p in _prefixes(n))
+        dict.fromkeys(
+            p
+            for d in plan.quantized
+            for n in (*d.slot.sources, *d.slot.called)
+            for p in _prefixes(n)
+        )
     )
     for name in names:
         at = quantized.find(name)
@@ -156,7 +174,7 @@ def refuse_substrings(plan: QuantPlan, names: list[str]) -> None:
 
 def _prefixes(module: str) -> tuple[str, ...]:
     parent, _, leaf = module.rpartition(".")
-    return (module, f"{parent}.{FUSED[leaf]}") if leaf in FUSED else (module,)
+    return (module, *(f"{parent}.{name}" for name in fused_names((leaf,))))
 
 
 def patterns(modules: Iterable[str]) -> list[str]:
@@ -180,9 +198,9 @@ def patterns(modules: Iterable[str]) -> list[str]:
 def _pattern(parent: str, leaves: list[str]) -> str:
     if not leaves:
         return rf"^{re.escape(parent)}(\..*)?$"
-    fused = [FUSED[leaf] for leaf in leaves if leaf in FUSED]
     prefix = re.escape(f"{parent}.") if parent else ""
-    return f"^{prefix}({'|'.join(map(re.escape, dict.fromkeys([*leaves, *fused])))})$"
+    names = dict.fromkeys([*leaves, *fused_names(leaves)])
+    return f"^{prefix}({'|'.join(map(re.escape, names))})$"
 
 
 def stated(config: Mapping[str, Any]) -> Fields:

@@ -26,9 +26,9 @@ from megatron_quant.ckpt.dialects.base import (
 from megatron_quant.ckpt.dialects.common import (
     describe_format,
     excluded,
-    format_of_modules,
     formats_of,
     linears,
+    named_formats,
     patterns,
     stated,
 )
@@ -147,7 +147,7 @@ def _groups(plan: QuantPlan) -> dict[str, Any]:
     formats = formats_of(plan)
     if len(formats) == 1:
         return {"group_0": _group_of(formats[0], ["Linear"])}
-    by_module = format_of_modules(plan)
+    by_module = named_formats(plan)
     return {
         f"group_{i}": _group_of(fmt, [f"re:{p}" for p in patterns(_modules_in(by_module, fmt))])
         for i, fmt in enumerate(formats)

@@ -18,9 +18,9 @@ from megatron_quant.ckpt.dialects.common import (
     LM_HEAD,
     describe_format,
     excluded,
-    format_of_modules,
     formats_of,
     linears,
+    named_formats,
     patterns,
     refuse_cache,
     stated,
@@ -160,7 +160,7 @@ class Gptq(Dialect):
         dynamic: dict[str, dict[str, Any]] = {
             f"-:{p}": {} for p in patterns(n for n in excluded(plan) if n != LM_HEAD)
         }
-        by_module = format_of_modules(plan)
+        by_module = named_formats(plan)
         for fmt in others:
             modules = (m for m, f in by_module.items() if f == fmt)
             dynamic |= {f"+:{p}": _settings(fmt.weights) for p in patterns(modules)}

@@ -25,8 +25,10 @@ from megatron_quant.ckpt.dialects.base import (
 )
 from megatron_quant.ckpt.dialects.common import (
     excluded,
+    expert_blocks,
     format_of_modules,
     formats_of,
+    named_formats,
     refuse_substrings,
 )
 from megatron_quant.ckpt.dialects.modelopt_config import algorithm_of
@@ -161,7 +163,7 @@ class ModelOpt(Dialect):
             FormatError: For block FP8 experts in a model of that format alone, and for exclusions
                 that vLLM would extend to a quantized module.
         """
-        return modelopt_config.flat(self._nested(plan), format_of_modules(plan))
+        return modelopt_config.flat(self._nested(plan), named_formats(plan))
 
     def extra_files(self, plan: QuantPlan) -> dict[str, dict[str, Any]]:
         """Return ``hf_quant_config.json``: the nested form of the flat one's statements."""
@@ -171,7 +173,8 @@ class ModelOpt(Dialect):
         _refuse_experts(plan)
         names = excluded(plan)
         if len(formats_of(plan)) > 1:
-            return modelopt_config.nested_mixed(format_of_modules(plan), plan.kv_cache)
+            formats, blocks = named_formats(plan), expert_blocks(plan)
+            return modelopt_config.nested_mixed(formats, blocks, plan.kv_cache)
         refuse_substrings(plan, names)
         return modelopt_config.nested(formats_of(plan)[0], names, plan.kv_cache)
 

@@ -92,13 +92,21 @@ def nested(fmt: ModuleFormat, names: list[str], kv_cache: str) -> dict[str, Any]
     return {"producer": dict(_PRODUCER), "quantization": quantization}
 
 
-def nested_mixed(formats: Mapping[str, ModuleFormat], kv_cache: str) -> dict[str, Any]:
-    """Return hf_quant_config.json for layers that differ; unlisted ones are not quantized."""
+def nested_mixed(
+    formats: Mapping[str, ModuleFormat], excluded: list[str], kv_cache: str
+) -> dict[str, Any]:
+    """Return hf_quant_config.json for layers that differ; unlisted ones are not quantized.
+
+    Args:
+        formats: Module -> its format, of all that is quantized.
+        excluded: Patterns of what readers would take for quantized though it is not listed.
+        kv_cache: ``fp8``, or empty.
+    """
     quantization: dict[str, Any] = {
         "quant_algo": MIXED,
         "kv_cache_quant_algo": _cache_algorithm(kv_cache),
         "quantized_layers": {module: _statement(fmt) for module, fmt in formats.items()},
-        "exclude_modules": [],
+        "exclude_modules": excluded,
     }
     return {"producer": dict(_PRODUCER), "quantization": quantization}
 

@@ -16,6 +16,7 @@ def slots(params: Sequence[Param]) -> tuple[Slot, ...]:
             fixed="" if param.role is Role.LINEAR else param.role.value,
             expert=param.expert,
             fused=param.fused,
+            called=param.called,
         )
         for param in params
     )

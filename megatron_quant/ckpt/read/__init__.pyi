@@ -3,6 +3,7 @@ from .directory import Weights as Weights
 from .directory import fill as fill
 from .directory import is_buffer as is_buffer
 from .directory import open_directory as open_directory
+from .directory import plain_dtypes as plain_dtypes
 from .logical_tensors import kept_dtypes as kept_dtypes
 from .logical_tensors import logical as logical
 from .logical_tensors import open_original as open_original
@@ -46,6 +47,7 @@ __all__ = [
     "open_original",
     "open_source",
     "params_of",
+    "plain_dtypes",
     "plain_part",
     "row_blocks",
 ]

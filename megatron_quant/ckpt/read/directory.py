@@ -29,6 +29,8 @@ from megatron_quant.models import Box, Copy, Param, Role, check_counts, is_draft
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that an unquantized tensor may have."""
+_TABLES = re.compile(r".*\.tid2eid")
+"""Tables of whole numbers: DeepSeek-V4's experts of each token."""
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attention\.masked_bias")
 _PACKED = ("qweight", "weight_packed")
 """Last name parts of tensors that are a weight's codes, whatever a config says."""
@@ -175,6 +177,11 @@ def check_tensors(
     return tuple(n for n in rest if n in ignored)
 
 
+def plain_dtypes(name: str) -> tuple[torch.dtype, ...]:
+    """Return the dtypes in which the tensor of this name may be stored unquantized."""
+    return (torch.int64, torch.int32) if _TABLES.fullmatch(name) else PLAIN_DTYPES
+
+
 def is_buffer(name: str) -> bool:
     """Return whether a tensor is a buffer that old transformers stored and no model needs."""
     return _BUFFERS.fullmatch(name) is not None
@@ -204,7 +211,7 @@ def _check_tensor(
             f"{path / info.file}: {name} has shape {list(info.shape)}, but config.json "
             f"asks for {list(shape)}; correct config.json"
         )
-    if info.dtype not in PLAIN_DTYPES:
+    if info.dtype not in plain_dtypes(name):
         if name.rpartition(".")[2] in _PACKED:
             raise _packed_unsaid(path, name)
         raise CheckpointError(
@@ -227,7 +234,7 @@ def beside(tensors: Iterable[str], module: str) -> list[str]:
 
 def check_plain(path: Path, name: str, dtype: torch.dtype) -> None:
     """Raise CheckpointError if an unquantized tensor has a quantized one's dtype."""
-    if dtype not in PLAIN_DTYPES:
+    if dtype not in plain_dtypes(name):
         raise CheckpointError(
             f"{path}: {name} is {dtype}, but quantization_config in config.json does not say that "
             "it is quantized; correct quantization_config"

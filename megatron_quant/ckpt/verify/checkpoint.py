@@ -28,6 +28,7 @@ from megatron_quant.ckpt.verify.tensors import (
     form_problems,
     fusion_problems,
     is_quantized,
+    role_problems,
     same_values,
     scale_problems,
     stored_cache_tensors,
@@ -259,7 +260,10 @@ def _check(
     checks: list[TensorCheck] = []
     for source in param.sources:
         held = checkpoint.held()
-        error, found = None, form_problems(checkpoint, source)
+        error, found = (
+            None,
+            form_problems(checkpoint, source) or role_problems(checkpoint, source, param.role),
+        )
         if not found:
             error, found = _check_values(checkpoint, source, against, held)
         problems += found

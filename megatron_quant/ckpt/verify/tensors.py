@@ -14,10 +14,11 @@ from megatron_quant.ckpt.read import (
     ReadOnce,
     is_e8m0,
     nan_of_e8m0,
+    plain_dtypes,
 )
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import Format
-from megatron_quant.models import Param, Source
+from megatron_quant.models import Param, Role, Source, has_plain_router
 from megatron_quant.native import library
 from megatron_quant.recipes import attention_of
 
@@ -60,7 +61,7 @@ def _expected(
     The meaning is None for one that is not quantized.
     """
     if not is_quantized(checkpoint, source):
-        yield source.name, None, PLAIN_DTYPES, source.shape
+        yield source.name, None, plain_dtypes(source.name), source.shape
         return
     rows, cols = source.shape
     for name, stored in _present(checkpoint, source):
@@ -116,6 +117,17 @@ def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
         elif info.shape != shape:
             problems.append(f"{name}: shape is {info.shape}, config.json means {shape}")
     return problems
+
+
+def role_problems(checkpoint: QuantizedCheckpoint, source: Source, role: Role) -> list[str]:
+    """Report a router that is quantized where engines build it as a plain one."""
+    if role is not Role.ROUTER or not is_quantized(checkpoint, source):
+        return []
+    if has_plain_router(checkpoint.config):
+        return [
+            f"{source.name}: quantized, though it is a router, which engines build as a plain one"
+        ]
+    return []
 
 
 def element_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOnce) -> list[str]:

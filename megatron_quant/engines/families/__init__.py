@@ -1,4 +1,4 @@
-"""What is known of each family of models: its names, and what engines do with them. Data alone."""
+"""Know each family of models: its names, and what engines do with them. Data alone."""
 
 import lazy_loader
 

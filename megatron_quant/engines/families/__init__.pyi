@@ -1,10 +1,8 @@
 from .lookup import COUNTS as COUNTS
 from .lookup import DENSE as DENSE
 from .lookup import EMBEDDINGS as EMBEDDINGS
-from .lookup import FUSED as FUSED
 from .lookup import HEADS as HEADS
 from .lookup import LAYERS as LAYERS
-from .lookup import STACKS as STACKS
 from .lookup import dense_row as dense_row
 from .lookup import engine_names as engine_names
 from .lookup import family_of as family_of
@@ -13,17 +11,13 @@ from .lookup import fused_sets as fused_sets
 from .lookup import stack_of as stack_of
 from .record import Family as Family
 from .record import Layout as Layout
-from .registry import FAMILIES as FAMILIES
 
 __all__ = [
     "COUNTS",
     "DENSE",
     "EMBEDDINGS",
-    "FAMILIES",
-    "FUSED",
     "HEADS",
     "LAYERS",
-    "STACKS",
     "Family",
     "Layout",
     "dense_row",

@@ -6,4 +6,5 @@ FAMILY = Family(
     title="HunYuan-A13B, HY-V3",
     classes=("HunYuanMoEV1ForCausalLM", "HYV3ForCausalLM"),
     kinds=("hunyuan_v1_moe", "hy_v3"),
+    plain_router=False,
 )

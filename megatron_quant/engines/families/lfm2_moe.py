@@ -7,4 +7,5 @@ FAMILY = Family(
     classes=("Lfm2MoeForCausalLM",),
     kinds=("lfm2_moe",),
     fused=(Fused(name="w13", members=("w1", "w3")),),
+    plain_router=False,
 )

@@ -7,4 +7,5 @@ FAMILY = Family(
     classes=("Qwen3VLMoeForConditionalGeneration",),
     kinds=("qwen3_vl_moe", "qwen3_vl_moe_text"),
     layout=Layout.EITHER,
+    plain_router=False,
 )

@@ -90,6 +90,7 @@ class Family:
         counts: Keys of config.json that count a layer's experts, besides the usual ones.
         gated: Whether an expert has a gate: gate, up and down; otherwise up and down alone.
         dense: What engines keep unquantized.
+        plain_router: Whether engines build its router plain, whatever a config says.
         dense_key: Key of config.json that lists modules of a layer which engines then keep so.
         fused: What engines fuse, besides the usual.
         called: What engines call otherwise.
@@ -109,6 +110,7 @@ class Family:
     counts: tuple[str, ...] = ()
     gated: bool = True
     dense: tuple[Dense, ...] = ()
+    plain_router: bool = True
     dense_key: str = ""
     fused: tuple[Fused, ...] = ()
     called: tuple[Called, ...] = ()

@@ -1,0 +1,101 @@
+"""Every family, from the names that the hub has to an export that engines read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_quant.ckpt.verify import verify
+from megatron_quant.models import has_plain_router
+from tests.unit import family_models, sources
+from tests.unit.family_models import FAMILIES, Tiny
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request, tmp_path_factory) -> tuple[str, Tiny, Path, Path]:
+    """Name, facts, source and its export in compressed-tensors' FP8."""
+    name, directory = request.param, tmp_path_factory.mktemp(request.param)
+    source, out = family_models.save(name, directory / "source"), directory / "out"
+    sources.run(source, out)
+    return name, FAMILIES[name], source, out
+
+
+def ignored(out: Path) -> list[str]:
+    return sources.config(out)["quantization_config"]["ignore"]
+
+
+def test_all_experts_are_quantized_and_what_engines_keep_is_listed(family) -> None:
+    _, tiny, source, out = family
+    report = verify(out, source)
+    assert not report.problems
+    quantized = {t.name.removesuffix(".weight") for t in report.tensors if t.format}
+    for expert in range(tiny.count[1]):
+        for leaf in tiny.leaves:
+            assert f"{tiny.experts}.{expert}.{leaf}" in quantized
+    listed = ignored(out)
+    for module in (tiny.router, *tiny.dense):
+        assert module in listed and module not in quantized
+
+
+def test_config_json_is_the_sources_with_quantization_config_alone(family) -> None:
+    _, _, source, out = family
+    before, after = sources.config(source), sources.config(out)
+    del after["quantization_config"]
+    assert after == before
+
+
+def test_what_is_not_quantized_keeps_its_bytes(family) -> None:
+    _, _, source, out = family
+    before, after = sources.tensors(source), sources.tensors(out)
+    kept = [
+        n for n in before if n in after and f"{n.removesuffix('.weight')}.weight_scale" not in after
+    ]
+    assert len(kept) > 5
+    for name in kept:
+        assert after[name].dtype == before[name].dtype and torch.equal(after[name], before[name])
+
+
+def spoiled(out: Path, to: Path, **changes: torch.Tensor | None) -> Path:
+    shutil.copytree(out, to)
+    found = {**sources.tensors(out), **changes}
+    for file in to.glob("*.safetensors"):
+        file.unlink()
+    kept = {n: w for n, w in found.items() if w is not None}
+    sources.write(to, kept)
+    sources.index(to, {sources.WEIGHTS: kept})
+    return to
+
+
+def test_verify_refuses_what_is_missing_turned_or_wrongly_quantized(family, tmp_path: Path) -> None:
+    _, tiny, source, out = family
+    tensors = sources.tensors(out)
+    last = tiny.count[1] - 1
+    of_experts = {
+        e: [n for n in tensors if n.startswith(f"{tiny.experts}.{e}.")] for e in (1, last)
+    }
+    down = f"{tiny.experts}.0.{tiny.leaves[-1]}.weight"
+    router = f"{tiny.router}.weight"
+    scale = torch.ones(tensors[router].shape[0], 1)
+    cases = {
+        "middle": dict.fromkeys(of_experts[1]),
+        "last": dict.fromkeys(of_experts[last]),
+        "turned": {down: tensors[down].t().contiguous()},
+        "router": {
+            router: tensors[router].to(torch.float8_e4m3fn),
+            f"{tiny.router}.weight_scale": scale,
+        },
+    }
+    for what, changes in cases.items():
+        assert verify(spoiled(out, tmp_path / what, **changes), source).problems, what
+    unlisted = tmp_path / "unlisted"
+    shutil.copytree(tmp_path / "router", unlisted)
+    config = sources.config(unlisted)
+    config["quantization_config"]["ignore"].remove(tiny.router)
+    (unlisted / "config.json").write_text(json.dumps(config))
+    found = [problem for problem in verify(unlisted).problems if tiny.router in problem]
+    if has_plain_router(config):
+        assert len(found) == 1 and "quantized, though it is a router" in found[0]
+    else:  # vLLM builds it as it is stored
+        assert found == []

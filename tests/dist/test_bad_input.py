@@ -199,7 +199,7 @@ def test_too_little_text(source: Path, ranks: Ranks, tmp_path: Path) -> None:
     text.write_text("too short " * 10)
     argv = quantize_argv(source, tmp_path / "out", **{**CALIBRATE, "calib_dataset": text})
     said = refused(ranks, tmp_path, argv)
-    assert "has 3 samples of 32 tokens, 4 are asked for: give more text" in said
+    assert "has 3 samples of 32 tokens, but 4 are asked for: give more" in said
     argv = quantize_argv(source, tmp_path / "out", eval_text=text)
     assert "do not fill a window of 512" in refused(ranks, tmp_path, argv)
 

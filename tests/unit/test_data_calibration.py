@@ -263,7 +263,7 @@ def test_transformers_tokenizer() -> None:
 
 
 def test_too_little_text() -> None:
-    message = "the calibration text has 2 samples of 4 tokens, 3 are asked for: give more text"
+    message = "the calibration text has 2 samples of 4 tokens, but 3 are asked for: give more"
     with pytest.raises(CalibrationError, match=message):
         token_batches(["abc", "def", "gh"], Characters(), 3, 4, 1)
 

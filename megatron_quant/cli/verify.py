@@ -38,7 +38,15 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> None:
     """Verify and print."""
-    report = mq.verify(args.directory, against=args.against, digests=args.digests, strict=False)
+    from megatron_quant.rendezvous import start_ranks
+
+    report = mq.verify(
+        args.directory,
+        against=args.against,
+        digests=args.digests,
+        strict=False,
+        groups=start_ranks(args.distributed_timeout_minutes),
+    )
     out = console()
     for problem in report.problems:
         out.print(f"problem: {escape(str(problem))}")

@@ -21,7 +21,8 @@ def add_writing(group: "argparse._ActionsContainer") -> None:
         default=True,
         help="put everything on stable storage before the index appears, so that a power cut "
         "leaves a whole checkpoint or none (default); --no-fsync leaves that to the system: a "
-        "killed run can still be resumed, a power cut may damage files",
+        "killed run can still be resumed, a power cut may damage files. Megatron itself always "
+        "syncs what --megatron-save-path writes",
     )
     group.add_argument(
         "--verify",

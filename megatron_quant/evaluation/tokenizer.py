@@ -105,8 +105,8 @@ def _of_code(directory: Path, code: str) -> PreTrainedTokenizerBase:
         )
     if not file.is_file():
         raise CheckpointError(
-            f"{directory}: {file.name}, the tokenizer's code, is missing (code is never fetched "
-            "from the hub): name a folder that has it with --tokenizer"
+            f"{directory}: {file.name}, the tokenizer's code, is missing: name a folder "
+            "that has it with --tokenizer"
         )
     try:
         with _alone(), _nameless(directory) as view:

@@ -37,7 +37,7 @@ def fetched(options: QuantizeOptions, groups: Groups) -> QuantizeOptions:
         return options
 
     def fetch() -> str:
-        source = resolve_source(given)
+        source = resolve_source(given, options.calibration.trust_remote_code)
         with suppress(QuantError):  # reported where it is needed
             source_digest(source)
         return str(source)

@@ -224,21 +224,34 @@ def verify(
     against: str | Path | None = None,
     digests: bool = False,
     strict: bool = True,
+    groups: "Groups | None" = None,
 ) -> "Report":
     """Check that a checkpoint is complete and matches its own config.
 
     against: the checkpoint that it was made from. Unquantized tensors must then be equal, and
     quantized ones within a step of their format. digests: also compare all bytes with the digests
-    that the export wrote. Raises VerifyError for the first problem; strict=False leaves that to
-    ``raise_for_problems()`` of the report.
+    that the export wrote. groups: ranks that share the work, all of which call it; each gets the
+    whole report. None: this process does all. Raises VerifyError for the first problem;
+    strict=False leaves that to ``raise_for_problems()`` of the report.
     """
     from megatron_quant.ckpt.verify import verify as verify_checkpoint
     from megatron_quant.ckpt.write import digest_problems
 
-    report = verify_checkpoint(Path(out), Path(against) if against is not None else None)
-    if digests:
-        damaged = digest_problems(Path(out), _DIGEST_THREADS)
-        report = replace(report, problems=(*damaged, *report.problems))
+    directory, source = Path(out), Path(against) if against is not None else None
+
+    def damaged() -> tuple[str, ...]:
+        return tuple(digest_problems(directory, _DIGEST_THREADS))
+
+    if groups is None:
+        report = verify_checkpoint(directory, source)
+        found = damaged() if digests else ()
+    else:
+        from megatron_quant.alike import once_a_host
+        from megatron_quant.runs.destination import verify_together
+
+        report = verify_together(directory, source, groups)
+        found = once_a_host(groups, damaged) if digests else ()
+    report = replace(report, problems=(*found, *report.problems))
     if strict:
         report.raise_for_problems()
     return report

@@ -2,19 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_quant.ckpt.verify import Report, verify, verify_share
+from megatron_quant.ckpt.verify import checkpoint as checkpoint_room
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CheckpointError, VerifyError
 from megatron_quant.runs import destination
 from megatron_quant.runs.destination import Verification, verify_together
 from megatron_quant.runs.phases import Quiet
 from tests.dist import checkpoints
-from tests.dist.command import command, quantize_argv, tree
+from tests.dist.command import Ended, command, quantize_argv, tree
 from tests.dist.pool import Ranks
 from tests.unit import exported
 
@@ -128,6 +130,36 @@ def test_the_first_problem_is_every_rank_s(
     assert {type(e) for e in errors} == {VerifyError}
     (said,) = {str(e) for e in errors}
     assert said.startswith("/the/export: /the/export/hf_quant_config.json") and "1 more" in said
+
+
+def looked_at(argv: list[str]) -> tuple[Ended, int]:
+    """How the verb ends, and how many tensors this rank reads to the end."""
+    compared: list[str] = []
+    real = checkpoint_room._check_values
+
+    def counted(checkpoint: Any, source: Any, against: Any, held: Any) -> Any:
+        compared.append(source.name)
+        return real(checkpoint, source, against, held)
+
+    checkpoint_room._check_values = counted
+    return command(*argv), len(compared)
+
+
+@pytest.mark.parametrize("flags", [[], ["--digests"]])
+def test_the_verb_shares_the_tensors(
+    flags: list[str], good: Path, source: Path, ranks: Ranks
+) -> None:
+    argv = ["verify", str(good), "--against", str(source)]
+    alone = command(*argv)
+    found = ranks(3, looked_at, [*argv, *flags])
+    assert sum(count for _, count in found) == len(exported.source_weights())
+    assert all(count for _, count in found)
+    if flags:  # made by hand, it has no manifest
+        assert {ended.status for ended, _ in found} == {1}
+        first = found[0][0].out.splitlines()[0]
+        assert first.startswith("problem: megatron_quant_manifest.json is missing")
+    else:
+        assert [(e.status, e.out) for e, _ in found] == [(0, alone.out), (0, ""), (0, "")]
 
 
 def one_without_source(good: Path, source: Path) -> None:

@@ -26,7 +26,7 @@ SIGNATURES = {
     "stream": "source, recipe, out, *, calibration, format, serve, write, groups, phases, **flags",
     "update": "model",
     "use_cpu": "",
-    "verify": "out, *, against, digests, strict",
+    "verify": "out, *, against, digests, strict, groups",
 }
 FIELDS = {
     "Parallel": "tp, pp, ep, etp, num_virtual_stages_per_pipeline_rank, "

@@ -7,7 +7,10 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from megatron_quant.ckpt.storage.hub import resolve_source
+from megatron_quant.dist import Groups
 from megatron_quant.errors import CheckpointError
+from megatron_quant.runs import agree
+from megatron_quant.runs.options import QuantizeOptions
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:
@@ -82,8 +85,9 @@ PUBLISHED = {
 """Files of repositories -> whether they are fetched."""
 
 
-def test_no_code_and_no_needless_folder_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("code", [False, True])
+def test_no_needless_folder_is_fetched_and_code_on_request_alone(
+    code: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = tmp_path / "snapshots" / "0123abcd"
     fetched: list[str] = []
@@ -107,6 +111,26 @@ def test_no_code_and_no_needless_folder_is_fetched(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    assert resolve_source("owner/name") == commit
-    assert sorted(fetched) == sorted(name for name, wanted in PUBLISHED.items() if wanted)
+    assert resolve_source("owner/name", code) == commit
+    python = {n for n in PUBLISHED if n.endswith(".py") and "/" not in n} if code else set()
+    wanted = {name for name, is_wanted in PUBLISHED.items() if is_wanted}
+    assert sorted(fetched) == sorted(wanted | python)
     assert revisions == [None, commit.name]  # all files are of one commit
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_run_fetches_code_where_it_may_run_it(
+    trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def resolved(_: str, code: bool = False) -> Path:
+        asked.append(code)
+        return tmp_path
+
+    monkeypatch.setattr("megatron_quant.runs.agree.resolve_source", resolved)
+    options = QuantizeOptions.from_flags(
+        hf_model_id="owner/name", export_quant_cfg="fp8", trust_remote_code=trusted
+    )
+    assert agree.fetched(options, Groups()).hf_model_id == str(tmp_path)
+    assert asked == [trusted]

@@ -135,7 +135,7 @@ def test_a_tokenizer_from_elsewhere(coded: Path, plain: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("absent", r"tokenization_own.py, the tokenizer's code, is missing \(code is never"),
+        ("absent", r"tokenization_own.py, the tokenizer's code, is missing: name a folder"),
         ("elsewhere", "the tokenizer's code is in another repository .them/it--tokenization_own"),
         ("failing", r"the tokenizer's code \(.*\) fails \(ZeroDivisionError: division by zero\): "),
     ],

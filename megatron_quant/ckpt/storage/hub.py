@@ -15,17 +15,19 @@ _WANTED = (
     *("vocab.txt", "merges.txt", "*.bpe", "LICENSE*", "NOTICE*", "README.md"),
 )
 """Files that are fetched, of the repository's root alone."""
-_UNWANTED = ("*/*", "consolidated*", "*.py")
-"""Files that are not fetched: those in folders, copies of the weights for other tools, code."""
+_CODE = "*.py"
+_UNWANTED = ("*/*", "consolidated*")
+"""Files that are never fetched: those in folders, copies of the weights for other tools."""
 _FOLDERS = ("additional_chat_templates/*.jinja", "[0-9]_*/config.json")
 """Files in folders that are fetched: chat templates, and modules of embedding models."""
 
 
-def resolve_source(path_or_hub_id: str) -> Path:
+def resolve_source(path_or_hub_id: str, code: bool = False) -> Path:
     """Return the local directory of a checkpoint, downloaded where it is a hub id (``owner/name``).
 
     Only safetensors, JSON, tokenizer files and licences of a repository's root are fetched, and
-    chat templates; never code or pickles.
+    chat templates; never pickles. code: fetch the root's Python files too, for a tokenizer that
+    is code.
 
     Raises:
         CheckpointError: Where there is neither a directory nor a repository.
@@ -39,13 +41,15 @@ def resolve_source(path_or_hub_id: str) -> Path:
         raise CheckpointError(
             f"{path_or_hub_id} does not exist; give a checkpoint directory or a hub id (owner/name)"
         )
-    return _download(path_or_hub_id)
+    return _download(path_or_hub_id, code)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, code: bool) -> Path:
+    wanted, unwanted = [*_WANTED], [*_UNWANTED]
+    (wanted if code else unwanted).append(_CODE)
     try:
         found = huggingface_hub.snapshot_download(
-            hub_id, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+            hub_id, allow_patterns=wanted, ignore_patterns=unwanted
         )
         # A pattern's * goes through folders, so these need a call of their own.
         huggingface_hub.snapshot_download(

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env test test-vllm test-matrix test-te test-gpu lint format demo demo-qat clean
+.PHONY: env test test-vllm test-clients test-matrix test-te test-gpu lint format demo demo-qat clean
 
 env: $(READY)
 
@@ -33,6 +33,10 @@ test-matrix: env
 # Transformer Engine compiled here, without a CUDA toolkit: the first time takes ten minutes or more.
 test-te: env
 	$(BIN)/python -m tests.matrix $(ARGS) compiled
+
+# Megatron-Bridge itself, in environments of their own; RELEASES="bridge-0.3.1" for some.
+test-clients: env
+	$(BIN)/python -m tests.clients $(ARGS) $(RELEASES)
 
 # On a host with a GPU; PYTEST_PYTHON names the Python of an environment that is there already.
 PYTEST_PYTHON ?= $(BIN)/python

@@ -39,7 +39,7 @@ from tests.host import ready
 
 TIMEOUT_S = 180.0
 _LOG_CHARS = 4000
-_PRELOADED = ("megatron.core.models.gpt.gpt_layer_specs", "modelopt.torch.quantization")
+PRELOADED = ["megatron.core.models.gpt.gpt_layer_specs", "modelopt.torch.quantization"]
 
 
 class RankError(Exception):
@@ -136,7 +136,7 @@ def _nursery(connection: Connection) -> None:
 def _import_everything_or_reply(connection: Connection) -> None:
     try:
         ready()
-        for name in _PRELOADED:
+        for name in PRELOADED:
             importlib.import_module(name)
     except Exception:
         connection.recv()

@@ -71,7 +71,7 @@ class Installer:
 
     def environment(self, row: Row) -> tuple[Path, list[Path]]:
         """The Python that runs the row, and the folders to put on its PYTHONPATH."""
-        base = self._base(row.python)
+        base = self.base(row.python)
         folders = [self._compiled(base, row)] if row.compiled else []
         for name, version in row.versions.items():
             if installed(base, folders, [name])[name] != version:
@@ -81,34 +81,35 @@ class Installer:
             raise NotInstalledError(f"the environment has {found}")
         return base, folders
 
-    def _base(self, version: str) -> Path:
+    def base(self, version: str) -> Path:
+        """The Python of the base environment; the running one where its version is the same."""
         if version == f"{sys.version_info.major}.{sys.version_info.minor}":
             return Path(sys.executable)
         interpreter = find_python(version)
         name = f"base-py{version}-{requirements()}"
-        return self._made(name, lambda folder: self._fill(folder, interpreter)) / "bin/python"
+        return self.made(name, lambda folder: self._fill(folder, interpreter)) / "bin/python"
 
     def _fill(self, folder: Path, interpreter: str) -> None:
         self._run(interpreter, "-m", "venv", folder)
         python = folder / "bin/python"
-        self._pip(python, "install", TORCH)
-        self._pip(python, "install", "-c", ROOT / "constraints.txt", f"{ROOT}[cpu,dev]")
+        self.pip(python, "install", TORCH)
+        self.pip(python, "install", "-c", ROOT / "constraints.txt", f"{ROOT}[cpu,dev]")
         # The rows run the sources.
-        self._pip(python, "uninstall", "-y", "megatron-quant")
+        self.pip(python, "uninstall", "-y", "megatron-quant")
 
     def _overlay(self, base: Path, python: str, requirement: str) -> Path:
-        return self._made(
+        return self.made(
             f"{requirement.replace('==', '-')}-py{python}",
-            lambda folder: self._pip(base, "install", "--no-deps", "--target", folder, requirement),
+            lambda folder: self.pip(base, "install", "--no-deps", "--target", folder, requirement),
         )
 
     def _compiled(self, base: Path, row: Row) -> Path:
         def fill(folder: Path) -> None:
             names = ("transformer-engine", "transformer-engine-cu13")
             packages = [f"{name}=={row.te}" for name in names] + [self._wheel(base, row)]
-            self._pip(base, "install", "--no-deps", "--target", folder, *packages)
+            self.pip(base, "install", "--no-deps", "--target", folder, *packages)
 
-        return self._made(f"compiled-te-{row.te}-py{row.python}", fill)
+        return self.made(f"compiled-te-{row.te}-py{row.python}", fill)
 
     def _wheel(self, base: Path, row: Row) -> Path:
         """TE's torch binding, built where it is not cached: about ten minutes on two cores."""
@@ -116,8 +117,8 @@ class Installer:
         tag = f"cp{row.python.replace('.', '')}"
         pattern = f"transformer_engine_torch-{row.te}*{tag}*.whl"
         if not list(wheels.glob(pattern)):
-            self._pip(base, "install", *_BUILD)
-            self._pip(
+            self.pip(base, "install", *_BUILD)
+            self.pip(
                 base,
                 *("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels),
                 f"transformer-engine-torch=={row.te}",
@@ -126,7 +127,7 @@ class Installer:
         (wheel,) = wheels.glob(pattern)
         return wheel
 
-    def _made(self, name: str, fill: Callable[[Path], None]) -> Path:
+    def made(self, name: str, fill: Callable[[Path], None]) -> Path:
         """The cached folder ``name``; one that was left half-filled is made anew."""
         folder, ready = cache() / name, cache() / f"{name}.ready"
         if not ready.exists():
@@ -137,9 +138,10 @@ class Installer:
             ready.touch()
         return folder
 
-    def _pip(
+    def pip(
         self, python: Path, verb: str, *words: object, environment: Mapping[str, str] | None = None
     ) -> None:
+        """Run pip in the environment of ``python``."""
         quiet = ("--quiet", "--disable-pip-version-check")
         self._run(python, "-m", "pip", verb, *quiet, *words, environment=environment)
 

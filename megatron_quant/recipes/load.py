@@ -26,8 +26,8 @@ def is_preset(name_or_path: str) -> bool:
     return not is_path and _PRESET.fullmatch(name_or_path) is not None
 
 
-def load_recipe(name_or_path: str) -> Recipe:
-    """Load the recipe called ``name_or_path``.
+def load_recipe(name_or_path: str | Path | Recipe) -> Recipe:
+    """Load the recipe called ``name_or_path``; a Recipe is returned as it is.
 
     Args:
         name_or_path: A shipped name (``nvfp4``), the path of a YAML file, or the name of a ModelOpt
@@ -38,6 +38,9 @@ def load_recipe(name_or_path: str) -> Recipe:
         RecipeError: For any other string (the message lists the choices), and for a recipe that is
             malformed.
     """
+    if isinstance(name_or_path, Recipe):
+        return name_or_path
+    name_or_path = str(name_or_path)
     if name_or_path in recipe_names():
         return _load_file(name_or_path, _CONFIGS / f"{name_or_path}.yaml")
     path = Path(name_or_path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,27 +11,43 @@ from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluation import TokenizerChoice
 from megatron_quant.runs.settings import Calibration
 
+if TYPE_CHECKING:
+    from megatron_quant.calib import CalibrationFile, InputRules
+
 
 def tokenizer_choice(calibration: Calibration) -> TokenizerChoice:
     """Return the tokenizer that ``calibration`` asks for."""
     return TokenizerChoice(calibration.tokenizer, calibration.trust_remote_code)
 
 
-def calibration_batches(calibration: Calibration, source: Path) -> list[torch.Tensor]:
+def input_rules(calibration: Calibration, loaded: "CalibrationFile | None") -> "InputRules":
+    """Return how ``calibration`` makes scales of inputs: those it sees, or those ``loaded`` has."""
+    from megatron_quant.calib import ColdExperts, InputRules  # ModelOpt, which files do without
+
+    cold = ColdExperts(calibration.cold_experts)
+    return InputRules(cold, calibration.act_percentile, loaded=loaded)
+
+
+def calibration_batches(
+    calibration: Calibration, source: Path, vocab_size: int
+) -> list[torch.Tensor]:
     """Return the batches that ``calibration`` asks for, [B, S] each.
 
     source: the checkpoint; its tokenizer is used if ``calibration`` names none.
 
-    Raises CheckpointError if there is no tokenizer, CalibrationError if there is too little text.
+    Raises CheckpointError if there is no tokenizer, or if it gives a token that the model does not
+    have, CalibrationError if there is too little text.
     """
     try:
         tokenizer = tokenizer_choice(calibration).load(source)
     except CheckpointError as e:
         raise CheckpointError(f"{e}, or quantize with --weight-only") from None
     texts = load_texts(calibration.dataset)
-    return token_batches(
+    batches = token_batches(
         texts, tokenizer, calibration.size, calibration.seq_length, calibration.batch_size
     )
+    check_ids(batches, calibration, source, vocab_size)
+    return batches
 
 
 def check_ids(

@@ -18,14 +18,13 @@ from megatron_quant.ckpt.plan import (
     source_digest,
 )
 from megatron_quant.ckpt.read import QuantizedCheckpoint, params_of
-from megatron_quant.ckpt.write import Destination, Existing, WriteOptions
 from megatron_quant.dist import Groups, together
 from megatron_quant.engines import check_serving
 from megatron_quant.models import Role
 from megatron_quant.runs.agree import check_options, check_plans
 from megatron_quant.runs.destination import (
     check_place,
-    existing_of,
+    destination,
     verification,
     with_beside,
     write_shown,
@@ -65,14 +64,9 @@ def reexport(options: ExportOptions, groups: Groups, phases: Phases) -> Rewritte
     check_options(options, groups)
     work = together(groups, lambda: _planned(options, groups.size))
     check_plans(groups, work.origin, work.plan)
-    plan, files = work.plan, work.files
-    to = Destination(
-        directory=options.export_dir,
-        companions=files,
-        existing=work.existing,
-        options=work.writing,
-        check=verification(options.write, options.export_dir, None, groups, phases),
-    )
+    plan, files, out = work.plan, work.files, options.export_dir
+    check = verification(options.write, out, None, groups, phases)
+    to = destination(options.write, out, files, check)
     write_shown(plan, groups, partial(transcode, checkpoint=work.checkpoint), to, phases)
     return Rewritten(plan, files.left_out)
 
@@ -85,14 +79,10 @@ class _Work:
     plan: ExportPlan
     files: Companions
     origin: Origin
-    existing: Existing
-    writing: WriteOptions
 
 
 def _planned(options: ExportOptions, world: int) -> _Work:
     """Plan the work and write nothing. Raises a QuantError for whatever does not fit."""
-    existing = existing_of(options.write)
-    writing = WriteOptions(options.write.io_threads, options.write.fsync)
     checkpoint = QuantizedCheckpoint(options.source)
     check_place(options.export_dir, options.source)
     fused = params_of(checkpoint)
@@ -114,8 +104,6 @@ def _planned(options: ExportOptions, world: int) -> _Work:
         plan=plan,
         files=files,
         origin=origin,
-        existing=existing,
-        writing=writing,
     )
 
 

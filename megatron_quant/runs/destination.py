@@ -19,6 +19,7 @@ from megatron_quant.ckpt.write import (
     Destination,
     Existing,
     Produce,
+    WriteOptions,
     beside,
     check_apart,
     check_target,
@@ -199,3 +200,16 @@ def verification(
 ) -> Verification | None:
     """Return the verification of the export; None with ``--no-verify``."""
     return Verification(export_dir, source, groups, phases) if write.verify else None
+
+
+def destination(
+    write: Write, directory: Path, files: Companions, check: Verification | None
+) -> Destination:
+    """Return where and how ``write`` puts an export, whose ``files`` lie beside the weights."""
+    return Destination(
+        directory=directory,
+        companions=files,
+        existing=existing_of(write),
+        options=WriteOptions(write.io_threads, write.fsync),
+        check=check,
+    )

@@ -26,7 +26,7 @@ def calibrate_inputs(
     """
     # Imported here: transformers takes seconds to load.
     from megatron_quant.calib import shard
-    from megatron_quant.runs.batches import calibration_batches, check_ids
+    from megatron_quant.runs.batches import calibration_batches
     from megatron_quant.streaming import WeightInputAmax, keys_of, load_model, run_model, watched
 
     if options.calibration.load is not None:
@@ -35,10 +35,8 @@ def calibrate_inputs(
     with phases.time("load"):
 
         def read() -> list[torch.Tensor]:
-            batches = calibration_batches(options.calibration, job.source)
             vocabulary = positive(text_config(job.hf_config), "vocab_size")
-            check_ids(batches, options.calibration, job.source, vocabulary)
-            return batches
+            return calibration_batches(options.calibration, job.source, vocabulary)
 
         def load() -> tuple["PreTrainedModel", WeightInputAmax]:
             model = load_model(job.source, job.dtype)

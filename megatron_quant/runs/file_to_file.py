@@ -17,13 +17,13 @@ from megatron_quant.ckpt.read import (
 )
 from megatron_quant.ckpt.storage import resolve_source
 from megatron_quant.ckpt.verify import Report
-from megatron_quant.ckpt.write import Destination, Existing, WriteOptions
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
 from megatron_quant.runs.agree import check_options, check_plans, fetched
 from megatron_quant.runs.destination import (
     check_calibration_file,
     checked_companions,
+    destination,
     existing_of,
     origin_of,
     statistics_digest,
@@ -132,7 +132,7 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
         options = fetched(options, groups)
         planned = together(groups, lambda: plan_stream(options, groups.size))
         job = planned.job
-        existing = together(groups, lambda: _existing(options))
+        existing = existing_of(options.write)
         origin = together(groups, lambda: origin_of(job))
         check_plans(groups, origin, job.export)
         files = together(groups, lambda: checked_companions(job, out, existing, origin))
@@ -149,13 +149,7 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
     )
     check = verification(options.write, out, job.source, groups, phases)
     files = _with_statistics(files, job, options, found, inputs)
-    to = Destination(
-        directory=out,
-        companions=files,
-        existing=existing,
-        options=WriteOptions(options.write.io_threads, options.write.fsync),
-        check=check,
-    )
+    to = destination(options.write, out, files, check)
     write_shown(job.exported, groups, producer, to, phases)
     if inputs is not None and options.calibration.save is not None:
         measured = inputs
@@ -181,10 +175,6 @@ def _with_statistics(
     of_inputs = {n: float(a) for n, a in inputs.scales.items()} if inputs else {}
     statistics = statistics_digest(job, options, dict(weights), of_inputs)
     return replace(files, origin=replace(files.origin, statistics=statistics))
-
-
-def _existing(options: QuantizeOptions) -> Existing:
-    return existing_of(options.write)
 
 
 def _weight_amaxes(

@@ -1,6 +1,8 @@
 """Open a run's inputs besides weights: checkpoint, calibration batches, evaluation text."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -8,7 +10,6 @@ from megatron_quant.alike import ids_once_a_host
 from megatron_quant.calib import CalibrationFile, read_calibration
 from megatron_quant.ckpt.plan import Companions, Origin
 from megatron_quant.ckpt.read import QuantizedCheckpoint, Weights, keeping, open_source
-from megatron_quant.ckpt.write import Existing, WriteOptions
 from megatron_quant.dist import Groups
 from megatron_quant.evaluation import Text, read_windows
 from megatron_quant.mcore.checkpoint import Saved
@@ -34,8 +35,6 @@ class Inputs:
     kept: QuantizedCheckpoint | None
     origin: Origin
     companions: Companions | None
-    existing: Existing
-    writing: WriteOptions
     calibrated: CalibrationFile | None
     batches: list[torch.Tensor] = field(default_factory=list)
     windows: list[torch.Tensor] = field(default_factory=list)
@@ -48,7 +47,6 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
     Raises a QuantError for whatever is wrong, before anything is written.
     """
     existing, load = existing_of(options.write), options.calibration.load
-    writing = WriteOptions(options.write.io_threads, options.write.fsync)
     job = prepare_job(options, world, saved, open_source if saved is None else None)
     checkpoint, kept = job.checkpoint, None
     if checkpoint is not None and options.keep_scales:
@@ -66,8 +64,6 @@ def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None
         kept=kept,
         origin=origin,
         companions=files,
-        existing=existing,
-        writing=writing,
         calibrated=read_calibration(load) if load else None,
     )
 
@@ -80,15 +76,17 @@ def with_texts(
     Raises a QuantError, on every rank, for whatever is wrong with the texts.
     """
     job, data = inputs.job, options.calibration
+    size = job.hf_config["vocab_size"]
 
-    def checked(ids: list[torch.Tensor]) -> list[torch.Tensor]:
-        check_ids(ids, data, job.source, job.hf_config["vocab_size"])
+    def read_text(path: Path) -> list[torch.Tensor]:
+        text = Text(path, data.seq_length, tokenizer=tokenizer_choice(data))
+        ids = read_windows(job.source, text)
+        check_ids(ids, data, job.source, size)
         return ids
 
     windows, batches = list[torch.Tensor](), list[torch.Tensor]()
     if options.eval_text:
-        text = Text(options.eval_text, data.seq_length, tokenizer=tokenizer_choice(data))
-        windows = ids_once_a_host(groups, lambda: checked(read_windows(job.source, text)))
+        windows = ids_once_a_host(groups, partial(read_text, options.eval_text))
     if job.quant.needs_data and saved is None and data.load is None:
-        batches = ids_once_a_host(groups, lambda: checked(calibration_batches(data, job.source)))
+        batches = ids_once_a_host(groups, lambda: calibration_batches(data, job.source, size))
     return replace(inputs, batches=batches, windows=windows)

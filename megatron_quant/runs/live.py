@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
 from torch import nn
 
 from megatron_quant.alike import ids_once_a_host
-from megatron_quant.calib import ColdExperts, InputRules, read_calibration, shard
+from megatron_quant.calib import read_calibration
 from megatron_quant.ckpt.dialects import Dialect, get_dialect
 from megatron_quant.ckpt.plan import (
     Companions,
@@ -25,7 +24,7 @@ from megatron_quant.ckpt.plan import (
 )
 from megatron_quant.ckpt.read import Weights, kept_dtypes, logical, open_source
 from megatron_quant.ckpt.verify import Report
-from megatron_quant.ckpt.write import Destination, Existing, WriteOptions, check_target, in_memory
+from megatron_quant.ckpt.write import Existing, check_target, in_memory
 from megatron_quant.ckpt.write import export as write_files
 from megatron_quant.dist import Groups, together
 from megatron_quant.engines import check_serving
@@ -40,11 +39,17 @@ from megatron_quant.mcore.live import (
     producer,
     quantized,
 )
-from megatron_quant.mcore.model import LiveModel, run_schedule, start_distributed
+from megatron_quant.mcore.model import LiveModel, own_share, run_through, start_distributed
 from megatron_quant.models import Param, Role
 from megatron_quant.recipes import Recipe
-from megatron_quant.runs.batches import calibration_batches, check_ids
-from megatron_quant.runs.destination import check_place, existing_of, verification, with_beside
+from megatron_quant.runs.batches import calibration_batches, input_rules
+from megatron_quant.runs.destination import (
+    check_place,
+    destination,
+    existing_of,
+    verification,
+    with_beside,
+)
 from megatron_quant.runs.phases import Quiet
 from megatron_quant.runs.saving import SavePlace, save_model
 from megatron_quant.runs.settings import Calibration, Serve, Write, parse_size
@@ -101,9 +106,7 @@ def quantize(
         steps = [_own_loop(handle, calibration, groups)]
         if forward_loop is not None:
             steps = [partial(forward_loop, model)]
-    cold = ColdExperts(calibration.cold_experts)
-    rules = InputRules(cold, calibration.act_percentile, loaded=file)
-    return calibrate_quantized(handle, steps, rules, calibration.save)
+    return calibrate_quantized(handle, steps, input_rules(calibration, file), calibration.save)
 
 
 def _expert_scales(name: str) -> ExpertScales:
@@ -125,14 +128,10 @@ def _own_loop(handle: Quantized, calibration: Calibration, groups: Groups) -> Ca
                 f"recipe {handle.recipe.name!r} is calibrated on data: give a forward_loop, or a "
                 "tokenizer, either in calibration or in the directory that hf_model names"
             )
-        batches = calibration_batches(calibration, Path(source))
-        check_ids(batches, calibration, Path(source), hf.config["vocab_size"])
-        return batches
+        return calibration_batches(calibration, Path(source), hf.config["vocab_size"])
 
     def loop() -> None:
-        batches = ids_once_a_host(groups, read)
-        size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-        run_schedule(chunks, shard(batches, rank, size), lambda logits: None)
+        run_through(chunks, own_share(ids_once_a_host(groups, read)))
 
     return loop
 
@@ -183,25 +182,18 @@ def export(
             it, to be continued.
     """
     handle, directory = quantized(model), Path(out)
-    groups, existing = handle.model.groups, existing_of(write)
+    groups = handle.model.groups
 
     def described() -> _Described:
         found = _describe(handle, format, serve, parse_size(write.max_shard_size))
         if handle.hf.directory is not None:
             check_place(directory, handle.hf.directory)
-        check_target(directory, found.files, existing, found.plan)
+        check_target(directory, found.files, existing_of(write), found.plan)
         return found
 
     found = together(groups, described)
-    options = WriteOptions(write.io_threads, write.fsync)
     check = verification(write, directory, None, groups, Quiet())
-    to = Destination(
-        directory=directory,
-        companions=found.files,
-        existing=existing,
-        options=options,
-        check=check,
-    )
+    to = destination(write, directory, found.files, check)
     write_files(found.plan, groups, found.produce, to)
     return Exported(found.plan, check.report if check else None, found.files.left_out)
 

@@ -5,17 +5,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from megatron.core import parallel_state as mpu
 
 from megatron_quant.calib import (
     CalibrationReport,
-    ColdExperts,
-    InputRules,
-    shard,
 )
 from megatron_quant.ckpt.verify import Report
-from megatron_quant.ckpt.write import Destination, Produce
+from megatron_quant.ckpt.write import Produce
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluation import Sums
 from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer
@@ -35,13 +31,17 @@ from megatron_quant.mcore.model import (
     keep_scales,
     load_model,
     local_params,
-    run_schedule,
+    own_share,
+    run_through,
 )
 from megatron_quant.models import Role
 from megatron_quant.rendezvous import forwards
 from megatron_quant.runs.agree import check_options, check_plans, check_tokens, fetched
+from megatron_quant.runs.batches import input_rules
 from megatron_quant.runs.destination import (
     check_places,
+    destination,
+    existing_of,
     statistics_digest,
     verification,
     write_shown,
@@ -51,6 +51,7 @@ from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
 from megatron_quant.runs.saving import SavePlace, save_model
+from megatron_quant.runs.settings import Write
 from megatron_quant.streaming import PartSource, unscaled
 
 
@@ -111,7 +112,7 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     digest = together(groups, lambda: statistics_digest(job, options, *found))
     if options.megatron_save_path is not None:
         with phases.time("save"):
-            place = _save_place(options.megatron_save_path, inputs, digest)
+            place = _save_place(options.megatron_save_path, options.write, inputs, digest)
             save_model(model, place, job.source, job.hf_config, groups)
     check = None
     if options.export_dir is not None:
@@ -120,13 +121,8 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
         check = verification(options.write, options.export_dir, source, groups, phases)
         beside = inputs.companions
         assert beside is not None
-        to = Destination(
-            directory=options.export_dir,
-            companions=replace(beside, origin=replace(beside.origin, statistics=digest)),
-            existing=inputs.existing,
-            options=inputs.writing,
-            check=check,
-        )
+        files = replace(beside, origin=replace(beside.origin, statistics=digest))
+        to = destination(options.write, options.export_dir, files, check)
         write_shown(job.exported, groups, produced, to, phases)
     report = check.report if check else None
     left_out = inputs.companions.left_out if inputs.companions else ()
@@ -141,11 +137,11 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     )
 
 
-def _save_place(path: Path, inputs: Inputs, statistics: str) -> SavePlace:
+def _save_place(path: Path, write: Write, inputs: Inputs, statistics: str) -> SavePlace:
     """Describe the place; ``statistics`` is the digest of what calibration found."""
     origin, dtype = inputs.origin, str(inputs.job.dtype)
     made_of = {"recipe": origin.recipe, "source": origin.source, "dtype": dtype}
-    return SavePlace(path, inputs.existing, {**made_of, "calibrated scales": statistics})
+    return SavePlace(path, existing_of(write), {**made_of, "calibrated scales": statistics})
 
 
 def _model(inputs: Inputs, groups: Groups, phases: Phases) -> LiveModel:
@@ -191,22 +187,12 @@ def _attach(inputs: Inputs, model: LiveModel, saved: Saved | None) -> Quantized:
 def _calibrate(
     options: QuantizeOptions, inputs: Inputs, handle: Quantized, phases: Phases
 ) -> Quantized:
-    batches: list[torch.Tensor] = []
-    if inputs.batches:
-        size = mpu.get_data_parallel_world_size()
-        batches = shard(inputs.batches, mpu.get_data_parallel_rank(), size)
-    how, chunks = options.calibration, handle.model.chunks
+    batches, how = own_share(inputs.batches), options.calibration
     with forwards(), phases.bar("calibrate", len(batches)) as progress:
         # One call for all batches: a pipeline stays full only while they follow one another.
-        steps = [partial(run_schedule, chunks, batches, _drop, progress)]
-        rules = InputRules(
-            ColdExperts(how.cold_experts), how.act_percentile, loaded=inputs.calibrated
-        )
+        steps = [partial(run_through, handle.model.chunks, batches, progress)]
+        rules = input_rules(how, inputs.calibrated)
         return calibrate_quantized(handle, steps, rules, how.save)
-
-
-def _drop(logits: torch.Tensor) -> None:
-    """Ignore the logits: calibration observes only the inputs of layers."""
 
 
 def _evaluate(inputs: Inputs, handle: Quantized, phases: Phases) -> Sums:

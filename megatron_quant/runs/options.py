@@ -107,9 +107,7 @@ def chosen_recipe(options: QuantizeOptions, saved: "Saved | None") -> Recipe:
     saved: what ``options.megatron_load_path`` holds. Raises RecipeError if the recipe is malformed
     or does not go with the flags, CheckpointError if neither flags nor ``saved`` name one.
     """
-    if isinstance(options.export_quant_cfg, Recipe):
-        recipe = options.export_quant_cfg
-    elif options.export_quant_cfg is not None:
+    if options.export_quant_cfg is not None:
         recipe = load_recipe(options.export_quant_cfg)
     elif saved is not None and saved.recipe is not None:
         recipe = saved.recipe

@@ -20,7 +20,7 @@ from megatron_quant.ckpt.plan.quantizable import slots
 from megatron_quant.layers.install import ExpertScales, QuantLayer, attach
 from megatron_quant.mcore.model.load import LiveModel, load_model
 from megatron_quant.mcore.model.parallel import start_distributed
-from megatron_quant.mcore.model.schedule import forward
+from megatron_quant.mcore.model.schedule import forward, own_share
 from megatron_quant.models import Pipeline, lookup, num_experts, num_layers
 from megatron_quant.recipes.load import load_recipe
 from megatron_quant.recipes.plan import QuantPlan
@@ -62,11 +62,7 @@ class Attached:
 
     def forwards(self, batches: Sequence[torch.Tensor]) -> list[Callable[[], None]]:
         """This data-parallel rank's."""
-        if not batches:
-            return []
-        size = mpu.get_data_parallel_world_size()
-        own = shard(batches, mpu.get_data_parallel_rank(), size)
-        return [partial(forward, self.model.module, batch) for batch in own]
+        return [partial(forward, self.model.module, batch) for batch in own_share(batches)]
 
 
 def load(

@@ -26,11 +26,11 @@ def run_page(source: Path, out: Path) -> dict[str, Any]:
     """Run every snippet in one namespace; its paths are put in, and sizes made small."""
     import torch
 
-    from megatron_quant.mcore.model import run_schedule
+    from megatron_quant.mcore.model import run_through
     from tests.dist import bare
 
     def forward_loop(model: Any) -> None:
-        run_schedule(model, [torch.arange(256).view(4, 64)], lambda logits: None)
+        run_through(model, [torch.arange(256).view(4, 64)])
 
     (out / "corpus.jsonl").write_text('{"text": "%s"}\n' % ("a b c d " * 400))
     (out / "text.txt").write_text("a b c d e f g h " * 400)

@@ -83,6 +83,7 @@ def save_of_config(source: Path, out: Path) -> None:
     mq.save(saved, out)
     restored = mq.restore(bare.built(source, 1, 1), out, hf_model=config)
     assert restored.plan == saved.plan
+    assert restored.summary().endswith("\nranges came from a Megatron checkpoint")
     found = [[layer.weight_amax(0) for layer in of.layers] for of in (saved, restored)]
     assert found[0] == found[1] != []
 
@@ -99,7 +100,8 @@ def forward_loops(source: Path) -> tuple[int, str, Any]:
     """A loop of the caller's own; then a model without data, and one without quantizers."""
     import torch
 
-    from megatron_quant.mcore.model import run_schedule
+    from megatron_quant.mcore.model import run_through
+    from megatron_quant.mcore.model.schedule import run_schedule
     from tests.dist import bare
 
     module = bare.filled(bare.built(source, 1, 1), source)
@@ -109,7 +111,7 @@ def forward_loops(source: Path) -> tuple[int, str, Any]:
 
     def loop(model: Any) -> None:
         calls.append(model)
-        run_schedule(model, [torch.arange(128).view(2, 64)], lambda logits: None)
+        run_through(model, [torch.arange(128).view(2, 64)])
 
     calibration = mq.Calibration(cold_experts="layer-max")
     handle = mq.quantize(module, RECIPE, loop, hf_model=source, calibration=calibration)

@@ -1,5 +1,6 @@
 """Models that somebody else's script built: any padding of the vocabulary, wrapped or not."""
 
+import re
 import json
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,14 @@ def train_and_save(source: Path, stored: Path, again: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as mpu
 
+    from megatron_quant.mcore.live import quantized
     from megatron_quant.mcore.training import prepare
     from tests.dist import bare
 
     model = bare.filled(bare.built(source, 2, ep=1), source)
     prepare([model], RECIPE, hf_model=str(source))
+    said = quantized(model).summary().splitlines()[-1]
+    assert re.fullmatch(r"weights calibrated; 0 of \d+ static input scales found", said), said
     dp = mpu.get_data_parallel_group(with_context_parallel=True)
     if dist.get_rank() == 0:
         stored.mkdir()

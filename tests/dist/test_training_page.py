@@ -26,11 +26,11 @@ def run_page(source: Path, out: Path) -> tuple[list[str], bool]:
     import torch
 
     import megatron_quant as mq
-    from megatron_quant.mcore.model import run_schedule
+    from megatron_quant.mcore.model import run_through
     from tests.dist import live, training
 
     def forward_loop(model: Any) -> None:
-        run_schedule(model, [torch.arange(256).view(4, 64)], lambda logits: None)
+        run_through(model, [torch.arange(256).view(4, 64)])
 
     calibrated = training.build(source, live.Parallelism(1, 1))
     mq.save(mq.quantize(calibrated, "nvfp4", forward_loop, hf_model=source), out)

@@ -83,11 +83,11 @@ def test_scales_are_those_of_a_model_quantized_with_these_weights(
 
 
 def inputs_stay(source: Path) -> None:
-    from megatron_quant.mcore.model import run_schedule
+    from megatron_quant.mcore.model import run_through
     from tests.dist import bare
 
     def loop(model: Any) -> None:
-        run_schedule(model, [torch.arange(256).view(4, 64)], lambda logits: None)
+        run_through(model, [torch.arange(256).view(4, 64)])
 
     module = bare.filled(bare.built(source, 1, 1), source)
     first = mq.quantize(module, "nvfp4", loop, hf_model=source)

@@ -102,7 +102,7 @@ def test_amaxes_are_those_found_by_hand(model, tmp_path: Path) -> None:
         source, dtype=torch.bfloat16, experts_implementation="eager"
     )
     with torch.no_grad(), by_hand(reference) as found:
-        for batch in calibration_batches(options(source, tmp_path).calibration, source):
+        for batch in calibration_batches(options(source, tmp_path).calibration, source, 10**6):
             reference(input_ids=batch, use_cache=False)
     kept = load_file(tmp_path / "kept.safetensors")
     assert len(kept) > 20

@@ -102,7 +102,7 @@ def test_trusted_code_of_the_tokenizer_is_all_that_runs(coded: Path, tmp_path: P
     calibration = Calibration(
         dataset="text.txt", size=2, seq_length=8, batch_size=2, trust_remote_code=True
     )
-    (batch,) = calibration_batches(calibration, coded)
+    (batch,) = calibration_batches(calibration, coded, 10**6)
     assert batch.tolist() == [[ord(c) for c in "abcdefgh"]] * 2
     flags = ["--text", "text.txt", "--seq-length", "32", "--trust-remote-code"]
     ended = command("eval", str(coded), *flags)

@@ -104,13 +104,23 @@ class Quantized:
         if self.plan.kv_cache:
             lines.append(f"  KV cache: {self.plan.kv_cache}")
         if self.report is None:
-            return "\n".join([*lines, "not calibrated"])
+            return "\n".join([*lines, self._ranges()])
         if tokens := sorted(self.report.tokens.values()):
             median = tokens[len(tokens) // 2]
             lines.append(f"tokens an expert saw: {tokens[0]} to {tokens[-1]}, median {median}")
         if self.report.cold:
             lines.append(f"cold experts' weights: {len(self.report.cold)}")
         return "\n".join(lines)
+
+    def _ranges(self) -> str:
+        """Say where the ranges come from, if no calibration of this process reports them."""
+        if self.stored:
+            return "ranges came from a Megatron checkpoint"
+        if all(layer.weight_quantizer.amax is None for layer in self.layers):
+            return "not calibrated"
+        inputs = [layer for layer in self.layers if layer.static_inputs]
+        found = sum(layer.input_quantizer.amax is not None for layer in inputs)
+        return f"weights calibrated; {found} of {len(inputs)} static input scales found"
 
 
 def quantized(model: nn.Module | Sequence[nn.Module] | Quantized) -> Quantized:

@@ -72,7 +72,7 @@ def attach_recipe(
     shapes are not the config's, or the recipe does not fit.
     """
     together(groups, lambda: check_unquantized(model))
-    hf, chosen = together(groups, lambda: (read_hf_model(hf_model), _loaded(recipe)))
+    hf, chosen = together(groups, lambda: (read_hf_model(hf_model), load_recipe(recipe)))
     architecture = together(groups, lambda: lookup(hf.config))
     live = wrap_model(model, architecture, hf.config, groups)
     saved = settings.saved
@@ -87,10 +87,6 @@ def attach_recipe(
         return attached
     restore(live, attached.layers, attached.cached, plan, saved, scales)
     return replace(attached, stored=ranges_of(attached.layers)).remember()
-
-
-def _loaded(recipe: str | Recipe) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
 
 
 def _digest(hf: HFModel) -> str:

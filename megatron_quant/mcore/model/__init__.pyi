@@ -7,7 +7,8 @@ from .load import load_model as load_model
 from .load import wrap_model as wrap_model
 from .locate import local_params as local_params
 from .parallel import start_distributed as start_distributed
-from .schedule import run_schedule as run_schedule
+from .schedule import own_share as own_share
+from .schedule import run_through as run_through
 
 __all__ = [
     "LiveModel",
@@ -17,7 +18,8 @@ __all__ = [
     "keep_scales",
     "load_model",
     "local_params",
-    "run_schedule",
+    "own_share",
+    "run_through",
     "start_distributed",
     "wrap_model",
 ]

@@ -11,6 +11,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_quant.calib import shard
+
 T = TypeVar("T")
 ModelChunks: TypeAlias = GPTModel | Sequence[GPTModel]
 """A rank's part of a model, as Megatron's schedules take it: one chunk or several."""
@@ -50,6 +52,23 @@ def run_schedule(
         collect_non_loss_data=True,
     )
     return found[: len(batches)]
+
+
+def own_share(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the batches of this data-parallel rank; each has equally many."""
+    if not batches:
+        return []
+    size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    return shard(batches, rank, size)
+
+
+def run_through(
+    model: ModelChunks,
+    batches: Sequence[torch.Tensor],
+    progress: Callable[[int], None] = lambda steps: None,
+) -> None:
+    """Run token ids as :func:`run_schedule` does, for those who watch the layers. Collective."""
+    run_schedule(model, batches, lambda logits: None, progress)
 
 
 def _enough(batches: Sequence[torch.Tensor], chunks: Sequence[GPTModel]) -> list[torch.Tensor]:

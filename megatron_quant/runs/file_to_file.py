@@ -10,6 +10,7 @@ from megatron_quant.ckpt.read import (
     QuantizedCheckpoint,
     Weights,
     check_fused,
+    check_weights,
     keeping,
     kept_dtypes,
     logical,
@@ -90,7 +91,7 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
     assert options.hf_model_id is not None, "checked with the flags"
     source = open_source(resolve_source(options.hf_model_id))
     checkpoint, structure = logical(source)
-    checkpoint.check(structure.params)
+    check_weights(checkpoint, structure.params)
     kept, params = kept_dtypes(checkpoint), structure.params
     model = SourceModel(
         source=checkpoint.path,

@@ -20,7 +20,7 @@ from megatron_quant.ckpt.plan import (
     slots,
     spread,
 )
-from megatron_quant.ckpt.read import Weights, kept_dtypes, logical
+from megatron_quant.ckpt.read import Weights, check_weights, kept_dtypes, logical
 from megatron_quant.ckpt.storage import read_config, resolve_source
 from megatron_quant.engines import ENGINES, Obstacle, check_serving, obstacle
 from megatron_quant.errors import CheckpointError, LayoutError, QuantError, RecipeError
@@ -138,7 +138,7 @@ def prepare_job(
     )
     job = decide(options, model, layout, saved)
     if checkpoint is not None:
-        checkpoint.check(params)
+        check_weights(checkpoint, params)
     return job
 
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_quant.ckpt.dialects import WEIGHT_SCALE
 from megatron_quant.ckpt.plan import RankPart
-from megatron_quant.ckpt.read import Weights
+from megatron_quant.ckpt.read import TensorSource
 from megatron_quant.models import Role
 
 
@@ -20,7 +20,7 @@ class PartSource:
         dtype: Dtype in which weights are quantized.
     """
 
-    checkpoint: Weights
+    checkpoint: TensorSource
     dtype: torch.dtype
 
     def read(self, part: RankPart) -> torch.Tensor:

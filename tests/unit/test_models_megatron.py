@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_quant.ckpt.read.directory import fill
 from megatron_quant.ckpt.read.open import open_source
+from megatron_quant.ckpt.read.source import fill
 from megatron_quant.models import Domain, copies, local_shape, lookup, padded_vocab
 from tests.dist.pool import Ranks
 from tests.unit import tiny

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_quant.ckpt.convert import plan_of
+from megatron_quant.ckpt.read.checks import check_weights
 from megatron_quant.ckpt.read.open import open_source
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.read.scale_keeping import keeping
@@ -168,7 +169,7 @@ def test_a_plain_matrix_is_not_quantized_whatever_targets_say(tmp_path: Path) ->
 
 def refused(directory: Path, match: str) -> None:
     with pytest.raises(CheckpointError, match=match):
-        open_source(directory).check(())
+        check_weights(open_source(directory), ())
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_a_packed_weight_that_the_config_excludes(tmp_path: Path) -> None:
         parallel=Parallel.COLUMN,
     )
     with pytest.raises(CheckpointError) as raised:
-        open_source(tmp_path).check([param])
+        check_weights(open_source(tmp_path), [param])
     assert str(raised.value) == (
         f"{tmp_path}: {MODULE} is packed ({MODULE}.qweight), but quantization_config in "
         "config.json does not say that it is quantized; correct quantization_config"

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_quant.ckpt.read.directory import INDEX, TensorInfo, fill, open_directory
+from megatron_quant.ckpt.read.checks import check_weights
+from megatron_quant.ckpt.read.directory import INDEX, open_directory
+from megatron_quant.ckpt.read.source import TensorInfo, fill
 from megatron_quant.ckpt.storage.safetensors_header import WEIGHTS
 from megatron_quant.errors import CheckpointError
 from megatron_quant.models import Box, Copy, Source, copies, local_shape, lookup
@@ -46,7 +48,7 @@ def _change_json(file: Path, **changes: Any) -> None:
 
 def _check(directory: Path) -> tuple[str, ...]:
     checkpoint = open_directory(directory)
-    return checkpoint.check(lookup(checkpoint.config).params(checkpoint.config))
+    return check_weights(checkpoint, lookup(checkpoint.config).params(checkpoint.config))
 
 
 def _assert_refused(directory: Path, message: str) -> None:

@@ -1,9 +1,8 @@
-from .directory import PLAIN_DTYPES as PLAIN_DTYPES
-from .directory import Weights as Weights
-from .directory import fill as fill
-from .directory import is_buffer as is_buffer
+from .checks import PLAIN_DTYPES as PLAIN_DTYPES
+from .checks import check_weights as check_weights
+from .checks import is_buffer as is_buffer
+from .checks import plain_dtypes as plain_dtypes
 from .directory import open_directory as open_directory
-from .directory import plain_dtypes as plain_dtypes
 from .logical_tensors import kept_dtypes as kept_dtypes
 from .logical_tensors import logical as logical
 from .logical_tensors import open_original as open_original
@@ -23,6 +22,9 @@ from .scale_keeping import keeping as keeping
 from .scale_keeping import kept_scales as kept_scales
 from .shared_exponents import is_e8m0 as is_e8m0
 from .shared_exponents import nan_of_e8m0 as nan_of_e8m0
+from .source import TensorSource as TensorSource
+from .source import Weights as Weights
+from .source import fill as fill
 
 __all__ = [
     "GROUP_INDEX",
@@ -31,9 +33,11 @@ __all__ = [
     "QuantizedCheckpoint",
     "ReadOnce",
     "Scales",
+    "TensorSource",
     "Weights",
     "check_fused",
     "check_shared",
+    "check_weights",
     "fill",
     "is_buffer",
     "is_e8m0",

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_quant.ckpt.read.directory import Weights, check_plain
+from megatron_quant.ckpt.read.checks import check_plain
 from megatron_quant.ckpt.read.open import open_source
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.read.source import TensorSource, Weights
 from megatron_quant.ckpt.read.stack_views import viewed
 from megatron_quant.models import Box, Param, Structure, describe_structure, has_table, is_draft
 
@@ -56,7 +57,7 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[Box]:
         yield Box((start, *(0 for _ in shape[1:]))[: len(shape)], size)
 
 
-def plain_part(checkpoint: Weights, name: str, box: Box) -> torch.Tensor:
+def plain_part(checkpoint: TensorSource, name: str, box: Box) -> torch.Tensor:
     """Read the rectangle ``box`` of a tensor.
 
     Raises CheckpointError if it cannot be read, or is not an unquantized model's.

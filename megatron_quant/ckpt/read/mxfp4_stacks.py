@@ -12,8 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_quant.ckpt.read.directory import PLAIN_DTYPES, Checkpoint, Listed, TensorInfo
+from megatron_quant.ckpt.read.checks import PLAIN_DTYPES
+from megatron_quant.ckpt.read.directory import Checkpoint
 from megatron_quant.ckpt.read.shared_exponents import check_e8m0
+from megatron_quant.ckpt.read.source import Listed, TensorInfo
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode, get_format
 from megatron_quant.models import Box

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from megatron_quant.ckpt.dialects import has_expert_stacks, quantization_of
-from megatron_quant.ckpt.read.directory import Weights, open_directory
+from megatron_quant.ckpt.read.directory import open_directory
 from megatron_quant.ckpt.read.head import with_own_head
 from megatron_quant.ckpt.read.mxfp4_stacks import ExpertStacks
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint, matrices
+from megatron_quant.ckpt.read.source import Weights
 from megatron_quant.ckpt.read.stack_views import unstacked
 from megatron_quant.models import has_table
 

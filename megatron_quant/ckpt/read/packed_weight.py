@@ -22,9 +22,9 @@ from megatron_quant.ckpt.dialects import (
     Stored,
     packings,
 )
-from megatron_quant.ckpt.read.directory import PLAIN_DTYPES, beside
-from megatron_quant.ckpt.read.read_once import Files
+from megatron_quant.ckpt.read.checks import PLAIN_DTYPES, beside
 from megatron_quant.ckpt.read.shared_exponents import check_e8m0, is_e8m0
+from megatron_quant.ckpt.read.source import TensorInfo, TensorSource
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import Format, decode, lost, lost_between, regrouped
 from megatron_quant.models import Box, whole
@@ -51,7 +51,7 @@ class Packed:
     those that follow from the shape, are not read. shape: [N, K] of the weight.
     """
 
-    files: Files
+    files: TensorSource
     module: str
     fmt: Format
     stored: tuple[Stored, ...]
@@ -110,9 +110,8 @@ class Packed:
     @cached_property
     def group_of_column(self) -> Tensor | None:
         """Return each column's group, int64 [K]; None if they are in their natural order."""
-        name = next(
-            (n for s in GROUP_INDEX if (n := f"{self.module}.{s}") in self.files.tensors), ""
-        )
+        names = (f"{self.module}.{suffix}" for suffix in GROUP_INDEX)
+        name = next((name for name in names if self.files.info(name) is not None), "")
         if not name or not self.fmt.group_sizes:
             return None
         cols = self.shape[1]
@@ -157,7 +156,7 @@ class Packed:
 
     def _field(self, stored: Stored, box: Box) -> Tensor:
         name = f"{self.module}.{stored.suffix}"
-        info = self.files.tensors[name]
+        info = _info(self.files, name)
         if stored.block == _SCALAR:
             value = self._numbers(stored, name, self.files.read(name, whole(info.shape)))
             return stored.from_disk(value.float().reshape(stored.scalar_shape))
@@ -195,9 +194,9 @@ class Packed:
             name = f"{self.module}.{stored.suffix}"
             if stored.field != SHAPE or stored.suffix in GROUP_INDEX:
                 continue
-            if name not in self.files.tensors and stored.optional:
+            if stored.optional and self.files.info(name) is None:
                 continue
-            info = self.files.tensors[name]
+            info = _info(self.files, name)
             found = self.files.read(name, whole(info.shape))
             if not torch.equal(found, stored.constant(*self.shape).to(found.dtype)):
                 raise CheckpointError(
@@ -207,7 +206,9 @@ class Packed:
                 )
 
 
-def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ...]) -> Packed:
+def open_packed(
+    files: TensorSource, module: str, fmt: Format, stored: tuple[Stored, ...]
+) -> Packed:
     """Open the weight of ``module``, and check that all its tensors fit ``fmt``.
 
     It reads headers, and tensors that follow from the shape. Raises CheckpointError for the first
@@ -215,13 +216,13 @@ def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ..
     """
     own = tuple(s for s in stored if s.field not in (INPUT_SCALE, WEIGHT_SCALE))
     for s in own:
-        if not s.optional and f"{module}.{s.suffix}" not in files.tensors:
+        if not s.optional and files.info(f"{module}.{s.suffix}") is None:
             raise CheckpointError(_missing(files, module, s, fmt, own))
     shape = _shape(files, module, own)
     for s in own:
         _check_form(files, f"{module}.{s.suffix}", s, fmt, shape)
     for suffix in GROUP_INDEX:
-        info = files.tensors.get(f"{module}.{suffix}")
+        info = files.info(f"{module}.{suffix}")
         if info is not None and (info.shape != shape[1:] or info.dtype not in _INTEGERS):
             raise CheckpointError(
                 f"{files.path}: {module}.{suffix} is {info.dtype} {list(info.shape)}, but the "
@@ -230,29 +231,36 @@ def open_packed(files: Files, module: str, fmt: Format, stored: tuple[Stored, ..
     return Packed(files=files, module=module, fmt=fmt, stored=own, shape=shape)
 
 
+def _info(files: TensorSource, name: str) -> TensorInfo:
+    """Return what is known of a tensor that is there."""
+    info = files.info(name)
+    assert info is not None, name
+    return info
+
+
 def _missing(
-    files: Files, module: str, lacked: Stored, fmt: Format, stored: tuple[Stored, ...]
+    files: TensorSource, module: str, lacked: Stored, fmt: Format, stored: tuple[Stored, ...]
 ) -> str:
     """Describe a missing tensor, and the tensors that are there instead."""
     said = (
         f"{files.path}: no tensor {module}.{lacked.suffix}, though config.json says that "
         f"{module} is {fmt.name}"
     )
-    plain = files.tensors.get(f"{module}.weight")
+    plain = files.info(f"{module}.weight")
     if plain is not None and plain.dtype in PLAIN_DTYPES:
         return f"{said}: its weight is plain ({plain.dtype}); list it as not quantized"
     suffixes = {s.suffix for s in stored}
-    found = {name.rpartition(".")[2] for name in beside(files.tensors, module)}
+    found = {name.rpartition(".")[2] for name in beside(files, module)}
     others = sorted(found.intersection(_OF_WEIGHTS) - suffixes)
     if others:
         return f"{said}: it has {', '.join(others)}; correct quantization_config"
     return f"{said}; fetch the checkpoint again"
 
 
-def _shape(files: Files, module: str, stored: tuple[Stored, ...]) -> tuple[int, int]:
+def _shape(files: TensorSource, module: str, stored: tuple[Stored, ...]) -> tuple[int, int]:
     """Return [N, K], as stored if it is stored: columns may fill their last word in part."""
     elements = stored[0]
-    on_disk = files.tensors[f"{module}.{elements.suffix}"].shape
+    on_disk = _info(files, f"{module}.{elements.suffix}").shape
     if len(on_disk) != 2:
         raise CheckpointError(
             f"{files.path}: {module}.{elements.suffix} has shape {list(on_disk)}, not two dims; "
@@ -260,7 +268,8 @@ def _shape(files: Files, module: str, stored: tuple[Stored, ...]) -> tuple[int, 
         )
     rows, cols = elements.weight_shape(on_disk)
     name = f"{module}.{_WEIGHT_SHAPE}"
-    if name not in files.tensors or files.tensors[name].shape != (2,):
+    info = files.info(name)
+    if info is None or info.shape != (2,):
         return rows, cols
     found = files.read(name, Box((0,), (2,))).tolist()
     fits = elements.shape(*found) == on_disk if min(found) > 0 else False
@@ -268,9 +277,9 @@ def _shape(files: Files, module: str, stored: tuple[Stored, ...]) -> tuple[int, 
 
 
 def _check_form(
-    files: Files, name: str, stored: Stored, fmt: Format, shape: tuple[int, int]
+    files: TensorSource, name: str, stored: Stored, fmt: Format, shape: tuple[int, int]
 ) -> None:
-    info = files.tensors.get(name)
+    info = files.info(name)
     if info is None:
         return
     if not stored.fits(info.dtype, info.shape, shape):

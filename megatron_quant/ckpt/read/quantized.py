@@ -18,14 +18,8 @@ from megatron_quant.ckpt.dialects import (
     quantization_of,
     stored_by,
 )
-from megatron_quant.ckpt.read.directory import (
-    PLAIN_DTYPES,
-    Checkpoint,
-    TensorInfo,
-    check_plain,
-    check_tensors,
-    open_directory,
-)
+from megatron_quant.ckpt.read.checks import PLAIN_DTYPES, check_plain
+from megatron_quant.ckpt.read.directory import Checkpoint, open_directory
 from megatron_quant.ckpt.read.head import with_own_head
 from megatron_quant.ckpt.read.packed_weight import (
     GROUP_INDEX,
@@ -34,9 +28,10 @@ from megatron_quant.ckpt.read.packed_weight import (
     with_scale_dtype,
 )
 from megatron_quant.ckpt.read.published import PREFIX
-from megatron_quant.ckpt.read.read_once import Files, ReadOnce
+from megatron_quant.ckpt.read.read_once import ReadOnce
+from megatron_quant.ckpt.read.source import TensorInfo, TensorSource
 from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.models import Box, Param, table_names, whole
+from megatron_quant.models import Box, table_names, whole
 
 _WEIGHTS = ("weight", "weight_packed", "qweight")
 _UNREAD = ("pre_quant_scale", "weight_zero_point")
@@ -177,10 +172,6 @@ class QuantizedCheckpoint:
         needed = (name for name in self if not self._is_needless(name))
         return {name: info for name in needed if (info := self.info(name)) is not None}
 
-    def check(self, params: Iterable[Param]) -> tuple[str, ...]:
-        """Check :meth:`dense` by :func:`megatron_quant.ckpt.read.directory.check_tensors`."""
-        return check_tensors(self.path, self.config, self.dense(), params)
-
     def info(self, name: str) -> TensorInfo | None:
         """Return dtype, shape and file of what :meth:`read` gives; None if there is no tensor."""
         if not self._is_packed(name):
@@ -211,7 +202,7 @@ class QuantizedCheckpoint:
         """Return a reader of the stored tensors that reads each only once."""
         return ReadOnce(self._files)
 
-    def packed(self, module: str, files: Files | None = None) -> Packed:
+    def packed(self, module: str, files: TensorSource | None = None) -> Packed:
         """Open the weight of a quantized module; CheckpointError if its tensors do not fit.
 
         files: the reader; None for the checkpoint itself.

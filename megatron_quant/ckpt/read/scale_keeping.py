@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from megatron_quant.ckpt.dialects import describe_format
-from megatron_quant.ckpt.read.directory import Weights
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.read.source import Weights
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import Format, Region
 from megatron_quant.models import Box

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_quant.ckpt.read.directory import Listed, TensorInfo, Weights
+from megatron_quant.ckpt.read.source import Listed, TensorInfo, Weights
 from megatron_quant.models import Box, View, unstack
 
 

@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import nn
 
 from megatron_quant.ckpt.plan import Layout
-from megatron_quant.ckpt.read import Weights, fill
+from megatron_quant.ckpt.read import TensorSource, Weights, fill
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import ArchitectureError, CheckpointError
 from megatron_quant.formats import amax
@@ -176,7 +176,7 @@ def load_model(
 
 
 @torch.no_grad()
-def _fill(model: LiveModel, checkpoint: Weights, progress: Callable[[int], None]) -> None:
+def _fill(model: LiveModel, checkpoint: TensorSource, progress: Callable[[int], None]) -> None:
     for local in model.local:
         tensor = model.tensor(local)
         tensor.zero_()  # padding rows of the vocabulary stay zero
@@ -188,7 +188,7 @@ def _fill(model: LiveModel, checkpoint: Weights, progress: Callable[[int], None]
 
 
 def _explain_not_finite(
-    dtype: torch.dtype, pieces: Sequence[Copy], checkpoint: Weights
+    dtype: torch.dtype, pieces: Sequence[Copy], checkpoint: TensorSource
 ) -> NoReturn:
     """Raise CheckpointError for the tensor that gave a parameter NaN or Inf in ``dtype``."""
     for piece in pieces:

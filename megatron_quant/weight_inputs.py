@@ -1,8 +1,8 @@
 """Find the inputs of weights in a forward, by the weight that they are multiplied with.
 
-A dispatch mode sees every matrix product. A factor that lies in a watched parameter is a weight.
-Where the parameter is a stack of experts, its offset tells the expert. The other factor is its
-input. So no module is replaced and no weight changed, however the model's code spells its linears.
+A dispatch mode sees every matrix product. A factor that lies in a watched parameter is a weight. If
+the parameter is a stack of experts, the offset tells the expert. The other factor is its input. So
+no module is replaced and no weight changed, however the model's code spells its linears.
 """
 
 from bisect import bisect_right
@@ -26,7 +26,7 @@ _FACTORS: dict[Callable[..., Any], tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class Watched:
-    """A parameter: one weight [N, K], or a stack of them whose first dim tells ``keys`` apart."""
+    """A parameter: one weight [N, K], or a stack of them with one of ``keys`` per first index."""
 
     parameter: torch.Tensor
     keys: tuple[str, ...]
@@ -39,8 +39,8 @@ class WeightInputs(TorchDispatchMode):
         watched: Parameters that hold the weights. Each must start at an address of its own.
         on_input: Called with a weight's key and an input [T, K] of it, T > 0, in every product. A
             stack's expert may get rows of zeros for tokens that go to other experts. The function
-            returns None, or the tensor of the same shape and dtype that is multiplied in its place.
-            What it computes is not observed.
+            returns None, or a tensor of the same shape and dtype to multiply instead. Its own
+            products are not observed.
     """
 
     def __init__(self, watched: Iterable[Watched], on_input: OnInput) -> None:
@@ -70,7 +70,7 @@ class WeightInputs(TorchDispatchMode):
         return func(*changed, **(kwargs or {}))
 
     def _seen(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """Hand over ``x`` where ``w`` is a watched weight, or several; return what replaces it."""
+        """Hand over ``x`` if ``w`` is one or several watched weights; return its replacement."""
         watched = self._find(w)
         if watched is None or not x.numel():
             return x

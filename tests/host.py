@@ -1,4 +1,4 @@
-"""What a test does before it imports modelopt, megatron or transformer_engine in its own process.
+"""Ready a test's process before it imports modelopt, megatron or transformer_engine.
 
     from tests.host import ready
 

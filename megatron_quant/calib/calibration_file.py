@@ -1,15 +1,16 @@
-"""The file that keeps what calibration measured, by the names of logical tensors.
+"""Keep what calibration measured in a file, by the names of logical tensors.
 
-A safetensors file. For each Hugging Face module whose inputs were measured:
+It is a safetensors file. For each Hugging Face module whose inputs were measured, it has:
 
-- ``MODULE.input_amax``, fp32 []: their largest magnitude, to which a percentile may have clipped.
+- ``MODULE.input_amax``, fp32 []: their largest magnitude, which a percentile may have clipped.
 - ``MODULE.input_tokens``, int64 []: tokens that were seen; 0 for an expert that saw none.
 - ``MODULE.input_squares``, fp32 [K]: sums of squares.
-- ``MODULE.input_moment``, fp32 [K, K]: sums of x x^T. Modules that are fused read the same inputs;
-  it is kept once, under the first of them.
+- ``MODULE.input_moment``, fp32 [K, K]: sums of x x^T. Fused modules read the same inputs, so it is
+  kept once, under the first of them.
 
-For each attention ``ATTENTION.k_cache_amax`` and ``ATTENTION.v_cache_amax``, fp32 [], of a
-calibrated KV cache. An expert that saw no token has the squares and products of its whole layer.
+For each attention with a calibrated KV cache, it has ``ATTENTION.k_cache_amax`` and
+``ATTENTION.v_cache_amax``, fp32 []. An expert that saw no token has the squares and products of its
+whole layer.
 """
 
 import os
@@ -50,10 +51,10 @@ def cache_key(cache_slot: str) -> str:
 
 
 class CalibrationWriter:
-    """Writes a calibration file whose tensors come in any order, from several processes too.
+    """Writes a calibration file whose tensors come in any order, also from several processes.
 
-    One process calls :meth:`create`, then any of them :meth:`put`, then that one :meth:`finish`.
-    Until then a file of that name that was there stays.
+    One process calls :meth:`create`, then any process :meth:`put`, then the first :meth:`finish`.
+    Until then an older file of that name stays.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ def write_calibration(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a calibration file at once.
 
     Raises:
-        ExportError: For what the disk refuses; an older file is there then.
+        ExportError: If the disk refuses; an older file then stays as it is.
     """
     writer = CalibrationWriter(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
     try:
@@ -142,7 +143,7 @@ def write_calibration(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @dataclass(frozen=True)
 class CalibrationFile:
-    """A calibration file, opened; tensors are read when they are asked for."""
+    """An open calibration file; tensors are read on demand."""
 
     path: Path
     entries: Mapping[str, TensorEntry]
@@ -215,8 +216,8 @@ class CalibrationFile:
         dtype = torch.int64 if key.endswith(TOKENS) else torch.float32
         if (entry.dtype, entry.shape) != (dtype, shape):
             raise CalibrationError(
-                f"--load-calibration {self.path}: {key} is {entry.dtype} {list(entry.shape)}, and "
-                f"{dtype} {list(shape)} is needed; it was saved for another model"
+                f"--load-calibration {self.path}: {key} is {entry.dtype} {list(entry.shape)}, but "
+                f"{dtype} {list(shape)} is needed; it was saved for another model, calibrate again"
             )
         try:
             return self.files.tensor(entry)

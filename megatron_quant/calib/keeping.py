@@ -1,4 +1,4 @@
-"""List what a finished calibration puts into a calibration file."""
+"""List the tensors that a finished calibration puts into a calibration file."""
 
 from collections.abc import Iterator, Mapping
 

@@ -1,4 +1,4 @@
-"""The words that arguments may be. Nothing here imports torch."""
+"""List the values that arguments may have. Nothing here imports torch."""
 
 from dataclasses import dataclass, fields
 
@@ -10,10 +10,10 @@ from megatron_quant.runs.options import DTYPES, QuantizeOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """Values of the arguments that name one of a few things.
+    """Values of the arguments that are one of a few names.
 
     Attributes:
-        recipes: Shipped recipes; a YAML path or a ModelOpt preset may stand in their place.
+        recipes: Shipped recipes; a YAML path or a ModelOpt preset works too.
         formats: Values of ``format``: who can read an export.
         engines: Values of ``Serve.engine``.
         dtypes: Values of ``dtype``.
@@ -35,11 +35,11 @@ _ARGUMENTS = (
     *("hf_model_id", "export_quant_cfg", "export_dir", "export_format"),
     *("parallel", "calibration", "serve", "write"),
 )
-"""Fields that are arguments of the front door, most of them under another name."""
+"""Fields that are arguments of the front door, mostly under another name."""
 
 
 def choices() -> Choices:
-    """Return what recipes, formats, engines, ... there are to choose from."""
+    """List the recipes, formats, engines and other names to choose from."""
     return Choices(
         recipes=tuple(recipe_names()),
         formats=DIALECT_NAMES,

@@ -1,4 +1,4 @@
-"""Findings of a run as JSON, for programs: what ``--report`` writes."""
+"""Write a run's findings as JSON for programs (``--report``)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_quant.dist import Groups, together
 from megatron_quant.documents import check_output_file, write_json
 
-if TYPE_CHECKING:  # it imports Megatron, which a host without a GPU must be readied for
+if TYPE_CHECKING:  # imports Megatron, which needs use_cpu() first on a host without a GPU
     from megatron_quant.runs.file_to_file import Streamed
     from megatron_quant.runs.megatron import Outcome
 
 
 def check_report(path: Path | None, groups: Groups) -> None:
-    """Refuse, before the work, a file that could not be written after it. Collective."""
+    """Refuse now a file that could not be written after the work. Collective."""
     together(groups, lambda: check_output_file("--report", path) if groups.rank == 0 else None)
 
 
@@ -51,7 +51,7 @@ def of_outcome(outcome: "Outcome") -> dict[str, Any]:
 
 
 def of_streamed(streamed: "Streamed") -> dict[str, Any]:
-    """Return a streamed run's findings, with every amax that was needed, by slot name."""
+    """Return a streamed run's findings as JSON, with every amax that it needed by slot name."""
     plan = streamed.job.exported
     return {
         "recipe": streamed.job.quant.recipe,

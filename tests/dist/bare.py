@@ -1,4 +1,4 @@
-"""A Qwen3-MoE model as Megatron-LM builds and fills it: megatron-core alone, nothing of this library.
+"""A Qwen3-MoE model that megatron-core alone builds and fills, as Megatron-LM does.
 
 Import it in functions that run under the ``ranks`` fixture.
 """

@@ -1,4 +1,4 @@
-"""Small checkpoints whose sizes every format takes at tp 4, ep 4 and etp 2, with a tokenizer."""
+"""Small checkpoints with a tokenizer, in sizes that every format takes at tp 4, ep 4 and etp 2."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Quantized grouped linears alone, and what they should compute, written out.
+"""Quantized grouped linears alone, and plain code for what they should compute.
 
 Import it in functions that run under the ``ranks`` fixture.
 """

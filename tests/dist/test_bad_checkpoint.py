@@ -1,6 +1,6 @@
 """Checkpoints and disks that fail: the same line on every rank, no hang, and no trace of an export.
 
-Where a rank alone meets the fault (it alone holds the slice, or its disk is full) all ranks say so.
+If only one rank meets the fault (it alone holds the slice, or its disk is full), all ranks say so.
 """
 
 import resource

@@ -1,4 +1,4 @@
-"""What calibration refuses, on every rank alike; and how often ranks wait for one another."""
+"""Calibration refuses bad input on every rank alike; the number of collectives is counted."""
 
 from pathlib import Path
 from typing import Any

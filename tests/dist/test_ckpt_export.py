@@ -1,4 +1,4 @@
-"""An export by real ranks: the files of one rank, and one rank's error on all."""
+"""An export by real ranks gives one rank's files, and one rank's error reaches all."""
 
 from collections.abc import Iterator
 from pathlib import Path

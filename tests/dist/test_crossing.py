@@ -1,4 +1,4 @@
-"""Groups and blocks that shards cut, on real ranks: the bytes of one rank, the forward of its."""
+"""Groups and blocks that shards cut give the bytes and the forward of one rank, on real ranks."""
 
 from dataclasses import dataclass
 from pathlib import Path

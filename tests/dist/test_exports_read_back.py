@@ -1,4 +1,4 @@
-"""What others make of an export from TP 2 x EP 2: transformers' reader, ModelOpt's packing."""
+"""Other libraries read an export from TP 2 x EP 2: transformers' reader, ModelOpt's packing."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An error in one rank's forward, where Megatron's own collectives run: all ranks end, told why."""
+"""An error in one rank's forward, amid Megatron's own collectives, ends all ranks and is told."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""--keep-scales: what a released checkpoint stores comes out of a live model bit for bit."""
+"""--keep-scales: a released checkpoint's codes and scales leave a live model bit for bit."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The FP8 KV cache: what is calibrated, what a forward sees of it, and what the files hold."""
+"""The FP8 KV cache: its calibration, its effect in a forward, and its scales in files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The quantized grouped linears alone: values, gradients, and what a forward leaves behind."""
+"""The quantized grouped linears alone: values, gradients, and state after a forward."""
 
 import pytest
 import torch

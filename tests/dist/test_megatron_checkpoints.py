@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints: one layout saves, every other has the same model of it."""
+"""Megatron's distributed checkpoints: one layout saves, and every other loads the same model."""
 
 from pathlib import Path
 

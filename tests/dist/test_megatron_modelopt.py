@@ -1,4 +1,4 @@
-"""State that ModelOpt itself saved is read: of the installed release, whichever it is."""
+"""State that the installed release of ModelOpt saves itself is read."""
 
 from importlib.metadata import version
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A checkpoint that is packed already, from its slices to exports, at several layouts."""
+"""A packed source, from its slices to exports, at several layouts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""examples/train_qat.py: its loss, and runs that are killed and go on at another layout."""
+"""examples/train_qat.py: its loss, and killed runs that continue at another layout."""
 
 import importlib
 import os

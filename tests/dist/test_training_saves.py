@@ -1,4 +1,4 @@
-"""What a prepared model leaves in checkpoints: of its ranges, its names and ModelOpt's state."""
+"""A prepared model's checkpoints: their ranges, their names and ModelOpt's state."""
 
 from pathlib import Path
 

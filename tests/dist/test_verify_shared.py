@@ -1,4 +1,4 @@
-"""Ranks verify a checkpoint together: a share each, and one report whoever has the fault."""
+"""Ranks verify a checkpoint together: each takes a share, and all give the same report."""
 
 import json
 from pathlib import Path

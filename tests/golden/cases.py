@@ -1,4 +1,4 @@
-"""Inputs of the golden files: what every format meets, and what only some do."""
+"""Inputs of the golden files: those that all formats share, and those of some formats."""
 
 import torch
 from torch import Tensor

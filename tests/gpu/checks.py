@@ -1,4 +1,4 @@
-"""What must hold on any device: the tests of tests/gpu run it on a GPU, tests/dist on the CPU.
+"""Checks that must hold on any device: tests/gpu runs them on a GPU, tests/dist on the CPU.
 
 A check raises AssertionError. ``device`` is where the layer under test lives; the reference is
 computed on the CPU from the same weights. Import it after ``tests.host.ready()``.

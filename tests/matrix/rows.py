@@ -1,4 +1,4 @@
-"""Which versions are tested together, and with which tests."""
+"""The versions that are tested together, and their tests."""
 
 from dataclasses import dataclass
 

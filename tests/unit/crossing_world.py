@@ -1,4 +1,4 @@
-"""Weights cut by shards inside their blocks, every rank of a layout in one process."""
+"""Weights whose blocks shards cut, with every rank of a layout in one process."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

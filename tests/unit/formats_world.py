@@ -1,4 +1,4 @@
-"""Every format, and what the tests of formats compare with."""
+"""All formats, and the references that their tests compare with."""
 
 from itertools import pairwise, product
 

@@ -1,4 +1,4 @@
-"""Values that no reader expects, and every place of a document in which one may be."""
+"""Values that no reader expects, put into every place of a document."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""The project's pages, and what stands in them: blocks, commands, words, tables."""
+"""The project's pages, and their blocks, commands, words and tables."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Checkpoints as people publish them: what is changed of one that transformers saved."""
+"""Checkpoints as people publish them, made by changing one that transformers saved."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Where ranks sit, and what they hold of a parameter."""
+"""Places of ranks in a layout, and the shards of a parameter that they hold."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Files filled in place: the same bytes past the system's cache and through it."""
+"""Files filled in place have the same bytes past the system's cache and through it."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""What ``--help`` teaches, and how a command line that cannot be parsed ends."""
+"""``--help`` of every verb, and the end of a command line that cannot be parsed."""
 
 import argparse
 import re

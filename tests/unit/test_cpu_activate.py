@@ -1,4 +1,4 @@
-"""When the CPU room may be activated, and that nothing happens before."""
+"""The CPU room may be activated only in time, and changes nothing before."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What the CPU room knows of other versions, and the refusals of its plugin."""
+"""The CPU room's differences between versions, and the refusals of its plugin."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""Blocks belong to the logical tensor: whatever cuts it, the same bytes are written."""
+"""Blocks belong to the logical tensor: every cut writes the same bytes."""
 
 import pytest
 import torch

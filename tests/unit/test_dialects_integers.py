@@ -1,4 +1,4 @@
-"""The JSON of GPTQ, AWQ and AutoRound, and what their tensors decode to."""
+"""The JSON of GPTQ, AWQ and AutoRound, and the values of their tensors."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The one door for documents: what is read, what is refused, in one line and bounded memory."""
+"""Documents are read, or refused in one line, in bounded memory."""
 
 import os
 import tracemalloc

@@ -1,4 +1,4 @@
-"""What a rank holds while it writes: about its largest tensor twice, measured from outside."""
+"""A rank holds about twice its largest tensor while it writes, measured from outside."""
 
 import subprocess
 import sys

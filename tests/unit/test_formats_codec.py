@@ -1,4 +1,4 @@
-"""What encoding promises of every format, and the errors of the codec."""
+"""The promises of encoding for every format, and the errors of the codec."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Pieces of a logical tensor against the whole: what makes every layout give the same bytes."""
+"""Pieces of a logical tensor equal the whole, so that every layout gives the same bytes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What stored codes stand for: the loops in C against the torch codecs, and the error that is left.
+"""Decoding stored codes, and their error: the loops in C against the torch codecs.
 
 Every code of every element, under every shape of scales that a checkpoint has.
 """

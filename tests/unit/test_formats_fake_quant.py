@@ -1,4 +1,4 @@
-"""What is calibrated is what is shipped."""
+"""Fake quant gives the values that an export stores."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""GPTQ on every grid: against its plain form, and what it must never do."""
+"""GPTQ on every grid, against its plain form, with results that it must never give."""
 
 import pytest
 import torch

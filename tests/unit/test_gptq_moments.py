@@ -1,4 +1,4 @@
-"""Second moments of inputs, and how ranks put theirs together."""
+"""Second moments of inputs, and their merging over ranks."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Whatever stands in a config, a quantization file or a recipe is read, or refused in a line."""
+"""Any value in a config, a quantization file or a recipe is read, or refused in one line."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints made to harm: one line each, little memory, nothing run or written elsewhere."""
+"""Malicious checkpoints: one line each, little memory, nothing run or written elsewhere."""
 
 import os
 import pickle

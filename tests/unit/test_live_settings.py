@@ -1,4 +1,4 @@
-"""Which values of a live model's TransformerConfig mean what config.json says."""
+"""Values of a live model's TransformerConfig, against those of config.json."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Files that lose their end, or get another one, while they are mapped."""
+"""Files that are cut or grow while they are mapped."""
 
 import faulthandler
 import os

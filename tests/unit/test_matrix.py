@@ -1,4 +1,4 @@
-"""The runner of the version matrix: what it says of rows that did not pass or did not run."""
+"""The version matrix's runner: its report of rows that did not pass or did not run."""
 
 import sys
 from pathlib import Path

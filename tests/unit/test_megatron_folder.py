@@ -1,4 +1,4 @@
-"""A Megatron checkpoint's folder: what of it is replaced and removed, and what is never touched."""
+"""A Megatron checkpoint's folder: files that are replaced and removed, and files that never are."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the tables read from config.json, and what they refuse."""
+"""The tables read config.json, or refuse it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Counts that a config states are held against the tensors before anything counts to them."""
+"""A config's counts are compared with the tensors before anything counts to them."""
 
 import re
 

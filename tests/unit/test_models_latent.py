@@ -1,4 +1,4 @@
-"""DeepSeek-V3's and Qwen2-MoE's tables: what they read, what they refuse, what engines fuse."""
+"""DeepSeek-V3's and Qwen2-MoE's tables: configs, refusals, and the weights that engines fuse."""
 
 import json
 from pathlib import Path

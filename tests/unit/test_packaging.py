@@ -1,4 +1,4 @@
-"""What pip installs, tried from a wheel and from a sdist in an environment of its own."""
+"""Installs by pip, from a wheel and from a sdist, in their own environment."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What an unfinished export may be continued with, what is written again, and what is refused."""
+"""Continuing an unfinished export: what is kept, what is written again, what is refused."""
 
 import json
 from collections.abc import Callable, Iterator

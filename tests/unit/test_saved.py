@@ -1,4 +1,4 @@
-"""What a checkpoint says of its quantization, there and back."""
+"""A checkpoint's description of its quantization, written and read again."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the engines cannot serve is refused with the nearest that they can; the rest is not."""
+"""Only exports that an engine cannot serve are refused, with the nearest that it can."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's index and weights: carried, or named."""
+"""Files beside a checkpoint's index and weights are carried, or named."""
 
 import json
 import os

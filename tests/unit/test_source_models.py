@@ -1,4 +1,4 @@
-"""Families whose checkpoints recognition had refused, or had quantized what engines keep."""
+"""Families that once were refused, or had tensors quantized that engines keep plain."""
 
 import json
 from pathlib import Path

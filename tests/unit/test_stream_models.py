@@ -1,4 +1,4 @@
-"""Models without a table, streamed: every expert is there, and holds what its codes stand for."""
+"""Models without a table, streamed: every expert is there, with the values of its codes."""
 
 import json
 import re

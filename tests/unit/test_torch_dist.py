@@ -1,4 +1,4 @@
-"""Opening Megatron's checkpoint directories: what is one, and what no pickle in it may do."""
+"""Opening Megatron's checkpoint directories, and refusing what their pickles may not do."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What others publish and the reader decodes exactly is sound to ``verify`` too."""
+"""Published checkpoints that the reader decodes exactly pass ``verify`` too."""
 
 import json
 from pathlib import Path

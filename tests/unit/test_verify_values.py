@@ -1,4 +1,4 @@
-"""What verification says of values: the same with the compiled loops and without."""
+"""Verification of values is the same with the compiled loops and without."""
 
 import pytest
 import torch

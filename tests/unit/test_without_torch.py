@@ -1,4 +1,4 @@
-"""What names things, and the command line until it works, starts without torch or Megatron."""
+"""Modules of names, and the command line before its work, load neither torch nor Megatron."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Runs under vLLM's own Python: what it makes of a checkpoint, as a JSON file.
+"""Run a checkpoint under vLLM's own Python, and write the results as a JSON file.
 
     python serve.py DIR '[token ids]' OUT.json
 

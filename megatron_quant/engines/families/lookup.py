@@ -1,4 +1,4 @@
-"""Look facts up: by names where a name tells, by ``model_type`` where two families differ."""
+"""Look facts up by name, or by ``model_type`` if two families differ."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -14,7 +14,7 @@ def _all(values: Iterable[str]) -> tuple[str, ...]:
 
 
 DENSE = tuple(row for family in FAMILIES for row in family.dense)
-"""Names decide, as derived models have a ``model_type`` of their own."""
+"""Names decide, because derived models have their own ``model_type``."""
 FUSED = (*every.FUSED, *(row for family in FAMILIES for row in family.fused))
 STACKS = tuple(row for family in FAMILIES for row in family.stacks)
 EMBEDDINGS = _all(("embed_tokens", *(family.embedding for family in FAMILIES)))
@@ -25,7 +25,7 @@ _DENSE = tuple((re.compile(row.names), row) for row in DENSE)
 
 
 def family_of(kinds: Iterable[object]) -> Family | None:
-    """Return the family of the first ``model_type`` that one has; None where none has it."""
+    """Return the family of the first ``model_type`` that belongs to one; None if none does."""
     return next((f for kind in kinds for f in FAMILIES if kind in f.kinds), None)
 
 
@@ -40,9 +40,9 @@ def dense_row(name: str) -> Dense | None:
 
 @cache
 def fused_sets(leaves: frozenset[str]) -> tuple[Fused, ...]:
-    """Return the linears that engines make of a module's, each member in one of them at most.
+    """Return the fused linears that engines make of a module's; each member is in at most one.
 
-    Where a member may go into two, the one takes it that fuses more of what the module has.
+    If a member fits two, it goes to the one that fuses more of the module's linears.
 
     Args:
         leaves: Last parts of the names of the module's linears.
@@ -58,7 +58,7 @@ def fused_sets(leaves: frozenset[str]) -> tuple[Fused, ...]:
 def fused_names(leaves: Collection[str]) -> tuple[str, ...]:
     """Return every name that engines may give to what they fuse of ``leaves``, linears of a module.
 
-    A config matches them beside the members' own.
+    A config matches these names and the members' own.
     """
     own = set(leaves)
     known = (f for leaf in leaves for f in FUSED if leaf in f.members and own.issuperset(f.marks))
@@ -66,7 +66,7 @@ def fused_names(leaves: Collection[str]) -> tuple[str, ...]:
 
 
 def engine_names(family: Family | None, modules: Iterable[str]) -> tuple[str, ...]:
-    """Return the engine's names of those of ``modules`` that it calls otherwise."""
+    """Return the engine's names for those of ``modules`` that it calls differently."""
     rows = family.called if family is not None else ()
     found = (m.expand(row.engine) for n in modules for row in rows if (m := _match(row.modules, n)))
     return _all(found)
@@ -82,7 +82,7 @@ def _match(pattern: str, name: str) -> re.Match[str] | None:
 
 
 def stack_of(name: str) -> tuple[str, Stack] | None:
-    """Return the block and the row of a stack with a name of its own; None for any other tensor."""
+    """Return block and row of a stack that has its own kind of name; None for other tensors."""
     for row in STACKS:
         if match := _match(row.names, name):
             return match[1], row

@@ -8,8 +8,8 @@ from enum import Enum
 class Dense:
     """Tensors of a layer that engines build without quantization. No recipe quantizes them.
 
-    Engines load such tensors by the names of plain ones. Codes there raise an error; where only the
-    dtype differs, they load as wrong values without a word.
+    Engines load such tensors by the names of plain ones. Codes there raise an error. If only the
+    dtype differs, they load silently as wrong values.
 
     Attributes:
         names: Pattern of the tensors' names in their layer.
@@ -24,12 +24,12 @@ class Dense:
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """Linears of one module that engines make one of. They share format and tensor scales.
+    """Linears of one module that engines fuse into one. They share format and tensor scales.
 
     Attributes:
-        name: The engines' name of the one.
-        members: Last parts of the names of those that it fuses; a module may lack some.
-        marks: Members that a module has where it is this one and no other of the same members.
+        name: The engines' name of the fused one.
+        members: Last name parts of the linears that it fuses; a module may lack some.
+        marks: Members that tell this one from others with the same members.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Called:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A stored 3-D tensor with a matrix for each expert, under another name than the usual.
+    """A stored 3-D tensor with a matrix for each expert, under an unusual name.
 
     Attributes:
         names: Pattern of the tensor's name. Its first group is the block that has the experts.

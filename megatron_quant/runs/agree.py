@@ -8,6 +8,7 @@ import torch
 
 from megatron_quant.alike import check_alike, once_a_host
 from megatron_quant.ckpt.plan import ExportPlan, Origin, digest_of_parts, source_digest
+from megatron_quant.ckpt.read import Compared, compared_heads, remember_heads
 from megatron_quant.ckpt.storage import resolve_source
 from megatron_quant.ckpt.write import plan_digest
 from megatron_quant.dist import Groups
@@ -29,20 +30,24 @@ def check_options(options: object, groups: Groups) -> None:
 def fetched(options: QuantizeOptions, groups: Groups) -> QuantizeOptions:
     """Return ``options`` with a directory as source; one rank per host fetches a hub id.
 
-    That rank also reads the files that all others will read, so that they are in the host's memory.
+    That rank also reads the files that all others will read, so that they are in the host's memory,
+    and compares head and embedding for all.
     Collective. Raises CheckpointError, on every rank, if there is no such source.
     """
     given = options.hf_model_id
     if given is None:
         return options
 
-    def fetch() -> str:
-        source = resolve_source(given, options.calibration.trust_remote_code)
+    def fetch() -> tuple[str, Compared]:
+        source, heads = resolve_source(given, options.calibration.trust_remote_code), Compared()
         with suppress(QuantError):  # reported where it is needed
             source_digest(source)
-        return str(source)
+            heads = compared_heads(source)
+        return str(source), heads
 
-    return replace(options, hf_model_id=once_a_host(groups, fetch))
+    directory, heads = once_a_host(groups, fetch)
+    remember_heads(heads)
+    return replace(options, hf_model_id=directory)
 
 
 def check_plans(groups: Groups, origin: Origin, plan: ExportPlan | None) -> None:

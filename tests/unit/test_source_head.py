@@ -1,15 +1,19 @@
 """A head that the config says is the embedding: values decide, and no head is dropped."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_quant.ckpt.read import head
 from megatron_quant.ckpt.read.open import open_source
 from megatron_quant.ckpt.verify.checkpoint import verify
 from megatron_quant.runs.job import prepare_job
 from megatron_quant.runs.options import QuantizeOptions
 from tests.dist import checkpoints
+from tests.dist.pool import Ranks
 from tests.unit import hf_models, sources
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -95,3 +99,40 @@ def test_a_megatron_model_is_planned_untied(untied: Path, tmp_path: Path) -> Non
     assert "output_layer.weight" in {p.name for p in job.params}
     assert job.architecture is not None
     assert not job.architecture.gpt_config(job.hf_config)["share_embeddings_and_output_weights"]
+
+
+def compares(source: Path, out: Path) -> int:
+    """How often this rank compares a block of head and embedding, in a run of all ranks."""
+    count = 0
+    real = torch.equal
+
+    def counted(*pair: torch.Tensor) -> bool:
+        nonlocal count
+        count += 1
+        return real(*pair)
+
+    head.torch = SimpleNamespace(equal=counted)
+    sources.run(source, out)
+    return count
+
+
+def test_one_rank_compares_and_once(untied: Path, tmp_path: Path, ranks: Ranks) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    found = sources.tensors(untied)
+    sources.write(source, {**found, HEAD: found[EMBEDDING].clone()})
+    (source / "config.json").write_bytes((untied / "config.json").read_bytes())
+    sources.config(source, tie_word_embeddings=True)
+    first, second = ranks(2, compares, source, tmp_path / "out")
+    assert (first, second) == (1, 0)
+    assert HEAD not in sources.tensors(tmp_path / "out")
+
+
+def test_a_head_that_was_replaced_is_compared_again(untied: Path, tmp_path: Path) -> None:
+    found = sources.tensors(untied)
+    (tmp_path / "config.json").write_bytes((untied / "config.json").read_bytes())
+    sources.config(tmp_path, tie_word_embeddings=True)
+    for second, same in enumerate((True, False, True)):
+        sources.write(tmp_path, {**found, HEAD: found[EMBEDDING] + (0 if same else 1)})
+        os.utime(tmp_path / sources.WEIGHTS, (second, second))
+        assert (HEAD in open_source(tmp_path).dense()) is not same

@@ -3,6 +3,9 @@ from .checks import check_weights as check_weights
 from .checks import is_buffer as is_buffer
 from .checks import plain_dtypes as plain_dtypes
 from .directory import open_directory as open_directory
+from .head import Compared as Compared
+from .head import compared_heads as compared_heads
+from .head import remember_heads as remember_heads
 from .logical_tensors import kept_dtypes as kept_dtypes
 from .logical_tensors import logical as logical
 from .logical_tensors import open_original as open_original
@@ -29,6 +32,7 @@ from .source import fill as fill
 __all__ = [
     "GROUP_INDEX",
     "PLAIN_DTYPES",
+    "Compared",
     "Packed",
     "QuantizedCheckpoint",
     "ReadOnce",
@@ -38,6 +42,7 @@ __all__ = [
     "check_fused",
     "check_shared",
     "check_weights",
+    "compared_heads",
     "fill",
     "is_buffer",
     "is_e8m0",
@@ -53,5 +58,6 @@ __all__ = [
     "params_of",
     "plain_dtypes",
     "plain_part",
+    "remember_heads",
     "row_blocks",
 ]

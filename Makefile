@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env test test-vllm test-matrix test-te test-gpu lint format demo demo-qat accuracy clean
+.PHONY: env test test-vllm test-clients test-matrix test-te test-gpu lint format demo demo-qat accuracy clean
 
 env: $(READY)
 

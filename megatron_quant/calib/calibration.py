@@ -38,7 +38,7 @@ class CalibrationReport:
     Attributes:
         weight_amax: Amax of each weight alone, also where its layer's experts share the largest.
         input_amax: Amax of each weight's inputs, also where a percentile clips them.
-        scaled_amax: The same, clipped where a percentile does: what input scales follow from.
+        scaled_amax: The same after clipping at a percentile; input scales follow from it.
         tokens: Number of tokens that an expert was given, for each of its weights (empty for
             weight-only plans). Everything that ran counts: padding too, and a batch as often as
             data-parallel ranks ran it so that all run equally many.
@@ -54,7 +54,7 @@ class CalibrationReport:
 
 @dataclass(frozen=True)
 class InputRules:
-    """How the scales of inputs follow from what forwards showed.
+    """How input scales follow from what the forwards measured.
 
     Attributes:
         cold_experts: Treatment of an expert that no token reached.
@@ -62,7 +62,7 @@ class InputRules:
             are clipped. 100 clips nothing.
         token_replicas: Number of ranks that are given the same expert's tokens (the expert
             tensor-parallel size), so that the report counts each token once.
-        loaded: What an earlier calibration measured; nothing is run then.
+        loaded: Measurements of an earlier calibration; no forward runs then.
     """
 
     cold_experts: ColdExperts = ColdExperts.ERROR
@@ -176,7 +176,7 @@ def _merge_inputs(
 
 
 def _read_inputs(file: CalibrationFile, plan: QuantPlan) -> tuple[dict[str, float], dict[str, int]]:
-    """Return what :func:`_merge_inputs` does, from what an earlier run measured."""
+    """Return what :func:`_merge_inputs` does, from an earlier run's measurements."""
     watched = [d for d in plan.quantized if d.inputs and d.inputs.tensor_scale]
     inputs = loaded_amaxes(file, watched)
     tokens = {}

@@ -273,14 +273,14 @@ def _check_calibration(options: QuantizeOptions, quant: QuantPlan, saved: Saved 
     flag = "--save-calibration" if data.save else "--load-calibration" if data.load else ""
     if flag and saved is not None:
         raise QuantError(
-            f"{flag}: --megatron-load-path has its scales and nothing is calibrated; leave one of "
-            "them out"
+            f"{flag} does not go with --megatron-load-path, which has its scales: nothing is "
+            "calibrated; leave one of them out"
         )
     if flag and not quant.needs_data:
         raise QuantError(f"{flag}: recipe {quant.recipe!r} needs no calibration data; leave it out")
     if data.keep_hessians and not any(d.rounds for d in quant.quantized):
         raise QuantError(
-            "--keep-hessians: second moments are measured for algorithm gptq alone, which no rule "
+            "--keep-hessians: second moments are measured only for algorithm gptq, which no rule "
             "has; leave it out"
         )
 

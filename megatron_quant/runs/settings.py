@@ -119,7 +119,7 @@ class Calibration(_Group):
             raise QuantError("--keep-hessians goes with --save-calibration FILE: add it")
         if self.load is not None and self.act_percentile < 100:
             raise QuantError(
-                "--act-percentile is of what is measured, and --load-calibration measures nothing: "
+                "--act-percentile clips measured inputs, but --load-calibration measures nothing: "
                 "give it to the run that saves the calibration"
             )
 

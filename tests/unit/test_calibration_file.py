@@ -90,7 +90,7 @@ def test_faults_of_a_file(tmp_path: Path) -> None:
     save_file({f"a.{AMAX}": torch.tensor(float("nan")), f"a.{SQUARES}": torch.ones(K)}, path)
     assert "a.input_amax is nan; calibrate again" in refused(path, lambda f: f.amax(("a",)))
     words = (
-        "a.input_squares is torch.float32 [8], and torch.float32 [4] is needed; it was saved for"
+        "a.input_squares is torch.float32 [8], but torch.float32 [4] is needed; it was saved for"
     )
     assert words in refused(path, lambda f: f.find(("a",), SQUARES, (4,)))
     words = "has no a.input_moment: save one with --keep-hessians of this model and recipe"
@@ -127,7 +127,7 @@ def test_an_expert_that_saw_no_token_is_missing(tmp_path: Path) -> None:
     [
         ({"save": Path("x"), "load": Path("y")}, "leave one of them out"),
         ({"keep_hessians": True}, "--keep-hessians goes with --save-calibration FILE"),
-        ({"load": Path("x"), "act_percentile": 99.0}, "--act-percentile is of what is measured"),
+        ({"load": Path("x"), "act_percentile": 99.0}, "--act-percentile clips measured inputs"),
     ],
 )
 def test_settings_that_exclude_one_another(settings: dict[str, object], message: str) -> None:

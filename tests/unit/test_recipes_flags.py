@@ -100,7 +100,7 @@ def test_scales_of_the_cache_are_planned(
             "nvfp4",
             {"save_calibration": Path("x"), "keep_hessians": True},
             QuantError,
-            "--keep-hessians: second moments are measured for algorithm gptq alone",
+            "--keep-hessians: second moments are measured only for algorithm gptq",
         ),
         ("int8", {"weight_only": True}, RecipeError, "weight-only INT8 is int8_group"),
         (

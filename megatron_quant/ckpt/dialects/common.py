@@ -39,9 +39,9 @@ def format_of_modules(plan: QuantPlan) -> dict[str, ModuleFormat]:
 
 
 def named_formats(plan: QuantPlan) -> dict[str, ModuleFormat]:
-    """Return :func:`format_of_modules` with the names that engines give to modules besides.
+    """Return :func:`format_of_modules`, and the same formats by engines' own names of modules.
 
-    Configs that state formats by name list them all.
+    Configs that state formats by name list both.
     """
     called = {
         module: ModuleFormat(decision.weights, decision.inputs)
@@ -112,8 +112,8 @@ def excluded(plan: QuantPlan) -> list[str]:
 def expert_blocks(plan: QuantPlan) -> list[str]:
     """List a pattern for each block of routed experts that ``plan`` leaves alone.
 
-    vLLM and SGLang give a block without a format of its own that of the first module under the
-    block's parent which has one, such as a shared expert's.
+    vLLM and SGLang give a block without its own format the first one that they find under the
+    block's parent, such as a shared expert's.
     """
     kept = (d.slot for d in plan.decisions if not d.quantized and _may_be_linear(d.slot.shape))
     found = (_BLOCK.match(n) for slot in kept for n in (*slot.sources, *slot.called))

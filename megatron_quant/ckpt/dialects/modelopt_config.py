@@ -99,7 +99,7 @@ def nested_mixed(
 
     Args:
         formats: Module -> its format, of all that is quantized.
-        excluded: Patterns of what readers would take for quantized though it is not listed.
+        excluded: Patterns of unlisted modules that readers would still take for quantized.
         kv_cache: ``fp8``, or empty.
     """
     quantization: dict[str, Any] = {

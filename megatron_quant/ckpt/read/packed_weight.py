@@ -171,7 +171,7 @@ class Packed:
         return stored.from_disk(self._numbers(stored, name, self.files.read(name, where)))
 
     def _numbers(self, stored: Stored, name: str, part: Tensor) -> Tensor:
-        """Return ``part`` as its field holds it: E8M0 as codes, or as fp32 where that is stored."""
+        """Return ``part`` as its field holds it: E8M0 as codes, or as fp32 if that is stored."""
         if not is_e8m0(part, self.fmt, stored.field):
             return part
         check_e8m0(self.files.path, name, part)

@@ -120,7 +120,7 @@ def form_problems(checkpoint: QuantizedCheckpoint, source: Source) -> list[str]:
 
 
 def role_problems(checkpoint: QuantizedCheckpoint, source: Source, role: Role) -> list[str]:
-    """Report a router that is quantized where engines build it as a plain one."""
+    """Report a quantized router if engines build it plain."""
     if role is not Role.ROUTER or not is_quantized(checkpoint, source):
         return []
     if has_plain_router(checkpoint.config):

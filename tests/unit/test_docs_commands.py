@@ -1,4 +1,7 @@
-"""No page shows a command, a flag or a target that does not exist."""
+"""No page shows a command, a flag or a target that does not exist.
+
+tests/dist/test_page_commands.py runs what can be run on tiny models.
+"""
 
 import argparse
 import ast

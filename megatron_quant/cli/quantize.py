@@ -72,8 +72,16 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
         "--megatron-load-path",
         type=Path,
         metavar="DIR",
-        help="do not calibrate: take weights, quantizers and recipe from a Megatron checkpoint "
-        "(torch_dist) of a quantized model, saved at any layout",
+        help="a Megatron checkpoint, saved at any layout: of a training run, whose weights are "
+        "quantized in place of --hf-model-id's; or of a quantized model, whose weights, quantizers "
+        "and recipe are taken in place of calibrating",
+    )
+    group.add_argument(
+        "--skip-keys",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keys of --megatron-load-path to leave out, such as 'mtp.*'; may be given again",
     )
     add_layout(group)
     group.add_argument(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_quant.errors import ArchitectureError
-from megatron_quant.models.blocks import parameters
+from megatron_quant.models.blocks import drafts, parameters
 from megatron_quant.models.config import Config
 from megatron_quant.models.decoder import Decoder, Experts, Latent, Rope, Sigmoid
 from megatron_quant.models.spec import Param
@@ -125,10 +125,16 @@ class Architecture:
         name: Its entry in ``architectures`` of config.json.
         decoder: Reads the facts out of config.json; raises ArchitectureError for a config that no
             table describes.
+        has_drafts: Whether its layers for speculation are named as DeepSeek-V3's.
     """
 
     name: str
     decoder: Callable[[Config], Decoder]
+    has_drafts: bool = False
+
+    def drafts(self, hf_config: Config, count: int) -> tuple[Param, ...]:
+        """List the parameters of ``count`` layers that predict tokens ahead; none without names."""
+        return tuple(drafts(self.decoder(hf_config), count)) if self.has_drafts else ()
 
     def params(self, hf_config: Config) -> tuple[Param, ...]:
         """List every logical parameter of the GPTModel (Transformer Engine spec), in its order."""

@@ -224,20 +224,46 @@ def head(decoder: Decoder) -> Iterator[Param]:
         yield replace(output, stage=Stage.LAST)
 
 
+def of_layer(decoder: Decoder, layer: int, *, experts: bool) -> Iterator[Param]:
+    """Yield every parameter of one layer; ``experts`` says whether it has any."""
+    if decoder.latent is not None:
+        yield from latent_attention(decoder, decoder.latent, layer)
+    else:
+        yield from attention(decoder, layer)
+    if experts and decoder.experts is not None:
+        yield from moe_mlp(decoder, decoder.experts, layer)
+    else:
+        yield from dense_mlp(decoder, layer)
+
+
 def parameters(decoder: Decoder) -> Iterator[Param]:
     """Yield every parameter of the model, in Megatron's order."""
     yield embedding(decoder)
     for layer in range(decoder.layers):
-        if decoder.latent is not None:
-            attends = latent_attention(decoder, decoder.latent, layer)
-        else:
-            attends = attention(decoder, layer)
-        for param in attends:
-            yield replace(param, layer=layer)
-        if decoder.experts is not None and decoder.has_experts(layer):
-            mlp = moe_mlp(decoder, decoder.experts, layer)
-        else:
-            mlp = dense_mlp(decoder, layer)
-        for param in mlp:
+        for param in of_layer(decoder, layer, experts=decoder.has_experts(layer)):
             yield replace(param, layer=layer)
     yield from head(decoder)
+
+
+def drafts(decoder: Decoder, count: int) -> Iterator[Param]:
+    """Yield the ``count`` layers that predict tokens ahead, which Megatron calls ``mtp``.
+
+    Hugging Face numbers them on from the model's last layer, and stores the embedding and the
+    output layer, which are the model's own, with each.
+    """
+    hidden = decoder.hidden
+    for number in range(count):
+        layer, ours = decoder.layers + number, f"mtp.layers.{number}"
+        theirs = f"model.layers.{layer}"
+        for norm in ("enorm", "hnorm"):
+            yield _norm(f"{ours}.{norm}.weight", f"{theirs}.{norm}", hidden)
+        yield _norm(f"{ours}.final_layernorm.weight", f"{theirs}.shared_head.norm", hidden)
+        yield _linear(f"{ours}.eh_proj.weight", (f"{theirs}.eh_proj",), ((hidden, 2 * hidden),))
+        for param in of_layer(decoder, layer, experts=decoder.experts is not None):
+            inner = param.name.removeprefix(f"decoder.layers.{layer}.")
+            yield replace(param, name=f"{ours}.transformer_layer.{inner}")
+        table = embedding(decoder)
+        shape = table.shape
+        yield replace(table, sources=(Source(f"{theirs}.embed_tokens.weight", shape),))
+        output = table if decoder.tied else next(p for p in head(decoder) if p.role is Role.OUTPUT)
+        yield replace(output, sources=(Source(f"{theirs}.shared_head.head.weight", shape),))

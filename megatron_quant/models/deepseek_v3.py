@@ -101,4 +101,4 @@ def _decoder(config: Config) -> Decoder:
     return replace(decoder, experts=experts, latent=latent)
 
 
-DEEPSEEK_V3 = Architecture("DeepseekV3ForCausalLM", _decoder)
+DEEPSEEK_V3 = Architecture("DeepseekV3ForCausalLM", _decoder, has_drafts=True)

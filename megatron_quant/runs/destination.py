@@ -27,7 +27,7 @@ from megatron_quant.ckpt.write import (
 )
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import ExportError
-from megatron_quant.mcore.checkpoint import Saved
+from megatron_quant.mcore.checkpoint import PlainWeights, Saved
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
@@ -106,7 +106,12 @@ def origin_of(job: Job, saved: Saved | None = None) -> Origin:
     saved: the Megatron checkpoint that the model comes from. Raises CheckpointError if the source
     cannot be read.
     """
-    source = source_digest(job.source) if saved is None else saved.source
+    if saved is not None:
+        source = saved.source
+    elif isinstance(job.checkpoint, PlainWeights):
+        source = job.checkpoint.digest
+    else:
+        source = source_digest(job.source)
     return Origin(recipe_digest(job.recipe), source)
 
 
@@ -158,7 +163,7 @@ def write_shown(
 
 
 def verify_together(
-    directory: Path, against: Path | None, groups: Groups, named: Path | None = None
+    directory: Path, against: Path | Weights | None, groups: Groups, named: Path | None = None
 ) -> Report:
     """Verify a checkpoint; each rank looks at a share of its tensors. Collective.
 
@@ -180,7 +185,7 @@ class Verification:
     """
 
     def __init__(
-        self, export_dir: Path, source: Path | None, groups: Groups, phases: Phases
+        self, export_dir: Path, source: Path | Weights | None, groups: Groups, phases: Phases
     ) -> None:
         """Set up; ``source`` is the checkpoint to compare with, None if there is none."""
         self._phases = phases
@@ -196,7 +201,7 @@ class Verification:
 
 
 def verification(
-    write: Write, export_dir: Path, source: Path | None, groups: Groups, phases: Phases
+    write: Write, export_dir: Path, source: Path | Weights | None, groups: Groups, phases: Phases
 ) -> Verification | None:
     """Return the verification of the export; None with ``--no-verify``."""
     return Verification(export_dir, source, groups, phases) if write.verify else None

@@ -15,7 +15,7 @@ from megatron_quant.evaluation import Text, read_windows
 from megatron_quant.mcore.checkpoint import Saved
 from megatron_quant.runs.batches import calibration_batches, check_ids, tokenizer_choice
 from megatron_quant.runs.destination import checked_companions, existing_of, origin_of
-from megatron_quant.runs.job import Job, prepare_job, replanned
+from megatron_quant.runs.job import Job, OpenWeights, prepare_job, replanned
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.saving import SavePlace, check_save_path
 
@@ -40,14 +40,21 @@ class Inputs:
     windows: list[torch.Tensor] = field(default_factory=list)
 
 
-def open_inputs(options: QuantizeOptions, world: int, saved: Saved | None = None) -> Inputs:
+def open_inputs(
+    options: QuantizeOptions,
+    world: int,
+    saved: Saved | None = None,
+    open_weights: OpenWeights | None = open_source,
+) -> Inputs:
     """Check everything that a run of ``world`` ranks needs, the output directories included.
 
-    Texts are read later, by :func:`with_texts`. saved: what ``options.megatron_load_path`` holds.
+    Texts are read later, by :func:`with_texts`. saved: the quantized model in
+    ``options.megatron_load_path``. open_weights: opens the weights of the model whose config.json
+    is in a directory; None if they are ``saved``'s.
     Raises a QuantError for whatever is wrong, before anything is written.
     """
     existing, load = existing_of(options.write), options.calibration.load
-    job = prepare_job(options, world, saved, open_source if saved is None else None)
+    job = prepare_job(options, world, saved, open_weights)
     checkpoint, kept = job.checkpoint, None
     if checkpoint is not None and options.keep_scales:
         quant, kept = keeping(job.quant, checkpoint)

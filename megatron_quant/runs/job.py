@@ -47,6 +47,9 @@ from megatron_quant.recipes import (
 from megatron_quant.runs.options import QuantizeOptions, check_plannable, chosen_recipe, dtype_of
 from megatron_quant.runs.settings import parse_size
 
+OpenWeights = Callable[[Path], Weights]
+"""Opens the weights of the model whose config.json is in a directory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -105,7 +108,7 @@ def prepare_job(
     options: QuantizeOptions,
     world: int,
     saved: Saved | None = None,
-    open_weights: Callable[[Path], Weights] | None = None,
+    open_weights: OpenWeights | None = None,
 ) -> Job:
     """Check the flags against the model's config for ``world`` ranks.
 

@@ -10,12 +10,21 @@ from megatron.core import parallel_state as mpu
 from megatron_quant.calib import (
     CalibrationReport,
 )
+from megatron_quant.ckpt.read import Weights, open_source
 from megatron_quant.ckpt.verify import Report
 from megatron_quant.ckpt.write import Produce
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluation import Sums
 from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer
-from megatron_quant.mcore.checkpoint import Saved, open_saved, restore
+from megatron_quant.mcore.checkpoint import (
+    PlainWeights,
+    Saved,
+    is_quantized,
+    open_plain,
+    open_stored,
+    read_saved,
+    restore,
+)
 from megatron_quant.mcore.live import (
     HFModel,
     Quantized,
@@ -47,7 +56,7 @@ from megatron_quant.runs.destination import (
     write_shown,
 )
 from megatron_quant.runs.inputs import Inputs, open_inputs, with_texts
-from megatron_quant.runs.job import Job
+from megatron_quant.runs.job import Job, OpenWeights
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
 from megatron_quant.runs.saving import SavePlace, save_model
@@ -86,10 +95,8 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     with phases.time("plan"):
         options = fetched(options, groups)
         together(groups, lambda: check_places(options))
-        saved = None
-        if options.megatron_load_path is not None:
-            saved = open_saved(options.megatron_load_path, groups)
-        opened = together(groups, lambda: open_inputs(options, groups.size, saved))
+        saved, open_weights = _opened(options, groups)
+        opened = together(groups, lambda: open_inputs(options, groups.size, saved, open_weights))
         check_plans(groups, opened.origin, opened.job.export)
         inputs = with_texts(opened, options, saved, groups)
         check_tokens(groups, [*inputs.batches, *inputs.windows])
@@ -117,8 +124,7 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     check = None
     if options.export_dir is not None:
         produced = producer(model, handle.layers, handle.cached, _drafts(job))
-        source = job.source if options.megatron_load_path is None else None
-        check = verification(options.write, options.export_dir, source, groups, phases)
+        check = verification(options.write, options.export_dir, _original(job), groups, phases)
         beside = inputs.companions
         assert beside is not None
         files = replace(beside, origin=replace(beside.origin, statistics=digest))
@@ -135,6 +141,23 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
         verified=report,
         left_out=left_out,
     )
+
+
+def _opened(options: QuantizeOptions, groups: Groups) -> tuple[Saved | None, OpenWeights | None]:
+    """Open ``--megatron-load-path``: a quantized model, or how to open weights. Collective."""
+    if options.megatron_load_path is None:
+        return None, open_source
+    stored = open_stored(options.megatron_load_path, groups, options.skip_keys)
+    if is_quantized(stored):
+        return read_saved(stored, groups), None
+    return None, partial(open_plain, stored)
+
+
+def _original(job: Job) -> Path | Weights | None:
+    """Return what an export is compared with: the weights that were quantized, if at hand."""
+    if job.checkpoint is None or isinstance(job.checkpoint, PlainWeights):
+        return job.checkpoint
+    return job.source
 
 
 def _save_place(path: Path, write: Write, inputs: Inputs, statistics: str) -> SavePlace:

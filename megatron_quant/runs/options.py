@@ -39,7 +39,8 @@ class QuantizeOptions:
     ``export_dir`` may be None for a dry run, and with ``megatron_save_path``. ``algorithm``,
     ``damp`` and ``export_kv_cache_quant`` replace what the recipe says, unless they are None. With
     ``megatron_load_path``, weights and quantizers come from that checkpoint; ``hf_model_id``,
-    ``export_quant_cfg`` and ``expert_scales`` may then be None, for those saved with it.
+    ``export_quant_cfg`` and ``expert_scales`` may then be None, for those saved with it. If it has
+    no quantizers, weights alone come from it. ``skip_keys``: patterns of its keys to leave out.
     """
 
     hf_model_id: str | None
@@ -61,6 +62,7 @@ class QuantizeOptions:
     stream: bool = False
     megatron_save_path: Path | None = None
     megatron_load_path: Path | None = None
+    skip_keys: tuple[str, ...] = ()
     report: Path | None = None
     distributed_timeout_minutes: float = MINUTES
 
@@ -77,6 +79,7 @@ class QuantizeOptions:
             "write": Write.from_flags(flags),
         }
         own = {f.name: flags[f.name] for f in fields(cls) if f.name in flags}
+        own["skip_keys"] = tuple(own.get("skip_keys", ()))
         own = {"hf_model_id": None, "export_quant_cfg": None} | own
         return cls(**(own | groups))
 
@@ -89,6 +92,8 @@ class QuantizeOptions:
                 "--keep-scales does not go with --dtype fp16, which cannot hold small products of "
                 "a code and its scale: use bf16 or fp32"
             )
+        if self.skip_keys and self.megatron_load_path is None:
+            raise QuantError("--skip-keys leaves out keys of --megatron-load-path: give that too")
         if self.megatron_load_path is None and None in (self.hf_model_id, self.export_quant_cfg):
             raise QuantError(
                 "quantize needs --hf-model-id and --export-quant-cfg, or --megatron-load-path"
@@ -112,10 +117,12 @@ def chosen_recipe(options: QuantizeOptions, saved: "Saved | None") -> Recipe:
     elif saved is not None and saved.recipe is not None:
         recipe = saved.recipe
     else:
+        said = "does not say how it is quantized (it was saved without megatron_quant)"
+        if saved is None:
+            said = "is not quantized"
         raise CheckpointError(
-            f"{options.megatron_load_path} does not say how it is quantized (it was saved without "
-            "megatron_quant): run quantize with --megatron-load-path, --hf-model-id and the recipe "
-            "in --export-quant-cfg"
+            f"{options.megatron_load_path} {said}: run quantize with --megatron-load-path, "
+            "--hf-model-id and the recipe in --export-quant-cfg"
         )
     if options.weight_only:
         recipe = weight_only(recipe)

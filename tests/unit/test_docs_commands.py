@@ -16,8 +16,8 @@ from megatron_quant.recipes import parse_recipe
 from tests.unit import pages
 
 MAKE = set(re.findall(r"^([a-z][\w-]*):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE))
-ALSO = {"--write"}
-"""Flags of the scripts that make tables."""
+ALSO = {"--write", "--ckpt-convert-format", "--ckpt-convert-save"}
+"""Flags of the script that makes tables, and of Megatron-LM."""
 COMMANDS = [(page, command) for page in pages.PAGES for command in pages.commands(page)]
 OURS = ("megatron-quant", "megatron_quant", "examples/quantize.py")
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from megatron_quant.errors import CheckpointError
-from megatron_quant.mcore.checkpoint import pickles, torch_dist
+from megatron_quant.mcore.checkpoint import pickles, place, torch_dist
 from megatron_quant.mcore.checkpoint.torch_dist import open_torch_dist
 
 
@@ -42,17 +42,55 @@ def test_an_iteration_that_is_none(stored: Path) -> None:
         open_torch_dist(stored.parent)
 
 
-@pytest.mark.parametrize("name", ["metadata.json", ".metadata"])
-def test_a_directory_that_is_none(name: str, stored: Path) -> None:
-    (stored / name).unlink()
+def test_a_directory_that_is_none(stored: Path) -> None:
+    (stored / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"iter_0000012 holds no distributed checkpoint"):
         open_torch_dist(stored)
 
 
 def test_another_format(stored: Path) -> None:
-    (stored / "metadata.json").write_text(json.dumps({"sharded_backend": "fsdp_dtensor"}))
-    with pytest.raises(CheckpointError, match=r"of format 'fsdp_dtensor': save it as torch_dist"):
+    (stored / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
+    with pytest.raises(CheckpointError, match=r"of format 'zarr': save it as torch_dist"):
         open_torch_dist(stored)
+
+
+@pytest.mark.parametrize(
+    ("folder", "given"),
+    [
+        ("release", "."),
+        ("iter_0000012", "."),
+        ("iter_0000012/weights", "iter_0000012"),
+        ("model_weights", "."),
+        ("run/iter_0000012/weights", "run"),
+    ],
+)
+def test_where_a_checkpoint_is(folder: str, given: str, stored: Path) -> None:
+    """Without a run's own word; iterations that are not complete do not count."""
+    top = stored.parent / "top"
+    (top / folder).parent.mkdir(parents=True)
+    stored.rename(top / folder)
+    (top / given / "iter_0000003").mkdir()
+    (top / given / "iter_0000099").mkdir()
+    assert open_torch_dist(top / given).path == top / folder
+
+
+def test_the_legacy_format(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000012" / "mp_rank_00_000").mkdir(parents=True)
+    for path in (tmp_path, tmp_path / "iter_0000012"):
+        (tmp_path / place.TRACKER).write_text("12")
+        with pytest.raises(
+            CheckpointError, match=r"iter_0000012 is a .* format torch .*--ckpt-conv"
+        ):
+            open_torch_dist(path)
+
+
+def test_keys_that_are_left_out(stored: Path) -> None:
+    opened = open_torch_dist(stored)
+    assert opened.without(["decoder.*"]).shapes == {"b": ()}
+    with pytest.raises(
+        CheckpointError, match=r"--skip-keys mtp.\* matches no key of .*iter_0000012"
+    ):
+        opened.without(["mtp.*"])
 
 
 class Bad:
@@ -122,7 +160,7 @@ def test_names_and_shapes_that_are_none(
 
 
 def test_files_that_are_no_regular_ones(stored: Path) -> None:
-    (stored.parent / torch_dist.TRACKER).write_text("1" * 5000)
+    (stored.parent / place.TRACKER).write_text("1" * 5000)
     with pytest.raises(CheckpointError, match="has 5000 bytes, more than the 64"):
         open_torch_dist(stored.parent)
     (stored / ".metadata").unlink()

@@ -25,6 +25,8 @@ from .scale_keeping import keeping as keeping
 from .scale_keeping import kept_scales as kept_scales
 from .shared_exponents import is_e8m0 as is_e8m0
 from .shared_exponents import nan_of_e8m0 as nan_of_e8m0
+from .source import Listed as Listed
+from .source import TensorInfo as TensorInfo
 from .source import TensorSource as TensorSource
 from .source import Weights as Weights
 from .source import fill as fill
@@ -33,10 +35,12 @@ __all__ = [
     "GROUP_INDEX",
     "PLAIN_DTYPES",
     "Compared",
+    "Listed",
     "Packed",
     "QuantizedCheckpoint",
     "ReadOnce",
     "Scales",
+    "TensorInfo",
     "TensorSource",
     "Weights",
     "check_fused",

@@ -142,13 +142,14 @@ def joined(shares: Sequence[Share]) -> Report:
     )
 
 
-def verify_share(directory: Path, against: Path | None, rank: int, size: int) -> Share:
+def verify_share(directory: Path, against: Path | Weights | None, rank: int, size: int) -> Share:
     """Do the share of process ``rank`` of ``size`` in :func:`verify`, about equal in elements.
 
-    All read the headers; only the first checks names and config. Raises CheckpointError if
-    ``against`` cannot be read.
+    against: the directory of the checkpoint that was quantized, or its weights, by the names that
+    engines load. All read the headers; only the first checks names and config. Raises
+    CheckpointError if ``against`` cannot be read.
     """
-    source = open_original(against) if against is not None else None
+    source = open_original(against) if isinstance(against, Path) else against
     if problems := index_problems(directory):
         return Share(directory, tuple(problems))
     try:

@@ -5,7 +5,15 @@ from .folder import check_own as check_own
 from .folder import read_written as read_written
 from .folder import remove_own as remove_own
 from .folder import write_folder as write_folder
+from .place import TRACKER as TRACKER
+from .place import is_checkpoint as is_checkpoint
+from .place import latest as latest
+from .plain import PlainWeights as PlainWeights
+from .plain import open_plain as open_plain
+from .restored import is_quantized as is_quantized
 from .restored import open_saved as open_saved
+from .restored import open_stored as open_stored
+from .restored import read_saved as read_saved
 from .restored import restore as restore
 from .saved import HF_FILES as HF_FILES
 from .saved import Saved as Saved
@@ -18,10 +26,7 @@ from .store import check_keys as check_keys
 from .store import read_tensors as read_tensors
 from .store import shapes_of as shapes_of
 from .store import sharded_state as sharded_state
-from .torch_dist import TRACKER as TRACKER
 from .torch_dist import TorchDist as TorchDist
-from .torch_dist import is_checkpoint as is_checkpoint
-from .torch_dist import latest as latest
 from .torch_dist import open_torch_dist as open_torch_dist
 
 __all__ = [
@@ -31,6 +36,7 @@ __all__ = [
     "TRACKER",
     "Chunks",
     "Content",
+    "PlainWeights",
     "Saved",
     "TorchDist",
     "check_free",
@@ -39,9 +45,13 @@ __all__ = [
     "describe_model",
     "describe_run",
     "is_checkpoint",
+    "is_quantized",
     "latest",
+    "open_plain",
     "open_saved",
+    "open_stored",
     "open_torch_dist",
+    "read_saved",
     "read_tensors",
     "read_written",
     "remove_own",

@@ -10,6 +10,7 @@ from megatron_quant.alike import check_alike
 from megatron_quant.calib import calibrate_weights, follow_weights
 from megatron_quant.ckpt.plan import digest_of
 from megatron_quant.dist import Groups, together
+from megatron_quant.errors import CheckpointError
 from megatron_quant.layers import (
     CachedTensor,
     ExpertScales,
@@ -19,20 +20,53 @@ from megatron_quant.layers import (
 )
 from megatron_quant.mcore.checkpoint import store
 from megatron_quant.mcore.checkpoint.saved import Saved, parse_description
-from megatron_quant.mcore.checkpoint.torch_dist import open_torch_dist
+from megatron_quant.mcore.checkpoint.state import DESCRIPTION
+from megatron_quant.mcore.checkpoint.torch_dist import BACKEND, TorchDist, open_torch_dist
 from megatron_quant.mcore.model import LiveModel
 from megatron_quant.recipes import QuantPlan
+
+
+def open_stored(directory: Path, groups: Groups, skip_keys: Sequence[str] = ()) -> TorchDist:
+    """Open the checkpoint in ``directory``, quantized or not. Collective.
+
+    skip_keys: patterns of keys to leave out. Raises CheckpointError, on every rank alike, where
+    there is none or it cannot be read, and for a pattern that no key matches.
+    """
+    stored = together(groups, lambda: open_torch_dist(directory).without(skip_keys))
+    digest = digest_of([[key, *shape] for key, shape in sorted(stored.shapes.items())])
+    check_alike(groups, **{f"the digest of {directory}": digest[:12]})
+    return stored
+
+
+def is_quantized(stored: TorchDist) -> bool:
+    """Return whether the checkpoint has quantizers."""
+    return any(key == DESCRIPTION or "_quantizer." in key for key in stored.shapes)
+
+
+def read_saved(stored: TorchDist, groups: Groups) -> Saved:
+    """Read a checkpoint's account of its quantization. Collective.
+
+    Raises CheckpointError, on every rank alike, where it has none or it cannot be read.
+    """
+    if not is_quantized(stored):
+        raise CheckpointError(
+            f"{stored.path}: this checkpoint is not quantized: quantize it with megatron-quant "
+            "quantize --megatron-load-path, --hf-model-id and --export-quant-cfg"
+        )
+    if not stored.is_own:
+        raise CheckpointError(
+            f"{stored.path} is quantized, and no checkpoint of format {BACKEND}: save it as "
+            f"{BACKEND} (--ckpt-format)"
+        )
+    return parse_description(stored, store.read_description(stored, groups))
 
 
 def open_saved(directory: Path, groups: Groups) -> Saved:
     """Open ``directory`` and read how the checkpoint is quantized. Collective.
 
-    Raises CheckpointError, on every rank alike, if there is no checkpoint or it cannot be read.
+    Raises CheckpointError as :func:`open_stored` and :func:`read_saved`.
     """
-    stored = together(groups, lambda: open_torch_dist(directory))
-    digest = digest_of([[key, *shape] for key, shape in sorted(stored.shapes.items())])
-    check_alike(groups, **{f"the digest of {directory}": digest[:12]})
-    return parse_description(stored, store.read_description(stored, groups))
+    return read_saved(open_stored(directory, groups), groups)
 
 
 def restore(

@@ -1,4 +1,4 @@
-"""Find Megatron's distributed checkpoints (``torch_dist``) on disk, and list their tensors.
+"""Read the account of a distributed checkpoint's tensors that lies beside them.
 
 torch describes such a checkpoint in ``.metadata``, a pickle that torch and Megatron load whatever
 it names. This module reads it first, and refuses it if it names more than a description of tensors
@@ -6,8 +6,9 @@ needs.
 """
 
 import pickle
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from megatron_quant.ckpt.storage import read_object
 from megatron_quant.documents import MB, Limits, clipped, read_bytes, shown
 from megatron_quant.errors import CheckpointError
 from megatron_quant.mcore.checkpoint.pickles import check_pickle
+from megatron_quant.mcore.checkpoint.pieces import PiecedTensor, pieces_of, shape_of
+from megatron_quant.mcore.checkpoint.place import DESCRIPTION, TENSORS, checkpoint_in, is_described
 
 BACKEND = "torch_dist"
-_DESCRIPTION, _TENSORS = "metadata.json", ".metadata"  # Megatron's file, and torch's
-TRACKER = "latest_checkpointed_iteration.txt"
-_TRACKED, _METADATA = Limits(64, 0), Limits(2048 * MB, 0)
+_BACKENDS = (BACKEND, "fsdp_dtensor", "torch_dcp")
+"""Formats whose tensors lie in files of torch.distributed.checkpoint."""
+_METADATA = Limits(2048 * MB, 0)
 # The names that torch.distributed.checkpoint and Megatron write into .metadata.
 _TORCH_DCP = {
     "torch.distributed.checkpoint.metadata": (
@@ -47,53 +50,64 @@ _TORCH_DCP = {
 
 @dataclass(frozen=True)
 class TorchDist:
-    """A distributed checkpoint's directory, and its tensors' shapes by key."""
+    """A distributed checkpoint's directory, and its tensors' shapes by key.
+
+    described: torch's description, as it was read. is_own: whether Megatron's dist_checkpointing
+    wrote it, in format torch_dist; otherwise torch did, as for Megatron-FSDP.
+    """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
+    described: Any = None
+    is_own: bool = True
+
+    def tensors(self, keys: Iterable[str]) -> dict[str, PiecedTensor]:
+        """Find where the tensors ``keys`` lie; CheckpointError where that cannot be said."""
+        try:
+            return pieces_of(self.described, keys)
+        except Exception as e:  # whatever was in a pickle
+            raise _unsound(self.path / TENSORS, e) from None
+
+    def without(self, patterns: Sequence[str]) -> "TorchDist":
+        """Leave out the keys that match one of ``patterns`` (``*`` stands for anything).
+
+        Raises CheckpointError for a pattern that no key matches.
+        """
+        kept = dict(self.shapes)
+        for pattern in patterns:
+            matched = [key for key in self.shapes if fnmatchcase(key, pattern)]
+            if not matched:
+                raise CheckpointError(
+                    f"--skip-keys {pattern} matches no key of {self.path}: leave it out"
+                )
+            for key in matched:
+                kept.pop(key, None)
+        return replace(self, shapes=kept)
 
 
 def open_torch_dist(directory: Path) -> TorchDist:
     """Open the checkpoint in ``directory``, or the last one of a training run's directory.
 
-    Raises CheckpointError if there is none, if its format is not ``torch_dist``, and if its
-    ``.metadata`` cannot be read or names more than a description of tensors needs.
+    Raises CheckpointError if there is none, if torch.distributed.checkpoint did not write its
+    tensors, and if its ``.metadata`` cannot be read or names more than a description of tensors
+    needs.
     """
-    path = latest(directory)
-    if not is_checkpoint(path):
+    path = checkpoint_in(directory)
+    if not is_described(path):
         raise CheckpointError(
-            f"{path} holds no distributed checkpoint ({_DESCRIPTION} and {_TENSORS}): give a "
-            "directory that --megatron-save-path or a training run wrote to the end"
+            f"{path} holds no distributed checkpoint ({TENSORS}): give a directory that "
+            "--megatron-save-path or a training run wrote to the end"
         )
-    backend = read_object(path / _DESCRIPTION).get("sharded_backend")
-    if backend != BACKEND:
+    own = (path / DESCRIPTION).is_file()
+    backend = read_object(path / DESCRIPTION).get("sharded_backend") if own else _BACKENDS[1]
+    if backend not in _BACKENDS:
         raise CheckpointError(
             f"{path} is a checkpoint of format {shown(backend)}: save it as {BACKEND} "
             "(--ckpt-format)"
         )
-    return TorchDist(path, _shapes(path / _TENSORS))
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a distributed checkpoint was written there to the end."""
-    return (path / _DESCRIPTION).is_file() and (path / _TENSORS).is_file()
-
-
-def latest(directory: Path) -> Path:
-    """Return the last checkpoint of a training run's directory; any other directory unchanged.
-
-    Raises CheckpointError if the file in which the run names it cannot be read.
-    """
-    tracker = directory / TRACKER
-    if not tracker.is_file():
-        return directory
-    iteration = read_bytes(tracker, _TRACKED).decode(errors="replace").strip()
-    if iteration != "release" and not iteration.isdecimal():
-        raise CheckpointError(
-            f"{tracker} says {shown(iteration)}, which names no checkpoint: give the checkpoint's "
-            "own directory"
-        )
-    return directory / ("release" if iteration == "release" else f"iter_{int(iteration):07d}")
+    file = path / TENSORS
+    described = _described(file)
+    return TorchDist(path, _shapes(described, file), described, backend == BACKEND)
 
 
 class _Reader(pickle.Unpickler):
@@ -106,26 +120,31 @@ class _Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def _described(file: Path) -> Any:
     content = read_bytes(file, _METADATA)
     try:
         check_pickle(content)
-        tensors = _Reader(BytesIO(content)).load().state_dict_metadata
-        return {_text(key): _shape(t.size) for key, t in tensors.items() if hasattr(t, "size")}
+        return _Reader(BytesIO(content)).load()
     except Exception as e:  # a pickle can raise anything
-        raise CheckpointError(
-            f"{file} holds more than a description of tensors ({clipped(str(e))}): fetch the "
-            "checkpoint again, from a source that can be trusted"
-        ) from None
+        raise _unsound(file, e) from None
+
+
+def _shapes(described: Any, file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        tensors = described.state_dict_metadata
+        return {_text(key): shape_of(t.size) for key, t in tensors.items() if hasattr(t, "size")}
+    except Exception as e:
+        raise _unsound(file, e) from None
+
+
+def _unsound(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file} holds more than a description of tensors ({clipped(str(error))}): fetch the "
+        "checkpoint again, from a source that can be trusted"
+    )
 
 
 def _text(key: object) -> str:
     if not isinstance(key, str):
         raise ValueError(f"a tensor is called {shown(key)}")
     return key
-
-
-def _shape(size: object) -> tuple[int, ...]:
-    if not isinstance(size, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in size):
-        raise ValueError("a shape is no list of whole numbers")
-    return tuple(size)

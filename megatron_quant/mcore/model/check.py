@@ -37,7 +37,7 @@ def _check_names(chunk: nn.Module, local: Sequence[LocalParam]) -> None:
     if extra:
         raise ArchitectureError(
             f"the Megatron model has a parameter {extra[0]} that its table does not describe "
-            f"({len(extra)} in all): this megatron-core release differs; report it, or use another"
+            f"({len(extra)} in all): give the config.json of this very model, or use --stream"
         )
     named |= {name for name, _ in chunk.named_buffers()}
     if missing := sorted({p.name for p in local} - named):

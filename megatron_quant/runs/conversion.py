@@ -30,7 +30,7 @@ from megatron_quant.runs.destination import (
     write_shown,
 )
 from megatron_quant.runs.phases import Phases
-from megatron_quant.runs.settings import Serve, Write, parse_size
+from megatron_quant.runs.settings import Serve, Write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def _planned(options: ExportOptions, world: int) -> _Work:
     embedding = next(param for param in params if param.role is Role.EMBEDDING)
     dtype = checkpoint.tensors[embedding.name].dtype
     kept = {name: info.dtype for name, info in checkpoint.tensors.items()}
-    shard_bytes = parse_size(options.write.max_shard_size)
+    shard_bytes = options.write.shard_bytes
     plan = plan_export(params, quant, layout, StorageRules(dialect, dtype, shard_bytes, kept))
     origin = _origin(checkpoint, options)
     files = companions(checkpoint.config, quant, dialect, dtype, origin=origin)

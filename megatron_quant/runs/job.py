@@ -45,7 +45,6 @@ from megatron_quant.recipes import (
     resolve,
 )
 from megatron_quant.runs.options import QuantizeOptions, check_plannable, chosen_recipe, dtype_of
-from megatron_quant.runs.settings import parse_size
 
 OpenWeights = Callable[[Path], Weights]
 """Opens the weights of the model whose config.json is in a directory."""
@@ -209,7 +208,7 @@ def decide(
     dialect = get_dialect(options.export_format)
     check_serving(quant, params, dialect.name, options.serve.engine, options.serve.tp)
     dialect.quantization_config(quant)  # refuses what it cannot store
-    shard_bytes = parse_size(options.write.max_shard_size)
+    shard_bytes = options.write.shard_bytes
     export, cost = measured(
         lambda: plan_export(
             params, quant, layout, StorageRules(dialect, dtype, shard_bytes, model.kept)
@@ -222,7 +221,7 @@ def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
     """Replace the plan of ``job`` by ``quant``. Raises as :func:`prepare_job` does."""
     if job.dialect is None:
         return replace(job, quant=quant)
-    shard_bytes = parse_size(options.write.max_shard_size)
+    shard_bytes = options.write.shard_bytes
     export = plan_export(
         job.params, quant, job.layout, StorageRules(job.dialect, job.dtype, shard_bytes, job.kept)
     )

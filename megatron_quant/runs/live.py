@@ -52,7 +52,7 @@ from megatron_quant.runs.destination import (
 )
 from megatron_quant.runs.phases import Quiet
 from megatron_quant.runs.saving import SavePlace, save_model
-from megatron_quant.runs.settings import Calibration, Serve, Write, parse_size
+from megatron_quant.runs.settings import Calibration, Serve, Write
 from megatron_quant.streaming import PartSource, unscaled
 
 Chunks = nn.Module | Sequence[nn.Module]
@@ -185,7 +185,7 @@ def export(
     groups = handle.model.groups
 
     def described() -> _Described:
-        found = _describe(handle, format, serve, parse_size(write.max_shard_size))
+        found = _describe(handle, format, serve, write.shard_bytes)
         if handle.hf.directory is not None:
             check_place(directory, handle.hf.directory)
         check_target(directory, found.files, existing_of(write), found.plan)

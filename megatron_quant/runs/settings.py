@@ -148,8 +148,12 @@ class Write(_Group):
                 "--resume continues what --overwrite would remove: give one of them; --resume also "
                 "continues an export that --overwrite began"
             )
-        parse_size(self.max_shard_size)
-        _at_least_one(self, "io_threads")
+        _at_least_one(self, "io_threads", "shard_bytes")
+
+    @property
+    def shard_bytes(self) -> int:
+        """Return the most tensor bytes of a file; ExportError if that is no size."""
+        return parse_size(self.max_shard_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,10 +190,14 @@ def test_gpt_oss(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "change", "message"),
     [
-        ("scales", lambda t: t[..., :-1], r"down_proj_scales is .*, not torch.uint8 \[3, 128, 3\]"),
+        (
+            "scales",
+            lambda t: t[..., :-1],
+            r"down_proj_scales is .*, but .* needs torch.uint8 \[3, 128, 3\]",
+        ),
         ("scales", lambda t: None, "down_proj_scales is missing"),
         ("blocks", lambda t: t.flatten(2), r"down_proj_blocks is .*, not uint8 \[experts, rows"),
-        ("bias", lambda t: t[:, :-1], r"down_proj_bias is torch.bfloat16 \[3, 127\], not"),
+        ("bias", lambda t: t[:, :-1], r"down_proj_bias is torch.bfloat16 \[3, 127\], but"),
     ],
 )
 def test_bad_stacks(tmp_path: Path, suffix: str, change: Any, message: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_quant.ckpt.dialects.registry import get_dialect
+from megatron_quant.ckpt.dialects.registry import DIALECT_NAMES, get_dialect
 from megatron_quant.ckpt.plan.proof import check_plan
 from megatron_quant.ckpt.plan.sidecars import Companions
 from megatron_quant.ckpt.write.directory import Existing, prepare_directory, publish
@@ -118,3 +118,8 @@ def test_rows_that_do_not_fill_a_word(dialect, fmt, rows, packed):
     message = f"its 26 outputs are not a multiple of {rows}, as {packed} packs"
     with pytest.raises(FormatError, match=message):
         world.plan(param, fmt, 1, get_dialect(dialect))
+
+
+def test_every_dialect_is_cut() -> None:
+    """But fp8: its one format goes with inputs, and is cut here in compressed-tensors."""
+    assert {dialect for dialect, _ in CELLS} == set(DIALECT_NAMES) - {"fp8"}

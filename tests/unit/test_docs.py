@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_quant.models.registry import ARCHITECTURES
 from tests.unit import pages
 from tests.unit.test_rooms import FACES, MAY_IMPORT, MODULES
 
@@ -177,3 +178,8 @@ def test_the_tables_of_formats_are_those_that_the_script_makes() -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.tables() in script.PAGE.read_text(encoding="utf-8")
+
+
+def test_every_model_with_a_table_has_its_row() -> None:
+    page = (ROOT / "docs" / "architectures.md").read_text()
+    assert [name for name in ARCHITECTURES if f"`{name}`" not in page] == []

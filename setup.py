@@ -86,7 +86,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_quant", "megatron_quant.*"]),
-    package_data={"megatron_quant": ["configs/*.yaml", "py.typed", "*.pyi", "**/*.pyi"]},
+    package_data={
+        "megatron_quant": [
+            "configs/*.yaml",
+            "configs/families/*.yaml",
+            "py.typed",
+            "*.pyi",
+            "**/*.pyi",
+        ]
+    },
     ext_modules=[NATIVE],
     install_requires=REQUIRED,
     extras_require=EXTRAS,

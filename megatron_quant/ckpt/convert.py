@@ -18,7 +18,7 @@ from megatron_quant.formats import get_format
 from megatron_quant.models import Domain, Parallel, Param, Role, Source
 from megatron_quant.recipes import Decision, QuantPlan, Slot
 
-_KEEPING_CODES = (Role.LINEAR, Role.DRAFT, Role.OUTSIDE)
+_KEEPING_CODES = (Role.LINEAR, Role.DRAFT, Role.OUTSIDE, Role.OUTPUT)
 """Roles of linears that may be quantized in a source, and then are in the export too."""
 
 
@@ -60,8 +60,14 @@ def plan_of(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) -> Quant
                 f"{checkpoint.path}: {source.module} is quantized, but other dialects cannot store "
                 f"a quantized {param.role.value}; quantize this checkpoint instead"
             )
-        fixed = "" if param.role is Role.LINEAR or stored else param.role.value
-        slot = Slot(name=param.name, sources=(source.module,), shape=param.shape, fixed=fixed)
+        is_linear = param.role is Role.LINEAR or (stored and param.role is not Role.OUTPUT)
+        slot = Slot(
+            name=param.name,
+            sources=(source.module,),
+            shape=param.shape,
+            fixed="" if is_linear else param.role.value,
+            called=param.called,
+        )
         if stored is not None:  # engines run only this one
             get_format(stored.weights.name, stored.weights.group_size)
         weights, inputs = (stored.weights, stored.inputs) if stored else (None, None)

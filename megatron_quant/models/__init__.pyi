@@ -31,6 +31,7 @@ from .structure import has_drafts as has_drafts
 from .structure import has_table as has_table
 from .structure import is_draft as is_draft
 from .structure import table_names as table_names
+from .text import family as family
 from .text import has_plain_router as has_plain_router
 from .text import text_config as text_config
 
@@ -56,6 +57,7 @@ __all__ = [
     "describe_structure",
     "draft_counts",
     "engine_groups",
+    "family",
     "has_drafts",
     "has_plain_router",
     "has_table",

@@ -35,6 +35,8 @@ def _rule(rule: Rule) -> dict[str, Any]:
         document["algorithm"] = rule.algorithm
     if rule.damp is not None:
         document["damp"] = rule.damp
+    if rule.allow_output:
+        document["allow_output"] = True
     return document
 
 

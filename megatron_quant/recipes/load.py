@@ -9,17 +9,23 @@ from megatron_quant.recipes.parse import parse_recipe
 from megatron_quant.recipes.schema import Recipe
 
 _CONFIGS = Path(__file__).parent.parent / "configs"
+_FAMILIES = _CONFIGS / "families"
 _PRESET = re.compile(r"[A-Z0-9_]+_(CFG|CONFIG)(\+[A-Z0-9_]+_(CFG|CONFIG))?")
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the shipped recipes, sorted."""
+    """Return the names of the shipped recipes for any model, sorted."""
     return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
+
+
+def family_recipe_names() -> list[str]:
+    """Return the names of the shipped recipes for one family of models each, sorted."""
+    return sorted(path.stem for path in _FAMILIES.glob("*.yaml"))
 
 
 def is_preset(name_or_path: str) -> bool:
     """Return whether :func:`load_recipe` asks ModelOpt for the recipe, and so imports ModelOpt."""
-    if name_or_path in recipe_names():
+    if name_or_path in (*recipe_names(), *family_recipe_names()):
         return False
     path = Path(name_or_path)
     is_path = path.suffix in (".yaml", ".yml") or path.is_file()
@@ -43,6 +49,8 @@ def load_recipe(name_or_path: str | Path | Recipe) -> Recipe:
     name_or_path = str(name_or_path)
     if name_or_path in recipe_names():
         return _load_file(name_or_path, _CONFIGS / f"{name_or_path}.yaml")
+    if name_or_path in family_recipe_names():
+        return _load_file(name_or_path, _FAMILIES / f"{name_or_path}.yaml")
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _load_file(name_or_path, path)
@@ -52,6 +60,7 @@ def load_recipe(name_or_path: str | Path | Recipe) -> Recipe:
         return modelopt_presets.load_preset(name_or_path)
     raise RecipeError(
         f"unknown quantization config {name_or_path!r}; choose one of {', '.join(recipe_names())}, "
+        f"for one family of models one of {', '.join(family_recipe_names())}, "
         "the path of a .yaml file, or a ModelOpt preset such as NVFP4_DEFAULT_CFG"
     )
 

@@ -1,6 +1,7 @@
 """Parse a YAML document to a recipe: every key is known and of the right type, or an error."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_quant.errors import RecipeError
@@ -15,7 +16,7 @@ from megatron_quant.recipes.schema import (
 )
 
 _TOP = ("description", "rules", "kv_cache")
-_RULE = ("quantize", "exclude", "weights", "inputs", "algorithm", "damp")
+_RULE = ("quantize", "exclude", "weights", "inputs", "algorithm", "damp", "allow_output")
 
 
 def parse_recipe(name: str, document: Any) -> Recipe:
@@ -49,7 +50,8 @@ def _parse_rule(value: Any, where: str) -> Rule:
     if "exclude" in rule:
         if len(rule) > 1:
             raise RecipeError(
-                f"{where}: weights, inputs, algorithm and damp belong to quantize, not to exclude"
+                f"{where}: weights, inputs, algorithm, damp and allow_output belong to quantize, "
+                "not to exclude"
             )
         return Rule(patterns=_parse_patterns(rule["exclude"], f"{where}, exclude"))
     if "weights" not in rule:
@@ -60,7 +62,15 @@ def _parse_rule(value: Any, where: str) -> Rule:
     if rule.get("inputs") is not None:
         inputs = _parse_format(rule["inputs"], f"{where}, inputs")
     algorithm, damp = rule.get("algorithm", "max"), rule.get("damp")
-    return checked_rule(patterns, weights, inputs, where, algorithm, damp)
+    checked = checked_rule(patterns, weights, inputs, where, algorithm, damp)
+    return replace(checked, allow_output=_flag(rule, "allow_output", where))
+
+
+def _flag(rule: Mapping[str, Any], key: str, where: str) -> bool:
+    value = rule.get(key, False)
+    if not isinstance(value, bool):
+        raise RecipeError(f"{where}: {key} must be true or false, got {value!r}")
+    return value
 
 
 def _parse_patterns(value: Any, where: str) -> tuple[str, ...]:

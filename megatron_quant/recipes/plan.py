@@ -6,6 +6,9 @@ from functools import cached_property
 from megatron_quant.formats import Format
 from megatron_quant.recipes.schema import ROUNDING
 
+OUTPUT = "output"
+""":attr:`Slot.fixed` of the output layer, which a rule may name all the same."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:

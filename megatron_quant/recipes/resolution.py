@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from megatron_quant.errors import CoverageError, RecipeError
 from megatron_quant.formats import Format
 from megatron_quant.recipes.match import Matcher
-from megatron_quant.recipes.plan import Decision, QuantPlan, Slot
-from megatron_quant.recipes.schema import Recipe
+from megatron_quant.recipes.plan import OUTPUT, Decision, QuantPlan, Slot
+from megatron_quant.recipes.schema import Recipe, Rule
 
 _SHOWN_WEIGHTS = 3
 
@@ -14,7 +14,8 @@ _SHOWN_WEIGHTS = 3
 def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
     """Decide on every slot by the first rule that matches it.
 
-    Fixed slots are excluded whatever the rules say; an exclude rule may name them.
+    Fixed slots are excluded whatever the rules say; an exclude rule may name them. So may a rule
+    with ``allow_output`` the output layer, which it then quantizes.
 
     Args:
         recipe: Rules in order.
@@ -27,7 +28,10 @@ def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
         RecipeError: For a rule that claims nothing, and for a recipe that quantizes nothing.
     """
     matchers = [Matcher(rule.patterns) for rule in recipe.rules]
-    claims = [None if slot.fixed else _claim(recipe, matchers, slot) for slot in slots]
+    claims = [
+        _claim_output(recipe, matchers, slot) if slot.fixed else _claim(recipe, matchers, slot)
+        for slot in slots
+    ]
     for index, rule in enumerate(recipe.rules):
         if index not in claims and not rule.optional:
             _check_idle(recipe, index, matchers[index], slots, claims)
@@ -55,6 +59,19 @@ def _claim(recipe: Recipe, matchers: Sequence[Matcher], slot: Slot) -> int | Non
                 f"not {missing}, which are fused with it: name all of them or none"
             )
     return None
+
+
+def _claim_output(recipe: Recipe, matchers: Sequence[Matcher], slot: Slot) -> int | None:
+    """Return the index of the first rule that names the output layer, if it may quantize it."""
+    if slot.fixed != OUTPUT:
+        return None
+    named = (i for i, m in enumerate(matchers) if m.names(slot))
+    first = next((i for i in named if _may_take_output(recipe.rules[i])), None)
+    return first if first is not None and recipe.rules[first].allow_output else None
+
+
+def _may_take_output(rule: Rule) -> bool:
+    return rule.allow_output or rule.weights is None
 
 
 def _decide(recipe: Recipe, slot: Slot, index: int | None) -> Decision:
@@ -117,6 +134,16 @@ def _check_experts(decisions: Sequence[Decision]) -> None:
             raise CoverageError(
                 f"{other.slot.name} ({other.rule}) and {d.slot.name} ({d.rule}) are experts of one "
                 "layer but differ: give all experts of a layer the same formats"
+            )
+
+
+def refuse_output(plan: QuantPlan) -> None:
+    """Raise RecipeError where ``plan`` quantizes the output layer, which no live model does."""
+    for decision in plan.quantized:
+        if decision.slot.fixed:
+            raise RecipeError(
+                f"recipe {plan.recipe!r}, {decision.rule}: quantizes {decision.slot.sources[0]}, "
+                "which --stream alone does; leave the rule out, or pass --stream"
             )
 
 

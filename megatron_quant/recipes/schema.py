@@ -40,6 +40,8 @@ class Rule:
         algorithm: How the weights are quantized, a key of :data:`ALGORITHMS`.
         damp: Part of the mean diagonal of the inputs' second moment that ``gptq`` adds to it; the
             format's default where None.
+        allow_output: Whether it may quantize the output layer, which a pattern must then call by
+            its own name (``lm_head``, ``*.lm_head``): no wildcard stands for it.
     """
 
     patterns: tuple[str, ...]
@@ -48,6 +50,7 @@ class Rule:
     optional: bool = False
     algorithm: str = "max"
     damp: float | None = None
+    allow_output: bool = False
 
     @property
     def action(self) -> str:

@@ -89,7 +89,8 @@ def _planned(options: ExportOptions, world: int) -> _Work:
     params = whole_tensors(fused)
     quant = plan_of(checkpoint, params)
     dialect = get_dialect(options.export_format)
-    check_serving(quant, fused, dialect.name, options.serve.engine, options.serve.tp)
+    serve = options.serve
+    check_serving(quant, fused, dialect.name, serve.engine, serve.tp, checkpoint.config)
     layout = Layout.simulate(world, 1, 1, 1)
     embedding = next(param for param in params if param.role is Role.EMBEDDING)
     dtype = checkpoint.tensors[embedding.name].dtype

@@ -42,6 +42,7 @@ from megatron_quant.recipes import (
     audit,
     cache_slots,
     difference,
+    refuse_output,
     resolve,
 )
 from megatron_quant.runs.options import QuantizeOptions, check_plannable, chosen_recipe, dtype_of
@@ -180,6 +181,8 @@ def decide(
     """
     recipe, params = chosen_recipe(options, saved), model.params
     quant = resolve(recipe, slots(params))
+    if model.architecture is not None:
+        refuse_output(quant)
     if saved is not None and saved.recipe is not None:
         _check_same(options, quant, resolve(saved.recipe, slots(params)))
     _check_calibration(options, quant, saved)
@@ -206,7 +209,8 @@ def decide(
     if options.export_dir is None and options.megatron_save_path is not None:
         return job
     dialect = get_dialect(options.export_format)
-    check_serving(quant, params, dialect.name, options.serve.engine, options.serve.tp)
+    serve = options.serve
+    check_serving(quant, params, dialect.name, serve.engine, serve.tp, model.hf_config)
     dialect.quantization_config(quant)  # refuses what it cannot store
     shard_bytes = options.write.shard_bytes
     export, cost = measured(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from megatron_quant.ckpt.dialects import DIALECT_NAMES
 from megatron_quant.engines import ENGINES
-from megatron_quant.recipes import EXPERT_SCALES, KV_CACHES, recipe_names
+from megatron_quant.recipes import EXPERT_SCALES, KV_CACHES, family_recipe_names, recipe_names
 from megatron_quant.runs.options import DTYPES, QuantizeOptions
 
 
@@ -41,7 +41,7 @@ _ARGUMENTS = (
 def choices() -> Choices:
     """List the recipes, formats, engines and other names to choose from."""
     return Choices(
-        recipes=tuple(recipe_names()),
+        recipes=(*recipe_names(), *family_recipe_names()),
         formats=DIALECT_NAMES,
         engines=ENGINES,
         dtypes=DTYPES,

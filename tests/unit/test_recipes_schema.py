@@ -248,13 +248,13 @@ def test_malformed_document(document: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("*", "must be a mapping of quantize, exclude, weights, inputs, algorithm, damp, got"),
+        ("*", "exclude, weights, inputs, algorithm, damp, allow_output, got"),
         (NVFP4 | {"wieghts": "fp8"}, "unknown key wieghts; allowed: quantize, exclude, weights"),
         ({"weights": "fp8"}, "needs either quantize or exclude"),
         ({"quantize": ["a"], "exclude": ["b"]}, "needs either quantize or exclude"),
         (
             {"exclude": ["a"], "weights": "fp8"},
-            "inputs, algorithm and damp belong to quantize, not to exclude",
+            "inputs, algorithm, damp and allow_output belong to quantize, not to exclude",
         ),
         ({"quantize": ["a"]}, "weights is missing; known formats: fp8, fp8_channel, fp8_block"),
         ({"exclude": []}, r"exclude: must be a list of at least one pattern, got \[\]"),

@@ -10,7 +10,7 @@ from megatron_quant.engines.families import fused_names
 from megatron_quant.errors import FormatError
 from megatron_quant.fields import Fields
 from megatron_quant.formats import CHANNEL, Format
-from megatron_quant.recipes import QuantPlan
+from megatron_quant.recipes import OUTPUT, QuantPlan
 
 LM_HEAD = "lm_head"
 """Output layer, always listed as unquantized: engines build a tied one though it has no tensor."""
@@ -105,8 +105,9 @@ def excluded(plan: QuantPlan) -> list[str]:
     """
     _refuse_partial_experts(plan)
     kept = [d.slot for d in plan.decisions if not d.quantized and _may_be_linear(d.slot.shape)]
-    names = [n for slot in kept for n in (*slot.sources, *slot.called)]
-    return list(dict.fromkeys([*names, LM_HEAD]))
+    names = [n for slot in kept for n in (*slot.sources, *slot.called) if n]
+    head = [] if any(d.slot.fixed == OUTPUT for d in plan.quantized) else [LM_HEAD]
+    return list(dict.fromkeys([*names, *head]))
 
 
 def expert_blocks(plan: QuantPlan) -> list[str]:

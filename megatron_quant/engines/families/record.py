@@ -97,6 +97,8 @@ class Family:
         stacks: Stacks of experts with names of their own.
         layout: How stacks lie.
         head_reason: Why engines load no quantized output layer; empty where they do.
+        nameless_head: Why vLLM quantizes the output layer of a ModelOpt export that excludes it;
+            empty where it does not.
         forward: Why transformers cannot run the published names, so that input scales cannot be
             measured; empty where it can.
     """
@@ -117,4 +119,5 @@ class Family:
     stacks: tuple[Stack, ...] = ()
     layout: Layout = Layout.PLAIN
     head_reason: str = ""
+    nameless_head: str = ""
     forward: str = ""

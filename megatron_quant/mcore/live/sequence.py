@@ -32,7 +32,14 @@ from megatron_quant.mcore.live.handle import (
 )
 from megatron_quant.mcore.model import LiveModel, attach_model, wrap_model
 from megatron_quant.models import lookup
-from megatron_quant.recipes import QuantPlan, Recipe, difference, load_recipe, resolve
+from megatron_quant.recipes import (
+    QuantPlan,
+    Recipe,
+    difference,
+    load_recipe,
+    refuse_output,
+    resolve,
+)
 
 _RULES = InputRules()
 
@@ -98,6 +105,7 @@ def _resolved(
 ) -> QuantPlan:
     described = slots(live.params)
     plan = resolve(recipe, described)
+    refuse_output(plan)
     check(plan)
     if saved is None or saved.recipe is None:
         return plan

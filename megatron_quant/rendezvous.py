@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from itertools import count
 
 import torch.distributed as dist
@@ -44,18 +43,38 @@ def is_one_of_many() -> bool:
     return True
 
 
-@cache
-def _store() -> tuple[dist.Store, int, int]:
-    """Return the store, this rank and the number of ranks."""
-    store, rank, size = next(dist.rendezvous("env://"))
-    return store, rank, size
+_Met = tuple[dist.Store, int, int]
+_MET: list[_Met] = []
+_MISSED: list[BaseException] = []
+"""Why the ranks did not meet: nothing waits for that again."""
+
+
+def _store(minutes: float = MINUTES) -> _Met:
+    """Return the store, this rank and how many there are. The first call waits for all of them.
+
+    Raises RuntimeError, torch's, where not all come within ``minutes``.
+    """
+    if _MISSED:
+        raise RuntimeError("the ranks did not meet") from _MISSED[0]
+    if not _MET:
+        try:
+            found = dist.rendezvous("env://", timeout=timedelta(minutes=minutes))
+            store, rank, size = next(found)
+        except BaseException as error:
+            _MISSED.append(error)
+            raise
+        _MET.append((store, rank, size))
+    return _MET[0]
 
 
 def join(backend: str, minutes: float = MINUTES) -> None:
     """Make the default process group of all ranks; its collectives wait for ``minutes``."""
     timeout = timedelta(minutes=minutes)
     if is_one_of_many():
-        store, rank, size = _store()
+        try:
+            store, rank, size = _store(minutes)
+        except (RuntimeError, ValueError) as error:
+            raise _not_all(minutes) from error
         store.set_timeout(timeout)
         group = dist.PrefixStore("group", store)
         dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=timeout)
@@ -73,20 +92,24 @@ def check_started_alike(said: Mapping[str, str], minutes: float = MINUTES) -> No
         return
     run = f"run{next(_RUNS)}"
     try:
-        store, rank, size = _store()
+        store, rank, size = _store(minutes)
         store.set_timeout(timedelta(minutes=minutes))
         store.set(f"{run}/{rank}", json.dumps(said))
         found = [json.loads(store.get(f"{run}/{other}")) for other in range(size)]
     except (RuntimeError, ValueError) as error:
-        raise LostRankError(
-            f"not all of the {os.environ['WORLD_SIZE']} ranks came to {_address()} within "
-            f"{minutes:g} minutes: see what the others printed, or raise "
-            "--distributed-timeout-minutes"
-        ) from error
+        raise _not_all(minutes) from error
     share("", _READ_SECONDS)  # once all have read, the rank that keeps the store may end
     other = difference(found)
     if other is not None:
         raise RankError(f"the ranks were not started alike: {other}; start all with one command")
+
+
+def _not_all(minutes: float) -> LostRankError:
+    return LostRankError(
+        f"not all of the {os.environ['WORLD_SIZE']} ranks came to {_address()} within "
+        f"{minutes:g} minutes: see what the others printed, or raise "
+        "--distributed-timeout-minutes"
+    )
 
 
 def share(said: str, seconds: float) -> dict[int, str]:
@@ -119,7 +142,7 @@ def forwards() -> Iterator[None]:
     raises RankError with it. One that still waits seconds later ends with status 1: a collective
     cannot be left. All ranks enter it together. Without the store of :func:`join` it does nothing.
     """
-    if not _store.cache_info().currsize:
+    if not _MET:
         yield
         return
     (store, rank, _), key, left = _store(), f"forwards{next(_FORWARDS)}", threading.Event()

@@ -11,7 +11,8 @@ from megatron_quant.alike import ids_once_a_host, once_a_host
 from megatron_quant.calib.data import Document, load_texts
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError
-from megatron_quant.runs import batches
+from megatron_quant.runs import agree, batches
+from megatron_quant.runs.options import QuantizeOptions
 from tests.dist import checkpoints
 from tests.dist.pool import Ranks
 from tests.dist.test_layouts import export_all
@@ -86,3 +87,22 @@ def _reads(stream: bool, source: Path, out: Path) -> list[str]:
 def test_one_rank_of_a_host_tokenizes(stream: bool, tmp_path: Path, ranks: Ranks) -> None:
     source = checkpoints.save("qwen3", tmp_path / "source")
     assert ranks(2, _reads, stream, source, tmp_path / "out") == [[__file__], []]
+
+
+def _fetched(source: Path) -> int:
+    """How often this rank asks the hub."""
+    count = 0
+
+    def resolved(_: str, code: bool = False) -> Path:
+        nonlocal count
+        count += 1
+        return source
+
+    agree.resolve_source = resolved
+    options = QuantizeOptions.from_flags(hf_model_id="owner/name", export_quant_cfg="fp8")
+    assert agree.fetched(options, Groups()).hf_model_id == str(source)
+    return count
+
+
+def test_one_rank_of_a_host_asks_the_hub(tmp_path: Path, ranks: Ranks) -> None:
+    assert ranks(3, _fetched, tmp_path) == [1, 0, 0]

@@ -85,3 +85,8 @@ def test_the_module_is_the_command() -> None:
     assert done.returncode == 1
     line = "megatron-quant: error: /no/such: no such directory; give an exported checkpoint\n"
     assert done.stderr == line
+
+
+@pytest.mark.parametrize("argv", [["quantize"], ["export", "DIR"]])
+def test_both_verbs_write_modelopt_unless_told_otherwise(argv: list[str]) -> None:
+    assert parser().parse_args([*argv, "--export-dir", "OUT"]).export_format == "modelopt"

@@ -1,5 +1,6 @@
 """Input scales from a forward of the transformers model itself, or from an earlier one."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from megatron_quant.alike import ids_once_a_host
 from megatron_quant.dist import Groups, together
 from megatron_quant.models import positive, text_config
+from megatron_quant.runs import file_layers
 from megatron_quant.runs.agree import check_tokens
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
@@ -14,49 +16,52 @@ from megatron_quant.runs.phases import Phases
 from megatron_quant.streaming import InputAmaxes, merge_amaxes, static_inputs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from megatron_quant.streaming import Workplace
 
 
-def calibrate_inputs(
+def calibration_text(
     options: QuantizeOptions, job: Job, groups: Groups, phases: Phases
+) -> list[torch.Tensor]:
+    """Return the batches of token ids, equal on all ranks; none where no forward is run.
+
+    Collective. Raises a QuantError, on every rank, for a fault in the data.
+    """
+    if not job.quant.needs_data or options.calibration.load is not None:
+        return []
+    # Imported here: transformers takes seconds to load.
+    from megatron_quant.runs.batches import calibration_batches
+
+    def read() -> list[torch.Tensor]:
+        vocabulary = positive(text_config(job.hf_config), "vocab_size")
+        return calibration_batches(options.calibration, job.source, vocabulary)
+
+    with phases.time("load"):
+        batches = ids_once_a_host(groups, read)
+        check_tokens(groups, batches)
+    return batches
+
+
+def measure_inputs(
+    options: QuantizeOptions,
+    job: Job,
+    batches: Sequence[torch.Tensor],
+    place: "Workplace",
+    groups: Groups,
+    phases: Phases,
 ) -> InputAmaxes:
     """Run the calibration data through the model and merge what the ranks saw. Collective.
 
-    The ranks share the data. Raises a QuantError, on every rank, for a fault in data or model.
+    The ranks share the data. The model runs layer by layer, or as a whole where transformers' class
+    cannot do that. Raises a QuantError, on every rank, for a fault in the model.
     """
-    # Imported here: transformers takes seconds to load.
-    from megatron_quant.calib import shard
-    from megatron_quant.runs.batches import calibration_batches
-    from megatron_quant.streaming import WeightInputAmax, keys_of, load_model, run_model, watched
+    from megatron_quant.streaming import keys_of
 
-    if options.calibration.load is not None:
-        return load_inputs(options, job, groups)
     params = static_inputs(job.quant, job.params)
-    with phases.time("load"):
-
-        def read() -> list[torch.Tensor]:
-            vocabulary = positive(text_config(job.hf_config), "vocab_size")
-            return calibration_batches(options.calibration, job.source, vocabulary)
-
-        def load() -> tuple["PreTrainedModel", WeightInputAmax]:
-            model = load_model(job.source, job.dtype)
-            return model, WeightInputAmax(watched(model, params))
-
-        batches = ids_once_a_host(groups, read)
-        check_tokens(groups, batches)
-        model, seen = together(groups, load)
-    own = shard(batches, groups.rank, groups.size)
-
-    def forward() -> None:
-        with phases.bar("calibrate", len(own)) as progress, torch.no_grad(), seen:
-            for batch in own:
-                run_model(model, batch)
-                progress(1)
-
-    together(groups, forward)
-    return merge_amaxes(
-        job.quant, params, keys_of, seen.seen, options.calibration.cold_experts, groups
-    )
+    own = batches[groups.rank :: groups.size]
+    seen = file_layers.by_layers(job, params, own, groups, phases, place)
+    if seen is None:
+        seen = file_layers.at_once(job, params, own, groups, phases)
+    return merge_amaxes(job.quant, params, keys_of, seen, options.calibration.cold_experts, groups)
 
 
 def load_inputs(options: QuantizeOptions, job: Job, groups: Groups) -> InputAmaxes:

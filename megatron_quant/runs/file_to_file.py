@@ -31,7 +31,13 @@ from megatron_quant.runs.destination import (
     verification,
     write_shown,
 )
-from megatron_quant.runs.file_inputs import calibrate_inputs, save_inputs
+from megatron_quant.runs.file_inputs import (
+    calibration_text,
+    load_inputs,
+    measure_inputs,
+    save_inputs,
+)
+from megatron_quant.runs.file_layers import workplace
 from megatron_quant.runs.job import Job, SourceModel, decide, replanned
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
@@ -138,7 +144,27 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
         check_plans(groups, origin, job.export)
         files = together(groups, lambda: checked_companions(job, out, existing, origin))
         together(groups, lambda: check_calibration_file(options))
-    inputs = calibrate_inputs(options, job, groups, phases) if job.quant.needs_data else None
+    batches = calibration_text(options, job, groups, phases)
+    with workplace(options, job, origin, batches, groups) as place:
+        inputs = None
+        if place is not None:
+            inputs = measure_inputs(options, job, batches, place, groups, phases)
+        elif job.quant.needs_data:
+            inputs = load_inputs(options, job, groups)
+        return _written(options, planned, files, inputs, groups, phases)
+
+
+def _written(
+    options: QuantizeOptions,
+    planned: Planned,
+    files: Companions,
+    inputs: InputAmaxes | None,
+    groups: Groups,
+    phases: Phases,
+) -> Streamed:
+    """Measure weights and write the export, with the input scales that were found."""
+    job, out = planned.job, options.export_dir
+    assert out is not None
     source = PartSource(planned.checkpoint, job.dtype)
     found, amaxes = _weight_amaxes(job, source, groups, phases)
     producer = Producer(

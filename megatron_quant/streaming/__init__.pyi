@@ -18,13 +18,21 @@ from .scales import searched_amaxes as searched_amaxes
 from .scales import shared as shared
 from .scales import shared_amaxes as shared_amaxes
 from .scales import slot_amaxes as slot_amaxes
+from .skeleton import CannotWalk as CannotWalk
+from .skeleton import Skeleton as Skeleton
+from .walk import Walk as Walk
+from .workplace import Workplace as Workplace
 
 __all__ = [
+    "CannotWalk",
     "InputAmaxes",
     "PartSource",
     "Producer",
     "Sharing",
+    "Skeleton",
+    "Walk",
     "WeightInputAmax",
+    "Workplace",
     "bounded_parts",
     "keys_of",
     "load_model",

@@ -38,9 +38,8 @@ def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
                 output_loading_info=True,
             )
     except Exception as e:  # transformers raises whatever a model's code raises
-        reason = " ".join(str(e).split())[:200]
         raise CheckpointError(
-            f"{directory}: transformers cannot load the model ({reason}); pass --weight-only"
+            f"{directory}: transformers cannot load the model ({one_line(e)}); pass --weight-only"
         ) from e
     missing = sorted(info["missing_keys"])
     if missing:
@@ -72,10 +71,14 @@ def run_model(model: PreTrainedModel, ids: torch.Tensor) -> None:
     try:
         model(input_ids=ids, use_cache=False)
     except Exception as e:  # a model's code may need things that a checkpoint lacks
-        reason = " ".join(str(e).split())[:200]
         raise CalibrationError(
-            f"transformers' forward of the model failed ({reason}); pass --weight-only"
+            f"transformers' forward of the model failed ({one_line(e)}); pass --weight-only"
         ) from e
+
+
+def one_line(error: Exception) -> str:
+    """Return what ``error`` says, on one line that is not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def keys_of(param: Param) -> tuple[str, ...]:

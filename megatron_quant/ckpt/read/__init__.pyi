@@ -13,6 +13,7 @@ from .logical_tensors import params_of as params_of
 from .logical_tensors import plain_part as plain_part
 from .logical_tensors import row_blocks as row_blocks
 from .open import open_source as open_source
+from .open import open_stored as open_stored
 from .packed_weight import GROUP_INDEX as GROUP_INDEX
 from .packed_weight import Packed as Packed
 from .quantized import QuantizedCheckpoint as QuantizedCheckpoint
@@ -59,6 +60,7 @@ __all__ = [
     "open_directory",
     "open_original",
     "open_source",
+    "open_stored",
     "params_of",
     "plain_dtypes",
     "plain_part",

@@ -25,3 +25,13 @@ def open_source(path: Path) -> Weights:
     if quantization_of(checkpoint.config, path) is not None:
         return QuantizedCheckpoint.over(checkpoint, matrices(checkpoint))
     return unstacked(checkpoint) if has_table(checkpoint.config) else checkpoint
+
+
+def open_stored(path: Path) -> Weights:
+    """Open directory ``path`` by the names that transformers' own loader knows; dense values.
+
+    Raises CheckpointError where :func:`open_source` does.
+    """
+    checkpoint = open_directory(path)
+    packed = quantization_of(checkpoint.config, path) is not None
+    return open_source(path) if packed else checkpoint

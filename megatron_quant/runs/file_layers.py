@@ -1,0 +1,137 @@
+"""Run the calibration text of a streamed checkpoint through transformers' model of it."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_quant.ckpt.plan import Origin, digest_of
+from megatron_quant.ckpt.read import open_stored
+from megatron_quant.ckpt.write import Existing
+from megatron_quant.dist import Groups, gather, together
+from megatron_quant.errors import LostRankError
+from megatron_quant.models import Param
+from megatron_quant.runs.destination import existing_of
+from megatron_quant.runs.job import Job
+from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.runs.phases import Phases
+from megatron_quant.streaming import static_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from megatron_quant.streaming import WeightInputAmax, Workplace
+
+
+def by_layers(
+    job: Job,
+    params: Sequence[Param],
+    batches: Sequence[torch.Tensor],
+    groups: Groups,
+    phases: Phases,
+    place: "Workplace",
+) -> dict[str, torch.Tensor] | None:
+    """Return this rank's observations; None, on every rank, where one cannot go layer by layer."""
+    # Imported here: transformers takes seconds to load.
+    from megatron_quant.streaming import CannotWalk, Skeleton, Walk
+
+    def walk() -> tuple[dict[str, torch.Tensor], str]:
+        try:
+            with phases.time("load"):
+                skeleton = Skeleton(open_stored(job.source), job.dtype)
+            layers = 1 + max(param.layer or 0 for param in params)
+            with phases.bar("calibrate", layers * len(batches)) as progress:
+                found = Walk(
+                    skeleton=skeleton,
+                    params=params,
+                    batches=batches,
+                    place=place,
+                    on_batch=progress,
+                )
+                return found.run(), ""
+        except CannotWalk as reason:
+            return {}, str(reason)
+
+    seen, reason = together(groups, walk)
+    reason = next(filter(None, gather(reason, groups)), "")
+    if not reason:
+        return seen
+    if groups.rank == 0:
+        logging.getLogger(__name__).warning(
+            "%s: transformers' model cannot run layer by layer (%s): every rank loads all of it",
+            job.source,
+            reason,
+        )
+    return None
+
+
+def at_once(
+    job: Job,
+    params: Sequence[Param],
+    batches: Sequence[torch.Tensor],
+    groups: Groups,
+    phases: Phases,
+) -> dict[str, torch.Tensor]:
+    """Return this rank's observations of the whole model."""
+    from megatron_quant.streaming import WeightInputAmax, load_model, run_model, watched
+
+    def start() -> tuple["PreTrainedModel", WeightInputAmax]:
+        model = load_model(job.source, job.dtype)
+        return model, WeightInputAmax(watched(model, params))
+
+    with phases.time("load"):
+        model, seen = together(groups, start)
+
+    def forward() -> None:
+        with phases.bar("calibrate", len(batches)) as progress, torch.no_grad(), seen:
+            for batch in batches:
+                run_model(model, batch)
+                progress(1)
+
+    together(groups, forward)
+    return seen.seen
+
+
+@contextmanager
+def workplace(
+    options: QuantizeOptions,
+    job: Job,
+    origin: Origin,
+    batches: Sequence[torch.Tensor],
+    groups: Groups,
+) -> "Iterator[Workplace | None]":
+    """Hold the folder in which the calibration of a run is kept until its export is there.
+
+    Where the run fails nothing stays, but with ``--resume`` and where a rank was lost. None where
+    nothing is calibrated.
+    """
+    if not batches:
+        yield None
+        return
+    from megatron_quant.streaming import Workplace
+
+    keys = [param.name for param in static_inputs(job.quant, job.params)]
+    text = digest_of([ids.tolist() for ids in batches])
+    made_of = digest_of([origin.source, str(job.dtype), groups.size, keys, text])
+    existing = existing_of(options.write)
+    place = Workplace(work_folder(options), made_of, existing, groups)
+    try:
+        yield place
+    except Exception as error:
+        if existing is not Existing.RESUME and not isinstance(error, LostRankError):
+            place.remove()
+        raise
+    else:
+        place.remove()
+    finally:
+        place.leave()
+
+
+def work_folder(options: QuantizeOptions) -> Path:
+    """Return where the calibration of a run is kept."""
+    out = options.export_dir
+    assert out is not None
+    return out.with_name(f"{out.name}.calibration")

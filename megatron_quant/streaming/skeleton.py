@@ -1,0 +1,145 @@
+"""transformers' model without its weights: any part of it gets them for as long as it runs.
+
+Nothing here knows how transformers names or fuses what a checkpoint holds. The tensors of a part go
+through the conversion and the initialization that ``from_pretrained`` gives to those of a model.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from megatron_quant.ckpt.read import Weights
+from megatron_quant.errors import CheckpointError
+from megatron_quant.models import decoder_of, whole
+from megatron_quant.streaming.model import one_line, quiet
+
+
+class CannotWalk(Exception):
+    """A model cannot be run layer by layer; the message says why."""
+
+
+class Skeleton:
+    """The base model (no head) on the meta device; buffers that no checkpoint stores are real.
+
+    Attributes:
+        model: The model, in evaluation mode.
+        prefix: Prefix of the text decoder's names in it.
+        layers: Its decoder layers, in their order.
+    """
+
+    def __init__(self, source: Weights, dtype: torch.dtype) -> None:
+        """Build the model of the config.
+
+        Args:
+            source: The checkpoint, by the names that transformers loads.
+            dtype: Dtype of the model.
+
+        Raises:
+            CannotWalk: Where this release of transformers cannot do that.
+        """
+        self._source, self._dtype = source, dtype
+        try:
+            # Here: where this release of transformers lacks it, models are loaded whole.
+            from megatron_quant.streaming.part_loading import make_buffers
+
+            with quiet(), torch.device("meta"):
+                self.model: PreTrainedModel = AutoModel.from_config(
+                    _config(source.path),
+                    dtype=dtype,
+                    trust_remote_code=False,
+                    experts_implementation="eager",
+                ).eval()
+            make_buffers(self.model, dtype)
+            parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
+            self.prefix = decoder_of(parameters)
+            self.layers: list[nn.Module] = list(self._list())
+            self._own = decoder_of({n: i.shape for n, i in source.dense().items()})
+        except Exception as e:  # transformers raises whatever a model's code does
+            raise CannotWalk(one_line(e)) from e
+
+    def _list(self) -> nn.ModuleList:
+        found = self.model.get_submodule(f"{self.prefix}layers")
+        assert isinstance(found, nn.ModuleList), type(found)
+        return found
+
+    def put(self, layers: list[nn.Module]) -> None:
+        """Have the model's forward run ``layers`` in place of its own."""
+        at = self.prefix.removesuffix(".")
+        self.model.get_submodule(at).register_module("layers", nn.ModuleList(layers))
+
+    def fill_layer(self, index: int) -> None:
+        """Load the weights of a decoder layer.
+
+        Raises:
+            CheckpointError: For one that is missing or has another shape.
+        """
+        self._load(self._names(index))
+        layer = self.layers[index]
+        stored = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+        missing = sorted(name for name, t in stored.items() if t.device.type == "meta")
+        if missing:
+            raise CheckpointError(
+                f"{self._source.path} has nothing for {self.prefix}layers.{index}.{missing[0]} of "
+                f"transformers' model ({len(missing)} such); fetch the checkpoint again, or pass "
+                "--weight-only"
+            )
+
+    def fill_rest(self) -> None:
+        """Load the weights of the text decoder outside of its layers."""
+        self._load(self._names(None))
+
+    def empty(self) -> None:
+        """Give up every weight that is loaded."""
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if tensor.device.type == "meta":
+                continue
+            at, _, leaf = name.rpartition(".")
+            module, meta = self.model.get_submodule(at), torch.empty_like(tensor, device="meta")
+            if isinstance(tensor, nn.Parameter):
+                module.register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
+            else:
+                module.register_buffer(leaf, meta)
+
+    def _names(self, layer: int | None) -> Iterator[str]:
+        at = f"{self._own}layers."
+        for name in self._source:
+            if layer is not None:
+                if name.startswith(f"{at}{layer}."):
+                    yield name
+            elif name.startswith(self._own) and not name.startswith(at):
+                yield name
+
+    def _load(self, names: Iterator[str]) -> None:
+        from megatron_quant.streaming.part_loading import load_part
+
+        tensors = {name: self._read(name) for name in names}
+        try:
+            odd = load_part(self.model, tensors, self._dtype)
+        except Exception as e:  # transformers raises whatever a conversion does
+            raise CheckpointError(
+                f"{self._source.path}: transformers cannot load the model ({one_line(e)}); pass "
+                "--weight-only"
+            ) from e
+        for name, found, wanted in odd:
+            raise CheckpointError(
+                f"{self._source.path}: {name} is {list(found)}, transformers' model has "
+                f"{list(wanted)}; fetch the checkpoint again, or pass --weight-only"
+            )
+
+    def _read(self, name: str) -> torch.Tensor:
+        info = self._source.info(name)
+        assert info is not None, name
+        found = self._source.read(name, whole(info.shape))
+        return found.to(self._dtype) if info.decoded else found
+
+
+def _config(directory: Path) -> PretrainedConfig:
+    """Read the config, without its word on how weights are quantized."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False
+    )
+    vars(config).pop("quantization_config", None)
+    return config

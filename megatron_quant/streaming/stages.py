@@ -1,0 +1,149 @@
+"""The arguments that each decoder layer is called with, found by the model's own forward.
+
+The forward runs with a stand-in in place of every layer, which keeps its arguments and returns the
+hidden states as they are. So embeddings, masks and positions are the model's own.
+"""
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from megatron_quant.streaming.model import one_line
+from megatron_quant.streaming.skeleton import CannotWalk, Skeleton
+
+_HIDDEN = "hidden_states"
+_LIKE = 16
+"""Tensors of one shape that others are compared with: a mask a kind of attention, and the like."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a layer besides the hidden states, which come first."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states that ``layer`` makes of ``hidden``.
+
+        Raises:
+            CannotWalk: Where they have another shape.
+        """
+        out = layer(hidden, *self.args, **self.kwargs)
+        made: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        if made.shape != hidden.shape or made.dtype != hidden.dtype:
+            raise CannotWalk(f"a layer turns {list(hidden.shape)} into {list(made.shape)}")
+        return made
+
+    @property
+    def hands_on(self) -> bool:
+        """Return whether a layer has left something for a later one, such as keys and values."""
+        values = (*self.args, *self.kwargs.values())
+        return any(len(v) > 0 for v in values if isinstance(v, MutableMapping))
+
+
+@dataclass
+class Calls:
+    """Finds the calls of batches. Tensors that are equal in all of them are kept once."""
+
+    skeleton: Skeleton
+    _kept: dict[tuple[Any, ...], list[torch.Tensor]] = field(default_factory=dict)
+
+    def of(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+        """Return the hidden states that enter the first layer, and each layer's call.
+
+        Args:
+            ids: Token ids, int64 [B, S].
+
+        Raises:
+            CannotWalk: For a model whose layers do not simply follow one another.
+        """
+        try:
+            return self._try(ids, lambda hidden: hidden)
+        except CannotWalk as reason:
+            try:  # perhaps its layers return tuples
+                return self._try(ids, lambda hidden: (hidden,))
+            except CannotWalk:
+                raise reason from None
+
+    def _try(
+        self, ids: torch.Tensor, give: Callable[[torch.Tensor], Any]
+    ) -> tuple[torch.Tensor, list[Call]]:
+        recorder = _Recorder(give, self._once)
+        self.skeleton.put(
+            [_Stage(layer, i, recorder) for i, layer in enumerate(self.skeleton.layers)]
+        )
+        try:
+            self.skeleton.model(input_ids=ids, use_cache=False)
+        except CannotWalk:
+            raise
+        except Exception as e:  # a model's code may need what is not loaded
+            raise CannotWalk(one_line(e)) from e
+        finally:
+            self.skeleton.put(self.skeleton.layers)
+        if len(recorder.calls) != len(self.skeleton.layers) or recorder.hidden is None:
+            raise CannotWalk("its forward does not run every layer once")
+        return recorder.hidden, recorder.calls
+
+    def _once(self, value: Any) -> Any:
+        """Return ``value``, or an equal tensor that is kept already."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.device.type == "meta":
+            raise CannotWalk("its forward needs weights outside of the text decoder")
+        kept = self._kept.setdefault((value.shape, value.dtype), [])
+        for other in kept:
+            if other is value or torch.equal(other, value):
+                return other
+        if len(kept) < _LIKE:
+            kept.append(value)
+        return value
+
+
+@dataclass
+class _Recorder:
+    """Keeps the arguments of the layers in their order."""
+
+    give: Callable[[torch.Tensor], Any]
+    once: Callable[[Any], Any]
+    hidden: torch.Tensor | None = None
+    calls: list[Call] = field(default_factory=list)
+
+    def record(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop(_HIDDEN, None)
+        if index != len(self.calls) or not isinstance(hidden, torch.Tensor):
+            raise CannotWalk("its forward does not run the layers one after another")
+        if self.hidden is None:
+            self.hidden = hidden
+        elif not _is_same(hidden, self.hidden):
+            raise CannotWalk("its forward changes the hidden states between layers")
+        self.calls.append(Call(*pytree.tree_map(self.once, (args, kwargs))))
+        return self.give(hidden)
+
+
+def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Return whether both are the same elements in memory: a slice of everything is."""
+    places = [(t.data_ptr(), t.shape, t.stride()) for t in (one, two)]
+    return places[0] == places[1]
+
+
+class _Stage(nn.Module):
+    """A stand-in for a layer, with the layer's attributes."""
+
+    def __init__(self, layer: nn.Module, index: int, recorder: _Recorder) -> None:
+        super().__init__()
+        self.__dict__ |= {"_layer": layer, "_index": index, "_recorder": recorder}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the arguments and return the hidden states."""
+        return self.__dict__["_recorder"].record(self.__dict__["_index"], args, kwargs)

@@ -1,0 +1,153 @@
+"""The folder in which a calibration keeps how far it has come, so that a killed run can go on.
+
+It is removed when the export is there. Nothing in it is removed that this library has not written.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_quant import documents
+from megatron_quant.ckpt.storage import explained, read_object, write_file
+from megatron_quant.ckpt.write import LOCK, Existing, Lock
+from megatron_quant.dist import Groups, together
+from megatron_quant.errors import CheckpointError, ExportError
+
+DOCUMENT = "megatron_quant_calibration.json"
+_OWN = re.compile(rf"{re.escape(DOCUMENT)}(\.new)?|rank-\d+\.(json(\.new)?|layer-\d+\.safetensors)")
+
+
+@dataclass(frozen=True)
+class Come:
+    """How far a rank has come.
+
+    Attributes:
+        layer: Layer that comes next.
+        digest: Digest of the hidden states that enter it; empty where no layer needs them.
+        seen: What was measured in the layers before it, by key.
+    """
+
+    layer: int
+    digest: str
+    seen: Mapping[str, float]
+
+
+class Workplace:
+    """The folder, for one rank. Make it on all ranks at once.
+
+    Args:
+        folder: Where it is.
+        made_of: Digest of all that the result depends on.
+        existing: What to do with a calibration that is there.
+        groups: This rank's groups.
+
+    Raises:
+        ExportError: On every rank, where :func:`check_workplace` does, for a calibration of
+            something else, and where another run is at it.
+    """
+
+    def __init__(self, folder: Path, made_of: str, existing: Existing, groups: Groups) -> None:
+        self._folder, self._made_of, self._groups = folder, made_of, groups
+        self._lock: Lock | None = None
+        together(groups, lambda: self._claim(existing) if groups.rank == 0 else None)
+
+    def _claim(self, existing: Existing) -> None:
+        check_workplace(self._folder, existing)
+        with explained(self._folder, "cannot be used"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self._folder)
+            begun = _begun(self._folder)
+            if begun is not None and existing is Existing.RESUME and begun != self._made_of:
+                self._lock.release()
+                raise ExportError(
+                    f"{self._folder} holds the calibration of another run (other ranks, --dtype, "
+                    "source, recipe or calibration text); --resume with what it was started with, "
+                    "start anew with --overwrite, or choose another --export-dir"
+                )
+            if existing is not Existing.RESUME:
+                _clear(self._folder)
+            content = json.dumps({"made_of": self._made_of}).encode()
+            _replace(self._folder / DOCUMENT, content)
+
+    def states(self, layer: int) -> Path:
+        """Return this rank's file for the hidden states that enter ``layer``."""
+        return self._folder / f"rank-{self._groups.rank}.layer-{layer}.safetensors"
+
+    def come(self) -> Come | None:
+        """Return how far this rank had come; None where it begins, or cannot read what is there."""
+        with suppress(CheckpointError, KeyError, TypeError, ValueError, AttributeError):
+            found = read_object(self._file, documents.INDEX)
+            if found["made_of"] == self._made_of:
+                seen = {str(key): float(value) for key, value in found["seen"].items()}
+                return Come(int(found["layer"]), str(found["digest"]), seen)
+        return None
+
+    def save(self, come: Come) -> None:
+        """Say how far this rank has come: all of it or nothing, as a kill may come."""
+        said = {"made_of": self._made_of, **vars(come)}
+        with explained(self._file, "cannot be written"):
+            _replace(self._file, json.dumps(said).encode())
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / f"rank-{self._groups.rank}.json"
+
+    def leave(self) -> None:
+        """Let other runs in; what was written stays."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def remove(self) -> None:
+        """Remove what was written, on rank 0, and the folder where nothing else is in it."""
+        if self._groups.rank == 0:
+            with suppress(OSError):
+                _clear(self._folder)
+            self.leave()
+            with suppress(OSError):
+                self._folder.rmdir()
+
+
+def check_workplace(folder: Path, existing: Existing) -> None:
+    """Raise ExportError where ``folder`` is not free for a calibration. Changes nothing."""
+    if not os.path.lexists(folder):
+        return
+    with explained(folder, "cannot be used"):
+        names = {path.name for path in folder.iterdir()} - {LOCK}
+    strange = sorted(name for name in names if not _OWN.fullmatch(name))
+    if strange or (names and not (folder / DOCUMENT).is_file()):
+        one = (strange or sorted(names))[0]
+        raise ExportError(
+            f"{folder}, where the calibration would be kept, holds {one}, "
+            "which no calibration has written; move it away or choose another --export-dir"
+        )
+    if names and existing is Existing.REFUSE:
+        raise ExportError(
+            f"{folder} holds an unfinished calibration; continue it with --resume, start anew with "
+            "--overwrite, or choose another --export-dir"
+        )
+
+
+def _begun(folder: Path) -> str | None:
+    """Return what the calibration in ``folder`` says that it is made of; empty if unreadable."""
+    if not (folder / DOCUMENT).exists():
+        return None
+    with suppress(CheckpointError):
+        return str(read_object(folder / DOCUMENT).get("made_of"))
+    return ""
+
+
+def _replace(path: Path, content: bytes) -> None:
+    new = path.with_name(f"{path.name}.new")
+    write_file(new, content, fsync=False)
+    os.replace(new, path)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what calibrations write; the document last, which says whose the folder is."""
+    names = [path.name for path in folder.iterdir() if _OWN.fullmatch(path.name)]
+    for name in sorted(names, key=lambda name: name.startswith(DOCUMENT)):
+        (folder / name).unlink(missing_ok=True)

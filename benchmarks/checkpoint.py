@@ -46,6 +46,11 @@ def make_smallest(directory: Path) -> Path:
     return _write(directory, 1, 4, _FFN, 512)
 
 
+def make_layers(directory: Path, layers: int, experts: int) -> Path:
+    """So many layers of ``experts`` experts of 512 features, with a small vocabulary."""
+    return _write(directory, layers, experts, 512, 4096)
+
+
 def _write(directory: Path, layers: int, experts: int, ffn: int, vocab: int) -> Path:
     sizes = {"num_hidden_layers": layers, "num_experts": experts, "vocab_size": vocab}
     config = {**_CONFIG, **sizes, "moe_intermediate_size": ffn}

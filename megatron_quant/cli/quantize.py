@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
     given = arguments(args)
     if args.dry_run:
         job = mq.plan(*place, **given)
-        _print_plan(job, args.serve_tp, args.verbose)
+        _print_plan(job, args)
     elif args.stream:
         streamed = mq.stream(*place, args.export_dir, phases=ConsolePhases(out), **given)
         for line in summary_of_stream(streamed):
@@ -243,13 +243,13 @@ def run(args: argparse.Namespace) -> None:
             out.print(line)
 
 
-def _print_plan(job: "mq.Job", serve_tp: int | None, verbose: bool) -> None:
+def _print_plan(job: "mq.Job", args: argparse.Namespace) -> None:
     out = console()
-    out.print(weights_table(job, verbose))
+    out.print(weights_table(job, args.verbose))
     out.print(rules_table(job))
-    out.print(files_table(job.exported, verbose))
-    out.print(engines_table(job, serve_tp))
-    for line in needs(job):
+    out.print(files_table(job.exported, args.verbose))
+    out.print(engines_table(job, args.serve_tp))
+    for line in needs(job, args.calib_size * args.calib_seq_length):
         out.print(line)
     out.print(sizes_line(job.exported))
     for line in planning_lines(job):

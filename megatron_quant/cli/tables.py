@@ -95,12 +95,21 @@ def engines_table(job: "mq.Job", serve_tp: int | None) -> Table:
     return table
 
 
-def needs(job: "mq.Job") -> Iterator[str]:
-    """Yield lines on how the KV cache is stored, and on whether calibration data is needed."""
+def needs(job: "mq.Job", tokens: int) -> Iterator[str]:
+    """Yield lines on how the KV cache is stored, and on what calibration needs.
+
+    tokens: of the calibration data.
+    """
     if job.cache_scales:
         how = "calibrated" if job.quant.kv_cache == "fp8" else "all 1"
         yield f"KV cache: FP8, {job.cache_scales} scales ({how})"
     yield "calibration data: " + ("needed" if job.quant.needs_data else "not needed")
+    if (memory := job.layer_memory) is not None:
+        disk = size(memory.states_per_token * tokens)
+        yield (
+            f"calibration: layer by layer, {size(memory.weights)} of weights at a time; hidden "
+            f"states of {tokens} tokens take {disk} of disk beside --export-dir"
+        )
 
 
 def sizes_line(plan: "mq.ExportPlan") -> str:

@@ -46,6 +46,7 @@ from megatron_quant.recipes import (
     resolve,
 )
 from megatron_quant.runs.options import QuantizeOptions, check_plannable, chosen_recipe, dtype_of
+from megatron_quant.streaming import LayerMemory, layer_memory
 
 OpenWeights = Callable[[Path], Weights]
 """Opens the weights of the model whose config.json is in a directory."""
@@ -75,6 +76,13 @@ class Job:
     expert_scales: str
     kept: Mapping[str, torch.dtype] = field(default_factory=dict)
     checkpoint: Weights | None = None
+
+    @property
+    def layer_memory(self) -> LayerMemory | None:
+        """Return what a streamed calibration takes; None where there is none."""
+        if self.architecture is not None or not self.quant.needs_data:
+            return None
+        return layer_memory(self.params, self.dtype, self.hf_config)
 
     @property
     def exported(self) -> ExportPlan:

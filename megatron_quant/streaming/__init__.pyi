@@ -1,6 +1,8 @@
 from .inputs import InputAmaxes as InputAmaxes
 from .inputs import merge_amaxes as merge_amaxes
 from .inputs import static_inputs as static_inputs
+from .memory import LayerMemory as LayerMemory
+from .memory import layer_memory as layer_memory
 from .model import keys_of as keys_of
 from .model import load_model as load_model
 from .model import quiet as quiet
@@ -26,6 +28,7 @@ from .workplace import Workplace as Workplace
 __all__ = [
     "CannotWalk",
     "InputAmaxes",
+    "LayerMemory",
     "PartSource",
     "Producer",
     "Sharing",
@@ -35,6 +38,7 @@ __all__ = [
     "Workplace",
     "bounded_parts",
     "keys_of",
+    "layer_memory",
     "load_model",
     "merge_amaxes",
     "per_expert",

@@ -7,27 +7,32 @@ import logging
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from megatron_quant.ckpt.read import open_stored
 from megatron_quant.ckpt.write import LOCK, Existing
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, CheckpointError, ExportError
+from megatron_quant.models import Role
 from megatron_quant.runs import file_inputs
 from megatron_quant.runs.file_to_file import plan_stream
 from megatron_quant.streaming import model as loading
 from megatron_quant.streaming import stages, states, walk
 from megatron_quant.streaming.inputs import static_inputs
+from megatron_quant.streaming.memory import LayerMemory, layer_memory
 from megatron_quant.streaming.model import load_model, run_model, watched
 from megatron_quant.streaming.observe import WeightInputAmax
 from megatron_quant.streaming.skeleton import Skeleton
 from megatron_quant.streaming.workplace import DOCUMENT, Workplace
 from tests.dist import checkpoints
+from tests.dist.command import command
 from tests.dist.test_kill import count_calls
 from tests.unit import hf_models, sources
 from tests.unit.test_stream_inputs import options, run
@@ -146,6 +151,27 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path, monkeypatch: pytest.Mo
         peaks[layers] = max(seen) - before
     assert peaks[4] > 1_000_000
     assert peaks[8] < 1.05 * peaks[4] and peaks[16] < 1.1 * peaks[4]
+
+
+def test_the_plan_says_what_it_takes(tmp_path: Path) -> None:
+    """The layer of an expert model with its experts, or the embeddings where they are larger."""
+    for layers in (4, 8):
+        source = wide(layers, tmp_path / str(layers))
+        out = tmp_path / "out"
+        job = plan_stream(options(source, out, export_quant_cfg="fp8"), 1).job
+        stored = load_file(source / "model.safetensors")
+        layer = [t.nbytes for n, t in stored.items() if n.startswith("model.layers.1.")]
+        assert job.layer_memory == LayerMemory(sum(layer), 2 * 64 * 2)
+        argv = ["quantize", "--stream", "--hf-model-id", str(source), "--export-quant-cfg", "fp8"]
+        said = command(*argv, "--dry-run", "--calib-size", "10", "--calib-seq-length", "100").out
+        assert "calibration: layer by layer, 1.945 MB of weights at a time;" in " ".join(
+            said.split()
+        )
+        assert "hidden states of 1000 tokens take 256 KB of disk" in " ".join(said.split())
+    weights_alone = options(source, out, weight_only=True)
+    assert plan_stream(weights_alone, 1).job.layer_memory is None
+    big = [replace(p, shape=(50_000, 64)) if p.role is Role.EMBEDDING else p for p in job.params]
+    assert layer_memory(big, torch.bfloat16, job.hf_config).weights == (50_000 + 1) * 64 * 2
 
 
 class Killed(BaseException):

@@ -23,7 +23,7 @@ from megatron_quant.streaming import static_inputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from megatron_quant.streaming import WeightInputAmax, Workplace
+    from megatron_quant.streaming import Workplace
 
 
 def by_layers(

@@ -232,7 +232,7 @@ def test_a_file_that_could_not_be_written_is_refused_before_the_work(
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "source").symlink_to(gemma4)
-    monkeypatch.setattr(file_to_file, "calibrate_inputs", None)  # no work is done
+    monkeypatch.setattr(file_to_file, "calibration_text", None)  # no work is done
     with pytest.raises(ExportError, match=words):
         run(gemma4, tmp_path / "out", save_calibration=tmp_path / place)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "notes.txt", "source"]

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from megatron_quant.ckpt.read import open_stored
 from megatron_quant.ckpt.write import LOCK, Existing
+from megatron_quant.cli.console import size
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, CheckpointError, ExportError
 from megatron_quant.models import Role
-from megatron_quant.runs import file_inputs
+from megatron_quant.runs import file_layers
 from megatron_quant.runs.file_to_file import plan_stream
 from megatron_quant.streaming import model as loading
 from megatron_quant.streaming import stages, states, walk
@@ -100,23 +101,21 @@ def test_exports_are_equal_and_nobody_loads_the_model(
     gemma4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(file_inputs, "_by_layers", lambda *args: None)
-        run(gemma4, tmp_path / "whole")
+        patched.setattr(file_layers, "by_layers", lambda *args: None)
+        run(gemma4, tmp_path / "whole", save_calibration=tmp_path / "whole.safetensors")
     monkeypatch.setattr(loading, "load_model", None)
-    run(gemma4, tmp_path / "layers")
+    run(gemma4, tmp_path / "layers", save_calibration=tmp_path / "layers.safetensors")
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "layers" / path.name).read_bytes() == path.read_bytes(), path.name
-    kept = [tmp_path / f"{name}.amax.safetensors" for name in ("whole", "layers")]
+    kept = [tmp_path / f"{name}.safetensors" for name in ("whole", "layers")]
     assert kept[0].read_bytes() == kept[1].read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [kept[0].name, kept[1].name, "whole", "layers"]
-    )
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def wide(layers: int, directory: Path) -> Path:
     """Layers of 2 MB each, and little beside them."""
     config = transformers.Qwen3Config(
-        **hf_models.BASE | {"num_hidden_layers": layers, "intermediate_size": 5000}
+        **hf_models.BASE | {"num_hidden_layers": layers, "intermediate_size": 4992}
     )
     torch.manual_seed(0)
     transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
@@ -345,7 +344,7 @@ def test_a_calibration_of_something_else_is_not_continued(
             run(gemma4, tmp_path / "out", resume=True, **other)
     assert contents(tmp_path) == left and not any(LOCK in name for name in left)
     run(gemma4, tmp_path / "out", overwrite=True, calib_size=3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.amax.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_a_failed_run_leaves_nothing(gemma4: Path, tmp_path: Path) -> None:
@@ -419,12 +418,12 @@ def test_a_model_that_is_no_chain_of_layers_is_loaded_whole(
     monkeypatch.setattr(layers, "forward", doubled)
     with caplog.at_level(logging.WARNING):
         run(qwen3, tmp_path / "out", export_quant_cfg="fp8")
-    (line,) = [r.getMessage() for r in caplog.records if r.name.endswith("file_inputs")]
+    (line,) = [r.getMessage() for r in caplog.records if r.name.endswith("file_layers")]
     assert line == (
         f"{qwen3}: transformers' model cannot run layer by layer (its forward does not run the "
         "layers one after another): every rank loads all of it"
     )
-    monkeypatch.setattr(file_inputs, "_by_layers", lambda *args: None)
+    monkeypatch.setattr(file_layers, "by_layers", lambda *args: None)
     run(qwen3, tmp_path / "whole", export_quant_cfg="fp8")
     assert contents(tmp_path / "whole") == contents(tmp_path / "out")
     assert not (tmp_path / "out.calibration").exists()

@@ -17,7 +17,6 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cache
 from itertools import pairwise
 from math import fsum
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_quant.native.elements import STORED, CElement, Code, in_byte
 from megatron_quant.native.spans import Cuts
 
 _VERSION = 3
@@ -37,60 +37,12 @@ _SHARE = 1 << 17
 """Elements that deserve a thread: 50 microseconds of work, 20 to hand it out."""
 
 
-class CElement(IntEnum):
-    """How a quotient becomes an element, in the numbering of csrc/elements.h.
-
-    BY_BF16 rounds the quotient to bf16 first, as torch does where value and step are both bf16.
-    ZERO adds a zero point. UINT8 is INT8 + 128.
-    """
-
-    E4M3 = 0
-    E4M3_BY_BF16 = 1
-    E2M1 = 2
-    E2M1_BY_BF16 = 3
-    INT4_BY_BF16 = 4
-    INT4_ZERO_BY_BF16 = 5
-    INT8 = 6
-    UINT8_BY_BF16 = 7
-
-
-class Code(IntEnum):
-    """The kind of stored elements, in the numbering of csrc/decode.c.
-
-    INT4 is + 8, UINT8 is INT8 + 128.
-    """
-
-    E4M3 = 0
-    E2M1 = 1
-    INT4 = 2
-    INT8 = 3
-    UINT8 = 4
-
-
 Steps = tuple[Tensor, Tensor | None]
-STORED = {
-    CElement.E4M3: torch.float8_e4m3fn,
-    CElement.E4M3_BY_BF16: torch.float8_e4m3fn,
-    CElement.E2M1: torch.uint8,
-    CElement.E2M1_BY_BF16: torch.uint8,
-    CElement.INT4_BY_BF16: torch.int32,
-    CElement.INT4_ZERO_BY_BF16: torch.int32,
-    CElement.INT8: torch.int8,
-    CElement.UINT8_BY_BF16: torch.int32,
-}
-
-
 _INFINITE = {
     torch.bfloat16: ctypes.c_uint16(0x7F80),
     torch.float16: ctypes.c_uint16(0x7C00),
     torch.float32: ctypes.c_uint32(0x7F800000),
 }
-
-
-def in_byte(element: CElement) -> int:
-    """Return how many elements a byte holds."""
-    bytes_ = (CElement.E4M3, CElement.E4M3_BY_BF16, CElement.INT8, CElement.UINT8_BY_BF16)
-    return 1 if element in bytes_ else 2
 
 
 class _Blocks(ctypes.Structure):

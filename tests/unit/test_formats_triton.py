@@ -14,7 +14,7 @@ import torch
 
 from megatron_quant.formats.backends import gpu
 from megatron_quant.formats.backends.choose import loops_for
-from megatron_quant.native.library import CElement
+from megatron_quant.native.elements import CElement
 
 triton = pytest.importorskip("triton", reason="no Triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402

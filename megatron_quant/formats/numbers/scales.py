@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_quant.formats.numbers.absmax import true_div
 from megatron_quant.formats.numbers.elements import E2M1_MAX, E4M3_MAX, E4M3_MIN, e4m3_values
-from megatron_quant.native import WHOLE, Cuts, library
+from megatron_quant.native import WHOLE, Code, Cuts, library
 
 ScaleFields = tuple[Tensor, ...]
 _E8M0_BIAS = 127
@@ -136,7 +136,7 @@ class Nvfp4Scale:
         scale_RB = fields[0]
         if library.reads(scale_RB):
             whole = Cuts.of(scale_RB.shape[1], WHOLE, 0)
-            return library.decode(scale_RB, (dscale_R1, None), library.Code.E4M3, whole), None
+            return library.decode(scale_RB, (dscale_R1, None), Code.E4M3, whole), None
         return e4m3_values(scale_RB).mul_(dscale_R1), None
 
 

@@ -87,3 +87,57 @@ def _beside() -> dict[str, Any]:
         "optimizer": {key: state},
         "rng_state": ShardedObject("rng_state", [1, 2], (1,), (0,), replica_id=rank),
     }
+
+
+def save_with_drafts(source: Path, run: Path) -> None:
+    """Save the weights of ``source`` and of its layers for speculation, as one rank has them."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_quant.ckpt.plan import Layout
+    from megatron_quant.ckpt.read import fill, open_source
+    from megatron_quant.mcore.model.build import transformer_config
+    from megatron_quant.mcore.model.parallel import start_distributed, start_megatron
+    from megatron_quant.models import copies, lookup, num_experts
+
+    weights = open_source(source)
+    architecture, count = lookup(weights.config), weights.config["num_nextn_predict_layers"]
+    params = architecture.params(weights.config)
+    layout = Layout.simulate(1, 1, 1, 1, num_experts(params))
+    start_megatron(layout, start_distributed().minutes)
+    model_parallel_cuda_manual_seed(0)
+    config = transformer_config(architecture, weights.config, layout, torch.bfloat16)
+    config.mtp_num_layers = count
+    layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=layers,
+        mtp_block_spec=get_gpt_mtp_block_spec(config, layers, use_transformer_engine=True),
+        **architecture.gpt_config(weights.config),
+    )
+    for parameter in model.parameters():  # a router's bias stays in fp32
+        parameter.data = parameter.data.bfloat16()
+    known = {}
+    for param in (*params, *architecture.drafts(weights.config, count)):
+        tensor = (model.get_buffer if param.fp32 else model.get_parameter)(param.name)
+        fill(tensor, copies(param, 0, 1), weights)
+        known[param.name] = param
+    assert known.keys() >= {name for name, _ in model.named_parameters()}
+    write(run, {"model": model})
+
+
+def save_as_fsdp(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Save each tensor as Megatron-FSDP does: cut over all ranks, by rows, by torch alone."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state = {name: distribute_tensor(t, mesh, [Shard(0)]) for name, t in tensors.items()}
+    beside = {"optimizer": {"state": {"module.a": {"exp_avg": torch.ones(2)}}}, "iteration": 3}
+    save({"model": {"module": state}, **beside}, storage_writer=FileSystemWriter(folder))

@@ -3,16 +3,20 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 
 from megatron_quant.ckpt.storage import MANIFEST
 from megatron_quant.models import Pipeline
 from tests.dist import checkpoints, plain, saved
 from tests.dist.plain import Training
+from tests.dist.command import quantize_argv, refused
 from tests.dist.pool import Ranks
 from tests.dist.test_layouts import digests
+from tests.unit import plain_world, sources
 
 SIZES = {"num_hidden_layers": 4, "num_experts": 4, "moe_intermediate_size": 64, "head_dim": 32}
 CALIBRATED = {"calib_size": 4, "calib_seq_length": 32, "cold_experts": "layer-max"}
@@ -87,3 +91,63 @@ def test_every_way_of_saving(
         wanted = files_of(exported / f"hf.{case}")
         for name in RUNS:
             assert files_of(tmp_path / f"{name}.{case}") == wanted, (name, case)
+
+
+def test_layers_for_speculation(tmp_path: Path, ranks: Ranks) -> None:
+    """As megatron-core's own model of them saves them; they keep their Hugging Face names."""
+    source = checkpoints.save("deepseek_v3", tmp_path / "hf", num_hidden_layers=3)
+    found, beyond = sources.tensors(source), "model.layers.2."
+    hidden, seeded = 128, torch.Generator().manual_seed(1)
+    found |= {
+        f"{beyond}{name}.weight": torch.randn(shape, generator=seeded).bfloat16()
+        for name, shape in (
+            ("eh_proj", (hidden, 2 * hidden)),
+            ("enorm", (hidden,)),
+            ("hnorm", (hidden,)),
+            ("shared_head.norm", (hidden,)),
+        )
+    }
+    found[f"{beyond}embed_tokens.weight"] = found["model.embed_tokens.weight"].clone()
+    found[f"{beyond}shared_head.head.weight"] = found["lm_head.weight"].clone()
+    sources.write(source, found)
+    sources.config(source, num_hidden_layers=2, num_nextn_predict_layers=1)
+    ranks(1, plain.save_with_drafts, source, tmp_path / "run")
+    case = {"export_quant_cfg": "nvfp4", "weight_only": True, "tp": 2, "ep": 2}
+    for run in (None, tmp_path / "run"):
+        out = tmp_path / f"out.{run is None}"
+        ranks(2, quantize_one, source, run, out, case)
+    assert files_of(tmp_path / "out.True") == files_of(tmp_path / "out.False")
+    assert f"{beyond}enorm.weight" in sources.tensors(tmp_path / "out.False")
+
+
+def quantize_one(source: Path, run: Path | None, out: Path, case: dict[str, Any]) -> None:
+    saved.quantize(hf_model_id=str(source), megatron_load_path=run, export_dir=out, **case)
+
+
+def test_megatron_fsdp(source: Path, exported: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Cut over 3 ranks, which divide no tensor evenly; without metadata.json."""
+    tensors = plain_world.of_fsdp(plain_world.tensors_of(source), prefix="")
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    ranks(3, plain.save_as_fsdp, tmp_path / "run" / "iter_0000005", tensors)
+    case = {**CASES["weights"], "ep": 2}
+    ranks(2, quantize_one, source, tmp_path / "run", tmp_path / "out", case)
+    assert files_of(tmp_path / "out") == files_of(exported / "hf.weights")
+
+
+def test_what_is_refused(source: Path, runs: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """In one line on every rank; nothing is written."""
+    argv = ["quantize", "--megatron-load-path", str(runs / "apart"), "--export-dir"]
+    argv += [str(tmp_path / "out"), "--hf-model-id", str(source), "--tp", "2"]
+    recipe = ["--export-quant-cfg", "nvfp4", "--weight-only"]
+    for more, words in (
+        ([], "apart is not quantized: run quantize with --megatron-load-path, --hf-model-id and"),
+        ([*recipe, "--skip-keys", "mtp.*"], "--skip-keys mtp.* matches no key of"),
+        ([*recipe, "--skip-keys", "decoder.layers.1.*"], "has no decoder.layers.1.self_attention."),
+        ([*recipe, "--keep-scales"], "--keep-scales"),
+    ):
+        assert words in refused(ranks, tmp_path, [*argv, *more])
+    argv = ["export", "--megatron-load-path", str(runs / "apart"), "--export-format", "modelopt"]
+    argv += ["--export-dir", str(tmp_path / "out"), "--hf-model-id", str(source)]
+    assert "apart is not quantized" in refused(ranks, tmp_path, argv)
+    argv = quantize_argv(source, tmp_path / "out", skip_keys="a")
+    assert "--skip-keys leaves out keys of --megatron-load-path" in refused(ranks, tmp_path, argv)

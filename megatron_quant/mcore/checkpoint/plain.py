@@ -114,7 +114,7 @@ def open_plain(stored: TorchDist, hf: Path) -> PlainWeights:
     return PlainWeights(
         path=stored.path,
         config=config,
-        tensors=infos,
+        tensors=dict(sorted(infos.items())),
         runs=runs,
         reader=PieceReader(stored.path, tensors),
         digest=_digest(stored, config),

@@ -15,16 +15,16 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_quant import cpu
+import megatron_quant as mq
 
 if not torch.cuda.is_available():
-    cpu.activate()
+    mq.use_cpu()
 
 import torch.distributed as dist
 from distillation import divergence
@@ -41,15 +41,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_quant.calib.data import load_texts, shard, token_batches
-from megatron_quant.ckpt.plan.provenance import digest_of
-from megatron_quant.ckpt.verify.checkpoint import verify
-from megatron_quant.ckpt.write.exporter import Destination, export
 from megatron_quant.cli.failure import fail
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import QuantError
 from megatron_quant.evaluation.tokenizer import load_tokenizer
 from megatron_quant.layers.install import ExpertScales
-from megatron_quant.mcore.live import producer, quantized
 from megatron_quant.mcore.model.load import load_model
 from megatron_quant.mcore.model.parallel import start_distributed
 from megatron_quant.mcore.model.schedule import run_schedule as run_model
@@ -60,7 +56,7 @@ from megatron_quant.mcore.training.train_state import (
     load_progress,
     save_run,
 )
-from megatron_quant.runs.inputs import Inputs, open_inputs
+from megatron_quant.runs.inputs import Inputs, open_inputs, with_texts
 from megatron_quant.runs.options import QuantizeOptions
 
 Microbatch = tuple[torch.Tensor, torch.Tensor | None]
@@ -229,8 +225,8 @@ def last_saved(args: argparse.Namespace, groups: Groups) -> TrainProgress | None
     return saved
 
 
-def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> Any:
-    """Train, and return the student in the form of :func:`quantized`."""
+def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> mq.Quantized:
+    """Train, and return the handle of the student."""
     job, saved = inputs.job, last_saved(args, groups)
     batches = together(groups, lambda: read_batches(args, job.source))
 
@@ -240,7 +236,7 @@ def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> Any:
 
     teacher, student = load() if args.kd_teacher == "bf16" else None, list(load())
     from_path, scales = saved.path if saved else None, ExpertScales(args.expert_scales)
-    prepare(student, job.recipe, from_path, hf_model=job.hf_config, expert_scales=scales)
+    prepare(student, job.recipe, from_path, hf_model=job.source, expert_scales=scales)
     choose_trained(student, args.train)
     trainer = wrap(student, teacher, args, job.hf_config["vocab_size"])
     frozen = args.freeze_before
@@ -256,13 +252,13 @@ def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> Any:
         chunk.train()
     loop(args, trainer, callback, batches, saved.step if saved else 0)
     callback.finish(args.train_steps)
-    return quantized(trainer.model)
+    return mq.quantized(trainer.model)
 
 
 def choose_trained(student: Sequence[GPTModel], which: str) -> None:
     """Freeze unquantized weights, if only quantized ones shall make up for their rounding."""
     if which == "quantized":
-        chosen = {id(w) for layer in quantized(student).layers for w in layer.weights()}
+        chosen = {id(w) for layer in mq.quantized(student).layers for w in layer.weights()}
         for parameter in (p for chunk in student for p in chunk.parameters()):
             parameter.requires_grad_(id(parameter) in chosen)
 
@@ -288,27 +284,6 @@ def loop(
         if args.save_dir and (step % args.save_every == 0 or last):
             callback.on_save(step)
             save_run(args.save_dir, step, settings, trainer.model, trainer.optimizer)
-
-
-def write(inputs: Inputs, trained: Any, options: QuantizeOptions) -> None:
-    model, beside = trained.model, inputs.companions
-    amaxes = [
-        (layer.name, [float(q.amax.sum()) for q in layer.quantizers if q.amax is not None])
-        for layer in trained.layers
-    ]
-    origin = replace(beside.origin, statistics=digest_of(["trained", *amaxes]))
-    files = replace(beside, origin=origin)
-    produce = producer(model, trained.layers)
-    to = Destination(
-        directory=options.export_dir,
-        companions=files,
-        existing=inputs.existing,
-        options=inputs.writing,
-    )
-    export(inputs.job.export, model.groups, produce, to)
-    if model.groups.rank == 0:
-        verify(options.export_dir).raise_for_problems()
-    say(f"saved {options.export_dir}")
 
 
 def parse() -> argparse.Namespace:
@@ -378,7 +353,10 @@ def run(args: argparse.Namespace) -> None:
     )
     together(groups, lambda: check(args, groups.size))
     inputs = together(groups, lambda: open_inputs(options, groups.size))
-    write(inputs, train(args, inputs, groups), options)
+    inputs = with_texts(inputs, options, None, groups)
+    trained = train(args, inputs, groups)
+    mq.export(trained, args.export_dir, format=options.export_format, write=options.write)
+    say(f"saved {args.export_dir}")
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ def each_its_own(argvs: list[list[str]], alone: bool) -> Ended:
     """Every rank its own command line; ``alone``: without the process group of the test's pool."""
     rank = dist.get_rank()
     if alone:
+        dist.barrier()  # another rank may still be connecting to this one
         dist.destroy_process_group()
     return command(*argvs[rank])
 

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
+from megatron_quant.engines.families import checkpoint_name
 from megatron_quant.errors import CalibrationError, CheckpointError
-from megatron_quant.models import Parallel, Param, decoder_of
+from megatron_quant.models import Parallel, Param, decoder_of, family
 from megatron_quant.weight_inputs import Watched
 
 _STACK = re.compile(r"(.*\.)?experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
@@ -102,11 +103,12 @@ def watched(model: PreTrainedModel, params: Sequence[Param]) -> list[Watched]:
     """
     named = dict(model.named_parameters())
     prefix = decoder_of({name: tuple(p.shape) for name, p in named.items()})
-    found = []
+    known, found = family(model.config.to_dict()), []
     for name, parameter in named.items():
         match = _LAYER.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
         if match is not None:
-            found.append(Watched(parameter.data, _keys(match[1], match[2], parameter)))
+            stored = checkpoint_name(known, match[2])
+            found.append(Watched(parameter.data, _keys(match[1], stored, parameter)))
     wanted = {key: p for p in params for key in keys_of(p)}
     lacking = wanted.keys() - {key for w in found for key in w.keys}
     if lacking:

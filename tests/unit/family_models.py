@@ -14,6 +14,8 @@ import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
 
+from megatron_quant.engines.families import family_of
+from megatron_quant.models import ARCHITECTURES
 from tests.unit.hf_models import BASE, DEEPSEEK, EXPERTS, MODELS
 
 WEIGHTS = "model.safetensors"
@@ -36,7 +38,7 @@ class Tiny:
     what is saved fused. nested: ``model_type`` of the text decoder, where its config is one within
     another. count: (key, experts). experts: name of the
     module of routed experts in an export. leaves: linears of an expert there. router: its tensor.
-    dense: weights that no recipe may quantize. forward: whether transformers runs what was renamed.
+    dense: weights that no recipe may quantize. unmeasured: why transformers cannot run these files.
     """
 
     make: Make
@@ -52,7 +54,7 @@ class Tiny:
     split: bool = False
     nested: str = ""
     dense: tuple[str, ...] = ()
-    forward: bool = True
+    unmeasured: str = ""
 
 
 def causal(name: str, settings: Mapping[str, object]) -> Make:
@@ -206,7 +208,6 @@ FAMILIES: dict[str, Tiny] = {
         config={"hybrid_override_pattern": "M*E-", "layers_block_type": None},
         added={"mtp.layers.0.mixer.q_proj.weight": (64, 64)},
         dense=("backbone.layers.2.mixer.fc1_latent_proj", "mtp.layers.0.mixer.q_proj"),
-        forward=False,
     ),
     "deepseek_v4": Tiny(
         make=causal(
@@ -239,7 +240,6 @@ FAMILIES: dict[str, Tiny] = {
             (r"(.*\.attn)\.norm\.", r"\1.kv_norm."),
         ),
         dense=("layers.0.attn.compressor.wkv", "layers.0.attn.wo_a"),
-        forward=False,
     ),
     "minimax_m2": Tiny(
         make=causal(
@@ -252,7 +252,7 @@ FAMILIES: dict[str, Tiny] = {
         leaves=MIXTRAL,
         config={"rotary_dim": 8},
     ),
-    "minimax_m3": Tiny(
+    "minimax_m3_vl_text": Tiny(
         make=lambda: t.MiniMaxM3VLForCausalLM(
             t.MiniMaxM3VLTextConfig(
                 **BASE
@@ -287,7 +287,7 @@ FAMILIES: dict[str, Tiny] = {
                 ("k_norm", (16,)),
             )
         },
-        forward=False,
+        unmeasured="transformers fuses gate and up in memory",
     ),
     "kimi_k25": Tiny(
         make=MODELS["deepseek_v3"],
@@ -302,7 +302,7 @@ FAMILIES: dict[str, Tiny] = {
             "mm_projector.proj.0.weight": (64, 32),
         },
         dense=("vision_tower.encoder.blocks.0.wqkv", "mm_projector.proj.0"),
-        forward=False,
+        unmeasured="not tried with a vision tower",
     ),
     "kimi_linear": Tiny(
         make=causal(
@@ -326,7 +326,6 @@ FAMILIES: dict[str, Tiny] = {
         renames=((r"(.*layers\.0)\.block_sparse_moe\.", r"\1.mlp."),),
         config={"num_experts": 4, "num_local_experts": None},
         dense=("model.layers.0.self_attn.f_b_proj", "model.layers.0.self_attn.g_a_proj"),
-        forward=False,
     ),
     "step3p5": Tiny(
         make=causal("MiniMaxM2", BASE | {"num_local_experts": 4, "intermediate_size": 32}),
@@ -354,7 +353,7 @@ FAMILIES: dict[str, Tiny] = {
             "model.layers.1.share_expert.down_proj.weight": (64, 32),
             "model.layers.1.self_attn.g_proj.weight": (4, 64),
         },
-        forward=False,
+        unmeasured="transformers has it inside Step-3.7 alone",
     ),
     "hunyuan_v1_moe": Tiny(
         make=causal(
@@ -417,7 +416,7 @@ FAMILIES: dict[str, Tiny] = {
             "model.layers.1.mlp.gate.weight": (4, 64),
             "model.layers.1.mlp.gate.expert_bias": (4,),
         },
-        forward=False,
+        unmeasured="no class in transformers",
     ),
     "bailing_hybrid": Tiny(
         make=causal(
@@ -436,7 +435,6 @@ FAMILIES: dict[str, Tiny] = {
         **V3,
         count=("num_experts", 4),
         config={"num_experts": 4, "num_local_experts": None},
-        forward=False,
     ),
     "ernie4_5_moe": Tiny(
         make=causal(
@@ -472,7 +470,6 @@ FAMILIES: dict[str, Tiny] = {
         experts="model.layers.0.block_sparse_moe.experts",
         router="model.layers.0.block_sparse_moe.router.layer",
         count=("num_local_experts", 4),
-        forward=False,
     ),
     "lfm2_moe": Tiny(
         make=causal(
@@ -516,7 +513,6 @@ FAMILIES: dict[str, Tiny] = {
         config={"swa_num_key_value_heads": 4, "swa_head_dim": 16},
         added={"model.mtp.layers.0.self_attn.o_proj.weight": (64, 64)},
         dense=("model.mtp.layers.0.self_attn.o_proj",),
-        forward=False,
     ),
     "longcat_flash": Tiny(
         make=causal(
@@ -536,7 +532,7 @@ FAMILIES: dict[str, Tiny] = {
         router="model.layers.0.mlp.router.classifier",
         count=ROUTED,
         only=r"(?!.*experts\.[45]\.).*",  # which compute nothing
-        forward=False,
+        unmeasured="transformers asks for more tensors than the hub's files have",
     ),
     "afmoe": Tiny(
         make=causal(
@@ -629,3 +625,22 @@ def _write_config(directory: Path, tiny: Tiny) -> None:
     for part in (found, found.get("text_config", {})):  # layers that these checkpoints lack
         part |= {k: 0 for k in ("num_nextn_predict_layers",) if k in part}
     path.write_text(json.dumps(found))
+
+
+def table() -> str:
+    """Return the table of docs/architectures.md: what tests/unit/test_families.py finds."""
+    rows = [
+        "| `model_type` | models | `--stream` | input scales | Megatron |",
+        "|---|---|---|---|---|",
+    ]
+    for name, tiny in FAMILIES.items():
+        known = family_of([name])
+        assert known is not None, name
+        live = "yes" if set(known.classes) & ARCHITECTURES.keys() else "-"
+        measured = f"- ({tiny.unmeasured})" if tiny.unmeasured else "yes"
+        rows.append(f"| `{name}` | {known.title} | yes | {measured} | {live} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from megatron_quant.ckpt.verify import verify
+from megatron_quant.errors import CheckpointError
 from megatron_quant.models import has_plain_router
+from tests.dist.checkpoints import tokenizer
 from tests.unit import family_models, sources
 from tests.unit.family_models import FAMILIES, Tiny
 
@@ -37,6 +39,7 @@ def test_all_experts_are_quantized_and_what_engines_keep_is_listed(family) -> No
     listed = ignored(out)
     for module in (tiny.router, *tiny.dense):
         assert module in listed and module not in quantized
+    assert all(name and not name.rpartition(".")[2].isdigit() for name in listed)  # no whole layer
 
 
 def test_config_json_is_the_sources_with_quantization_config_alone(family) -> None:
@@ -55,6 +58,32 @@ def test_what_is_not_quantized_keeps_its_bytes(family) -> None:
     assert len(kept) > 5
     for name in kept:
         assert after[name].dtype == before[name].dtype and torch.equal(after[name], before[name])
+
+
+def test_input_scales_come_from_transformers_forward(family, tmp_path: Path) -> None:
+    _, tiny, source, _ = family
+    tokenizer().save_pretrained(source)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    flags = {"export_quant_cfg": "fp8", "export_format": "modelopt", "weight_only": False}
+    flags |= {"calib_dataset": str(text), "calib_size": 4, "calib_seq_length": 32}
+    out = tmp_path / "out"
+    if tiny.unmeasured:
+        with pytest.raises(CheckpointError, match="--weight-only"):
+            sources.run(source, out, cold_experts="layer-max", **flags)
+        return
+    run = sources.run(source, out, cold_experts="layer-max", **flags)
+    assert run.inputs is not None and run.inputs.found
+    found = sources.tensors(out)
+    scaled = [n.removesuffix("_scale") for n in found if n.endswith(".weight_scale")]
+    assert f"{tiny.experts}.0.{tiny.leaves[-1]}.weight" in scaled
+    for name in scaled:
+        assert found[f"{name.removesuffix('.weight')}.input_scale"] > 0
+
+
+def test_the_page_has_the_table_of_these_tests() -> None:
+    page = Path(__file__).parents[2] / "docs" / "architectures.md"
+    assert family_models.table() in page.read_text()
 
 
 def spoiled(out: Path, to: Path, **changes: torch.Tensor | None) -> Path:

@@ -96,7 +96,7 @@ def test_what_engines_fuse_follows_from_what_a_module_has() -> None:
 @pytest.mark.parametrize(
     ("name", "members"),
     [
-        ("minimax_m3", ["q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"]),
+        ("minimax_m3_vl_text", ["q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"]),
         ("kimi_linear", ["q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj"]),
     ],
 )

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ckpt.verify": _STORED | {"ckpt.dialects", "ckpt.read", "ckpt.plan"},
     "ckpt": _STORED | _CKPT,
     "evaluation": _BASE | {"dist", "models", "weight_inputs", "ckpt.read"},
-    "streaming": _BASE | {"dist", "models", "weight_inputs"} | _CKPT,
+    "streaming": _BASE | {"dist", "models", "weight_inputs", "engines.families"} | _CKPT,
     "mcore.model": _LIVE,
     "mcore.checkpoint": _LIVE | {"", "mcore.model"},
     "mcore.live": _LIVE | {"mcore.model", "mcore.checkpoint"},

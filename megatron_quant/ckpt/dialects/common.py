@@ -10,13 +10,15 @@ from megatron_quant.engines.families import fused_names
 from megatron_quant.errors import FormatError
 from megatron_quant.fields import Fields
 from megatron_quant.formats import CHANNEL, Format
-from megatron_quant.recipes import OUTPUT, QuantPlan
+from megatron_quant.recipes import OUTPUT, QuantPlan, Slot
 
 LM_HEAD = "lm_head"
 """Output layer, always listed as unquantized: engines build a tied one though it has no tensor."""
 EMBEDDING = "embed_tokens"
 """Last part of an embedding's name: a 2-D weight but no linear, whatever a config targets."""
 _EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
+_WEIGHT = re.compile(r"(^|\.)weight\d*$")
+"""End of a weight's name, with an expert's number in Megatron."""
 _BLOCK = re.compile(r"^((?:.*\.)?experts)(?:\.\d+\..+)?$")
 """A block of routed experts: one of its linears, or its stacks."""
 
@@ -104,8 +106,8 @@ def excluded(plan: QuantPlan) -> list[str]:
             kernel and read the format of the whole layer from one of them.
     """
     _refuse_partial_experts(plan)
-    kept = [d.slot for d in plan.decisions if not d.quantized and _may_be_linear(d.slot.shape)]
-    names = [n for slot in kept for n in (*slot.sources, *slot.called) if n]
+    kept = [d.slot for d in plan.decisions if not d.quantized and _may_be_linear(d.slot)]
+    names = [n for slot in kept for n in (*slot.sources, *slot.called)]
     head = [] if any(d.slot.fixed == OUTPUT for d in plan.quantized) else [LM_HEAD]
     return list(dict.fromkeys([*names, *head]))
 
@@ -116,7 +118,7 @@ def expert_blocks(plan: QuantPlan) -> list[str]:
     vLLM and SGLang give a block without its own format the first one that they find under the
     block's parent, such as a shared expert's.
     """
-    kept = (d.slot for d in plan.decisions if not d.quantized and _may_be_linear(d.slot.shape))
+    kept = (d.slot for d in plan.decisions if not d.quantized and _may_be_linear(d.slot))
     found = (_BLOCK.match(n) for slot in kept for n in (*slot.sources, *slot.called))
     return list(dict.fromkeys(f"{match[1]}*" for match in found if match is not None))
 
@@ -125,12 +127,14 @@ def _is_matrix(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2
 
 
-def _may_be_linear(shape: tuple[int, ...]) -> bool:
-    """Return whether engines may build it quantized: a matrix, or a stack of experts' matrices.
+def _may_be_linear(slot: Slot) -> bool:
+    """Return whether engines may build it quantized: a weight, or a stack of experts' weights.
 
-    A depthwise convolution, [channels, 1, kernel], is neither.
+    A depthwise convolution, [channels, 1, kernel], is neither, and nor is a matrix that a module
+    owns under another name than ``weight``: excluding its module would exclude what is in it.
     """
-    return _is_matrix(shape) or (len(shape) == 3 and shape[1] > 1)
+    stack = len(slot.shape) == 3 and slot.shape[1] > 1
+    return stack or (_is_matrix(slot.shape) and _WEIGHT.search(slot.name) is not None)
 
 
 def _refuse_partial_experts(plan: QuantPlan) -> None:

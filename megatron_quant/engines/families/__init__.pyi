@@ -3,6 +3,7 @@ from .lookup import DENSE as DENSE
 from .lookup import EMBEDDINGS as EMBEDDINGS
 from .lookup import HEADS as HEADS
 from .lookup import LAYERS as LAYERS
+from .lookup import checkpoint_name as checkpoint_name
 from .lookup import dense_row as dense_row
 from .lookup import engine_names as engine_names
 from .lookup import family_of as family_of
@@ -20,6 +21,7 @@ __all__ = [
     "LAYERS",
     "Family",
     "Layout",
+    "checkpoint_name",
     "dense_row",
     "engine_names",
     "family_of",

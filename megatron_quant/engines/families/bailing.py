@@ -12,6 +12,10 @@ FAMILY = Family(
     ),
     kinds=("bailing_moe_v2", "bailing_moe", "bailing_moe_linear", "bailing_hybrid"),
     embedding="word_embeddings",
+    loaded=(
+        (r"self_attn\.o_proj\.", "attention.dense."),
+        (r"self_attn\.(forget_gate\.)?", "attention."),
+    ),
     fused=(
         Fused(
             name="qkvb_proj", members=("q_proj", "k_proj", "v_proj", "b_proj"), marks=("b_proj",)

@@ -22,5 +22,12 @@ FAMILY = Family(
     ),
     fused=(Fused(name="fused_wqa_wkv", members=("wq_a", "wkv"), marks=("wq_a",)),),
     head_reason="vLLM builds its output layer without a quantization config",
-    forward="transformers renames what it reads, and its own files are not the hub's",
+    loaded=(
+        (r"self_attn\.compressor\.indexer\.q_b_proj\.", "attn.indexer.wq_b."),
+        (r"self_attn\.(q|o)_(a|b)_proj\.", r"attn.w\1_\2."),
+        (r"self_attn\.kv_proj\.", "attn.wkv."),
+        (r"mlp\.shared_experts\.gate_proj\.", "ffn.shared_experts.w1."),
+        (r"mlp\.shared_experts\.down_proj\.", "ffn.shared_experts.w2."),
+        (r"mlp\.shared_experts\.up_proj\.", "ffn.shared_experts.w3."),
+    ),
 )

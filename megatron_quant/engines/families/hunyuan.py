@@ -1,10 +1,10 @@
-"""HunYuan-MoE-V1 and HY-V3."""
+"""HunYuan-MoE-V1."""
 
 from megatron_quant.engines.families.record import Family
 
 FAMILY = Family(
-    title="HunYuan-A13B, HY-V3",
-    classes=("HunYuanMoEV1ForCausalLM", "HYV3ForCausalLM"),
-    kinds=("hunyuan_v1_moe", "hy_v3"),
+    title="HunYuan-A13B",
+    classes=("HunYuanMoEV1ForCausalLM",),
+    kinds=("hunyuan_v1_moe",),
     plain_router=False,
 )

@@ -6,5 +6,4 @@ FAMILY = Family(
     title="Kimi-K2.5",
     classes=("KimiK25ForConditionalGeneration",),
     kinds=("kimi_k25", "kimi_k2"),
-    forward="transformers reads its text decoder as another class",
 )

@@ -17,6 +17,10 @@ FAMILY = Family(
         ),
         Dense(names=r".*_res_proj\.weight", source="vLLM kimi_k3: quant_config=None"),
     ),
+    loaded=(
+        (r"self_attn\.forget_gate\.", "self_attn."),
+        (r"mlp\.shared_experts\.", "block_sparse_moe.shared_experts."),
+    ),
     fused=(
         Fused(
             name="in_proj_qkvgfab",

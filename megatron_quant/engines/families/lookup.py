@@ -72,6 +72,13 @@ def engine_names(family: Family | None, modules: Iterable[str]) -> tuple[str, ..
     return _all(found)
 
 
+def checkpoint_name(family: Family | None, name: str) -> str:
+    """Return the checkpoint's name of a tensor that transformers calls ``name`` in its layer."""
+    for pattern, replacement in family.loaded if family is not None else ():
+        name = _compiled(pattern).sub(replacement, name, count=1)
+    return name
+
+
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)

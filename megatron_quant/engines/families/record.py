@@ -99,8 +99,8 @@ class Family:
         head_reason: Why engines load no quantized output layer; empty where they do.
         nameless_head: Why vLLM quantizes the output layer of a ModelOpt export that excludes it;
             empty where it does not.
-        forward: Why transformers cannot run the published names, so that input scales cannot be
-            measured; empty where it can.
+        loaded: (pattern, replacement) that turn transformers' names in a layer into the
+            checkpoint's, one after another.
     """
 
     title: str
@@ -120,4 +120,4 @@ class Family:
     layout: Layout = Layout.PLAIN
     head_reason: str = ""
     nameless_head: str = ""
-    forward: str = ""
+    loaded: tuple[tuple[str, str], ...] = ()

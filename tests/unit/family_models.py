@@ -302,7 +302,6 @@ FAMILIES: dict[str, Tiny] = {
             "mm_projector.proj.0.weight": (64, 32),
         },
         dense=("vision_tower.encoder.blocks.0.wqkv", "mm_projector.proj.0"),
-        unmeasured="not tried with a vision tower",
     ),
     "kimi_linear": Tiny(
         make=causal(

@@ -51,11 +51,26 @@ class Shards:
     """The ranks that hold the other shards of a rank's tensors.
 
     dense: for the layers that every token passes (tensor parallel). experts: for experts (expert
-    tensor parallel).
+    tensor parallel). replicas: the ranks that are given other tokens; None if that is not known.
     """
 
     dense: Groups
     experts: Groups
+    replicas: "Replicas | None" = None
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The ranks that are given other tokens than this one.
+
+    dense: those with this rank's shards of the layers that every token meets (data parallel).
+    experts: those with this rank's shards of its experts. others: those with other experts of the
+    same layers (expert parallel), itself included.
+    """
+
+    dense: Groups
+    experts: Groups
+    others: Groups
 
 
 @contextmanager
@@ -101,6 +116,38 @@ def max_reduce(flat: torch.Tensor, groups: Groups) -> torch.Tensor:
 def sum_reduce(flat: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Return the elementwise sum over the model's ranks; ``flat`` is equally long on all."""
     return _all_reduce(flat, dist.ReduceOp.SUM, groups)
+
+
+def ordered_sum(values: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Return the elementwise sum over ranks, added in their order: the same bits on every rank.
+
+    Each rank adds up one part of ``values``, whose shape is the same on all.
+    """
+    size = groups.size
+    if size == 1:
+        return values
+    each = -(-values.numel() // size)
+    sent = torch.zeros(size * each, dtype=values.dtype, device=groups.device)
+    sent[: values.numel()] = values.flatten()
+    received, parts = torch.empty_like(sent), list(torch.empty_like(sent).view(size, each))
+    with _answered():
+        dist.all_to_all_single(received, sent, group=groups.model)
+        own, *others = received.view(size, each)
+        for other in others:
+            own += other
+        dist.all_gather(parts, own, group=groups.model)
+    return torch.cat(parts)[: values.numel()].view(values.shape).to(values.device)
+
+
+def joined(values: torch.Tensor, dim: int, groups: Groups) -> torch.Tensor:
+    """Return every rank's ``values``, of one shape, put together along ``dim`` in rank order."""
+    if groups.size == 1:
+        return values
+    own = values.to(groups.device).contiguous()
+    parts = [torch.empty_like(own) for _ in range(groups.size)]
+    with _answered():
+        dist.all_gather(parts, own, group=groups.model)
+    return torch.cat(parts, dim).to(values.device)
 
 
 def gather(value: T, groups: Groups) -> list[T]:

@@ -9,15 +9,22 @@ from .calibration_file import loaded_amaxes as loaded_amaxes
 from .calibration_file import read_calibration as read_calibration
 from .calibration_file import statistic_key as statistic_key
 from .calibration_file import write_calibration as write_calibration
+from .data import counted as counted
 from .data import load_texts as load_texts
 from .data import shard as shard
 from .data import token_batches as token_batches
-from .keeping import measured_tensors as measured_tensors
+from .input_sums import Merged as Merged
+from .keeping import CalibrationKeeper as CalibrationKeeper
+from .keeping import SquareSums as SquareSums
 from .kv_cache import calibrate_kv_cache as calibrate_kv_cache
 from .kv_cache import run_rest as run_rest
 from .kv_cache import watch as watch
 from .observe import unquantized as unquantized
+from .passes import MomentPass as MomentPass
+from .passes import moment_passes as moment_passes
 from .search import follow_weights as follow_weights
+from .second_moments import MomentSource as MomentSource
+from .second_moments import round_weights as round_weights
 from .training import Drift as Drift
 from .training import Ranges as Ranges
 from .training import RunningInputs as RunningInputs
@@ -30,23 +37,30 @@ from .training import update_inputs as update_inputs
 __all__ = [
     "AMAX",
     "CalibrationFile",
+    "CalibrationKeeper",
     "CalibrationReport",
     "ColdExperts",
     "Drift",
     "InputRules",
+    "Merged",
+    "MomentPass",
+    "MomentSource",
     "Ranges",
     "RunningInputs",
+    "SquareSums",
     "calibrate",
     "calibrate_kv_cache",
     "calibrate_weights",
+    "counted",
     "follow_weights",
     "largest_drift",
     "load_texts",
     "loaded_amaxes",
-    "measured_tensors",
     "merge_live",
+    "moment_passes",
     "ranges_of",
     "read_calibration",
+    "round_weights",
     "run_rest",
     "set_ranges",
     "shard",

@@ -6,7 +6,7 @@ expert: the largest of the layer's slots, which the merged vector holds on every
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
 
@@ -14,8 +14,10 @@ import torch
 
 from megatron_quant.calib.calibration_file import TOKENS, CalibrationFile, loaded_amaxes
 from megatron_quant.calib.histogram import clip, histograms
+from megatron_quant.calib.input_sums import Merged
 from megatron_quant.calib.observe import observe
-from megatron_quant.calib.search import find_scales
+from megatron_quant.calib.search import find_block_scales, find_scales, find_tensor_scales
+from megatron_quant.calib.squares import merged_squares, summed_squares
 from megatron_quant.calib.sync import merge_max, merge_sum
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CalibrationError
@@ -42,7 +44,10 @@ class CalibrationReport:
         tokens: Number of tokens that an expert was given, for each of its weights (empty for
             weight-only plans). Everything that ran counts: padding too, and a batch as often as
             data-parallel ranks ran it so that all run equally many.
-        cold: Weights of experts that saw no token and took the layer's largest amax.
+        cold: Weights of experts that saw no token. Where their inputs have a static scale they took
+            the layer's largest amax, and where squares or products count those of the whole layer.
+        moments: Sum of the squares of each weight's inputs, if they count (imatrix and gptq).
+        squares: Squares of the inputs of this rank's layers of ``imatrix``, by layer name.
     """
 
     weight_amax: Mapping[str, float]
@@ -50,9 +55,11 @@ class CalibrationReport:
     scaled_amax: Mapping[str, float]
     tokens: Mapping[str, int]
     cold: tuple[str, ...]
+    moments: Mapping[str, float] = field(default_factory=dict)
+    squares: Mapping[str, Merged] = field(default_factory=dict, repr=False, compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InputRules:
     """How input scales follow from what the forwards measured.
 
@@ -63,12 +70,15 @@ class InputRules:
         token_replicas: Number of ranks that are given the same expert's tokens (the expert
             tensor-parallel size), so that the report counts each token once.
         loaded: Measurements of an earlier calibration; no forward runs then.
+        counted: Number of this rank's batches whose squares and products count; those after them
+            repeat batches, so that all ranks run equally many. None for all.
     """
 
     cold_experts: ColdExperts = ColdExperts.ERROR
     act_percentile: float = 100.0
     token_replicas: int = 1
     loaded: CalibrationFile | None = None
+    counted: int | None = None
 
 
 DEFAULTS = InputRules()
@@ -87,19 +97,23 @@ def calibrate(
         layers: This rank's layers of the plan.
         plan: Decisions on every slot of the model.
         groups: This rank's groups.
-        forwards: Functions that run one batch each through the model; used only where inputs have a
-            static scale.
+        forwards: Functions that run one batch each through the model; used only if inputs are
+            measured.
         rules: How the scales of inputs follow from what the forwards showed.
 
     Raises:
         CalibrationError: On every rank alike, for a weight or input that is not finite, a layer
             that no token reached, or a cold expert.
+
+    Layers of gptq get the scales of their blocks, and their codes, from ``round_weights``.
     """
-    if plan.weighs_inputs:
-        raise CalibrationError("algorithms imatrix and gptq are not there yet; take max or mse")
     weights = _merge_weights(layers, plan, groups)
     clips = rules.act_percentile < 100
-    with histograms(layers if clips else ()) as seen:
+    weighted = [x for x in layers if x.weighted and not x.rounds]
+    with (
+        histograms(layers if clips else ()) as seen,
+        summed_squares(weighted, groups, rules.counted) as sums,
+    ):
         if rules.loaded is None:
             inputs, tokens = _merge_inputs(layers, plan, groups, forwards)
         else:
@@ -107,16 +121,24 @@ def calibrate(
             inputs, tokens = together(groups, lambda: _read_inputs(file, plan))
     scaled = inputs
     if clips and inputs:
-        scaled = clip(plan, inputs, seen, rules.act_percentile, groups)
-    unseen = (plan.by_name[name].slot for name, count in tokens.items() if not count)
-    cold = accept_cold(unseen, rules.cold_experts is ColdExperts.LAYER_MAX)
+        static = {name: value for name, value in inputs.items() if plan.by_name[name].static}
+        scaled = inputs | clip(plan, static, seen, rules.act_percentile, groups)
+    cold = _cold(plan, tokens, rules.cold_experts)
     _load_weights(layers, plan, weights)
     _load_inputs(layers, plan, scaled)
-    find_scales(layers, plan, groups)
+    squares = merged_squares(weighted, groups, sums, rules.loaded)
+    find_tensor_scales(layers, plan, groups)
+    others = [layer for layer in layers if not layer.rounds]
+    find_block_scales(others, groups, {n: found.squares_EK for n, found in squares.items()})
     replicas = 1 if rules.loaded else rules.token_replicas
     counts = {slot: count // replicas for slot, count in tokens.items()}
     return CalibrationReport(
-        weight_amax=weights, input_amax=inputs, scaled_amax=scaled, tokens=counts, cold=cold
+        weight_amax=weights,
+        input_amax=inputs,
+        scaled_amax=scaled,
+        tokens=counts,
+        cold=cold,
+        squares=squares,
     )
 
 
@@ -162,8 +184,8 @@ def _merge_inputs(
     groups: Groups,
     forwards: Iterable[Callable[[], object]],
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Return input amaxes, and experts' token counts; both empty without static input scales."""
-    watched = [d for d in plan.quantized if d.inputs and d.inputs.tensor_scale]
+    """Return input amaxes, and experts' token counts; both empty if no inputs are measured."""
+    watched = plan.measured
     if not watched:
         return {}, {}
     observed = observe(layers, forwards)
@@ -177,13 +199,20 @@ def _merge_inputs(
 
 def _read_inputs(file: CalibrationFile, plan: QuantPlan) -> tuple[dict[str, float], dict[str, int]]:
     """Return what :func:`_merge_inputs` does, from an earlier run's measurements."""
-    watched = [d for d in plan.quantized if d.inputs and d.inputs.tensor_scale]
+    watched = plan.measured
     inputs = loaded_amaxes(file, watched)
     tokens = {}
     for slot in (d.slot for d in watched if d.slot.expert is not None):
         found = file.find(slot.sources, TOKENS, ())
         tokens[slot.name] = int(slot.name in inputs) if found is None else int(found)
     return inputs, tokens
+
+
+def _cold(plan: QuantPlan, tokens: Mapping[str, int], how: ColdExperts) -> tuple[str, ...]:
+    """Return the weights of experts without a token; refuse those whose inputs need a scale."""
+    unseen = [plan.by_name[name] for name, count in tokens.items() if not count]
+    accept_cold((d.slot for d in unseen if d.static), how is ColdExperts.LAYER_MAX)
+    return tuple(d.slot.name for d in unseen)
 
 
 def _names(decisions: Iterable[Decision]) -> list[str]:

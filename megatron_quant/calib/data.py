@@ -108,6 +108,11 @@ def token_batches(
     return list(data.view(samples, seq_length).split(batch_size))
 
 
+def counted(batches: Sequence[torch.Tensor], rank: int, size: int) -> int:
+    """Return how many of the batches that :func:`shard` gives to ``rank`` are nobody else's."""
+    return len(range(rank, len(batches), size))
+
+
 def shard(batches: Sequence[torch.Tensor], rank: int, size: int) -> list[torch.Tensor]:
     """Return the batches of data-parallel rank ``rank`` of ``size``, dealt out in turn.
 

@@ -1,34 +1,136 @@
-"""List the tensors that a finished calibration puts into a calibration file."""
+"""Keep what a calibration measures in a calibration file, by which ranks hold what."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from megatron_quant.calib.calibration import CalibrationReport
-from megatron_quant.calib.calibration_file import AMAX, TOKENS, cache_key, statistic_key
-from megatron_quant.recipes import QuantPlan
+from megatron_quant.calib.calibration_file import (
+    AMAX,
+    MOMENT,
+    SQUARES,
+    TOKENS,
+    CalibrationWriter,
+    cache_key,
+    statistic_key,
+)
+from megatron_quant.calib.input_sums import InputPlace, Merged
+from megatron_quant.calib.sync import merge_max
+from megatron_quant.dist import Groups, together
+from megatron_quant.layers import QuantLayer
+from megatron_quant.recipes import QuantPlan, largest_shared
+
+_Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def measured_tensors(
-    plan: QuantPlan, report: CalibrationReport, kv_amax: Mapping[str, float]
-) -> dict[str, torch.Tensor]:
-    """Return the amaxes and counts of a calibration, by their names in a calibration file.
+class SquareSums:
+    """Collects the sum of squares of each weight's inputs, which tells calibrations apart."""
 
-    Args:
-        plan: Decisions on every slot of the model.
-        report: Result of ``calibrate``.
-        kv_amax: Result of ``calibrate_kv_cache``.
+    def __init__(self) -> None:
+        self._own: dict[str, torch.Tensor] = {}
+
+    def add(self, layer: QuantLayer, found: Merged) -> None:
+        """Add a layer's."""
+        for decision, squares_K in zip(layer.decisions, found.squares_EK, strict=True):
+            self._own[decision.slot.name] = squares_K.sum()
+
+    def merged(self, plan: QuantPlan, groups: Groups) -> dict[str, float]:
+        """Return those of all ranks by slot name, on every rank. Collective."""
+        names = [d.slot.name for d in plan.quantized if d.weighted or d.rounds]
+        return merge_max(names, self._own, groups) if names else {}
+
+
+class CalibrationKeeper:
+    """Writes the file of a calibration that several ranks make.
+
+    Begin with :meth:`start`, give it every layer's sums, end with :meth:`finish`.
     """
-    tensors = dict(_of_inputs(plan, report))
-    return tensors | {cache_key(name): torch.tensor(value) for name, value in kv_amax.items()}
+
+    def __init__(self, path: Path, plan: QuantPlan, hessians: bool, groups: Groups) -> None:
+        """Plan nothing yet.
+
+        Args:
+            path: The file.
+            plan: Decisions on every slot of the model.
+            hessians: Whether it gets second moments too.
+            groups: This rank's groups.
+        """
+        self._path, self._plan, self._hessians, self._groups = path, plan, hessians, groups
+        self._writer: CalibrationWriter | None = None
+
+    def start(self, report: CalibrationReport, kv_amax: Mapping[str, float]) -> None:
+        """Make the file and write amaxes and counts. Collective.
+
+        Raises:
+            ExportError: On every rank, for what the disk refuses.
+        """
+        known = dict(_known(self._plan, report))
+        known |= {cache_key(name): torch.tensor(value) for name, value in kv_amax.items()}
+        shapes: _Shapes = {name: (t.dtype, tuple(t.shape)) for name, t in known.items()}
+        writer = CalibrationWriter(self._path, shapes | dict(self._sums()))
+        self._writer, first = writer, self._groups.rank == 0
+
+        def write() -> None:
+            if first:
+                writer.create()
+                for name, value in known.items():
+                    writer.put(name, value)
+
+        together(self._groups, write)
+
+    def _sums(self) -> Iterator[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
+        for decision in self._plan.measured:
+            slot = decision.slot
+            cols = slot.shape[1]
+            if decision.weighted or decision.rounds:
+                for module in slot.sources:
+                    yield statistic_key(module, SQUARES), (torch.float32, (cols,))
+            if decision.rounds and self._hessians:
+                key = statistic_key(slot.sources[0], MOMENT)
+                yield key, (torch.float32, (cols, cols))
+
+    def keep(self, layer: QuantLayer, found: Merged) -> None:
+        """Write the sums of one layer's inputs, on one of the ranks that hold them.
+
+        Raises:
+            ExportError: For what the disk refuses.
+        """
+        place, writer = InputPlace.of(layer, self._groups), self._writer
+        assert writer is not None, "not started"
+        if place.replicas.rank or place.shards.rank:
+            return
+        for index, decision in enumerate(layer.decisions):
+            sources = decision.slot.sources
+            for module in sources:
+                writer.put(statistic_key(module, SQUARES), found.squares_EK[index])
+            if self._hessians and decision.rounds:
+                writer.put(statistic_key(sources[0], MOMENT), found.sums[index])
+
+    def finish(self) -> None:
+        """Give the file its name. Collective.
+
+        Raises:
+            ExportError: On every rank, for what the disk refuses.
+        """
+        together(self._groups, lambda: None)  # all have written
+        writer, first = self._writer, self._groups.rank == 0
+        assert writer is not None, "not started"
+        together(self._groups, lambda: writer.finish() if first else None)
+
+    def abandon(self) -> None:
+        """Remove the unfinished file."""
+        if self._writer is not None and self._groups.rank == 0:
+            self._writer.abandon()
 
 
-def _of_inputs(plan: QuantPlan, report: CalibrationReport) -> Iterator[tuple[str, torch.Tensor]]:
+def _known(plan: QuantPlan, report: CalibrationReport) -> Iterator[tuple[str, torch.Tensor]]:
+    # A rank knows the largest input of all its experts, not of each: the layer's is layout-free.
+    largest = largest_shared(plan, report.scaled_amax)
     for decision in plan.quantized:
         slot = decision.slot
         for module in slot.sources:
             if slot.name in report.scaled_amax:
-                amax = torch.tensor(report.scaled_amax[slot.name])
-                yield statistic_key(module, AMAX), amax
+                yield statistic_key(module, AMAX), torch.tensor(largest[slot.sharing])
             if slot.name in report.tokens:
                 yield statistic_key(module, TOKENS), torch.tensor(report.tokens[slot.name])

@@ -45,8 +45,8 @@ class Observed:
 
 
 def observe(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], object]]) -> Observed:
-    """Run ``forwards`` with the model unquantized and the inputs of static scale watched."""
-    watched = [layer for layer in layers if layer.static_inputs]
+    """Run ``forwards`` with the model unquantized and the inputs that matter watched."""
+    watched = [layer for layer in layers if layer.measured]
     grouped = [layer for layer in watched if isinstance(layer.module, QuantGroupedLinear)]
     inputs = [(layer, InputAmax()) for layer in watched]
     counts = [(layer, TokenCount(len(layer.decisions))) for layer in grouped]

@@ -5,8 +5,9 @@ equal, bit for bit, however the weights are cut. Its result is a statistic: the 
 ``_block_amax``.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,9 +25,15 @@ from megatron_quant.formats import (
 )
 from megatron_quant.layers import QuantLayer
 from megatron_quant.recipes import QuantPlan
+from megatron_quant.rounding import importance
 
 _ERRORS_AT_ONCE = 1 << 23
 """Errors (one for each block and multiplier, 8 bytes) that are held at a time."""
+
+
+Squares = Mapping[str, Tensor]
+"""Layer name -> sums of squares of the inputs of each of its weights, fp32 [E, K], all of K."""
+_UNKNOWN: Squares = MappingProxyType({})
 
 
 def find_scales(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
@@ -35,11 +42,29 @@ def find_scales(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -
     They are searched scales, and statistics of blocks that shards cut. A constant number of
     collectives; every rank of ``groups`` calls it.
     """
+    find_tensor_scales(layers, plan, groups)
+    find_block_scales(layers, groups)
+
+
+def find_tensor_scales(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
+    """Find searched scales of tensors, which several layers may share."""
     widen(layers)
     search_tensors(layers, plan, groups)
-    static = [layer for layer in layers if is_cut(layer) or layer.searches_blocks]
+
+
+def find_block_scales(
+    layers: Sequence[QuantLayer], groups: Groups, squares: Squares = _UNKNOWN
+) -> None:
+    """Find the statistics of blocks that are searched, cut by shards, or kept. Collective.
+
+    Args:
+        layers: The layers, in one order on all ranks that hold shards of them.
+        groups: This rank's groups.
+        squares: Weights of columns; a layer that is missing has equal ones.
+    """
+    static = [layer for layer in layers if is_cut(layer) or layer.keeps_blocks]
     blocks = merged_blocks(static, groups)
-    search_blocks(blocks, groups)
+    search_blocks(blocks, groups, squares)
     give(blocks)
 
 
@@ -48,7 +73,7 @@ def follow_weights(layers: Sequence[QuantLayer], groups: Groups) -> None:
 
     A constant number of collectives; every rank of ``groups`` calls it.
     """
-    give(merged_blocks([x for x in layers if is_cut(x) and not x.searches_blocks], groups))
+    give(merged_blocks([x for x in layers if is_cut(x) and not x.keeps_blocks], groups))
 
 
 def widen(layers: Iterable[QuantLayer]) -> None:
@@ -59,13 +84,15 @@ def widen(layers: Iterable[QuantLayer]) -> None:
             quantizer.amax = quantizer.amax * FOUR_OVER_SIX_RANGE
 
 
-def search_blocks(held: Sequence[RegionStat], groups: Groups) -> None:
+def search_blocks(held: Sequence[RegionStat], groups: Groups, squares: Squares = _UNKNOWN) -> None:
     """Replace, in place, the merged statistics of blocks by those of least error.
 
     Layers that search nothing keep theirs. One collective for each group that cuts blocks; every
     rank of ``groups`` calls it. Tensors have their amaxes already.
     """
-    found = [_search(item) for item in held if item.layer.searches_blocks]
+    found = [
+        _search(item, squares.get(item.layer.name)) for item in held if item.layer.searches_blocks
+    ]
     cut = [(best, best.sums) for best in found if best.sums is not None]
     merged = merge([(best.item, sums) for best, sums in cut], sum_reduce, groups)
     for (best, _), sums in zip(cut, merged, strict=True):
@@ -101,18 +128,27 @@ class _Best:
         self.item.edge.unpack(chosen, self.multiplier)
 
 
-def _search(item: RegionStat) -> _Best:
+def _search(item: RegionStat, squares_EK: Tensor | None) -> _Best:
     layer, fmt, edge, tried = item.layer, item.layer.weight_format, item.edge, _tried(item.layer)
     w_ENK = item.region.take(stacked(layer))
     dscale = tensor_scale(layer.amax_of_stack(), fmt) if fmt.tensor_scale else None
+    weight = None if squares_EK is None else _weight(item, squares_EK)
     multiplier, packed = item.stat.new_empty(item.stat.shape[:-1]), []
     for blocks, rows, row in _chunks(item, len(tried)):
         origin, stat = (row, item.region.start[1]), item.stat[:, blocks].contiguous()
-        sums = errors(w_ENK[:, rows], fmt, dscale, stat, tried, SearchedPiece(origin))
+        sums = errors(w_ENK[:, rows], fmt, dscale, stat, tried, SearchedPiece(origin, weight))
         multiplier[:, blocks] = choose(sums, tried)
         if edge is not None:
             packed.append(edge.pack(sums.movedim(0, -1), 0))
     return _Best(item, multiplier, torch.cat(packed, 1) if packed else None)
+
+
+def _weight(item: RegionStat, squares_EK: Tensor) -> Tensor:
+    """Return the weights of the region's columns: [E, K]."""
+    names, fmt = [d.slot.name for d in item.layer.decisions], item.layer.weight_format
+    first, size = item.region.start[1], item.region.size[1]
+    rows = zip(squares_EK, names, strict=True)
+    return torch.stack([importance(one, fmt, name)[first : first + size] for one, name in rows])
 
 
 def _chunks(item: RegionStat, tried: int) -> Iterator[tuple[slice, slice, int]]:

@@ -173,6 +173,13 @@ def _data_flags(group: "argparse._ArgumentGroup") -> None:
         "inputs^2 x 4 bytes for each linear and each expert",
     )
     group.add_argument(
+        "--calib-memory",
+        default="16GB",
+        metavar="SIZE",
+        help="of gptq: second moments of inputs that a rank holds at a time; with less the data "
+        "runs more often, with the same result (default 16GB; --dry-run says how often)",
+    )
+    group.add_argument(
         "--load-calibration",
         type=Path,
         metavar="FILE",

@@ -110,6 +110,10 @@ def needs(job: "mq.Job", tokens: int) -> Iterator[str]:
             f"calibration: layer by layer, {size(memory.weights)} of weights at a time; hidden "
             f"states of {tokens} tokens take {disk} of disk beside --export-dir"
         )
+    if job.moments:
+        largest = max(one.nbytes for one in job.moments)
+        times = f"{len(job.moments)} {'time' if len(job.moments) == 1 else 'times'}"
+        yield f"second moments of inputs: {size(largest)} on a rank, the data runs {times} more"
 
 
 def sizes_line(plan: "mq.ExportPlan") -> str:

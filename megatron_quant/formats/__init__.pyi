@@ -13,6 +13,7 @@ from .codec import lost as lost
 from .codec import lost_between as lost_between
 from .grid import encode_on as encode_on
 from .grid import fake_quant_on as fake_quant_on
+from .grid import scales_of as scales_of
 from .numbers import E2M1 as E2M1
 from .numbers import E2M1_VALUES as E2M1_VALUES
 from .numbers import E4M3 as E4M3
@@ -102,6 +103,7 @@ __all__ = [
     "put_together",
     "regrouped",
     "rows_on",
+    "scales_of",
     "stack_amax",
     "stored_format",
     "tensor_scale",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_quant.formats.blocks import as_rows, rows_on
+from megatron_quant.formats.blocks import as_rows, block_stat, cuts, rows_of, rows_on, scale_fields
 from megatron_quant.formats.codec import encode_rows
 from megatron_quant.formats.numbers import E2M1, kernel_of, pack_nibbles
 from megatron_quant.formats.quantize_dequantize import straight_through
@@ -18,10 +18,41 @@ from megatron_quant.native import Origin
 
 
 @torch.no_grad()
+def scales_of(
+    w: Tensor,
+    fmt: Format,
+    dscale: Tensor | None,
+    stat: Tensor | None = None,
+    origin: Origin = (0, 0),
+) -> dict[str, Tensor]:
+    """Return the fields that ``encode`` gives to ``w``, without its elements.
+
+    Args:
+        w: bf16, fp16 or fp32, [N, K] or [E, N, K].
+        fmt: The format to store.
+        dscale: Scale of the whole tensor, as ``encode`` takes it.
+        stat: Statistic of every block that ``w`` touches; found from ``w`` alone where None.
+        origin: Row and column of the logical tensor at which ``w`` starts.
+    """
+    if stat is None and fmt.stat_block is not None:
+        stat = block_stat(w, fmt, origin)
+    rows, count = rows_of(w, fmt, dscale, stat, origin), cuts(w.shape, fmt, origin)[0].count
+    fields = {
+        field.name: value.view(*w.shape[:-2], count, value.shape[-1])
+        for field, value in zip(scale_fields(fmt), rows.scales or (), strict=True)
+    }
+    if dscale is not None and fmt.tensor_scale:
+        fields[fmt.fields[-1].name] = dscale
+    return fields
+
+
+@torch.no_grad()
 def encode_on(
     w: Tensor, fmt: Format, scales: Mapping[str, Tensor], origin: Origin = (0, 0)
 ) -> dict[str, Tensor]:
     """Encode ``w`` with the given scales; a value on the grid gets the code that it came from.
+
+    So does one that bf16 has rounded: eight bits of a code need a division in fp32.
 
     Args:
         w: bf16, fp16 or fp32, [N, K] or [E, N, K]. A negative zero keeps its sign where codes
@@ -30,6 +61,7 @@ def encode_on(
         scales: Fields of scales and zero points, by name; returned as they are.
         origin: Row and column of the logical tensor at which ``w`` starts.
     """
+    w = _divided_exactly(w, fmt)
     w_RK = as_rows(w)
     elements, _ = encode_rows(w_RK, rows_on(w, fmt, scales, origin))
     if kernel_of(fmt).element is E2M1:
@@ -44,9 +76,15 @@ def fake_quant_on(
 
     The gradient of ``x`` passes unchanged; scales get none.
     """
+    wide = _divided_exactly(x, fmt)
     with torch.no_grad():
-        rows = rows_on(x, fmt, scales, origin)
-    return straight_through(x, rows)
+        rows = rows_on(wide, fmt, scales, origin)
+    return straight_through(wide, rows).to(x.dtype)
+
+
+def _divided_exactly(x: Tensor, fmt: Format) -> Tensor:
+    """Return ``x``, widened if dividing it in its own dtype loses codes."""
+    return x.float() if fmt.arithmetic.divide == "by_bf16" and fmt.bits == 8 else x
 
 
 def _negative_zeros(w_RK: Tensor) -> Tensor:

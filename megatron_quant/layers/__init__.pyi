@@ -3,6 +3,7 @@ from .backend import BLOCK_AMAX as BLOCK_AMAX
 from .backend import KeptGrid as KeptGrid
 from .backend import block_amax as block_amax
 from .backend import set_block_amax as set_block_amax
+from .backend import split_stat as split_stat
 from .grouped import QuantGroupedLinear as QuantGroupedLinear
 from .install import ExpertScales as ExpertScales
 from .install import LocalWeight as LocalWeight
@@ -29,5 +30,6 @@ __all__ = [
     "register",
     "set_block_amax",
     "set_expert_scales",
+    "split_stat",
     "unregister",
 ]

@@ -32,6 +32,7 @@ from megatron_quant.formats import (
     fake_quant_on,
     get_format,
     put_together,
+    scales_of,
     tensor_scale,
 )
 
@@ -100,20 +101,27 @@ class _Share(nn.Module):
     ModelOpt's, but a copy of the model does.
     """
 
-    def __init__(self, regions: Sequence[Region] = (), grid: KeptGrid | None = None) -> None:
+    def __init__(
+        self,
+        regions: Sequence[Region] = (),
+        grid: KeptGrid | None = None,
+        on_grid: bool = False,
+    ) -> None:
         super().__init__()
-        self.regions, self.grid = tuple(regions), grid
+        self.regions, self.grid, self.on_grid = tuple(regions), grid, on_grid
 
 
 _NOTHING = _Share()
 
 
-def set_regions(quantizer: TensorQuantizer, regions: Sequence[Region]) -> None:
+def set_regions(
+    quantizer: TensorQuantizer, regions: Sequence[Region], on_grid: bool = False
+) -> None:
     """Tell a weight quantizer what its weight holds, as ``formats.blocks.region.grids`` takes it.
 
     The regions depend on this rank's layout, so no state dict has them. An earlier grid is dropped.
     """
-    quantizer.add_module(_SHARE, _Share(regions))
+    quantizer.add_module(_SHARE, _Share(regions, on_grid=on_grid))
 
 
 def regions_of(quantizer: TensorQuantizer) -> tuple[Region, ...]:
@@ -172,11 +180,23 @@ def _fake_quantize(inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Te
         return fake_quant(inputs, fmt, dscale, _short_blocks(inputs, fmt))
     stat = block_amax(quantizer)
     stats = [None] * len(regions) if stat is None else split_stat(stat, regions, fmt)
+    rounded = _on_grid if _share_of(quantizer).on_grid else fake_quant
     parts = [
-        fake_quant(region.take(inputs), fmt, dscale, stat, _origin(region))
+        rounded(region.take(inputs), fmt, dscale, stat, _origin(region))
         for region, stat in zip(regions, stats, strict=True)
     ]
     return put_together(parts, regions)
+
+
+def _on_grid(
+    w: torch.Tensor,
+    fmt: Format,
+    dscale: torch.Tensor | None,
+    stat: torch.Tensor | None,
+    origin: tuple[int, int],
+) -> torch.Tensor:
+    """Round so that values which lie on the grid already keep their codes."""
+    return fake_quant_on(w, fmt, scales_of(w, fmt, dscale, stat, origin), origin)
 
 
 def _short_blocks(x: torch.Tensor, fmt: Format) -> torch.Tensor | None:

@@ -91,10 +91,29 @@ class QuantLayer:
         return self.decisions[0].searches_blocks
 
     @property
+    def keeps_blocks(self) -> bool:
+        """Return whether blocks keep the statistics that calibration found, whatever the weight."""
+        return self.decisions[0].keeps_blocks
+
+    @property
+    def weighted(self) -> bool:
+        """Return whether the search for scales weighs columns by the squares of their inputs."""
+        return self.decisions[0].weighted
+
+    @property
+    def rounds(self) -> bool:
+        """Return whether codes are chosen by the second moments of the inputs (gptq)."""
+        return self.decisions[0].rounds
+
+    @property
+    def measured(self) -> bool:
+        """Return whether calibration data must show the inputs."""
+        return self.decisions[0].measured
+
+    @property
     def static_inputs(self) -> bool:
         """Return whether the inputs' scale is calibrated, not taken from each call's inputs."""
-        inputs = self.decisions[0].inputs
-        return inputs is not None and inputs.tensor_scale
+        return self.decisions[0].static
 
     @property
     def grouped(self) -> bool:
@@ -254,7 +273,7 @@ def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> Qu
     module.register_forward_pre_hook(refuse_capture)
     quantizer, fmt = layer.weight_quantizer, layer.weight_format
     quantizer.set_from_attribute_config(quantizer_attributes(fmt, axis))
-    set_regions(quantizer, grids(_regions(weights[0], layer), fmt))
+    set_regions(quantizer, grids(_regions(weights[0], layer), fmt), layer.rounds)
     inputs = decisions[0].inputs
     if inputs is not None:
         layer.input_quantizer.set_from_attribute_config(quantizer_attributes(inputs))

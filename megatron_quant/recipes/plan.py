@@ -101,6 +101,21 @@ class Decision:
         return self.algorithm == ROUNDING
 
     @property
+    def measured(self) -> bool:
+        """Return whether calibration data must show the inputs."""
+        return self.quantized and (self.static or self.weighted or self.rounds)
+
+    @property
+    def static(self) -> bool:
+        """Return whether the inputs have a scale that calibration finds."""
+        return self.inputs is not None and self.inputs.tensor_scale
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Return whether blocks keep the statistics that calibration found, whatever the weight."""
+        return (self.searches_blocks or self.rounds) and self._has_blocks
+
+    @property
     def _has_blocks(self) -> bool:
         return self.weights is not None and self.weights.stat_block is not None
 
@@ -133,8 +148,12 @@ class QuantPlan:
     @property
     def needs_data(self) -> bool:
         """Return whether anything about inputs, keys or values is found by running data."""
-        static = any(d.inputs is not None and d.inputs.tensor_scale for d in self.quantized)
-        return static or self.weighs_inputs or self.kv_cache == "fp8"
+        return bool(self.measured) or self.kv_cache == "fp8"
+
+    @property
+    def measured(self) -> tuple[Decision, ...]:
+        """Return the decisions on weights whose inputs calibration data must show."""
+        return tuple(d for d in self.decisions if d.measured)
 
     @property
     def weighs_inputs(self) -> bool:

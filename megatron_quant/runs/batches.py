@@ -13,6 +13,7 @@ from megatron_quant.runs.settings import Calibration
 
 if TYPE_CHECKING:
     from megatron_quant.calib import CalibrationFile, InputRules
+    from megatron_quant.mcore.live import KeepSettings
 
 
 def tokenizer_choice(calibration: Calibration) -> TokenizerChoice:
@@ -20,12 +21,29 @@ def tokenizer_choice(calibration: Calibration) -> TokenizerChoice:
     return TokenizerChoice(calibration.tokenizer, calibration.trust_remote_code)
 
 
-def input_rules(calibration: Calibration, loaded: "CalibrationFile | None") -> "InputRules":
-    """Return how ``calibration`` makes scales of inputs: those it sees, or those ``loaded`` has."""
+def input_rules(
+    calibration: Calibration, loaded: "CalibrationFile | None", counted: int | None = None
+) -> "InputRules":
+    """Return how ``calibration`` makes scales of inputs: those it sees, or those ``loaded`` has.
+
+    counted: number of this rank's batches that repeat no other rank's; None for all.
+    """
     from megatron_quant.calib import ColdExperts, InputRules  # ModelOpt, which files do without
 
     cold = ColdExperts(calibration.cold_experts)
-    return InputRules(cold, calibration.act_percentile, loaded=loaded)
+    return InputRules(
+        cold_experts=cold,
+        act_percentile=calibration.act_percentile,
+        loaded=loaded,
+        counted=counted,
+    )
+
+
+def keep_settings(calibration: Calibration) -> "KeepSettings":
+    """Return what a live calibration keeps, and how much of it a rank holds at a time."""
+    from megatron_quant.mcore.live import KeepSettings  # Megatron, which files do without
+
+    return KeepSettings(calibration.save, calibration.keep_hessians, calibration.memory_bytes)
 
 
 def calibration_batches(

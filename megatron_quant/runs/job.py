@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_quant.calib import MomentPass, moment_passes
 from megatron_quant.ckpt.dialects import Dialect, get_dialect
 from megatron_quant.ckpt.plan import (
     Cost,
@@ -76,6 +77,7 @@ class Job:
     expert_scales: str
     kept: Mapping[str, torch.dtype] = field(default_factory=dict)
     checkpoint: Weights | None = None
+    moments: tuple[MomentPass, ...] = ()
 
     @property
     def layer_memory(self) -> LayerMemory | None:
@@ -213,6 +215,7 @@ def decide(
         expert_scales=scales,
         kept=model.kept,
         checkpoint=model.checkpoint,
+        moments=_moments(options, quant, saved),
     )
     if options.export_dir is None and options.megatron_save_path is not None:
         return job
@@ -297,6 +300,16 @@ def _check_calibration(options: QuantizeOptions, quant: QuantPlan, saved: Saved 
             "--keep-hessians: second moments are measured only for algorithm gptq, which no rule "
             "has; leave it out"
         )
+
+
+def _moments(
+    options: QuantizeOptions, quant: QuantPlan, saved: Saved | None
+) -> tuple[MomentPass, ...]:
+    """Return the passes over the data in which gptq rounds; none where it runs no data."""
+    data = options.calibration
+    if saved is not None or data.load is not None:
+        return ()
+    return moment_passes(quant, options.parallel.ep, data.memory_bytes)
 
 
 def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:

@@ -39,10 +39,16 @@ from megatron_quant.mcore.live import (
     producer,
     quantized,
 )
-from megatron_quant.mcore.model import LiveModel, own_share, run_through, start_distributed
+from megatron_quant.mcore.model import (
+    LiveModel,
+    own_count,
+    own_share,
+    run_through,
+    start_distributed,
+)
 from megatron_quant.models import Param, Role
 from megatron_quant.recipes import Recipe
-from megatron_quant.runs.batches import calibration_batches, input_rules
+from megatron_quant.runs.batches import calibration_batches, input_rules, keep_settings
 from megatron_quant.runs.destination import (
     check_place,
     destination,
@@ -77,7 +83,9 @@ def quantize(
         recipe: a Recipe, or what ``--export-quant-cfg`` takes: a name, a YAML path, a ModelOpt
             preset.
         forward_loop: runs the calibration data through ``model``, its only argument; every rank
-            calls it. None runs the text of ``calibration``, with the tokenizer in ``hf_model``.
+            calls it. gptq runs it again, several times if its second moments do not fit
+            ``calibration.memory``. None runs the text of ``calibration``, with the tokenizer in
+            ``hf_model``.
         hf_model: the model's Hugging Face directory, hub id or config. Recipes use its names of
             weights.
         expert_scales: ``shared`` for one weight scale for all experts of a layer, or
@@ -99,14 +107,19 @@ def quantize(
         groups,
         AttachSettings(expert_scales=_expert_scales(expert_scales), of_weights=True),
     )
-    steps: list[Callable[[], None]] = []
+    steps: list[Callable[[], object]] = []
     load = calibration.load
     file = together(groups, lambda: read_calibration(load)) if load else None
+    count = None
     if handle.plan.needs_data and file is None:
-        steps = [_own_loop(handle, calibration, groups)]
         if forward_loop is not None:
             steps = [partial(forward_loop, model)]
-    return calibrate_quantized(handle, steps, input_rules(calibration, file), calibration.save)
+        else:
+            batches = _batches(handle, calibration, groups)
+            steps = [partial(run_through, handle.model.chunks, own_share(batches))]
+            count = own_count(batches)
+    rules, keep = input_rules(calibration, file, count), keep_settings(calibration)
+    return calibrate_quantized(handle, steps, rules, keep)
 
 
 def _expert_scales(name: str) -> ExpertScales:
@@ -117,9 +130,9 @@ def _expert_scales(name: str) -> ExpertScales:
         raise CalibrationError(f"expert_scales={name!r}: give one of {known}") from None
 
 
-def _own_loop(handle: Quantized, calibration: Calibration, groups: Groups) -> Callable[[], None]:
-    """Return a loop that runs the text of ``calibration``; the first call reads the text."""
-    hf, chunks = handle.hf, handle.model.chunks
+def _batches(handle: Quantized, calibration: Calibration, groups: Groups) -> list[torch.Tensor]:
+    """Read the text of ``calibration``. Collective."""
+    hf = handle.hf
 
     def read() -> list[torch.Tensor]:
         source = calibration.tokenizer or hf.directory
@@ -130,10 +143,7 @@ def _own_loop(handle: Quantized, calibration: Calibration, groups: Groups) -> Ca
             )
         return calibration_batches(calibration, Path(source), hf.config["vocab_size"])
 
-    def loop() -> None:
-        run_through(chunks, own_share(ids_once_a_host(groups, read)))
-
-    return loop
+    return ids_once_a_host(groups, read)
 
 
 @dataclass(frozen=True)
@@ -219,8 +229,8 @@ def _files(
     handle: Quantized, dialect: Dialect, dtype: torch.dtype, source: Weights | None
 ) -> Companions:
     report = handle.report
-    amaxes = (report.weight_amax, report.input_amax) if report else ({}, {})
-    statistics = digest_of([handle.expert_scales.value, *amaxes, handle.kv_amax])
+    found = (report.weight_amax, report.input_amax, report.moments) if report else ()
+    statistics = digest_of([handle.expert_scales.value, *found, handle.kv_amax])
     origin = Origin(recipe_digest(handle.recipe), handle.source, statistics=statistics)
     files = companions(handle.hf.config, handle.plan, dialect, dtype, origin=origin)
     return with_beside(files, handle.hf.directory, source) if handle.hf.directory else files

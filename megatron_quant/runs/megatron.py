@@ -40,13 +40,14 @@ from megatron_quant.mcore.model import (
     keep_scales,
     load_model,
     local_params,
+    own_count,
     own_share,
     run_through,
 )
 from megatron_quant.models import Role
 from megatron_quant.rendezvous import forwards
 from megatron_quant.runs.agree import check_options, check_plans, check_tokens, fetched
-from megatron_quant.runs.batches import input_rules
+from megatron_quant.runs.batches import input_rules, keep_settings
 from megatron_quant.runs.destination import (
     check_places,
     destination,
@@ -115,7 +116,8 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
         weight_amax={}, input_amax={}, scaled_amax={}, tokens={}, cold=()
     )
     fake_quant = _evaluate(inputs, handle, phases) if inputs.windows else None
-    found = (calibration.weight_amax, calibration.input_amax, handle.kv_amax)
+    amaxes = (calibration.weight_amax, calibration.input_amax, handle.kv_amax)
+    found = (*amaxes, calibration.moments)
     digest = together(groups, lambda: statistics_digest(job, options, *found))
     if options.megatron_save_path is not None:
         with phases.time("save"):
@@ -211,11 +213,12 @@ def _calibrate(
     options: QuantizeOptions, inputs: Inputs, handle: Quantized, phases: Phases
 ) -> Quantized:
     batches, how = own_share(inputs.batches), options.calibration
-    with forwards(), phases.bar("calibrate", len(batches)) as progress:
+    runs = len(batches) * (1 + len(inputs.job.moments))
+    with forwards(), phases.bar("calibrate", runs) as progress:
         # One call for all batches: a pipeline stays full only while they follow one another.
         steps = [partial(run_through, handle.model.chunks, batches, progress)]
-        rules = input_rules(how, inputs.calibrated)
-        return calibrate_quantized(handle, steps, rules, how.save)
+        rules = input_rules(how, inputs.calibrated, own_count(inputs.batches))
+        return calibrate_quantized(handle, steps, rules, keep_settings(how))
 
 
 def _evaluate(inputs: Inputs, handle: Quantized, phases: Phases) -> Sums:

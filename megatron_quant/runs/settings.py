@@ -18,14 +18,14 @@ def _at_least_one(settings: object, *names: str) -> None:
             raise QuantError(f"--{name.replace('_', '-')} is {value}: give at least 1")
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, flag: str = "--max-shard-size") -> int:
     """Parse ``5GB``, ``200MB`` or a plain number to bytes; ExportError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B)?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise ExportError(f"--max-shard-size {text!r} is no size: write it as 5GB or 200MB")
+        raise ExportError(f"{flag} {text!r} is no size: write it as 5GB or 200MB")
     size = int(float(match.group(1)) * _UNITS[(match.group(2) or "").upper()])
     if size < 1:
-        raise ExportError(f"--max-shard-size {text!r} is below one byte: give at least a few MB")
+        raise ExportError(f"{flag} {text!r} is below one byte: give at least a few MB")
     return size
 
 
@@ -77,7 +77,7 @@ class Calibration(_Group):
     folder; None for the checkpoint's own. trust_remote_code: run the code that a tokenizer brings
     along; the model's is never run. save: a file that keeps what is measured, with
     ``keep_hessians`` the second moments of inputs too. load: such a file, used instead of
-    measuring; no text is read.
+    measuring; no text is read. memory: of second moments that a rank holds at a time, as ``16GB``.
     """
 
     dataset: str = "stdlib"
@@ -91,10 +91,12 @@ class Calibration(_Group):
     save: Path | None = None
     load: Path | None = None
     keep_hessians: bool = False
+    memory: str = "16GB"
 
     def __post_init__(self) -> None:
         """Refuse counts below one, a percentage out of range, what excludes one another."""
         self._check_files()
+        assert self.memory_bytes > 0
         for name in ("size", "seq_length", "batch_size"):
             value = getattr(self, name)
             if value < 1:
@@ -108,6 +110,11 @@ class Calibration(_Group):
                 f"--act-percentile is {self.act_percentile:g}: give a percentage above 0, such as "
                 "99.9; 100 clips nothing"
             )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return ``memory`` in bytes."""
+        return parse_size(self.memory, "--calib-memory")
 
     def _check_files(self) -> None:
         if self.save is not None and self.load is not None:
@@ -175,6 +182,7 @@ _FLAGS = {
     "batch_size": "calib_batch_size",
     "save": "save_calibration",
     "load": "load_calibration",
+    "memory": "calib_memory",
     "engine": "serve_engine",
 }
 """Field -> its flag, if that has another name."""

@@ -57,7 +57,7 @@ class Attached:
             self.plan,
             self.model.groups,
             self.forwards(batches),
-            InputRules(cold_experts, token_replicas=self.model.layout.etp_size),
+            InputRules(cold_experts=cold_experts, token_replicas=self.model.layout.etp_size),
         )
 
     def forwards(self, batches: Sequence[torch.Tensor]) -> list[Callable[[], None]]:

@@ -145,7 +145,7 @@ def _collectives(path: Path, recipe: str, batches: int) -> list[str]:
 
         own = attached.forwards(live.batches(batches))
         forwards = [lambda f=f: deaf(f) for f in own]
-        calibrate(attached.layers, attached.plan, model.groups, forwards, InputRules(ColdExperts.LAYER_MAX))
+        calibrate(attached.layers, attached.plan, model.groups, forwards, InputRules(cold_experts=ColdExperts.LAYER_MAX))
     return collectives.names
 
 

@@ -64,7 +64,7 @@ def _input_amaxes(path: Path, tp: int, ep: int, etp: int) -> list[dict[str, floa
             attached.plan,
             model.groups,
             forwards,
-            InputRules(ColdExperts.LAYER_MAX, percentile),
+            InputRules(cold_experts=ColdExperts.LAYER_MAX, act_percentile=percentile),
         )
         assert report.input_amax
         found.append(

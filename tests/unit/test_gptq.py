@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_quant import formats
 from megatron_quant.errors import CalibrationError, FormatError, RecipeError
 from megatron_quant.formats import block_stat, decode, encode, get_format
 from megatron_quant.formats.grid import encode_on
@@ -42,6 +43,23 @@ def test_the_result_is_on_the_grid(fmt, dtype):
     assert got.dtype == torch.float32 and got.shape == w.shape
     assert same_bits(decode(fields, fmt, torch.float32), got)
     assert list(fields) == [field.name for field in fmt.fields]
+
+
+@pytest.mark.parametrize(
+    "fmt", [f for f in formats.FORMATS.values() if f.inputs], ids=lambda f: f.name
+)
+def test_a_weight_in_bf16_keeps_its_codes(fmt):
+    """Eight bits of a code would not survive a division in bf16."""
+    w = stack(2, 256)
+    dscale = dscale_of(w, fmt)
+    scales = formats.scales_of(w, fmt, dscale)
+    assert all(same_bits(scales[n], v) for n, v in rtn(w, fmt)[1].items())
+    got = gptq(w, fmt, scales, moment()).w
+    codes = encode_on(got, fmt, scales)[fmt.fields[0].name]
+    kept = encode_on(got.bfloat16(), fmt, scales)[fmt.fields[0].name]
+    assert same_bits(codes, kept)
+    fake = formats.fake_quant_on(got.bfloat16(), fmt, scales)
+    assert torch.equal(fake, decode(encode_on(got, fmt, scales), fmt, torch.bfloat16))
 
 
 @every_format

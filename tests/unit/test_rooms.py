@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines.families": set(),
     "cpu": {"errors"},
     "layers": _BASE | {"native"},
-    "calib": _BASE | {"dist", "layers", "ckpt.storage"},
+    "calib": _BASE | {"dist", "layers", "ckpt.storage", "rounding"},
     "ckpt.storage": _TEXT | {"native", "models"},
     "ckpt.dialects": _STORED | {"engines.families"},
     "ckpt.read": _STORED | {"ckpt.dialects"},

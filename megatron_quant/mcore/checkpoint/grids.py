@@ -133,13 +133,13 @@ def _sharded(
 
 
 def grids_of(layers: Sequence[QuantLayer], weights: Sequence[LocalWeight]) -> list[SavedGrid]:
-    """Return the grids of the layers whose block scales were searched.
+    """Return the grids of the layers whose block scales were searched, or found before rounding.
 
     Other scales follow from the weights and are not stored. weights: this rank's share of all
     slots, and of their tensors.
     """
     held = {weight.slot: weight for weight in weights}
-    return [_grid(layer, held) for layer in layers if layer.searches_blocks]
+    return [_grid(layer, held) for layer in layers if layer.keeps_blocks]
 
 
 def _grid(layer: QuantLayer, held: Mapping[str, LocalWeight]) -> SavedGrid:

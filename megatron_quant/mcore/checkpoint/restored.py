@@ -98,7 +98,7 @@ def _reserve(layers: Sequence[QuantLayer], cached: Sequence[CachedTensor]) -> No
         layer.weight_quantizer.amax = torch.ones(shape, device=device)
         if layer.static_inputs:
             layer.input_quantizer.amax = torch.ones((), device=device)
-        if layer.searches_blocks:
+        if layer.keeps_blocks:
             set_block_amax(layer.weight_quantizer, torch.zeros(_stat_shape(layer), device=device))
     for tensor in cached:
         tensor.set_amax(1.0)

@@ -3,6 +3,7 @@ from .handle import Quantized as Quantized
 from .handle import quantized as quantized
 from .live_parts import producer as producer
 from .sequence import AttachSettings as AttachSettings
+from .sequence import KeepSettings as KeepSettings
 from .sequence import ResolvedRecipe as ResolvedRecipe
 from .sequence import attach_plan as attach_plan
 from .sequence import attach_recipe as attach_recipe
@@ -12,6 +13,7 @@ from .sequence import update as update
 __all__ = [
     "AttachSettings",
     "HFModel",
+    "KeepSettings",
     "Quantized",
     "ResolvedRecipe",
     "attach_plan",

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+from torch import Tensor
+
 from megatron_quant.ckpt.plan import RankPart
 from megatron_quant.ckpt.write import Produce, Produced, produce, produce_cache_scale
+from megatron_quant.formats import scales_of, tensor_scale
 from megatron_quant.layers import CachedTensor, QuantLayer
 from megatron_quant.mcore.model import LiveModel
 from megatron_quant.models import Role
@@ -42,6 +45,17 @@ def producer(
         kept = layer.scales(index, part.region)
         if kept is not None:
             return produce(part, local, amax, inputs, scales=kept)
-        return produce(part, local, amax, inputs, layer.block_stat(index, part.region))
+        stat = layer.block_stat(index, part.region)
+        if layer.rounds and amax is not None:
+            return produce(part, local, amax, inputs, scales=_found(part, local, amax, stat))
+        return produce(part, local, amax, inputs, stat)
 
     return of_part
+
+
+def _found(part: RankPart, local: Tensor, amax: Tensor, stat: Tensor | None) -> dict[str, Tensor]:
+    """Return the scales onto which the part was rounded, so that it keeps its codes."""
+    w, fmt = part.region.take(local.detach()), part.target.scheme.weights
+    assert fmt is not None
+    dscale = tensor_scale(amax, fmt) if fmt.tensor_scale else None
+    return scales_of(w, fmt, dscale, stat, (part.region.start[0], part.region.start[1]))

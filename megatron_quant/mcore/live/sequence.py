@@ -1,6 +1,7 @@
 """Turn a live model into a quantized one: check, resolve, attach, calibrate."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,19 @@ from typing import Any
 from torch import nn
 
 from megatron_quant.calib import (
+    CalibrationKeeper,
+    CalibrationReport,
     InputRules,
+    Merged,
+    MomentSource,
+    SquareSums,
     calibrate,
     calibrate_kv_cache,
     calibrate_weights,
-    measured_tensors,
     ranges_of,
+    round_weights,
     run_rest,
     watch,
-    write_calibration,
 )
 from megatron_quant.ckpt.plan import slots, source_digest
 from megatron_quant.dist import Groups, together
@@ -172,35 +177,94 @@ def _describe(handle: Quantized) -> None:
     describe_model(handle.model, about, handle.layers)
 
 
+@dataclass(frozen=True)
+class KeepSettings:
+    """The file for what calibration measures, and how much of it a rank holds at a time.
+
+    file: where it is kept; None to forget it. hessians: whether second moments are kept too.
+    memory: most bytes of second moments on a rank; None for any number.
+    """
+
+    file: Path | None = None
+    hessians: bool = False
+    memory: int | None = None
+
+
+_FORGET = KeepSettings()
+
+
 def calibrate_quantized(
     handle: Quantized,
     forwards: Iterable[Callable[[], object]] = (),
     rules: InputRules = _RULES,
-    keep: Path | None = None,
+    keep: KeepSettings = _FORGET,
 ) -> Quantized:
-    """Fill all quantizers and return the handle with its report. Collective.
+    """Fill all quantizers, round what gptq rounds; return the handle with its report. Collective.
 
     forwards: each runs calibration data through the model. All are run if the KV cache or any
-    input has a static scale, unless ``rules`` have what an earlier run measured. keep: a file for
-    what is measured. Raises CalibrationError, on every rank alike, and ExportError if the file
-    cannot be written.
+    input has a static scale, and again for gptq, unless ``rules`` have what an earlier run
+    measured. Raises CalibrationError, on every rank alike, and ExportError if the file of ``keep``
+    cannot be written; weights may have been rounded by then.
     """
-    live, steps = handle.model, iter(forwards)
+    live, steps, plan = handle.model, tuple(forwards), handle.plan
     with watch(handle.cached) as seen:
         report = calibrate(
             handle.layers,
-            handle.plan,
+            plan,
             live.groups,
             steps,
             replace(rules, token_replicas=live.layout.etp_size),
         )
-        run_rest(handle.layers, steps)
-    found = calibrate_kv_cache(handle.cached, handle.plan, live.groups, seen, rules.loaded)
-    if keep is not None:
-        tensors = measured_tensors(handle.plan, report, found)
-        first, groups = live.groups.rank == 0, live.groups
-        together(groups, lambda: write_calibration(keep, tensors) if first else None)
+        if not plan.measured:
+            run_rest(handle.layers, steps)
+    found = calibrate_kv_cache(handle.cached, plan, live.groups, seen, rules.loaded)
+    keeper = None
+    if keep.file is not None:
+        keeper = CalibrationKeeper(keep.file, plan, keep.hessians, live.groups)
+    sums = SquareSums()
+
+    def note(layer: QuantLayer, squares: Merged) -> None:
+        sums.add(layer, squares)
+        if keeper is not None:
+            keeper.keep(layer, squares)
+
+    def note_squares() -> None:
+        for layer in handle.layers:
+            if layer.name in report.squares:
+                note(layer, report.squares[layer.name])
+
+    source = MomentSource(
+        forwards=steps,
+        counted=rules.counted,
+        limit=keep.memory,
+        loaded=rules.loaded,
+        keep=note,
+        cached=handle.cached,
+    )
+    with _kept(report, found, keeper):
+        together(live.groups, note_squares)
+        round_weights(handle.layers, plan, live.groups, source)
+    report = replace(report, moments=sums.merged(plan, live.groups), squares={})
     return replace(handle, report=report, kv_amax=found).remember()
+
+
+@contextmanager
+def _kept(
+    report: CalibrationReport,
+    kv_amax: Mapping[str, float],
+    keeper: CalibrationKeeper | None,
+) -> Iterator[None]:
+    """Write the calibration file around the rounding, which adds to it. Collective."""
+    if keeper is None:
+        yield
+        return
+    try:
+        keeper.start(report, kv_amax)
+        yield
+        keeper.finish()
+    except BaseException:
+        keeper.abandon()
+        raise
 
 
 def update(model: Quantized | nn.Module | Sequence[nn.Module]) -> Quantized:

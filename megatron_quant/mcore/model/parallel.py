@@ -9,7 +9,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 
 from megatron_quant.ckpt.plan import Coord, Layout
-from megatron_quant.dist import Groups, Shards, gather
+from megatron_quant.dist import Groups, Replicas, Shards, gather
 from megatron_quant.rendezvous import join
 
 
@@ -72,10 +72,15 @@ def _runs_at(layout: Layout) -> bool:
 
 
 def shards(device: str) -> Shards:
-    """Return the ranks among which Megatron's present groups cut this rank's tensors."""
+    """Return the ranks that share this rank's tensors in Megatron's present groups."""
     return Shards(
         Groups(mpu.get_tensor_model_parallel_group(), device),
         Groups(mpu.get_expert_tensor_parallel_group(), device),
+        Replicas(
+            Groups(mpu.get_data_parallel_group(with_context_parallel=True), device),
+            Groups(mpu.get_expert_data_parallel_group(), device),
+            Groups(mpu.get_expert_model_parallel_group(), device),
+        ),
     )
 
 

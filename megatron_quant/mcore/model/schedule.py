@@ -11,7 +11,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_quant.calib import shard
+from megatron_quant.calib import counted, shard
 
 T = TypeVar("T")
 ModelChunks: TypeAlias = GPTModel | Sequence[GPTModel]
@@ -60,6 +60,12 @@ def own_share(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return []
     size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     return shard(batches, rank, size)
+
+
+def own_count(batches: Sequence[torch.Tensor]) -> int:
+    """Return how many batches of :func:`own_share` repeat no other rank's."""
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    return counted(batches, rank, size)
 
 
 def run_through(

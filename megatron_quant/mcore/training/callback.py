@@ -126,7 +126,9 @@ class QuantCallback:
     ) -> None:
         """Find the ranges of inputs from the caller's batches; each of ``forwards`` runs one."""
         of = self._started()
-        calibrate(of.layers, of.plan, of.model.groups, forwards, InputRules(cold_experts))
+        calibrate(
+            of.layers, of.plan, of.model.groups, forwards, InputRules(cold_experts=cold_experts)
+        )
         self._calibrated = True
 
     def on_step_begin(self, step: int) -> None:

@@ -1,0 +1,198 @@
+"""GPTQ and weighted searches on a live model: equal bytes from one calibration, at every layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.dist import checkpoints
+from tests.dist.pool import Ranks
+from tests.dist.test_layouts import digests
+
+PATIENCE_S = 600.0
+# name -> (recipe, algorithm, dialect)
+CASES = {
+    "int4": ("int4", "gptq", "compressed-tensors"),
+    "int4-awq": ("int4_asym", "gptq", "awq"),
+    "int8": ("int8_group", "gptq", "compressed-tensors"),
+    "nvfp4": ("nvfp4", "gptq", "modelopt"),
+    "nvfp4-ct": ("w4a16_nvfp4", "gptq", "compressed-tensors"),
+    "fp8": ("fp8", "gptq", "compressed-tensors"),
+    "fp8-channel": ("fp8_channel", "gptq", "compressed-tensors"),
+    "fp8-block": ("fp8_block", "gptq", "fp8"),
+    "mxfp8": ("mxfp8", "gptq", "modelopt"),
+    "mxfp4": ("mxfp4", "gptq", "compressed-tensors"),
+    "imatrix": ("int4_asym", "imatrix", "compressed-tensors"),
+    "imatrix-nvfp4": ("w4a16_nvfp4", "imatrix", "modelopt"),
+}
+ONE = {"tp": 1}
+LAYOUTS = {
+    "tp2-ep2": (4, {"tp": 2, "ep": 2}),
+    "etp2": (4, {"tp": 2, "ep": 2, "etp": 2}),
+    "pp2": (2, {"pp": 2}),
+}
+
+
+def run(source: Path, layout: dict, runs: list[dict]) -> None:
+    from megatron_quant.cli.console import ConsolePhases, console
+    from megatron_quant.mcore.model.parallel import start_distributed
+    from megatron_quant.runs.megatron import quantize_run
+    from megatron_quant.runs.options import QuantizeOptions
+
+    data = {"calib_size": 12, "calib_seq_length": 48, "calib_batch_size": 2}
+    for one in runs:
+        options = QuantizeOptions.from_flags(
+            hf_model_id=str(source), cold_experts="layer-max", **{**data, **layout, **one}
+        )
+        quantize_run(options, start_distributed(), ConsolePhases(console()))
+
+
+def case(name: str, out: Path, **flags: object) -> dict:
+    recipe, algorithm, dialect = CASES[name]
+    return {
+        "export_quant_cfg": recipe,
+        "algorithm": algorithm,
+        "export_format": dialect,
+        "export_dir": out / name,
+        **flags,
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save("qwen3_moe", tmp_path_factory.mktemp("moe"))
+
+
+@pytest.fixture(scope="module")
+def measured(source: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
+    """A folder with what one rank measured, and the exports that it made of it."""
+    folder = tmp_path_factory.mktemp("one")
+    file = folder / "kept.safetensors"
+    first = case("nvfp4", folder, save_calibration=file, keep_hessians=True)
+    rest = [case(name, folder, load_calibration=file) for name in CASES if name != "nvfp4"]
+    ranks(1, run, source, ONE, [first, *rest], timeout=PATIENCE_S)
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_calibration_gives_equal_bytes(
+    layout: str, source: Path, measured: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    world, sizes = LAYOUTS[layout]
+    file = measured / "kept.safetensors"
+    ranks(
+        world,
+        run,
+        source,
+        sizes,
+        [case(name, tmp_path, load_calibration=file) for name in CASES],
+        timeout=PATIENCE_S,
+    )
+    for name in CASES:
+        assert digests(tmp_path / name) == digests(measured / name), name
+
+
+def test_second_moments_are_those_of_one_rank(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    found = {}
+    for name, (world, sizes) in {"one": (1, ONE), **LAYOUTS}.items():
+        file = tmp_path / f"{name}.safetensors"
+        flags = {"dtype": "fp32", "save_calibration": file, "keep_hessians": True}
+        ranks(world, run, source, sizes, [case("int4", tmp_path / name, **flags)])
+        found[name] = load_file(file)
+    for name in LAYOUTS:
+        assert found[name].keys() == found["one"].keys()
+        for key, want in found["one"].items():
+            error = (found[name][key].double() - want.double()).norm() / want.double().norm()
+            assert error < 1e-5, (name, key, error)
+
+
+def test_passes_and_checkpoints_change_no_byte(
+    source: Path, measured: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Little memory takes more passes; a Megatron checkpoint carries the codes."""
+    saved = tmp_path / "saved"
+    little = {"calib_memory": "2200KB", "megatron_save_path": saved}
+    ranks(1, run, source, ONE, [case("nvfp4", tmp_path / "one", **little)])
+    assert digests(tmp_path / "one" / "nvfp4") == digests(measured / "nvfp4")
+    loaded = {
+        "export_quant_cfg": None,
+        "algorithm": None,
+        "megatron_load_path": saved,
+        "export_dir": tmp_path / "two",
+    }
+    ranks(2, run, source, {"tp": 2}, [case("nvfp4", tmp_path) | loaded])
+    assert digests(tmp_path / "two") == digests(measured / "nvfp4")
+
+
+@pytest.mark.parametrize("module", ["layers.1.self_attn.o_proj", "layers.0.mlp.experts.3.down_proj"])
+def test_codes_are_those_of_the_plain_algorithm(module: str, source: Path, measured: Path) -> None:
+    from megatron_quant import formats
+    from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+    from megatron_quant.models import Box
+    from megatron_quant.rounding import GptqSettings, gptq, importance
+    from tests.unit.gptq_world import plain
+
+    name, fmt = f"model.{module}", formats.get_format("int4")
+    w = load_file(source / "model.safetensors")[f"{name}.weight"]
+    kept = load_file(measured / "kept.safetensors")
+    moment = kept[f"{name}.input_moment"]
+    weight = importance(kept[f"{name}.input_squares"], fmt)
+    stat, tried = formats.block_stat(w, fmt), formats.MULTIPLIERS["mse"]
+    piece = formats.SearchedPiece((0, 0), weight)
+    chosen = formats.choose(formats.errors(w, fmt, None, stat, tried, piece), tried)
+    scales = formats.scales_of(w, fmt, None, stat * chosen.unsqueeze(-1))
+    checkpoint = QuantizedCheckpoint(measured / "int4")
+    found = checkpoint.read(f"{name}.weight", Box((0, 0), tuple(w.shape))).float()
+    assert torch.equal(found, gptq(w, fmt, scales, moment, GptqSettings()).w)
+    want = plain(w, fmt, scales, moment, 0.01)
+    assert (found == want).float().mean() > 0.99  # ties of the last bit of fp32
+    nearest = formats.decode(formats.encode_on(w, fmt, scales), fmt, torch.float32)
+    assert (found == nearest).float().mean() < 0.95
+
+
+def divergence(source: Path, algorithms: list[str]) -> list[float]:
+    """KL(bf16 || quantized) over other tokens than those of calibration."""
+    from megatron_quant import quantize
+    from megatron_quant.ckpt.storage import read_config
+    from megatron_quant.recipes import load_recipe, with_algorithm
+    from tests.dist import live
+
+    data = live.batches(12, size=4)
+    found = []
+    for algorithm in algorithms:
+        model = live.load(source, dtype=torch.float32)
+        with torch.no_grad():
+            bf16 = [live.forward(model.module, ids).log_softmax(-1) for ids in data[8:]]
+            recipe = with_algorithm(load_recipe("int4"), algorithm)
+
+            def loop(module: object) -> None:
+                for ids in data[:8]:
+                    live.forward(module, ids)
+
+            quantize(model.module, recipe, loop, hf_model=read_config(source))
+            rounded = [live.forward(model.module, ids).log_softmax(-1) for ids in data[8:]]
+        kl = [(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(bf16, rounded, strict=True)]
+        found.append(float(torch.stack(kl).mean()))
+    return found
+
+
+def test_each_algorithm_loses_less_than_the_one_before(source: Path, ranks: Ranks) -> None:
+    (found,) = ranks(1, divergence, source, ["max", "imatrix", "gptq"])
+    largest, weighted, rounded = found
+    assert weighted < 0.95 * largest
+    assert rounded < 0.8 * weighted
+
+
+def test_what_is_refused(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    small = {"calib_memory": "1MB"}
+    ((error),) = ranks.errors(1, run, source, ONE, [case("int4", tmp_path, **small)])
+    assert "take 2097152 bytes on a rank, and it is 1000000: give at least that" in str(error)
+    amaxes = tmp_path / "amaxes.safetensors"
+    first = {**case("nvfp4", tmp_path), "algorithm": "max", "save_calibration": amaxes}
+    errors = ranks.errors(
+        2, run, source, {"ep": 2}, [first, case("int4", tmp_path, load_calibration=amaxes)]
+    )
+    for error in errors:
+        assert "input_moment: save one with --keep-hessians" in str(error)
+    assert not (tmp_path / "int4").exists()

@@ -3,6 +3,7 @@ from .calibration import ColdExperts as ColdExperts
 from .calibration import InputRules as InputRules
 from .calibration import calibrate as calibrate
 from .calibration import calibrate_weights as calibrate_weights
+from .calibration import refresh_weights as refresh_weights
 from .calibration_file import AMAX as AMAX
 from .calibration_file import CalibrationFile as CalibrationFile
 from .calibration_file import loaded_amaxes as loaded_amaxes
@@ -60,6 +61,7 @@ __all__ = [
     "moment_passes",
     "ranges_of",
     "read_calibration",
+    "refresh_weights",
     "round_weights",
     "run_rest",
     "set_ranges",

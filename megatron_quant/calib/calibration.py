@@ -6,7 +6,7 @@ expert: the largest of the layer's slots, which the merged vector holds on every
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import isfinite
 
@@ -126,7 +126,9 @@ def calibrate(
     cold = _cold(plan, tokens, rules.cold_experts)
     _load_weights(layers, plan, weights)
     _load_inputs(layers, plan, scaled)
-    squares = merged_squares(weighted, groups, sums, rules.loaded)
+    squares = {}
+    if any(d.weighted and not d.rounds for d in plan.quantized):
+        squares = merged_squares(weighted, groups, sums, rules.loaded)
     find_tensor_scales(layers, plan, groups)
     others = [layer for layer in layers if not layer.rounds]
     find_block_scales(others, groups, {n: found.squares_EK for n, found in squares.items()})
@@ -161,6 +163,14 @@ def calibrate_weights(
     _load_weights(layers, plan, weights)
     find_scales(layers, plan, groups)
     return weights
+
+
+def refresh_weights(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
+    """Do as :func:`calibrate_weights`, but keep the scales onto which gptq rounded."""
+    free = [d for d in plan.decisions if not d.rounds]
+    if any(d.quantized for d in free):
+        others = replace(plan, decisions=tuple(free))
+        calibrate_weights([layer for layer in layers if not layer.rounds], others, groups)
 
 
 def _merge_weights(

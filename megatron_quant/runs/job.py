@@ -307,7 +307,7 @@ def _moments(
 ) -> tuple[MomentPass, ...]:
     """Return the passes over the data in which gptq rounds; none where it runs no data."""
     data = options.calibration
-    if saved is not None or data.load is not None:
+    if saved is not None or data.load is not None or options.stream:
         return ()
     return moment_passes(quant, options.parallel.ep, data.memory_bytes)
 

@@ -123,6 +123,35 @@ def test_passes_and_checkpoints_change_no_byte(
     }
     ranks(2, run, source, {"tp": 2}, [case("nvfp4", tmp_path) | loaded])
     assert digests(tmp_path / "two") == digests(measured / "nvfp4")
+    ranks(1, begin_training, source, saved, tmp_path / "three")
+    want, found = (load_all(folder) for folder in (measured / "nvfp4", tmp_path / "three"))
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
+
+
+def begin_training(source: Path, saved: Path, out: Path) -> None:
+    """Prepare a model, follow its ranges once before any step, and export it."""
+    from megatron_quant import export
+    from megatron_quant.errors import QuantError
+    from megatron_quant.mcore.live import quantized
+    from megatron_quant.mcore.training import QuantCallback, prepare
+    from megatron_quant.recipes import load_recipe, with_algorithm
+    from tests.dist import live
+
+    recipe = with_algorithm(load_recipe("nvfp4"), "gptq")
+    module = live.load(source).module
+    with pytest.raises(QuantError, match="rounds weights by gptq, which needs calibration data"):
+        prepare([module], recipe, hf_model=str(source))
+    prepare([module], recipe, saved, hf_model=str(source))
+    callback = QuantCallback()
+    callback.start(module)
+    callback.on_step_begin(0)
+    callback.on_save(0)
+    export(quantized(module), out)
 
 
 @pytest.mark.parametrize("module", ["layers.1.self_attn.o_proj", "layers.0.mlp.experts.3.down_proj"])

@@ -17,10 +17,10 @@ from megatron_quant.calib import (
     InputRules,
     RunningInputs,
     calibrate,
-    calibrate_weights,
     largest_drift,
     merge_live,
     ranges_of,
+    refresh_weights,
     set_ranges,
     update_inputs,
 )
@@ -135,7 +135,7 @@ class QuantCallback:
         """Prepare the quantizers for step ``step``. Call it before the step's forwards."""
         of = self._started()
         if self._fresh and not self.schedule.frozen(step):  # weights may have been loaded meanwhile
-            calibrate_weights(of.layers, of.plan, of.model.groups)
+            refresh_weights(of.layers, of.plan, of.model.groups)
         self._fresh = False
         if step >= self.schedule.calibrate_before and not self._calibrated:
             self._calibrate(step)
@@ -159,7 +159,7 @@ class QuantCallback:
         """
         of = self._started()
         if not self.schedule.frozen(step):
-            calibrate_weights(of.layers, of.plan, of.model.groups)
+            refresh_weights(of.layers, of.plan, of.model.groups)
         formats = Counter(str(d.weights.name) for d in of.plan.quantized if d.weights)
         held = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
         if not self._calibrated:
@@ -196,7 +196,7 @@ class QuantCallback:
                     f"{self.schedule.calibrate_before}), or give batches to QuantCallback.calibrate"
                 )
         update_inputs(of.layers, live.inputs, self.schedule.average)
-        calibrate_weights(of.layers, of.plan, of.model.groups)
+        refresh_weights(of.layers, of.plan, of.model.groups)
         self._calibrated = True
         self._say(f"step {step}: calibrated {len(of.plan.quantized)} weights")
 
@@ -209,7 +209,7 @@ class QuantCallback:
         self._say(f"step {step}: {self._largest()}")
         if not self.schedule.frozen(step):
             update_inputs(of.layers, live.inputs, self.schedule.average)
-            calibrate_weights(of.layers, of.plan, of.model.groups)
+            refresh_weights(of.layers, of.plan, of.model.groups)
             self._updates += 1
 
     def _largest(self) -> str:

@@ -44,6 +44,7 @@ def prepare(
     expert_scales: None for those of the checkpoint; without a checkpoint, for shared ones.
     groups: the ranks that hold the model; None for all of torch.distributed's.
 
+    The weights of algorithm gptq come from a checkpoint; their scales stay as it has them.
     Without a checkpoint, weights are calibrated and quantized at once. Inputs with a static scale
     are quantized as soon as :class:`megatron_quant.mcore.training.callback.QuantCallback` finds it.
 
@@ -53,8 +54,9 @@ def prepare(
     groups = groups or start_distributed()
     together(groups, lambda: _check(model))
     saved = None if checkpoint is None else open_saved(Path(checkpoint), groups)
+    check = _trainable if saved is not None else _startable
     handle = attach_recipe(
-        model, recipe, hf_model, groups, AttachSettings(saved, expert_scales, _trainable)
+        model, recipe, hf_model, groups, AttachSettings(saved, expert_scales, check)
     )
     if saved is None:
         _start_ranges(handle.layers, handle.plan, groups)
@@ -66,6 +68,15 @@ def _start_ranges(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups)
     for layer in layers:
         if layer.static_inputs:
             layer.input_quantizer.disable()
+
+
+def _startable(plan: QuantPlan) -> None:
+    _trainable(plan)
+    if any(decision.rounds for decision in plan.quantized):
+        raise QuantError(
+            f"recipe {plan.recipe!r} rounds weights by gptq, which needs calibration data: "
+            "quantize first (--megatron-save-path, or mq.save), and give that checkpoint to prepare"
+        )
 
 
 def _trainable(plan: QuantPlan) -> None:

@@ -89,6 +89,7 @@ def config(made: Any, run: Path, steps: int, **checkpoint: Any) -> ConfigContain
 
 def pretrain(made: Any, callback: Any, run: Path, steps: int, **checkpoint: Any) -> Any:
     """Bridge's own loop; returns the model, which its events bring."""
+    made.initialize_model_parallel(seed=1)  # its loop seeds the ranks of GPUs alone
     kept: list[Any] = []
     manager = CallbackManager()
     manager.add([callback] if callback else [])

@@ -40,6 +40,7 @@ def run_page(source: Path, out: Path) -> tuple[list[str], bool]:
         if "prepare(" in snippet:
             names["model"] = training.build(source, live.Parallelism(1, 1))
         text = snippet.replace('"PATH"', repr(str(source))).replace('"SAVED"', repr(str(out)))
+        text = text.replace('"RUN"', repr(str(out.parent / "run")))
         exec(compile(text, f"docs/training.md, snippet {number}", "exec"), names)
         handle = mq.quantized(names["model"])
         recipes.append(handle.recipe.name)
@@ -48,5 +49,5 @@ def run_page(source: Path, out: Path) -> tuple[list[str], bool]:
 
 
 def test_the_page(source: Path, tmp_path: Path, ranks: Ranks) -> None:
-    assert len(snippets()) == 3
-    assert ranks(1, run_page, source, tmp_path / "saved") == [(["nvfp4"] * 3, True)]
+    assert len(snippets()) == 4
+    assert ranks(1, run_page, source, tmp_path / "saved") == [(["nvfp4"] * 4, True)]

@@ -66,6 +66,29 @@ def test_ranges_are_found_followed_and_frozen(ranks: Ranks, moe: Path) -> None:
         assert found[1] == pytest.approx(alone[1], rel=1e-3)
 
 
+def _late(path: Path) -> list[int]:
+    """A run that goes on at step 7 without ranges; the steps that run quantized."""
+    from megatron_quant.mcore.live import quantized
+    from megatron_quant.mcore.training import QuantCallback
+    from tests.dist import training
+
+    script = training.wrap(_prepared(path, "fp8"))
+    callback = QuantCallback(log=lambda line: None)
+    callback.start(script.model)
+    found = []
+    for step in range(7, 10):
+        callback.on_step_begin(step)
+        if all(q.is_enabled for x in quantized(script.model).layers for q in x.quantizers):
+            found.append(step)
+        script.step(BATCHES)
+        callback.on_step_end(step)
+    return found
+
+
+def test_a_run_that_goes_on_without_ranges_finds_them(ranks: Ranks, moe: Path) -> None:
+    assert ranks(1, _late, moe) == [[8, 9]]
+
+
 def _averaged(path: Path) -> None:
     from megatron_quant.calib.training import update_inputs
     from megatron_quant.mcore.live import quantized

@@ -33,8 +33,13 @@ def _ranges(layers: object) -> Ranges:
     return {x.name: x.weight_quantizer.amax.float().flatten().tolist() for x in layers}
 
 
-def _trained(path: Path, tp: int, ep: int, every: int, freeze: int | None) -> tuple[Ranges, ...]:
-    """Ranges at the start, after a step, after the save, and those of the weights beside them."""
+def _trained(
+    path: Path, tp: int, ep: int, every: int, freeze: int | None, event: bool = True
+) -> tuple[Ranges, ...]:
+    """Ranges at the start, after a step, after the save, and those of the weights beside them.
+
+    event: whether the loop has one before a save.
+    """
     from megatron_quant.calib import calibrate_weights
     from megatron_quant.mcore.live import quantized
     from megatron_quant.mcore.training import QuantCallback, Schedule
@@ -52,24 +57,89 @@ def _trained(path: Path, tp: int, ep: int, every: int, freeze: int | None) -> tu
         script.step(BATCHES)
         callback.on_step_end(step)
     found.append(_ranges(handle.layers))
-    callback.on_save(2)
+    if event:
+        callback.on_save(2)
+    else:
+        found.append(_sharded(script.model))
     found.append(_ranges(handle.layers))
+    if not event:
+        assert found.pop(-2) == {name: values[0] for name, values in found[-1].items()}
     calibrate_weights(handle.layers, handle.plan, handle.model.groups)
     return *found, _ranges(handle.layers)
 
 
+def _sharded(model: list) -> dict[str, float]:
+    """Ranges of weights as a save of Megatron's gets them, by the layer's name."""
+    from megatron.core import parallel_state as mpu
+
+    metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    end = ".weight_quantizer._amax"
+    found = {}
+    for chunk in model:
+        for name, sharded in chunk.sharded_state_dict(metadata=metadata).items():
+            if name.endswith(end):
+                found[name.removesuffix(end).removeprefix("module.")] = float(sharded.data)
+    return found
+
+
 @pytest.mark.parametrize(("world", "tp", "ep"), [(1, 1, 1), (4, 2, 2)])
-@pytest.mark.parametrize("every", [0, 10])
+@pytest.mark.parametrize(("every", "event"), [(0, True), (10, True), (0, False)])
 def test_a_save_has_the_ranges_of_its_weights(
-    ranks: Ranks, moe: Path, world: int, tp: int, ep: int, every: int
+    ranks: Ranks, moe: Path, world: int, tp: int, ep: int, every: int, event: bool
 ) -> None:
-    for first, trained, saved, own in ranks(world, _trained, moe, tp, ep, every, None):
+    """Whether or not the loop tells the callback of it."""
+    for first, trained, saved, own in ranks(world, _trained, moe, tp, ep, every, None, event):
         assert first == trained != saved == own
 
 
-def test_frozen_ranges_stay(ranks: Ranks, moe: Path) -> None:
-    ((first, trained, saved, own),) = ranks(1, _trained, moe, 1, 1, 0, 1)
+@pytest.mark.parametrize("event", [True, False])
+def test_frozen_ranges_stay(ranks: Ranks, moe: Path, event: bool) -> None:
+    ((first, trained, saved, own),) = ranks(1, _trained, moe, 1, 1, 0, 1, event)
     assert first == trained == saved != own
+
+
+def _no_callback(path: Path) -> None:
+    from copy import deepcopy
+
+    from megatron_quant.mcore.live import quantized
+
+    (chunk,) = _prepared(path, "w4a16_nvfp4", 1, 1)
+    layers = quantized(chunk).layers
+    first = _ranges(layers)
+    assert deepcopy(chunk.megatron_quant.hook) is None, "a copy's save would change this model"
+    with torch.no_grad():
+        for parameter in chunk.parameters():
+            parameter.mul_(2.0)
+    assert _sharded([chunk]) == {name: 2 * values[0] for name, values in first.items()}
+
+
+def test_a_save_follows_the_weights_without_a_callback(ranks: Ranks, moe: Path) -> None:
+    ranks(1, _no_callback, moe)
+
+
+def _requeued(path: Path, run: Path, tp: int) -> tuple[bool, Ranges]:
+    """One script, started twice; whether it went on from a save, and its ranges."""
+    from megatron_quant.mcore.live import quantized
+    from megatron_quant.mcore.training import prepare
+    from megatron_quant.mcore.training.train_state import save_run
+    from tests.dist import live, training
+
+    model = training.build(path, live.Parallelism(tp))
+    model = prepare(model, "w4a16_nvfp4", hf_model=str(path), checkpoint_if_present=run)
+    handle = quantized(model)
+    script = training.wrap(model)
+    script.step(BATCHES)
+    save_run(run, 1, {}, script.model, script.optimizer)
+    return bool(handle.stored), _ranges(handle.layers)
+
+
+def test_one_script_starts_and_goes_on(ranks: Ranks, moe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    first = ranks(1, _requeued, moe, run, 1)
+    second = ranks(2, _requeued, moe, run, 2)
+    assert [went_on for went_on, _ in [*first, *second]] == [False, True, True]
+    assert first[0][1] != second[0][1]
 
 
 def _left(path: Path, out: Path, recipe: str, stages: int) -> tuple[set[str], set[str]]:

@@ -18,6 +18,7 @@ from .restored import restore as restore
 from .saved import HF_FILES as HF_FILES
 from .saved import Saved as Saved
 from .saved import describe_run as describe_run
+from .state import before_save as before_save
 from .state import describe_model as describe_model
 from .store import OPTIMIZER as OPTIMIZER
 from .store import RESHARDABLE as RESHARDABLE
@@ -39,6 +40,7 @@ __all__ = [
     "PlainWeights",
     "Saved",
     "TorchDist",
+    "before_save",
     "check_free",
     "check_keys",
     "check_own",

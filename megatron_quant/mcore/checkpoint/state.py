@@ -6,7 +6,8 @@ grids of block statistics that a search chose.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,13 +39,26 @@ def decode(stored: torch.Tensor) -> Any:
     return parse_json(stored.numpy().tobytes().rstrip(b"\0 "), DESCRIPTION, DESCRIBED)
 
 
+@dataclass(frozen=True, eq=False)
+class SaveHook:
+    """A function to run on every rank when a model is asked for its sharded state dict."""
+
+    run: Callable[[], None]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Give a copied model no hook: it would be the original's."""
+
+
 class QuantState(nn.Module):
     """The child module. It adds its description and grids to sharded state dicts only.
 
     Plain state dicts stay as they are: Megatron-Bridge's export, for one, names parameters by them.
 
-    virtual_stage: the model's, if a rank has several.
+    virtual_stage: the model's, if a rank has several. hook: runs before the child describes itself.
+    It may change amaxes in place, those that were collected earlier included.
     """
+
+    hook: SaveHook | None = None
 
     def __init__(
         self, description: Mapping[str, Any], grids: Sequence[SavedGrid], virtual_stage: int = 0
@@ -62,6 +76,8 @@ class QuantState(nn.Module):
     ) -> dict[str, Any]:
         """Return this rank's tensors and where they lie in the whole. Megatron calls it."""
         assert not sharded_offsets, "the child of a whole model is on no axis"
+        if self.hook is not None:
+            self.hook.run()
         given = metadata or {}
         group = given.get("dp_cp_group") or mpu.get_data_parallel_group(with_context_parallel=True)
         singleton = bool(given.get("singleton_local_shards", False))
@@ -100,9 +116,10 @@ def add_state(
 ) -> None:
     """Give the model its child; ``layers`` are its quantized ones.
 
-    A second call replaces the child of the first.
+    A second call replaces the child of the first, and keeps its hook.
     """
     state = QuantState(description, grids_of(layers, weights), model.vp_stage or 0)
+    state.hook = getattr(getattr(model, CHILD, None), "hook", None)
     model.add_module(CHILD, state.to(next(model.parameters()).device))
 
 
@@ -114,3 +131,13 @@ def describe_model(
         modules = set(chunk.modules())
         weights = [local.weight for local in model.local if local.chunk == number]
         add_state(chunk, description, [x for x in layers if x.module in modules], weights)
+
+
+def before_save(model: LiveModel, run: Callable[[], None]) -> None:
+    """Have ``run`` run before every save of the model that is described, in place of another.
+
+    Collective like a save: Megatron asks for sharded state dicts on all ranks alike, to save and to
+    load. run: may change amaxes in place.
+    """
+    child = getattr(model.chunks[0], CHILD)
+    child.hook = SaveHook(run)

@@ -25,6 +25,7 @@ from megatron_quant.calib import (
     update_inputs,
 )
 from megatron_quant.errors import CalibrationError, QuantError
+from megatron_quant.mcore.checkpoint import before_save
 from megatron_quant.mcore.live import Quantized, quantized
 
 
@@ -85,17 +86,18 @@ class QuantCallback:
         self._calibrated = False
         self._fresh = True
         self._updates = 0
-        self._step = 0
+        self._step = 0  # steps that are done
+        self._first: int | None = None
         self._drift: Drift | None = None
 
     def on_train_start(self, context: Any) -> None:
         """Handle Megatron-Bridge's event: call :meth:`start`."""
         self.start(context.model)
+        self._step = context.state.train_state.step
 
     def on_train_step_start(self, context: Any) -> None:
         """Handle Megatron-Bridge's event: call :meth:`on_step_begin`."""
-        self._step = context.state.train_state.step
-        self.on_step_begin(self._step)
+        self.on_step_begin(context.state.train_state.step)
 
     def on_train_step_end(self, context: Any) -> None:
         """Handle Megatron-Bridge's event, whether it counts the step before or after it."""
@@ -118,6 +120,7 @@ class QuantCallback:
         self._inputs = RunningInputs(of.layers)
         inputs = [x.input_quantizer.amax for x in of.layers if x.static_inputs]
         self._calibrated = all(amax is not None for amax in inputs)
+        before_save(of.model, self._follow_weights)
 
     def calibrate(
         self,
@@ -133,11 +136,13 @@ class QuantCallback:
 
     def on_step_begin(self, step: int) -> None:
         """Prepare the quantizers for step ``step``. Call it before the step's forwards."""
-        of = self._started()
-        if self._fresh and not self.schedule.frozen(step):  # weights may have been loaded meanwhile
-            refresh_weights(of.layers, of.plan, of.model.groups)
+        of, self._step = self._started(), step
+        if self._first is None:
+            self._first = step
+        if self._fresh:  # weights may have been loaded meanwhile
+            self._follow_weights()
         self._fresh = False
-        if step >= self.schedule.calibrate_before and not self._calibrated:
+        if not self._calibrated and step >= self._calibrate_at(self._first):
             self._calibrate(step)
         quantized_from = self.schedule.calibrate_before + self.schedule.warm_up
         on = self._calibrated and (bool(of.stored) or step >= quantized_from)
@@ -148,6 +153,7 @@ class QuantCallback:
 
     def on_step_end(self, step: int) -> None:
         """Follow the ranges if they are due. Call it after the optimizer's step."""
+        self._step = step + 1
         every = self.schedule.every
         if self._calibrated and every and (step + 1) % every == 0:
             self._follow(step + 1)
@@ -157,9 +163,8 @@ class QuantCallback:
 
         Weights get their present range, whatever ``every`` is, unless it is frozen.
         """
-        of = self._started()
-        if not self.schedule.frozen(step):
-            refresh_weights(of.layers, of.plan, of.model.groups)
+        of, self._step = self._started(), step
+        self._follow_weights()
         formats = Counter(str(d.weights.name) for d in of.plan.quantized if d.weights)
         held = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
         if not self._calibrated:
@@ -176,6 +181,12 @@ class QuantCallback:
         if self._inputs is not None:
             self._inputs.close()
 
+    def _follow_weights(self) -> None:
+        """Give the weights the ranges that they have now, unless those are frozen."""
+        of = self._started()
+        if not self.schedule.frozen(self._step):
+            refresh_weights(of.layers, of.plan, of.model.groups)
+
     def _started(self) -> Quantized:
         if self._of is None:
             raise QuantError(
@@ -183,6 +194,11 @@ class QuantCallback:
                 "Bridge calls it as on_train_start)"
             )
         return self._of
+
+    def _calibrate_at(self, first: int) -> int:
+        """Return the step before which inputs get ranges; a run that goes on observes one first."""
+        before = self.schedule.calibrate_before
+        return max(before, first + 1) if before else 0
 
     def _calibrate(self, step: int) -> None:
         of, watched = self._started(), self._inputs

@@ -14,12 +14,17 @@ from typing import Any
 from megatron.core import parallel_state as mpu
 from torch import nn
 
-from megatron_quant.calib import calibrate_weights
-from megatron_quant.dist import Groups, together
+from megatron_quant.calib import calibrate_weights, refresh_weights
+from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import QuantError
 from megatron_quant.layers import ExpertScales, QuantLayer
-from megatron_quant.mcore.checkpoint import open_saved
-from megatron_quant.mcore.live import AttachSettings, attach_recipe
+from megatron_quant.mcore.checkpoint import (
+    before_save,
+    is_checkpoint,
+    latest,
+    open_saved,
+)
+from megatron_quant.mcore.live import AttachSettings, Quantized, attach_recipe
 from megatron_quant.mcore.model import start_distributed
 from megatron_quant.recipes import QuantPlan, Recipe
 
@@ -30,6 +35,7 @@ def prepare(
     checkpoint: Path | str | None = None,
     *,
     hf_model: str | Mapping[str, Any],
+    checkpoint_if_present: Path | str | None = None,
     expert_scales: ExpertScales | None = None,
     groups: Groups | None = None,
 ) -> list[Any]:
@@ -40,6 +46,8 @@ def prepare(
     recipe: as ``--export-quant-cfg`` takes it; it uses the Hugging Face model's names of weights.
     checkpoint: a ``torch_dist`` checkpoint of a model quantized with ``recipe``, at any layout, or
         a training run's directory. Weights and all ranges then come from it.
+    checkpoint_if_present: such a directory that may be absent or hold no save yet, like the one
+        that the run itself saves to. If it has a save, that goes before ``checkpoint``.
     hf_model: that model's directory or hub id (only config.json is read), or its config.
     expert_scales: None for those of the checkpoint; without a checkpoint, for shared ones.
     groups: the ranks that hold the model; None for all of torch.distributed's.
@@ -53,14 +61,34 @@ def prepare(
     """
     groups = groups or start_distributed()
     together(groups, lambda: _check(model))
-    saved = None if checkpoint is None else open_saved(Path(checkpoint), groups)
+    start = _present(checkpoint_if_present, groups) or checkpoint
+    saved = None if start is None else open_saved(Path(start), groups)
     check = _trainable if saved is not None else _startable
     handle = attach_recipe(
         model, recipe, hf_model, groups, AttachSettings(saved, expert_scales, check)
     )
     if saved is None:
         _start_ranges(handle.layers, handle.plan, groups)
+    before_save(handle.model, functools.partial(_follow_weights, handle))
     return model
+
+
+def _present(directory: Path | str | None, groups: Groups) -> Path | None:
+    """Return where the last save of ``directory`` is, as the first rank sees it; None without."""
+    if directory is None:
+        return None
+    at = Path(directory)
+
+    def found() -> Path | None:
+        path = latest(at)
+        return path if path != at or is_checkpoint(path) else None
+
+    return gather(together(groups, found), groups)[0]
+
+
+def _follow_weights(handle: Quantized) -> None:
+    """Give the weights the ranges that they have now, which a checkpoint has beside them."""
+    refresh_weights(handle.layers, handle.plan, handle.model.groups)
 
 
 def _start_ranges(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
@@ -120,7 +148,9 @@ def wrap_provider(
     checkpoint: Path | str | None = None,
     *,
     hf_model: str | Mapping[str, Any],
+    checkpoint_if_present: Path | str | None = None,
     expert_scales: ExpertScales | None = None,
+    groups: Groups | None = None,
 ) -> Callable[..., nn.Module]:
     """Wrap a Megatron-LM ``model_provider`` so that its model goes through :func:`prepare`.
 
@@ -134,6 +164,15 @@ def wrap_provider(
             "model provider: give the function that pretrain takes as model_provider"
         )
     made: list[nn.Module] = []
+    hook = functools.partial(
+        prepare,
+        recipe=recipe,
+        checkpoint=checkpoint,
+        hf_model=hf_model,
+        checkpoint_if_present=checkpoint_if_present,
+        expert_scales=expert_scales,
+        groups=groups,
+    )
 
     @functools.wraps(provider)
     def provide(*args: Any, **kwargs: Any) -> nn.Module:
@@ -142,7 +181,7 @@ def wrap_provider(
         if len(made) == (mpu.get_virtual_pipeline_model_parallel_world_size() or 1):
             chunks = made.copy()
             made.clear()
-            prepare(chunks, recipe, checkpoint, hf_model=hf_model, expert_scales=expert_scales)
+            hook(chunks)
         return chunk
 
     return provide

@@ -7,7 +7,7 @@ import torch
 
 from megatron_quant.ckpt.plan import Companions, Layout, RankPart
 from megatron_quant.ckpt.read import (
-    QuantizedCheckpoint,
+    KeptScales,
     Weights,
     check_fused,
     check_weights,
@@ -85,7 +85,7 @@ class Planned:
 
     job: Job
     checkpoint: Weights
-    kept: QuantizedCheckpoint | None
+    kept: KeptScales | None
 
 
 def plan_stream(options: QuantizeOptions, world: int) -> Planned:
@@ -120,8 +120,9 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
         )
     keeps = None
     if options.keep_scales:
-        quant, keeps = keeping(job.quant, source)
-        check_fused(quant, keeps)
+        quant, kept_source = keeping(job.quant, source, finer=True)
+        check_fused(quant, kept_source)
+        keeps = KeptScales(kept_source, quant)
         job = replanned(job, quant, options)
     return Planned(replace(job, export=bounded_parts(job.exported)), checkpoint, keeps)
 

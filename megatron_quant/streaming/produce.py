@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_quant.ckpt.plan import RankPart
-from megatron_quant.ckpt.read import QuantizedCheckpoint, kept_scales
+from megatron_quant.ckpt.read import KeptScales
 from megatron_quant.ckpt.write import Produced, check_finite, encoded, produce_cache_scale
 from megatron_quant.formats import E4M3_MAX
 from megatron_quant.models import Role
@@ -27,14 +27,14 @@ class Producer:
         quant: The resolved recipe.
         weight_amax: Amax by slot, fp32 [], if needed.
         input_amax: Amax of inputs by slot, fp32 [], if needed.
-        kept: Checkpoint whose scales the weights keep; None if they get their own.
+        kept: Scales that the weights keep; None if they get their own.
     """
 
     source: PartSource
     quant: QuantPlan
     weight_amax: Mapping[str, torch.Tensor]
     input_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    kept: QuantizedCheckpoint | None = None
+    kept: KeptScales | None = None
 
     def __call__(self, part: RankPart) -> Iterator[Produced]:
         """Yield the tensors of ``part``."""
@@ -44,7 +44,7 @@ class Producer:
         weight_amax, decision = self.weight_amax.get(name), self.quant.by_name[name]
         stat, scales = searched_stat(w, decision, weight_amax, part.src.start), None
         if self.kept is not None and decision.quantized:
-            scales = kept_scales(self.kept, part.target.source.module, part.region)
+            scales = self.kept.read(name, part.target.source.module, part.region)
         if weight_amax is None:  # otherwise finding the amax has checked every weight
             check_finite(part, w)
         return encoded(part, w, weight_amax, self.input_amax.get(name), stat, scales)

@@ -3,6 +3,7 @@ from .checks import check_weights as check_weights
 from .checks import is_buffer as is_buffer
 from .checks import plain_dtypes as plain_dtypes
 from .directory import open_directory as open_directory
+from .finer_scales import KeptScales as KeptScales
 from .head import Compared as Compared
 from .head import compared_heads as compared_heads
 from .head import remember_heads as remember_heads
@@ -36,6 +37,7 @@ __all__ = [
     "GROUP_INDEX",
     "PLAIN_DTYPES",
     "Compared",
+    "KeptScales",
     "Listed",
     "Packed",
     "QuantizedCheckpoint",

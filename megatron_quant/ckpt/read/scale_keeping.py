@@ -18,25 +18,29 @@ _WITHOUT = f"leave out {_FLAG}"
 Scales = dict[str, torch.Tensor]
 
 
-def keeping(plan: QuantPlan, checkpoint: Weights) -> tuple[QuantPlan, QuantizedCheckpoint]:
+def keeping(
+    plan: QuantPlan, checkpoint: Weights, finer: bool = False
+) -> tuple[QuantPlan, QuantizedCheckpoint]:
     """Return ``plan`` with the source's scale dtypes, and the source that has the scales.
 
+    finer: whether weights in MXFP4 may become NVFP4, with scales of the same values.
     Raises CheckpointError for the first weight whose grid in the source is not the plan's.
     """
     if not isinstance(checkpoint, QuantizedCheckpoint):
         raise CheckpointError(f"{checkpoint.path} has no scales to keep; {_WITHOUT}")
-    kept = tuple(_kept(d, checkpoint) if d.quantized else d for d in plan.decisions)
+    kept = tuple(_kept(d, checkpoint, finer) if d.quantized else d for d in plan.decisions)
     return replace(plan, decisions=kept), checkpoint
 
 
-def _kept(decision: Decision, checkpoint: QuantizedCheckpoint) -> Decision:
+def _kept(decision: Decision, checkpoint: QuantizedCheckpoint, finer: bool) -> Decision:
     first = decision.slot.sources[0]
     if decision.algorithm != "max":
         raise CheckpointError(
             f"{first}: the recipe searches its scales ({decision.algorithm}), which does not go "
             f"with {_FLAG}; take algorithm max, or {_WITHOUT}"
         )
-    formats = [_own_format(module, decision, checkpoint) for module in decision.slot.sources]
+    modules = decision.slot.sources
+    formats = [_own_format(module, decision, checkpoint, finer) for module in modules]
     if len(set(formats)) > 1:
         raise CheckpointError(
             f"{checkpoint.path}: the scales of {first} have another dtype than those of the "
@@ -45,7 +49,9 @@ def _kept(decision: Decision, checkpoint: QuantizedCheckpoint) -> Decision:
     return replace(decision, weights=formats[0])
 
 
-def _own_format(module: str, decision: Decision, checkpoint: QuantizedCheckpoint) -> Format:
+def _own_format(
+    module: str, decision: Decision, checkpoint: QuantizedCheckpoint, finer: bool
+) -> Format:
     """Return the source's format for ``decision``; it may differ only in the scales' dtype."""
     assert decision.weights is not None
     found = checkpoint.modules.get(module)
@@ -54,6 +60,8 @@ def _own_format(module: str, decision: Decision, checkpoint: QuantizedCheckpoint
         raise CheckpointError(
             f"{where} is not quantized, so it has no scales to keep; exclude it, or {_WITHOUT}"
         )
+    if finer and (found.weights.name, decision.weights.name) == ("mxfp4", "nvfp4"):
+        return decision.weights
     if (found.weights.name, found.weights.group_size) != _grid(decision.weights):
         wanted = describe_format(replace(found, weights=decision.weights, inputs=None))
         own = describe_format(replace(found, inputs=None))

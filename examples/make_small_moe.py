@@ -82,7 +82,10 @@ def read_texts(args: argparse.Namespace) -> Texts:
     files = source_files()
     random.Random(args.seed).shuffle(files)
     rest = iter(files)
-    heldout, calibration = ("\n".join(take(rest, excerpt, args.heldout_chars)) for _ in range(2))
+    heldout, calibration = (
+        "\n".join(take(rest, excerpt, size))
+        for size in (args.heldout_chars, args.calibration_chars)
+    )
     return Texts(take(rest, read, args.train_chars), heldout, calibration)
 
 
@@ -233,6 +236,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "moe-intermediate-size": 256,
         "train-chars": 4_000_000,
         "heldout-chars": 60_000,
+        "calibration-chars": 240_000,
         "log-every": 40,
     }.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=" ")

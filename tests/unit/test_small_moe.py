@@ -14,7 +14,7 @@ SMALL = [
     *("--steps=120", "--log-every=40", "--threads=1", "--batch-size=4", "--seq-length=32"),
     *("--vocab-size=512", "--hidden-size=32", "--layers=2", "--heads=2", "--kv-heads=1"),
     *("--head-dim=16", "--experts=4", "--moe-intermediate-size=32", "--lr=0.01"),
-    *("--train-chars=80000", "--heldout-chars=4000"),
+    *("--train-chars=80000", "--heldout-chars=4000", "--calibration-chars=4000"),
 ]
 
 

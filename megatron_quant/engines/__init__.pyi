@@ -1,5 +1,5 @@
 from .facts import ENGINES as ENGINES
-from .serving import Obstacle as Obstacle
+from .family_obstacles import Obstacle as Obstacle
 from .serving import check_serving as check_serving
 from .serving import obstacle as obstacle
 

@@ -1,7 +1,6 @@
 """Check, before anything is written, whether the engines that will read an export can serve it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_quant.ckpt.dialects import Layer, layer_of
@@ -16,19 +15,11 @@ from megatron_quant.engines.facts import (
     WHOLE_GROUPS,
     Fact,
 )
-from megatron_quant.engines.families import Family
+from megatron_quant.engines.family_obstacles import Obstacle, family_obstacles
 from megatron_quant.engines.shapes import ragged_problem, shape_problem
 from megatron_quant.errors import FormatError
-from megatron_quant.models import Domain, Param, Role, engine_groups, family
-from megatron_quant.recipes import OUTPUT, Decision, QuantPlan
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """A reason why an engine cannot serve an export, and the nearest that works."""
-
-    what: str
-    instead: str
+from megatron_quant.models import Domain, Param, Role, engine_groups
+from megatron_quant.recipes import Decision, QuantPlan
 
 
 def check_serving(
@@ -63,32 +54,15 @@ def check_serving(
     else:
         parallel = ENGINES if tp is None else SHARDED
         engines = [e for e in parallel if dialect in READS[e]]
-    known = family(config) if config is not None else None
     found = [
-        next(_of_family(known, plan, dialect, e), None) or obstacle(plan, params, dialect, e, tp)
+        next(family_obstacles(config or {}, plan, dialect, e), None)
+        or obstacle(plan, params, dialect, e, tp)
         for e in engines
     ]
     first = next(iter(found), None)
     if first is not None and all(found):
         who = f"{engine} cannot" if engine else "no engine can"
         raise FormatError(f"{who} serve this: {first.what}; take {first.instead}")
-
-
-def _of_family(
-    known: Family | None, plan: QuantPlan, dialect: str, engine: str
-) -> Iterator[Obstacle]:
-    """Yield what follows from the model's family, above all for its output layer."""
-    head = next((d.slot.sources[0] for d in plan.quantized if d.slot.fixed == OUTPUT), None)
-    if head is not None and dialect != "modelopt":
-        yield Obstacle(
-            f"{head} is quantized, which {engine} reads in ModelOpt's dialect alone",
-            "--export-format modelopt, or a recipe without allow_output",
-        )
-    if head is not None and known is not None and known.head_reason and engine == "vllm":
-        yield Obstacle(f"{head} is quantized: {known.head_reason}", "a recipe without allow_output")
-    excluded = head is None and (engine, dialect) == ("vllm", "modelopt")
-    if excluded and known is not None and known.nameless_head:
-        yield Obstacle(known.nameless_head, "--export-format compressed-tensors")
 
 
 def obstacle(

@@ -153,3 +153,22 @@ def test_vllm_finds_no_exclusion_of_trinitys_output_layer(tmp_path: Path) -> Non
     with pytest.raises(FormatError, match=r"gives its output layer no name.*compressed-tensors"):
         sources.run(source, tmp_path / "out", export_format="modelopt", **flags)
     sources.run(source, tmp_path / "out", export_format="compressed-tensors", **flags)
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "granitemoehybrid"])
+def test_no_block_joins_the_parts_of_a_mamba_projection(family: str, tmp_path: Path) -> None:
+    source = family_models.save(family, tmp_path / "source")
+    flags = {"export_format": "compressed-tensors", "serve_engine": "vllm"}
+    with pytest.raises(FormatError, match=r"in_proj has parts of \d+ rows, which blocks of 128"):
+        sources.run(source, tmp_path / "out", export_quant_cfg="fp8_block", **flags)
+    sources.run(
+        source, tmp_path / "out", export_quant_cfg="fp8_channel", weight_only=False, **flags
+    )
+
+
+def test_vllm_reads_deepseek_v4_in_its_own_form_alone(tmp_path: Path) -> None:
+    source = family_models.save("deepseek_v4", tmp_path / "source")
+    flags = {"export_quant_cfg": "deepseek_v4", "export_format": "modelopt"}
+    with pytest.raises(FormatError, match="in the form of its release alone"):
+        sources.run(source, tmp_path / "out", serve_engine="vllm", **flags)
+    sources.run(source, tmp_path / "out", **flags)

@@ -22,6 +22,8 @@ FAMILY = Family(
     ),
     fused=(Fused(name="fused_wqa_wkv", members=("wq_a", "wkv"), marks=("wq_a",)),),
     head_reason="vLLM builds its output layer without a quantization config",
+    vllm_reason="vLLM reads DeepSeek-V4 in the form of its release alone (quant_method fp8, and "
+    "moe_quant_algo for experts in NVFP4)",
     loaded=(
         (r"self_attn\.compressor\.indexer\.q_b_proj\.", "attn.indexer.wq_b."),
         (r"self_attn\.(q|o)_(a|b)_proj\.", r"attn.w\1_\2."),

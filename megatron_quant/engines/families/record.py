@@ -67,6 +67,21 @@ class Stack:
     holds: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """A linear whose rows are those of several to engines: no block of scales may join them.
+
+    Attributes:
+        modules: Pattern of its name.
+        parts: Keys of config.json, whose product is the number of rows of a part.
+        source: Where an engine says so.
+    """
+
+    modules: str
+    parts: tuple[tuple[str, ...], ...]
+    source: str
+
+
 class Layout(Enum):
     """How the stacks of a family lie."""
 
@@ -99,6 +114,8 @@ class Family:
         head_reason: Why engines load no quantized output layer; empty where they do.
         nameless_head: Why vLLM quantizes the output layer of a ModelOpt export that excludes it;
             empty where it does not.
+        merged: Linears of several parts.
+        vllm_reason: Why vLLM loads no export of the family; empty where it does.
         loaded: (pattern, replacement) that turn transformers' names in a layer into the
             checkpoint's, one after another.
     """
@@ -120,4 +137,6 @@ class Family:
     layout: Layout = Layout.PLAIN
     head_reason: str = ""
     nameless_head: str = ""
+    merged: tuple[Merged, ...] = ()
+    vllm_reason: str = ""
     loaded: tuple[tuple[str, str], ...] = ()

@@ -1,0 +1,79 @@
+"""Find what keeps an engine from serving an export because of the model's family."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from megatron_quant.engines.families import Family
+from megatron_quant.models import family, text_config
+from megatron_quant.recipes import OUTPUT, QuantPlan
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """A reason why an engine cannot serve an export, and the nearest that works."""
+
+    what: str
+    instead: str
+
+
+def family_obstacles(
+    config: Mapping[str, Any], plan: QuantPlan, dialect: str, engine: str
+) -> Iterator[Obstacle]:
+    """Yield what keeps ``engine`` from serving ``plan`` in ``dialect``.
+
+    Args:
+        config: Content of config.json, which tells the family.
+        plan: Plan of the parameters or of their sources.
+        dialect: Dialect of the export.
+        engine: One of ``ENGINES``.
+    """
+    known = family(config)
+    yield from _of_head(known, plan, dialect, engine)
+    if known is None:
+        return
+    if known.vllm_reason and engine == "vllm":
+        yield Obstacle(known.vllm_reason, "another engine, or leave out --serve-engine")
+    if engine in ("vllm", "sglang"):
+        yield from _of_merged(known, text_config(config), plan)
+
+
+def _of_head(
+    known: Family | None, plan: QuantPlan, dialect: str, engine: str
+) -> Iterator[Obstacle]:
+    head = next((d.slot.sources[0] for d in plan.quantized if d.slot.fixed == OUTPUT), None)
+    if head is not None and dialect != "modelopt":
+        yield Obstacle(
+            f"{head} is quantized, which {engine} reads in ModelOpt's dialect alone",
+            "--export-format modelopt, or a recipe without allow_output",
+        )
+    if known is None or engine != "vllm":
+        return
+    if head is not None and known.head_reason:
+        yield Obstacle(f"{head} is quantized: {known.head_reason}", "a recipe without allow_output")
+    if head is None and known.nameless_head and dialect == "modelopt":
+        yield Obstacle(known.nameless_head, "--export-format compressed-tensors")
+
+
+def _of_merged(known: Family, text: Mapping[str, Any], plan: QuantPlan) -> Iterator[Obstacle]:
+    """Yield linears of several parts that a block of scales would join."""
+    for decision in plan.quantized:
+        block = decision.weights.stat_block if decision.weights is not None else None
+        rows = (block and block[0]) or 1
+        for merged in known.merged if rows > 1 else ():
+            for module in decision.slot.sources:
+                part = next((n for n in _parts(merged.parts, text) if n % rows), None)
+                if part is not None and re.fullmatch(merged.modules, module):
+                    yield Obstacle(
+                        f"{module} has parts of {part} rows, which blocks of {rows} would join",
+                        "a format with a scale per channel, such as fp8_channel, or exclude it",
+                    )
+
+
+def _parts(parts: tuple[tuple[str, ...], ...], text: Mapping[str, Any]) -> Iterator[int]:
+    for keys in parts:
+        sizes = [text.get(key) for key in keys]
+        if all(type(size) is int for size in sizes):
+            yield prod(size for size in sizes if isinstance(size, int))

@@ -1,8 +1,10 @@
 """Open a run's inputs besides weights: checkpoint, calibration batches, evaluation text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,16 +47,17 @@ def open_inputs(
     world: int,
     saved: Saved | None = None,
     open_weights: OpenWeights | None = open_source,
+    config: Mapping[str, Any] | None = None,
 ) -> Inputs:
     """Check everything that a run of ``world`` ranks needs, the output directories included.
 
     Texts are read later, by :func:`with_texts`. saved: the quantized model in
     ``options.megatron_load_path``. open_weights: opens the weights of the model whose config.json
-    is in a directory; None if they are ``saved``'s.
+    is in a directory; None if they are ``saved``'s. config: as in :func:`prepare_job`.
     Raises a QuantError for whatever is wrong, before anything is written.
     """
     existing, load = existing_of(options.write), options.calibration.load
-    job = prepare_job(options, world, saved, open_weights)
+    job = prepare_job(options, world, saved, open_weights, config)
     checkpoint, kept = job.checkpoint, None
     if checkpoint is not None and options.keep_scales:
         quant, kept = keeping(job.quant, checkpoint)

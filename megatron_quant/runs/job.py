@@ -24,8 +24,8 @@ from megatron_quant.ckpt.plan import (
 from megatron_quant.ckpt.read import Weights, check_weights, kept_dtypes, logical
 from megatron_quant.ckpt.storage import read_config, resolve_source
 from megatron_quant.engines import ENGINES, Obstacle, check_serving, obstacle
-from megatron_quant.errors import CheckpointError, LayoutError, QuantError, RecipeError
-from megatron_quant.mcore.checkpoint import HF_FILES, Saved
+from megatron_quant.errors import LayoutError, QuantError, RecipeError
+from megatron_quant.mcore.checkpoint import Saved, model_of_run
 from megatron_quant.models import (
     Architecture,
     Param,
@@ -119,15 +119,17 @@ def prepare_job(
     world: int,
     saved: Saved | None = None,
     open_weights: OpenWeights | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Job:
     """Check the flags against the model's config for ``world`` ranks.
 
     saved: what ``options.megatron_load_path`` holds. open_weights: opens the checkpoint, so that
-    its layers for speculation go into the export; None to read config.json alone.
+    its layers for speculation go into the export; None to read config.json alone. config: the
+    model's, if the source's folder has none.
     Raises a QuantError for whatever does not fit.
     """
     source = _source(options, saved)
-    hf_config = read_config(source)
+    hf_config = read_config(source) if config is None else config
     architecture = lookup(hf_config)
     params = architecture.params(hf_config)
     checkpoint = open_weights(source) if open_weights is not None else None
@@ -257,13 +259,7 @@ def _source(options: QuantizeOptions, saved: Saved | None) -> Path:
     if options.hf_model_id is not None:
         return resolve_source(options.hf_model_id)
     assert saved is not None
-    beside = saved.stored.path / HF_FILES
-    if not beside.is_dir():
-        raise CheckpointError(
-            f"{saved.stored.path} has no {HF_FILES} folder with config.json and the tokenizer: "
-            "say where they are with --hf-model-id"
-        )
-    return beside
+    return model_of_run(saved.stored.path)[0]
 
 
 def _check_same(options: QuantizeOptions, quant: QuantPlan, saved: QuantPlan) -> None:

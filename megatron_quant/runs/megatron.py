@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron.core import parallel_state as mpu
 
@@ -11,6 +12,7 @@ from megatron_quant.calib import (
     CalibrationReport,
 )
 from megatron_quant.ckpt.read import Weights, open_source
+from megatron_quant.ckpt.storage import read_config
 from megatron_quant.ckpt.verify import Report
 from megatron_quant.ckpt.write import Produce
 from megatron_quant.dist import Groups, together
@@ -20,6 +22,7 @@ from megatron_quant.mcore.checkpoint import (
     PlainWeights,
     Saved,
     is_quantized,
+    model_of_run,
     open_plain,
     open_stored,
     read_saved,
@@ -96,8 +99,9 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     with phases.time("plan"):
         options = fetched(options, groups)
         together(groups, lambda: check_places(options))
-        saved, open_weights = _opened(options, groups)
-        opened = together(groups, lambda: open_inputs(options, groups.size, saved, open_weights))
+        start = _opened(options, groups)
+        options, saved = start.options, start.saved
+        opened = together(groups, lambda: open_inputs(options, groups.size, *start.model))
         check_plans(groups, opened.origin, opened.job.export)
         inputs = with_texts(opened, options, saved, groups)
         check_tokens(groups, [*inputs.batches, *inputs.windows])
@@ -145,14 +149,34 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     )
 
 
-def _opened(options: QuantizeOptions, groups: Groups) -> tuple[Saved | None, OpenWeights | None]:
-    """Open ``--megatron-load-path``: a quantized model, or how to open weights. Collective."""
+@dataclass(frozen=True)
+class _Start:
+    """The start of a run: ``options`` that name a source, and the model, quantized or not."""
+
+    options: QuantizeOptions
+    saved: Saved | None = None
+    open_weights: OpenWeights | None = open_source
+    config: Mapping[str, Any] | None = None
+
+    @property
+    def model(self) -> tuple[Saved | None, OpenWeights | None, Mapping[str, Any] | None]:
+        """Return what :func:`open_inputs` takes."""
+        return self.saved, self.open_weights, self.config
+
+
+def _opened(options: QuantizeOptions, groups: Groups) -> _Start:
+    """Open ``--megatron-load-path``, if it is given. Collective."""
     if options.megatron_load_path is None:
-        return None, open_source
+        return _Start(options)
     stored = open_stored(options.megatron_load_path, groups, options.skip_keys)
-    if is_quantized(stored):
-        return read_saved(stored, groups), None
-    return None, partial(open_plain, stored)
+    saved = read_saved(stored, groups) if is_quantized(stored) else None
+    config = None
+    if options.hf_model_id is None:
+        folder, config = together(groups, lambda: model_of_run(stored.path))
+        options = replace(options, hf_model_id=str(folder))
+    if saved is not None:
+        return _Start(options, saved, None, config)
+    return _Start(options, None, lambda hf: open_plain(stored, config or read_config(hf)), config)
 
 
 def _original(job: Job) -> Path | Weights | None:

@@ -77,7 +77,7 @@ def without_files(path: Path) -> None:
 def test_files(stored: Path, tmp_path: Path, ranks: Ranks) -> None:
     cases = [
         (truncated, "cannot be read: "),
-        (without_files, "has no hf folder with config.json and the tokenizer: say where"),
+        (without_files, "has no hf folder with config.json and the tokenizer, and no run_config.yaml: s"),
         (shutil.rmtree, "holds no distributed checkpoint"),
     ]
     for at, (spoil, _) in enumerate(cases):

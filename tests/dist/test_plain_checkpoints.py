@@ -1,5 +1,6 @@
 """Training checkpoints without quantizers: exports as from the Hugging Face folder of the weights."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 
 from megatron_quant.ckpt.storage import MANIFEST
-from megatron_quant.models import Pipeline
+from megatron_quant.models import Pipeline, lookup
 from tests.dist import checkpoints, plain, saved
 from tests.dist.plain import Training
 from tests.dist.command import quantize_argv, refused
@@ -120,8 +122,9 @@ def test_layers_for_speculation(tmp_path: Path, ranks: Ranks) -> None:
     assert f"{beyond}enorm.weight" in sources.tensors(tmp_path / "out.False")
 
 
-def quantize_one(source: Path, run: Path | None, out: Path, case: dict[str, Any]) -> None:
-    saved.quantize(hf_model_id=str(source), megatron_load_path=run, export_dir=out, **case)
+def quantize_one(source: Path | None, run: Path | None, out: Path, case: dict[str, Any]) -> None:
+    hf = None if source is None else str(source)
+    saved.quantize(hf_model_id=hf, megatron_load_path=run, export_dir=out, **case)
 
 
 def test_megatron_fsdp(source: Path, exported: Path, tmp_path: Path, ranks: Ranks) -> None:
@@ -132,6 +135,25 @@ def test_megatron_fsdp(source: Path, exported: Path, tmp_path: Path, ranks: Rank
     case = {**CASES["weights"], "ep": 2}
     ranks(2, quantize_one, source, tmp_path / "run", tmp_path / "out", case)
     assert files_of(tmp_path / "out") == files_of(exported / "hf.weights")
+
+
+def test_a_model_that_the_run_says(
+    source: Path, bare: Path, runs: Path, exported: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Its sizes from run_config.yaml, its tokenizer from where that says; without --hf-model-id."""
+    config = json.loads((source / "config.json").read_text())
+    architecture = lookup(config)
+    model = {**architecture.megatron_config(config), **architecture.gpt_config(config)}
+    model |= {"activation_func": {"_target_": "torch.nn.functional.silu"}, "seq_length": 256}
+    tokenizer = shutil.copytree(bare, tmp_path / "tok", ignore=shutil.ignore_patterns("config.json"))
+    said = {"model": model, "tokenizer": {"tokenizer_model": str(tokenizer)}}
+    run = shutil.copytree(runs / "apart", tmp_path / "run")
+    (run / "iter_0000003" / "run_config.yaml").write_text(yaml.safe_dump(said))
+    case = {**CASES["weights"], "tp": 2, "ep": 2}
+    ranks(2, quantize_one, None, run, tmp_path / "out", case)
+    found, wanted = files_of(tmp_path / "out"), files_of(exported / "hf.weights")
+    assert found.keys() == wanted.keys()
+    assert found["model.safetensors"] == wanted["model.safetensors"]
 
 
 def test_what_is_refused(source: Path, runs: Path, tmp_path: Path, ranks: Ranks) -> None:

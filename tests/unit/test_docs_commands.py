@@ -16,7 +16,14 @@ from megatron_quant.recipes import parse_recipe
 from tests.unit import pages
 
 MAKE = set(re.findall(r"^([a-z][\w-]*):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE))
-ALSO = {"--write", "--ckpt-convert-format", "--ckpt-convert-save"}
+MEGATRON_LM = {
+    *("--ckpt-convert-format", "--ckpt-convert-save", "--ckpt-format", "--save"),
+    *("--num-layers", "--hidden-size", "--num-attention-heads", "--num-query-groups"),
+    *("--kv-channels", "--ffn-hidden-size", "--num-experts", "--moe-router-topk"),
+    *("--moe-ffn-hidden-size", "--norm-epsilon", "--rotary-base", "--max-position-embeddings"),
+    *("--untie-embeddings-and-output-weights", "--qk-layernorm"),
+}
+ALSO = {"--write", *MEGATRON_LM}
 """Flags of the script that makes tables, and of Megatron-LM."""
 COMMANDS = [(page, command) for page in pages.PAGES for command in pages.commands(page)]
 OURS = ("megatron-quant", "megatron_quant", "examples/quantize.py")

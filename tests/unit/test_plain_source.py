@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_quant.ckpt.read import Weights, check_weights, open_source
+from megatron_quant.ckpt.storage import read_config
 from megatron_quant.errors import CheckpointError
 from megatron_quant.mcore.checkpoint import PlainWeights, open_plain, open_torch_dist
 from megatron_quant.models import Box, Role, lookup, whole
@@ -24,7 +25,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def opened(folder: Path, hf: Path, *skip: str) -> PlainWeights:
-    return open_plain(open_torch_dist(folder).without(skip), hf)
+    return open_plain(open_torch_dist(folder).without(skip), read_config(hf))
 
 
 def assert_same(found: Weights, hf: Path) -> None:

@@ -15,6 +15,7 @@ from .restored import open_saved as open_saved
 from .restored import open_stored as open_stored
 from .restored import read_saved as read_saved
 from .restored import restore as restore
+from .run_config import model_of_run as model_of_run
 from .saved import HF_FILES as HF_FILES
 from .saved import Saved as Saved
 from .saved import describe_run as describe_run
@@ -49,6 +50,7 @@ __all__ = [
     "is_checkpoint",
     "is_quantized",
     "latest",
+    "model_of_run",
     "open_plain",
     "open_saved",
     "open_stored",

@@ -15,7 +15,6 @@ import torch
 from megatron_quant.ckpt.dialects import without_quantization
 from megatron_quant.ckpt.plan import digest_of, digest_of_parts
 from megatron_quant.ckpt.read import Listed, TensorInfo
-from megatron_quant.ckpt.storage import read_config
 from megatron_quant.documents import check_regular
 from megatron_quant.errors import CheckpointError
 from megatron_quant.mcore.checkpoint.piece_reader import PieceReader
@@ -87,12 +86,12 @@ class PlainWeights(Listed):
         return found
 
 
-def open_plain(stored: TorchDist, hf: Path) -> PlainWeights:
-    """Open ``stored`` as the model that config.json in ``hf`` describes.
+def open_plain(stored: TorchDist, hf_config: Mapping[str, Any]) -> PlainWeights:
+    """Open ``stored`` as the model that config.json, ``hf_config``, describes.
 
     Raises CheckpointError where keys or shapes are not that model's, and say what is so.
     """
-    config = without_quantization(read_config(hf))
+    config = without_quantization(hf_config)
     prefix = prefix_of(stored)
     if prefix + _OUTPUT in stored.shapes:
         config = {**config, _TIED: False}

@@ -10,10 +10,12 @@ from .parallel import start_distributed as start_distributed
 from .schedule import own_count as own_count
 from .schedule import own_share as own_share
 from .schedule import run_through as run_through
+from .settings import check_said as check_said
 
 __all__ = [
     "LiveModel",
     "attach_model",
+    "check_said",
     "empty_model",
     "evaluate_model",
     "keep_scales",

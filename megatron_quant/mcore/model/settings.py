@@ -6,6 +6,7 @@ wrong without an error. So only values that this library knows are let through.
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, SupportsFloat
 
 from megatron_quant.errors import ArchitectureError
@@ -86,6 +87,11 @@ def check_settings(config: Any, described: Mapping[str, Any]) -> None:
     for name in (*chosen, *(_OF_LATENTS if latent else _OF_GROUPED_QUERIES)):
         if name in described or name in _DECIDED:
             _check_decided(name, getattr(config, name), described.get(name, _DECIDED.get(name)))
+
+
+def check_said(said: Mapping[str, Any], described: Mapping[str, Any]) -> None:
+    """Run :func:`check_settings` on those settings alone that a document says."""
+    check_settings(SimpleNamespace(**{**_DECIDED, **described, **said}), described)
 
 
 def _check_decided(name: str, value: Any, described: Any) -> None:

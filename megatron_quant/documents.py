@@ -270,3 +270,8 @@ def check_output_file(flag: str, path: Path | None) -> None:
 def write_json(path: Path, found: Mapping[str, Any]) -> None:
     """Write ``found`` into the file ``path``, for people and programs."""
     path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def write_yaml(path: Path, found: Mapping[str, Any]) -> None:
+    """Write ``found`` into the file ``path`` as YAML, keys in the order given."""
+    path.write_text(yaml.safe_dump(dict(found), sort_keys=False, width=100), encoding="utf-8")

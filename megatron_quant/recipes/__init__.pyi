@@ -1,5 +1,6 @@
 from .coverage import AuditRow as AuditRow
 from .coverage import audit as audit
+from .document import rule_document as rule_document
 from .document import to_document as to_document
 from .kv_cache import CacheSlot as CacheSlot
 from .kv_cache import attention_of as attention_of
@@ -53,6 +54,7 @@ __all__ = [
     "recipe_names",
     "refuse_output",
     "resolve",
+    "rule_document",
     "to_document",
     "weight_only",
     "with_algorithm",

@@ -16,7 +16,7 @@ def to_document(recipe: Recipe, plan: QuantPlan) -> dict[str, Any]:
             catch-all lists of presets, are left out.
     """
     used = {decision.rule for decision in plan.decisions}
-    rules = [_rule(r) for i, r in enumerate(recipe.rules) if recipe.label(i) in used]
+    rules = [rule_document(r) for i, r in enumerate(recipe.rules) if recipe.label(i) in used]
     document: dict[str, Any] = {"rules": rules}
     if recipe.description:
         document["description"] = recipe.description
@@ -25,7 +25,8 @@ def to_document(recipe: Recipe, plan: QuantPlan) -> dict[str, Any]:
     return document
 
 
-def _rule(rule: Rule) -> dict[str, Any]:
+def rule_document(rule: Rule) -> dict[str, Any]:
+    """Return a rule as ``parse_recipe`` reads it."""
     if rule.weights is None:
         return {"exclude": list(rule.patterns)}
     document: dict[str, Any] = {"quantize": list(rule.patterns), "weights": _format(rule.weights)}

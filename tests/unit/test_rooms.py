@@ -19,7 +19,7 @@ _LIVE = (
     | {"alike", "rendezvous", "dist", "models", "layers", "calib", "cpu", "evaluation"}
 )
 _MCORE = {f"mcore.{room}" for room in ("model", "checkpoint", "live", "training")}
-_ALL = _LIVE | _MCORE | {"native", "engines", "ckpt", "streaming"}
+_ALL = _LIVE | _MCORE | {"native", "engines", "ckpt", "streaming", "search"}
 # A room is a package with a face, or a module of the package itself. "ckpt", "mcore" and "engines"
 # hold rooms; ckpt's own face is that of ckpt/convert.py. "" is the front door.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ckpt": _STORED | _CKPT,
     "evaluation": _BASE | {"dist", "models", "weight_inputs", "ckpt.read"},
     "streaming": _BASE | {"dist", "models", "weight_inputs", "engines.families"} | _CKPT,
+    "search": _BASE | {"models", "ckpt.dialects"},
     "mcore.model": _LIVE,
     "mcore.checkpoint": _LIVE | {"", "mcore.model"},
     "mcore.live": _LIVE | {"mcore.model", "mcore.checkpoint"},

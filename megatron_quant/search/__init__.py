@@ -1,0 +1,5 @@
+"""Which format where: places, candidates, costs, scores and the exact choice among them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,169 @@
+"""The values that a search is about: places, the options at each, their costs and scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import floor, inf, isfinite, lcm
+
+from megatron_quant.errors import RecipeError
+from megatron_quant.recipes import Rule
+from megatron_quant.search.solver import solve
+
+NONE = "none"
+"""Candidate that leaves a place unquantized. It is always there."""
+COSTS = ("weight", "active")
+"""``weight``: bits stored for a weight, scales included. ``active``: bits read for a weight that a
+token meets, so experts count by the share of them that a token is sent to."""
+_BITS_PER_BYTE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One treatment of a place.
+
+    Attributes:
+        candidates: Candidates that treat the place so.
+        rule: Its formats and algorithm; its patterns do not matter.
+        nbytes: Bytes that all tensors of the place then have on disk.
+    """
+
+    candidates: tuple[str, ...]
+    rule: Rule
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Weights that have one treatment, because engines run them as one.
+
+    Attributes:
+        name: Its name in messages and tables.
+        family: Kind of place, alike in all layers (``self_attn.o_proj``).
+        modules: Hugging Face modules of its weights.
+        output: Whether it is the output layer.
+        elements: Number of its weights.
+        active: How many of ``stored`` equal parts of it a token meets.
+        stored: Number of those parts: the experts; 1 for a place that every token meets.
+        options: At least one; one of them has candidate ``none``.
+    """
+
+    name: str
+    family: str
+    modules: tuple[str, ...]
+    output: bool
+    elements: int
+    active: int
+    stored: int
+    options: tuple[Option, ...]
+
+    @property
+    def share(self) -> Fraction:
+        """Return the part of it that a token meets."""
+        return Fraction(self.active, self.stored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A search before anything is scored; equal on all ranks and at every layout.
+
+    Attributes:
+        places: The places, in the order of the model.
+        candidates: Names of the candidates, ``none`` last.
+        left: Modules that no candidate quantizes.
+        kv_cache: That of the found recipe.
+    """
+
+    places: tuple[Place, ...]
+    candidates: tuple[str, ...]
+    left: tuple[str, ...] = ()
+    kv_cache: str = ""
+
+    def restricted(self, candidates: Sequence[str]) -> "Problem":
+        """Return the problem with some of its candidates, and ``none``.
+
+        Raises:
+            RecipeError: For a candidate that was not scored.
+        """
+        wanted = {*candidates, NONE}
+        if unknown := sorted(wanted - set(self.candidates)):
+            raise RecipeError(
+                f"{unknown[0]!r} was not scored: choose among {', '.join(self.candidates)}, or "
+                "score again with it in --auto-quantize-formats"
+            )
+        places = tuple(
+            replace(p, options=tuple(o for o in p.options if wanted & set(o.candidates)))
+            for p in self.places
+        )
+        return replace(
+            self, places=places, candidates=tuple(c for c in self.candidates if c in wanted)
+        )
+
+    def bits(self, chosen: Sequence[int], cost: str) -> float:
+        """Return the cost of an option at each place, in bits a weight."""
+        found = (_cost(p, p.options[c], cost) for p, c in zip(self.places, chosen, strict=True))
+        return float(sum(found) / self._weights(cost))
+
+    def _weights(self, cost: str) -> Fraction:
+        return sum((p.elements * _share(p, cost) for p in self.places), Fraction(0))
+
+    def bounds(self, cost: str) -> tuple[float, float]:
+        """Return the least and the largest bits a weight that a choice can have."""
+        each = [[_cost(p, o, cost) for o in p.options] for p in self.places]
+        weights = self._weights(cost)
+        return float(sum(map(min, each)) / weights), float(sum(map(max, each)) / weights)
+
+    def solved(
+        self, scores: Mapping[str, Sequence[float]], bits: float, cost: str
+    ) -> tuple[int, ...]:
+        """Choose an option at each place: the least sum of scores within ``bits`` a weight.
+
+        Args:
+            scores: Score of each option of each place, by the place's name.
+            bits: The bound, which is never exceeded.
+            cost: One of :data:`COSTS`.
+
+        Raises:
+            RecipeError: As :func:`check_bits`.
+        """
+        check_bits(self, bits, cost)
+        whole = lcm(*(p.stored for p in self.places))
+        costs = [[int(_cost(p, o, cost) * whole) for o in p.options] for p in self.places]
+        limit = floor(Fraction(str(bits)) * self._weights(cost) * whole)
+        return solve(costs, [list(scores[p.name]) for p in self.places], limit)
+
+
+def check_bits(problem: Problem, bits: float, cost: str) -> None:
+    """Refuse a bound that no choice meets, or that every choice meets.
+
+    Raises:
+        RecipeError: Names the bound and the nearest that can be met.
+    """
+    if cost not in COSTS:
+        raise RecipeError(f"--auto-quantize-cost is {cost!r}: give one of {', '.join(COSTS)}")
+    if not (isfinite(bits) and bits > 0):
+        raise RecipeError(f"--auto-quantize-bits is {bits}: give bits a weight, such as 5.0")
+    low, high = problem.bounds(cost)
+    if bits < low:
+        raise RecipeError(
+            f"--auto-quantize-bits {bits:g} is below {_rounded_up(low)}, the least that "
+            f"{', '.join(problem.candidates[:-1])} take with their scales (cost {cost}): allow "
+            "more bits, or add a smaller format"
+        )
+    if bits >= high:
+        raise RecipeError(
+            f"--auto-quantize-bits {bits:g} would leave every weight as it is, at {high:g} bits: "
+            "allow fewer"
+        )
+
+
+def _rounded_up(bits: float) -> str:
+    return f"{-floor(-bits * 1000) / 1000:g}" if bits < inf else "inf"
+
+
+def _share(place: Place, cost: str) -> Fraction:
+    return place.share if cost == "active" else Fraction(1)
+
+
+def _cost(place: Place, option: Option, cost: str) -> Fraction:
+    """Return the bits of a place under an option."""
+    return _BITS_PER_BYTE * option.nbytes * _share(place, cost)

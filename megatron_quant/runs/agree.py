@@ -39,10 +39,12 @@ def fetched(options: QuantizeOptions, groups: Groups) -> QuantizeOptions:
         return options
 
     def fetch() -> tuple[str, Compared]:
-        source, heads = resolve_source(given, options.calibration.trust_remote_code), Compared()
-        with suppress(QuantError):  # reported where it is needed
-            source_digest(source)
-            heads = compared_heads(source)
+        code, weights = options.calibration.trust_remote_code, options.megatron_load_path is None
+        source, heads = resolve_source(given, code, weights), Compared()
+        if weights:
+            with suppress(QuantError):  # reported where it is needed
+                source_digest(source)
+                heads = compared_heads(source)
         return str(source), heads
 
     directory, heads = once_a_host(groups, fetch)

@@ -92,6 +92,8 @@ class QuantizeOptions:
                 "--keep-scales does not go with --dtype fp16, which cannot hold small products of "
                 "a code and its scale: use bf16 or fp32"
             )
+        if isinstance(self.skip_keys, str):
+            raise QuantError(f"skip_keys is {self.skip_keys!r}: give a tuple of patterns")
         if self.skip_keys and self.megatron_load_path is None:
             raise QuantError("--skip-keys leaves out keys of --megatron-load-path: give that too")
         if self.megatron_load_path is None and None in (self.hf_model_id, self.export_quant_cfg):

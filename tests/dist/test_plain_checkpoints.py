@@ -149,8 +149,10 @@ def test_a_model_that_the_run_says(
     said = {"model": model, "tokenizer": {"tokenizer_model": str(tokenizer)}}
     run = shutil.copytree(runs / "apart", tmp_path / "run")
     (run / "iter_0000003" / "run_config.yaml").write_text(yaml.safe_dump(said))
-    case = {**CASES["weights"], "tp": 2, "ep": 2}
+    case = {**CASES["weights"], "tp": 2, "ep": 2, "megatron_save_path": tmp_path / "saved"}
     ranks(2, quantize_one, None, run, tmp_path / "out", case)
+    ranks(1, quantize_one, None, tmp_path / "saved", tmp_path / "again", {"export_quant_cfg": None})
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
     found, wanted = files_of(tmp_path / "out"), files_of(exported / "hf.weights")
     assert found.keys() == wanted.keys()
     assert found["model.safetensors"] == wanted["model.safetensors"]

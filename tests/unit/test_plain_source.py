@@ -248,3 +248,14 @@ def test_layers_for_speculation(folders: dict[str, Path], tmp_path: Path) -> Non
         CheckpointError, match=r"layers for speculation \(mtp\) .*the config has not"
     ):
         opened(path, hf)
+
+
+def test_weights_in_fp8(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Codes without their scales are no weights."""
+    hf, key = folders["llama"], "decoder.layers.1.mlp.linear_fc2.weight"
+    tensors = plain_world.tensors_of(hf)
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+    found = opened(plain_world.write(tmp_path / "run", tensors), hf)
+    params = lookup(found.config).params(found.config)
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.down_proj.weight is stored as torch"):
+        check_weights(found, params)

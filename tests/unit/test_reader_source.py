@@ -85,9 +85,9 @@ PUBLISHED = {
 """Files of repositories -> whether they are fetched."""
 
 
-@pytest.mark.parametrize("code", [False, True])
+@pytest.mark.parametrize(("code", "weights"), [(False, True), (True, True), (False, False)])
 def test_no_needless_folder_is_fetched_and_code_on_request_alone(
-    code: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: bool, weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = tmp_path / "snapshots" / "0123abcd"
     fetched: list[str] = []
@@ -111,26 +111,31 @@ def test_no_needless_folder_is_fetched_and_code_on_request_alone(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    assert resolve_source("owner/name", code) == commit
+    assert resolve_source("owner/name", code, weights) == commit
     python = {n for n in PUBLISHED if n.endswith(".py") and "/" not in n} if code else set()
     wanted = {name for name, is_wanted in PUBLISHED.items() if is_wanted}
+    if not weights:
+        wanted -= {name for name in wanted if name.endswith(".safetensors")}
     assert sorted(fetched) == sorted(wanted | python)
     assert revisions == [None, commit.name]  # all files are of one commit
 
 
-@pytest.mark.parametrize("trusted", [False, True])
-def test_a_run_fetches_code_where_it_may_run_it(
-    trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("trusted", "run"), [(False, None), (True, None), (False, Path("RUN"))])
+def test_a_run_fetches_code_where_it_may_run_it_and_weights_where_it_reads_them(
+    trusted: bool, run: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[bool] = []
+    asked: list[tuple[bool, bool]] = []
 
-    def resolved(_: str, code: bool = False) -> Path:
-        asked.append(code)
+    def resolved(_: str, code: bool = False, weights: bool = True) -> Path:
+        asked.append((code, weights))
         return tmp_path
 
     monkeypatch.setattr("megatron_quant.runs.agree.resolve_source", resolved)
     options = QuantizeOptions.from_flags(
-        hf_model_id="owner/name", export_quant_cfg="fp8", trust_remote_code=trusted
+        hf_model_id="owner/name",
+        export_quant_cfg="fp8",
+        trust_remote_code=trusted,
+        megatron_load_path=run,
     )
     assert agree.fetched(options, Groups()).hf_model_id == str(tmp_path)
-    assert asked == [trusted]
+    assert asked == [(trusted, run is None)]

@@ -11,23 +11,23 @@ from megatron_quant.documents import CONFIG, Limits
 from megatron_quant.errors import CheckpointError
 
 _WANTED = (
-    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.model.v[0-9]*", "*.tiktoken"),
+    *("*.json", "*.jinja", "*.model", "*.model.v[0-9]*", "*.tiktoken"),
     *("vocab.txt", "merges.txt", "*.bpe", "LICENSE*", "NOTICE*", "README.md"),
 )
 """Files that are fetched, of the repository's root alone."""
-_CODE = "*.py"
+_CODE, _WEIGHTS = "*.py", "*.safetensors"
 _UNWANTED = ("*/*", "consolidated*")
 """Files that are never fetched: those in folders, copies of the weights for other tools."""
 _FOLDERS = ("additional_chat_templates/*.jinja", "[0-9]_*/config.json")
 """Files in folders that are fetched: chat templates, and modules of embedding models."""
 
 
-def resolve_source(path_or_hub_id: str, code: bool = False) -> Path:
+def resolve_source(path_or_hub_id: str, code: bool = False, weights: bool = True) -> Path:
     """Return the local directory of a checkpoint, downloaded where it is a hub id (``owner/name``).
 
     Only safetensors, JSON, tokenizer files and licences of a repository's root are fetched, and
     chat templates; never pickles. code: fetch the root's Python files too, for a tokenizer that
-    is code.
+    is code. weights: fetch the safetensors.
 
     Raises:
         CheckpointError: Where there is neither a directory nor a repository.
@@ -41,12 +41,13 @@ def resolve_source(path_or_hub_id: str, code: bool = False) -> Path:
         raise CheckpointError(
             f"{path_or_hub_id} does not exist; give a checkpoint directory or a hub id (owner/name)"
         )
-    return _download(path_or_hub_id, code)
+    return _download(path_or_hub_id, code, weights)
 
 
-def _download(hub_id: str, code: bool) -> Path:
+def _download(hub_id: str, code: bool, weights: bool) -> Path:
     wanted, unwanted = [*_WANTED], [*_UNWANTED]
     (wanted if code else unwanted).append(_CODE)
+    (wanted if weights else unwanted).append(_WEIGHTS)
     try:
         found = huggingface_hub.snapshot_download(
             hub_id, allow_patterns=wanted, ignore_patterns=unwanted

@@ -3,8 +3,9 @@
     python examples/demo_qat.py --work-dir out/demo
 
 takes the small MoE of demo.py (and trains it first if it is missing). It exports the model in nvfp4
-and int4, after calibration (PTQ) and after training (QAT, examples/train_qat.py). It prints
-perplexity and KL to bf16 of the four exported checkpoints on held-out text.
+and int4, after calibration (PTQ, with algorithm max and with gptq) and after training that starts
+from each (QAT, examples/train_qat.py). It prints perplexity and KL to bf16 of the exported
+checkpoints on held-out text.
 """
 
 import argparse
@@ -28,21 +29,22 @@ def write_training_text(work_dir: Path) -> Path:
     return path
 
 
-def export(args: argparse.Namespace, recipe: str, trained: bool) -> Path:
-    """Export after PTQ, or after QAT that starts from the same calibration."""
-    model, out = (
-        args.work_dir / "small-moe",
-        args.work_dir / f"{'qat' if trained else 'ptq'}-{recipe}",
-    )
+def export(args: argparse.Namespace, recipe: str, algorithm: str, trained: bool) -> Path:
+    """Export after PTQ with ``algorithm``, or after QAT that starts from it."""
+    model, name = args.work_dir / "small-moe", f"{recipe}-{algorithm}"
+    out, saved = args.work_dir / f"{'qat' if trained else 'ptq'}-{name}", args.work_dir / name
     texts = ("--calib-dataset", args.work_dir / "calibration.txt", "--calib-size", "32")
     paths = ("--hf-model-id", model, "--export-dir", out, "--overwrite", *texts)
-    layout = ("--tp", "2", "--ep", "2", "--export-quant-cfg", recipe, *demo.DTYPE)
+    how = ("--export-quant-cfg", recipe, "--algorithm", algorithm)
+    layout = ("--tp", "2", "--ep", "2", *how, *demo.DTYPE)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(demo.RANKS))
     if trained:
         training = ("--train-data", args.work_dir / TRAINING_TEXT, "--train-steps", args.steps)
-        script = ("train_qat.py", *map(str, training), "--lr", str(args.lr), "--kd-teacher", "bf16")
+        start = ("--start-from", saved) if algorithm == "gptq" else ()
+        flags = (*training, *start, "--lr", args.lr, "--kd-teacher", "bf16")
+        script = ("train_qat.py", *map(str, flags))
     else:
-        script = ("quantize.py", "--calib-seq-length", "128")
+        script = ("quantize.py", "--calib-seq-length", "128", "--megatron-save-path", str(saved))
     demo.run(*torchrun, demo.HERE / script[0], *paths, *layout, *script[1:])
     return out
 
@@ -63,9 +65,11 @@ def main() -> None:
     write_training_text(args.work_dir)
     rows = {"bf16": demo.measure(args, model)}
     for recipe in args.recipes:
-        for name, trained in (("PTQ", False), ("QAT", True)):
-            out = export(args, recipe, trained)
-            rows[f"{recipe}, {name}"] = demo.measure(args, out, "--against", model)
+        for algorithm in ("max", "gptq"):
+            for name, trained in (("PTQ", False), ("QAT from", True)):
+                out = export(args, recipe, algorithm, trained)
+                row = f"{recipe}, {name} {algorithm}"
+                rows[row] = demo.measure(args, out, "--against", model)
     demo.show(rows, f"Held-out text; QAT: {args.steps} steps")
 
 

@@ -3,8 +3,10 @@
 torchrun --nproc-per-node 4 examples/train_qat.py --hf-model-id PATH --export-quant-cfg nvfp4 \
     --tp 2 --ep 2 --train-steps 200 --kd-teacher bf16 --train-data TEXTS --export-dir OUT
 
-The student starts as the calibrated model that `quantize` would export. It learns to give the
-original model's logits (`--kd-teacher bf16`), or to predict the text (`none`).
+The student starts as the calibrated model that `quantize` would export. With `--start-from DIR` it
+starts as the model that `quantize --megatron-save-path DIR` saved, such as one of `--algorithm
+gptq`. It learns to give the original model's logits (`--kd-teacher bf16`), or to predict the text
+(`none`).
 
 With `--save-dir RUN --save-every 50` the run is saved. The same command continues from the last
 save, also with other --tp, --ep, --etp and --pp.
@@ -235,16 +237,16 @@ def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> mq.Quanti
         return load_model(*parts, lambda steps: None).chunks
 
     teacher, student = load() if args.kd_teacher == "bf16" else None, list(load())
-    from_path, scales = saved.path if saved else None, ExpertScales(args.expert_scales)
+    from_path, scales = saved.path if saved else args.start_from, ExpertScales(args.expert_scales)
     prepare(student, job.recipe, from_path, hf_model=job.source, expert_scales=scales)
     choose_trained(student, args.train)
     trainer = wrap(student, teacher, args, job.hf_config["vocab_size"])
     frozen = args.freeze_before
     callback = QuantCallback(Schedule(calibrate_before=0, every=args.every, freeze_before=frozen))
     callback.start(trainer.model)
-    if saved is None:
+    if from_path is None:
         calibrate(callback, inputs, student)
-    else:
+    if saved is not None:
         load_progress(saved, trainer.model, trainer.optimizer)
         trainer.scheduler.step(increment=saved.step)
         say(f"continues from {saved.path}")
@@ -294,6 +296,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hf-model-id", required=True, help=" ")
     parser.add_argument("--export-quant-cfg", required=True, help="recipe, as for quantize")
     parser.add_argument("--export-dir", type=Path, required=True, help=" ")
+    parser.add_argument("--algorithm", help="as for quantize; gptq needs --start-from")
+    parser.add_argument("--damp", type=float, help="as for quantize")
+    parser.add_argument(
+        "--start-from", type=Path, help="checkpoint of quantize --megatron-save-path, same recipe"
+    )
     parser.add_argument("--train-data", default="stdlib", help="texts, as for --calib-dataset")
     parser.add_argument("--kd-teacher", choices=("bf16", "none"), default="bf16", help=" ")
     for flag, default in {
@@ -347,7 +354,16 @@ def run(args: argparse.Namespace) -> None:
     groups = start_distributed()
     sizes = ("tp", "pp", "ep", "etp", "num_virtual_stages_per_pipeline_rank", "calib_size")
     fields = ("hf_model_id", "export_quant_cfg", "export_dir", *sizes)
-    names = (*fields, "calib_dataset", "expert_scales", "export_format", "overwrite", "dtype")
+    names = (
+        *fields,
+        "algorithm",
+        "damp",
+        "calib_dataset",
+        "expert_scales",
+        "export_format",
+        "overwrite",
+        "dtype",
+    )
     options = QuantizeOptions.from_flags(
         **{name: getattr(args, name) for name in names}, calib_seq_length=args.seq_length
     )

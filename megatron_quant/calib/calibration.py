@@ -42,8 +42,7 @@ class CalibrationReport:
         input_amax: Amax of each weight's inputs, also where a percentile clips them.
         scaled_amax: The same after clipping at a percentile; input scales follow from it.
         tokens: Number of tokens that an expert was given, for each of its weights (empty for
-            weight-only plans). Everything that ran counts: padding too, and a batch as often as
-            data-parallel ranks ran it so that all run equally many.
+            plans that measure nothing). Padding counts too.
         cold: Weights of experts that saw no token. Where their inputs have a static scale they took
             the layer's largest amax, and where squares or products count those of the whole layer.
         moments: Sum of the squares of each weight's inputs, if they count (imatrix and gptq).
@@ -70,8 +69,8 @@ class InputRules:
         token_replicas: Number of ranks that are given the same expert's tokens (the expert
             tensor-parallel size), so that the report counts each token once.
         loaded: Measurements of an earlier calibration; no forward runs then.
-        counted: Number of this rank's batches whose squares and products count; those after them
-            repeat batches, so that all ranks run equally many. None for all.
+        counted: Number of this rank's batches whose tokens, squares and products count; those after
+            them repeat batches, so that all ranks run equally many. None for all.
     """
 
     cold_experts: ColdExperts = ColdExperts.ERROR
@@ -115,7 +114,7 @@ def calibrate(
         summed_squares(weighted, groups, rules.counted) as sums,
     ):
         if rules.loaded is None:
-            inputs, tokens = _merge_inputs(layers, plan, groups, forwards)
+            inputs, tokens = _merge_inputs(layers, plan, groups, forwards, rules.counted)
         else:
             file = rules.loaded
             inputs, tokens = together(groups, lambda: _read_inputs(file, plan))
@@ -193,12 +192,13 @@ def _merge_inputs(
     plan: QuantPlan,
     groups: Groups,
     forwards: Iterable[Callable[[], object]],
+    counted: int | None,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Return input amaxes, and experts' token counts; both empty if no inputs are measured."""
     watched = plan.measured
     if not watched:
         return {}, {}
-    observed = observe(layers, forwards)
+    observed = observe(layers, forwards, counted)
     inputs = merge_max(_names(watched), observed.input_amax, groups)
     experts = [d for d in watched if d.slot.expert is not None]
     tokens = merge_sum(_names(experts), observed.tokens, groups) if experts else {}

@@ -28,11 +28,17 @@ class InputAmax:
 class TokenCount:
     """Tokens that each local expert of a grouped linear was given, int64 [E]."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, most: int | None = None) -> None:
+        """Count in the first ``most`` forwards; in all of them if None."""
         self.tokens = torch.zeros(num_experts, dtype=torch.int64)
+        self._left = most
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Count tokens; a forward pre-hook of the linear, whose arguments are ``(x, m_splits)``."""
+        if self._left is not None:
+            if self._left == 0:
+                return
+            self._left -= 1
         self.tokens += torch.as_tensor(args[1]).cpu()
 
 
@@ -44,12 +50,22 @@ class Observed:
     tokens: dict[str, torch.Tensor]
 
 
-def observe(layers: Sequence[QuantLayer], forwards: Iterable[Callable[[], object]]) -> Observed:
-    """Run ``forwards`` with the model unquantized and the inputs that matter watched."""
+def observe(
+    layers: Sequence[QuantLayer],
+    forwards: Iterable[Callable[[], object]],
+    counted: int | None = None,
+) -> Observed:
+    """Run ``forwards`` with the model unquantized and the inputs that matter watched.
+
+    Args:
+        layers: The layers to watch.
+        forwards: Functions that run batches.
+        counted: Number of batches whose tokens count; None for all.
+    """
     watched = [layer for layer in layers if layer.measured]
     grouped = [layer for layer in watched if isinstance(layer.module, QuantGroupedLinear)]
     inputs = [(layer, InputAmax()) for layer in watched]
-    counts = [(layer, TokenCount(len(layer.decisions))) for layer in grouped]
+    counts = [(layer, TokenCount(len(layer.decisions), counted)) for layer in grouped]
     hooks = [x.input_quantizer.register_forward_pre_hook(hook) for x, hook in inputs]
     hooks += [x.module.register_forward_pre_hook(count) for x, count in counts]
     try:

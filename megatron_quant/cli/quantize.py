@@ -28,6 +28,10 @@ examples:
   # weights and activations (W4A4), calibrated on a text file
   torchrun --nproc-per-node 8 examples/quantize.py --hf-model-id PATH \\
       --export-quant-cfg nvfp4 --tp 2 --ep 4 --calib-dataset corpus.jsonl --export-dir OUT
+  # INT4 by GPTQ; what was measured serves other formats and layouts too
+  torchrun --nproc-per-node 4 examples/quantize.py --hf-model-id PATH --export-quant-cfg int4 \\
+      --algorithm gptq --tp 2 --ep 2 --calib-dataset corpus.jsonl --export-dir OUT \\
+      --save-calibration KEPT.safetensors --keep-hessians
   # weights only, file to file, without a model, in little memory
   megatron-quant quantize --stream --hf-model-id PATH --export-quant-cfg int4 --export-dir OUT
   # what would happen, from config.json alone

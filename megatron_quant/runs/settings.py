@@ -96,7 +96,7 @@ class Calibration(_Group):
     def __post_init__(self) -> None:
         """Refuse counts below one, a percentage out of range, what excludes one another."""
         self._check_files()
-        assert self.memory_bytes > 0
+        _at_least_one(self, "memory_bytes")
         for name in ("size", "seq_length", "batch_size"):
             value = getattr(self, name)
             if value < 1:

@@ -94,17 +94,41 @@ def test_one_calibration_gives_equal_bytes(
 
 
 def test_second_moments_are_those_of_one_rank(source: Path, tmp_path: Path, ranks: Ranks) -> None:
-    found = {}
-    for name, (world, sizes) in {"one": (1, ONE), **LAYOUTS}.items():
-        file = tmp_path / f"{name}.safetensors"
-        flags = {"dtype": "fp32", "save_calibration": file, "keep_hessians": True}
-        ranks(world, run, source, sizes, [case("int4", tmp_path / name, **flags)])
-        found[name] = load_file(file)
-    for name in LAYOUTS:
-        assert found[name].keys() == found["one"].keys()
-        for key, want in found["one"].items():
-            error = (found[name][key].double() - want.double()).norm() / want.double().norm()
-            assert error < 1e-5, (name, key, error)
+    """Three batches for two data-parallel ranks: the one that is repeated counts once."""
+    found, few = {}, {}
+    layouts = {**LAYOUTS, "dp2": (2, {"tp": 1})}
+    for name, (world, sizes) in {"one": (1, ONE), **layouts}.items():
+        flags = {"dtype": "fp32", "keep_hessians": True, "calib_size": 6}
+        many = {**flags, "save_calibration": tmp_path / f"{name}.safetensors"}
+        cold = {**flags, "save_calibration": tmp_path / f"{name}-few.safetensors"}
+        cold |= {"calib_size": 1, "calib_seq_length": 4}
+        cases = [case("int4", tmp_path / n, **f) for n, f in (("many", many), ("few", cold))]
+        for one in cases:
+            one["export_dir"] = one["export_dir"] / name
+        ranks(world, run, source, sizes, cases)
+        found[name] = load_file(many["save_calibration"])
+        few[name] = load_file(cold["save_calibration"])
+    for name in layouts:
+        same(found[name], found["one"])
+        same(few[name], few["one"])
+    tokens = {n: int(t) for n, t in few["one"].items() if n.endswith("down_proj.input_tokens")}
+    unseen = [n for n, count in tokens.items() if not count]
+    assert unseen and len(unseen) < len(tokens)
+    for name in unseen:
+        layer, moment = name.split(".experts.")[0], name.replace("tokens", "moment")
+        others = [
+            few["one"][n.replace("tokens", "moment")]
+            for n, count in tokens.items()
+            if n.startswith(f"{layer}.") and count
+        ]
+        torch.testing.assert_close(few["one"][moment], torch.stack(others).sum(0))
+
+
+def same(found: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == one.keys()
+    for key, want in one.items():
+        error = (found[key].double() - want.double()).norm() / want.double().norm().clamp(min=1)
+        assert error < 1e-5, (key, error)
 
 
 def test_passes_and_checkpoints_change_no_byte(

@@ -133,3 +133,33 @@ def test_a_killed_run_goes_on_at_another_layout(
     (run / f"iter_000000{STEPS}" / "progress.json").unlink()
     (other,) = ranks.errors(1, _run, source, run.parent, "")
     assert isinstance(other, CheckpointError) and "has no progress.json" in str(other)
+
+
+def _from_gptq(source: Path, out: Path) -> tuple[float, float]:
+    """Losses of the first step: from calibration alone, and from what gptq rounded."""
+    from megatron_quant.cli.console import ConsolePhases, console
+    from megatron_quant.mcore.model.parallel import start_distributed
+    from megatron_quant.runs.megatron import quantize_run
+    from megatron_quant.runs.options import QuantizeOptions
+
+    options = QuantizeOptions.from_flags(
+        hf_model_id=str(source),
+        export_quant_cfg="int4",
+        algorithm="gptq",
+        megatron_save_path=out / "saved",
+        dtype="fp32",
+        calib_dataset=__file__,
+        calib_size=16,
+        calib_seq_length=32,
+    )
+    quantize_run(options, start_distributed(), ConsolePhases(console()))
+    found = []
+    for name, flags in (("max", ""), ("gptq", f"--algorithm gptq --start-from {out / 'saved'}")):
+        lines = _run(source, out / name, flags)
+        found.append(float(next(x for x in lines if x.startswith("step 1/")).split()[3]))
+    return found[0], found[1]
+
+
+def test_a_run_starts_from_what_gptq_rounded(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    ((plain, rounded),) = ranks(1, _from_gptq, source, tmp_path)
+    assert rounded < 0.9 * plain

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from megatron_quant.errors import FormatError, QuantError, RecipeError
+from megatron_quant.errors import (
+    CalibrationError,
+    ExportError,
+    FormatError,
+    QuantError,
+    RecipeError,
+)
 from megatron_quant.runs.job import Job, prepare_job
 from megatron_quant.runs.options import QuantizeOptions
 
@@ -29,12 +35,33 @@ def job(source: Path, recipe: str, **flags: Any) -> Job:
     )
 
 
+def options(source: Path, **flags: Any) -> QuantizeOptions:
+    return QuantizeOptions.from_flags(hf_model_id=str(source), export_quant_cfg="int4", **flags)
+
+
 def test_algorithm_replaces_the_recipes(source: Path) -> None:
     chosen = job(source, "nvfp4_four_over_six", algorithm="mse")
     assert {d.algorithm for d in chosen.quant.quantized} == {"mse"}
     assert {d.algorithm for d in job(source, "nvfp4_mse").quant.quantized} == {"mse"}
     with pytest.raises(RecipeError, match="algorithm mse does not search the scales of mxfp4"):
         job(source, "mxfp4", algorithm="mse")
+
+
+def test_second_moments_are_planned(source: Path) -> None:
+    """qkv 256, proj 256, fc1 256, fc2 384 columns; four experts on two ranks each; two layers."""
+    flags = {"algorithm": "gptq", "ep": 2, "tp": 2}
+    attention, up, down = 2 * 4 * 256**2, 2 * 4 * 256**2, 2 * 4 * 384**2
+    all_at_once = prepare_job(options(source, **flags), 2).moments
+    assert [one.nbytes for one in all_at_once] == [2 * (attention + up + down)]
+    few = prepare_job(options(source, **flags, calib_memory=f"{down}B"), 2).moments
+    assert [one.modules[0].rpartition(".")[2] for one in few][:2] == ["linear_fc2", "linear_fc1"]
+    assert [one.nbytes for one in few] == [down, up + attention, down, up + attention]
+    assert [m for one in few for m in one.modules] == list(all_at_once[0].modules)
+    with pytest.raises(CalibrationError, match=r"decoder.layers.1.mlp.experts.linear_fc2 take 117"):
+        prepare_job(options(source, **flags, calib_memory="1MB"), 2)
+    with pytest.raises(ExportError, match="--calib-memory 'much' is no size: write it as 5GB"):
+        options(source, calib_memory="much")
+    assert job(source, "int4").moments == ()
 
 
 def test_cache_replaces_the_recipes(source: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from math import isfinite
 
 import torch
 
-from megatron_quant.calib.calibration_file import TOKENS, CalibrationFile, loaded_amaxes
+from megatron_quant.calib.calibration_file import CalibrationFile, loaded_amaxes
 from megatron_quant.calib.histogram import clip, histograms
 from megatron_quant.calib.input_sums import Merged
 from megatron_quant.calib.observe import observe
@@ -213,8 +213,8 @@ def _read_inputs(file: CalibrationFile, plan: QuantPlan) -> tuple[dict[str, floa
     inputs = loaded_amaxes(file, watched)
     tokens = {}
     for slot in (d.slot for d in watched if d.slot.expert is not None):
-        found = file.find(slot.sources, TOKENS, ())
-        tokens[slot.name] = int(slot.name in inputs) if found is None else int(found)
+        found = file.tokens(slot.sources)
+        tokens[slot.name] = int(slot.name in inputs) if found is None else found
     return inputs, tokens
 
 

@@ -173,6 +173,15 @@ class CalibrationFile:
         """
         return self._magnitude(self.find(modules, AMAX, ()), f"{modules[0]}.{AMAX}")
 
+    def tokens(self, modules: Sequence[str]) -> int | None:
+        """Return the number of tokens that an expert saw; None where it is not known.
+
+        Raises:
+            CalibrationError: As :meth:`find`.
+        """
+        found = self.find(modules, TOKENS, ())
+        return None if found is None else int(found)
+
     def cache_amax(self, cache_slot: str) -> float | None:
         """Return the largest key or value of a cache slot; None where it has none.
 
@@ -255,7 +264,7 @@ def loaded_amaxes(file: CalibrationFile, decisions: Sequence[Decision]) -> dict[
         value = file.amax(decision.slot.sources)
         if value is None:
             lacking.setdefault(decision.slot.name, decision)
-        else:
+        elif file.tokens(decision.slot.sources) != 0:
             found[decision.slot.name] = value
     reached = {d.slot.sharing for d in decisions if d.slot.name in found}
     for decision in lacking.values():

@@ -130,7 +130,7 @@ def _known(plan: QuantPlan, report: CalibrationReport) -> Iterator[tuple[str, to
     for decision in plan.quantized:
         slot = decision.slot
         for module in slot.sources:
-            if slot.name in report.scaled_amax:
+            if decision.measured and slot.sharing in largest:
                 yield statistic_key(module, AMAX), torch.tensor(largest[slot.sharing])
             if slot.name in report.tokens:
                 yield statistic_key(module, TOKENS), torch.tensor(report.tokens[slot.name])

@@ -249,3 +249,28 @@ def test_what_is_refused(source: Path, tmp_path: Path, ranks: Ranks) -> None:
     for error in errors:
         assert "input_moment: save one with --keep-hessians" in str(error)
     assert not (tmp_path / "int4").exists()
+
+
+def fails_on_rank_1(source: Path, out: Path) -> None:
+    """One rank's matrix has no Cholesky factor, in its last layer or in a linear of whole rows."""
+    import torch.distributed as dist
+
+    from megatron_quant.calib import round_layer
+    from megatron_quant.errors import CalibrationError
+
+    real = round_layer.gptq
+
+    def broken(w: torch.Tensor, fmt: object, scales: object, moment: object, how: object) -> object:
+        if dist.get_rank() == 1 and "layers.1.mlp.experts.linear_fc1" in how.names[0]:
+            raise CalibrationError("no factor")
+        return real(w, fmt, scales, moment, how)
+
+    round_layer.gptq = broken
+    run(source, {"tp": 2, "ep": 2, "etp": 2}, [case("int4", out)])
+
+
+def test_no_rank_waits_for_one_that_fails(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Its layer's whole rows fail alone; the layers after it exchange rows with the others."""
+    errors = ranks.errors(4, fails_on_rank_1, source, tmp_path)
+    assert [str(error) for error in errors] == ["no factor"] * 4
+    assert not any(tmp_path.iterdir())

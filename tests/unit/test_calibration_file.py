@@ -116,6 +116,12 @@ def test_an_expert_that_saw_no_token_is_missing(tmp_path: Path) -> None:
     experts = [Decision(slot=s, rule="", weights=fmt, inputs=fmt) for s in slots]
     found = loaded_amaxes(file, [*experts, decision("d")])
     assert found == {"e.weight0": 2.0, "d.weight": 1.0}
+    write_calibration(
+        path,
+        {f"e.{i}.{AMAX}": torch.tensor(2.0) for i in (0, 1)}
+        | {f"e.{i}.{TOKENS}": torch.tensor(i) for i in (0, 1)},
+    )
+    assert loaded_amaxes(read_calibration(path), experts) == {"e.weight1": 2.0}
     with pytest.raises(CalibrationError, match=r"has no x.input_amax: save one of this model"):
         loaded_amaxes(file, [decision("x")])
     with pytest.raises(CalibrationError, match=r"has no e.1.input_amax"):

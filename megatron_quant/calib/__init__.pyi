@@ -10,9 +10,9 @@ from .calibration_file import loaded_amaxes as loaded_amaxes
 from .calibration_file import read_calibration as read_calibration
 from .calibration_file import statistic_key as statistic_key
 from .calibration_file import write_calibration as write_calibration
-from .data import counted as counted
 from .data import load_texts as load_texts
 from .data import shard as shard
+from .data import share as share
 from .data import token_batches as token_batches
 from .input_sums import Merged as Merged
 from .keeping import CalibrationKeeper as CalibrationKeeper
@@ -52,7 +52,6 @@ __all__ = [
     "calibrate",
     "calibrate_kv_cache",
     "calibrate_weights",
-    "counted",
     "follow_weights",
     "largest_drift",
     "load_texts",
@@ -66,6 +65,7 @@ __all__ = [
     "run_rest",
     "set_ranges",
     "shard",
+    "share",
     "statistic_key",
     "token_batches",
     "unquantized",

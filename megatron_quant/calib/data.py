@@ -108,9 +108,21 @@ def token_batches(
     return list(data.view(samples, seq_length).split(batch_size))
 
 
-def counted(batches: Sequence[torch.Tensor], rank: int, size: int) -> int:
-    """Return how many of the batches that :func:`shard` gives to ``rank`` are nobody else's."""
-    return len(range(rank, len(batches), size))
+def share(batches: Sequence[torch.Tensor], rank: int, size: int) -> list[torch.Tensor]:
+    """Return the samples of data-parallel rank ``rank`` of ``size``, in as many batches on each.
+
+    No sample is run twice if every rank can have one: experts are given tokens of several ranks at
+    once, and could not tell those that repeat. Batches are then of about equal sizes, one sample
+    more than the given ones at most. With fewer samples than ranks it is :func:`shard`.
+    """
+    if size == 1:
+        return list(batches)
+    samples = torch.cat(list(batches))
+    if len(samples) < size:
+        return shard(batches, rank, size)
+    least, most = len(samples) // size, -(-len(samples) // size)
+    rounds = min(least, -(-most // len(batches[0])))
+    return list(samples[rank::size].tensor_split(rounds))
 
 
 def shard(batches: Sequence[torch.Tensor], rank: int, size: int) -> list[torch.Tensor]:

@@ -41,7 +41,7 @@ from megatron_quant.mcore.live import (
 )
 from megatron_quant.mcore.model import (
     LiveModel,
-    own_count,
+    check_shares,
     own_share,
     run_through,
     start_distributed,
@@ -116,8 +116,10 @@ def quantize(
             steps = [partial(forward_loop, model)]
         else:
             batches = _batches(handle, calibration, groups)
-            steps = [partial(run_through, handle.model.chunks, own_share(batches))]
-            count = own_count(batches)
+            if handle.plan.weighs_inputs:
+                check_shares(batches)
+            own = own_share(batches)
+            steps, count = [partial(run_through, handle.model.chunks, own)], len(own)
     rules, keep = input_rules(calibration, file, count), keep_settings(calibration)
     return calibrate_quantized(handle, steps, rules, keep)
 

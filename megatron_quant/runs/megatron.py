@@ -38,12 +38,12 @@ from megatron_quant.mcore.live import (
 )
 from megatron_quant.mcore.model import (
     LiveModel,
+    check_shares,
     empty_model,
     evaluate_model,
     keep_scales,
     load_model,
     local_params,
-    own_count,
     own_share,
     run_through,
 )
@@ -236,12 +236,14 @@ def _attach(inputs: Inputs, model: LiveModel, saved: Saved | None) -> Quantized:
 def _calibrate(
     options: QuantizeOptions, inputs: Inputs, handle: Quantized, phases: Phases
 ) -> Quantized:
+    if inputs.batches and inputs.job.quant.weighs_inputs:
+        check_shares(inputs.batches)
     batches, how = own_share(inputs.batches), options.calibration
     runs = len(batches) * (1 + len(inputs.job.moments))
     with forwards(), phases.bar("calibrate", runs) as progress:
         # One call for all batches: a pipeline stays full only while they follow one another.
         steps = [partial(run_through, handle.model.chunks, batches, progress)]
-        rules = input_rules(how, inputs.calibrated, own_count(inputs.batches))
+        rules = input_rules(how, inputs.calibrated, len(batches))
         return calibrate_quantized(handle, steps, rules, keep_settings(how))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_quant.calib.data import load_texts, shard, token_batches
+from megatron_quant.calib.data import load_texts, shard, share, token_batches
 from megatron_quant.calib.records import Chat
 from megatron_quant.errors import CalibrationError
 
@@ -286,3 +286,19 @@ def test_shards_are_equally_long_and_cover_everything(size: int) -> None:
 def test_shards_go_round() -> None:
     batches = [torch.tensor([[i]]) for i in range(5)]
     assert [b.item() for b in shard(batches, 1, 2)] == [1, 3, 0]
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+@pytest.mark.parametrize("samples", [1, 2, 6, 7, 9, 16])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_shares_repeat_nothing(size: int, samples: int, batch: int) -> None:
+    batches = list(torch.arange(samples).view(-1, 1).split(batch))
+    shares = [share(batches, rank, size) for rank in range(size)]
+    assert len({len(s) for s in shares}) == 1
+    assert all(1 <= len(b) <= batch + 1 for s in shares for b in s)
+    seen = sorted(int(i) for s in shares for b in s for i in b)
+    if samples >= size:
+        assert seen == list(range(samples))
+        assert sum(map(len, shares)) <= max(len(batches) + size, samples)
+    else:
+        assert set(seen) == set(range(samples))

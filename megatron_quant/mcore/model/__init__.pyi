@@ -7,7 +7,7 @@ from .load import load_model as load_model
 from .load import wrap_model as wrap_model
 from .locate import local_params as local_params
 from .parallel import start_distributed as start_distributed
-from .schedule import own_count as own_count
+from .schedule import check_shares as check_shares
 from .schedule import own_share as own_share
 from .schedule import run_through as run_through
 from .settings import check_said as check_said
@@ -16,12 +16,12 @@ __all__ = [
     "LiveModel",
     "attach_model",
     "check_said",
+    "check_shares",
     "empty_model",
     "evaluate_model",
     "keep_scales",
     "load_model",
     "local_params",
-    "own_count",
     "own_share",
     "run_through",
     "start_distributed",

@@ -11,7 +11,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_quant.calib import counted, shard
+from megatron_quant.calib import share
+from megatron_quant.errors import CalibrationError
 
 T = TypeVar("T")
 ModelChunks: TypeAlias = GPTModel | Sequence[GPTModel]
@@ -58,14 +59,17 @@ def own_share(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the batches of this data-parallel rank; each has equally many."""
     if not batches:
         return []
-    size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-    return shard(batches, rank, size)
+    return share(batches, mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size())
 
 
-def own_count(batches: Sequence[torch.Tensor]) -> int:
-    """Return how many batches of :func:`own_share` repeat no other rank's."""
-    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    return counted(batches, rank, size)
+def check_shares(batches: Sequence[torch.Tensor]) -> None:
+    """Raise CalibrationError if some data-parallel rank has no sample of its own."""
+    samples, size = sum(map(len, batches)), mpu.get_data_parallel_world_size()
+    if samples < size:
+        raise CalibrationError(
+            f"{samples} samples for {size} data-parallel ranks: imatrix and gptq need one for each "
+            "at least, as none may count twice; raise --calib-size"
+        )
 
 
 def run_through(

@@ -11,7 +11,6 @@ from .calibration_file import read_calibration as read_calibration
 from .calibration_file import statistic_key as statistic_key
 from .calibration_file import write_calibration as write_calibration
 from .data import load_texts as load_texts
-from .data import shard as shard
 from .data import share as share
 from .data import token_batches as token_batches
 from .input_sums import Merged as Merged
@@ -64,7 +63,6 @@ __all__ = [
     "round_weights",
     "run_rest",
     "set_ranges",
-    "shard",
     "share",
     "statistic_key",
     "token_batches",

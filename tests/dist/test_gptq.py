@@ -101,7 +101,7 @@ def test_second_moments_are_those_of_one_rank(source: Path, tmp_path: Path, rank
         flags = {"dtype": "fp32", "keep_hessians": True, "calib_size": 6}
         many = {**flags, "save_calibration": tmp_path / f"{name}.safetensors"}
         cold = {**flags, "save_calibration": tmp_path / f"{name}-few.safetensors"}
-        cold |= {"calib_size": 1, "calib_seq_length": 4}
+        cold |= {"calib_size": 2, "calib_seq_length": 2, "calib_batch_size": 1}
         cases = [case("int4", tmp_path / n, **f) for n, f in (("many", many), ("few", cold))]
         for one in cases:
             one["export_dir"] = one["export_dir"] / name
@@ -238,6 +238,8 @@ def test_each_algorithm_loses_less_than_the_one_before(source: Path, ranks: Rank
 
 
 def test_what_is_refused(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    for error in ranks.errors(2, run, source, ONE, [case("int4", tmp_path, calib_size=1)]):
+        assert "1 samples for 2 data-parallel ranks: imatrix and gptq need one for" in str(error)
     small = {"calib_memory": "1MB"}
     ((error),) = ranks.errors(1, run, source, ONE, [case("int4", tmp_path, **small)])
     assert "take 2097152 bytes on a rank, and it is 1000000: give at least that" in str(error)

@@ -259,3 +259,20 @@ def test_weights_in_fp8(folders: dict[str, Path], tmp_path: Path) -> None:
     params = lookup(found.config).params(found.config)
     with pytest.raises(CheckpointError, match=r"layers.1.mlp.down_proj.weight is stored as torch"):
         check_weights(found, params)
+
+
+def test_rows_in_an_order_that_nothing_says(folders: dict[str, Path], tmp_path: Path) -> None:
+    """torch_dcp keeps gate and up in one tensor, as a tensor-parallel rank has them."""
+    hf = folders["qwen3_moe"]
+    path = plain_world.write(tmp_path / "run", plain_world.tensors_of(hf), metadata=False)
+    with pytest.raises(CheckpointError, match=r"linear_fc1.weight0 has the rows of gate and up in"):
+        opened(path, hf)
+
+
+def test_layers_of_another_model_are_not_counted(folders: dict[str, Path], tmp_path: Path) -> None:
+    hf, key = folders["llama"], "vision_model.decoder.layers.7.mlp.experts.experts.9.a"
+    tensors = {**plain_world.tensors_of(hf), key: torch.ones(1)}
+    path = plain_world.write(tmp_path / "run", tensors)
+    assert_same(opened(path, hf, "vision_model.*"), hf)
+    with pytest.raises(CheckpointError, match=r"vision_model.* --skip-keys"):
+        opened(path, hf)

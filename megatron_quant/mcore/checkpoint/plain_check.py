@@ -14,8 +14,8 @@ _BESIDE = re.compile(
     r"|args|train_state)([./].*)?|.*\._extra_state(/.*)?"
 )
 """Keys that are no weights of a model."""
-_LAYER = re.compile(r"\bdecoder\.layers\.(\d{1,9})\.")
-_EXPERT = re.compile(r"\.experts\.(?:local_)?experts\.(\d{1,9})\.")
+_LAYER = re.compile(r"decoder\.layers\.(\d{1,9})\.")
+_EXPERT = re.compile(r"decoder\.layers\.(?:\d+\.)?mlp\.experts\.(?:local_)?experts\.(\d{1,9})\.")
 _PARTS = tuple(
     (re.compile(pattern), said)
     for pattern, said in (
@@ -91,6 +91,8 @@ def check_plain_keys(
     for param in params:
         for place in places[param.name]:
             _check_shape(stored, prefix + place.key, place.shape, param)
+            if not stored.is_own and place.part is None:
+                _check_order(stored, prefix + place.key, param)
 
 
 def _check_counts(stored: TorchDist, prefix: str, params: Sequence[Param]) -> None:
@@ -100,7 +102,7 @@ def _check_counts(stored: TorchDist, prefix: str, params: Sequence[Param]) -> No
         ("layers", _LAYER, num_layers(params)),
         ("experts a layer", _EXPERT, num_experts(params)),
     ):
-        numbers = (pattern.search(key, len(prefix)) for key in keys)
+        numbers = (pattern.match(key, len(prefix)) for key in keys)
         count = max((int(number[1]) + 1 for number in numbers if number), default=stated)
         if stated and count != stated:
             raise CheckpointError(
@@ -128,6 +130,15 @@ def _pattern(key: str, known: Iterable[str]) -> str:
         if not any(k.startswith(start) for k in known):
             return f"{start}*"
     return key
+
+
+def _check_order(stored: TorchDist, key: str, param: Param) -> None:
+    """Refuse gate and up in one tensor, whose rows a run without dist_checkpointing has by rank."""
+    if len(param.sources) == 2 and not param.groups:
+        raise CheckpointError(
+            f"{stored.path}: {key} has the rows of gate and up in the order of the run's tensor "
+            "parallel ranks, which nothing says: save the run as torch_dist (--ckpt-format)"
+        )
 
 
 def _check_shape(stored: TorchDist, key: str, expected: tuple[int, ...], param: Param) -> None:

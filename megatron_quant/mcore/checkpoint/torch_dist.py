@@ -23,7 +23,7 @@ from megatron_quant.mcore.checkpoint.pieces import PiecedTensor, pieces_of, shap
 from megatron_quant.mcore.checkpoint.place import DESCRIPTION, TENSORS, checkpoint_in, is_described
 
 BACKEND = "torch_dist"
-_BACKENDS = (BACKEND, "fsdp_dtensor", "torch_dcp")
+_BACKENDS = (BACKEND, "fsdp_dtensor")
 """Formats whose tensors lie in files of torch.distributed.checkpoint."""
 _METADATA = Limits(2048 * MB, 0)
 # The names that torch.distributed.checkpoint and Megatron write into .metadata.

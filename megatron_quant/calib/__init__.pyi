@@ -5,7 +5,10 @@ from .calibration import calibrate as calibrate
 from .calibration import calibrate_weights as calibrate_weights
 from .calibration import refresh_weights as refresh_weights
 from .calibration_file import AMAX as AMAX
+from .calibration_file import MOMENT as MOMENT
+from .calibration_file import SQUARES as SQUARES
 from .calibration_file import CalibrationFile as CalibrationFile
+from .calibration_file import Late as Late
 from .calibration_file import loaded_amaxes as loaded_amaxes
 from .calibration_file import read_calibration as read_calibration
 from .calibration_file import statistic_key as statistic_key
@@ -36,12 +39,15 @@ from .training import update_inputs as update_inputs
 
 __all__ = [
     "AMAX",
+    "MOMENT",
+    "SQUARES",
     "CalibrationFile",
     "CalibrationKeeper",
     "CalibrationReport",
     "ColdExperts",
     "Drift",
     "InputRules",
+    "Late",
     "Merged",
     "MomentPass",
     "MomentSource",

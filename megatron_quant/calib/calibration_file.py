@@ -14,7 +14,7 @@ whole layer.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite, prod
@@ -124,17 +124,29 @@ class CalibrationWriter:
             self._whole.unlink(missing_ok=True)
 
 
-def write_calibration(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+@dataclass(frozen=True)
+class Late:
+    """An fp32 tensor that is made when it is written: few fit into memory at a time."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+
+def write_calibration(path: Path, tensors: Mapping[str, torch.Tensor | Late]) -> None:
     """Write a calibration file at once.
 
     Raises:
         ExportError: If the disk refuses; an older file then stays as it is.
     """
-    writer = CalibrationWriter(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
+    shapes = {
+        name: (torch.float32 if isinstance(t, Late) else t.dtype, tuple(t.shape))
+        for name, t in tensors.items()
+    }
+    writer = CalibrationWriter(path, shapes)
     try:
         writer.create()
         for name, tensor in tensors.items():
-            writer.put(name, tensor)
+            writer.put(name, tensor.make() if isinstance(tensor, Late) else tensor)
         writer.finish()
     except BaseException:
         writer.abandon()

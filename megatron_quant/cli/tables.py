@@ -110,6 +110,11 @@ def needs(job: "mq.Job", tokens: int) -> Iterator[str]:
             f"calibration: layer by layer, {size(memory.weights)} of weights at a time; hidden "
             f"states of {tokens} tokens take {disk} of disk beside --export-dir"
         )
+        if memory.sums:
+            yield (
+                f"squares and products of inputs: {size(memory.sums)} in memory, "
+                f"{size(memory.all_sums)} of disk for each rank"
+            )
     if job.moments:
         largest = max(one.nbytes for one in job.moments)
         times = f"{len(job.moments)} {'time' if len(job.moments) == 1 else 'times'}"

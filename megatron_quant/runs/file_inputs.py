@@ -1,21 +1,33 @@
 """Input scales from a forward of the transformers model itself, or from an earlier one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_quant.alike import ids_once_a_host
+from megatron_quant.ckpt.plan import digest_of
 from megatron_quant.dist import Groups, together
+from megatron_quant.errors import CalibrationError
 from megatron_quant.models import positive, text_config
+from megatron_quant.recipes import Decision, Slot
 from megatron_quant.runs import file_layers
 from megatron_quant.runs.agree import check_tokens
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
-from megatron_quant.streaming import InputAmaxes, merge_amaxes, static_inputs
+from megatron_quant.streaming import (
+    InputAmaxes,
+    InputSums,
+    merge_amaxes,
+    static_inputs,
+    weighed_inputs,
+)
 
 if TYPE_CHECKING:
+    from megatron_quant.calib import CalibrationFile, Late
     from megatron_quant.streaming import Workplace
 
 
@@ -41,6 +53,20 @@ def calibration_text(
     return batches
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasuredInputs:
+    """Statistics of inputs, measured or loaded.
+
+    amaxes: None where no input has a static scale. found: the largest input of each slot that was
+    reached. sums: None where no algorithm needs them. digest: of what they were measured with.
+    """
+
+    amaxes: InputAmaxes | None
+    found: Mapping[str, float]
+    sums: InputSums | None
+    digest: str
+
+
 def measure_inputs(
     options: QuantizeOptions,
     job: Job,
@@ -48,7 +74,7 @@ def measure_inputs(
     place: "Workplace",
     groups: Groups,
     phases: Phases,
-) -> InputAmaxes:
+) -> MeasuredInputs:
     """Run the calibration data through the model and merge what the ranks saw. Collective.
 
     The ranks share the data. The model runs layer by layer, or as a whole where transformers' class
@@ -56,15 +82,51 @@ def measure_inputs(
     """
     from megatron_quant.streaming import keys_of
 
-    params = static_inputs(job.quant, job.params)
+    static = static_inputs(job.quant, job.params)
+    weighed = weighed_inputs(job.quant, job.params)
+    params = [p for p in job.params if p in {*static, *weighed}]
     own = batches[groups.rank :: groups.size]
     seen = file_layers.by_layers(job, params, own, groups, phases, place)
     if seen is None:
+        if weighed:
+            raise CalibrationError(
+                "imatrix and gptq measure layer by layer, which this model cannot run: take "
+                "--algorithm max or mse, or leave out --stream"
+            )
         seen = file_layers.at_once(job, params, own, groups, phases)
-    return merge_amaxes(job.quant, params, keys_of, seen, options.calibration.cold_experts, groups)
+    amaxes, sums, cold = None, None, options.calibration.cold_experts
+    if static:
+        amaxes = merge_amaxes(job.quant, static, keys_of, seen, cold, groups)
+    found = dict(amaxes.found) if amaxes else {}
+    if weighed:  # experts without tokens take the sums of their layer
+        found |= merge_amaxes(job.quant, weighed, keys_of, seen, "layer-max", groups).found
+        sums = file_layers.measured_sums(job, place, groups)
+    return MeasuredInputs(
+        amaxes=amaxes, found=found, sums=sums, digest=place.made_of if weighed else ""
+    )
 
 
-def load_inputs(options: QuantizeOptions, job: Job, groups: Groups) -> InputAmaxes:
+@dataclass(frozen=True)
+class LoadedSums:
+    """The sums of a calibration file."""
+
+    file: "CalibrationFile"
+
+    def squares(self, slot: Slot) -> torch.Tensor:
+        """Return the sums of squares: fp32 [K]."""
+        from megatron_quant.calib import SQUARES
+
+        return self.file.needed(slot.sources, SQUARES, (slot.shape[1],))
+
+    def moment(self, slot: Slot) -> torch.Tensor:
+        """Return the sums of products: fp32 [K, K]."""
+        from megatron_quant.calib import MOMENT
+
+        cols = slot.shape[1]
+        return self.file.needed(slot.sources, MOMENT, (cols, cols))
+
+
+def load_inputs(options: QuantizeOptions, job: Job, groups: Groups) -> MeasuredInputs:
     """Read what an earlier calibration measured. Collective.
 
     Raises the QuantError of what is wrong with the file, on every rank.
@@ -74,28 +136,63 @@ def load_inputs(options: QuantizeOptions, job: Job, groups: Groups) -> InputAmax
     path = options.calibration.load
     assert path is not None, "nothing to load"
     params, plan = static_inputs(job.quant, job.params), job.quant.by_name
+    weighed = [plan[p.name] for p in weighed_inputs(job.quant, job.params)]
+    squares: list[torch.Tensor] = []
 
-    def read() -> dict[str, torch.Tensor]:
-        found = loaded_amaxes(read_calibration(path), [plan[p.name] for p in params])
-        return {name: torch.tensor(value) for name, value in found.items()}
+    def read() -> tuple["CalibrationFile", dict[str, torch.Tensor]]:
+        file = read_calibration(path)
+        found = loaded_amaxes(file, [plan[p.name] for p in params])
+        squares.extend(_squares(LoadedSums(file), decision) for decision in weighed)
+        return file, {name: torch.tensor(value) for name, value in found.items()}
 
-    seen, cold = together(groups, read), options.calibration.cold_experts
-    return merge_amaxes(job.quant, params, lambda param: (param.name,), seen, cold, groups)
+    file, seen = together(groups, read)
+    amaxes = None
+    if params:
+        cold = options.calibration.cold_experts
+        amaxes = merge_amaxes(job.quant, params, lambda p: (p.name,), seen, cold, groups)
+    return MeasuredInputs(
+        amaxes=amaxes,
+        found=amaxes.found if amaxes else {},
+        sums=LoadedSums(file) if weighed else None,
+        digest=digest_of([float(value.sum()) for value in squares]),
+    )
 
 
-def save_inputs(options: QuantizeOptions, job: Job, amaxes: InputAmaxes) -> None:
+def save_inputs(options: QuantizeOptions, job: Job, inputs: MeasuredInputs) -> None:
     """Write what was measured where ``options`` say.
 
     Raises ExportError for what the disk refuses; an older file is there then.
     """
-    from megatron_quant.calib import AMAX, statistic_key, write_calibration
+    from megatron_quant.calib import write_calibration
 
     path = options.calibration.save
     assert path is not None, "nowhere to save"
-    tensors = {
-        statistic_key(source.module, AMAX): torch.tensor(amaxes.found[param.name])
-        for param in static_inputs(job.quant, job.params)
-        if param.name in amaxes.found
-        for source in param.sources
-    }
-    write_calibration(path, tensors)
+    write_calibration(path, dict(_saved(options, job, inputs)))
+
+
+def _saved(
+    options: QuantizeOptions, job: Job, inputs: MeasuredInputs
+) -> "Iterator[tuple[str, torch.Tensor | Late]]":
+    """Yield the tensors of a calibration file, by name."""
+    from megatron_quant.calib import AMAX, MOMENT, SQUARES, Late, statistic_key
+
+    sums = inputs.sums
+    for decision in job.quant.quantized:
+        slot, cols = decision.slot, decision.slot.shape[1]
+        if slot.name in inputs.found:
+            for module in slot.sources:
+                yield statistic_key(module, AMAX), torch.tensor(inputs.found[slot.name])
+        if sums is None or not (decision.weighted or decision.rounds):
+            continue
+        squares = Late((cols,), partial(_squares, sums, decision))
+        for module in slot.sources:
+            yield statistic_key(module, SQUARES), squares
+        if decision.rounds and options.calibration.keep_hessians:
+            moment = Late((cols, cols), partial(sums.moment, slot))
+            yield statistic_key(slot.sources[0], MOMENT), moment
+
+
+def _squares(sums: InputSums, decision: Decision) -> torch.Tensor:
+    if decision.rounds:
+        return sums.moment(decision.slot).diagonal()
+    return sums.squares(decision.slot)

@@ -18,7 +18,13 @@ from megatron_quant.runs.destination import existing_of
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
-from megatron_quant.streaming import static_inputs
+from megatron_quant.streaming import (
+    InputSums,
+    MeasuredSums,
+    SumsFile,
+    static_inputs,
+    weighed_inputs,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +56,7 @@ def by_layers(
                     batches=batches,
                     place=place,
                     on_batch=progress,
+                    sums=_sums_file(job, place, groups.rank),
                 )
                 return found.run(), ""
         except CannotWalk as reason:
@@ -66,6 +73,19 @@ def by_layers(
             reason,
         )
     return None
+
+
+def measured_sums(job: Job, place: "Workplace", groups: Groups) -> InputSums:
+    """Return the sums that all ranks have measured."""
+    files = [_sums_file(job, place, rank) for rank in range(groups.size)]
+    return MeasuredSums([file for file in files if file is not None])
+
+
+def _sums_file(job: Job, place: "Workplace", rank: int) -> SumsFile | None:
+    weighed = weighed_inputs(job.quant, job.params)
+    if not weighed:
+        return None
+    return SumsFile(place.sums(rank), [job.quant.by_name[param.name] for param in weighed])
 
 
 def at_once(
@@ -114,8 +134,11 @@ def workplace(
     from megatron_quant.streaming import Workplace
 
     keys = [param.name for param in static_inputs(job.quant, job.params)]
+    sums = [
+        [p.name, job.quant.by_name[p.name].rounds] for p in weighed_inputs(job.quant, job.params)
+    ]
     text = digest_of([ids.tolist() for ids in batches])
-    made_of = digest_of([origin.source, str(job.dtype), groups.size, keys, text])
+    made_of = digest_of([origin.source, str(job.dtype), groups.size, keys, sums, text])
     existing = existing_of(options.write)
     place = Workplace(work_folder(options), made_of, existing, groups)
     try:

@@ -32,6 +32,7 @@ from megatron_quant.runs.destination import (
     write_shown,
 )
 from megatron_quant.runs.file_inputs import (
+    MeasuredInputs,
     calibration_text,
     load_inputs,
     measure_inputs,
@@ -113,11 +114,6 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
             "--stream cannot calibrate --export-kv-cache-quant fp8: take fp8_cast, or leave out "
             "--stream"
         )
-    if job.quant.weighs_inputs:
-        raise RecipeError(
-            "--algorithm imatrix and gptq are not measured by --stream: take max or mse, or leave "
-            "--stream out"
-        )
     keeps = None
     if options.keep_scales:
         quant, kept_source = keeping(job.quant, source, finer=True)
@@ -159,7 +155,7 @@ def _written(
     options: QuantizeOptions,
     planned: Planned,
     files: Companions,
-    inputs: InputAmaxes | None,
+    inputs: MeasuredInputs | None,
     groups: Groups,
     phases: Phases,
 ) -> Streamed:
@@ -168,11 +164,13 @@ def _written(
     assert out is not None
     source = PartSource(planned.checkpoint, job.dtype)
     found, amaxes = _weight_amaxes(job, source, groups, phases)
+    static = inputs.amaxes if inputs else None
     producer = Producer(
         source=source,
         quant=job.quant,
         weight_amax=amaxes,
-        input_amax=inputs.scales if inputs else {},
+        input_amax=static.scales if static else {},
+        sums=inputs.sums if inputs else None,
         kept=planned.kept,
     )
     check = verification(options.write, out, job.source, groups, phases)
@@ -186,7 +184,7 @@ def _written(
     return Streamed(
         job=job,
         weight_amax=found,
-        inputs=inputs,
+        inputs=static,
         verified=check.report if check else None,
         left_out=files.left_out,
     )
@@ -197,11 +195,15 @@ def _with_statistics(
     job: Job,
     options: QuantizeOptions,
     weights: Mapping[str, float],
-    inputs: InputAmaxes | None,
+    inputs: MeasuredInputs | None,
 ) -> Companions:
     """Add a digest of the findings to ``files``."""
-    of_inputs = {n: float(a) for n, a in inputs.scales.items()} if inputs else {}
-    statistics = statistics_digest(job, options, dict(weights), of_inputs)
+    scales = inputs.amaxes.scales if inputs and inputs.amaxes else {}
+    of_inputs = {name: float(amax) for name, amax in scales.items()}
+    found: list[object] = [dict(weights), of_inputs]
+    if inputs is not None and inputs.sums is not None:
+        found.append(inputs.digest)
+    statistics = statistics_digest(job, options, *found)
     return replace(files, origin=replace(files.origin, statistics=statistics))
 
 

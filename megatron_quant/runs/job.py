@@ -84,7 +84,7 @@ class Job:
         """Return what a streamed calibration takes; None where there is none."""
         if self.architecture is not None or not self.quant.needs_data:
             return None
-        return layer_memory(self.params, self.dtype, self.hf_config)
+        return layer_memory(self.params, self.quant, self.dtype, self.hf_config)
 
     @property
     def exported(self) -> ExportPlan:

@@ -1,3 +1,7 @@
+from .input_sums import InputSums as InputSums
+from .input_sums import MeasuredSums as MeasuredSums
+from .input_sums import SumsFile as SumsFile
+from .input_sums import weighed_inputs as weighed_inputs
 from .inputs import InputAmaxes as InputAmaxes
 from .inputs import merge_amaxes as merge_amaxes
 from .inputs import static_inputs as static_inputs
@@ -28,11 +32,14 @@ from .workplace import Workplace as Workplace
 __all__ = [
     "CannotWalk",
     "InputAmaxes",
+    "InputSums",
     "LayerMemory",
+    "MeasuredSums",
     "PartSource",
     "Producer",
     "Sharing",
     "Skeleton",
+    "SumsFile",
     "Walk",
     "WeightInputAmax",
     "Workplace",
@@ -52,4 +59,5 @@ __all__ = [
     "static_inputs",
     "unscaled",
     "watched",
+    "weighed_inputs",
 ]

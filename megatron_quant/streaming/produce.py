@@ -8,9 +8,11 @@ import torch
 from megatron_quant.ckpt.plan import RankPart
 from megatron_quant.ckpt.read import KeptScales
 from megatron_quant.ckpt.write import Produced, check_finite, encoded, produce_cache_scale
-from megatron_quant.formats import E4M3_MAX
+from megatron_quant.formats import E4M3_MAX, scales_of, tensor_scale
 from megatron_quant.models import Role
-from megatron_quant.recipes import QuantPlan
+from megatron_quant.recipes import Decision, QuantPlan
+from megatron_quant.rounding import GptqSettings, gptq
+from megatron_quant.streaming.input_sums import InputSums
 from megatron_quant.streaming.part_source import PartSource
 from megatron_quant.streaming.search import searched_stat
 
@@ -28,6 +30,7 @@ class Producer:
         weight_amax: Amax by slot, fp32 [], if needed.
         input_amax: Amax of inputs by slot, fp32 [], if needed.
         kept: Scales that the weights keep; None if they get their own.
+        sums: Squares and products of inputs, if algorithms need them.
     """
 
     source: PartSource
@@ -35,6 +38,7 @@ class Producer:
     weight_amax: Mapping[str, torch.Tensor]
     input_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
     kept: KeptScales | None = None
+    sums: InputSums | None = None
 
     def __call__(self, part: RankPart) -> Iterator[Produced]:
         """Yield the tensors of ``part``."""
@@ -42,12 +46,38 @@ class Producer:
             return produce_cache_scale(part, _CAST)
         w, name = self.source.read(part), part.param.name
         weight_amax, decision = self.weight_amax.get(name), self.quant.by_name[name]
-        stat, scales = searched_stat(w, decision, weight_amax, part.src.start), None
-        if self.kept is not None and decision.quantized:
-            scales = self.kept.read(name, part.target.source.module, part.region)
         if weight_amax is None:  # otherwise finding the amax has checked every weight
             check_finite(part, w)
+        if decision.rounds:
+            w, grid = self._rounded(w, decision, weight_amax, part.src.start)
+            return encoded(part, w, weight_amax, self.input_amax.get(name), None, grid)
+        squares_K = None
+        if decision.weighted:
+            assert self.sums is not None, "measured or loaded before"
+            squares_K = self.sums.squares(decision.slot)
+        stat = searched_stat(w, decision, weight_amax, part.src.start, squares_K)
+        scales: dict[str, torch.Tensor] | None = None
+        if self.kept is not None and decision.quantized:
+            scales = self.kept.read(name, part.target.source.module, part.region)
         return encoded(part, w, weight_amax, self.input_amax.get(name), stat, scales)
+
+    def _rounded(
+        self,
+        w_NK: torch.Tensor,
+        decision: Decision,
+        amax: torch.Tensor | None,
+        start: tuple[int, ...],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return whole rows as gptq rounds them, and the scales that they lie on."""
+        fmt, slot, origin = decision.weights, decision.slot, (start[0], start[1])
+        assert fmt is not None and self.sums is not None, "measured or loaded before"
+        moment_KK = self.sums.moment(slot)
+        squares_K = moment_KK.diagonal() if decision.weighted else None
+        stat = searched_stat(w_NK, decision, amax, start, squares_K)
+        dscale = tensor_scale(amax, fmt) if amax is not None and fmt.tensor_scale else None
+        scales = scales_of(w_NK, fmt, dscale, stat, origin)
+        how = GptqSettings(decision.damp, [slot.name], origin)
+        return gptq(w_NK, fmt, scales, moment_KK, how).w.to(w_NK.dtype), scales
 
 
 def unscaled(source: PartSource, quant: QuantPlan) -> Producer:

@@ -9,8 +9,9 @@ import torch
 from megatron_quant.ckpt.storage import give_back
 from megatron_quant.errors import CalibrationError
 from megatron_quant.models import Param
+from megatron_quant.streaming.input_sums import RunningSum, SumsFile
 from megatron_quant.streaming.model import keys_of, watched
-from megatron_quant.streaming.observe import WeightInputAmax
+from megatron_quant.streaming.observe import WeightInputSums
 from megatron_quant.streaming.skeleton import CannotWalk, Skeleton
 from megatron_quant.streaming.stages import Call, Calls
 from megatron_quant.streaming.states import StatesFile
@@ -26,6 +27,7 @@ class Walk:
     Attributes:
         skeleton: The model.
         params: Parameters whose inputs are measured.
+        sums: Where squares and products of inputs go; None if none is needed.
         batches: Token ids, int64 [B, S] each.
         place: Where hidden states and progress are kept.
         on_batch: Called with 1 for each batch that a layer has done.
@@ -36,6 +38,7 @@ class Walk:
     batches: Sequence[torch.Tensor]
     place: Workplace
     on_batch: Callable[[int], None]
+    sums: SumsFile | None = None
     _seen: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -53,9 +56,11 @@ class Walk:
             ExportError: For what the disk refuses.
         """
         watched(self.skeleton.model, self.params)  # raises for a weight that the model lacks
+        come = self.place.come()
+        if come is None and self.sums is not None:
+            self.sums.create()
         if not self.batches:
             return {}
-        come = self.place.come()
         calls, states, digest = self._enter(write=come is None)
         if come is not None:
             states = self._states(come.layer, states)
@@ -104,7 +109,9 @@ class Walk:
         """Run a layer over all batches; return its hidden states, not written for the last one."""
         self.skeleton.fill_layer(layer)
         held = watched(self.skeleton.model, self.params)
-        mode = WeightInputAmax(w for w in held if w.parameter.device.type != "meta")
+        sums = dict(self._new_sums(layer))
+        real = [w for w in held if w.parameter.device.type != "meta"]
+        mode = WeightInputSums(real, {keys_of(p)[0]: found for p, found in sums.values()})
 
         def made() -> Iterator[torch.Tensor]:
             for call, hidden in zip(calls, states.read(), strict=True):
@@ -120,6 +127,8 @@ class Walk:
             for _ in made():
                 pass
         self._seen |= self._checked(mode.seen)
+        if self.sums is not None:
+            self.sums.put({name: found for name, (_, found) in sums.items()})
         self.skeleton.empty()
         give_back()
         if not any(call.hands_on for call in calls):  # else what is handed on is nowhere but here
@@ -127,6 +136,16 @@ class Walk:
             self.place.save(Come(layer + 1, digest, seen))
         states.path.unlink(missing_ok=True)
         return later
+
+    def _new_sums(self, layer: int) -> Iterator[tuple[str, tuple[Param, RunningSum]]]:
+        """Yield an empty sum for each slot of a layer that needs one; fused ones share inputs."""
+        decisions = self.sums.decisions if self.sums is not None else {}
+        for param in self.params:
+            decision = decisions.get(param.name)
+            if param.layer == layer and decision is not None:
+                cols = param.shape[1]
+                shape = (cols, cols) if decision.rounds else (cols,)
+                yield param.name, (param, RunningSum(torch.zeros(shape)))
 
     def _checked(self, seen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Raise CalibrationError at the first layer whose inputs are not finite."""

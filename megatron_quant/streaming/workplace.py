@@ -18,7 +18,9 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CheckpointError, ExportError
 
 DOCUMENT = "megatron_quant_calibration.json"
-_OWN = re.compile(rf"{re.escape(DOCUMENT)}(\.new)?|rank-\d+\.(json(\.new)?|layer-\d+\.safetensors)")
+_OWN = re.compile(
+    rf"{re.escape(DOCUMENT)}(\.new)?|rank-\d+\.(json(\.new)?|(layer-\d+|sums)\.safetensors)"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Workplace:
 
     Args:
         folder: Where it is.
-        made_of: Digest of all that the result depends on.
+        made_of: Digest of all that the result depends on; kept as an attribute.
         existing: What to do with a calibration that is there.
         groups: This rank's groups.
 
@@ -51,7 +53,7 @@ class Workplace:
     """
 
     def __init__(self, folder: Path, made_of: str, existing: Existing, groups: Groups) -> None:
-        self._folder, self._made_of, self._groups = folder, made_of, groups
+        self._folder, self.made_of, self._groups = folder, made_of, groups
         self._lock: Lock | None = None
         together(groups, lambda: self._claim(existing) if groups.rank == 0 else None)
 
@@ -61,7 +63,7 @@ class Workplace:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self._folder)
             begun = _begun(self._folder)
-            if begun is not None and existing is Existing.RESUME and begun != self._made_of:
+            if begun is not None and existing is Existing.RESUME and begun != self.made_of:
                 self._lock.release()
                 raise ExportError(
                     f"{self._folder} holds the calibration of another run (other ranks, --dtype, "
@@ -70,25 +72,29 @@ class Workplace:
                 )
             if existing is not Existing.RESUME:
                 _clear(self._folder)
-            content = json.dumps({"made_of": self._made_of}).encode()
+            content = json.dumps({"made_of": self.made_of}).encode()
             _replace(self._folder / DOCUMENT, content)
 
     def states(self, layer: int) -> Path:
         """Return this rank's file for the hidden states that enter ``layer``."""
         return self._folder / f"rank-{self._groups.rank}.layer-{layer}.safetensors"
 
+    def sums(self, rank: int) -> Path:
+        """Return a rank's file for the sums of squares and products of inputs."""
+        return self._folder / f"rank-{rank}.sums.safetensors"
+
     def come(self) -> Come | None:
         """Return how far this rank had come; None where it begins, or cannot read what is there."""
         with suppress(CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             found = read_object(self._file, documents.INDEX)
-            if found["made_of"] == self._made_of:
+            if found["made_of"] == self.made_of:
                 seen = {str(key): float(value) for key, value in found["seen"].items()}
                 return Come(int(found["layer"]), str(found["digest"]), seen)
         return None
 
     def save(self, come: Come) -> None:
         """Say how far this rank has come: all of it or nothing, as a kill may come."""
-        said = {"made_of": self._made_of, **vars(come)}
+        said = {"made_of": self.made_of, **vars(come)}
         with explained(self._file, "cannot be written"):
             _replace(self._file, json.dumps(said).encode())
 

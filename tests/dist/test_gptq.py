@@ -93,6 +93,29 @@ def test_one_calibration_gives_equal_bytes(
         assert digests(tmp_path / name) == digests(measured / name), name
 
 
+def stream(source: Path, runs: list[dict]) -> None:
+    from megatron_quant.cli.console import ConsolePhases, console
+    from megatron_quant.dist import Groups
+    from megatron_quant.runs.file_to_file import stream_files
+    from megatron_quant.runs.options import QuantizeOptions
+
+    for one in runs:
+        options = QuantizeOptions.from_flags(
+            hf_model_id=str(source), cold_experts="layer-max", **one
+        )
+        stream_files(options, Groups(), ConsolePhases(console()))
+
+
+def test_a_stream_gives_these_bytes_too(
+    source: Path, measured: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    file = measured / "kept.safetensors"
+    runs = [case(name, tmp_path, load_calibration=file) for name in CASES]
+    ranks(2, stream, source, runs, timeout=PATIENCE_S)
+    for name in CASES:
+        assert digests(tmp_path / name) == digests(measured / name), name
+
+
 def test_second_moments_are_those_of_one_rank(source: Path, tmp_path: Path, ranks: Ranks) -> None:
     """Three batches for two data-parallel ranks: the one that is repeated counts once."""
     found, few = {}, {}

@@ -49,7 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ckpt.verify": _STORED | {"ckpt.dialects", "ckpt.read", "ckpt.plan"},
     "ckpt": _STORED | _CKPT,
     "evaluation": _BASE | {"dist", "models", "weight_inputs", "ckpt.read"},
-    "streaming": _BASE | {"dist", "models", "weight_inputs", "engines.families"} | _CKPT,
+    "streaming": _BASE
+    | {"dist", "models", "rounding", "weight_inputs", "engines.families"}
+    | _CKPT,
     "search": _BASE | {"models", "ckpt.dialects"},
     "mcore.model": _LIVE,
     "mcore.checkpoint": _LIVE | {"", "mcore.model"},

@@ -160,16 +160,22 @@ def test_the_plan_says_what_it_takes(tmp_path: Path) -> None:
         job = plan_stream(options(source, out, export_quant_cfg="fp8"), 1).job
         stored = load_file(source / "model.safetensors")
         layer = [t.nbytes for n, t in stored.items() if n.startswith("model.layers.1.")]
-        assert job.layer_memory == LayerMemory(sum(layer), 2 * 64 * 2)
+        memory = LayerMemory(weights=sum(layer), states_per_token=2 * 64 * 2, sums=0, all_sums=0)
+        assert job.layer_memory == memory
         argv = ["quantize", "--stream", "--hf-model-id", str(source), "--export-quant-cfg", "fp8"]
         said = command(*argv, "--dry-run", "--calib-size", "10", "--calib-seq-length", "100").out
         words = " ".join(said.split())
         assert f"calibration: layer by layer, {shown(sum(layer))} of weights at a time;" in words
         assert "hidden states of 1000 tokens take 256 KB of disk" in words
+    rounded = plan_stream(options(source, out, export_quant_cfg="int4", algorithm="gptq"), 1).job
+    inputs = 4 * (64 * 64 + 64 * 64 + 64 * 64 + 4992 * 4992)  # of qkv, o, gate and up, down
+    assert (rounded.layer_memory.sums, rounded.layer_memory.all_sums) == (inputs, 8 * inputs)
     weights_alone = options(source, out, weight_only=True)
     assert plan_stream(weights_alone, 1).job.layer_memory is None
     big = [replace(p, shape=(50_000, 64)) if p.role is Role.EMBEDDING else p for p in job.params]
-    assert layer_memory(big, torch.bfloat16, job.hf_config).weights == (50_000 + 1) * 64 * 2
+    assert (
+        layer_memory(big, job.quant, torch.bfloat16, job.hf_config).weights == (50_000 + 1) * 64 * 2
+    )
 
 
 class Killed(BaseException):

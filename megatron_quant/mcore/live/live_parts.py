@@ -46,16 +46,18 @@ def producer(
         if kept is not None:
             return produce(part, local, amax, inputs, scales=kept)
         stat = layer.block_stat(index, part.region)
-        if layer.rounds and amax is not None:
+        if layer.rounds:
             return produce(part, local, amax, inputs, scales=_found(part, local, amax, stat))
         return produce(part, local, amax, inputs, stat)
 
     return of_part
 
 
-def _found(part: RankPart, local: Tensor, amax: Tensor, stat: Tensor | None) -> dict[str, Tensor]:
+def _found(
+    part: RankPart, local: Tensor, amax: Tensor | None, stat: Tensor | None
+) -> dict[str, Tensor]:
     """Return the scales onto which the part was rounded, so that it keeps its codes."""
     w, fmt = part.region.take(local.detach()), part.target.scheme.weights
     assert fmt is not None
-    dscale = tensor_scale(amax, fmt) if fmt.tensor_scale else None
+    dscale = tensor_scale(amax, fmt) if amax is not None and fmt.tensor_scale else None
     return scales_of(w, fmt, dscale, stat, (part.region.start[0], part.region.start[1]))

@@ -158,7 +158,7 @@ def test_one_ranks_error_is_every_ranks_and_leaves_nothing(tmp_path: Path, ranks
     argv = quantize_argv(bad, tmp_path / "out", stream=True, tp=None, ep=None)
     assert f"{name} has NaN or Inf" in refused(ranks, tmp_path, argv, world=3)
     argv = quantize_argv(source, tmp_path / "out", stream=True, ep=None)
-    assert "--tp 2 with --stream" in refused(ranks, tmp_path, argv)
+    assert "--tp 2 does not go with --stream" in refused(ranks, tmp_path, argv)
     argv = quantize_argv(source, source, stream=True, tp=None, ep=None)
     assert "is the source checkpoint" in refused(ranks, tmp_path, argv)
 

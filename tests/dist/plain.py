@@ -141,3 +141,25 @@ def save_as_fsdp(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     state = {name: distribute_tensor(t, mesh, [Shard(0)]) for name, t in tensors.items()}
     beside = {"optimizer": {"state": {"module.a": {"exp_avg": torch.ones(2)}}}, "iteration": 3}
     save({"model": {"module": state}, **beside}, storage_writer=FileSystemWriter(folder))
+
+
+def read_back(source: Path, folder: Path) -> list[str]:
+    """Save the model of ``source`` in both forms; names of tensors that are read as other values."""
+    from megatron_quant.ckpt.read import open_source
+    from megatron_quant.mcore.checkpoint import open_plain, open_torch_dist
+    from megatron_quant.models import lookup, whole
+    from tests.dist.live import load
+
+    wanted = open_source(source)
+    params = lookup(wanted.config).params(wanted.config)
+    model, odd = load(source), []
+    for stacked in (True, False):
+        run = folder / f"stacked {stacked}"
+        write(run, {"model": model.module}, Training(stacked=stacked))
+        found = open_plain(open_torch_dist(run), wanted.config)
+        assert set(found) == {s.name for p in params for s in p.sources}
+        for name in found:
+            box = whole(found.tensors[name].shape)
+            if not torch.equal(found.read(name, box), wanted.read(name, box)):
+                odd.append(f"{run.name}: {name}")
+    return odd

@@ -127,13 +127,21 @@ def quantize_one(source: Path | None, run: Path | None, out: Path, case: dict[st
     saved.quantize(hf_model_id=hf, megatron_load_path=run, export_dir=out, **case)
 
 
+def quantize_in_python(source: Path, run: Path, out: Path) -> None:
+    import megatron_quant as mq
+
+    flags: dict[str, Any] = {"megatron_load_path": str(run), "skip_keys": ["*vision_model.*"]}
+    flags["weight_only"] = True
+    mq.quantize_checkpoint(source, "nvfp4", out, parallel=mq.Parallel(ep=2), **flags)
+
+
 def test_megatron_fsdp(source: Path, exported: Path, tmp_path: Path, ranks: Ranks) -> None:
     """Cut over 3 ranks, which divide no tensor evenly; without metadata.json."""
     tensors = plain_world.of_fsdp(plain_world.tensors_of(source), prefix="")
     tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    tensors["vision_model.patch.weight"] = torch.ones(6, 2)
     ranks(3, plain.save_as_fsdp, tmp_path / "run" / "iter_0000005", tensors)
-    case = {**CASES["weights"], "ep": 2}
-    ranks(2, quantize_one, source, tmp_path / "run", tmp_path / "out", case)
+    ranks(2, quantize_in_python, source, tmp_path / "run", tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(exported / "hf.weights")
 
 
@@ -175,3 +183,10 @@ def test_what_is_refused(source: Path, runs: Path, tmp_path: Path, ranks: Ranks)
     assert "apart is not quantized" in refused(ranks, tmp_path, argv)
     argv = quantize_argv(source, tmp_path / "out", skip_keys="a")
     assert "--skip-keys leaves out keys of --megatron-load-path" in refused(ranks, tmp_path, argv)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3", "llama"])
+def test_other_models(name: str, tmp_path: Path, ranks: Ranks) -> None:
+    """Shared experts, biases, sinks, latent attention: every value, stacked and apart."""
+    source = checkpoints.save(name, tmp_path / "hf")
+    assert ranks(1, plain.read_back, source, tmp_path) == [[]]

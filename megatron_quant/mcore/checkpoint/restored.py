@@ -26,13 +26,13 @@ from megatron_quant.mcore.model import LiveModel
 from megatron_quant.recipes import QuantPlan
 
 
-def open_stored(directory: Path, groups: Groups, skip_keys: Sequence[str] = ()) -> TorchDist:
+def open_stored(directory: Path | str, groups: Groups, skip_keys: Sequence[str] = ()) -> TorchDist:
     """Open the checkpoint in ``directory``, quantized or not. Collective.
 
     skip_keys: patterns of keys to leave out. Raises CheckpointError, on every rank alike, where
     there is none or it cannot be read, and for a pattern that no key matches.
     """
-    stored = together(groups, lambda: open_torch_dist(directory).without(skip_keys))
+    stored = together(groups, lambda: open_torch_dist(Path(directory)).without(skip_keys))
     digest = digest_of([[key, *shape] for key, shape in sorted(stored.shapes.items())])
     check_alike(groups, **{f"the digest of {directory}": digest[:12]})
     return stored

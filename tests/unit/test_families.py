@@ -50,6 +50,16 @@ def test_config_json_is_the_sources_with_quantization_config_alone(family) -> No
     assert after == before
 
 
+def test_modelopts_nvfp4_verifies_too(family, tmp_path: Path) -> None:
+    _, tiny, source, _ = family
+    out = tmp_path / "out"
+    sources.run(source, out, export_quant_cfg="w4a16_nvfp4", export_format="modelopt")
+    report = verify(out, source)
+    assert not report.problems
+    formats = {t.name: t.format for t in report.tensors}
+    assert formats[f"{tiny.experts}.1.{tiny.leaves[0]}.weight"] == "nvfp4"
+
+
 def test_what_is_not_quantized_keeps_its_bytes(family) -> None:
     _, _, source, out = family
     before, after = sources.tensors(source), sources.tensors(out)

@@ -1,4 +1,4 @@
-from .lookup import COUNTS as COUNTS
+from .every import COUNTS as COUNTS
 from .lookup import DENSE as DENSE
 from .lookup import EMBEDDINGS as EMBEDDINGS
 from .lookup import HEADS as HEADS

@@ -20,7 +20,6 @@ STACKS = tuple(row for family in FAMILIES for row in family.stacks)
 EMBEDDINGS = _all(("embed_tokens", *(family.embedding for family in FAMILIES)))
 HEADS = _all(("lm_head", *(family.head for family in FAMILIES)))
 LAYERS = _all(("num_hidden_layers", *(key for family in FAMILIES for key in family.layers)))
-COUNTS = _all((*every.COUNTS, *(key for family in FAMILIES for key in family.counts)))
 _DENSE = tuple((re.compile(row.names), row) for row in DENSE)
 
 

@@ -102,7 +102,6 @@ class Family:
         embedding: Module of the embedding in the decoder.
         head: Module of the output layer.
         layers: Keys of config.json that count the decoder's layers, or list them.
-        counts: Keys of config.json that count a layer's experts, besides the usual ones.
         gated: Whether an expert has a gate: gate, up and down; otherwise up and down alone.
         dense: What engines keep unquantized.
         plain_router: Whether engines build its router plain, whatever a config says.
@@ -126,7 +125,6 @@ class Family:
     embedding: str = "embed_tokens"
     head: str = "lm_head"
     layers: tuple[str, ...] = ("num_hidden_layers",)
-    counts: tuple[str, ...] = ()
     gated: bool = True
     dense: tuple[Dense, ...] = ()
     plain_router: bool = True

@@ -172,7 +172,7 @@ def verify_together(
     """
 
     def look() -> Share:
-        found = verify_share(directory, against, groups.rank, groups.size)
+        found = verify_share(directory.absolute(), against, groups.rank, groups.size)
         return found.called(named or directory)
 
     return joined(gather(together(groups, look), groups))

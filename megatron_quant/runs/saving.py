@@ -2,14 +2,13 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_quant.ckpt.plan import CONFIG
-from megatron_quant.ckpt.storage import explained
+from megatron_quant.ckpt.storage import explained, read_source, write_file
 from megatron_quant.ckpt.write import Existing, beside
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import CheckpointError, ExportError
@@ -24,6 +23,8 @@ from megatron_quant.mcore.checkpoint import (
     write_folder,
 )
 from megatron_quant.mcore.model import LiveModel
+
+_FLAG = "--megatron-save-path"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def check_save_path(place: SavePlace) -> None:
     ``place.made_of`` has the digests that are known before the work.
     """
     path = place.path.resolve()
-    with explained(path, "cannot be used"):
+    with explained(path, "cannot be used", _FLAG):
         check_free(path)
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
@@ -100,14 +101,17 @@ def save_model(
     def finish(folder: Path) -> None:
         files = folder / HF_FILES
         files.mkdir()
-        (files / CONFIG).write_text(json.dumps(dict(hf_config), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(dict(hf_config), indent=2) + "\n"
+        write_file(files / CONFIG, text.encode(), fsync=True)
         for name, file in small.items():
+            carried = read_source(file)
             copy = files / name
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+            write_file(copy, carried, fsync=True)
 
     names = (CONFIG, *(name.as_posix() for name in small))
     content = Content(
+        place=_FLAG,
         save=lambda folder: store.save(model.chunks, folder, groups),
         finish=finish,
         names=tuple(f"{HF_FILES}/{name}" for name in names),
@@ -120,8 +124,7 @@ def _small_files(source: Path | None) -> dict[Path, Path]:
     """Find the files to copy, by their names below ``source``."""
     if source is None:
         return {}
-    with explained(source, "cannot be read"):
-        return {file.relative_to(source): file for file in beside(source).carried}
+    return {file.relative_to(source): file for file in beside(source).carried}
 
 
 def _is_done(place: SavePlace) -> bool:

@@ -43,7 +43,7 @@ def test_a_source_shard_that_cannot_be_read(
     ("target", "words"),
     [
         ("/sys/out", "that you may write"),
-        ("/dev/null/out", "choose an --export-dir that is a directory"),
+        ("/dev/null/out", "choose another --export-dir, one that is a directory"),
     ],
 )
 def test_a_target_that_cannot_be_written(

@@ -32,6 +32,7 @@ CALLS = ("pwrite", "write", "fsync", "rename", "ftruncate", "unlink")
 LAYOUT = "tp2-ep2"
 OTHER = "tp2"
 RANKS = world.LAYOUTS[LAYOUT][0]
+ROOT = Path(__file__).parents[2]
 KILLS = 20
 
 
@@ -217,6 +218,12 @@ def both(source: Path, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+def same_tensors(stored: Path, wanted: Path, ranks: Ranks) -> None:
+    found, of_both = (ranks(1, saved.tensors, each)[0] for each in (stored, wanted))
+    assert found.keys() == of_both.keys()
+    assert all(torch.equal(found[key], of_both[key]) for key in of_both)
+
+
 @pytest.mark.parametrize(("victim", "number", "was_saved"), [(0, 3, False), (1, 60, True)])
 def test_a_save_and_an_export_resume(  # noqa: PLR0913
     victim: int,
@@ -237,36 +244,77 @@ def test_a_save_and_an_export_resume(  # noqa: PLR0913
     assert tree(tmp_path / "out") == tree(both / "out")
     assert before.items() <= {path: path.stat().st_mtime_ns for path in stored.rglob("*")}.items()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saved"]
-    found, wanted = (ranks(1, saved.tensors, of / "saved")[0] for of in (tmp_path, both))
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    same_tensors(stored, both / "saved", ranks)
+
+
+def ended_by(number: signal.Signals, argv: list[str], folder: Path, begun: Callable[[], bool]) -> None:
+    """Send a signal to the torchrun of two ranks, whose disk is slow, as soon as it has ``begun``.
+
+    Ctrl-C reaches torchrun alone: its ranks have sessions of their own.
+    """
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with (folder.parent / "said").open("w") as said:
+        started = subprocess.Popen(
+            [*run, "-m", "tests.dist.slow_disk", *argv], stdout=said, stderr=said, cwd=ROOT
+        )
+        end = time.monotonic() + 120
+        while not begun():
+            text = (folder.parent / "said").read_text()
+            assert started.poll() is None and time.monotonic() < end, text
+            time.sleep(0.002)
+        started.send_signal(number)
+        assert started.wait(60) != 0
+
+
+def resumed_when_free(argv: list[str], ranks: Ranks) -> None:
+    """Ranks may live on as orphans: while one holds the directory a resume is refused."""
+    end = time.monotonic() + 120
+    while (ended := ranks(2, command, *argv, "--resume"))[0].status != 0:
+        assert "is being written by another run" in message(ended)
+        assert time.monotonic() < end
+        time.sleep(0.5)
+
+
+def has_begun(out: Path) -> Callable[[], bool]:
+    return lambda: any(out.glob(".model-*.partial"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_torchrun_is_killed_or_interrupted(
     number: signal.Signals, source: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Its ranks may live on, as orphans: while one holds the directory a resume is refused."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     flags: dict[str, Any] = {"stream": True, "tp": None, "ep": None, "max_shard_size": "100KB"}
     assert ranks(1, command, *quantize_argv(source, whole, **flags))[0].status == 0
     argv = quantize_argv(source, out, **flags)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with (tmp_path / "said").open("w") as said:
-        started = subprocess.Popen(
-            [*run, "-m", "megatron_quant", *argv], stdout=said, stderr=said, cwd=tmp_path
-        )
-        end = time.monotonic() + 120
-        while not any(out.glob(".*.partial")):
-            assert started.poll() is None and time.monotonic() < end, (tmp_path / "said").read_text()
-            time.sleep(0.002)
-        started.send_signal(number)
-        started.wait(60)
-    while True:
-        ended = ranks(2, command, *argv, "--resume")
-        if ended[0].status == 0:
-            break
-        assert "is being written by another run" in message(ended)
-        assert time.monotonic() < end
-        time.sleep(0.5)
+    ended_by(number, argv, out, has_begun(out))
+    assert number == signal.SIGKILL or not (out / INDEX).exists()
+    resumed_when_free(argv, ranks)
+    assert tree(out) == tree(whole)
+
+
+@pytest.mark.parametrize("in_save", [True, False])
+def test_an_interrupted_save_and_export(
+    in_save: bool, source: Path, both: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Ctrl-C while the one is written, or the other."""
+    out, stored, incomplete = (tmp_path / name for name in ("out", "saved", "saved.incomplete"))
+    argv = saving_argv(source, tmp_path)
+    begun = (incomplete / "checkpoint").is_dir if in_save else has_begun(out)
+    ended_by(signal.SIGINT, argv, out, begun)
+    assert stored.exists() != in_save and not (out / INDEX).exists()
+    resumed_when_free(argv, ranks)
+    assert tree(out) == tree(both / "out")
+    same_tensors(stored, both / "saved", ranks)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "saved", "said"}
+
+
+def test_an_interrupted_export(both: Path, ranks: Ranks, tmp_path: Path) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    flags = ["--export-format", "compressed-tensors", "--max-shard-size", "100KB"]
+    argv = ["export", str(both / "out"), *flags, "--export-dir"]
+    assert ranks(1, command, *argv, str(whole))[0].status == 0
+    ended_by(signal.SIGINT, [*argv, str(out)], out, has_begun(out))
+    assert not (out / INDEX).exists()
+    resumed_when_free([*argv, str(out)], ranks)
     assert tree(out) == tree(whole)

@@ -1,6 +1,7 @@
 """Ranks verify a checkpoint together: each takes a share, and all give the same report."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_quant.ckpt.verify import Report, verify, verify_share
+from megatron_quant.ckpt.verify import Report, Share, verify, verify_share
 from megatron_quant.ckpt.verify import checkpoint as checkpoint_room
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CheckpointError, VerifyError
@@ -191,3 +192,24 @@ def test_no_verify_leaves_the_same_files_without_looking_at_them(
     assert refused.status == 1 and "AssertionError: verified" in refused.err
     assert command(*again, "--export-dir", str(tmp_path / "c"), "--no-verify").status == 0
     assert "config.json" in tree(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["a", "/b/c", "\\1"])
+def test_findings_under_another_name(name: str) -> None:
+    lines = ["/a: no config", "x: missing, though /a/x.json lists it", "/ab, b/a and c/a/d: a tensor"]
+    share = Share(Path("/a"), ("/a cannot be read",)).called(Path(name))
+    assert (share.directory, share.unreadable) == (Path(name), (f"{name} cannot be read",))
+    share = Share(Path("/a"), problems={(0, 0): lines}).called(Path(name))
+    assert share.problems[0, 0] == [f"{name}: no config", lines[1].replace("/a/x", f"{name}/x"), lines[2]]
+
+
+def test_a_short_relative_name(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The words of a problem stay, although the directory's name is in many of them."""
+    bad = Path(shutil.copytree(good, tmp_path / "a"))
+    exported.edit_json(bad / "config.json", lambda config: config.pop("num_hidden_layers"))
+    (wanted,) = verify_together(bad, None, Groups()).problems
+    monkeypatch.chdir(tmp_path)
+    (found,) = verify_together(Path("a"), None, Groups(), named=Path("b")).problems
+    assert found == wanted.replace(str(bad), "b")

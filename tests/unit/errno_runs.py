@@ -4,8 +4,6 @@
 and how many calls a run makes that nothing disturbs.
 """
 
-import ctypes
-import errno
 import json
 import shutil
 import sys
@@ -16,19 +14,10 @@ from pathlib import Path
 from megatron_quant.ckpt.write.directory import Existing
 from megatron_quant.errors import QuantError
 from tests.unit import sources, test_target
+from tests.unit.errno_calls import CALLS, arm, disarm, seen
+from tests.unit.errno_saves import fail_saves
 from tests.unit.test_ckpt_writer import contents
 
-CALLS = {
-    "open": errno.EIO,
-    "openat": errno.EIO,
-    "rename": errno.EIO,
-    "fsync": errno.EIO,
-    "write": errno.ENOSPC,
-    "pwrite": errno.ENOSPC,
-    "ftruncate": errno.ENOSPC,
-    "fallocate": errno.ENOSPC,
-}
-"""Each kind of call, and what it fails with."""
 STREAMED = 5
 """Numbers of a kind at which a stream fails; a small export fails at each."""
 Write = Callable[[Path, bool], object]
@@ -71,14 +60,14 @@ def numbers(count: int, of: str) -> list[int]:
 
 
 def failed(of: str, write: Write, call: str, number: int, out: Path) -> Failed:
-    shim, whole = ctypes.CDLL(None), contents(out.with_name(of))
+    whole = contents(out.with_name(of))
     resume, told = number % 2 == 0, ""
-    shim.shim_arm(str(out).encode(), call.encode(), ctypes.c_long(number), CALLS[call])
+    arm(out, call, number)
     try:
         write(out, resume)
     except QuantError as error:
         told = str(error)
-    shim.shim_arm(b"", b"", ctypes.c_long(0), 0)
+    disarm()
     left = contents(out) if out.exists() else None
     write(out, True)
     again = contents(out)
@@ -96,24 +85,23 @@ def failed(of: str, write: Write, call: str, number: int, out: Path) -> Failed:
 
 
 def main(source: Path, folder: Path) -> None:
-    shim = ctypes.CDLL(None)
-    shim.shim_seen.restype = ctypes.c_long
     counts: dict[str, dict[str, int]] = {}
     found: list[Failed] = []
     for of, write in {"small": small, "streamed": streamed(source)}.items():
         write(folder / of, False)
         for call in CALLS:
             out = folder / f"{of}-{call}"
-            shim.shim_arm(str(out).encode(), call.encode(), ctypes.c_long(0), 0)
+            arm(out, call)
             write(out, False)
-            count = counts.setdefault(of, {})[call] = shim.shim_seen()
+            count = counts.setdefault(of, {})[call] = seen()
             shutil.rmtree(out)
             found += [failed(of, write, call, number, out) for number in numbers(count, of)]
     out = folder / "unsynced"
-    shim.shim_arm(str(out).encode(), b"fsync", ctypes.c_long(0), 0)
+    arm(out, "fsync")
     test_target.write(out, fsync=False)
-    counts["unsynced"] = {"fsync": shim.shim_seen()}
-    content = {"counts": counts, "runs": [asdict(run) for run in found]}
+    counts["unsynced"] = {"fsync": seen()}
+    saves = [asdict(run) for run in fail_saves(folder, source)]
+    content = {"counts": counts, "runs": [asdict(run) for run in found], "saves": saves}
     (folder / "found.json").write_text(json.dumps(content))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.dist import checkpoints
-from tests.unit.errno_runs import CALLS
+from tests.unit.errno_calls import CALLS
 
 SHIM = Path(__file__).with_name("errno_shim.c")
 
@@ -64,3 +64,36 @@ def test_no_such_call_may_fail_unseen(call: str, found: dict[str, Any]) -> None:
 
 def test_without_fsync_nothing_is_synced(found: dict[str, Any]) -> None:
     assert found["counts"]["unsynced"] == {"fsync": 0}
+
+
+SAVES = ("open", "rename", "fsync", "write")
+"""The calls that a save to ``--megatron-save-path`` makes."""
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["new", "replaced"])
+@pytest.mark.parametrize("call", SAVES)
+def test_a_save_that_fails_leaves_nothing_or_the_older_one(
+    call: str, older: bool, found: dict[str, Any]
+) -> None:
+    runs = [run for run in found["saves"] if (run["older"], run["call"]) == (older, call)]
+    told = [run for run in runs if run["told"]]
+    assert len(told) >= 2, runs
+    for run in runs:
+        assert run["again"], run
+        if not run["told"]:  # removing what is left may fail
+            assert run["looks"] == "new", run
+        elif older:
+            assert run["looks"] in ("old", "new"), run
+        else:
+            assert not run["looks"] and not run["left"], run
+        assert "\n" not in run["told"] and "--export-dir" not in run["told"], run
+    assert any(
+        os.strerror(CALLS[call]) in run["told"] and "--megatron-save-path" in run["told"]
+        for run in runs
+    )
+
+
+def test_a_save_makes_no_other_calls(found: dict[str, Any]) -> None:
+    """They would be told, or seen in the counts of ``SAVES``."""
+    others = [run for run in found["saves"] if run["call"] not in SAVES]
+    assert not [run for run in others if run["told"]]

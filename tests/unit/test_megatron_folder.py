@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ def content(text: str = "new") -> Content:
         (place / "hf").mkdir()
         (place / "hf" / "config.json").write_text(text)
 
-    return Content(save=save, finish=finish, names=("hf/config.json",), made_of={"recipe": text})
+    return Content(
+        place="--megatron-save-path",
+        save=save,
+        finish=finish,
+        names=("hf/config.json",),
+        made_of={"recipe": text},
+    )
 
 
 def saved(path: Path, text: str = "new") -> None:
@@ -99,8 +106,10 @@ def test_a_failure_leaves_the_old_one_alone(at: str, tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     parts = {"save": made.save, "finish": made.finish, at: fail}
-    with pytest.raises((ExportError, OSError), match="No space left"):
-        write_folder(tmp_path / "a", Groups(), Content(**parts, names=made.names))
+    with pytest.raises((ExportError, OSError), match="No space left") as raised:
+        write_folder(tmp_path / "a", Groups(), replace(made, **parts))
+    if at == "finish":
+        assert str(raised.value).endswith("choose another --megatron-save-path")
     assert tree(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -161,12 +170,12 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
             try:
                 saved(tmp_path / "a")
             except ExportError as error:
-                os._exit(7 if "is being written by another run" in str(error) else 1)
+                expected = "is being written by another run", "choose another --megatron-save-path"
+                os._exit(7 if all(words in str(error) for words in expected) else 1)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         made.save(place)
 
     made = content()
-    parts = Content(save=meanwhile, finish=made.finish, names=made.names)
-    write_folder(tmp_path / "a", Groups(), parts)
+    write_folder(tmp_path / "a", Groups(), replace(made, save=meanwhile))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -4,12 +4,14 @@ from .box_bytes import leaves_of as leaves_of
 from .box_bytes import placed as placed
 from .direct_io import OutputFile as OutputFile
 from .direct_io import StagingBuffer as StagingBuffer
+from .disk import EXPORT_DIR as EXPORT_DIR
 from .disk import UNSUPPORTED as UNSUPPORTED
 from .disk import allocate as allocate
 from .disk import append as append
 from .disk import explained as explained
 from .disk import forget as forget
 from .disk import overlap as overlap
+from .disk import read_source as read_source
 from .disk import sync_directory as sync_directory
 from .disk import write_at as write_at
 from .disk import write_file as write_file
@@ -38,6 +40,7 @@ from .tree_digest import hashed as hashed
 __all__ = [
     "ABOUT",
     "DIGEST_BYTES",
+    "EXPORT_DIR",
     "INDEX",
     "MANIFEST",
     "UNSUPPORTED",
@@ -68,6 +71,7 @@ __all__ = [
     "read_config",
     "read_header",
     "read_object",
+    "read_source",
     "resolve_source",
     "sync_directory",
     "write_at",

@@ -7,37 +7,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_quant.errors import ExportError
+from megatron_quant.errors import CheckpointError, ExportError
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of a file system that lacks a call."""
+EXPORT_DIR = "--export-dir"
+_WRITABLE = "choose another {place}, one that you may write"
+_DIRECTORY = "choose another {place}, one that is a directory"
 _WAYS_OUT = {
-    errno.ENOSPC: "free some space or choose another --export-dir",
-    errno.EDQUOT: "free some of the quota or choose another --export-dir",
-    errno.EFBIG: "choose a smaller --max-shard-size, or raise the file size limit (ulimit -f)",
-    errno.EACCES: "choose an --export-dir that you may write",
-    errno.EPERM: "choose an --export-dir that you may write",
-    errno.EROFS: "choose an --export-dir that you may write",
-    errno.ENOTDIR: "choose an --export-dir that is a directory",
-    errno.EEXIST: "choose an --export-dir that is a directory",
-    errno.ENOENT: "choose an --export-dir that all ranks see",
+    errno.ENOSPC: "free some space or choose another {place}",
+    errno.EDQUOT: "free some of the quota or choose another {place}",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.EROFS: _WRITABLE,
+    errno.ENOTDIR: _DIRECTORY,
+    errno.EEXIST: _DIRECTORY,
+    errno.ENOENT: "choose another {place}, one that all ranks see",
 }
 
 
 @contextmanager
-def explained(path: Path, doing: str, flag: str = "--export-dir") -> Iterator[None]:
+def explained(path: Path, doing: str, place: str = EXPORT_DIR) -> Iterator[None]:
     """Turn an OSError of the block into an ExportError that names the file and the way out.
 
     Args:
         path: File to name where the OSError names none.
         doing: What failed, for the message.
-        flag: Names the place, for the way out.
+        place: The flag that chose the place, or a word for it; another one is the way out.
     """
     try:
         yield
     except OSError as error:
-        way_out = _WAYS_OUT.get(error.errno or 0, "choose another --export-dir")
-        way_out = way_out.replace("--export-dir", flag)
+        way_out = _WAYS_OUT.get(error.errno or 0, "choose another {place}").format(place=place)
+        if error.errno == errno.EFBIG and place == EXPORT_DIR:
+            way_out = f"choose a smaller --max-shard-size, or {way_out}"
         named = error.filename or path
         raise ExportError(f"{named}: {doing}: {error.strerror or error}; {way_out}") from error
 
@@ -66,6 +70,16 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
+
+
+def read_source(path: Path) -> bytes:
+    """Read a whole file of a source. Raises CheckpointError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}; make it readable, or fetch it again"
+        ) from error
 
 
 def write_file(path: Path, content: bytes, fsync: bool) -> None:

@@ -1,6 +1,7 @@
 """Check a written checkpoint against its own config, with safetensors alone."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapreplace
 from math import isfinite, prod, sqrt
@@ -102,11 +103,18 @@ class Share:
             self.problems[kind, number] = list(problems)
 
     def called(self, directory: Path) -> "Share":
-        """Return the findings with ``directory`` as the checkpoint's name."""
-        was, now = str(self.directory), str(directory)
-        lines = {p: [line.replace(was, now) for line in own] for p, own in self.problems.items()}
-        unreadable = tuple(line.replace(was, now) for line in self.unreadable)
-        return Share(directory, unreadable, lines, self.tensors)
+        """Return the findings with ``directory`` as the checkpoint's name.
+
+        Its name so far must be absolute: any other could be a word.
+        """
+        assert self.directory.is_absolute(), self.directory
+        was = re.compile(rf"(?<![\w./-]){re.escape(str(self.directory))}(?![\w.-])")
+
+        def renamed(lines: Iterable[str]) -> list[str]:
+            return [was.sub(lambda _: str(directory), line) for line in lines]
+
+        lines = {place: renamed(own) for place, own in self.problems.items()}
+        return Share(directory, tuple(renamed(self.unreadable)), lines, self.tensors)
 
 
 def verify(directory: Path, against: Path | None = None) -> Report:

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_quant.ckpt.dialects import FILES
 from megatron_quant.ckpt.plan import CONFIG
 from megatron_quant.ckpt.storage import MANIFEST
+from megatron_quant.errors import CheckpointError
 
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml"),
@@ -40,11 +41,12 @@ def beside(directory: Path) -> Beside:
     """Find the files beside the weights in the checkpoint ``directory``, in folders too.
 
     Hidden files stay behind, and so do folders with weights of their own and links to somewhere
-    else. The hub's cache is the exception: all its files are links.
+    else. The hub's cache is the exception: all its files are links. Raises CheckpointError if the
+    directory cannot be listed.
     """
     carried: list[Path] = []
     left_out: list[str] = []
-    for path in sorted(directory.iterdir()):
+    for path in _entries(directory):
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
         if path.is_dir():
@@ -63,6 +65,15 @@ def beside(directory: Path) -> Beside:
             elif name != CONFIG and not _matches(file.name, (*_WEIGHTS, *_OWN)):
                 carried.append(file)
     return Beside(tuple(carried), tuple(left_out))
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} cannot be read: {error.strerror}; make it readable, or fetch it again"
+        ) from error
 
 
 def _files(folder: Path) -> Iterator[Path]:

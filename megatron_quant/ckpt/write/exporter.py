@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_quant.ckpt.plan import Companions, ExportPlan, check_plan, joints
-from megatron_quant.ckpt.storage import INDEX, MANIFEST, TensorDigests, TensorEntry, explained
+from megatron_quant.ckpt.storage import (
+    INDEX,
+    MANIFEST,
+    TensorDigests,
+    TensorEntry,
+    explained,
+    read_source,
+)
 from megatron_quant.ckpt.write.directory import (
     Claim,
     Existing,
@@ -180,7 +187,7 @@ def stage_documents(
     with explained(claim.directory, "cannot be completed"):
         for source in companions.carried:
             name = companions.name_of(source)
-            stage(claim.directory, name, source.read_bytes(), claim.fsync)
+            stage(claim.directory, name, read_source(source), claim.fsync)
         for name, content in {**documents, INDEX: plan.index}.items():
             text = (json.dumps(content, indent=2) + "\n").encode()
             stage(claim.directory, name, text, claim.fsync)

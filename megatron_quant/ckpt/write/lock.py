@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from megatron_quant.ckpt.storage import UNSUPPORTED
+from megatron_quant.ckpt.storage import EXPORT_DIR, UNSUPPORTED
 from megatron_quant.errors import ExportError
 
 LOCK = ".megatron_quant_lock.partial"
@@ -25,9 +25,12 @@ class Lock:
     has no locks, a line says so and nothing is locked.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Take the lock. Raises ExportError if another process holds it, and OSError."""
-        self._path = directory / LOCK
+    def __init__(self, directory: Path, place: str = EXPORT_DIR) -> None:
+        """Take the lock. Raises ExportError if another process holds it, and OSError.
+
+        place: the flag that chose the place, or a word for it; another one is the way out.
+        """
+        self._path, self._place = directory / LOCK, place
         self._stream: IO[str] | None = None
         while self._stream is None:
             stream = _opened(self._path)
@@ -48,7 +51,7 @@ class Lock:
             if error.errno in _HELD:
                 raise ExportError(
                     f"{self._path.parent} is being written by another run ({_holder(stream)}): "
-                    "wait for its end, or choose another --export-dir"
+                    f"wait for its end, or choose another {self._place}"
                 ) from None
             if error.errno not in _NO_LOCKS:
                 raise

@@ -117,7 +117,7 @@ def wait_for(directory: Path, run: str) -> None:
         if time.monotonic() > end:
             raise ExportError(
                 f"{directory} on {socket.gethostname()} is not the directory that rank 0 writes: "
-                "choose an --export-dir that all ranks see"
+                "choose another --export-dir, one that all ranks see"
             )
         time.sleep(pause)
         pause = min(2 * pause, 1.0)

@@ -25,6 +25,7 @@ WRITTEN = "megatron_quant_files.json"
 _NEW = f"{WRITTEN}.new"
 _INSIDE = "checkpoint"
 _DOING = "cannot be written"
+_ANY = "directory"
 _FILES_A_RANK = 2  # tensor files that Megatron writes, one for each thread
 _FIRST = "metadata.json"  # without it a folder is no checkpoint
 
@@ -33,11 +34,13 @@ _FIRST = "metadata.json"  # without it a folder is no checkpoint
 class Content:
     """The content of a checkpoint's folder.
 
+    place: the flag that chose the place, or a word for it, for errors' ways out.
     save: collective, writes the tensors into the empty folder that it gets. finish: called on one
     rank, adds the files ``names`` below the folder. made_of: digests of its inputs, which a later
     run compares.
     """
 
+    place: str
     save: Callable[[Path], None]
     finish: Callable[[Path], None]
     names: tuple[str, ...]
@@ -99,7 +102,7 @@ def write_folder(path: Path, groups: Groups, content: Content) -> None:
 
 def remove_own(folder: Path) -> None:
     """Remove the files that the list in ``folder`` names. Raises ExportError if it has others."""
-    with explained(folder, "cannot be removed"):
+    with explained(folder, "cannot be removed", _ANY):
         _remove(folder, _own(folder))
 
 
@@ -170,9 +173,14 @@ def _expected(ranks: int, content: Content) -> list[str]:
 
 def _begin(path: Path, ranks: int, content: Content) -> Lock:
     work = _work(path)
-    with explained(work, _DOING):
+    with explained(work, _DOING, content.place):
         work.mkdir(parents=True, exist_ok=True)
-        lock = Lock(work)
+        try:
+            lock = Lock(work, content.place)
+        except BaseException:
+            with suppress(OSError):
+                work.rmdir()
+            raise
         try:
             check_free(path)
             _put_back(path)
@@ -185,9 +193,7 @@ def _begin(path: Path, ranks: int, content: Content) -> Lock:
             _list(work, Written(files=tuple(f"{_INSIDE}/{name}" for name in inside)))
             (work / _INSIDE).mkdir()
         except BaseException:
-            lock.release()
-            with suppress(OSError):
-                work.rmdir()
+            _end(path, lock)
             raise
     return lock
 
@@ -205,7 +211,7 @@ def _put_back(path: Path) -> None:
 
 def _commit(path: Path, content: Content) -> None:
     inside, replaced = _work(path) / _INSIDE, _replaced(path)
-    with explained(inside, _DOING):
+    with explained(inside, _DOING, content.place):
         content.finish(inside)
         listed = _own(_work(path))  # refuse if anybody put something there
         files = tuple(name for name in sorted(_names(inside)) if f"{_INSIDE}/{name}" in listed)
@@ -215,14 +221,23 @@ def _commit(path: Path, content: Content) -> None:
             _own(path)
             os.rename(path, replaced)
         try:
-            os.rename(inside, path)
+            _give_name(inside, path)
         except BaseException:
             if older:
                 os.rename(replaced, path)
             raise
-        sync_directory(path.parent)
         if older:
             _remove(replaced, _own(replaced))
+
+
+def _give_name(inside: Path, path: Path) -> None:
+    """Rename, and take it back if the new name may not survive a power cut. Raises OSError."""
+    os.rename(inside, path)
+    try:
+        sync_directory(path.parent)
+    except BaseException:
+        os.rename(path, inside)
+        raise
 
 
 def _end(path: Path, lock: Lock) -> None:

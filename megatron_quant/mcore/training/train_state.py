@@ -31,6 +31,7 @@ from megatron_quant.mcore.live import quantized
 from megatron_quant.mcore.training.optimizer_state import load_optimizer
 
 _PROGRESS = "progress.json"
+_PLACE = "directory for the run"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def save_run(
     of, path = quantized(model).model, directory / f"iter_{step:07d}"
     first = of.groups.rank == 0
     content = Content(
+        place=_PLACE,
         save=lambda folder: store.save(of.chunks, folder, of.groups, optimizer),
         finish=lambda folder: _add_progress(folder, step, settings),
         names=(_PROGRESS,),
@@ -74,7 +76,7 @@ def _add_progress(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
 def _name_latest(path: Path, step: int) -> None:
     """Name ``path`` as the last save in the run's directory, and remove the previous one."""
     before = latest(path.parent)
-    with explained(path, "cannot be written"):
+    with explained(path, "cannot be written", _PLACE):
         temporary = path.parent / f"{TRACKER}.incomplete"
         write_file(temporary, str(step).encode(), fsync=True)
         os.replace(temporary, path.parent / TRACKER)

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_quant.ckpt.write import Existing
 from megatron_quant.dist import Groups
-from megatron_quant.errors import QuantError
+from megatron_quant.errors import ExportError, QuantError
 from tests.dist.command import tree
 from tests.host import ready
 from tests.unit.errno_calls import CALLS, arm, disarm, seen
@@ -43,8 +43,11 @@ def save(folder: Path, source: Path, existing: Existing, text: str) -> None:
     from megatron_quant.runs import saving
 
     def files(chunks: object, place: Path, groups: Groups) -> None:
-        for name in MEGATRONS:
-            (place / name).write_text(text)
+        try:
+            for name in MEGATRONS:
+                (place / name).write_text(text)
+        except OSError as error:  # as the real one turns it
+            raise ExportError(f"{place} cannot be written: {error.strerror}") from error
 
     saving.store = SimpleNamespace(save=files)  # type: ignore[assignment]
     place = saving.SavePlace(folder / NAME, existing, {"recipe": text})

@@ -26,7 +26,7 @@ class FailedSave:
 
     older: whether another checkpoint was there. told: the error, or empty. looks: "new" or "old" if
     that is what lies at its place, whole; empty if nothing does. left: other names beside it.
-    again: whether the next save leaves the new one alone.
+    again, left_again: the same of the next save.
     """
 
     older: bool
@@ -35,7 +35,8 @@ class FailedSave:
     told: str
     looks: str
     left: list[str]
-    again: bool
+    again: str
+    left_again: list[str]
 
 
 def save(folder: Path, source: Path, existing: Existing, text: str) -> None:
@@ -63,6 +64,10 @@ def looks_like(folder: Path, whole: dict[str, dict[str, bytes]]) -> str:
     )
 
 
+def beside(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("*") if p.name != NAME)
+
+
 def fail_saves(folder: Path, source: Path) -> list[FailedSave]:
     """Each call of a save, and of one that replaces another, fails once."""
     ready()
@@ -87,11 +92,10 @@ def fail_saves(folder: Path, source: Path) -> list[FailedSave]:
                     told = str(error)
                     count = max(count, number + 1)
                 disarm()
-                looks = looks_like(at, whole)
-                left = sorted({p.name for p in at.iterdir()} - {NAME}) if at.exists() else []
+                first = looks_like(at, whole), beside(at)
                 save(at, source, existing, "new")
-                again = looks_like(at, whole) == "new" and [p.name for p in at.iterdir()] == [NAME]
-                found.append(FailedSave(older, call, number, told, looks, left, again))
+                again = looks_like(at, whole), beside(at)
+                found.append(FailedSave(older, call, number, told, *first, *again))
                 shutil.rmtree(at)
                 number += 1
     return found

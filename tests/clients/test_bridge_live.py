@@ -71,10 +71,10 @@ def test_its_weights_are_those_of_the_files(
 
 
 def run_batches(model: list[Any]) -> None:
-    from megatron_quant.mcore.model import run_schedule
+    from megatron_quant.mcore.model import run_through
 
     batches = [torch.arange(64).view(2, 32) * step % 256 for step in (1, 3, 5)]
-    run_schedule(mq.quantized(model).model.chunks, batches, lambda logits: None)
+    run_through(mq.quantized(model).model.chunks, batches)
 
 
 def export_hooked(source: Path, out: Path, tp: int, ep: int, pp: int) -> None:

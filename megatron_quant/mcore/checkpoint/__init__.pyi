@@ -19,6 +19,7 @@ from .run_config import model_of_run as model_of_run
 from .saved import HF_FILES as HF_FILES
 from .saved import Saved as Saved
 from .saved import describe_run as describe_run
+from .state import CHILD as CHILD
 from .state import before_save as before_save
 from .state import describe_model as describe_model
 from .store import OPTIMIZER as OPTIMIZER
@@ -32,6 +33,7 @@ from .torch_dist import TorchDist as TorchDist
 from .torch_dist import open_torch_dist as open_torch_dist
 
 __all__ = [
+    "CHILD",
     "HF_FILES",
     "OPTIMIZER",
     "RESHARDABLE",

@@ -3,6 +3,7 @@ from .evaluation import evaluate_model as evaluate_model
 from .keep import keep_scales as keep_scales
 from .load import LiveModel as LiveModel
 from .load import empty_model as empty_model
+from .load import fill_model as fill_model
 from .load import load_model as load_model
 from .load import wrap_model as wrap_model
 from .locate import local_params as local_params
@@ -19,6 +20,7 @@ __all__ = [
     "check_shares",
     "empty_model",
     "evaluate_model",
+    "fill_model",
     "keep_scales",
     "load_model",
     "local_params",

@@ -175,6 +175,14 @@ def load_model(
     return model
 
 
+def fill_model(model: LiveModel, source: TensorSource) -> None:
+    """Give a live model the weights of ``source``, each rank its share. Collective.
+
+    Raises CheckpointError, on every rank alike, for a weight that is not finite in its dtype.
+    """
+    together(model.groups, lambda: _fill(model, source, lambda count: None))
+
+
 @torch.no_grad()
 def _fill(model: LiveModel, checkpoint: TensorSource, progress: Callable[[int], None]) -> None:
     for local in model.local:

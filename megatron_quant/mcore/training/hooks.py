@@ -19,13 +19,18 @@ from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import QuantError
 from megatron_quant.layers import ExpertScales, QuantLayer
 from megatron_quant.mcore.checkpoint import (
+    TorchDist,
     before_save,
     is_checkpoint,
+    is_quantized,
     latest,
-    open_saved,
+    open_plain,
+    open_stored,
+    read_saved,
 )
 from megatron_quant.mcore.live import AttachSettings, Quantized, attach_recipe
-from megatron_quant.mcore.model import start_distributed
+from megatron_quant.mcore.model import fill_model, start_distributed
+from megatron_quant.mcore.training.plain_start import accept_plain, keys_apart
 from megatron_quant.recipes import QuantPlan, Recipe
 
 
@@ -45,7 +50,8 @@ def prepare(
         virtual pipeline stages, all its chunks.
     recipe: as ``--export-quant-cfg`` takes it; it uses the Hugging Face model's names of weights.
     checkpoint: a ``torch_dist`` checkpoint of a model quantized with ``recipe``, at any layout, or
-        a training run's directory. Weights and all ranges then come from it.
+        a training run's directory. Weights and all ranges then come from it. If it holds no
+        quantizers, weights come from it, and the loop may load it again before the first step.
     checkpoint_if_present: such a directory that may be absent or hold no save yet, like the one
         that the run itself saves to. If it has a save, that goes before ``checkpoint``.
     hf_model: that model's directory or hub id (only config.json is read), or its config.
@@ -62,11 +68,15 @@ def prepare(
     groups = groups or start_distributed()
     together(groups, lambda: _check(model))
     start = _present(checkpoint_if_present, groups) or checkpoint
-    saved = None if start is None else open_saved(Path(start), groups)
+    stored = None if start is None else open_stored(Path(start), groups)
+    saved = read_saved(stored, groups) if stored and is_quantized(stored) else None
+    apart = keys_apart(model)
     check = _trainable if saved is not None else _startable
     handle = attach_recipe(
         model, recipe, hf_model, groups, AttachSettings(saved, expert_scales, check)
     )
+    if stored is not None and saved is None:
+        _fill_plain(handle, stored, apart)
     if saved is None:
         _start_ranges(handle.layers, handle.plan, groups)
     before_save(handle.model, functools.partial(_follow_weights, handle))
@@ -84,6 +94,13 @@ def _present(directory: Path | str | None, groups: Groups) -> Path | None:
         return path if path != at or is_checkpoint(path) else None
 
     return gather(together(groups, found), groups)[0]
+
+
+def _fill_plain(handle: Quantized, stored: TorchDist, apart: bool) -> None:
+    """Give the model the weights of a checkpoint without quantizers, which may be loaded again."""
+    live, config = handle.model, handle.hf.config
+    fill_model(live, together(live.groups, lambda: open_plain(stored, config)))
+    accept_plain(live.chunks, apart)
 
 
 def _follow_weights(handle: Quantized) -> None:

@@ -198,6 +198,7 @@ def decide(
     if saved is not None and saved.recipe is not None:
         _check_same(options, quant, resolve(saved.recipe, slots(params)))
     _check_calibration(options, quant, saved)
+    _check_evaluation(options, quant, saved)
     _check_samples(options, quant, saved)
     _check_cache(quant)
     dtype = dtype_of(options.dtype)
@@ -295,6 +296,15 @@ def _check_calibration(options: QuantizeOptions, quant: QuantPlan, saved: Saved 
         raise QuantError(
             "--keep-hessians: second moments are measured only for algorithm gptq, which no rule "
             "has; leave it out"
+        )
+
+
+def _check_evaluation(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
+    """Raise QuantError if the weights to compare with are gone."""
+    if options.eval_text and saved is not None and any(d.rounds for d in quant.quantized):
+        raise QuantError(
+            "--eval-text compares with the weights before gptq, which --megatron-load-path lacks: "
+            "run megatron-quant eval on the export, with --against"
         )
 
 

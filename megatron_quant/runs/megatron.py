@@ -17,7 +17,7 @@ from megatron_quant.ckpt.verify import Report
 from megatron_quant.ckpt.write import Produce
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluation import Sums
-from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer
+from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.checkpoint import (
     PlainWeights,
     Saved,
@@ -38,6 +38,7 @@ from megatron_quant.mcore.live import (
 )
 from megatron_quant.mcore.model import (
     LiveModel,
+    Reference,
     check_shares,
     empty_model,
     evaluate_model,
@@ -110,6 +111,7 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     assert model.layout == job.layout, "the plan's owners are not where Megatron put the ranks"
     with phases.time("attach"):
         handle = _attach(inputs, model, saved)
+        reference = Reference(handle.layers if inputs.windows else ())
     if saved is not None:
         with phases.time("load"):
             scales = ExpertScales(job.expert_scales)
@@ -119,7 +121,7 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     calibration = handle.report or CalibrationReport(
         weight_amax={}, input_amax={}, scaled_amax={}, tokens={}, cold=()
     )
-    fake_quant = _evaluate(inputs, handle, phases) if inputs.windows else None
+    fake_quant = _evaluate(inputs, handle, reference, phases) if inputs.windows else None
     amaxes = (calibration.weight_amax, calibration.input_amax, handle.kv_amax)
     found = (*amaxes, calibration.moments)
     digest = together(groups, lambda: statistics_digest(job, options, *found))
@@ -247,15 +249,15 @@ def _calibrate(
         return calibrate_quantized(handle, steps, rules, keep_settings(how))
 
 
-def _evaluate(inputs: Inputs, handle: Quantized, phases: Phases) -> Sums:
+def _evaluate(inputs: Inputs, handle: Quantized, reference: Reference, phases: Phases) -> Sums:
     model = handle.model
-    quantized: list[QuantLayer | CachedTensor] = [*handle.layers, *handle.cached]
+    before = partial(reference.in_place, handle.cached)
     size = mpu.get_data_parallel_world_size()
     vocab_size = inputs.job.hf_config["vocab_size"]
     count = -(-len(inputs.windows) // size)
     with forwards(), phases.bar("evaluate", count) as progress:
         return evaluate_model(
-            model.chunks, quantized, inputs.windows, vocab_size, model.groups, progress
+            model.chunks, before, inputs.windows, vocab_size, model.groups, progress
         )
 
 

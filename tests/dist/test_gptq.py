@@ -299,3 +299,47 @@ def test_no_rank_waits_for_one_that_fails(source: Path, tmp_path: Path, ranks: R
     errors = ranks.errors(4, fails_on_rank_1, source, tmp_path)
     assert [str(error) for error in errors] == ["no factor"] * 4
     assert not any(tmp_path.iterdir())
+
+
+def evaluated(source: Path, out: Path) -> list[float]:
+    from megatron_quant.cli.console import ConsolePhases, console
+    from megatron_quant.mcore.model.parallel import start_distributed
+    from megatron_quant.runs.megatron import quantize_run
+    from megatron_quant.runs.options import QuantizeOptions
+
+    found = []
+    for algorithm in ("max", "gptq"):
+        options = QuantizeOptions.from_flags(
+            hf_model_id=str(source),
+            export_quant_cfg="int4",
+            algorithm=algorithm,
+            export_dir=out / algorithm,
+            eval_text=out / "text.txt",
+            calib_size=16,
+            calib_seq_length=32,
+            tp=2,
+            dtype="fp32",
+        )
+        outcome = quantize_run(options, start_distributed(), ConsolePhases(console()))
+        assert outcome.fake_quant is not None
+        found.append(outcome.fake_quant.mean_kl)
+    return found
+
+
+def test_the_evaluation_compares_with_the_weights_of_before(
+    source: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    (tmp_path / "text.txt").write_text("What a text says is of no matter here, but its length. " * 4)
+    found = ranks(2, evaluated, source, tmp_path)
+    assert found[0] == found[1]
+    largest, rounded = found[0]
+    assert 0.1 * largest < rounded < largest
+
+
+def test_a_checkpoint_of_gptq_is_not_evaluated(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    saved = {"megatron_save_path": tmp_path / "saved", "export_dir": None, "calib_size": 4}
+    ranks(1, run, source, ONE, [case("int4", tmp_path, **saved)])
+    loaded = {"export_quant_cfg": None, "algorithm": None, "eval_text": Path(__file__)}
+    loaded["megatron_load_path"] = tmp_path / "saved"
+    ((error),) = ranks.errors(1, run, source, ONE, [case("int4", tmp_path) | loaded])
+    assert "--eval-text compares with the weights before gptq" in str(error)

@@ -1,4 +1,5 @@
 from .attach import attach_model as attach_model
+from .evaluation import Reference as Reference
 from .evaluation import evaluate_model as evaluate_model
 from .keep import keep_scales as keep_scales
 from .load import LiveModel as LiveModel
@@ -15,6 +16,7 @@ from .settings import check_said as check_said
 
 __all__ = [
     "LiveModel",
+    "Reference",
     "attach_model",
     "check_said",
     "check_shares",

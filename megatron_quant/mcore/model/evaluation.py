@@ -1,6 +1,7 @@
 """Measure a live quantized Megatron model's perplexity, and its KL from itself unquantized."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -13,10 +14,35 @@ from megatron_quant.layers import CachedTensor, QuantLayer
 from megatron_quant.mcore.model.schedule import ModelChunks, run_schedule, whole
 
 
+class Reference:
+    """A quantized live model as it was before: quantizers off, and the weights that gptq replaced.
+
+    Make it before calibration. Copies of those weights are held on the host.
+    """
+
+    def __init__(self, layers: Sequence[QuantLayer]) -> None:
+        self._layers = layers
+        rounded = [weight for layer in layers if layer.rounds for weight in layer.weights()]
+        self._held = [(weight, weight.detach().to("cpu", copy=True)) for weight in rounded]
+
+    @contextmanager
+    def in_place(self, cached: Sequence[CachedTensor]) -> Iterator[None]:
+        """Have the model compute as before while the context lasts, ``cached`` unquantized too."""
+        now = [weight.data for weight, _ in self._held]
+        for weight, before in self._held:
+            weight.data = before.to(weight.device)
+        try:
+            with unquantized([*self._layers, *cached]):
+                yield
+        finally:
+            for (weight, _), data in zip(self._held, now, strict=True):
+                weight.data = data
+
+
 @torch.no_grad()
 def evaluate_model(
     model: ModelChunks,
-    layers: Sequence[QuantLayer | CachedTensor],
+    reference: Callable[[], AbstractContextManager[None]],
     windows: Sequence[torch.Tensor],
     vocab_size: int,
     groups: Groups,
@@ -24,8 +50,7 @@ def evaluate_model(
 ) -> Sums:
     """Sum the losses over ``windows`` (int64 [T + 1] each), quantized and against unquantized.
 
-    layers: everything that is quantized, cached keys and values too; it is switched off for the
-    reference.
+    reference: makes contexts in which the model computes unquantized.
 
     Collective: data-parallel ranks share the windows. All run equally many forwards, as the
     dispatch of experts needs. Each window is one forward; as many as there are pipeline stages run
@@ -37,7 +62,7 @@ def evaluate_model(
     stages = mpu.get_pipeline_model_parallel_world_size()
     total = NOTHING
     for few in (own[i : i + stages] for i in range(0, len(own), stages)):
-        found = _windows(model, layers, [windows[i % len(windows)] for i in few], vocab_size)
+        found = _windows(model, reference, [windows[i % len(windows)] for i in few], vocab_size)
         for index, sums in zip(few, found, strict=False):  # empty before the last stage
             if counted and index < len(windows):
                 total += sums
@@ -49,16 +74,16 @@ def evaluate_model(
 
 def _windows(
     model: ModelChunks,
-    layers: Sequence[QuantLayer | CachedTensor],
+    reference: Callable[[], AbstractContextManager[None]],
     windows: Sequence[torch.Tensor],
     vocab_size: int,
 ) -> list[Sums]:
     """Return the sums of each window on ranks of the last pipeline stage; nothing on others."""
     ids = [window[None, :-1] for window in windows]
     logits = run_schedule(model, ids, partial(whole, vocab_size=vocab_size))
-    with unquantized(layers):
+    with reference():
         references = run_schedule(model, ids, partial(whole, vocab_size=vocab_size))
     return [
-        nll_and_kl(own[0], reference[0], window[1:].to(own.device))
-        for own, reference, window in zip(logits, references, windows[: len(logits)], strict=True)
+        nll_and_kl(own[0], other[0], window[1:].to(own.device))
+        for own, other, window in zip(logits, references, windows[: len(logits)], strict=True)
     ]

@@ -15,6 +15,8 @@ from tests.unit.test_docs_commands import COMMANDS, verb_of
 ELSEWHERE = {
     "megatron-quant quantize --megatron-load-path THEIRS": "tests/dist/test_megatron_modelopt.py "
     "makes what ModelOpt saves",
+    "--megatron-load-path RUN": "tests/dist/test_from_training_page.py does, on a run that megatron-core "
+    "saved",
     "examples/train_qat.py": "tests/dist/test_train_qat.py runs it",
     "make": "each takes minutes, or makes an environment; make test runs this file",
     "benchmarks": "they measure for minutes",
@@ -23,10 +25,14 @@ ELSEWHERE = {
     "docs/upstream/NAME.py": "they show faults of other libraries",
 }
 """Part of a command -> why it is not run here."""
+HERE = [
+    (page, shown) for page, shown in COMMANDS if pages.name_of(page) != "docs/from_training.md"
+]
+"""All but those of a page that has a test of its own, ``test_from_training_page.py``."""
 DRAWN = ("docs/architecture.md Recipe", "docs/architecture.md `---", "docs/training.md quantizers:")
 """Starts of what is a drawing or a line of output."""
 LITTLE_DATA = ("--calib-size", "8", "--calib-seq-length", "32", "--cold-experts", "layer-max")
-SHOWN = sorted({pages.name_of(page) for page, shown in COMMANDS if verb_of(shown) is not None})
+SHOWN = sorted({pages.name_of(page) for page, shown in HERE if verb_of(shown) is not None})
 TEXT = "All work and no play makes Jack a dull boy, said the quantizer to the router. " * 40
 
 
@@ -72,7 +78,7 @@ def test_commands_of_a_page(
     page: str, inputs: dict[str, str], tmp_path: Path, ranks: Ranks
 ) -> None:
     done = 0
-    for on, shown in COMMANDS:
+    for on, shown in HERE:
         if pages.name_of(on) != page or verb_of(shown) is None or reason(shown) is not None:
             continue
         ended = run(ranks, shown, inputs, tmp_path)
@@ -84,7 +90,7 @@ def test_commands_of_a_page(
 def test_every_other_command_has_a_reason() -> None:
     lines = [
         f"{pages.name_of(page)} {' '.join(shown)}"
-        for page, shown in COMMANDS
+        for page, shown in HERE
         if verb_of(shown) is None or reason(shown) is not None
     ]
     others = [line for line in lines if reason([line]) is None and not line.startswith(DRAWN)]

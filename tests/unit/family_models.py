@@ -619,7 +619,7 @@ def _write_config(directory: Path, tiny: Tiny) -> None:
     found = json.loads(path.read_text())
     if tiny.nested:
         text = {**found, "model_type": tiny.nested}
-        found = {"text_config": text, "dtype": found["dtype"]}
+        found = {"text_config": text}  # which alone states the dtype
     found = {k: v for k, v in {**found, **tiny.config}.items() if v is not None}
     for part in (found, found.get("text_config", {})):  # layers that these checkpoints lack
         part |= {k: 0 for k in ("num_nextn_predict_layers",) if k in part}

@@ -75,13 +75,26 @@ def companions(
         FormatError: Where the dialect cannot express ``quant``.
     """
     config = without_quantization(hf_config)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).split(".")[-1]
+    config = _with_dtype(config, str(dtype).split(".")[-1])
     config, left_out = _without_drafts(config, quant)
     files: Mapping[str, Mapping[str, Any]] = {}
     if quant.quantized:
         config["quantization_config"] = dialect.quantization_config(quant)
         files = dialect.extra_files(quant)
     return Companions(documents={**files, CONFIG: config}, origin=origin, left_out=left_out)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """State ``dtype`` where ``config`` states one: its own, or else the text decoder's."""
+    nested = config.get("text_config")
+    inner = _dtype_key(nested) if isinstance(nested, dict) else None
+    if isinstance(nested, dict) and inner is not None and _dtype_key(config) is None:
+        return {**config, "text_config": {**nested, inner: dtype}}
+    return {**config, _dtype_key(config) or "dtype": dtype}
+
+
+def _dtype_key(config: Mapping[str, Any]) -> str | None:
+    return next((key for key in ("torch_dtype", "dtype") if key in config), None)
 
 
 def _without_drafts(

@@ -14,10 +14,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_quant.ckpt.read import QuantizedCheckpoint
+from megatron_quant.ckpt.read import QuantizedCheckpoint, stacked
 from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluation.activations import Activations, QuantizedInputs, saved_tags
-from megatron_quant.models import Box, unstack
+from megatron_quant.models import unstack
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids, int64 [tokens] -> logits [tokens, vocabulary] of one causal forward."""
@@ -129,14 +129,8 @@ def _in_stacks(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict
     views = unstack(empty.config.to_dict(), whole_ones)
     if not views.keys() <= tensors.keys():
         return tensors
-    found = {name: t for name, t in tensors.items() if name not in views}
-    for name, view in views.items():
-        if view.stored not in found:
-            found[view.stored] = tensors[name].new_empty(shapes[view.stored])
-        whole = view.box(Box((0,) * len(view.shape), view.shape))
-        part = found[view.stored][whole.index][0]
-        (part.t() if view.transposed else part)[:: view.step].copy_(tensors[name])
-    return found
+    others = {name: t for name, t in tensors.items() if name not in views}
+    return others | stacked(views, shapes, tensors.__getitem__)
 
 
 def _unquantized_config(directory: Path) -> PretrainedConfig:

@@ -4,16 +4,16 @@ Nothing here knows how transformers names or fuses what a checkpoint holds. The 
 through the conversion and the initialization that ``from_pretrained`` gives to those of a model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from megatron_quant.ckpt.read import Weights
-from megatron_quant.errors import CheckpointError
-from megatron_quant.models import decoder_of, whole
+from megatron_quant.ckpt.read import Weights, stacked
+from megatron_quant.errors import ArchitectureError, CheckpointError
+from megatron_quant.models import decoder_of, unstack, whole
 from megatron_quant.streaming.model import one_line, quiet
 
 
@@ -76,20 +76,39 @@ class Skeleton:
         Raises:
             CheckpointError: For one that is missing or has another shape.
         """
-        self._load(self._names(index))
-        layer = self.layers[index]
-        stored = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-        missing = sorted(name for name, t in stored.items() if t.device.type == "meta")
+        self._load({name: self._read(name) for name in self._names(index)})
+        missing = self._missing(index)
+        if missing:
+            self._load(self._stacks(index, missing))
+            missing = self._missing(index)
         if missing:
             raise CheckpointError(
-                f"{self._source.path} has nothing for {self.prefix}layers.{index}.{missing[0]} of "
-                f"transformers' model ({len(missing)} such); fetch the checkpoint again, or pass "
-                "--weight-only"
+                f"{self._source.path} has nothing for {self.prefix}layers.{index}.{min(missing)} "
+                f"of transformers' model ({len(missing)} such); fetch the checkpoint again, or "
+                "pass --weight-only"
             )
+
+    def _missing(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a layer's tensors that are not loaded, by their names in it."""
+        layer = self.layers[index]
+        stored = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+        return {name: tuple(t.shape) for name, t in stored.items() if t.device.type == "meta"}
+
+    def _stacks(
+        self, index: int, missing: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, torch.Tensor]:
+        """Return stacks of experts of which the source has the single ones, as packed ones do."""
+        shapes = {f"{self._own}layers.{index}.{name}": shape for name, shape in missing.items()}
+        try:
+            views = unstack(self._source.config, shapes)
+        except ArchitectureError:
+            return {}
+        whole_ones = views.keys() <= set(self._source)
+        return stacked(views, shapes, self._read) if whole_ones else {}
 
     def fill_rest(self) -> None:
         """Load the weights of the text decoder outside of its layers."""
-        self._load(self._names(None))
+        self._load({name: self._read(name) for name in self._names(None)})
 
     def empty(self) -> None:
         """Give up every weight that is loaded."""
@@ -112,10 +131,9 @@ class Skeleton:
             elif name.startswith(self._own) and not name.startswith(at):
                 yield name
 
-    def _load(self, names: Iterator[str]) -> None:
+    def _load(self, tensors: dict[str, torch.Tensor]) -> None:
         from megatron_quant.streaming.part_loading import load_part
 
-        tensors = {name: self._read(name) for name in names}
         try:
             odd = load_part(self.model, tensors, self._dtype)
         except Exception as e:  # transformers raises whatever a conversion does

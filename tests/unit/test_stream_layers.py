@@ -32,7 +32,7 @@ from megatron_quant.streaming.model import load_model, run_model, watched
 from megatron_quant.streaming.observe import WeightInputAmax
 from megatron_quant.streaming.skeleton import Skeleton
 from megatron_quant.streaming.workplace import DOCUMENT, Workplace
-from tests.dist import checkpoints
+from tests.dist import checkpoints, packed
 from tests.dist.command import command
 from tests.dist.test_kill import count_calls
 from tests.unit import hf_models, sources
@@ -110,6 +110,13 @@ def test_exports_are_equal_and_nobody_loads_the_model(
     kept = [tmp_path / f"{name}.safetensors" for name in ("whole", "layers")]
     assert kept[0].read_bytes() == kept[1].read_bytes()
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_packed_sources_are_decoded_as_they_are_read(tmp_path: Path) -> None:
+    """Single experts, and those of stacks that transformers loads whole."""
+    for source, dense in (packed.save(tmp_path), hf_models.save_gpt_oss(tmp_path / "oss")[::-1]):
+        found = walked(source, tmp_path / f"{source.name}-work")
+        assert len(found) > 10 and found == at_once(dense)
 
 
 def wide(layers: int, directory: Path) -> Path:

@@ -32,6 +32,7 @@ from .source import TensorInfo as TensorInfo
 from .source import TensorSource as TensorSource
 from .source import Weights as Weights
 from .source import fill as fill
+from .stack_views import stacked as stacked
 
 __all__ = [
     "GROUP_INDEX",
@@ -68,4 +69,5 @@ __all__ = [
     "plain_part",
     "remember_heads",
     "row_blocks",
+    "stacked",
 ]

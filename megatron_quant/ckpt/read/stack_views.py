@@ -1,6 +1,6 @@
 """View a checkpoint's stacks of experts as the single experts that engines load."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,3 +62,26 @@ def unstacked(checkpoint: Weights) -> Weights:
     """
     shapes = {name: info.shape for name, info in checkpoint.dense().items()}
     return viewed(checkpoint, unstack(checkpoint.config, shapes))
+
+
+def stacked(
+    views: Mapping[str, View],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Put single experts back into the stacks that ``views`` finds them in.
+
+    Args:
+        views: View of each expert's tensor, by its name.
+        shapes: Shapes of the stacks.
+        read: Gives an expert's tensor.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, view in views.items():
+        tensor = read(name)
+        if view.stored not in found:
+            found[view.stored] = tensor.new_empty(shapes[view.stored])
+        whole = view.box(Box((0,) * len(view.shape), view.shape))
+        part = found[view.stored][whole.index][0]
+        (part.t() if view.transposed else part)[:: view.step].copy_(tensor)
+    return found

@@ -284,7 +284,7 @@ def test_sigkill_at_random_moments(gemma4: Path, tmp_path: Path, ranks) -> None:
     """In the walk, between it and the export, and in the export."""
     (calls,) = ranks(1, calls_of_a_run, gemma4, tmp_path / "whole" / "out")
     wanted = contents(tmp_path / "whole")
-    moments, refused = random.Random(0).sample(range(calls), 12), 0
+    moments, refused = random.Random(0).sample(range(calls), 7), 0
     for number in sorted({*moments, 0, 5, 12}):
         at = tmp_path / str(number)
         at.mkdir()
@@ -294,7 +294,7 @@ def test_sigkill_at_random_moments(gemma4: Path, tmp_path: Path, ranks) -> None:
         refused += "--resume" in str(again)
         ranks(1, resumed, gemma4, at / "out")
         assert contents(at) == wanted, number
-    assert refused > 10
+    assert refused > 6
 
 
 def test_a_killed_rank_leaves_what_all_need(gemma4: Path, tmp_path: Path, ranks) -> None:

@@ -98,9 +98,11 @@ class Installer:
         self.pip(python, "uninstall", "-y", "megatron-quant")
 
     def _overlay(self, base: Path, python: str, requirement: str) -> Path:
+        # An older transformers needs older libraries of its own, and none of those needs torch.
+        alone = () if requirement.startswith("transformers=") else ("--no-deps",)
         return self.made(
             f"{requirement.replace('==', '-')}-py{python}",
-            lambda folder: self.pip(base, "install", "--no-deps", "--target", folder, requirement),
+            lambda folder: self.pip(base, "install", *alone, "--target", folder, requirement),
         )
 
     def _compiled(self, base: Path, row: Row) -> Path:

@@ -218,6 +218,6 @@ def _tokens_of_five_batches(path: Path) -> int:
     return sum(n for slot, n in tokens.items() if slot.startswith("decoder.layers.1."))
 
 
-def test_batches_that_ranks_repeat_count_again(ranks: Ranks, checkpoint: Path) -> None:
-    """Four data-parallel ranks run two each: eight of five, as the report's text says."""
-    assert ranks(4, _tokens_of_five_batches, checkpoint) == [8 * 2 * 32 * TOPK * 2] * 4
+def test_batches_that_ranks_share_count_once(ranks: Ranks, checkpoint: Path) -> None:
+    """Four data-parallel ranks share five batches: none counts twice."""
+    assert ranks(4, _tokens_of_five_batches, checkpoint) == [5 * 2 * 32 * TOPK * 2] * 4

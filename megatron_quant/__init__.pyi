@@ -9,9 +9,11 @@ from .mcore.live import quantized as quantized
 from .mcore.live import update as update
 from .recipes import Recipe as Recipe
 from .recipes import load_recipe as load_recipe
+from .runs import AutoQuantize as AutoQuantize
 from .runs import Calibration as Calibration
 from .runs import Choices as Choices
 from .runs import Exported as Exported
+from .runs import Found as Found
 from .runs import Job as Job
 from .runs import Outcome as Outcome
 from .runs import Parallel as Parallel
@@ -29,15 +31,18 @@ from .runs import quantize as quantize
 from .runs import quantize_checkpoint as quantize_checkpoint
 from .runs import restore as restore
 from .runs import save as save
+from .runs import search_again as search_again
 from .runs import stream as stream
 from .runs import verify as verify
 
 __version__: str
 __all__ = [
+    "AutoQuantize",
     "Calibration",
     "Choices",
     "ExportPlan",
     "Exported",
+    "Found",
     "Groups",
     "Job",
     "Outcome",
@@ -63,6 +68,7 @@ __all__ = [
     "quantized",
     "restore",
     "save",
+    "search_again",
     "stream",
     "update",
     "use_cpu",

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_quant import __version__
-from megatron_quant.cli import evaluate, export, quantize, verify
+from megatron_quant.cli import evaluate, export, quantize, search, verify
 from megatron_quant.cli.failure import TRACEBACK, fail
 from megatron_quant.errors import QuantError, RankError
 from megatron_quant.faults import MINUTES
@@ -19,6 +19,7 @@ Quantize Megatron-Core / Transformer Engine models, mixture-of-experts first.
   export     rewrite a quantized checkpoint in another engine's format, bit for bit
   verify     check that a checkpoint is complete and matches its own config
   eval       measure perplexity on a text, and KL divergence from the original
+  search     choose again among scored formats, for another number of bits
 """
 
 
@@ -30,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (quantize, export, verify, evaluate):
+    for module in (quantize, export, verify, evaluate, search):
         module.add_parser(verbs)
     for verb in verbs.choices.values():
         _running_flags(verb)

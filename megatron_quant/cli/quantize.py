@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 import megatron_quant as mq
-from megatron_quant.cli.console import ConsolePhases, console
+from megatron_quant.cli.console import ConsolePhases, console, escape
 from megatron_quant.cli.report import summary, summary_of_stream
+from megatron_quant.cli.search import add_search
 from megatron_quant.cli.serving import add_dialect, add_layout, add_serving, arguments
 from megatron_quant.cli.tables import (
     engines_table,
@@ -56,6 +57,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     _model_flags(p)
     _calibration_flags(p)
     _export_flags(p)
+    add_search(p)
     p.set_defaults(run=run)
 
 
@@ -243,6 +245,8 @@ def run(args: argparse.Namespace) -> None:
         _print_plan(job, args)
     elif args.stream:
         streamed = mq.stream(*place, args.export_dir, phases=ConsolePhases(out), **given)
+        if args.auto_quantize_bits is not None:
+            out.print(escape(streamed.job.recipe.description))
         for line in summary_of_stream(streamed):
             out.print(line)
     else:

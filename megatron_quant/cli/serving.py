@@ -77,5 +77,6 @@ def arguments(args: argparse.Namespace) -> dict[str, Any]:
         "format": args.export_format,
         "serve": mq.Serve.from_flags(flags),
         "write": mq.Write.from_flags(flags),
+        **({"auto": mq.AutoQuantize.from_flags(flags)} if "auto_quantize_bits" in flags else {}),
         **{name: flags[name] for name in mq.choices().flags if name in flags},
     }

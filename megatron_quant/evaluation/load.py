@@ -70,9 +70,24 @@ def decoded(directory: Path, dtype: torch.dtype) -> Logits:
         CheckpointError: For a tensor that the model or the checkpoint lacks.
     """
     checkpoint = QuantizedCheckpoint(directory)
-    model = _model(directory, {n: checkpoint.weight(n, dtype) for n in checkpoint}, dtype)
-    inputs = _inputs(checkpoint)
+    model, inputs = _dense(checkpoint, directory, dtype), _inputs(checkpoint)
     return _quantized(model, QuantizedInputs(model, inputs)) if inputs else _plain(model)
+
+
+def dense_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checkpoint's weights, decoded, as transformers' model with its head.
+
+    Experts are computed one after another.
+
+    Raises:
+        CheckpointError: For a tensor that the model or the checkpoint lacks.
+    """
+    model: PreTrainedModel = _dense(QuantizedCheckpoint(directory), directory, dtype).eval()
+    return model
+
+
+def _dense(checkpoint: QuantizedCheckpoint, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return _model(directory, {n: checkpoint.weight(n, dtype) for n in checkpoint}, dtype)
 
 
 def _model(

@@ -1,3 +1,5 @@
+from .auto_quantize import Found as Found
+from .auto_quantize import search_again as search_again
 from .checkpoints import convert as convert
 from .checkpoints import evaluate as evaluate
 from .checkpoints import plan as plan
@@ -16,15 +18,18 @@ from .live import quantize as quantize
 from .live import restore as restore
 from .live import save as save
 from .megatron import Outcome as Outcome
+from .settings import AutoQuantize as AutoQuantize
 from .settings import Calibration as Calibration
 from .settings import Parallel as Parallel
 from .settings import Serve as Serve
 from .settings import Write as Write
 
 __all__ = [
+    "AutoQuantize",
     "Calibration",
     "Choices",
     "Exported",
+    "Found",
     "Job",
     "Outcome",
     "Parallel",
@@ -42,6 +47,7 @@ __all__ = [
     "quantize_checkpoint",
     "restore",
     "save",
+    "search_again",
     "stream",
     "verify",
 ]

@@ -13,12 +13,13 @@ from megatron_quant.errors import ExportError, QuantError
 from megatron_quant.recipes import Recipe, is_preset
 from megatron_quant.runs.options import (
     QuantizeOptions,
+    check_not_searched,
     check_plannable,
     chosen_recipe,
     dtype_of,
 )
 from megatron_quant.runs.phases import Phases, Quiet, Timed
-from megatron_quant.runs.settings import Calibration, Parallel, Serve, Write
+from megatron_quant.runs.settings import AutoQuantize, Calibration, Parallel, Serve, Write
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,7 @@ def stream(
     format: str = "modelopt",
     serve: Serve = Serve(),
     write: Write = Write(),
+    auto: AutoQuantize = AutoQuantize(),
     groups: "Groups | None" = None,
     phases: Phases | None = None,
     **flags: Any,
@@ -109,6 +111,7 @@ def stream(
 
     Memory does not grow with the model; the ranks share the tensors. Other arguments, and errors,
     are those of :func:`quantize_checkpoint`.
+    auto: a search for the recipe, in place of ``recipe``, which is None then.
     groups: the ranks that share the work; None for all that torchrun started.
     """
     options = _options(
@@ -120,6 +123,7 @@ def stream(
         calibration=calibration,
         serve=serve,
         write=write,
+        auto=auto,
         stream=True,
     )
     _check_place(options)
@@ -130,6 +134,10 @@ def stream(
     groups = groups or start_ranks(options.distributed_timeout_minutes)
     timed = Timed(phases or Quiet())
     check_report(options.report, groups)
+    if options.auto.bits is not None:
+        from megatron_quant.runs.auto_quantize import with_found_recipe
+
+        options = with_found_recipe(options, groups, timed)
     streamed = replace(stream_files(options, groups, timed), seconds=timed.seconds)
     write_report(options.report, groups, lambda: of_streamed(streamed))
     return streamed
@@ -153,6 +161,7 @@ def plan(
     options = _options(
         source, recipe, flags, export_format=format, parallel=parallel, serve=serve, write=write
     )
+    check_not_searched(options)
     if options.stream:
         from megatron_quant.runs.file_to_file import plan_stream
 

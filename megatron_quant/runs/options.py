@@ -14,7 +14,7 @@ from megatron_quant.recipes import (
     with_damp,
     with_kv_cache,
 )
-from megatron_quant.runs.settings import Calibration, Parallel, Serve, Write
+from megatron_quant.runs.settings import AutoQuantize, Calibration, Parallel, Serve, Write
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,7 @@ class QuantizeOptions:
     calibration: Calibration = field(default_factory=Calibration)
     serve: Serve = field(default_factory=Serve)
     write: Write = field(default_factory=Write)
+    auto: AutoQuantize = field(default_factory=AutoQuantize)
     weight_only: bool = False
     expert_scales: str | None = None
     algorithm: str | None = None
@@ -77,6 +78,7 @@ class QuantizeOptions:
             "calibration": Calibration.from_flags(flags),
             "serve": Serve.from_flags(flags),
             "write": Write.from_flags(flags),
+            "auto": AutoQuantize.from_flags(flags),
         }
         own = {f.name: flags[f.name] for f in fields(cls) if f.name in flags}
         own["skip_keys"] = tuple(own.get("skip_keys", ()))
@@ -96,10 +98,37 @@ class QuantizeOptions:
             raise QuantError(f"skip_keys is {self.skip_keys!r}: give a tuple of patterns")
         if self.skip_keys and self.megatron_load_path is None:
             raise QuantError("--skip-keys leaves out keys of --megatron-load-path: give that too")
-        if self.megatron_load_path is None and None in (self.hf_model_id, self.export_quant_cfg):
+        if self.auto.bits is not None:
+            self._check_search()
+        elif self.megatron_load_path is None and None in (self.hf_model_id, self.export_quant_cfg):
             raise QuantError(
                 "quantize needs --hf-model-id and --export-quant-cfg, or --megatron-load-path"
             )
+
+    def _check_search(self) -> None:
+        if self.export_quant_cfg is not None:
+            raise QuantError(
+                "--auto-quantize-bits searches for a recipe, and --export-quant-cfg gives one: "
+                "leave one of them out; --auto-quantize-formats names the candidates"
+            )
+        if not self.stream:
+            raise QuantError(
+                "--auto-quantize-bits searches through transformers' forward: add --stream; the "
+                "recipe that it writes (--auto-quantize-recipe) is taken without it"
+            )
+        if self.hf_model_id is None or self.keep_scales or self.megatron_load_path is not None:
+            raise QuantError(
+                "--auto-quantize-bits needs --hf-model-id, and neither --keep-scales nor "
+                "--megatron-load-path"
+            )
+
+
+def check_not_searched(options: QuantizeOptions) -> None:
+    """Raise QuantError if the recipe is still to be found."""
+    if options.auto.bits is not None:
+        raise QuantError(
+            "--dry-run plans without weights, and --auto-quantize-bits reads them: leave one out"
+        )
 
 
 def check_plannable(options: QuantizeOptions) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_quant.errors import ExportError, QuantError
+from megatron_quant.search import COSTS, METHODS, NONE
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -175,6 +176,50 @@ class Serve(_Group):
     tp: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoQuantize(_Group):
+    """A search for the format of every place: the least loss within a number of bits.
+
+    bits: most bits a weight, scales included; None searches nothing. formats: candidates, names of
+    recipes or YAML files with commas between; leaving a place unquantized is always one. method:
+    ``gradient`` or ``kl_div``. score_size: samples that are scored. checkpoint: a directory that
+    keeps the scores; a search that was stopped goes on there. recipe: file for the found recipe.
+    cost: ``weight`` counts what is stored, ``active`` what a token reads. keep: fnmatch patterns of
+    modules that stay unquantized.
+    """
+
+    bits: float | None = None
+    formats: str = "nvfp4,fp8"
+    method: str = "gradient"
+    score_size: int = 128
+    checkpoint: Path | None = None
+    recipe: Path | None = None
+    cost: str = "weight"
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse names and numbers that mean nothing."""
+        object.__setattr__(self, "keep", tuple(self.keep))
+        if self.score_size < 1:
+            raise QuantError(f"--auto-quantize-score-size is {self.score_size}: give at least 1")
+        for flag, value, known in (("method", self.method, METHODS), ("cost", self.cost, COSTS)):
+            if value not in known:
+                raise QuantError(
+                    f"--auto-quantize-{flag} is {value!r}: give one of {', '.join(known)}"
+                )
+        if not self.candidates:
+            raise QuantError(
+                f"--auto-quantize-formats {self.formats!r} names no recipe: give some, such as "
+                "nvfp4,fp8"
+            )
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Return the recipes of ``formats``, each once, without ``none``."""
+        names = (name.strip() for name in self.formats.split(","))
+        return tuple(dict.fromkeys(name for name in names if name and name != NONE))
+
+
 _FLAGS = {
     "dataset": "calib_dataset",
     "size": "calib_size",
@@ -203,4 +248,6 @@ def flags_of(options: object) -> dict[str, Any]:
 def _names(group: type) -> dict[str, str]:
     """Return field -> flag."""
     names = {f.name: _FLAGS.get(f.name, f.name) for f in fields(group)}
+    if group is AutoQuantize:
+        return {name: f"auto_quantize_{name}" for name in names}
     return names | {"tp": "serve_tp"} if group is Serve else names

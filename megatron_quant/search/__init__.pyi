@@ -1,15 +1,33 @@
 from .found import to_recipe as to_recipe
 from .found import write_recipe as write_recipe
 from .mixtures import check_mixtures as check_mixtures
+from .names import COSTS as COSTS
+from .names import METHODS as METHODS
+from .names import NONE as NONE
 from .places import Model as Model
 from .places import find_problem as find_problem
 from .problem import Problem as Problem
+from .problem import check_bits as check_bits
+from .scoring import SCORERS as SCORERS
+from .store import ScoreStore as ScoreStore
+from .store import by_place as by_place
+from .weights import PlaceWeights as PlaceWeights
+from .weights import place_weights as place_weights
 
 __all__ = [
+    "COSTS",
+    "METHODS",
+    "NONE",
+    "SCORERS",
     "Model",
+    "PlaceWeights",
     "Problem",
+    "ScoreStore",
+    "by_place",
+    "check_bits",
     "check_mixtures",
     "find_problem",
+    "place_weights",
     "to_recipe",
     "write_recipe",
 ]

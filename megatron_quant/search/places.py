@@ -10,7 +10,8 @@ from megatron_quant.ckpt.dialects import StorageSchemes, layer_of
 from megatron_quant.errors import RecipeError
 from megatron_quant.models import Param, text_config, whole
 from megatron_quant.recipes import OUTPUT, Decision, QuantPlan, Rule
-from megatron_quant.search.problem import NONE, Option, Place, Problem
+from megatron_quant.search.names import NONE
+from megatron_quant.search.problem import Option, Place, Problem
 
 _SHARED = re.compile(r"(.*\.shared_(?:experts?|mlp))\..*")
 _LAYER = re.compile(r".*?\blayers\.\d+\.")

@@ -7,13 +7,9 @@ from math import floor, inf, isfinite, lcm
 
 from megatron_quant.errors import RecipeError
 from megatron_quant.recipes import Rule
+from megatron_quant.search.names import COSTS, NONE
 from megatron_quant.search.solver import solve
 
-NONE = "none"
-"""Candidate that leaves a place unquantized. It is always there."""
-COSTS = ("weight", "active")
-"""``weight``: bits stored for a weight, scales included. ``active``: bits read for a weight that a
-token meets, so experts count by the share of them that a token is sent to."""
 _BITS_PER_BYTE = 8
 
 

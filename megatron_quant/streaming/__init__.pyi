@@ -24,6 +24,7 @@ from .scales import searched_amaxes as searched_amaxes
 from .scales import shared as shared
 from .scales import shared_amaxes as shared_amaxes
 from .scales import slot_amaxes as slot_amaxes
+from .search import searched_stat as searched_stat
 from .skeleton import CannotWalk as CannotWalk
 from .skeleton import Skeleton as Skeleton
 from .walk import Walk as Walk
@@ -53,6 +54,7 @@ __all__ = [
     "run_model",
     "scaled",
     "searched_amaxes",
+    "searched_stat",
     "shared",
     "shared_amaxes",
     "slot_amaxes",

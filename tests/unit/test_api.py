@@ -21,9 +21,11 @@ SIGNATURES = {
     "quantize_checkpoint": "source, recipe, out, *, parallel, calibration, format, serve, write, "
     "phases, **flags",
     "quantized": "model",
+    "search_again": "directory, bits, *, formats, cost, recipe",
     "restore": "model, directory, *, hf_model, groups",
     "save": "model, directory",
-    "stream": "source, recipe, out, *, calibration, format, serve, write, groups, phases, **flags",
+    "stream": "source, recipe, out, *, calibration, format, serve, write, auto, groups, phases, "
+    "**flags",
     "update": "model",
     "use_cpu": "",
     "verify": "out, *, against, digests, strict, groups",
@@ -35,9 +37,10 @@ FIELDS = {
     "tokenizer, trust_remote_code, save, load, keep_hessians, memory",
     "Write": "overwrite, resume, max_shard_size, io_threads, fsync, verify",
     "Serve": "engine, tp",
+    "AutoQuantize": "bits, formats, method, score_size, checkpoint, recipe, cost, keep",
 }
 RESULTS = {
-    *("Choices", "ExportPlan", "Exported", "Job", "Outcome", "Report", "Rewritten"),
+    *("Choices", "ExportPlan", "Exported", "Found", "Job", "Outcome", "Report", "Rewritten"),
     *("StoredTensor", "Streamed"),
 }
 """Types of what functions return."""

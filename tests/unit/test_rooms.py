@@ -52,7 +52,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "streaming": _BASE
     | {"dist", "models", "rounding", "weight_inputs", "engines.families"}
     | _CKPT,
-    "search": _BASE | {"models", "ckpt.dialects"},
+    "search": _BASE
+    | {"dist", "models", "weight_inputs", "ckpt.dialects", "ckpt.storage"}
+    | {"evaluation", "streaming"},
     "mcore.model": _LIVE,
     "mcore.checkpoint": _LIVE | {"", "mcore.model"},
     "mcore.live": _LIVE | {"mcore.model", "mcore.checkpoint"},

@@ -1,0 +1,291 @@
+"""Scores by hand, by both methods; searches that stop, go on, or are refused."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import megatron_quant as mq
+from megatron_quant.ckpt.dialects import StorageSchemes, get_dialect
+from megatron_quant.ckpt.plan import slots
+from megatron_quant.ckpt.read import logical, open_source
+from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.dist import Groups
+from megatron_quant.errors import CalibrationError, CheckpointError, QuantError, RecipeError
+from megatron_quant.evaluation import dense_model
+from megatron_quant.formats import fake_quant, get_format, tensor_scale
+from megatron_quant.recipes import load_recipe, resolve
+from megatron_quant.search import SCORERS, Model, PlaceWeights, find_problem, place_weights, scoring
+from megatron_quant.streaming import shared
+from tests.dist import checkpoints
+
+TEXT = Path(__file__)
+WEIGHT_ONLY = ("w4a16_nvfp4", "fp8_channel")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return checkpoints.save("qwen3_moe", tmp_path_factory.mktemp("moe"))
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def loaded(source: Path) -> tuple[Any, list[PlaceWeights]]:
+    checkpoint, structure = logical(open_source(source))
+    of_slot = slots(structure.params)
+    schemes = StorageSchemes(get_dialect("compressed-tensors"), torch.bfloat16, {})
+    problem = find_problem(
+        Model(params=structure.params, config=checkpoint.config, schemes=schemes),
+        {"w4a16_nvfp4": resolve(load_recipe("w4a16_nvfp4"), of_slot)},
+    )
+    model = dense_model(source, torch.bfloat16).requires_grad_(False)
+    named = {slot.name: slot for slot in of_slot}
+    return model, place_weights(model, problem, structure.params, named, shared, {})
+
+
+def rounded(w: torch.Tensor) -> torch.Tensor:
+    fmt = get_format("nvfp4")
+    return fake_quant(w, fmt, tensor_scale(w.abs().max().float(), fmt))
+
+
+def test_a_gradient_score_is_gradient_times_change_of_the_output(loaded, ids) -> None:
+    model, places = loaded
+    found = SCORERS["gradient"](model, places, ids)
+    linear = model.model.layers[0].self_attn.o_proj
+    kept: list[torch.Tensor] = []
+    embed = model.get_input_embeddings()
+    handles = [
+        embed.register_forward_hook(lambda m, a, out: out.detach().requires_grad_()),
+        linear.register_forward_hook(lambda m, a, out: kept.extend((a[0], out)) or None),
+    ]
+    logits = model(ids).logits
+    flat = logits[:, :-1].flatten(0, 1).float()
+    loss = F.cross_entropy(flat, ids[:, 1:].flatten(), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, kept[1])
+    for handle in handles:
+        handle.remove()
+    change = F.linear(kept[0], rounded(linear.weight)).float() - kept[1].float()
+    wanted = (gradient.float() * change).square().sum().item()
+    at = [p.place.name for p in places].index("model.layers.0.self_attn.o_proj")
+    assert found[2 * at].item() == pytest.approx(wanted, rel=1e-5)
+    assert found[1::2].tolist() == [0.0] * len(places)
+    assert (found[::2] > 0).all()
+
+
+def test_a_divergence_score_is_that_of_the_changed_model(loaded, ids, monkeypatch) -> None:
+    model, places = loaded
+    found = SCORERS["kl_div"](model, places, ids)
+    at = [p.place.name for p in places].index("model.layers.1.mlp.experts")
+    experts = model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        before = F.log_softmax(model(ids).logits.float(), -1)
+        both = (experts.gate_up_proj, experts.down_proj)
+        kept = [p.clone() for p in both]
+        for p in both:  # all experts of a layer share the scale of the tensor
+            fmt = get_format("nvfp4")
+            scale = tensor_scale(p.abs().max().float(), fmt)
+            p.copy_(torch.stack([fake_quant(w, fmt, scale) for w in p]))
+        after = F.log_softmax(model(ids).logits.float(), -1)
+        for p, old in zip(both, kept, strict=True):
+            p.copy_(old)
+    assert found[2 * at].item() == pytest.approx(
+        (before.exp() * (before - after)).sum().item(), rel=1e-3
+    )
+
+
+def test_what_is_scored_is_what_is_exported(loaded, source: Path, tmp_path: Path) -> None:
+    _, places = loaded
+    mq.stream(source, "w4a16_nvfp4", tmp_path / "out", format="compressed-tensors", groups=Groups())
+    export = QuantizedCheckpoint(tmp_path / "out")
+    compared = 0
+    for weights in places:
+        for held in weights.held:
+            new = weights._rounded(held, weights.place.options[0].rule)
+            for slot, w_NK in zip(held.slots, held.views(new), strict=True):
+                own = [
+                    s
+                    for s in slot.sources
+                    if held.parameter.dim() == 3 or s.endswith(held.name.split(".")[-2])
+                ]
+                stored = torch.cat([export.weight(f"{s}.weight", torch.bfloat16) for s in own])
+                assert torch.equal(w_NK, stored), held.name
+                compared += len(own)
+    assert compared == 2 * (4 + 8 * 3)
+
+
+# --- whole searches -----------------------------------------------------------------------------
+
+
+def auto(tmp_path: Path, **changes: Any) -> mq.AutoQuantize:
+    given = {"bits": 6.0, "formats": ",".join(WEIGHT_ONLY), "score_size": 6}
+    files = {"checkpoint": tmp_path / "scores", "recipe": tmp_path / "found.yaml"}
+    return mq.AutoQuantize(**{**given, **files, **changes})
+
+
+def search(source: Path, tmp_path: Path, **changes: Any) -> bytes:
+    """The bytes of the recipe that is found, and exported into ``tmp_path``."""
+    chosen = auto(tmp_path, **changes)
+    data = mq.Calibration(
+        dataset=str(TEXT), size=6, seq_length=16, batch_size=2, cold_experts="layer-max"
+    )
+    mq.stream(
+        source,
+        None,
+        tmp_path / "out",
+        calibration=data,
+        format="compressed-tensors",
+        auto=chosen,
+        groups=Groups(),
+        write=mq.Write(overwrite=True, fsync=False),
+    )
+    return (tmp_path / "found.yaml").read_bytes()
+
+
+Scorer = Callable[[Any, Any, torch.Tensor], torch.Tensor]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Iterator[list[int]]:
+    """Batches that were scored; the third one stops the search while ``calls[0]`` is 1."""
+    found = [0]
+    own = scoring.gradient_scores
+
+    def counted(model: Any, places: Any, ids: torch.Tensor) -> torch.Tensor:
+        if found[0] and len(found) == 3:
+            raise KeyboardInterrupt
+        found.append(len(ids))
+        return own(model, places, ids)
+
+    monkeypatch.setitem(scoring.SCORERS, "gradient", counted)
+    yield found
+
+
+def test_a_search_that_stopped_goes_on_to_the_same_recipe(
+    source: Path, tmp_path: Path, calls: list[int]
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = search(source, tmp_path / "a")
+    assert calls == [0, 2, 2, 2]
+    calls[:] = [1]
+    with pytest.raises(KeyboardInterrupt):
+        search(source, tmp_path / "b")
+    with pytest.raises(CheckpointError, match="has scores of 2 of 3 batches"):
+        mq.search_again(tmp_path / "b" / "scores", 6.0)
+    calls[:] = [0]
+    assert search(source, tmp_path / "b") == whole
+    assert calls == [0, 2]
+    calls[:] = [0]
+    assert search(source, tmp_path / "b") == whole
+    assert calls == [0]
+
+
+def test_other_bits_and_costs_are_solved_without_a_forward(
+    source: Path, tmp_path: Path, calls: list[int]
+) -> None:
+    whole = search(source, tmp_path)
+    calls[:] = [0]
+    scores = tmp_path / "scores"
+    again = mq.search_again(scores, 6.0, recipe=tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_bytes() == whole
+    assert again.bits <= 6.0
+    assert sum(row[2] for row in mq.search_again(scores, 9.0).rows) < sum(r[2] for r in again.rows)
+    assert mq.search_again(scores, 6.0, cost="active").recipe.rules
+    one = mq.search_again(scores, 9.0, formats="fp8_channel")
+    assert {row[1] for row in one.rows} <= {"fp8_channel+fp8_channel", "exclude"}
+    assert calls == [0]
+    with pytest.raises(RecipeError, match="'int4' was not scored"):
+        mq.search_again(scores, 9.0, formats="int4")
+    with pytest.raises(CheckpointError, match="has scores of another search"):
+        search(source, tmp_path, formats="fp8_channel", bits=9.0)
+    with pytest.raises(CheckpointError, match=r"\(method 'gradient', not 'kl_div'\)"):
+        search(source, tmp_path, method="kl_div")
+    bad = scores / "batch-1.safetensors"
+    save_file({"scores": load_file(bad)["scores"].float()}, bad)
+    with pytest.raises(CheckpointError, match=r"batch-1.* has no scores of this search"):
+        mq.search_again(scores, 6.0)
+
+
+def on_ranks(source: Path, tmp_path: Path) -> bytes:
+    return search(source, tmp_path)
+
+
+def test_ranks_share_the_batches_and_find_the_same_recipe(
+    source: Path, tmp_path: Path, ranks: Any
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    alone = search(source, tmp_path / "one")
+    assert ranks(2, on_ranks, source, tmp_path / "two") == [alone, alone]
+    files = sorted(p.name for p in (tmp_path / "two" / "scores").iterdir())
+    assert files == [*(f"batch-{i}.safetensors" for i in range(3)), "search.json"]
+    for name in files[:3]:
+        a, b = (load_file(tmp_path / f / "scores" / name)["scores"] for f in ("one", "two"))
+        assert torch.equal(a, b)
+
+
+# --- what is refused before anything is scored --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 4.2}, r"--auto-quantize-bits 4\.2 is below"),
+        ({"keep": ("nothing*",)}, r"--auto-quantize-keep 'nothing\*' matches no weight"),
+        ({"formats": "nvfp5"}, "unknown quantization config 'nvfp5'"),
+    ],
+)
+def test_refused_before_scoring(
+    source: Path, tmp_path: Path, calls: list[int], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(QuantError, match=message) as error:
+        search(source, tmp_path, **changes)
+    assert "\n" not in str(error.value)
+    assert calls == [0]
+    assert not (tmp_path / "scores").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite(loaded, ids) -> None:
+    model, places = loaded
+    head = model.lm_head.weight
+    kept = head[0, 0].item()
+    with torch.no_grad():
+        head[0, 0] = float("nan")
+    try:
+        with pytest.raises(CalibrationError, match="gradient: the loss is nan; repair") as error:
+            SCORERS["gradient"](model, places, ids)
+    finally:
+        with torch.no_grad():
+            head[0, 0] = kept
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"score_size": 0}, "--auto-quantize-score-size is 0: give at least 1"),
+        ({"method": "hessian"}, "--auto-quantize-method is 'hessian': give one of gradient"),
+        ({"formats": "none"}, "--auto-quantize-formats 'none' names no recipe"),
+    ],
+)
+def test_flags_that_mean_nothing(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuantError, match=message):
+        mq.AutoQuantize(**flags)
+
+
+def test_flags_that_exclude_one_another(source: Path, tmp_path: Path) -> None:
+    chosen = mq.AutoQuantize(bits=5.0)
+    with pytest.raises(QuantError, match="--export-quant-cfg gives one: leave one of them out"):
+        mq.stream(source, "fp8", tmp_path / "o", auto=chosen)
+    with pytest.raises(QuantError, match="add --stream"):
+        mq.quantize_checkpoint(source, None, tmp_path / "o", auto=chosen)
+    with pytest.raises(QuantError, match="--dry-run plans without weights"):
+        mq.plan(source, None, auto=chosen, stream=True)

@@ -136,6 +136,12 @@ def check_bits(problem: Problem, bits: float, cost: str) -> None:
     """
     if cost not in COSTS:
         raise RecipeError(f"--auto-quantize-cost is {cost!r}: give one of {', '.join(COSTS)}")
+    whole = next((p for p in problem.places if p.active == p.stored > 1), None)
+    if cost == "active" and whole is not None:
+        raise RecipeError(
+            f"--auto-quantize-cost active: config.json does not say that a token meets fewer than "
+            f"all {whole.stored} of {whole.name}; take weight"
+        )
     if not (isfinite(bits) and bits > 0):
         raise RecipeError(f"--auto-quantize-bits is {bits}: give bits a weight, such as 5.0")
     low, high = problem.bounds(cost)

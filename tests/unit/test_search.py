@@ -208,6 +208,14 @@ def test_active_counts_experts_by_the_share_that_a_token_meets(problem: Problem)
     assert by_active == pytest.approx((small + 8 * experts) / (elements - experts / 2))
 
 
+def test_active_needs_the_number_of_experts_that_a_token_meets(moe: Model) -> None:
+    config = {k: v for k, v in moe.config.items() if k != "num_experts_per_tok"}
+    found = find_problem(replace(moe, config=config), plans(moe, "nvfp4"))
+    assert found.solved(scores_by_bits(found), 6.0, "weight")
+    with pytest.raises(RecipeError, match="fewer than all 4 of .*experts; take weight"):
+        found.solved(scores_by_bits(found), 6.0, "active")
+
+
 def test_a_candidate_that_changes_nothing_at_a_place_is_no_other_option(moe: Model) -> None:
     both = plans(moe, "fp8", "fp8_attention_nvfp4_mlp", "nvfp4_experts_only")
     found = find_problem(moe, both)

@@ -212,7 +212,7 @@ def test_active_needs_the_number_of_experts_that_a_token_meets(moe: Model) -> No
     config = {k: v for k, v in moe.config.items() if k != "num_experts_per_tok"}
     found = find_problem(replace(moe, config=config), plans(moe, "nvfp4"))
     assert found.solved(scores_by_bits(found), 6.0, "weight")
-    with pytest.raises(RecipeError, match="fewer than all 4 of .*experts; take weight"):
+    with pytest.raises(RecipeError, match=r"fewer than all 4 of .*experts; take weight"):
         found.solved(scores_by_bits(found), 6.0, "active")
 
 

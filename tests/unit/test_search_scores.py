@@ -39,6 +39,10 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def loaded(source: Path) -> tuple[Any, list[PlaceWeights]]:
+    return loaded_from(source)
+
+
+def loaded_from(source: Path) -> tuple[Any, list[PlaceWeights]]:
     checkpoint, structure = logical(open_source(source))
     of_slot = slots(structure.params)
     schemes = StorageSchemes(get_dialect("compressed-tensors"), torch.bfloat16, {})
@@ -119,6 +123,21 @@ def test_what_is_scored_is_what_is_exported(loaded, source: Path, tmp_path: Path
                 assert torch.equal(w_NK, stored), held.name
                 compared += len(own)
     assert compared == 2 * (4 + 8 * 3)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "qwen2_moe", "mixtral"])
+def test_every_place_of_other_families_is_scored(name: str, tmp_path: Path, ids) -> None:
+    """Stacks that are stored the other way around, latent projections, shared experts."""
+    model, places = loaded_from(checkpoints.save(name, tmp_path))
+    for weights in places:
+        for held in weights.held:
+            shapes = {tuple(w.shape) for w in held.views(held.parameter)}
+            assert {s.shape[1] for s in held.slots} == {shape[1] for shape in shapes}
+    held_slots = {s.name for w in places for h in w.held for s in h.slots}
+    assert len({m for w in places for m in w.place.modules}) >= len(held_slots)
+    for method in ("gradient", "kl_div"):
+        scores = SCORERS[method](model, places, ids)
+        assert (scores[::2] > 0).all() and (scores[1::2] == 0).all()
 
 
 # --- whole searches -----------------------------------------------------------------------------

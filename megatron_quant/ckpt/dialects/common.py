@@ -17,8 +17,8 @@ LM_HEAD = "lm_head"
 EMBEDDING = "embed_tokens"
 """Last part of an embedding's name: a 2-D weight but no linear, whatever a config targets."""
 _EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
-_WEIGHT = re.compile(r"(^|\.)weight\d*$")
-"""End of a weight's name, with an expert's number in Megatron."""
+_WEIGHT = re.compile(r"(^|\.)(gate_)?weight\d*$")
+"""End of a weight's name; Megatron's has an expert's number, or is a shared expert's gate."""
 _BLOCK = re.compile(r"^((?:.*\.)?experts)(?:\.\d+\..+)?$")
 """A block of routed experts: one of its linears, or its stacks."""
 

@@ -154,7 +154,10 @@ def test_a_directory_that_is_not_empty(source: Path, ranks: Ranks, tmp_path: Pat
 def test_a_target_that_is_a_file(source: Path, ranks: Ranks, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
     said = refused(ranks, tmp_path, quantize_argv(source, tmp_path / "out", overwrite=True))
-    assert "out: cannot be used: Not a directory; choose an --export-dir that is a dir" in said
+    assert (
+        "out: cannot be used: Not a directory; choose another --export-dir, one that is a dir"
+        in said
+    )
 
 
 @pytest.mark.parametrize("overwrite", [None, True])

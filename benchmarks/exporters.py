@@ -32,14 +32,18 @@ class Clock:
     def __init__(self) -> None:
         self.cpu: dict[str, float] = {}
         self.wall: dict[str, float] = {}
+        self._inner = (0.0, 0.0)  # CPU and wall seconds of phases that ended within the open one
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """A phase."""
+        """Time a phase; what a phase within it takes counts for that one alone."""
+        before, self._inner = self._inner, (0.0, 0.0)
         cpu, wall = time.process_time(), time.perf_counter()
         yield
-        self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - cpu
-        self.wall[name] = self.wall.get(name, 0.0) + time.perf_counter() - wall
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        self.cpu[name] = self.cpu.get(name, 0.0) + cpu - self._inner[0]
+        self.wall[name] = self.wall.get(name, 0.0) + wall - self._inner[1]
+        self._inner = (before[0] + cpu, before[1] + wall)
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

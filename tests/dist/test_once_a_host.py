@@ -93,7 +93,7 @@ def _fetched(source: Path) -> int:
     """How often this rank asks the hub."""
     count = 0
 
-    def resolved(_: str, code: bool = False) -> Path:
+    def resolved(_: str, code: bool = False, weights: bool = True) -> Path:
         nonlocal count
         count += 1
         return source

@@ -64,9 +64,22 @@ def encode(
     w_RK, rows = as_rows(w), rows_of(w, fmt, dscale, stat, origin)
     elements, scales = encode_rows(w_RK, rows)
     fields = {fmt.fields[0].name: elements.view(*w.shape[:-1], elements.shape[-1])}
+    return fields | named_scales(w, fmt, scales, dscale, origin)
+
+
+def named_scales(
+    w: Tensor, fmt: Format, scales: ScaleFields, dscale: Tensor | None, origin: Origin
+) -> dict[str, Tensor]:
+    """Return the scales of ``w`` by field name, in the order of ``fmt.fields``.
+
+    Args:
+        scales: Those of its blocks, as rows have them.
+    """
     blocks = cuts(w.shape, fmt, origin)[0].count
-    for field, value in zip(scale_fields(fmt), scales, strict=True):
-        fields[field.name] = value.view(*w.shape[:-2], blocks, value.shape[-1])
+    fields = {
+        field.name: value.view(*w.shape[:-2], blocks, value.shape[-1])
+        for field, value in zip(scale_fields(fmt), scales, strict=True)
+    }
     if dscale is not None and fmt.tensor_scale:
         fields[fmt.fields[-1].name] = dscale
     return fields

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_quant.formats.blocks import as_rows, block_stat, cuts, rows_of, rows_on, scale_fields
-from megatron_quant.formats.codec import encode_rows
+from megatron_quant.formats.blocks import as_rows, block_stat, rows_of, rows_on
+from megatron_quant.formats.codec import encode_rows, named_scales
 from megatron_quant.formats.numbers import E2M1, kernel_of, pack_nibbles
 from megatron_quant.formats.quantize_dequantize import straight_through
 from megatron_quant.formats.spec import Format
@@ -36,14 +36,8 @@ def scales_of(
     """
     if stat is None and fmt.stat_block is not None:
         stat = block_stat(w, fmt, origin)
-    rows, count = rows_of(w, fmt, dscale, stat, origin), cuts(w.shape, fmt, origin)[0].count
-    fields = {
-        field.name: value.view(*w.shape[:-2], count, value.shape[-1])
-        for field, value in zip(scale_fields(fmt), rows.scales or (), strict=True)
-    }
-    if dscale is not None and fmt.tensor_scale:
-        fields[fmt.fields[-1].name] = dscale
-    return fields
+    rows = rows_of(w, fmt, dscale, stat, origin)
+    return named_scales(w, fmt, rows.scales or (), dscale, origin)
 
 
 @torch.no_grad()

@@ -208,6 +208,7 @@ class Architecture:
             "max_sequence_length": decoder.positions,
             "position_embedding_type": "yarn" if rope.yarn and not decoder.latent else "rope",
             "rotary_base": rope.base,
+            "rotary_percent": rope.part,
             "rope_scaling": rope.llama3_factor is not None,
             "seq_len_interpolation_factor": rope.interpolation,
             "share_embeddings_and_output_weights": decoder.tied,

@@ -93,7 +93,7 @@ def _llama3(rope: dict[str, Any]) -> Rope:
                 f"{key}={shown(given)} of rope_type 'llama3' in config.json is not supported, "
                 f"Megatron-Core only has {value}; use a model without it"
             )
-    return Rope(number(rope, "rope_theta"), llama3_factor=number(rope, "factor"))
+    return Rope(base=number(rope, "rope_theta"), llama3_factor=number(rope, "factor"))
 
 
 def _yarn(rope: dict[str, Any]) -> Yarn:
@@ -120,20 +120,46 @@ def read_rope(config: Config) -> Rope:
     """Read the rotary embedding from ``rope_parameters`` or ``rope_theta`` and ``rope_scaling``."""
     rope = rope_dict(config)
     only(rope, "partial_rotary_factor", (1,))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _rope_kind(rope)
     if kind == "default":
-        return Rope(number(rope, "rope_theta"))
+        return Rope(base=number(rope, "rope_theta"))
     if kind == "linear":
-        return Rope(number(rope, "rope_theta"), interpolation=number(rope, "factor"))
+        return Rope(base=number(rope, "rope_theta"), interpolation=number(rope, "factor"))
     if kind == "llama3":
         return _llama3(rope)
     if kind == "yarn":
-        return Rope(number(rope, "rope_theta"), yarn=_yarn(rope))
+        return Rope(base=number(rope, "rope_theta"), yarn=_yarn(rope))
     raise ArchitectureError(
         f"rope_type={shown(kind)} in config.json is not supported, only 'default', "
         "'linear', 'llama3' and 'yarn' are; use a model without it, or remove rope_scaling to stay "
         "within the original context length"
     )
+
+
+def _rope_kind(rope: dict[str, Any]) -> object:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def read_partial_rope(config: Config, part: float) -> Rope:
+    """Read a rotary embedding over the first features of a head.
+
+    Args:
+        config: Content of config.json.
+        part: The share that is rotated where config.json does not say so.
+
+    Raises:
+        ArchitectureError: For a share above 1, or a rotation that is scaled too.
+    """
+    rope = {"partial_rotary_factor": part, **rope_dict(config)}
+    share = number(rope, "partial_rotary_factor")
+    kind = _rope_kind(rope)
+    if share > 1 or kind != "default":
+        raise ArchitectureError(
+            f"partial_rotary_factor={shown(share)} with rope_type {shown(kind)} in config.json is "
+            "not supported: a part of a head, at most all of it, is rotated without scaling; "
+            "correct config.json, or use --stream"
+        )
+    return Rope(base=number(rope, "rope_theta"), part=share)
 
 
 def _heads(config: Config) -> tuple[int, int, int]:
@@ -153,8 +179,13 @@ def _heads(config: Config) -> tuple[int, int, int]:
     return heads, groups, positive_or(config, "head_dim", hidden // heads)
 
 
-def read_decoder(config: Config, *, qk_norm: bool) -> Decoder:
+def read_decoder(config: Config, *, qk_norm: bool, rope: Rope | None = None) -> Decoder:
     """Read the part of a :class:`Decoder` that all known configs spell alike (no experts).
+
+    Args:
+        config: Content of config.json with defaults filled in.
+        qk_norm: Whether heads of q and k are normalized.
+        rope: The rotary embedding; None for one over the whole head, which config.json describes.
 
     Raises:
         ArchitectureError: Names the key that is missing, malformed or not supported.
@@ -175,7 +206,7 @@ def read_decoder(config: Config, *, qk_norm: bool) -> Decoder:
         epsilon=number(config, "rms_norm_eps"),
         qk_norm=qk_norm,
         tied=flag(config, "tie_word_embeddings"),
-        rope=read_rope(config),
+        rope=read_rope(config) if rope is None else rope,
     )
 
 

@@ -27,9 +27,9 @@ class Yarn:
     truncate: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding over the whole head.
+    """Rotary position embedding.
 
     Attributes:
         base: Wavelength base (``rope_theta``).
@@ -37,12 +37,14 @@ class Rope:
         llama3_factor: Factor of Llama 3's frequency scaling with its own constants (low 1, high 4,
             8192 original positions); None where it is not used.
         yarn: None where it is not used.
+        part: Share of a head's features, its first ones, that are rotated.
     """
 
     base: float
     interpolation: float | None = None
     llama3_factor: float | None = None
     yarn: Yarn | None = None
+    part: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,10 @@ from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import Config
 from megatron_quant.models.deepseek_v3 import DEEPSEEK_V3
+from megatron_quant.models.dots1 import DOTS1
+from megatron_quant.models.glm4_moe import GLM4_MOE, GLM4_MOE_LITE
 from megatron_quant.models.gpt_oss import GPT_OSS
+from megatron_quant.models.hy_v3 import HY_V3
 from megatron_quant.models.llama import LLAMA
 from megatron_quant.models.mixtral import MIXTRAL
 from megatron_quant.models.qwen2_moe import QWEN2_MOE
@@ -13,7 +16,20 @@ from megatron_quant.models.qwen3 import QWEN3
 from megatron_quant.models.qwen3_moe import QWEN3_MOE
 
 ARCHITECTURES = {
-    a.name: a for a in (QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, GPT_OSS, QWEN3, LLAMA)
+    a.name: a
+    for a in (
+        QWEN3_MOE,
+        QWEN2_MOE,
+        MIXTRAL,
+        DEEPSEEK_V3,
+        GLM4_MOE,
+        GLM4_MOE_LITE,
+        DOTS1,
+        HY_V3,
+        GPT_OSS,
+        QWEN3,
+        LLAMA,
+    )
 }
 
 _DELTA_NETS = ("Qwen3Next", "Qwen3_5")

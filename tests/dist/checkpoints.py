@@ -38,6 +38,12 @@ _DEEPSEEK = {
     "topk_group": 2,
     "num_nextn_predict_layers": 0,
 }
+_SIGMOID = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+}
 _CONFIGS = {
     "qwen3_moe": (transformers.Qwen3MoeConfig, {**_SIZES, **_EXPERTS}),
     "mixtral": (
@@ -61,6 +67,24 @@ _CONFIGS = {
     "qwen3": (transformers.Qwen3Config, _SIZES),
     "llama": (transformers.LlamaConfig, _SIZES),
     "deepseek_v3": (transformers.DeepseekV3Config, _DEEPSEEK),
+    "glm4_moe": (
+        transformers.Glm4MoeConfig,
+        {**_SIZES, **_SIGMOID, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+    ),
+    "glm4_moe_lite": (
+        transformers.Glm4MoeLiteConfig,
+        {
+            **{k: v for k, v in _SIZES.items() if k != "head_dim"},
+            **_LATENT,
+            **_SIGMOID,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    "dots1": (transformers.Dots1Config, {**_SIZES, **_SIGMOID, "norm_topk_prob": True}),
+    "hy_v3": (
+        transformers.HYV3Config,
+        {**_SIZES, **{k: v for k, v in _SIGMOID.items() if k[:2] != "n_"}, "num_experts": 8},
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's and Qwen2-MoE's tables: configs, refusals, and the weights that engines fuse."""
+"""Tables with latent attention, shared experts, sigmoid routers: configs, refusals, fusion."""
 
 import json
 from pathlib import Path
@@ -46,6 +46,20 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size=0"),
     ("qwen2_moe", {"decoder_sparse_step": 3}, "no layer with experts"),
+    ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts=0"),
+    ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor=1.5"),
+    (
+        "glm4_moe",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+        "partial_rotary_factor=0.5 with rope_type 'yarn' .* use --stream",
+    ),
+    ("glm4_moe_lite", {"mlp_layer_types": ["dense"] * 3}, "no layer with experts"),
+    ("glm4_moe_lite", {"mlp_layer_types": ["sparse"]}, "mlp_layer_types=.* each of 3 layers"),
+    ("glm4_moe_lite", {"first_k_dense_replace": 1}, "mlp_layer_types and .*=1 .* different"),
+    ("dots1", {"layer_types": None, "max_window_layers": 1, "sliding_window": 8}, "window=8"),
+    ("dots1", {"norm_topk_prob": False}, "norm_topk_prob=False with .*=3"),
+    ("hy_v3", {"qk_norm": False}, "qk_norm=False .* only True"),
+    ("hy_v3", {"route_norm": False}, "norm_topk_prob=False with"),
     ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window=8"),
 ]
 
@@ -59,6 +73,22 @@ def test_what_a_table_does_not_describe_is_refused(
         lookup(config).params(config)
     assert "\n" not in str(caught.value)
     assert not has_table(config)
+
+
+def test_the_smaller_glm_and_keys_as_the_hub_has_them() -> None:
+    config = tiny.config("glm4_moe")
+    config |= {"use_qk_norm": False, "first_k_dense_replace": 1}
+    del config["rope_parameters"]
+    config |= {"rope_theta": 1e6, "partial_rotary_factor": 0.25, "rope_scaling": None}
+    found = lookup(config)
+    assert found.megatron_config(config)["qk_layernorm"] is False
+    assert found.megatron_config(config)["add_qkv_bias"] is True
+    assert found.gpt_config(config)["rotary_percent"] == 0.25
+    hunyuan = tiny.config("hy_v3")
+    hub = {"expert_hidden_dim": hunyuan.pop("moe_intermediate_size"), "first_k_dense_replace": 1}
+    del hunyuan["mlp_layer_types"]
+    described = lookup(hunyuan).megatron_config({**hunyuan, **hub})
+    assert (described["moe_ffn_hidden_size"], described["moe_layer_freq"]) == (16, [0, 1])
 
 
 def test_both_scales_of_yarn() -> None:

@@ -67,6 +67,33 @@ _DEEPSEEK = {
     "v_head_dim": 10,
     "num_nextn_predict_layers": 0,
 }
+_SIGMOID = {
+    **_SIZES,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
+_GLM4_MOE = {
+    **_SIGMOID,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "head_dim": 16,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 0,
+}
+_GLM4_MOE_LITE = {
+    **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"},
+    "n_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-6,  # which transformers has in the norms of compressed vectors anyway
+    "mlp_layer_types": ["sparse", "dense", "sparse"],
+}
+_DOTS1 = {**_SIGMOID, "n_routed_experts": 8, "n_shared_experts": 2, "head_dim": 16}
+_HY_V3 = {**_SIGMOID, "num_experts": 8, "num_shared_experts": 1, "head_dim": 16}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _YARN = {
     "rope_type": "yarn",
@@ -102,6 +129,10 @@ MODELS: dict[str, tuple[type, dict[str, Any]]] = {
         transformers.DeepseekV3Config,
         {**_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
     ),
+    "glm4_moe": (transformers.Glm4MoeConfig, _GLM4_MOE),
+    "glm4_moe_lite": (transformers.Glm4MoeLiteConfig, _GLM4_MOE_LITE),
+    "dots1": (transformers.Dots1Config, _DOTS1),
+    "hy_v3": (transformers.HYV3Config, _HY_V3),
     "llama": (transformers.LlamaConfig, _SIZES),
     "llama3": (transformers.LlamaConfig, {**_SIZES, "rope_parameters": _LLAMA3}),
     "llama_linear": (transformers.LlamaConfig, {**_SIZES, "rope_parameters": _LINEAR}),

@@ -1,5 +1,3 @@
-from .auto_quantize import Found as Found
-from .auto_quantize import search_again as search_again
 from .checkpoints import convert as convert
 from .checkpoints import evaluate as evaluate
 from .checkpoints import plan as plan
@@ -8,6 +6,8 @@ from .checkpoints import stream as stream
 from .checkpoints import verify as verify
 from .conversion import Rewritten as Rewritten
 from .file_to_file import Streamed as Streamed
+from .found import Found as Found
+from .found import search_again as search_again
 from .job import Job as Job
 from .known import Choices as Choices
 from .known import choices as choices

@@ -134,11 +134,13 @@ def stream(
     groups = groups or start_ranks(options.distributed_timeout_minutes)
     timed = Timed(phases or Quiet())
     check_report(options.report, groups)
+    found = None
     if options.auto.bits is not None:
         from megatron_quant.runs.auto_quantize import with_found_recipe
 
-        options = with_found_recipe(options, groups, timed)
-    streamed = replace(stream_files(options, groups, timed), seconds=timed.seconds)
+        options, found = with_found_recipe(options, groups, timed)
+    streamed = stream_files(options, groups, timed)
+    streamed = replace(streamed, seconds=timed.seconds, found=found)
     write_report(options.report, groups, lambda: of_streamed(streamed))
     return streamed
 

@@ -39,6 +39,7 @@ from megatron_quant.runs.file_inputs import (
     save_inputs,
 )
 from megatron_quant.runs.file_layers import workplace
+from megatron_quant.runs.found import Found
 from megatron_quant.runs.job import Job, SourceModel, decide, replanned
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
@@ -65,7 +66,7 @@ class Streamed:
 
     weight_amax: one for each slot that has a tensor scale. inputs: None if none was measured.
     verified: None with ``--no-verify``. left_out: what the source has and the export lacks.
-    seconds: of each phase.
+    seconds: of each phase. found: the search for the recipe; None if it was given.
     """
 
     job: Job
@@ -74,6 +75,7 @@ class Streamed:
     verified: Report | None
     left_out: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    found: Found | None = None
 
 
 @dataclass(frozen=True)

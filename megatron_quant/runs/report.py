@@ -52,8 +52,8 @@ def of_outcome(outcome: "Outcome") -> dict[str, Any]:
 
 def of_streamed(streamed: "Streamed") -> dict[str, Any]:
     """Return a streamed run's findings as JSON, with every amax that it needed by slot name."""
-    plan = streamed.job.exported
-    return {
+    plan, found = streamed.job.exported, streamed.found
+    report = {
         "recipe": streamed.job.quant.recipe,
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,
@@ -63,3 +63,4 @@ def of_streamed(streamed: "Streamed") -> dict[str, Any]:
         "cold_experts": list(streamed.inputs.cold) if streamed.inputs else [],
         "left_out": list(streamed.left_out),
     }
+    return report if found is None else report | {"search": found.document()}

@@ -9,8 +9,10 @@ from .places import find_problem as find_problem
 from .problem import Problem as Problem
 from .problem import check_bits as check_bits
 from .scoring import SCORERS as SCORERS
+from .store import Scored as Scored
 from .store import ScoreStore as ScoreStore
 from .store import by_place as by_place
+from .summary import Choice as Choice
 from .weights import PlaceWeights as PlaceWeights
 from .weights import place_weights as place_weights
 
@@ -19,10 +21,12 @@ __all__ = [
     "METHODS",
     "NONE",
     "SCORERS",
+    "Choice",
     "Model",
     "PlaceWeights",
     "Problem",
     "ScoreStore",
+    "Scored",
     "by_place",
     "check_bits",
     "check_mixtures",

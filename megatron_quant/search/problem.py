@@ -99,14 +99,22 @@ class Problem:
         found = (_cost(p, p.options[c], cost) for p, c in zip(self.places, chosen, strict=True))
         return float(sum(found) / self._weights(cost))
 
+    def score(self, scores: Mapping[str, Sequence[float]], chosen: Sequence[int]) -> float:
+        """Return the sum of the scores of an option at each place."""
+        return sum(scores[p.name][c] for p, c in zip(self.places, chosen, strict=True))
+
     def _weights(self, cost: str) -> Fraction:
         return sum((p.elements * _share(p, cost) for p in self.places), Fraction(0))
 
     def bounds(self, cost: str) -> tuple[float, float]:
         """Return the least and the largest bits a weight that a choice can have."""
+        low, high = self._bounds(cost)
+        return float(low), float(high)
+
+    def _bounds(self, cost: str) -> tuple[Fraction, Fraction]:
         each = [[_cost(p, o, cost) for o in p.options] for p in self.places]
         weights = self._weights(cost)
-        return float(sum(map(min, each)) / weights), float(sum(map(max, each)) / weights)
+        return sum(map(min, each), Fraction(0)) / weights, sum(map(max, each)) / weights
 
     def solved(
         self, scores: Mapping[str, Sequence[float]], bits: float, cost: str
@@ -122,10 +130,27 @@ class Problem:
             RecipeError: As :func:`check_bits`.
         """
         check_bits(self, bits, cost)
+        return self._best(scores, Fraction(str(bits)), cost)
+
+    def _best(
+        self, scores: Mapping[str, Sequence[float]], bits: Fraction, cost: str
+    ) -> tuple[int, ...]:
         whole = lcm(*(p.stored for p in self.places))
         costs = [[int(_cost(p, o, cost) * whole) for o in p.options] for p in self.places]
-        limit = floor(Fraction(str(bits)) * self._weights(cost) * whole)
+        limit = floor(bits * self._weights(cost) * whole)
         return solve(costs, [list(scores[p.name]) for p in self.places], limit)
+
+    def frontier(
+        self, scores: Mapping[str, Sequence[float]], cost: str, points: int
+    ) -> list[tuple[float, float]]:
+        """Return (bits, score) of the best choices within ``points`` rising bounds, each once.
+
+        The first bound is the least that can be met; the last one leaves every weight as it is.
+        """
+        low, high = self._bounds(cost)
+        bounds = [low + (high - low) * i / (points - 1) for i in range(points)]
+        each = [self._best(scores, bits, cost) for bits in bounds]
+        return sorted({(self.bits(c, cost), self.score(scores, c)) for c in each})
 
 
 def check_bits(problem: Problem, bits: float, cost: str) -> None:

@@ -7,7 +7,7 @@ of all places], of the N-th batch. A batch that is there is not scored again.
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,20 @@ from megatron_quant.documents import INDEX, read_json
 from megatron_quant.errors import CheckpointError
 from megatron_quant.fields import Fields
 from megatron_quant.recipes import parse_recipe, rule_document
+from megatron_quant.search.names import METHODS
 from megatron_quant.search.problem import Option, Place, Problem
 
 ABOUT = "search.json"
 _FLAG = "--auto-quantize-checkpoint"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A finished search: the places, the scores of their options by place, and the method."""
+
+    problem: Problem
+    scores: Mapping[str, Sequence[float]]
+    method: str
 
 
 class ScoreStore:
@@ -84,8 +94,8 @@ class ScoreStore:
             raise CheckpointError(f"{path} has scores that are not finite: remove it")
         return found
 
-    def read(self) -> tuple[Problem, dict[str, list[float]]]:
-        """Return a finished search: the places, and the score of each of their options.
+    def read(self) -> Scored:
+        """Return a finished search.
 
         Raises:
             CheckpointError: If the directory holds none, or batches are missing.
@@ -103,7 +113,10 @@ class ScoreStore:
             )
         options = sum(len(p.options) for p in problem.places)
         total = torch.stack([self.get(i, options) for i in range(batches)]).sum(0)
-        return problem, by_place(problem, total)
+        about = fields.part("about")
+        if (method := about.text("method")) not in METHODS:
+            raise about.refused("method", f"one of {', '.join(METHODS)}")
+        return Scored(problem, by_place(problem, total), method)
 
     def _file(self, batch: int) -> Path:
         return self.directory / f"batch-{batch}.safetensors"

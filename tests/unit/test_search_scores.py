@@ -1,5 +1,6 @@
 """Scores by hand, by both methods; searches that stop, go on, or are refused."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,30 @@ def search(source: Path, tmp_path: Path, **changes: Any) -> bytes:
     return (tmp_path / "found.yaml").read_bytes()
 
 
+def check_document(found: mq.Found) -> None:
+    """What reports draw: every score, the choice, and the curve that it lies on."""
+    document = json.loads(json.dumps(found.document()))
+    assert document["version"] == 1
+    assert (document["method"], document["cost"], document["bound"]) == ("gradient", "weight", 6.0)
+    options = [[o for o in place["options"] if o["chosen"]] for place in document["places"]]
+    assert all(len(chosen) == 1 for chosen in options)
+    assert sum(chosen["score"] for (chosen,) in options) == pytest.approx(document["score"])
+    weighted = sum(
+        p["weights"] * o["bits"] for p, (o,) in zip(document["places"], options, strict=True)
+    )
+    weights = sum(place["weights"] for place in document["places"])
+    assert weighted / weights == pytest.approx(document["bits"])
+    formats = {o["format"] for p in document["places"] for o in p["options"]}
+    assert formats == {"nvfp4", "fp8_channel+fp8_channel", "none"}
+    curve = [(point["bits"], point["score"]) for point in document["frontier"]]
+    assert curve == sorted(curve) and curve[-1] == (16.0, 0.0)
+    scores = [score for _, score in curve]
+    assert scores == sorted(scores, reverse=True)
+    within = [score for bits, score in curve if bits <= 6.0]
+    assert within[-1] >= document["score"] >= curve[len(within)][1]
+    assert document["excluded"] == []
+
+
 Scorer = Callable[[Any, Any, torch.Tensor], torch.Tensor]
 
 
@@ -221,6 +246,7 @@ def test_other_bits_and_costs_are_solved_without_a_forward(
     one = mq.search_again(scores, 9.0, formats="fp8_channel")
     assert {row[1] for row in one.rows} <= {"fp8_channel+fp8_channel", "exclude"}
     assert calls == [0]
+    check_document(again)
     with pytest.raises(RecipeError, match="'int4' was not scored"):
         mq.search_again(scores, 9.0, formats="int4")
     with pytest.raises(CheckpointError, match="has scores of another search"):

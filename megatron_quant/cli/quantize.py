@@ -186,6 +186,13 @@ def _data_flags(group: "argparse._ArgumentGroup") -> None:
         "runs more often, with the same result (default 16GB; --dry-run says how often)",
     )
     group.add_argument(
+        "--calib-experts",
+        default="routed",
+        metavar="routed|all|SHARE",
+        help="experts that each token is measured for: the router's (default), all of its layer, "
+        "or this share of them, such as 0.25, by the router's scores. No output changes",
+    )
+    group.add_argument(
         "--load-calibration",
         type=Path,
         metavar="FILE",

@@ -60,7 +60,9 @@ class Job:
     architecture: None for a streamed checkpoint, which needs no model. layout: in Megatron's
     default rank order. dialect, export: the files and, at that layout, who owns each part; None if
     nothing is exported. cost: what planning them took. expert_scales: whether experts share a
-    weight amax. kept, checkpoint: as in :class:`SourceModel`.
+    weight amax. kept, checkpoint: as in :class:`SourceModel`. moments: passes over the data of
+    gptq. expert_share: share of its layer's experts that a token is measured for; None for those
+    of the router.
     """
 
     source: Path
@@ -78,6 +80,7 @@ class Job:
     kept: Mapping[str, torch.dtype] = field(default_factory=dict)
     checkpoint: Weights | None = None
     moments: tuple[MomentPass, ...] = ()
+    expert_share: float | None = None
 
     @property
     def layer_memory(self) -> LayerMemory | None:
@@ -219,6 +222,7 @@ def decide(
         kept=model.kept,
         checkpoint=model.checkpoint,
         moments=_moments(options, quant, saved),
+        expert_share=options.calibration.expert_share,
     )
     if options.export_dir is None and options.megatron_save_path is not None:
         return job
@@ -292,6 +296,11 @@ def _check_calibration(options: QuantizeOptions, quant: QuantPlan, saved: Saved 
         )
     if flag and not quant.needs_data:
         raise QuantError(f"{flag}: recipe {quant.recipe!r} needs no calibration data; leave it out")
+    if data.expert_share is not None and not any(d.slot.expert is not None for d in quant.measured):
+        raise QuantError(
+            "--calib-experts: no expert's inputs are measured; leave it out, or take a recipe with "
+            "static input scales, or --algorithm imatrix or gptq"
+        )
     if data.keep_hessians and not any(d.rounds for d in quant.quantized):
         raise QuantError(
             "--keep-hessians: second moments are measured only for algorithm gptq, which no rule "

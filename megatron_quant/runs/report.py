@@ -60,6 +60,7 @@ def of_streamed(streamed: "Streamed") -> dict[str, Any]:
         "seconds": dict(streamed.seconds),
         "weight_amax": dict(streamed.weight_amax),
         "input_amax": dict(streamed.inputs.found) if streamed.inputs else {},
+        "expert_tokens": dict(streamed.tokens),
         "cold_experts": list(streamed.inputs.cold) if streamed.inputs else [],
         "left_out": list(streamed.left_out),
     }

@@ -30,12 +30,14 @@ class Come:
     Attributes:
         layer: Layer that comes next.
         digest: Digest of the hidden states that enter it; empty where no layer needs them.
-        seen: What was measured in the layers before it, by key.
+        seen: Largest inputs in the layers before it, by key.
+        tokens: Tokens of experts in these layers, by key.
     """
 
     layer: int
     digest: str
     seen: Mapping[str, float]
+    tokens: Mapping[str, int]
 
 
 class Workplace:
@@ -89,7 +91,8 @@ class Workplace:
             found = read_object(self._file, documents.INDEX)
             if found["made_of"] == self.made_of:
                 seen = {str(key): float(value) for key, value in found["seen"].items()}
-                return Come(int(found["layer"]), str(found["digest"]), seen)
+                tokens = {str(key): int(value) for key, value in found["tokens"].items()}
+                return Come(int(found["layer"]), str(found["digest"]), seen, tokens)
         return None
 
     def save(self, come: Come) -> None:

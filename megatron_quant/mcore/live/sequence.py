@@ -28,6 +28,7 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CalibrationError, RecipeError
 from megatron_quant.layers import ExpertScales, QuantLayer
 from megatron_quant.mcore.checkpoint import Saved, describe_model, describe_run, restore
+from megatron_quant.mcore.live.forced import forced_experts
 from megatron_quant.mcore.live.handle import (
     HFModel,
     Quantized,
@@ -206,7 +207,8 @@ def calibrate_quantized(
     measured. Raises CalibrationError, on every rank alike, and ExportError if the file of ``keep``
     cannot be written; weights may have been rounded by then.
     """
-    live, steps, plan = handle.model, tuple(forwards), handle.plan
+    live, plan = handle.model, handle.plan
+    steps = tuple(_forced(handle, rules.expert_share, forward) for forward in forwards)
     with watch(handle.cached) as seen:
         report = calibrate(
             handle.layers,
@@ -246,6 +248,18 @@ def calibrate_quantized(
         round_weights(handle.layers, plan, live.groups, source)
     report = replace(report, moments=sums.merged(plan, live.groups), squares={})
     return replace(handle, report=report, kv_amax=found).remember()
+
+
+def _forced(
+    handle: Quantized, share: float | None, forward: Callable[[], object]
+) -> Callable[[], object]:
+    """Return ``forward`` with its experts given more tokens than the router gives them."""
+
+    def run() -> None:
+        with forced_experts(handle.model.chunks, handle.layers, share):
+            forward()
+
+    return run
 
 
 @contextmanager

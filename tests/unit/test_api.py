@@ -13,8 +13,8 @@ SIGNATURES = {
     "choices": "",
     "evaluate": "out, text, *, against, seq_length, max_tokens, dtype, tokenizer, "
     "trust_remote_code, native, progress",
-    "export": "model, out, *, format, serve, write",
-    "export_tensors": "model, *, format, max_bytes",
+    "export": "model, out, *, format, dtype, serve, write",
+    "export_tensors": "model, *, format, dtype, ranks, max_bytes",
     "load_recipe": "name_or_path",
     "plan": "source, recipe, *, parallel, format, serve, write, **flags",
     "quantize": "model, recipe, forward_loop, *, hf_model, expert_scales, calibration, groups",

@@ -46,7 +46,7 @@ from megatron_quant.mcore.model import (
     run_through,
     start_distributed,
 )
-from megatron_quant.models import Param, Role
+from megatron_quant.models import CARRIED, Param, Role, text_config
 from megatron_quant.recipes import Recipe
 from megatron_quant.runs.batches import calibration_batches, input_rules, keep_settings
 from megatron_quant.runs.destination import (
@@ -144,7 +144,7 @@ def _batches(handle: Quantized, calibration: Calibration, groups: Groups) -> lis
                 f"recipe {handle.recipe.name!r} is calibrated on data: give a forward_loop, or a "
                 "tokenizer, either in calibration or in the directory that hf_model names"
             )
-        return calibration_batches(calibration, Path(source), hf.config["vocab_size"])
+        return calibration_batches(calibration, Path(source), text_config(hf.config)["vocab_size"])
 
     return ids_once_a_host(groups, read)
 
@@ -219,15 +219,15 @@ def _describe(
     model, dialect = handle.model, get_dialect(format)
     source = _weights_beside(handle)
     kept = kept_dtypes(source) if source else {}
-    drafts = _draft_params(source)
+    carried = _carried_params(source)
     dtype = _dtype_of(model) if dtype_name is None else dtype_of(dtype_name)
-    params = (*model.params, *drafts)
+    params = (*model.params, *carried)
     check_serving(handle.plan, params, dialect.name, serve.engine, serve.tp, handle.hf.config)
     dialect.quantization_config(handle.plan)  # refuses what it cannot store
     plan = plan_export(
         params, handle.plan, model.layout, StorageRules(dialect, dtype, shard_bytes, kept)
     )
-    made = unscaled(PartSource(source, dtype), handle.plan) if source and drafts else None
+    made = unscaled(PartSource(source, dtype), handle.plan) if source and carried else None
     produce = producer(model, handle.layers, handle.cached, made)
     return _Described(plan, _files(handle, dialect, dtype, source), produce)
 
@@ -248,10 +248,10 @@ def _weights_beside(handle: Quantized) -> Weights | None:
     return open_source(handle.hf.weights) if handle.hf.weights else None
 
 
-def _draft_params(source: Weights | None) -> tuple[Param, ...]:
+def _carried_params(source: Weights | None) -> tuple[Param, ...]:
     if source is None:
         return ()
-    return tuple(p for p in logical(source)[1].params if p.role is Role.DRAFT)
+    return tuple(p for p in logical(source)[1].params if p.role in CARRIED)
 
 
 def _dtype_of(model: LiveModel) -> torch.dtype:

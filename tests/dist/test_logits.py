@@ -19,7 +19,7 @@ def megatron_logits(path: Path, tp: int, ep: int, dtype: torch.dtype) -> torch.T
     from megatron_quant.mcore.model.load import load_model
     from megatron_quant.mcore.model.parallel import start_distributed
     from megatron_quant.mcore.model.schedule import full_logits
-    from megatron_quant.models import lookup, num_experts
+    from megatron_quant.models import lookup, num_experts, text_config
 
     checkpoint = open_source(path)
     architecture = lookup(checkpoint.config)
@@ -28,7 +28,7 @@ def megatron_logits(path: Path, tp: int, ep: int, dtype: torch.dtype) -> torch.T
     groups = start_distributed()
     model = load_model(checkpoint, architecture, layout, groups, dtype, lambda steps: None)
     with torch.no_grad():
-        return full_logits(model.module, IDS, checkpoint.config["vocab_size"]).clone()
+        return full_logits(model.module, IDS, text_config(checkpoint.config)["vocab_size"]).clone()
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)

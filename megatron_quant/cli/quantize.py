@@ -38,7 +38,7 @@ examples:
   # what would happen, from config.json alone
   megatron-quant quantize --hf-model-id PATH --export-quant-cfg nvfp4 --dry-run
 
-The result does not depend on --tp, --pp, --ep and --etp: every layout writes the same bytes.
+The result does not depend on --tp, --pp, --cp, --ep and --etp: every layout writes the same bytes.
 Ranks that tensor and pipeline parallelism leave over are data parallel: they share the
 calibration data.
 """

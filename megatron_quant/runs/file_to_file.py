@@ -229,7 +229,7 @@ def _nbytes(parts: Iterable[RankPart]) -> int:
 
 
 def _check_flags(options: QuantizeOptions) -> None:
-    sizes = {name: getattr(options.parallel, name) for name in ("tp", "ep", "etp", "pp")}
+    sizes = {name: getattr(options.parallel, name) for name in ("tp", "cp", "ep", "etp", "pp")}
     if any(size > 1 for size in sizes.values()):
         given = " ".join(f"--{name} {size}" for name, size in sizes.items() if size > 1)
         raise LayoutError(

@@ -145,7 +145,7 @@ def prepare_job(
     experts = num_experts(params)
     layout = Layout.simulate(
         world, options.parallel.tp, options.parallel.ep, options.parallel.etp, experts, stages
-    )
+    ).sharing_sequences(options.parallel.cp)
     model = SourceModel(
         source=source,
         hf_config=hf_config,
@@ -168,7 +168,7 @@ def planned(options: QuantizeOptions) -> Job:
     """
     check_plannable(options)
     sizes, exporting = options.parallel, replace(options, megatron_save_path=None)
-    return prepare_job(exporting, lcm(sizes.tp, sizes.ep * sizes.etp) * sizes.pp)
+    return prepare_job(exporting, lcm(sizes.tp * sizes.cp, sizes.ep * sizes.etp) * sizes.pp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,8 +330,9 @@ def _moments(
 def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
     """Refuse samples that need padding: padding would make the statistics depend on the layout."""
     calibrates = quant.needs_data and saved is None and options.calibration.load is None
-    tp, length = options.parallel.tp, options.calibration.seq_length
-    if (options.eval_text or calibrates) and length % tp:
+    tp, cp, length = options.parallel.tp, options.parallel.cp, options.calibration.seq_length
+    cuts, flags = (tp, f"--tp {tp}") if cp == 1 else (2 * tp * cp, f"--tp {tp} x --cp {cp} x 2")
+    if (options.eval_text or calibrates) and length % cuts:
         raise LayoutError(
-            f"--tp {tp} does not divide --calib-seq-length {length}: choose a multiple of {tp}"
+            f"{flags} does not divide --calib-seq-length {length}: choose a multiple of {cuts}"
         )

@@ -51,11 +51,12 @@ class _Group:
 class Parallel(_Group):
     """How Megatron cuts the model over ranks. The fields are named like Megatron's flags.
 
-    tp, pp, ep, etp: tensor, pipeline, expert and expert-tensor parallel sizes.
+    tp, pp, cp, ep, etp: tensor, pipeline, context, expert and expert-tensor parallel sizes.
     """
 
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     ep: int = 1
     etp: int = 1
     num_virtual_stages_per_pipeline_rank: int = 1

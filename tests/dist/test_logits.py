@@ -11,7 +11,9 @@ from tests.unit import tiny
 IDS = (torch.arange(2 * 15) * 7 % 50).view(2, 15)
 
 
-def megatron_logits(path: Path, tp: int, ep: int, dtype: torch.dtype) -> torch.Tensor:
+def megatron_logits(
+    path: Path, tp: int, ep: int, dtype: torch.dtype, cp: int = 1
+) -> torch.Tensor:
     import torch.distributed as dist
 
     from megatron_quant.ckpt.plan.ranks import Layout
@@ -24,7 +26,7 @@ def megatron_logits(path: Path, tp: int, ep: int, dtype: torch.dtype) -> torch.T
     checkpoint = open_source(path)
     architecture = lookup(checkpoint.config)
     experts = num_experts(architecture.params(checkpoint.config))
-    layout = Layout.simulate(dist.get_world_size(), tp, ep, 1, experts)
+    layout = Layout.simulate(dist.get_world_size(), tp, ep, 1, experts).sharing_sequences(cp)
     groups = start_distributed()
     model = load_model(checkpoint, architecture, layout, groups, dtype, lambda steps: None)
     with torch.no_grad():
@@ -52,3 +54,15 @@ def distance(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """The median token's relative error: a token that rounding routes otherwise does not count."""
     error = (logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     return error.median()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "llama_yarn"])
+def test_context_parallel_ranks_share_a_sequence(name: str, tmp_path: Path, ranks) -> None:
+    """15 tokens at tp 2 and cp 2: padded, cut into four chunks, two on each rank."""
+    with torch.no_grad():
+        expected = tiny.model(name)(IDS).logits
+    tiny.save(name, tmp_path)
+    config = tiny.config(name)
+    ep = 2 if num_experts(lookup(config).params(config)) else 1
+    for logits in ranks(4, megatron_logits, tmp_path, 2, ep, torch.float32, 2):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

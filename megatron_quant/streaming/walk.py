@@ -44,6 +44,7 @@ class Walk:
     sums: SumsFile | None = None
     expert_share: float | None = None
     _seen: Seen = field(default_factory=Seen)
+    _digests: list[str] = field(default_factory=list)
 
     @property
     def layers(self) -> int:
@@ -61,6 +62,8 @@ class Walk:
         """
         watched(self.skeleton.model, self.params)  # raises for a weight that the model lacks
         come = self.place.come()
+        if come is not None and not self._has_sums(come):
+            come = None
         if come is None and self.sums is not None:
             self.sums.create()
         if not self.batches:
@@ -72,14 +75,31 @@ class Walk:
                 come = None
                 calls, states, digest = self._enter(write=True)
         if come is None:
-            come = Come(0, digest, {}, {})
+            come = Come(layer=0, digest=digest)
             self.place.save(come)
         amax = {key: torch.tensor(value) for key, value in come.seen.items()}
-        self._seen = Seen(amax, dict(come.tokens))
+        self._seen, self._digests = Seen(amax, dict(come.tokens)), list(come.sums)
         self.on_batch(come.layer * len(self.batches))
         for layer in range(come.layer, self.layers):
             states = self._layer(layer, [of_batch[layer] for of_batch in calls], states)
         return self._seen
+
+    def _has_sums(self, come: Come) -> bool:
+        """Return whether the sums of the layers before are as they were written."""
+        file = self.sums
+        if file is None:
+            return True
+        if not file.path.is_file() or len(come.sums) != come.layer:
+            return False
+        return all(
+            file.is_intact((p.name for p in self._summed(layer)), digest)
+            for layer, digest in enumerate(come.sums)
+        )
+
+    def _summed(self, layer: int) -> list[Param]:
+        """Return the parameters of a layer that need sums; fused ones share inputs."""
+        decisions = self.sums.decisions if self.sums is not None else {}
+        return [p for p in self.params if p.layer == layer and p.name in decisions]
 
     def _states(self, layer: int, like: StatesFile) -> StatesFile:
         return StatesFile(self.place.states(layer), like.shapes, like.dtype)
@@ -134,24 +154,30 @@ class Walk:
         self._seen.amax.update(self._checked(mode.found.amax))
         self._seen.tokens.update(mode.found.tokens)
         if self.sums is not None:
-            self.sums.put({name: found for name, (_, found) in sums.items()})
+            put = self.sums.put({name: found for name, (_, found) in sums.items()})
+            self._digests.append(put)
         self.skeleton.empty()
         give_back()
         if not any(call.hands_on for call in calls):  # else what is handed on is nowhere but here
             seen = {key: value.item() for key, value in self._seen.amax.items()}
-            self.place.save(Come(layer + 1, digest, seen, self._seen.tokens))
+            come = Come(
+                layer=layer + 1,
+                digest=digest,
+                seen=seen,
+                tokens=self._seen.tokens,
+                sums=self._digests,
+            )
+            self.place.save(come)
         states.path.unlink(missing_ok=True)
         return later
 
     def _new_sums(self, layer: int) -> Iterator[tuple[str, tuple[Param, RunningSum]]]:
-        """Yield an empty sum for each slot of a layer that needs one; fused ones share inputs."""
-        decisions = self.sums.decisions if self.sums is not None else {}
-        for param in self.params:
-            decision = decisions.get(param.name)
-            if param.layer == layer and decision is not None:
-                cols = param.shape[1]
-                shape = (cols, cols) if decision.rounds else (cols,)
-                yield param.name, (param, RunningSum(torch.zeros(shape)))
+        """Yield an empty sum for each slot of a layer that needs one."""
+        for param in self._summed(layer):
+            assert self.sums is not None
+            cols = param.shape[1]
+            shape = (cols, cols) if self.sums.decisions[param.name].rounds else (cols,)
+            yield param.name, (param, RunningSum(torch.zeros(shape)))
 
     def _checked(self, seen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Raise CalibrationError at the first layer whose inputs are not finite."""

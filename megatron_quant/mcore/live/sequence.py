@@ -1,5 +1,6 @@
 """Turn a live model into a quantized one: check, resolve, attach, calibrate."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -285,7 +286,8 @@ def update(model: Quantized | nn.Module | Sequence[nn.Module]) -> Quantized:
     """Give the weights' quantizers the scales of the present weights. Collective.
 
     Call it after a quantized model was trained or given other weights. No forward runs: scales of
-    inputs and of the KV cache stay. Whatever the recipe searches is searched again.
+    inputs and of the KV cache stay. Whatever the recipe searches is searched again. Weights of gptq
+    get searched scales and the nearest codes, with a warning: nothing of the data is left.
 
     model: the handle, or the model itself, wrapped or not. Returns the handle, which
     :func:`quantized` finds from now on. Raises CalibrationError, on every rank alike, for a weight
@@ -294,6 +296,13 @@ def update(model: Quantized | nn.Module | Sequence[nn.Module]) -> Quantized:
     handle = quantized(model)
     groups = handle.model.groups
     together(groups, lambda: _check_own_scales(handle.layers))
+    rounded = sum(decision.rounds for decision in handle.plan.quantized)
+    if rounded and groups.rank == 0:
+        logging.getLogger(__name__).warning(
+            "update runs no data: %d weights of algorithm gptq get searched scales and the nearest "
+            "codes, also where they have not changed; quantize again to round them by their inputs",
+            rounded,
+        )
     found = calibrate_weights(handle.layers, handle.plan, groups)
     report = replace(handle.report, weight_amax=found) if handle.report else None
     stored = ranges_of(handle.layers) if handle.stored else ()

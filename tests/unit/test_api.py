@@ -31,7 +31,7 @@ SIGNATURES = {
     "verify": "out, *, against, digests, strict, groups",
 }
 FIELDS = {
-    "Parallel": "tp, pp, ep, etp, num_virtual_stages_per_pipeline_rank, "
+    "Parallel": "tp, pp, cp, ep, etp, num_virtual_stages_per_pipeline_rank, "
     "num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage",
     "Calibration": "dataset, size, seq_length, batch_size, cold_experts, act_percentile, "
     "tokenizer, trust_remote_code, save, load, keep_hessians, memory, experts",

@@ -90,6 +90,7 @@ setup(
         "megatron_quant": [
             "configs/*.yaml",
             "configs/families/*.yaml",
+            "report/*.css",
             "py.typed",
             "*.pyi",
             "**/*.pyi",

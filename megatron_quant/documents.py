@@ -262,16 +262,48 @@ def _escaped(char: str) -> str:
 
 def check_output_file(flag: str, path: Path | None) -> None:
     """Refuse, before the work, a file of ``flag`` that could not be written after it."""
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        reason = "is a directory" if path.is_dir() else "is in a directory that does not exist"
+    if path is None:
+        return
+    reason = ""
+    if path.is_dir():
+        reason = "is a directory"
+    elif not path.parent.is_dir():
+        reason = "is in a directory that does not exist"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "may not be written"
+    if reason:
         raise QuantError(f"{flag} {path} {reason}; choose another file")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write the file ``path``: it is there whole, or as it was before.
+
+    Raises:
+        QuantError: For what the disk refuses.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a terminal
+            path.write_text(text, encoding="utf-8")
+            return
+        to = path.resolve()  # of a link, what it leads to
+        unfinished = to.with_name(f"{to.name}.incomplete")
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, to)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+    except OSError as e:
+        raise QuantError(
+            f"{path} cannot be written: {e.strerror or e}; choose another file"
+        ) from None
+
+
 def write_json(path: Path, found: Mapping[str, Any]) -> None:
-    """Write ``found`` into the file ``path``, for people and programs."""
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    """Write ``found`` into the file ``path``, for people and programs. Raises as write_text."""
+    write_text(path, json.dumps(found, indent=2) + "\n")
 
 
 def write_yaml(path: Path, found: Mapping[str, Any]) -> None:
     """Write ``found`` into the file ``path`` as YAML, keys in the order given."""
-    path.write_text(yaml.safe_dump(dict(found), sort_keys=False, width=100), encoding="utf-8")
+    write_text(path, yaml.safe_dump(dict(found), sort_keys=False, width=100))

@@ -38,7 +38,7 @@ examples:
   # what would happen, from config.json alone
   megatron-quant quantize --hf-model-id PATH --export-quant-cfg nvfp4 --dry-run
 
-The result does not depend on --tp, --pp, --cp, --ep and --etp: every layout writes the same bytes.
+The result does not depend on --tp, --pp, --ep and --etp: every layout writes the same bytes.
 Ranks that tensor and pipeline parallelism leave over are data parallel: they share the
 calibration data.
 """
@@ -186,13 +186,6 @@ def _data_flags(group: "argparse._ArgumentGroup") -> None:
         "runs more often, with the same result (default 16GB; --dry-run says how often)",
     )
     group.add_argument(
-        "--calib-experts",
-        default="routed",
-        metavar="routed|all|SHARE",
-        help="experts that each token is measured for: the router's (default), all of its layer, "
-        "or this share of them, such as 0.25, by the router's scores. No output changes",
-    )
-    group.add_argument(
         "--load-calibration",
         type=Path,
         metavar="FILE",
@@ -239,7 +232,13 @@ def _export_flags(p: argparse.ArgumentParser) -> None:
         type=Path,
         help="also report perplexity and KL to bf16 of the fake-quantized model on this text",
     )
-    group.add_argument("--report", type=Path, help="write the findings to this JSON file")
+    group.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="draw the findings as one page (.html), with the same facts beside it as .json; with "
+        "another ending, write the facts alone, as JSON",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

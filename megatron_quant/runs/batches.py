@@ -36,7 +36,6 @@ def input_rules(
         act_percentile=calibration.act_percentile,
         loaded=loaded,
         counted=counted,
-        expert_share=calibration.expert_share,
     )
 
 

@@ -83,13 +83,17 @@ def quantize_checkpoint(
 
     use_cpu()
     from megatron_quant.mcore.model import start_distributed
+    from megatron_quant.runs.facts import of_outcome
     from megatron_quant.runs.megatron import quantize_run
-    from megatron_quant.runs.report import check_report, of_outcome, write_report
+    from megatron_quant.runs.report import check_report, write_report
 
     groups, timed = start_distributed(options.distributed_timeout_minutes), Timed(phases or Quiet())
-    check_report(options.report, groups)
+    places = (options.hf_model_id, options.export_dir)
+    megatron = (options.megatron_save_path, options.megatron_load_path)
+    check_report(options.report, groups, *places, *megatron)
     outcome = replace(quantize_run(options, groups, timed), seconds=timed.seconds)
-    write_report(options.report, groups, lambda: of_outcome(outcome))
+    model = options.hf_model_id or str(options.megatron_load_path)
+    write_report(options.report, groups, lambda: of_outcome(outcome, model))
     return outcome
 
 
@@ -128,12 +132,14 @@ def stream(
     )
     _check_place(options)
     from megatron_quant.rendezvous import start_ranks
+    from megatron_quant.runs.facts import of_streamed
     from megatron_quant.runs.file_to_file import stream_files
-    from megatron_quant.runs.report import check_report, of_streamed, write_report
+    from megatron_quant.runs.report import check_report, write_report
 
     groups = groups or start_ranks(options.distributed_timeout_minutes)
     timed = Timed(phases or Quiet())
-    check_report(options.report, groups)
+    places = (options.hf_model_id, options.export_dir, options.auto.checkpoint)
+    check_report(options.report, groups, *places)
     found = None
     if options.auto.bits is not None:
         from megatron_quant.runs.auto_quantize import with_found_recipe
@@ -141,7 +147,7 @@ def stream(
         options, found = with_found_recipe(options, groups, timed)
     streamed = stream_files(options, groups, timed)
     streamed = replace(streamed, seconds=timed.seconds, found=found)
-    write_report(options.report, groups, lambda: of_streamed(streamed))
+    write_report(options.report, groups, lambda: of_streamed(streamed, str(source)))
     return streamed
 
 

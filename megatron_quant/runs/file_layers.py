@@ -29,7 +29,7 @@ from megatron_quant.streaming import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from megatron_quant.streaming import Seen, Workplace
+    from megatron_quant.streaming import Workplace
 
 
 def by_layers(
@@ -39,12 +39,12 @@ def by_layers(
     groups: Groups,
     phases: Phases,
     place: "Workplace",
-) -> "Seen | None":
+) -> dict[str, torch.Tensor] | None:
     """Return this rank's observations; None, on every rank, where one cannot go layer by layer."""
     # Imported here: transformers takes seconds to load.
-    from megatron_quant.streaming import CannotWalk, Seen, Skeleton, Walk
+    from megatron_quant.streaming import CannotWalk, Skeleton, Walk
 
-    def walk() -> tuple[Seen, str]:
+    def walk() -> tuple[dict[str, torch.Tensor], str]:
         try:
             with phases.time("load"):
                 skeleton = Skeleton(open_stored(job.source), job.dtype)
@@ -57,11 +57,10 @@ def by_layers(
                     place=place,
                     on_batch=progress,
                     sums=_sums_file(job, place, groups.rank),
-                    expert_share=job.expert_share,
                 )
                 return found.run(), ""
         except CannotWalk as reason:
-            return Seen(), str(reason)
+            return {}, str(reason)
 
     seen, reason = together(groups, walk)
     reason = next(filter(None, gather(reason, groups)), "")
@@ -95,15 +94,9 @@ def at_once(
     batches: Sequence[torch.Tensor],
     groups: Groups,
     phases: Phases,
-) -> "Seen":
+) -> dict[str, torch.Tensor]:
     """Return this rank's observations of the whole model."""
-    from megatron_quant.streaming import (
-        WeightInputAmax,
-        forced_experts,
-        load_model,
-        run_model,
-        watched,
-    )
+    from megatron_quant.streaming import WeightInputAmax, load_model, run_model, watched
 
     def start() -> tuple["PreTrainedModel", WeightInputAmax]:
         model = load_model(job.source, job.dtype)
@@ -113,18 +106,13 @@ def at_once(
         model, seen = together(groups, start)
 
     def forward() -> None:
-        with (
-            phases.bar("calibrate", len(batches)) as progress,
-            torch.no_grad(),
-            seen,
-            forced_experts(model, job.expert_share, seen),
-        ):
+        with phases.bar("calibrate", len(batches)) as progress, torch.no_grad(), seen:
             for batch in batches:
                 run_model(model, batch)
                 progress(1)
 
     together(groups, forward)
-    return seen.found
+    return seen.seen
 
 
 @contextmanager
@@ -150,9 +138,7 @@ def workplace(
         [p.name, job.quant.by_name[p.name].rounds] for p in weighed_inputs(job.quant, job.params)
     ]
     text = digest_of([ids.tolist() for ids in batches])
-    made_of = digest_of(
-        [origin.source, str(job.dtype), groups.size, keys, sums, job.expert_share, text]
-    )
+    made_of = digest_of([origin.source, str(job.dtype), groups.size, keys, sums, text])
     existing = existing_of(options.write)
     place = Workplace(work_folder(options), made_of, existing, groups)
     try:

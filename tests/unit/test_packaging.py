@@ -81,7 +81,7 @@ def test_an_installed_package_quantizes(kind, built, tmp_path):
 def test_archives_hold_what_the_sources_hold(built):
     own = {
         str(p.relative_to(ROOT))
-        for kind in ("*.py", "*.yaml", "py.typed")
+        for kind in ("*.py", "*.yaml", "*.css", "py.typed")
         for p in (ROOT / "megatron_quant").rglob(kind)
     }
     headers = {str(p.relative_to(ROOT)) for p in (ROOT / "megatron_quant").rglob("*.[ch]")}

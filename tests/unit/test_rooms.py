@@ -19,7 +19,7 @@ _LIVE = (
     | {"alike", "rendezvous", "dist", "models", "layers", "calib", "cpu", "evaluation"}
 )
 _MCORE = {f"mcore.{room}" for room in ("model", "checkpoint", "live", "training")}
-_ALL = _LIVE | _MCORE | {"native", "engines", "ckpt", "streaming", "search"}
+_ALL = _LIVE | _MCORE | {"native", "engines", "ckpt", "streaming", "search", "report"}
 # A room is a package with a face, or a module of the package itself. "ckpt", "mcore" and "engines"
 # hold rooms; ckpt's own face is that of ckpt/convert.py. "" is the front door.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -59,7 +59,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mcore.checkpoint": _LIVE | {"", "mcore.model"},
     "mcore.live": _LIVE | {"mcore.model", "mcore.checkpoint"},
     "mcore.training": _LIVE | {"mcore.model", "mcore.checkpoint", "mcore.live"},
-    "runs": _ALL | {"faults"},
+    "report": {"errors", "documents"},
+    "runs": _ALL | {"faults", ""},
     "": _ALL | {"runs"},
     # errors, and documents for names that a terminal can show; ranks tell each other of faults.
     "cli": {"", "errors", "documents", "faults", "rendezvous"},

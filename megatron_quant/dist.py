@@ -189,6 +189,30 @@ def exchange(
     return received.cpu()
 
 
+def broadcasts(
+    own: torch.Tensor, sizes: Sequence[int], groups: Groups
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (rank, bytes) for every rank that has some to share, on every rank. Collective.
+
+    own: this rank's bytes, uint8 [sizes[this rank]]. sizes: bytes of each rank. At most one other
+    rank's bytes are held at a time.
+    """
+    for rank, size in enumerate(sizes):
+        if size:
+            yield rank, own if groups.size == 1 else _broadcast(own, rank, size, groups)
+
+
+def _broadcast(own: torch.Tensor, source: int, size: int, groups: Groups) -> torch.Tensor:
+    if source == groups.rank:
+        sent = own.to(groups.device)
+    else:
+        sent = torch.empty(size, dtype=torch.uint8, device=groups.device)
+    first = dist.get_global_rank(groups.model, source) if groups.model else source
+    with _answered():
+        dist.broadcast(sent, first, group=groups.model)
+    return sent.cpu()
+
+
 def raise_together(error: BaseException | None, groups: Groups) -> None:
     """Raise on every rank the error of the lowest rank that has one; do nothing if none has.
 

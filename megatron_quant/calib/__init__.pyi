@@ -16,6 +16,7 @@ from .calibration_file import write_calibration as write_calibration
 from .data import load_texts as load_texts
 from .data import share as share
 from .data import token_batches as token_batches
+from .hearing import deaf as deaf
 from .input_sums import Merged as Merged
 from .keeping import CalibrationKeeper as CalibrationKeeper
 from .keeping import SquareSums as SquareSums
@@ -57,6 +58,7 @@ __all__ = [
     "calibrate",
     "calibrate_kv_cache",
     "calibrate_weights",
+    "deaf",
     "follow_weights",
     "largest_drift",
     "load_texts",

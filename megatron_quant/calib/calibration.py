@@ -71,6 +71,8 @@ class InputRules:
         loaded: Measurements of an earlier calibration; no forward runs then.
         counted: Number of this rank's batches whose tokens, squares and products count; those after
             them repeat batches, so that all ranks run equally many. None for all.
+        expert_share: Share of a layer's experts that each token is given to while those are
+            measured; None for the experts that the router chose.
     """
 
     cold_experts: ColdExperts = ColdExperts.ERROR
@@ -78,6 +80,7 @@ class InputRules:
     token_replicas: int = 1
     loaded: CalibrationFile | None = None
     counted: int | None = None
+    expert_share: float | None = None
 
 
 DEFAULTS = InputRules()

@@ -33,7 +33,7 @@ from megatron_quant.ckpt.storage import (
     read_header,
     write_at,
 )
-from megatron_quant.errors import CalibrationError, CheckpointError
+from megatron_quant.errors import CalibrationError, CheckpointError, ExportError
 from megatron_quant.recipes import Decision
 
 AMAX, TOKENS, SQUARES, MOMENT = "input_amax", "input_tokens", "input_squares", "input_moment"
@@ -53,8 +53,8 @@ def cache_key(cache_slot: str) -> str:
 class CalibrationWriter:
     """Writes a calibration file whose tensors come in any order, also from several processes.
 
-    One process calls :meth:`create`, then any process :meth:`put`, then the first :meth:`finish`.
-    Until then an older file of that name stays.
+    One process calls :meth:`create`, then any process :meth:`put` and :meth:`close`, then the first
+    :meth:`finish`. Until then an older file of that name stays.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class CalibrationWriter:
         (self._file,) = lay_out([drafts], max_shard_bytes=1 << 62)
         self._entries = {entry.name: entry for entry in self._file.entries}
         self._path, self._whole = path, path.with_name(f"{path.name}.incomplete")
+        self._fd: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -86,12 +87,9 @@ class CalibrationWriter:
             ExportError: For what the disk refuses.
         """
         with explained(self._whole, "cannot be written", _FLAG):
-            fd = os.open(self._whole, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-            try:
-                allocate(fd, self._file.size)
-                write_at(fd, memoryview(self._file.header), 0)
-            finally:
-                os.close(fd)
+            self._fd = os.open(self._whole, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            allocate(self._fd, self._file.size)
+            write_at(self._fd, memoryview(self._file.header), 0)
 
     def put(self, name: str, value: torch.Tensor) -> None:
         """Write one tensor into its place.
@@ -103,10 +101,19 @@ class CalibrationWriter:
         assert (value.dtype, tuple(value.shape)) == (entry.dtype, entry.shape), (name, value.shape)
         data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         with explained(self._whole, "cannot be written", _FLAG):
-            fd = os.open(self._whole, os.O_WRONLY)
-            try:
-                write_at(fd, memoryview(data.data), entry.offset)
-            finally:
+            if self._fd is None:
+                self._fd = os.open(self._whole, os.O_WRONLY)
+            write_at(self._fd, memoryview(data.data), entry.offset)
+
+    def close(self) -> None:
+        """End the writing of this process.
+
+        Raises:
+            ExportError: For what the disk refuses.
+        """
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            with explained(self._whole, "cannot be written", _FLAG):
                 os.close(fd)
 
     def finish(self) -> None:
@@ -115,11 +122,14 @@ class CalibrationWriter:
         Raises:
             ExportError: For what the disk refuses.
         """
+        self.close()
         with explained(self._path, "cannot be written", _FLAG):
             os.replace(self._whole, self._path)
 
     def abandon(self) -> None:
         """Remove the unfinished file."""
+        with suppress(ExportError):
+            self.close()
         with suppress(OSError):
             self._whole.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from megatron_quant.calib.hearing import hear
 from megatron_quant.dist import Groups, max_reduce, sum_reduce
 from megatron_quant.formats import amax, histogram, percentile_amax
 from megatron_quant.layers import QuantLayer
@@ -54,9 +55,7 @@ def histograms(layers: Sequence[QuantLayer]) -> Iterator[dict[str, InputHistogra
     """Count, by layer name, the inputs of static scale while the context lasts."""
     watched = [layer for layer in layers if layer.static_inputs]
     found = {layer.name: InputHistogram(layer.weights()[0].device) for layer in watched}
-    hooks = [
-        layer.input_quantizer.register_forward_pre_hook(found[layer.name]) for layer in watched
-    ]
+    hooks = [hear(layer.input_quantizer, found[layer.name]) for layer in watched]
     try:
         yield found
     finally:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_quant.calib.blocks import shards_of
+from megatron_quant.calib.hearing import hear
 from megatron_quant.dist import Groups, Replicas, joined, max_reduce, ordered_sum
 from megatron_quant.layers import QuantLayer
 
@@ -193,9 +194,9 @@ def watch_sums(
     """Hook sums onto layers; return them by layer name, and the hooks."""
     found = {x.name: InputSums(x, InputPlace.of(x, groups), products, most) for x in layers}
     hooks: list[Any] = [
-        x.module.register_forward_pre_hook(found[x.name].see_grouped)
+        hear(x.module, found[x.name].see_grouped)
         if x.grouped
-        else x.input_quantizer.register_forward_pre_hook(found[x.name].see)
+        else hear(x.input_quantizer, found[x.name].see)
         for x in layers
     ]
     return found, hooks

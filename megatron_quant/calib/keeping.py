@@ -1,6 +1,7 @@
 """Keep what a calibration measures in a calibration file, by which ranks hold what."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from megatron_quant.calib.calibration_file import (
 from megatron_quant.calib.input_sums import InputPlace, Merged
 from megatron_quant.calib.sync import merge_max
 from megatron_quant.dist import Groups, together
+from megatron_quant.errors import ExportError
 from megatron_quant.layers import QuantLayer
 from megatron_quant.recipes import QuantPlan, largest_shared
 
@@ -113,15 +115,20 @@ class CalibrationKeeper:
         Raises:
             ExportError: On every rank, for what the disk refuses.
         """
-        together(self._groups, lambda: None)  # all have written
         writer, first = self._writer, self._groups.rank == 0
         assert writer is not None, "not started"
+        together(self._groups, writer.close)  # all have written
         together(self._groups, lambda: writer.finish() if first else None)
 
     def abandon(self) -> None:
         """Remove the unfinished file."""
-        if self._writer is not None and self._groups.rank == 0:
+        if self._writer is None:
+            return
+        if self._groups.rank == 0:
             self._writer.abandon()
+        else:
+            with suppress(ExportError):
+                self._writer.close()
 
 
 def _known(plan: QuantPlan, report: CalibrationReport) -> Iterator[tuple[str, torch.Tensor]]:

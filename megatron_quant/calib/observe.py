@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_quant.calib.hearing import hear
 from megatron_quant.formats import amax
 from megatron_quant.layers import CachedTensor, QuantGroupedLinear, QuantLayer
 
@@ -66,8 +67,8 @@ def observe(
     grouped = [layer for layer in watched if isinstance(layer.module, QuantGroupedLinear)]
     inputs = [(layer, InputAmax()) for layer in watched]
     counts = [(layer, TokenCount(len(layer.decisions), counted)) for layer in grouped]
-    hooks = [x.input_quantizer.register_forward_pre_hook(hook) for x, hook in inputs]
-    hooks += [x.module.register_forward_pre_hook(count) for x, count in counts]
+    hooks = [hear(x.input_quantizer, hook) for x, hook in inputs]
+    hooks += [hear(x.module, count) for x, count in counts]
     try:
         with torch.no_grad(), unquantized(layers):
             for forward in forwards:

@@ -18,7 +18,7 @@ from megatron_quant.calib.blocks import shards_of, stacked
 from megatron_quant.dist import Groups, exchange
 from megatron_quant.formats import Format, put_together, scales_of, tensor_scale
 from megatron_quant.layers import QuantLayer, block_amax, split_stat
-from megatron_quant.rounding import GptqSettings, gptq
+from megatron_quant.rounding import GptqSettings, Piece, gptq_pieces
 
 T = TypeVar("T")
 
@@ -82,9 +82,8 @@ class LayerRounding:
         return found
 
 
-def _settings(layer: QuantLayer, origin: tuple[int, int]) -> GptqSettings:
-    names = [decision.slot.name for decision in layer.decisions]
-    return GptqSettings(layer.decisions[0].damp, names, origin)
+def _settings(layer: QuantLayer) -> GptqSettings:
+    return GptqSettings(layer.decisions[0].damp, [d.slot.name for d in layer.decisions])
 
 
 def _stat(layer: QuantLayer) -> Tensor | None:
@@ -106,12 +105,12 @@ def _rounded(layer: QuantLayer, moment_EKK: Tensor) -> Tensor:
     w_ENK, stat, fmt = stacked(layer), _stat(layer), layer.weight_format
     regions = layer.regions
     stats = [None] * len(regions) if stat is None else split_stat(stat, regions, fmt)
-    parts = []
+    pieces = []
     for region, own in zip(regions, stats, strict=True):
         held, origin = region.take(w_ENK), (region.start[0], region.start[1])
-        scales = _scales(held, layer, own, origin)
-        parts.append(gptq(held, fmt, scales, moment_EKK, _settings(layer, origin)).w)
-    return put_together(parts, regions)
+        pieces.append(Piece(held, _scales(held, layer, own, origin), origin))
+    rounded = gptq_pieces(pieces, fmt, moment_EKK, _settings(layer))
+    return put_together([one.w for one in rounded], regions)
 
 
 @torch.no_grad()
@@ -192,7 +191,9 @@ class _SharedRows:
         origin, layer = (self._own.rows.start, 0), self._layer
         stat = self._joined(stats).to(device) if stats else None
         scales = _scales(w_EnK, layer, stat, origin)
-        return gptq(w_EnK, self._fmt, scales, moment_EKK, _settings(layer, origin)).w
+        piece = Piece(w_EnK, scales, origin)
+        (rounded,) = gptq_pieces([piece], self._fmt, moment_EKK, _settings(layer))
+        return rounded.w
 
     def _joined(self, stats: Sequence[Tensor]) -> Tensor:
         """Put the ranks' statistics together; they agree on blocks that several touch."""

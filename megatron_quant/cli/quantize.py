@@ -38,7 +38,7 @@ examples:
   # what would happen, from config.json alone
   megatron-quant quantize --hf-model-id PATH --export-quant-cfg nvfp4 --dry-run
 
-The result does not depend on --tp, --pp, --ep and --etp: every layout writes the same bytes.
+The result does not depend on --tp, --pp, --cp, --ep and --etp: every layout writes the same bytes.
 Ranks that tensor and pipeline parallelism leave over are data parallel: they share the
 calibration data.
 """
@@ -184,6 +184,13 @@ def _data_flags(group: "argparse._ArgumentGroup") -> None:
         metavar="SIZE",
         help="of gptq: second moments of inputs that a rank holds at a time; with less the data "
         "runs more often, with the same result (default 16GB; --dry-run says how often)",
+    )
+    group.add_argument(
+        "--calib-experts",
+        default="routed",
+        metavar="routed|all|SHARE",
+        help="experts that each token is measured for: the router's (default), all of its layer, "
+        "or this share of them, such as 0.25, by the router's scores. No output changes",
     )
     group.add_argument(
         "--load-calibration",

@@ -12,10 +12,7 @@ _COLD_SHOWN = 5
 def summary(outcome: "mq.Outcome") -> Iterator[str]:
     """Yield lines on cold experts, quality, sizes and the time of every phase."""
     calibration = outcome.calibration
-    if calibration.tokens:
-        tokens = sorted(calibration.tokens.values())
-        low, median, high = tokens[0], tokens[len(tokens) // 2], tokens[-1]
-        yield f"tokens an expert saw: {low} to {high}, median {median}"
+    yield from _tokens(calibration.tokens)
     if calibration.cold:
         yield _cold(calibration.cold)
     if outcome.fake_quant:
@@ -31,12 +28,20 @@ def summary(outcome: "mq.Outcome") -> Iterator[str]:
 
 def summary_of_stream(streamed: "mq.Streamed") -> Iterator[str]:
     """Yield lines on cold experts, verification, sizes and the time of every phase."""
+    yield from _tokens(streamed.tokens)
     if streamed.inputs and streamed.inputs.cold:
         yield _cold(streamed.inputs.cold)
     yield _verified(streamed.verified)
     yield from left_out_lines(streamed.left_out)
     yield sizes_line(streamed.job.exported)
     yield _times(streamed.seconds)
+
+
+def _tokens(of_slots: Mapping[str, int]) -> Iterator[str]:
+    if of_slots:
+        tokens = sorted(of_slots.values())
+        low, median, high = tokens[0], tokens[len(tokens) // 2], tokens[-1]
+        yield f"tokens an expert saw: {low} to {high}, median {median}"
 
 
 def left_out_lines(left_out: Sequence[str]) -> Iterator[str]:

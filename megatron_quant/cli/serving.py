@@ -24,9 +24,16 @@ def add_dialect(group: "argparse._ActionsContainer", default: str) -> None:
 
 
 def add_layout(group: "argparse._ActionsContainer") -> None:
-    """Add ``--tp``, ``--pp``, ``--ep``, ``--etp`` and the flags of pipeline stages."""
+    """Add ``--tp``, ``--pp``, ``--cp``, ``--ep``, ``--etp`` and the flags of pipeline stages."""
     group.add_argument("--tp", type=int, default=1, help="tensor-parallel size (default 1)")
     group.add_argument("--pp", type=int, default=1, help="pipeline-parallel size (default 1)")
+    group.add_argument(
+        "--cp",
+        type=int,
+        default=1,
+        help="context-parallel size: ranks that share the tokens of a sequence in calibration and "
+        "evaluation (default 1)",
+    )
     group.add_argument("--ep", type=int, default=1, help="expert-parallel size (default 1)")
     group.add_argument(
         "--etp", type=int, default=1, help="tensor-parallel size of the experts (default 1)"

@@ -16,7 +16,7 @@ from importlib import metadata
 
 import torch
 
-from megatron_quant.cpu import binary, cuda, kernels, megatron, optimizer, plugin, versions
+from megatron_quant.cpu import binary, context, cuda, kernels, megatron, optimizer, plugin, versions
 from megatron_quant.errors import HostError
 
 _EARLIER = ("transformer_engine", "megatron.core", "modelopt.torch")
@@ -56,6 +56,7 @@ def activate() -> None:
     cuda.scope_transformer_engine(version)
     cuda.name_transformer_engine()
     megatron.replace()
+    context.replace()
     optimizer.replace()
     _active = True
 

@@ -8,7 +8,7 @@ from io import StringIO
 
 import modelopt.torch.quantization as mtq
 import torch
-from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 from torch import nn
 
 from megatron_quant.errors import CoverageError
@@ -255,6 +255,12 @@ def _by_module(plan: QuantPlan, weights: Sequence[LocalWeight]) -> dict[str, _Me
 
 
 def _check(name: str, module: nn.Module) -> None:
+    if isinstance(module, QuantModule):
+        raise CoverageError(
+            f"{name} is a {type(module).__name__}, which ModelOpt quantized already: give a model "
+            "without its quantizers; a checkpoint of such a model is read by prepare(..., "
+            "checkpoint=...) or --megatron-load-path"
+        )
     if type(module) not in QuantModuleRegistry:
         raise CoverageError(
             f"{name} is a {type(module).__name__}, which has no quantized class: "

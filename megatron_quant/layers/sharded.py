@@ -6,6 +6,7 @@ Keys and shapes are ModelOpt's. An amax that all experts of a layer share (befor
 ``singleton_local_shards``), their amaxes are stacked too: [experts, 1] under the shared key.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_quant.errors import QuantError
 from megatron_quant.layers.grouped import QuantGroupedLinear
+
+_QUANTIZERS = ("weight_quantizer", "input_quantizer", "output_quantizer")
+_EXTRA = "_extra_state"
 
 Offsets = tuple[tuple[int, int, int], ...]
 """(axis, index, count) of each axis that Megatron prepends for a layer's place in the model."""
@@ -41,7 +45,7 @@ def quantizer_state(
     Raises QuantError for amaxes of rows or blocks (ModelOpt's own formats): they belong to a shard.
     """
     state: dict[str, Any] = {}
-    for name in ("weight_quantizer", "input_quantizer", "output_quantizer"):
+    for name in _QUANTIZERS:
         key, amax = f"{prefix}{name}._amax", getattr(getattr(layer, name), "_amax", None)
         if amax is None:
             continue
@@ -50,6 +54,28 @@ def quantizer_state(
         else:
             state[key] = _shared(amax, key, offsets, place)
     return state
+
+
+def reserve_amaxes(layer: QuantGroupedLinear, loaded: Iterable[str]) -> None:
+    """Make room for the layer's amaxes while ModelOpt restores its model.
+
+    ``restore_sharded_modelopt_state`` converts the model without amaxes and loads ``_extra_state``
+    alone, where other layers find theirs. Megatron then asks the model what to load. Without room
+    for them, amaxes would not be among it.
+
+    loaded: names of what is loaded into the layer; nothing is done for others.
+    """
+    names = list(loaded)
+    if not names or not all(_EXTRA in name for name in names):
+        return
+    device = layer.weights()[0].device
+    for name in _QUANTIZERS:
+        quantizer = getattr(layer, name)
+        calibrated = quantizer.is_enabled and not quantizer.is_mx_format and not quantizer._dynamic
+        if calibrated and not hasattr(quantizer, "_amax"):
+            apart = name == "weight_quantizer" and layer.per_expert
+            shape = (layer.num_gemms, 1, 1) if apart else ()
+            quantizer.amax = torch.full(shape, torch.nan, device=device)
 
 
 def _shared(amax: torch.Tensor, key: str, offsets: Offsets, place: Place) -> ShardedTensor:

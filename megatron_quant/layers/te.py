@@ -26,7 +26,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from megatron_quant.errors import QuantError
 from megatron_quant.layers.grouped import QuantGroupedLinear
-from megatron_quant.layers.sharded import Place, quantizer_state
+from megatron_quant.layers.sharded import Place, quantizer_state, reserve_amaxes
 from megatron_quant.layers.stand_in import follow
 
 COLUMN, ROW = TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
@@ -62,6 +62,10 @@ class _QuantTEGroupedLinear(QuantGroupedLinear):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         singleton = bool((metadata or {}).get("singleton_local_shards", False))
         return {**state, **quantizer_state(self, prefix, sharded_offsets, singleton, _place(self))}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        reserve_amaxes(self, (name for name in state_dict if name.startswith(prefix)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def layer_sync_moe_local_experts_amax(self, sync_weight_amax: bool) -> None:
         """Merge a shared weight amax over expert-parallel ranks. ModelOpt's calibration calls it.

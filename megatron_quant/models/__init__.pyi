@@ -9,6 +9,7 @@ from .pipeline import Pipeline as Pipeline
 from .pipeline import Stages as Stages
 from .registry import ARCHITECTURES as ARCHITECTURES
 from .registry import lookup as lookup
+from .spec import CARRIED as CARRIED
 from .spec import Box as Box
 from .spec import Copy as Copy
 from .spec import Domain as Domain
@@ -29,6 +30,8 @@ from .structure import describe_structure as describe_structure
 from .structure import draft_counts as draft_counts
 from .structure import has_drafts as has_drafts
 from .structure import has_table as has_table
+from .structure import has_towers as has_towers
+from .structure import is_carried as is_carried
 from .structure import is_draft as is_draft
 from .structure import table_names as table_names
 from .text import family as family
@@ -37,6 +40,7 @@ from .text import text_config as text_config
 
 __all__ = [
     "ARCHITECTURES",
+    "CARRIED",
     "Architecture",
     "Box",
     "Copy",
@@ -61,6 +65,8 @@ __all__ = [
     "has_drafts",
     "has_plain_router",
     "has_table",
+    "has_towers",
+    "is_carried",
     "is_draft",
     "local_shape",
     "lookup",

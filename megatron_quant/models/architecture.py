@@ -1,14 +1,14 @@
 """An architecture: one Hugging Face class, and the facts that Megatron-Core needs of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.blocks import drafts, parameters
 from megatron_quant.models.config import Config
 from megatron_quant.models.decoder import Decoder, Experts, Latent, Rope, Sigmoid
-from megatron_quant.models.spec import Param
+from megatron_quant.models.spec import Param, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,21 +126,40 @@ class Architecture:
         decoder: Reads the facts out of config.json; raises ArchitectureError for a config that no
             table describes.
         has_drafts: Whether its layers for speculation are named as DeepSeek-V3's.
+        renamed: (beginning of a name, beginning that the checkpoint has instead) of all tensors of
+            a text decoder that other models lie beside; empty where it is the whole checkpoint.
     """
 
     name: str
     decoder: Callable[[Config], Decoder]
     has_drafts: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def drafts(self, hf_config: Config, count: int) -> tuple[Param, ...]:
         """List the parameters of ``count`` layers that predict tokens ahead; none without names."""
-        return tuple(drafts(self.decoder(hf_config), count)) if self.has_drafts else ()
+        if not self.has_drafts:
+            return ()
+        return tuple(map(self._named, drafts(self.decoder(hf_config), count)))
 
     def params(self, hf_config: Config) -> tuple[Param, ...]:
         """List every logical parameter of the GPTModel (Transformer Engine spec), in its order."""
         decoder = self.decoder(hf_config)
         _check_number_of_experts(decoder)
-        return tuple(parameters(decoder))
+        return tuple(map(self._named, parameters(decoder)))
+
+    def is_outside(self, name: str) -> bool:
+        """Return whether a tensor is of a model beside the text decoder, such as a vision tower."""
+        return bool(self.renamed) and not name.startswith(tuple(own for _, own in self.renamed))
+
+    def _named(self, param: Param) -> Param:
+        """Return ``param`` with the names that the checkpoint has."""
+        return replace(param, sources=tuple(map(self._source, param.sources)))
+
+    def _source(self, source: Source) -> Source:
+        for plain, own in self.renamed:
+            if source.name.startswith(plain):
+                return replace(source, name=own + source.name.removeprefix(plain))
+        return source
 
     def megatron_config(self, hf_config: Config) -> dict[str, object]:
         """Return keyword arguments of megatron-core's TransformerConfig that describe the model.

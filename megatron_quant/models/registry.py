@@ -9,6 +9,7 @@ from megatron_quant.models.dots1 import DOTS1
 from megatron_quant.models.glm4_moe import GLM4_MOE, GLM4_MOE_LITE
 from megatron_quant.models.gpt_oss import GPT_OSS
 from megatron_quant.models.hy_v3 import HY_V3
+from megatron_quant.models.kimi_k25 import KIMI_K25
 from megatron_quant.models.llama import LLAMA
 from megatron_quant.models.mixtral import MIXTRAL
 from megatron_quant.models.qwen2_moe import QWEN2_MOE
@@ -22,6 +23,7 @@ ARCHITECTURES = {
         QWEN2_MOE,
         MIXTRAL,
         DEEPSEEK_V3,
+        KIMI_K25,
         GLM4_MOE,
         GLM4_MOE_LITE,
         DOTS1,

@@ -49,6 +49,10 @@ class Role(Enum):
     DRAFT = "token prediction"  # layers beyond the model's own, for speculative decoding
 
 
+CARRIED = (Role.OUTSIDE, Role.DRAFT)
+"""What no live Megatron model holds: an export takes it from the source's files."""
+
+
 @dataclass(frozen=True)
 class Box:
     """A rectangle of a tensor: ``start`` and ``size`` per dim (1-D or 2-D)."""

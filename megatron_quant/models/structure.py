@@ -59,8 +59,33 @@ def describe_structure(config: Config, shapes: Shapes) -> Structure:
         return recognise(config, shapes)
     params = lookup(config).params(config)
     known = {s.name for p in params for s in p.sources}
-    drafts = [_draft(n, s) for n, s in shapes.items() if n not in known and is_draft(config, n)]
-    return Structure((*params, *drafts), {})
+    rest = {n: s for n, s in shapes.items() if n not in known}
+    return Structure((*params, *_carried(config, rest)), {})
+
+
+def _carried(config: Config, shapes: Shapes) -> Iterator[Param]:
+    """Yield what lies beside the model that a table describes."""
+    for name, shape in shapes.items():
+        if is_draft(config, name):
+            yield _draft(name, shape)
+        elif lookup(config).is_outside(name):
+            yield replace(_alone(name, shape, Role.OUTSIDE), stage=Stage.LAST)
+
+
+def is_carried(config: Config, name: str) -> bool:
+    """Return whether a tensor lies beside the model that its table describes.
+
+    It is of a layer for speculation, or of another model such as a vision tower.
+    """
+    return is_draft(config, name) or (has_towers(config) and lookup(config).is_outside(name))
+
+
+def has_towers(config: Config) -> bool:
+    """Return whether a table describes the model as a text decoder that others lie beside."""
+    try:
+        return bool(lookup(config).renamed) and has_table(config)
+    except ArchitectureError:
+        return False
 
 
 def has_table(config: Config) -> bool:

@@ -1,8 +1,23 @@
 from .algorithm import GptqSettings as GptqSettings
+from .algorithm import Piece as Piece
 from .algorithm import default_damp as default_damp
+from .algorithm import factored as factored
 from .algorithm import gptq as gptq
+from .algorithm import gptq_pieces as gptq_pieces
+from .feedback import Feedback as Feedback
 from .moment import Moments as Moments
 from .moment import merged as merged
 from .weights import importance as importance
 
-__all__ = ["GptqSettings", "Moments", "default_damp", "gptq", "importance", "merged"]
+__all__ = [
+    "Feedback",
+    "GptqSettings",
+    "Moments",
+    "Piece",
+    "default_damp",
+    "factored",
+    "gptq",
+    "gptq_pieces",
+    "importance",
+    "merged",
+]

@@ -67,7 +67,21 @@ class GptqSettings:
 _NOTHING = GptqSettings()
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Piece:
+    """Whole rows of weights to round.
+
+    Attributes:
+        w: Finite bf16, fp16 or fp32, [N, K] or [E, N, K].
+        scales: Fields of the format without its elements, as ``encode_on`` takes them.
+        origin: Row of the logical tensor at which it starts, and 0.
+    """
+
+    w: Tensor
+    scales: Mapping[str, Tensor]
+    origin: Origin = (0, 0)
+
+
 def gptq(
     w: Tensor,
     fmt: Format,
@@ -90,35 +104,105 @@ def gptq(
         RecipeError: For another damp.
         CalibrationError: For a moment that is not finite or has no Cholesky factor.
     """
-    origin, names = settings.origin, settings.names
+    (found,) = gptq_pieces([Piece(w, scales, settings.origin)], fmt, moment, settings)
+    return found
+
+
+@torch.no_grad()
+def gptq_pieces(
+    pieces: Sequence[Piece],
+    fmt: Format,
+    moment: Tensor | Feedback,
+    settings: GptqSettings = _NOTHING,
+) -> list[Rounded]:
+    """Round pieces whose inputs are the same as :func:`gptq` does, and factor each moment once.
+
+    Args:
+        pieces: The pieces, each with as many matrices.
+        fmt: The format to round to.
+        moment: As :func:`gptq` takes it, or what :func:`factored` made of it.
+        settings: The damp, unless the moment is factored, and names; the origin is the pieces'.
+
+    Raises:
+        QuantError: As :func:`gptq` does.
+    """
+    for piece in pieces:
+        _check(piece, fmt)
+    cols = pieces[0].w.shape[-1]
+    shape = (moment.coefficients_EKK if isinstance(moment, Feedback) else moment).shape
+    assert shape[-2:] == (cols, cols), (pieces[0].w.shape, shape)
+    matrices = shape[0] if len(shape) == 3 else 1
+    all_EN = [piece.w.reshape(matrices, -1, cols) for piece in pieces]
+    assert all(len(shape) == 2 or matrices in (1, len(p.w)) for p in pieces), shape
+    grids = [Grid.of(p.w, fmt, p.scales, p.origin, matrices) for p in pieces]
+    found = [_Output(w_ENK) for w_ENK in all_EN]
+    names = settings.names or [f"matrix {e}" for e in range(matrices)]
+    for part in _parts(all_EN):
+        how = _factors(moment, part, fmt, settings, names[part])
+        for w_ENK, grid, out in zip(all_EN, grids, found, strict=True):
+            out.add(part, *_round(w_ENK[part], part, grid, how), how.damp_E)
+    return [out.whole(piece.w.shape) for piece, out in zip(pieces, found, strict=True)]
+
+
+def factored(moment: Tensor, fmt: Format, settings: GptqSettings = _NOTHING) -> Feedback:
+    """Factor the second moment of one input, to round several pieces of its weight in turn.
+
+    Args:
+        moment: fp32 [K, K].
+        fmt: The format, for its damp.
+        settings: The damp, and one name.
+
+    Raises:
+        QuantError: As :func:`gptq` does.
+    """
+    names = settings.names or ["matrix 0"]
+    return _factors(moment.unsqueeze(0), slice(0, 1), fmt, settings, names)
+
+
+def _factors(
+    moment: Tensor | Feedback,
+    part: slice,
+    fmt: Format,
+    settings: GptqSettings,
+    names: Sequence[str],
+) -> Feedback:
+    if isinstance(moment, Feedback):
+        return moment.of(part)
     damp = default_damp(fmt) if settings.damp is None else settings.damp
     check_damp(damp)
-    check_storable(w, fmt, torch.empty(0), origin)
-    if origin[1]:
-        raise FormatError(f"GPTQ needs whole rows; this piece starts at column {origin[1]}")
-    assert moment.shape[-2:] == (w.shape[-1], w.shape[-1]), (w.shape, moment.shape)
-    assert moment.dim() == 2 or len(moment) == len(w), (w.shape, moment.shape)
-    moment_EKK = moment.view(-1, *moment.shape[-2:])
-    matrices = len(moment_EKK)
-    names = names or [f"matrix {e}" for e in range(matrices)]
-    grid = Grid.of(w, fmt, scales, origin, matrices)
-    w_ENK = w.reshape(matrices, -1, w.shape[-1])
-    rounded = torch.empty(w_ENK.shape, device=w.device)
-    losses, damps = [], []
-    for part in _parts(w_ENK):
-        check_moment(moment_EKK[part], names[part])
-        how = feedback(moment_EKK[part], damp, names[part])
-        rounded[part], loss_E = _round(w_ENK[part], part, grid, how)
-        losses.append(loss_E)
-        damps.append(how.damp_E)
-    return Rounded(rounded.view(w.shape), torch.cat(losses), torch.cat(damps))
+    moment_EKK = moment.view(-1, *moment.shape[-2:])[part]
+    check_moment(moment_EKK, names)
+    return feedback(moment_EKK, damp, names)
 
 
-def _parts(w_ENK: Tensor) -> Iterator[slice]:
+def _check(piece: Piece, fmt: Format) -> None:
+    check_storable(piece.w, fmt, torch.empty(0), piece.origin)
+    if piece.origin[1]:
+        raise FormatError(f"GPTQ needs whole rows; this piece starts at column {piece.origin[1]}")
+
+
+class _Output:
+    """The result for a piece, filled some matrices at a time."""
+
+    def __init__(self, w_ENK: Tensor) -> None:
+        self._w_ENK = torch.empty(w_ENK.shape, device=w_ENK.device)
+        self._losses: list[Tensor] = []
+        self._damps: list[Tensor] = []
+
+    def add(self, part: slice, w_ENK: Tensor, loss_E: Tensor, damp_E: Tensor) -> None:
+        self._w_ENK[part] = w_ENK
+        self._losses.append(loss_E)
+        self._damps.append(damp_E)
+
+    def whole(self, shape: torch.Size) -> Rounded:
+        return Rounded(self._w_ENK.view(shape), torch.cat(self._losses), torch.cat(self._damps))
+
+
+def _parts(all_EN: Sequence[Tensor]) -> Iterator[slice]:
     """Cut the matrices into parts to round at once: many on an accelerator, few on a small host."""
-    matrices, rows, cols = w_ENK.shape
-    each = cols * (24 * cols + 24 * rows)
-    step = max(1, _BYTES.get(w_ENK.device.type, _BYTES_ELSEWHERE) // max(each, 1))
+    matrices, _, cols = all_EN[0].shape
+    each = cols * (24 * cols + 24 * max(w_ENK.shape[1] for w_ENK in all_EN))
+    step = max(1, _BYTES.get(all_EN[0].device.type, _BYTES_ELSEWHERE) // max(each, 1))
     return (slice(start, min(start + step, matrices)) for start in range(0, matrices, step))
 
 

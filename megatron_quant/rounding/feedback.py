@@ -38,6 +38,16 @@ class Feedback:
     pivot_EK: Tensor
     damp_E: Tensor
 
+    def of(self, part: slice) -> "Feedback":
+        """Return those of some experts."""
+        return Feedback(
+            order_EK=self.order_EK[part],
+            coefficients_EKK=self.coefficients_EKK[part],
+            unit_EK=self.unit_EK[part],
+            pivot_EK=self.pivot_EK[part],
+            damp_E=self.damp_E[part],
+        )
+
 
 def check_damp(damp: float) -> None:
     """Raise RecipeError unless ``damp`` is a part of the mean diagonal, above 0 and at most 1."""

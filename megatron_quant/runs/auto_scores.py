@@ -131,7 +131,7 @@ def _model(
 ) -> "tuple[PreTrainedModel, list[PlaceWeights]]":
     """Load the model, find the places in it, and measure their inputs. Collective."""
     from megatron_quant.evaluation import dense_model
-    from megatron_quant.streaming import WeightInputAmax, quiet
+    from megatron_quant.streaming import WeightInputAmax, forced_experts, quiet
 
     job = plan.job
     of_slot = {slot.name: slot for slot in slots(job.params)}
@@ -147,7 +147,12 @@ def _model(
         model, seen = together(groups, load)
 
     def measure() -> None:
-        with phases.bar("calibrate", len(batches)) as progress, torch.no_grad(), seen:
+        with (
+            phases.bar("calibrate", len(batches)) as progress,
+            torch.no_grad(),
+            seen,
+            forced_experts(model, options.calibration.expert_share, seen),
+        ):
             for ids in batches if static else ():
                 run_model(model, ids)
                 progress(1)
@@ -157,6 +162,6 @@ def _model(
     scales: dict[str, torch.Tensor] = {}
     for quant in plan.plans.values():
         params = static_inputs(quant, job.params)
-        scales |= merge_amaxes(quant, params, keys_of, seen.seen, cold, groups).scales
+        scales |= merge_amaxes(quant, params, keys_of, seen.found.amax, cold, groups).scales
     sharing = per_expert if job.expert_scales == "per_expert" else shared
     return model, place_weights(model, plan.problem, job.params, of_slot, sharing, scales)

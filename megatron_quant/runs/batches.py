@@ -36,6 +36,7 @@ def input_rules(
         act_percentile=calibration.act_percentile,
         loaded=loaded,
         counted=counted,
+        expert_share=calibration.expert_share,
     )
 
 

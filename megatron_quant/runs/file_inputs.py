@@ -1,7 +1,7 @@
 """Input scales from a forward of the transformers model itself, or from an earlier one."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from megatron_quant.streaming import (
     InputAmaxes,
     InputSums,
     merge_amaxes,
+    merge_tokens,
     static_inputs,
     weighed_inputs,
 )
@@ -59,12 +60,14 @@ class MeasuredInputs:
 
     amaxes: None where no input has a static scale. found: the largest input of each slot that was
     reached. sums: None where no algorithm needs them. digest: of what they were measured with.
+    tokens: those that each expert was measured for, by slot; empty if nothing was.
     """
 
     amaxes: InputAmaxes | None
     found: Mapping[str, float]
     sums: InputSums | None
     digest: str
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def measure_inputs(
@@ -96,13 +99,17 @@ def measure_inputs(
         seen = file_layers.at_once(job, params, own, groups, phases)
     amaxes, sums, cold = None, None, options.calibration.cold_experts
     if static:
-        amaxes = merge_amaxes(job.quant, static, keys_of, seen, cold, groups)
+        amaxes = merge_amaxes(job.quant, static, keys_of, seen.amax, cold, groups)
     found = dict(amaxes.found) if amaxes else {}
     if weighed:  # experts without tokens take the sums of their layer
-        found |= merge_amaxes(job.quant, weighed, keys_of, seen, "layer-max", groups).found
+        found |= merge_amaxes(job.quant, weighed, keys_of, seen.amax, "layer-max", groups).found
         sums = file_layers.measured_sums(job, place, groups)
     return MeasuredInputs(
-        amaxes=amaxes, found=found, sums=sums, digest=place.made_of if weighed else ""
+        amaxes=amaxes,
+        found=found,
+        sums=sums,
+        digest=place.made_of if weighed else "",
+        tokens=merge_tokens(params, keys_of, seen.tokens, groups),
     )
 
 

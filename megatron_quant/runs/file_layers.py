@@ -29,7 +29,7 @@ from megatron_quant.streaming import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from megatron_quant.streaming import Workplace
+    from megatron_quant.streaming import Seen, Workplace
 
 
 def by_layers(
@@ -39,12 +39,12 @@ def by_layers(
     groups: Groups,
     phases: Phases,
     place: "Workplace",
-) -> dict[str, torch.Tensor] | None:
+) -> "Seen | None":
     """Return this rank's observations; None, on every rank, where one cannot go layer by layer."""
     # Imported here: transformers takes seconds to load.
-    from megatron_quant.streaming import CannotWalk, Skeleton, Walk
+    from megatron_quant.streaming import CannotWalk, Seen, Skeleton, Walk
 
-    def walk() -> tuple[dict[str, torch.Tensor], str]:
+    def walk() -> tuple[Seen, str]:
         try:
             with phases.time("load"):
                 skeleton = Skeleton(open_stored(job.source), job.dtype)
@@ -57,10 +57,11 @@ def by_layers(
                     place=place,
                     on_batch=progress,
                     sums=_sums_file(job, place, groups.rank),
+                    expert_share=job.expert_share,
                 )
                 return found.run(), ""
         except CannotWalk as reason:
-            return {}, str(reason)
+            return Seen(), str(reason)
 
     seen, reason = together(groups, walk)
     reason = next(filter(None, gather(reason, groups)), "")
@@ -94,9 +95,15 @@ def at_once(
     batches: Sequence[torch.Tensor],
     groups: Groups,
     phases: Phases,
-) -> dict[str, torch.Tensor]:
+) -> "Seen":
     """Return this rank's observations of the whole model."""
-    from megatron_quant.streaming import WeightInputAmax, load_model, run_model, watched
+    from megatron_quant.streaming import (
+        WeightInputAmax,
+        forced_experts,
+        load_model,
+        run_model,
+        watched,
+    )
 
     def start() -> tuple["PreTrainedModel", WeightInputAmax]:
         model = load_model(job.source, job.dtype)
@@ -106,13 +113,18 @@ def at_once(
         model, seen = together(groups, start)
 
     def forward() -> None:
-        with phases.bar("calibrate", len(batches)) as progress, torch.no_grad(), seen:
+        with (
+            phases.bar("calibrate", len(batches)) as progress,
+            torch.no_grad(),
+            seen,
+            forced_experts(model, job.expert_share, seen),
+        ):
             for batch in batches:
                 run_model(model, batch)
                 progress(1)
 
     together(groups, forward)
-    return seen.seen
+    return seen.found
 
 
 @contextmanager
@@ -138,7 +150,9 @@ def workplace(
         [p.name, job.quant.by_name[p.name].rounds] for p in weighed_inputs(job.quant, job.params)
     ]
     text = digest_of([ids.tolist() for ids in batches])
-    made_of = digest_of([origin.source, str(job.dtype), groups.size, keys, sums, text])
+    made_of = digest_of(
+        [origin.source, str(job.dtype), groups.size, keys, sums, job.expert_share, text]
+    )
     existing = existing_of(options.write)
     place = Workplace(work_folder(options), made_of, existing, groups)
     try:

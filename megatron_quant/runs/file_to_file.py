@@ -66,7 +66,8 @@ class Streamed:
 
     weight_amax: one for each slot that has a tensor scale. inputs: None if none was measured.
     verified: None with ``--no-verify``. left_out: what the source has and the export lacks.
-    seconds: of each phase. found: the search for the recipe; None if it was given.
+    seconds: of each phase. found: the search for the recipe; None if it was given. tokens: those
+    that each expert's weights were measured for.
     """
 
     job: Job
@@ -76,6 +77,7 @@ class Streamed:
     left_out: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     found: Found | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ def _written(
         inputs=static,
         verified=check.report if check else None,
         left_out=files.left_out,
+        tokens=inputs.tokens if inputs else {},
     )
 
 
@@ -226,7 +229,7 @@ def _nbytes(parts: Iterable[RankPart]) -> int:
 
 
 def _check_flags(options: QuantizeOptions) -> None:
-    sizes = {name: getattr(options.parallel, name) for name in ("tp", "ep", "etp", "pp")}
+    sizes = {name: getattr(options.parallel, name) for name in ("tp", "cp", "ep", "etp", "pp")}
     if any(size > 1 for size in sizes.values()):
         given = " ".join(f"--{name} {size}" for name, size in sizes.items() if size > 1)
         raise LayoutError(

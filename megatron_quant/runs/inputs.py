@@ -15,6 +15,7 @@ from megatron_quant.ckpt.read import QuantizedCheckpoint, Weights, keeping, open
 from megatron_quant.dist import Groups
 from megatron_quant.evaluation import Text, read_windows
 from megatron_quant.mcore.checkpoint import Saved
+from megatron_quant.models import text_config
 from megatron_quant.runs.batches import calibration_batches, check_ids, tokenizer_choice
 from megatron_quant.runs.destination import checked_companions, existing_of, origin_of
 from megatron_quant.runs.job import Job, OpenWeights, prepare_job, replanned
@@ -86,7 +87,7 @@ def with_texts(
     Raises a QuantError, on every rank, for whatever is wrong with the texts.
     """
     job, data = inputs.job, options.calibration
-    size = job.hf_config["vocab_size"]
+    size = text_config(job.hf_config)["vocab_size"]
 
     def read_text(path: Path) -> list[torch.Tensor]:
         text = Text(path, data.seq_length, tokenizer=tokenizer_choice(data))

@@ -60,7 +60,9 @@ class Job:
     architecture: None for a streamed checkpoint, which needs no model. layout: in Megatron's
     default rank order. dialect, export: the files and, at that layout, who owns each part; None if
     nothing is exported. cost: what planning them took. expert_scales: whether experts share a
-    weight amax. kept, checkpoint: as in :class:`SourceModel`.
+    weight amax. kept, checkpoint: as in :class:`SourceModel`. moments: passes over the data of
+    gptq. expert_share: share of its layer's experts that a token is measured for; None for those
+    of the router.
     """
 
     source: Path
@@ -78,6 +80,7 @@ class Job:
     kept: Mapping[str, torch.dtype] = field(default_factory=dict)
     checkpoint: Weights | None = None
     moments: tuple[MomentPass, ...] = ()
+    expert_share: float | None = None
 
     @property
     def layer_memory(self) -> LayerMemory | None:
@@ -142,7 +145,7 @@ def prepare_job(
     experts = num_experts(params)
     layout = Layout.simulate(
         world, options.parallel.tp, options.parallel.ep, options.parallel.etp, experts, stages
-    )
+    ).sharing_sequences(options.parallel.cp)
     model = SourceModel(
         source=source,
         hf_config=hf_config,
@@ -165,7 +168,7 @@ def planned(options: QuantizeOptions) -> Job:
     """
     check_plannable(options)
     sizes, exporting = options.parallel, replace(options, megatron_save_path=None)
-    return prepare_job(exporting, lcm(sizes.tp, sizes.ep * sizes.etp) * sizes.pp)
+    return prepare_job(exporting, lcm(sizes.tp * sizes.cp, sizes.ep * sizes.etp) * sizes.pp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +222,7 @@ def decide(
         kept=model.kept,
         checkpoint=model.checkpoint,
         moments=_moments(options, quant, saved),
+        expert_share=options.calibration.expert_share,
     )
     if options.export_dir is None and options.megatron_save_path is not None:
         return job
@@ -292,6 +296,11 @@ def _check_calibration(options: QuantizeOptions, quant: QuantPlan, saved: Saved 
         )
     if flag and not quant.needs_data:
         raise QuantError(f"{flag}: recipe {quant.recipe!r} needs no calibration data; leave it out")
+    if data.expert_share is not None and not any(d.slot.expert is not None for d in quant.measured):
+        raise QuantError(
+            "--calib-experts: no expert's inputs are measured; leave it out, or take a recipe with "
+            "static input scales, or --algorithm imatrix or gptq"
+        )
     if data.keep_hessians and not any(d.rounds for d in quant.quantized):
         raise QuantError(
             "--keep-hessians: second moments are measured only for algorithm gptq, which no rule "
@@ -321,8 +330,9 @@ def _moments(
 def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
     """Refuse samples that need padding: padding would make the statistics depend on the layout."""
     calibrates = quant.needs_data and saved is None and options.calibration.load is None
-    tp, length = options.parallel.tp, options.calibration.seq_length
-    if (options.eval_text or calibrates) and length % tp:
+    tp, cp, length = options.parallel.tp, options.parallel.cp, options.calibration.seq_length
+    cuts, flags = (tp, f"--tp {tp}") if cp == 1 else (2 * tp * cp, f"--tp {tp} x --cp {cp} x 2")
+    if (options.eval_text or calibrates) and length % cuts:
         raise LayoutError(
-            f"--tp {tp} does not divide --calib-seq-length {length}: choose a multiple of {tp}"
+            f"{flags} does not divide --calib-seq-length {length}: choose a multiple of {cuts}"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_quant.alike import ids_once_a_host
+from megatron_quant.alike import check_alike, ids_once_a_host
 from megatron_quant.calib import read_calibration
 from megatron_quant.ckpt.dialects import Dialect, get_dialect
 from megatron_quant.ckpt.plan import (
@@ -28,7 +28,7 @@ from megatron_quant.ckpt.write import Existing, check_target, in_memory
 from megatron_quant.ckpt.write import export as write_files
 from megatron_quant.dist import Groups, together
 from megatron_quant.engines import check_serving
-from megatron_quant.errors import CalibrationError
+from megatron_quant.errors import CalibrationError, ExportError
 from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.checkpoint import open_saved
 from megatron_quant.mcore.live import (
@@ -46,7 +46,7 @@ from megatron_quant.mcore.model import (
     run_through,
     start_distributed,
 )
-from megatron_quant.models import Param, Role
+from megatron_quant.models import CARRIED, Param, Role, text_config
 from megatron_quant.recipes import Recipe
 from megatron_quant.runs.batches import calibration_batches, input_rules, keep_settings
 from megatron_quant.runs.destination import (
@@ -56,6 +56,7 @@ from megatron_quant.runs.destination import (
     verification,
     with_beside,
 )
+from megatron_quant.runs.options import dtype_of
 from megatron_quant.runs.phases import Quiet
 from megatron_quant.runs.saving import SavePlace, save_model
 from megatron_quant.runs.settings import Calibration, Serve, Write
@@ -143,7 +144,7 @@ def _batches(handle: Quantized, calibration: Calibration, groups: Groups) -> lis
                 f"recipe {handle.recipe.name!r} is calibrated on data: give a forward_loop, or a "
                 "tokenizer, either in calibration or in the directory that hf_model names"
             )
-        return calibration_batches(calibration, Path(source), hf.config["vocab_size"])
+        return calibration_batches(calibration, Path(source), text_config(hf.config)["vocab_size"])
 
     return ids_once_a_host(groups, read)
 
@@ -175,6 +176,7 @@ def export(
     out: str | Path,
     *,
     format: str = "modelopt",
+    dtype: str | None = None,
     serve: Serve = Serve(),
     write: Write = Write(),
 ) -> Exported:
@@ -188,6 +190,7 @@ def export(
         out: the directory to write. It must not hold a checkpoint, unless ``write`` allows it.
         format: ``modelopt``, ``compressed-tensors``, ``gptq``, ``awq``, ``auto-round`` or
             ``fp8``.
+        dtype: of what is not quantized: ``bf16``, ``fp16`` or ``fp32``; None for the model's.
 
     Raises:
         QuantError: on every rank alike. What was written is then removed; ``write.resume`` keeps
@@ -197,7 +200,7 @@ def export(
     groups = handle.model.groups
 
     def described() -> _Described:
-        found = _describe(handle, format, serve, write.shard_bytes)
+        found = _describe(handle, format, serve, write.shard_bytes, dtype)
         if handle.hf.directory is not None:
             check_place(directory, handle.hf.directory)
         check_target(directory, found.files, existing_of(write), found.plan)
@@ -210,19 +213,21 @@ def export(
     return Exported(found.plan, check.report if check else None, found.files.left_out)
 
 
-def _describe(handle: Quantized, format: str, serve: Serve, shard_bytes: int) -> _Described:
+def _describe(
+    handle: Quantized, format: str, serve: Serve, shard_bytes: int, dtype_name: str | None
+) -> _Described:
     model, dialect = handle.model, get_dialect(format)
     source = _weights_beside(handle)
     kept = kept_dtypes(source) if source else {}
-    drafts = _draft_params(source)
-    dtype = _dtype_of(model)
-    params = (*model.params, *drafts)
-    check_serving(handle.plan, params, dialect.name, serve.engine, serve.tp)
+    carried = _carried_params(source)
+    dtype = _dtype_of(model) if dtype_name is None else dtype_of(dtype_name)
+    params = (*model.params, *carried)
+    check_serving(handle.plan, params, dialect.name, serve.engine, serve.tp, handle.hf.config)
     dialect.quantization_config(handle.plan)  # refuses what it cannot store
     plan = plan_export(
         params, handle.plan, model.layout, StorageRules(dialect, dtype, shard_bytes, kept)
     )
-    made = unscaled(PartSource(source, dtype), handle.plan) if source and drafts else None
+    made = unscaled(PartSource(source, dtype), handle.plan) if source and carried else None
     produce = producer(model, handle.layers, handle.cached, made)
     return _Described(plan, _files(handle, dialect, dtype, source), produce)
 
@@ -243,10 +248,10 @@ def _weights_beside(handle: Quantized) -> Weights | None:
     return open_source(handle.hf.weights) if handle.hf.weights else None
 
 
-def _draft_params(source: Weights | None) -> tuple[Param, ...]:
+def _carried_params(source: Weights | None) -> tuple[Param, ...]:
     if source is None:
         return ()
-    return tuple(p for p in logical(source)[1].params if p.role is Role.DRAFT)
+    return tuple(p for p in logical(source)[1].params if p.role in CARRIED)
 
 
 def _dtype_of(model: LiveModel) -> torch.dtype:
@@ -287,18 +292,40 @@ def restore(
 
 
 def export_tensors(
-    model: Quantized | Chunks, *, format: str = "modelopt", max_bytes: int = 1 << 28
+    model: Quantized | Chunks,
+    *,
+    format: str = "modelopt",
+    dtype: str | None = None,
+    ranks: Sequence[int] | None = None,
+    max_bytes: int = 1 << 28,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every (name, tensor) of the export on every rank, in file order, without a disk.
+    """Yield every (name, tensor) of the export, in the order of the model, without a disk.
 
-    The tensors have the bytes that :func:`export` writes. Collective: all ranks iterate to the
-    end, in step.
+    The tensors, on the CPU, have the bytes that :func:`export` writes. Collective: every rank
+    iterates to the end, in step, with the same arguments.
 
     Args:
-        format: as in :func:`export`.
-        max_bytes: bytes of tensors in flight at a time; a larger tensor travels alone.
+        format, dtype: as in :func:`export`.
+        ranks: those that get the tensors, counted in the model's group; None for all. The others
+            send what they hold, and yield nothing.
+        max_bytes: bytes of tensors that are made at a time; a larger tensor is made alone. While
+            they travel, a rank holds up to three times as much.
+
+    Raises:
+        QuantError: on every rank alike.
     """
     handle = quantized(model)
     groups = handle.model.groups
-    found = together(groups, lambda: _describe(handle, format, Serve(), 1 << 62))
-    yield from in_memory(found.plan, found.produce, groups, max_bytes)
+    said = {"format": format, "dtype": dtype, "ranks": ranks, "max_bytes": max_bytes}
+    check_alike(groups, **{name: str(value) for name, value in said.items()})
+
+    def described() -> _Described:
+        if ranks is not None and len(set(ranks) & set(range(groups.size))) != len(ranks):
+            raise ExportError(
+                f"ranks={list(ranks)}: give each of the model's ranks, 0 to {groups.size - 1}, "
+                "once at most"
+            )
+        return _describe(handle, format, Serve(), 1 << 62, dtype)
+
+    found = together(groups, described)
+    yield from in_memory(found.plan, found.produce, groups, max_bytes, ranks)

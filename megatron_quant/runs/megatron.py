@@ -48,7 +48,7 @@ from megatron_quant.mcore.model import (
     own_share,
     run_through,
 )
-from megatron_quant.models import Role
+from megatron_quant.models import CARRIED, text_config
 from megatron_quant.rendezvous import forwards
 from megatron_quant.runs.agree import check_options, check_plans, check_tokens, fetched
 from megatron_quant.runs.batches import input_rules, keep_settings
@@ -131,7 +131,7 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
             save_model(model, place, job.source, job.hf_config, groups)
     check = None
     if options.export_dir is not None:
-        produced = producer(model, handle.layers, handle.cached, _drafts(job))
+        produced = producer(model, handle.layers, handle.cached, _carried(job))
         check = verification(options.write, options.export_dir, _original(job), groups, phases)
         beside = inputs.companions
         assert beside is not None
@@ -201,7 +201,7 @@ def _model(inputs: Inputs, groups: Groups, phases: Phases) -> LiveModel:
     assert job.architecture is not None, "a live model needs a table"
     if inputs.checkpoint is None:
         return empty_model(job.architecture, job.hf_config, job.layout, groups, job.dtype)
-    live = [param for param in job.params if param.role is not Role.DRAFT]
+    live = [param for param in job.params if param.role not in CARRIED]
     held = together(groups, lambda: len(local_params(live, job.layout, groups.rank)))
     with phases.bar("load", held) as progress:
         return load_model(
@@ -253,7 +253,7 @@ def _evaluate(inputs: Inputs, handle: Quantized, reference: Reference, phases: P
     model = handle.model
     before = partial(reference.in_place, handle.cached)
     size = mpu.get_data_parallel_world_size()
-    vocab_size = inputs.job.hf_config["vocab_size"]
+    vocab_size = text_config(inputs.job.hf_config)["vocab_size"]
     count = -(-len(inputs.windows) // size)
     with forwards(), phases.bar("evaluate", count) as progress:
         return evaluate_model(
@@ -261,8 +261,8 @@ def _evaluate(inputs: Inputs, handle: Quantized, reference: Reference, phases: P
         )
 
 
-def _drafts(job: Job) -> Produce | None:
-    """Make, from the source's files, the layers for speculation: Megatron models lack them."""
+def _carried(job: Job) -> Produce | None:
+    """Make, from the source's files, what Megatron models lack: draft layers, vision towers."""
     if job.checkpoint is None:
         return None
     return unscaled(PartSource(job.checkpoint, job.dtype), job.quant)

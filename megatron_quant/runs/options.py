@@ -29,6 +29,8 @@ def dtype_of(name: str) -> "torch.dtype":
     """Return the dtype that ``--dtype`` calls ``name``, one of :data:`DTYPES`."""
     import torch
 
+    if name not in DTYPES:
+        raise QuantError(f"dtype={name!r}: give one of {', '.join(DTYPES)}")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 

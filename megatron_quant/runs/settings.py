@@ -51,11 +51,12 @@ class _Group:
 class Parallel(_Group):
     """How Megatron cuts the model over ranks. The fields are named like Megatron's flags.
 
-    tp, pp, ep, etp: tensor, pipeline, expert and expert-tensor parallel sizes.
+    tp, pp, cp, ep, etp: tensor, pipeline, context, expert and expert-tensor parallel sizes.
     """
 
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     ep: int = 1
     etp: int = 1
     num_virtual_stages_per_pipeline_rank: int = 1
@@ -79,6 +80,8 @@ class Calibration(_Group):
     along; the model's is never run. save: a file that keeps what is measured, with
     ``keep_hessians`` the second moments of inputs too. load: such a file, used instead of
     measuring; no text is read. memory: of second moments that a rank holds at a time, as ``16GB``.
+    experts: the experts whose inputs a token is measured for: ``routed``, ``all``, or a share of
+    them such as ``0.25``.
     """
 
     dataset: str = "stdlib"
@@ -93,11 +96,17 @@ class Calibration(_Group):
     load: Path | None = None
     keep_hessians: bool = False
     memory: str = "16GB"
+    experts: str | float = "routed"
 
     def __post_init__(self) -> None:
         """Refuse counts below one, a percentage out of range, what excludes one another."""
         self._check_files()
         _at_least_one(self, "memory_bytes")
+        if self.expert_share is not None and self.load is not None:
+            raise QuantError(
+                "--calib-experts says what is measured, but --load-calibration measures nothing: "
+                "leave one of them out"
+            )
         for name in ("size", "seq_length", "batch_size"):
             value = getattr(self, name)
             if value < 1:
@@ -116,6 +125,22 @@ class Calibration(_Group):
     def memory_bytes(self) -> int:
         """Return ``memory`` in bytes."""
         return parse_size(self.memory, "--calib-memory")
+
+    @property
+    def expert_share(self) -> float | None:
+        """Return the share of ``experts``, 1 for all; None for the routed ones."""
+        if self.experts in ("routed", "all"):
+            return 1.0 if self.experts == "all" else None
+        try:
+            share = float(self.experts)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise QuantError(
+                f"--calib-experts is {self.experts}: give routed, all, or a share of each layer's "
+                "experts above 0 and up to 1, such as 0.25"
+            )
+        return share
 
     def _check_files(self) -> None:
         if self.save is not None and self.load is not None:
@@ -228,6 +253,7 @@ _FLAGS = {
     "save": "save_calibration",
     "load": "load_calibration",
     "memory": "calib_memory",
+    "experts": "calib_experts",
     "engine": "serve_engine",
 }
 """Field -> its flag, if that has another name."""

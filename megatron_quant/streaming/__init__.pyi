@@ -1,9 +1,11 @@
+from .forced import forced_experts as forced_experts
 from .input_sums import InputSums as InputSums
 from .input_sums import MeasuredSums as MeasuredSums
 from .input_sums import SumsFile as SumsFile
 from .input_sums import weighed_inputs as weighed_inputs
 from .inputs import InputAmaxes as InputAmaxes
 from .inputs import merge_amaxes as merge_amaxes
+from .inputs import merge_tokens as merge_tokens
 from .inputs import static_inputs as static_inputs
 from .memory import LayerMemory as LayerMemory
 from .memory import layer_memory as layer_memory
@@ -12,6 +14,7 @@ from .model import load_model as load_model
 from .model import quiet as quiet
 from .model import run_model as run_model
 from .model import watched as watched
+from .observe import Seen as Seen
 from .observe import WeightInputAmax as WeightInputAmax
 from .part_source import PartSource as PartSource
 from .part_source import scaled as scaled
@@ -38,6 +41,7 @@ __all__ = [
     "MeasuredSums",
     "PartSource",
     "Producer",
+    "Seen",
     "Sharing",
     "Skeleton",
     "SumsFile",
@@ -45,10 +49,12 @@ __all__ = [
     "WeightInputAmax",
     "Workplace",
     "bounded_parts",
+    "forced_experts",
     "keys_of",
     "layer_memory",
     "load_model",
     "merge_amaxes",
+    "merge_tokens",
     "per_expert",
     "quiet",
     "run_model",

@@ -5,8 +5,9 @@ weight. So one decoder layer's are in memory at a time, and each rank's sums go 
 quantizes a weight adds up those of all ranks, in their order.
 """
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Protocol
 import torch
 
 from megatron_quant.ckpt.storage import (
+    DIGEST_BYTES,
     Draft,
     MappedFiles,
+    TensorEntry,
     allocate,
     as_bytes,
     explained,
@@ -110,20 +113,38 @@ class SumsFile:
             finally:
                 os.close(fd)
 
-    def put(self, sums: Mapping[str, RunningSum]) -> None:
-        """Write sums by slot name. Raises ExportError for what the disk refuses."""
+    def put(self, sums: Mapping[str, RunningSum]) -> str:
+        """Write sums by slot name; return their digest. Raises ExportError as the disk refuses."""
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         with explained(self.path, "cannot be written"):
             fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 for name, found in sums.items():
-                    kind = _MOMENT if found.total.dim() == 2 else _SQUARES
-                    self._write(fd, f"{name}.{kind}", found.total)
-                    self._write(fd, f"{name}.{_TOKENS}", torch.tensor(found.tokens))
+                    values = (found.total, torch.tensor(found.tokens))
+                    for entry, value in zip(self._of(name), values, strict=True):
+                        data = as_bytes(value)
+                        digest.update(data)
+                        write_at(fd, data, entry.offset)
             finally:
                 os.close(fd)
+        return digest.hexdigest()
 
-    def _write(self, fd: int, name: str, value: torch.Tensor) -> None:
-        write_at(fd, as_bytes(value), self.entries[name].offset)
+    def is_intact(self, names: Iterable[str], digest: str) -> bool:
+        """Return whether the file holds what :meth:`put` gave ``digest`` for."""
+        found = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        try:
+            with self.path.open("rb") as stream:
+                for entry in (entry for name in names for entry in self._of(name)):
+                    stream.seek(entry.offset)
+                    found.update(stream.read(entry.nbytes))
+        except OSError:
+            return False
+        return found.hexdigest() == digest
+
+    def _of(self, name: str) -> tuple[TensorEntry, TensorEntry]:
+        """Return the places of a slot's sums and of its tokens."""
+        kind = _MOMENT if self.decisions[name].rounds else _SQUARES
+        return self.entries[f"{name}.{kind}"], self.entries[f"{name}.{_TOKENS}"]
 
 
 @dataclass

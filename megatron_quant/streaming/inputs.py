@@ -6,7 +6,7 @@ from math import isfinite
 
 import torch
 
-from megatron_quant.dist import Groups, max_reduce
+from megatron_quant.dist import Groups, max_reduce, sum_reduce
 from megatron_quant.errors import CalibrationError
 from megatron_quant.models import Param
 from megatron_quant.recipes import QuantPlan, accept_cold, check_reached, largest_shared
@@ -34,6 +34,26 @@ def static_inputs(quant: QuantPlan, params: Sequence[Param]) -> list[Param]:
     """Return the parameters whose inputs have a tensor scale."""
     decisions = quant.by_name
     return [p for p in params if (i := decisions[p.name].inputs) is not None and i.tensor_scale]
+
+
+def merge_tokens(
+    params: Sequence[Param],
+    keys_of: Callable[[Param], tuple[str, ...]],
+    seen: Mapping[str, int],
+    groups: Groups,
+) -> dict[str, int]:
+    """Return the tokens that each expert was given, by slot, over all ranks. One collective.
+
+    Args:
+        params: Parameters; those that are no expert's are left out.
+        keys_of: Maps a parameter to its keys in ``seen``.
+        seen: This rank's counts by key.
+        groups: This rank's groups.
+    """
+    experts = [param for param in params if param.expert is not None]
+    own = torch.tensor([sum(seen.get(key, 0) for key in keys_of(p)) for p in experts])
+    merged = sum_reduce(own.long(), groups).tolist() if experts else []
+    return {param.name: count for param, count in zip(experts, merged, strict=True)}
 
 
 def merge_amaxes(

@@ -71,6 +71,8 @@ def run_model(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """
     try:
         model(input_ids=ids, use_cache=False)
+    except CalibrationError:
+        raise
     except Exception as e:  # a model's code may need things that a checkpoint lacks
         raise CalibrationError(
             f"transformers' forward of the model failed ({one_line(e)}); pass --weight-only"

@@ -1,6 +1,8 @@
 """Measure the inputs of weights in a forward of the transformers model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
@@ -9,24 +11,54 @@ from megatron_quant.streaming.input_sums import RunningSum
 from megatron_quant.weight_inputs import Watched, WeightInputs
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The largest inputs of weights, and the tokens of experts, by key.
+
+    Attributes:
+        amax: Largest magnitudes, fp32 []. A weight without inputs is missing, and so is one of a
+            stack that got only zeros: some models give these for tokens that go to other experts.
+        tokens: Tokens of each weight of a stack; those of zeros do not count.
+    """
+
+    amax: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
 class WeightInputAmax(WeightInputs):
     """A mode that keeps the largest magnitude of the inputs of each watched weight.
 
     Attributes:
-        seen: Key -> fp32 []. A weight without inputs is missing, and so is one of a stack that got
-            only zeros: some models give these for tokens that go to other experts.
+        found: What it has seen.
     """
 
     def __init__(self, watched: Iterable[Watched]) -> None:
-        found = tuple(watched)
-        super().__init__(found, self._add)
-        self.seen: dict[str, torch.Tensor] = {}
-        self._alone = {w.keys[0] for w in found if len(w.keys) == 1}
+        held = tuple(watched)
+        super().__init__(held, self._hear)
+        self.found = Seen()
+        self._alone = {w.keys[0] for w in held if len(w.keys) == 1}
+        self._deaf = False
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Measure nothing while the context lasts."""
+        self._deaf = True
+        try:
+            yield
+        finally:
+            self._deaf = False
+
+    def _hear(self, key: str, x: torch.Tensor) -> None:
+        if not self._deaf:
+            self._add(key, x)
 
     def _add(self, key: str, x: torch.Tensor) -> None:
-        found = amax(x)
-        if key in self._alone or found != 0:
-            self.seen[key] = torch.maximum(self.seen.get(key, found), found)
+        largest, seen = amax(x), self.found.amax
+        if key in self._alone or largest != 0:
+            seen[key] = torch.maximum(seen.get(key, largest), largest)
+        if key not in self._alone:
+            tokens = self.found.tokens
+            tokens[key] = tokens.get(key, 0) + int(x.any(-1).sum())
 
 
 class WeightInputSums(WeightInputAmax):

@@ -11,7 +11,8 @@ from megatron_quant.ckpt.write import Produced, check_finite, encoded, produce_c
 from megatron_quant.formats import E4M3_MAX, scales_of, tensor_scale
 from megatron_quant.models import Role
 from megatron_quant.recipes import Decision, QuantPlan
-from megatron_quant.rounding import GptqSettings, gptq
+from megatron_quant.rounding import Piece, gptq_pieces
+from megatron_quant.streaming.factors import Factors
 from megatron_quant.streaming.input_sums import InputSums
 from megatron_quant.streaming.part_source import PartSource
 from megatron_quant.streaming.search import searched_stat
@@ -39,6 +40,7 @@ class Producer:
     input_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
     kept: KeptScales | None = None
     sums: InputSums | None = None
+    _factors: Factors = field(default_factory=Factors)
 
     def __call__(self, part: RankPart) -> Iterator[Produced]:
         """Yield the tensors of ``part``."""
@@ -69,15 +71,15 @@ class Producer:
         start: tuple[int, ...],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return whole rows as gptq rounds them, and the scales that they lie on."""
-        fmt, slot, origin = decision.weights, decision.slot, (start[0], start[1])
+        fmt, origin = decision.weights, (start[0], start[1])
         assert fmt is not None and self.sums is not None, "measured or loaded before"
-        moment_KK = self.sums.moment(slot)
-        squares_K = moment_KK.diagonal() if decision.weighted else None
+        found = self._factors.of(decision, self.sums)
+        squares_K = found.squares_K if decision.weighted else None
         stat = searched_stat(w_NK, decision, amax, start, squares_K)
         dscale = tensor_scale(amax, fmt) if amax is not None and fmt.tensor_scale else None
         scales = scales_of(w_NK, fmt, dscale, stat, origin)
-        how = GptqSettings(decision.damp, [slot.name], origin)
-        return gptq(w_NK, fmt, scales, moment_KK, how).w.to(w_NK.dtype), scales
+        (rounded,) = gptq_pieces([Piece(w_NK, scales, origin)], fmt, found.feedback)
+        return rounded.w.to(w_NK.dtype), scales
 
 
 def unscaled(source: PartSource, quant: QuantPlan) -> Producer:

@@ -9,9 +9,10 @@ import torch
 from megatron_quant.ckpt.storage import give_back
 from megatron_quant.errors import CalibrationError
 from megatron_quant.models import Param
+from megatron_quant.streaming.forced import forced_experts
 from megatron_quant.streaming.input_sums import RunningSum, SumsFile
 from megatron_quant.streaming.model import keys_of, watched
-from megatron_quant.streaming.observe import WeightInputSums
+from megatron_quant.streaming.observe import Seen, WeightInputSums
 from megatron_quant.streaming.skeleton import CannotWalk, Skeleton
 from megatron_quant.streaming.stages import Call, Calls
 from megatron_quant.streaming.states import StatesFile
@@ -31,6 +32,8 @@ class Walk:
         batches: Token ids, int64 [B, S] each.
         place: Where hidden states and progress are kept.
         on_batch: Called with 1 for each batch that a layer has done.
+        expert_share: Share of a layer's experts that each token is given to while those are
+            measured; None for the experts that the router chose.
     """
 
     skeleton: Skeleton
@@ -39,15 +42,17 @@ class Walk:
     place: Workplace
     on_batch: Callable[[int], None]
     sums: SumsFile | None = None
-    _seen: dict[str, torch.Tensor] = field(default_factory=dict)
+    expert_share: float | None = None
+    _seen: Seen = field(default_factory=Seen)
+    _digests: list[str] = field(default_factory=list)
 
     @property
     def layers(self) -> int:
         """Return how many layers have something to measure, or come before one that has."""
         return 1 + max(int(p.layer) for p in self.params if p.layer is not None)
 
-    def run(self) -> dict[str, torch.Tensor]:
-        """Return the largest input of each weight by its key; begin where the last run stopped.
+    def run(self) -> Seen:
+        """Return what the inputs of weights were; begin where the last run stopped.
 
         Raises:
             CannotWalk: Where the model cannot be run layer by layer.
@@ -57,10 +62,12 @@ class Walk:
         """
         watched(self.skeleton.model, self.params)  # raises for a weight that the model lacks
         come = self.place.come()
+        if come is not None and not self._has_sums(come):
+            come = None
         if come is None and self.sums is not None:
             self.sums.create()
         if not self.batches:
-            return {}
+            return self._seen
         calls, states, digest = self._enter(write=come is None)
         if come is not None:
             states = self._states(come.layer, states)
@@ -68,13 +75,31 @@ class Walk:
                 come = None
                 calls, states, digest = self._enter(write=True)
         if come is None:
-            come = Come(0, digest, {})
+            come = Come(layer=0, digest=digest)
             self.place.save(come)
-        self._seen = {key: torch.tensor(value) for key, value in come.seen.items()}
+        amax = {key: torch.tensor(value) for key, value in come.seen.items()}
+        self._seen, self._digests = Seen(amax, dict(come.tokens)), list(come.sums)
         self.on_batch(come.layer * len(self.batches))
         for layer in range(come.layer, self.layers):
             states = self._layer(layer, [of_batch[layer] for of_batch in calls], states)
         return self._seen
+
+    def _has_sums(self, come: Come) -> bool:
+        """Return whether the sums of the layers before are as they were written."""
+        file = self.sums
+        if file is None:
+            return True
+        if not file.path.is_file() or len(come.sums) != come.layer:
+            return False
+        return all(
+            file.is_intact((p.name for p in self._summed(layer)), digest)
+            for layer, digest in enumerate(come.sums)
+        )
+
+    def _summed(self, layer: int) -> list[Param]:
+        """Return the parameters of a layer that need sums; fused ones share inputs."""
+        decisions = self.sums.decisions if self.sums is not None else {}
+        return [p for p in self.params if p.layer == layer and p.name in decisions]
 
     def _states(self, layer: int, like: StatesFile) -> StatesFile:
         return StatesFile(self.place.states(layer), like.shapes, like.dtype)
@@ -108,15 +133,15 @@ class Walk:
     def _layer(self, layer: int, calls: Sequence[Call], states: StatesFile) -> StatesFile:
         """Run a layer over all batches; return its hidden states, not written for the last one."""
         self.skeleton.fill_layer(layer)
-        held = watched(self.skeleton.model, self.params)
+        held, module = watched(self.skeleton.model, self.params), self.skeleton.layers[layer]
         sums = dict(self._new_sums(layer))
         real = [w for w in held if w.parameter.device.type != "meta"]
         mode = WeightInputSums(real, {keys_of(p)[0]: found for p, found in sums.values()})
 
         def made() -> Iterator[torch.Tensor]:
             for call, hidden in zip(calls, states.read(), strict=True):
-                with torch.no_grad(), mode:
-                    out = call.run(self.skeleton.layers[layer], hidden)
+                with torch.no_grad(), mode, forced_experts(module, self.expert_share, mode):
+                    out = call.run(module, hidden)
                 yield out
                 self.on_batch(1)
 
@@ -126,26 +151,33 @@ class Walk:
         else:
             for _ in made():
                 pass
-        self._seen |= self._checked(mode.seen)
+        self._seen.amax.update(self._checked(mode.found.amax))
+        self._seen.tokens.update(mode.found.tokens)
         if self.sums is not None:
-            self.sums.put({name: found for name, (_, found) in sums.items()})
+            put = self.sums.put({name: found for name, (_, found) in sums.items()})
+            self._digests.append(put)
         self.skeleton.empty()
         give_back()
         if not any(call.hands_on for call in calls):  # else what is handed on is nowhere but here
-            seen = {key: value.item() for key, value in self._seen.items()}
-            self.place.save(Come(layer + 1, digest, seen))
+            seen = {key: value.item() for key, value in self._seen.amax.items()}
+            come = Come(
+                layer=layer + 1,
+                digest=digest,
+                seen=seen,
+                tokens=self._seen.tokens,
+                sums=self._digests,
+            )
+            self.place.save(come)
         states.path.unlink(missing_ok=True)
         return later
 
     def _new_sums(self, layer: int) -> Iterator[tuple[str, tuple[Param, RunningSum]]]:
-        """Yield an empty sum for each slot of a layer that needs one; fused ones share inputs."""
-        decisions = self.sums.decisions if self.sums is not None else {}
-        for param in self.params:
-            decision = decisions.get(param.name)
-            if param.layer == layer and decision is not None:
-                cols = param.shape[1]
-                shape = (cols, cols) if decision.rounds else (cols,)
-                yield param.name, (param, RunningSum(torch.zeros(shape)))
+        """Yield an empty sum for each slot of a layer that needs one."""
+        for param in self._summed(layer):
+            assert self.sums is not None
+            cols = param.shape[1]
+            shape = (cols, cols) if self.sums.decisions[param.name].rounds else (cols,)
+            yield param.name, (param, RunningSum(torch.zeros(shape)))
 
     def _checked(self, seen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Raise CalibrationError at the first layer whose inputs are not finite."""

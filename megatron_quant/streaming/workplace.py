@@ -6,9 +6,9 @@ It is removed when the export is there. Nothing in it is removed that this libra
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_quant import documents
@@ -23,19 +23,23 @@ _OWN = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Come:
     """How far a rank has come.
 
     Attributes:
         layer: Layer that comes next.
         digest: Digest of the hidden states that enter it; empty where no layer needs them.
-        seen: What was measured in the layers before it, by key.
+        seen: Largest inputs in the layers before it, by key.
+        tokens: Tokens of experts in these layers, by key.
+        sums: Digest of the sums of each of these layers.
     """
 
     layer: int
     digest: str
-    seen: Mapping[str, float]
+    seen: Mapping[str, float] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    sums: Sequence[str] = ()
 
 
 class Workplace:
@@ -89,7 +93,15 @@ class Workplace:
             found = read_object(self._file, documents.INDEX)
             if found["made_of"] == self.made_of:
                 seen = {str(key): float(value) for key, value in found["seen"].items()}
-                return Come(int(found["layer"]), str(found["digest"]), seen)
+                tokens = {str(key): int(value) for key, value in found["tokens"].items()}
+                sums = [str(digest) for digest in found["sums"]]
+                return Come(
+                    layer=int(found["layer"]),
+                    digest=str(found["digest"]),
+                    seen=seen,
+                    tokens=tokens,
+                    sums=sums,
+                )
         return None
 
     def save(self, come: Come) -> None:

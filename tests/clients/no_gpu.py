@@ -15,6 +15,8 @@ import torch._dynamo
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from tests.dist import cpu_adam  # noqa: F401
+
 
 # Its training names the device "cuda" wherever it makes a tensor.
 class _CudaIsCpu(TorchFunctionMode):
@@ -46,33 +48,6 @@ def _contiguous(scatter: Any) -> Any:
     return scattered
 
 
-# On a CPU Adam is torch's, whose count of steps Megatron does not restore: it begins anew.
-def _uncounted(setstate: Any) -> Any:
-    @functools.wraps(setstate)
-    def restored(self: Any, state: dict[str, Any]) -> None:
-        bare = [held for held in state["state"].values() if "step" not in held]
-        for held in bare:
-            held["step"] = torch.tensor(0.0)
-        setstate(self, state)
-        for held in bare:
-            del held["step"]
-
-    return restored
-
-
-def _counted(init_group: Any) -> Any:
-    @functools.wraps(init_group)
-    def begun(self: Any, group: Any, *rest: Any) -> Any:
-        for held in (self.state[p] for p in group["params"]):
-            if held:
-                held.setdefault("step", torch.tensor(0.0))
-        return init_group(self, group, *rest)
-
-    return begun
-
-
-torch.optim.AdamW.__setstate__ = _uncounted(torch.optim.AdamW.__setstate__)
-torch.optim.AdamW._init_group = _counted(torch.optim.AdamW._init_group)
 dist.scatter = _contiguous(dist.scatter)
 # What it compiles at run time would look for a GPU.
 torch._dynamo.config.disable = True

@@ -55,15 +55,9 @@ def train(source: Path, run: Path, out: Path, layout: tuple, die: bool) -> list[
 
 def ranges(source: Path, stored: Path) -> tuple[dict[str, float], dict[str, float]]:
     """A checkpoint's ranges of weights, and the weights' own maxima."""
-    from megatron_quant.mcore.training import prepare
-    from tests.dist import live, training
+    from tests.dist import training
 
-    model = prepare(training.build(source, live.Parallelism()), "fp8", stored, hf_model=str(source))
-    held, own = {}, {}
-    for layer in mq.quantized(model).layers:
-        held[layer.name] = float(layer.weight_quantizer.amax)
-        own[layer.name] = max(float(weight.abs().max()) for weight in layer.weights())
-    return held, own
+    return training.stored_ranges(source, stored, "fp8")
 
 
 @pytest.fixture(scope="module")

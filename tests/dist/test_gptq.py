@@ -283,14 +283,14 @@ def fails_on_rank_1(source: Path, out: Path) -> None:
     from megatron_quant.calib import round_layer
     from megatron_quant.errors import CalibrationError
 
-    real = round_layer.gptq
+    real = round_layer.gptq_pieces
 
-    def broken(w: torch.Tensor, fmt: object, scales: object, moment: object, how: object) -> object:
+    def broken(pieces: object, fmt: object, moment: object, how: object) -> object:
         if dist.get_rank() == 1 and "layers.1.mlp.experts.linear_fc1" in how.names[0]:
             raise CalibrationError("no factor")
-        return real(w, fmt, scales, moment, how)
+        return real(pieces, fmt, moment, how)
 
-    round_layer.gptq = broken
+    round_layer.gptq_pieces = broken
     run(source, {"tp": 2, "ep": 2, "etp": 2}, [case("int4", out)])
 
 

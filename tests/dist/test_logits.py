@@ -11,7 +11,9 @@ from tests.unit import tiny
 IDS = (torch.arange(2 * 15) * 7 % 50).view(2, 15)
 
 
-def megatron_logits(path: Path, tp: int, ep: int, dtype: torch.dtype) -> torch.Tensor:
+def megatron_logits(
+    path: Path, tp: int, ep: int, dtype: torch.dtype, cp: int = 1
+) -> torch.Tensor:
     import torch.distributed as dist
 
     from megatron_quant.ckpt.plan.ranks import Layout
@@ -19,16 +21,16 @@ def megatron_logits(path: Path, tp: int, ep: int, dtype: torch.dtype) -> torch.T
     from megatron_quant.mcore.model.load import load_model
     from megatron_quant.mcore.model.parallel import start_distributed
     from megatron_quant.mcore.model.schedule import full_logits
-    from megatron_quant.models import lookup, num_experts
+    from megatron_quant.models import lookup, num_experts, text_config
 
     checkpoint = open_source(path)
     architecture = lookup(checkpoint.config)
     experts = num_experts(architecture.params(checkpoint.config))
-    layout = Layout.simulate(dist.get_world_size(), tp, ep, 1, experts)
+    layout = Layout.simulate(dist.get_world_size(), tp, ep, 1, experts).sharing_sequences(cp)
     groups = start_distributed()
     model = load_model(checkpoint, architecture, layout, groups, dtype, lambda steps: None)
     with torch.no_grad():
-        return full_logits(model.module, IDS, checkpoint.config["vocab_size"]).clone()
+        return full_logits(model.module, IDS, text_config(checkpoint.config)["vocab_size"]).clone()
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -52,3 +54,15 @@ def distance(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """The median token's relative error: a token that rounding routes otherwise does not count."""
     error = (logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     return error.median()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "llama_yarn"])
+def test_context_parallel_ranks_share_a_sequence(name: str, tmp_path: Path, ranks) -> None:
+    """15 tokens at tp 2 and cp 2: padded, cut into four chunks, two on each rank."""
+    with torch.no_grad():
+        expected = tiny.model(name)(IDS).logits
+    tiny.save(name, tmp_path)
+    config = tiny.config(name)
+    ep = 2 if num_experts(lookup(config).params(config)) else 1
+    for logits in ranks(4, megatron_logits, tmp_path, 2, ep, torch.float32, 2):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

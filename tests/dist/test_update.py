@@ -105,3 +105,33 @@ def test_inputs_keep_theirs_and_a_weight_that_is_not_finite_is_refused(
     (error,) = ranks.errors(1, inputs_stay, source)
     assert isinstance(error, mq.QuantError)
     assert "contains NaN or Inf" in str(error)
+
+
+def of_gptq(source: Path) -> str:
+    """Return what a user is told when weights that gptq has rounded are updated."""
+    import logging
+
+    from megatron_quant.mcore.model import run_through
+    from megatron_quant.recipes import with_algorithm
+    from tests.dist import bare
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("megatron_quant").addHandler(handler)
+    module = bare.filled(bare.built(source, 1, 1), source)
+    recipe = with_algorithm(mq.load_recipe("w4a16_nvfp4"), "gptq")
+
+    def loop(model: Any) -> None:
+        run_through(model, [torch.arange(256).view(4, 64)])
+
+    mq.update(mq.quantize(module, recipe, loop, hf_model=source))
+    (line,) = [line for line in said if line.startswith("update")]
+    return line
+
+
+def test_weights_of_gptq_are_rounded_to_the_nearest_with_a_warning(
+    ranks: Ranks, source: Path
+) -> None:
+    (line,) = ranks(1, of_gptq, source)
+    assert "weights of algorithm gptq get searched scales and the nearest codes, also" in line

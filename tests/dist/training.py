@@ -127,6 +127,18 @@ def main(path: Path, parallelism: live.Parallelism, batches: Sequence[torch.Tens
     return [list(values) for values in zip(*found, strict=True)]
 
 
+def stored_ranges(
+    path: Path, stored: Path, recipe: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """A checkpoint's ranges of weights by layer, and the largest of the weights beside them."""
+    model = prepare(build(path, live.Parallelism()), recipe, stored, hf_model=str(path))
+    held, own = {}, {}
+    for layer in quantized(model).layers:
+        held[layer.name] = float(layer.weight_quantizer.amax)
+        own[layer.name] = max(float(weight.abs().max()) for weight in layer.weights())
+    return held, own
+
+
 Slices = dict[str, list[tuple[tuple[slice, ...], torch.Tensor]]]
 
 

@@ -13,8 +13,8 @@ SIGNATURES = {
     "choices": "",
     "evaluate": "out, text, *, against, seq_length, max_tokens, dtype, tokenizer, "
     "trust_remote_code, native, progress",
-    "export": "model, out, *, format, serve, write",
-    "export_tensors": "model, *, format, max_bytes",
+    "export": "model, out, *, format, dtype, serve, write",
+    "export_tensors": "model, *, format, dtype, ranks, max_bytes",
     "load_recipe": "name_or_path",
     "plan": "source, recipe, *, parallel, format, serve, write, **flags",
     "quantize": "model, recipe, forward_loop, *, hf_model, expert_scales, calibration, groups",
@@ -31,10 +31,10 @@ SIGNATURES = {
     "verify": "out, *, against, digests, strict, groups",
 }
 FIELDS = {
-    "Parallel": "tp, pp, ep, etp, num_virtual_stages_per_pipeline_rank, "
+    "Parallel": "tp, pp, cp, ep, etp, num_virtual_stages_per_pipeline_rank, "
     "num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage",
     "Calibration": "dataset, size, seq_length, batch_size, cold_experts, act_percentile, "
-    "tokenizer, trust_remote_code, save, load, keep_hessians, memory",
+    "tokenizer, trust_remote_code, save, load, keep_hessians, memory, experts",
     "Write": "overwrite, resume, max_shard_size, io_threads, fsync, verify",
     "Serve": "engine, tp",
     "AutoQuantize": "bits, formats, method, score_size, checkpoint, recipe, cost, keep",

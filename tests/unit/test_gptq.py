@@ -7,7 +7,15 @@ from megatron_quant import formats
 from megatron_quant.errors import CalibrationError, FormatError, RecipeError
 from megatron_quant.formats import block_stat, decode, encode, get_format
 from megatron_quant.formats.grid import encode_on
-from megatron_quant.rounding import GptqSettings, algorithm, default_damp, gptq
+from megatron_quant.rounding import (
+    GptqSettings,
+    Piece,
+    algorithm,
+    default_damp,
+    factored,
+    gptq,
+    gptq_pieces,
+)
 from tests.unit.formats_world import every_dtype, every_format, same_bits
 from tests.unit.gptq_world import COLS, dscale_of, loss, moment, plain, rtn, scales_of, stack
 
@@ -98,6 +106,23 @@ def test_a_row_comes_out_the_same_in_any_company(fmt, monkeypatch):
 def _rows_of(value, rows, fmt, name):
     block = fmt.field(name).block[0]
     return value[:, rows.start // block : -(-rows.stop // block)] if block else value
+
+
+@every_format
+def test_pieces_of_the_same_inputs_are_rounded_by_one_factor(fmt, monkeypatch):
+    made = []
+    real = algorithm.feedback
+    monkeypatch.setattr(algorithm, "feedback", lambda *args: made.append(0) or real(*args))
+    moments = torch.stack([moment(), moment().flip(0, 1)])
+    parts = [(w, rtn(w, fmt)[1]) for w in (stack(), stack().flip(1))]
+    found = gptq_pieces([Piece(*part) for part in parts], fmt, moments)
+    assert len(made) == 1
+    for (w, scales), got in zip(parts, found, strict=True):
+        want = gptq(w, fmt, scales, moments)
+        assert same_bits(got.w, want.w) and torch.equal(got.loss_E, want.loss_E)
+    w, scales = stack()[:1], rtn(stack()[:1], fmt)[1]
+    (alone,) = gptq_pieces([Piece(w, scales)], fmt, factored(moments[0], fmt))
+    assert same_bits(alone.w, gptq(w, fmt, scales, moments[0]).w)
 
 
 @every_format

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.plan.quantizable import slots
+from megatron_quant.ckpt.plan.sidecars import companions
 from megatron_quant.ckpt.read.checks import check_weights
 from megatron_quant.ckpt.read.directory import open_directory
 from megatron_quant.ckpt.verify.checkpoint import verify
@@ -89,6 +91,25 @@ def test_the_smaller_glm_and_keys_as_the_hub_has_them() -> None:
     del hunyuan["mlp_layer_types"]
     described = lookup(hunyuan).megatron_config({**hunyuan, **hub})
     assert (described["moe_ffn_hidden_size"], described["moe_layer_freq"]) == (16, [0, 1])
+
+
+def test_a_text_decoder_beside_a_tower() -> None:
+    config = tiny.config("kimi_k25")
+    params = lookup(config).params(config)
+    assert {s.name.partition(".")[0] for p in params for s in p.sources} == {"language_model"}
+    inner = lookup(CONFIG).megatron_config(CONFIG)
+    assert lookup(config).megatron_config(config) == inner
+    shapes = {s.name: s.shape for p in params for s in p.sources}
+    tower = {"vision_tower.patch_embed.proj.weight": (2, 3, 4, 4), "mm_projector.proj.0.bias": (2,)}
+    described = describe_structure(config, {**shapes, **tower}).params
+    outside = [p.sources[0].name for p in described if p.role is Role.OUTSIDE]
+    assert outside == list(tower) and len(described) == len(params) + 2
+    shapes = {**shapes, "language_model.model.layers.0.odd.weight": (2, 2)}
+    assert describe_structure(config, shapes).params == params  # check_weights refuses the odd one
+    for found, lines in ((described, 0), (params, 1)):
+        quant = resolve(load_recipe("w4a16_nvfp4"), slots(found))
+        made = companions(config, quant, get_dialect("modelopt"), torch.bfloat16)
+        assert len(made.left_out) == lines and all("vision tower" in n for n in made.left_out)
 
 
 def test_both_scales_of_yarn() -> None:

@@ -52,6 +52,7 @@ def test_every_row_of_what_stays_dense_says_who_says_so() -> None:
 )
 def test_a_bias_of_the_router_is_kept_whatever_it_is_called(name: str, tmp_path: Path) -> None:
     source = hf_models.save("glm4_moe", tmp_path / "source")
+    sources.config(source, architectures=["UnknownForCausalLM"])  # no table names it
     old = "mlp.gate.e_score_correction_bias"
     sources.edit(source, lambda found: {n.replace(old, name): w for n, w in found.items()})
     before = sources.tensors(source)[f"model.layers.1.{name}"]

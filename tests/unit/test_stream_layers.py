@@ -77,7 +77,7 @@ def walked_params(source: Path, folder: Path, params: list) -> dict[str, torch.T
         skeleton=skeleton, params=params, batches=tokens(), place=place, on_batch=lambda n: None
     )
     try:
-        return found.run()
+        return found.run().amax
     finally:
         place.leave()
 
@@ -87,7 +87,7 @@ def at_once(source: Path) -> dict:
     with torch.no_grad(), WeightInputAmax(watched(model, params_of(source))) as seen:
         for batch in tokens():
             run_model(model, batch)
-    return seen.seen
+    return seen.found.amax
 
 
 @pytest.mark.parametrize("name", FAMILIES)

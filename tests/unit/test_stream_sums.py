@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from megatron_quant.ckpt.verify.checkpoint import verify
-from megatron_quant.errors import CalibrationError
+from megatron_quant.errors import CalibrationError, CheckpointError
+from megatron_quant.rounding import factored
 from megatron_quant.runs.batches import calibration_batches
-from megatron_quant.streaming import stages, walk
-from tests.dist import checkpoints
+from megatron_quant.streaming import factors, part_split, stages, walk
+from tests.dist import checkpoints, packed
 from tests.unit import hf_models
 from tests.unit.test_stream_inputs import options, run
 from tests.unit.test_stream_layers import contents
@@ -138,6 +139,43 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(
     assert (tmp_path / "out.calibration" / "rank-0.sums.safetensors").exists()
     ranks(1, resumed, source, tmp_path)
     assert contents(tmp_path) == contents(measured)
+
+
+def test_spoiled_sums_are_made_again(source: Path, measured: Path, tmp_path: Path, ranks) -> None:
+    ranks.errors(1, killed, source, tmp_path, 1, 0, timeout=60)
+    sums = tmp_path / "out.calibration" / "rank-0.sums.safetensors"
+    name = "decoder.layers.0.mlp.experts.linear_fc2.weight3.moment"
+    whole = sums.read_bytes()
+    at = whole.index(load_file(sums)[name].numpy().tobytes())
+    sums.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
+    ranks(1, resumed, source, tmp_path)
+    assert contents(tmp_path) == contents(measured)
+
+
+def test_a_second_moment_is_factored_once(
+    source: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the parts that its weight is cut into; q, k and v share one, and gate and up."""
+    found: list[str] = []
+
+    def counted(moment: torch.Tensor, fmt: Any, how: Any) -> Any:
+        found.extend(how.names)
+        return factored(moment, fmt, how)
+
+    monkeypatch.setattr(factors, "factored", counted)
+    monkeypatch.setattr(part_split, "_ELEMENTS", 1 << 14)
+    flags = {"export_quant_cfg": "nvfp4", "algorithm": "gptq"}
+    run(source, tmp_path / "out", load_calibration=measured / "kept.safetensors", **flags)
+    assert contents(tmp_path / "out") == contents(measured / "out")
+    assert len(found) == 2 * (2 + 2 * 8) == len(set(found))
+
+
+def test_scales_that_are_kept_leave_nothing_to_round(tmp_path: Path) -> None:
+    said = r"the recipe searches its scales \(gptq\), which does not go with --keep-scales"
+    source = packed.save(tmp_path)[0]
+    with pytest.raises(CheckpointError, match=said):
+        run(source, tmp_path / "out", keep_scales=True, **{**GPTQ, "keep_hessians": False})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gpt_oss", "llama4", "deepseek_v3", "qwen3_next"])

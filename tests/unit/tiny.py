@@ -1,11 +1,13 @@
 """Tiny checkpoints of every known architecture, made by transformers' own classes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 _SIZES = {
     "vocab_size": 50,
@@ -94,6 +96,21 @@ _GLM4_MOE_LITE = {
 }
 _DOTS1 = {**_SIGMOID, "n_routed_experts": 8, "n_shared_experts": 2, "head_dim": 16}
 _HY_V3 = {**_SIGMOID, "num_experts": 8, "num_shared_experts": 1, "head_dim": 16}
+_KIMI_K25 = {
+    "text_config": {**_DEEPSEEK, "model_type": "deepseek_v3", "rope_parameters": _LATENT_YARN},
+    "vision_config": {
+        "patch_size": 2,
+        "pos_emb_height": 4,
+        "pos_emb_width": 4,
+        "pos_emb_time": 2,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+    },
+    "projection_hidden_size": 16,
+    "tie_word_embeddings": False,
+}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _YARN = {
     "rope_type": "yarn",
@@ -131,6 +148,7 @@ MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "glm4_moe": (transformers.Glm4MoeConfig, _GLM4_MOE),
     "glm4_moe_lite": (transformers.Glm4MoeLiteConfig, _GLM4_MOE_LITE),
+    "kimi_k25": (transformers.Kimi_K25Config, _KIMI_K25),
     "dots1": (transformers.Dots1Config, _DOTS1),
     "hy_v3": (transformers.HYV3Config, _HY_V3),
     "llama": (transformers.LlamaConfig, _SIZES),
@@ -140,11 +158,18 @@ MODELS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
+# What transformers calls otherwise than the hub does: the class, and names of tensors.
+_CLASSES = {"kimi_k25": "KimiK25ForConditionalGeneration"}
+_NAMES = {"kimi_k25": (r"model\.blocks\.", "model.layers.")}
+
+
 def model(name: str) -> transformers.PreTrainedModel:
     """The transformers model in fp32, with seeded random weights, norms and biases too."""
     kind, settings = MODELS[name]
     torch.manual_seed(0)
-    built = transformers.AutoModelForCausalLM.from_config(kind(**settings)).float().eval()
+    nested = "text_config" in settings
+    auto = transformers.AutoModelForImageTextToText if nested else transformers.AutoModelForCausalLM
+    built = auto.from_config(kind(**settings)).float().eval()
     with torch.no_grad():
         for key, parameter in built.named_parameters():
             if "norm" in key:
@@ -161,12 +186,22 @@ def save(name: str, directory: Path, **settings: Any) -> Path:
     """``model(name)`` as save_pretrained writes it (``settings`` are its arguments)."""
     transformers.utils.logging.disable_progress_bar()
     model(name).save_pretrained(directory, **settings)
+    if name in _CLASSES:
+        _as_published(name, directory)
     return directory
+
+
+def _as_published(name: str, directory: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [_CLASSES[name]]}))
+    weights = directory / "model.safetensors"
+    found = {re.sub(*_NAMES[name], n): w for n, w in load_file(weights).items()}
+    save_file(found, weights, metadata={"format": "pt"})
 
 
 def config(name: str) -> dict[str, Any]:
     """config.json of ``name``, without its weights."""
     kind, settings = MODELS[name]
     made = kind(**settings)
-    made.architectures = [kind.__name__.replace("Config", "ForCausalLM")]
+    made.architectures = [_CLASSES.get(name, kind.__name__.replace("Config", "ForCausalLM"))]
     return json.loads(made.to_json_string())

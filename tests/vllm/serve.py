@@ -17,36 +17,48 @@ def log_probs(output, vocab_size: int) -> list[list[float]]:
     return [[at[token].logprob for token in range(vocab_size)] for at in output.prompt_logprobs[1:]]
 
 
-def main() -> None:
+def started(directory: str):
+    """vLLM with the checkpoint, and torch's product where its library has no INT4."""
     from int4_product import define_where_missing
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-
-    replaced = define_where_missing()
-    directory, prompt = sys.argv[1], json.loads(sys.argv[2])
-    vocab_size = json.loads(Path(directory, "config.json").read_text())["vocab_size"]
-    llm = LLM(
+    define_where_missing()
+    return LLM(
         directory,
         dtype="bfloat16",
         enforce_eager=True,
         max_model_len=128,
         max_num_seqs=2,
-        max_logprobs=vocab_size,
+        max_logprobs=_vocab_size(directory),
         skip_tokenizer_init=True,
         disable_log_stats=True,
     )
+
+
+def generated(llm, prompt: list[int]) -> dict[str, list]:
+    """The greedy continuation of ``prompt``, and the log-probabilities at its positions."""
+    from vllm import SamplingParams
+
+    vocab_size = llm.model_config.get_vocab_size()
     sampling = SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=vocab_size, detokenize=False
     )
     (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
-    found = {
+    return {
         "tokens": list(output.outputs[0].token_ids),
         "log_probs": log_probs(output, vocab_size),
-        "int4 product in torch": replaced,
     }
-    Path(sys.argv[3]).write_text(json.dumps(found))
+
+
+def _vocab_size(directory: str) -> int:
+    return json.loads(Path(directory, "config.json").read_text())["vocab_size"]
+
+
+def main() -> None:
+    directory, prompt = sys.argv[1], json.loads(sys.argv[2])
+    Path(sys.argv[3]).write_text(json.dumps(generated(started(directory), prompt)))
 
 
 if __name__ == "__main__":

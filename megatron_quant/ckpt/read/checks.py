@@ -8,7 +8,7 @@ import torch
 
 from megatron_quant.ckpt.read.source import TensorInfo, Weights
 from megatron_quant.errors import CheckpointError
-from megatron_quant.models import Param, Role, is_draft
+from megatron_quant.models import Param, Role, is_carried
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that an unquantized tensor may have."""
@@ -24,8 +24,8 @@ def check_weights(checkpoint: Weights, params: Iterable[Param]) -> tuple[str, ..
 
     Returns the names of tensors that may stay unused: buffers that old versions of transformers
     stored, ``lm_head.weight`` if the embedding takes its place, and, by config.json, layers that
-    only speculation needs. Raises CheckpointError for the first tensor that is missing, misshapen,
-    not in bf16, fp16 or fp32, or unexpected.
+    only speculation needs and models beside the text decoder. Raises CheckpointError for the first
+    tensor that is missing, misshapen, not in bf16, fp16 or fp32, or unexpected.
     """
     path, config, tensors = checkpoint.path, checkpoint.config, checkpoint.dense()
     params = tuple(params)
@@ -34,8 +34,8 @@ def check_weights(checkpoint: Weights, params: Iterable[Param]) -> tuple[str, ..
         _check_tensor(path, tensors, name, shape)
     rest = [name for name in tensors if name not in sources]
     tied = all(p.role is not Role.OUTPUT for p in params)
-    ignored = {n for n in rest if is_buffer(n) or (tied and n == "lm_head.weight")}
-    ignored |= {n for n in rest if is_draft(config, n)}
+    ignored = {n for n in rest if is_buffer(n) or (tied and _is_head(n))}
+    ignored |= {n for n in rest if is_carried(config, n)}
     unexpected = [name for name in rest if name not in ignored]
     if unexpected:
         raise CheckpointError(
@@ -48,6 +48,10 @@ def check_weights(checkpoint: Weights, params: Iterable[Param]) -> tuple[str, ..
 def plain_dtypes(name: str) -> tuple[torch.dtype, ...]:
     """Return the dtypes in which the tensor of this name may be stored unquantized."""
     return (torch.int64, torch.int32) if _TABLES.fullmatch(name) else PLAIN_DTYPES
+
+
+def _is_head(name: str) -> bool:
+    return f".{name}".endswith(".lm_head.weight")
 
 
 def is_buffer(name: str) -> bool:
@@ -64,7 +68,7 @@ def _check_tensor(
         packed = [n for n in beside(tensors, module) if n.rpartition(".")[2] in _PACKED]
         if packed:
             raise _packed_unsaid(path, packed[0])
-        if name == "lm_head.weight":
+        if _is_head(name):
             raise CheckpointError(
                 f"{path}: tensor {name} is missing, and tie_word_embeddings in config.json does "
                 "not say that the embedding takes its place: save the model with its head (of "

@@ -12,7 +12,7 @@ from megatron_quant.ckpt.read.open import open_source
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.read.source import TensorSource, Weights
 from megatron_quant.ckpt.read.stack_views import viewed
-from megatron_quant.models import Box, Param, Structure, describe_structure, has_table, is_draft
+from megatron_quant.models import Box, Param, Structure, describe_structure, has_table, is_carried
 
 _ELEMENTS, _ROWS = 1 << 22, 128
 """About how many elements a block has that is read at a time; its rows are a multiple of the other.
@@ -38,7 +38,7 @@ def params_of(checkpoint: QuantizedCheckpoint) -> tuple[Param, ...]:
     """
     config, table = checkpoint.config, has_table(checkpoint.config)
     # verification reports tensors that a table names and the checkpoint lacks
-    wanted = [n for n in checkpoint if not table or is_draft(config, n)]
+    wanted = [n for n in checkpoint if not table or is_carried(config, n)]
     return describe_structure(config, {n: checkpoint.shape(n) for n in wanted}).params
 
 
@@ -70,8 +70,8 @@ def plain_part(checkpoint: TensorSource, name: str, box: Box) -> torch.Tensor:
 def kept_dtypes(checkpoint: Weights) -> dict[str, torch.dtype]:
     """Return the tensors that need a dtype other than most of the checkpoint's, with that dtype.
 
-    Decoded tensors have no dtype of their own. If the model has a table, the table says so for all
-    but layers for speculation, so only these are returned.
+    Decoded tensors have no dtype of their own. If the model has a table, the table says so for what
+    it describes, so only what lies beside that is returned.
     """
     config = checkpoint.config
     plain = {n: info for n, info in checkpoint.dense().items() if not info.decoded}
@@ -81,5 +81,5 @@ def kept_dtypes(checkpoint: Weights) -> dict[str, torch.dtype]:
     main = max(sizes, key=lambda dtype: sizes[dtype], default=None)
     found = {n: i.dtype for n, i in plain.items() if i.dtype != main}
     if has_table(config):
-        return {n: dtype for n, dtype in found.items() if is_draft(config, n)}
+        return {n: dtype for n, dtype in found.items() if is_carried(config, n)}
     return found

@@ -9,18 +9,18 @@ from megatron_quant.ckpt.write import Produce, Produced, produce, produce_cache_
 from megatron_quant.formats import scales_of, tensor_scale
 from megatron_quant.layers import CachedTensor, QuantLayer
 from megatron_quant.mcore.model import LiveModel
-from megatron_quant.models import Role
+from megatron_quant.models import CARRIED
 
 
 def producer(
     model: LiveModel,
     layers: Sequence[QuantLayer],
     cached: Sequence[CachedTensor] = (),
-    drafts: Produce | None = None,
+    carried: Produce | None = None,
 ) -> Callable[[RankPart], Iterable[Produced]]:
     """Return a producer of parts: the live weight with its quantizers' amaxes.
 
-    drafts: makes the parts of layers for speculation, which the model lacks.
+    carried: makes the parts that the model lacks: layers for speculation, vision towers.
     """
     tensors = {local.param.name: local for local in model.local}
     amaxes = {
@@ -32,9 +32,9 @@ def producer(
     scales = {tensor.slot.name: tensor for tensor in cached}
 
     def of_part(part: RankPart) -> Iterable[Produced]:
-        if part.param.role is Role.DRAFT:
-            assert drafts is not None, part.param.name
-            return drafts(part)
+        if part.param.role in CARRIED:
+            assert carried is not None, part.param.name
+            return carried(part)
         if part.param.name in scales:
             return produce_cache_scale(part, scales[part.param.name].amax())
         local = model.tensor(tensors[part.param.name])

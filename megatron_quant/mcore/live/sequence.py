@@ -1,5 +1,6 @@
 """Turn a live model into a quantized one: check, resolve, attach, calibrate."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CalibrationError, RecipeError
 from megatron_quant.layers import ExpertScales, QuantLayer
 from megatron_quant.mcore.checkpoint import Saved, describe_model, describe_run, restore
+from megatron_quant.mcore.live.forced import forced_experts
 from megatron_quant.mcore.live.handle import (
     HFModel,
     Quantized,
@@ -206,7 +208,8 @@ def calibrate_quantized(
     measured. Raises CalibrationError, on every rank alike, and ExportError if the file of ``keep``
     cannot be written; weights may have been rounded by then.
     """
-    live, steps, plan = handle.model, tuple(forwards), handle.plan
+    live, plan = handle.model, handle.plan
+    steps = tuple(_forced(handle, rules.expert_share, forward) for forward in forwards)
     with watch(handle.cached) as seen:
         report = calibrate(
             handle.layers,
@@ -248,6 +251,18 @@ def calibrate_quantized(
     return replace(handle, report=report, kv_amax=found).remember()
 
 
+def _forced(
+    handle: Quantized, share: float | None, forward: Callable[[], object]
+) -> Callable[[], object]:
+    """Return ``forward`` with its experts given more tokens than the router gives them."""
+
+    def run() -> None:
+        with forced_experts(handle.model.chunks, handle.layers, share):
+            forward()
+
+    return run
+
+
 @contextmanager
 def _kept(
     report: CalibrationReport,
@@ -271,7 +286,8 @@ def update(model: Quantized | nn.Module | Sequence[nn.Module]) -> Quantized:
     """Give the weights' quantizers the scales of the present weights. Collective.
 
     Call it after a quantized model was trained or given other weights. No forward runs: scales of
-    inputs and of the KV cache stay. Whatever the recipe searches is searched again.
+    inputs and of the KV cache stay. Whatever the recipe searches is searched again. Weights of gptq
+    get searched scales and the nearest codes, with a warning: nothing of the data is left.
 
     model: the handle, or the model itself, wrapped or not. Returns the handle, which
     :func:`quantized` finds from now on. Raises CalibrationError, on every rank alike, for a weight
@@ -280,6 +296,13 @@ def update(model: Quantized | nn.Module | Sequence[nn.Module]) -> Quantized:
     handle = quantized(model)
     groups = handle.model.groups
     together(groups, lambda: _check_own_scales(handle.layers))
+    rounded = sum(decision.rounds for decision in handle.plan.quantized)
+    if rounded and groups.rank == 0:
+        logging.getLogger(__name__).warning(
+            "update runs no data: %d weights of algorithm gptq get searched scales and the nearest "
+            "codes, also where they have not changed; quantize again to round them by their inputs",
+            rounded,
+        )
     found = calibrate_weights(handle.layers, handle.plan, groups)
     report = replace(handle.report, weight_amax=found) if handle.report else None
     stored = ranges_of(handle.layers) if handle.stored else ()

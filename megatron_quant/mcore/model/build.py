@@ -32,6 +32,7 @@ def transformer_config(
     host = {} if torch.cuda.is_available() else cpu.transformer_config_overrides()
     settings = {
         "tensor_model_parallel_size": layout.tp_size,
+        "context_parallel_size": layout.cp_size,
         "expert_model_parallel_size": layout.ep_size,
         "expert_tensor_parallel_size": layout.etp_size,
         **_pipeline(layout, dtype),

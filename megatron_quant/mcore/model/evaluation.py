@@ -57,7 +57,7 @@ def evaluate_model(
     at a time. The result is equal on all ranks.
     """
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    counted = mpu.get_tensor_model_parallel_rank() == 0
+    counted = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
     own = list(range(rank, -(-len(windows) // size) * size, size))
     stages = mpu.get_pipeline_model_parallel_world_size()
     total = NOTHING

@@ -42,6 +42,7 @@ def start_megatron(layout: Layout, minutes: float = Groups.minutes) -> None:
         expert_model_parallel_size=layout.ep_size,
         expert_tensor_parallel_size=layout.etp_size,
         pipeline_model_parallel_size=layout.pp_size,
+        context_parallel_size=layout.cp_size,
         virtual_pipeline_model_parallel_size=virtual_size(layout),
         distributed_timeout_minutes=minutes,
     )
@@ -60,7 +61,7 @@ def _runs_at(layout: Layout) -> bool:
         layout.etp_size,
         layout.pp_size,
         virtual_size(layout),
-        1,
+        layout.cp_size,
     ) == (
         mpu.get_tensor_model_parallel_world_size(),
         mpu.get_expert_model_parallel_world_size(),
@@ -106,4 +107,5 @@ def megatron_layout(groups: Groups, experts: int, chunks: Sequence[GPTModel]) ->
         coords=tuple(coord for coord, _ in said),
         experts=experts,
         stages=tuple(stages[pp] for pp in range(len(stages))) if len(stages) > 1 else (),
+        cp_size=mpu.get_context_parallel_world_size(),
     )

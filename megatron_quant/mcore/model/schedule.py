@@ -27,6 +27,8 @@ def run_schedule(
 ) -> list[T]:
     """Run batches of token ids [B, S]; ``collect`` gets this rank's logits [B, S, V / tp] of each.
 
+    Context-parallel ranks run a share of each sequence, and get the logits of all of it.
+
     Returns the results of ``collect``, in order, on ranks of the last pipeline stage; nothing
     elsewhere, because there are no logits. progress: called with 1 when a batch enters this rank's
     last chunk.
@@ -78,7 +80,11 @@ def run_through(
     progress: Callable[[int], None] = lambda steps: None,
 ) -> None:
     """Run token ids as :func:`run_schedule` does, for those who watch the layers. Collective."""
-    run_schedule(model, batches, lambda logits: None, progress)
+    run_schedule(model, batches, _unseen, progress)
+
+
+def _unseen(logits: torch.Tensor) -> None:
+    """Collect nothing; context-parallel ranks need not exchange their logits then."""
 
 
 def _enough(batches: Sequence[torch.Tensor], chunks: Sequence[GPTModel]) -> list[torch.Tensor]:
@@ -107,24 +113,55 @@ def _step(
     """Run one microbatch through one chunk, as the schedules call it.
 
     Sequences are padded at the end to a multiple of the tensor-parallel size, because sequence
-    parallelism splits them. Causal attention keeps earlier tokens from seeing the padding.
+    parallelism splits them, and so does context parallelism. Causal attention keeps earlier tokens
+    from seeing the padding.
     """
     ids_BS = next(batches)
     length = ids_BS.shape[1]
     padded = torch.nn.functional.pad(ids_BS, (0, _padding(ids_BS)))
     ids = padded.to(next(chunk.parameters()).device)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
+    mask = None if _cuts() > 1 else _later(ids)
 
     def collected(logits: torch.Tensor, non_loss_data: bool) -> Any:
-        return collect(logits[:, :length])
+        return collect(logits if collect is _unseen else _joined(logits)[:, :length])
 
-    return chunk(ids, positions, mask.triu(1)), collected
+    return chunk(_own_chunks(ids), _own_chunks(positions), mask), collected
+
+
+def _later(ids_BS: torch.Tensor) -> torch.Tensor:
+    """Return [1, 1, S, S]: whether a key is later than a query."""
+    length = ids_BS.shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids_BS.device)
+    return mask.triu(1)
+
+
+def _cuts() -> int:
+    """Return the chunks that context parallelism makes of a sequence: two a rank, or one in all."""
+    size: int = mpu.get_context_parallel_world_size()
+    return 2 * size if size > 1 else 1
+
+
+def _own_chunks(tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Return this context-parallel rank's tokens: the n-th chunk from either end."""
+    chunks, rank = tokens_BS.chunk(_cuts(), 1), mpu.get_context_parallel_rank()
+    return torch.cat([chunks[rank], chunks[-1 - rank]], 1) if len(chunks) > 1 else tokens_BS
+
+
+def _joined(logits_BSV: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the whole sequence, from those of all context-parallel ranks."""
+    if _cuts() == 1:
+        return logits_BSV
+    local = logits_BSV.contiguous()
+    of_ranks = [torch.empty_like(local) for _ in range(mpu.get_context_parallel_world_size())]
+    dist.all_gather(of_ranks, local, group=mpu.get_context_parallel_group())
+    halves = [held.chunk(2, 1) for held in of_ranks]
+    return torch.cat([first for first, _ in halves] + [last for _, last in reversed(halves)], 1)
 
 
 def _padding(ids_BS: torch.Tensor) -> int:
     tp_size: int = mpu.get_tensor_model_parallel_world_size()
-    return -ids_BS.shape[1] % tp_size
+    return -ids_BS.shape[1] % (tp_size * _cuts())
 
 
 def forward(model: ModelChunks, ids_BS: torch.Tensor) -> torch.Tensor | None:

@@ -26,6 +26,7 @@ from .runs import convert as convert
 from .runs import evaluate as evaluate
 from .runs import export as export
 from .runs import export_tensors as export_tensors
+from .runs import find_recipe as find_recipe
 from .runs import plan as plan
 from .runs import quantize as quantize
 from .runs import quantize_checkpoint as quantize_checkpoint
@@ -61,6 +62,7 @@ __all__ = [
     "evaluate",
     "export",
     "export_tensors",
+    "find_recipe",
     "load_recipe",
     "plan",
     "quantize",

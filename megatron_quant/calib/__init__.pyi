@@ -3,6 +3,7 @@ from .calibration import ColdExperts as ColdExperts
 from .calibration import InputRules as InputRules
 from .calibration import calibrate as calibrate
 from .calibration import calibrate_weights as calibrate_weights
+from .calibration import load_inputs as load_inputs
 from .calibration import refresh_weights as refresh_weights
 from .calibration_file import AMAX as AMAX
 from .calibration_file import MOMENT as MOMENT
@@ -61,6 +62,7 @@ __all__ = [
     "deaf",
     "follow_weights",
     "largest_drift",
+    "load_inputs",
     "load_texts",
     "loaded_amaxes",
     "merge_live",

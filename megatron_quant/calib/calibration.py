@@ -127,7 +127,7 @@ def calibrate(
         scaled = inputs | clip(plan, static, seen, rules.act_percentile, groups)
     cold = _cold(plan, tokens, rules.cold_experts)
     _load_weights(layers, plan, weights)
-    _load_inputs(layers, plan, scaled)
+    load_inputs(layers, plan, scaled)
     squares = {}
     if any(d.weighted and not d.rounds for d in plan.quantized):
         squares = merged_squares(weighted, groups, sums, rules.loaded)
@@ -252,9 +252,14 @@ def _load_weights(
         layer.weight_quantizer.amax = weight_amax.to(layer.weights()[0].device)
 
 
-def _load_inputs(
-    layers: Sequence[QuantLayer], plan: QuantPlan, inputs: Mapping[str, float]
-) -> None:
+def load_inputs(layers: Sequence[QuantLayer], plan: QuantPlan, inputs: Mapping[str, float]) -> None:
+    """Give the quantizers of static inputs their amax.
+
+    Args:
+        layers: This rank's layers of the plan.
+        plan: Decisions on every slot of the model.
+        inputs: Amax of inputs by slot name; slots that share a scale take the largest of theirs.
+    """
     shared_inputs = largest_shared(plan, inputs)
     for layer in layers:
         if layer.static_inputs:

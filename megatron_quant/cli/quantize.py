@@ -266,6 +266,8 @@ def run(args: argparse.Namespace) -> None:
         outcome = mq.quantize_checkpoint(
             *place, args.export_dir, phases=ConsolePhases(out), **given
         )
+        if outcome.found is not None:
+            out.print(escape(outcome.job.recipe.description))
         out.print(statistics_table(outcome.statistics, args.verbose))
         for line in summary(outcome):
             out.print(line)

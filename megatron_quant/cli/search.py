@@ -16,7 +16,7 @@ _COST_HELP = (
 
 def add_search(p: argparse.ArgumentParser) -> None:
     """Add the flags of ``quantize`` that search for a recipe."""
-    group = p.add_argument_group("search for mixed precision (with --stream)")
+    group = p.add_argument_group("search for mixed precision")
     group.add_argument(
         "--auto-quantize-bits",
         type=float,

@@ -239,6 +239,29 @@ def attach(
     # ModelOpt prints the number of quantizers, on every rank.
     with redirect_stdout(StringIO()), fusion_kept(model), mode_state_kept(model):
         mtq.quantize(model, _ALL_OFF)
+    for name in chosen:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(refuse_fp8)
+        module.register_forward_pre_hook(refuse_capture)
+    return [_configure(model.get_submodule(n), m, expert_scales) for n, m in chosen.items()]
+
+
+def refit(
+    model: nn.Module,
+    plan: QuantPlan,
+    weights: Sequence[LocalWeight],
+    expert_scales: ExpertScales = ExpertScales.SHARED,
+) -> list[QuantLayer]:
+    """Give modules that :func:`attach` converted new quantizers, of another plan.
+
+    Modules of which the plan quantizes nothing keep theirs.
+    """
+    chosen = _by_module(plan, weights)
+    for name in chosen:
+        for kind in ("weight_quantizer", "input_quantizer"):
+            quantizer = TensorQuantizer()
+            quantizer.disable()
+            model.get_submodule(name).add_module(kind, quantizer)
     return [_configure(model.get_submodule(n), m, expert_scales) for n, m in chosen.items()]
 
 
@@ -275,8 +298,6 @@ def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> Qu
         expected = tuple(f"weight{i}" for i in range(module.num_gemms))
         assert layer.attributes == expected, f"{layer.name} has {layer.attributes}"
     axis = 0 if layer.grouped and scales is ExpertScales.PER_EXPERT else None
-    module.register_forward_pre_hook(refuse_fp8)
-    module.register_forward_pre_hook(refuse_capture)
     quantizer, fmt = layer.weight_quantizer, layer.weight_format
     quantizer.set_from_attribute_config(quantizer_attributes(fmt, axis))
     set_regions(quantizer, grids(_regions(weights[0], layer), fmt), layer.rounds)

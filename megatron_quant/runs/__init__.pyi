@@ -6,6 +6,7 @@ from .checkpoints import stream as stream
 from .checkpoints import verify as verify
 from .conversion import Rewritten as Rewritten
 from .file_to_file import Streamed as Streamed
+from .finding import find_recipe as find_recipe
 from .found import Found as Found
 from .found import search_again as search_again
 from .job import Job as Job
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "export",
     "export_tensors",
+    "find_recipe",
     "plan",
     "quantize",
     "quantize_checkpoint",

@@ -1,23 +1,24 @@
-"""Find a recipe for a checkpoint: score the candidates by transformers' forward, then choose."""
+"""Find a recipe for a checkpoint: score the candidates, then choose."""
 
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_quant.documents import check_output_file
-from megatron_quant.errors import RecipeError
-from megatron_quant.recipes import QuantPlan
+from megatron_quant.errors import LayoutError
 from megatron_quant.runs.found import Found, chosen
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_quant.dist import Groups
-    from megatron_quant.runs.auto_scores import SearchPlan
+    from megatron_quant.mcore.model import LiveModel
     from megatron_quant.runs.job import Job
     from megatron_quant.runs.options import QuantizeOptions
     from megatron_quant.runs.phases import Phases
-    from megatron_quant.search import Model
-
-_REPLAYED = ("max", "mse", "four_over_six")
+    from megatron_quant.runs.search_plan import SearchPlan
+    from megatron_quant.runs.settings import AutoQuantize
+    from megatron_quant.search import Loss
 
 
 def with_found_recipe(
@@ -27,79 +28,125 @@ def with_found_recipe(
 
     Raises a QuantError, on every rank, before anything is scored for whatever does not fit.
     """
-    from megatron_quant.dist import together
-    from megatron_quant.runs.agree import check_options, fetched
-    from megatron_quant.runs.auto_scores import scored
-    from megatron_quant.search import Scored, by_place, check_bits, write_recipe
+    found = found_recipe(options, groups, phases)
+    return replace(options, export_quant_cfg=found.recipe, auto=type(options.auto)()), found
 
-    auto, file = options.auto, options.auto.recipe
-    assert auto.bits is not None
-    bits = auto.bits
+
+def found_recipe(
+    options: "QuantizeOptions",
+    groups: "Groups",
+    phases: "Phases",
+    loss: "Loss | None" = None,
+) -> Found:
+    """Search for a recipe as ``options`` ask. Collective; raises as :func:`with_found_recipe`.
+
+    loss: that whose gradients score; None for that of the next token.
+    """
+    from megatron_quant.ckpt.plan import source_digest
+    from megatron_quant.dist import together
+    from megatron_quant.models import positive, text_config
+    from megatron_quant.runs.agree import check_options, fetched
+    from megatron_quant.runs.auto_scores import Work, read_samples
+    from megatron_quant.search import next_token_loss
+
     check_options(options, groups)
+    auto = options.auto
     with phases.time("plan search"):
         options = fetched(options, groups)
-        together(groups, lambda: check_output_file("--auto-quantize-recipe", file))
-        planned = together(groups, lambda: _planned(options, groups.size))
-        problem = planned.problem
-        together(groups, lambda: check_bits(problem, bits, auto.cost))
-    flat = scored(options, planned, groups, phases)
-    scores = Scored(problem, by_place(problem, flat), auto.method)
+        together(groups, lambda: check_output_file("--auto-quantize-recipe", auto.recipe))
+        job, plan = together(groups, lambda: _planned(options, groups.size))
+        digest = together(groups, lambda: source_digest(job.source))
+    vocab_size = together(groups, lambda: positive(text_config(job.hf_config), "vocab_size"))
+    data = replace(options.calibration, size=auto.score_size)
+    work = Work(
+        plan=plan,
+        auto=auto,
+        calibration=options.calibration,
+        batches=read_samples(data, job.source, vocab_size, groups, phases),
+        source=digest,
+        dtype=options.dtype,
+        loss=loss or next_token_loss,
+    )
+    if options.stream:
+        from megatron_quant.runs.stream_scores import stream_scores
+
+        flat = stream_scores(work, job.source, groups, phases)
+    else:
+        from megatron_quant.runs.live_scores import LiveSource, live_scores
+
+        load = partial(_loaded, job, groups, phases)
+        live = LiveSource(load=load, vocab_size=vocab_size)
+        flat = live_scores(work, live, groups, phases)
+    return choose(plan, flat, auto, groups)
+
+
+def choose(
+    plan: "SearchPlan", flat: "torch.Tensor", auto: "AutoQuantize", groups: "Groups"
+) -> Found:
+    """Choose by the scores of all options, and write the recipe's file. Collective."""
+    from megatron_quant.dist import together
+    from megatron_quant.search import Scored, by_place, write_recipe
+
+    bits, file = auto.bits, auto.recipe
+    assert bits is not None
+    scores = Scored(plan.problem, by_place(plan.problem, flat), auto.method)
     found = together(groups, lambda: chosen(scores, bits, auto.cost))
     if file is not None:
         together(groups, lambda: write_recipe(file, found.recipe) if groups.rank == 0 else None)
-    return replace(options, export_quant_cfg=found.recipe, auto=type(auto)()), found
+    return found
 
 
-def _planned(options: "QuantizeOptions", world: int) -> "SearchPlan":
-    from megatron_quant.ckpt.plan import slots
-    from megatron_quant.engines import check_serving
-    from megatron_quant.runs.auto_scores import SearchPlan
-    from megatron_quant.runs.file_to_file import plan_stream
-    from megatron_quant.search import check_mixtures, find_problem
+def _planned(options: "QuantizeOptions", world: int) -> "tuple[Job, SearchPlan]":
+    from megatron_quant.runs.job import check_length
+    from megatron_quant.runs.search_plan import Target, plan_search
 
     off = type(options.auto)()
     jobs = {
-        name: plan_stream(replace(options, export_quant_cfg=name, auto=off), world).job
+        name: _job(replace(options, export_quant_cfg=name, auto=off), world)
         for name in options.auto.candidates
     }
-    first, plans = next(iter(jobs.values())), {name: job.quant for name, job in jobs.items()}
-    _check_candidates(plans)
-    dialect, serve = first.dialect, options.serve
-    assert dialect is not None
-    problem = find_problem(_model(options, first), plans, first.quant.kv_cache)
-
-    def check(plan: QuantPlan) -> None:
-        check_serving(plan, first.params, dialect.name, serve.engine, serve.tp, first.hf_config)
-        dialect.quantization_config(plan)
-
-    check_mixtures(problem, slots(first.params), check)
-    return SearchPlan(first, plans, problem)
-
-
-def _model(options: "QuantizeOptions", job: "Job") -> "Model":
-    import torch
-
-    from megatron_quant.ckpt.dialects import StorageSchemes
-    from megatron_quant.search import Model
-
-    assert job.dialect is not None
-    fp32 = {s.name: torch.float32 for p in job.params if p.fp32 for s in p.sources}
-    schemes = StorageSchemes(job.dialect, job.dtype, {**fp32, **job.kept})
-    keep = options.auto.keep
-    return Model(params=job.params, config=job.hf_config, schemes=schemes, keep=keep)
-
-
-def _check_candidates(plans: Mapping[str, QuantPlan]) -> None:
-    """Refuse candidates that scoring cannot replay, or whose recipes differ beyond the places."""
-    for name, plan in plans.items():
-        for d in plan.quantized:
-            if d.algorithm not in _REPLAYED or d.searches_tensor:
-                raise RecipeError(
-                    f"--auto-quantize-formats {name}: the search does not replay algorithm "
-                    f"{d.algorithm} of {d.rule}; take max, and --algorithm with the found recipe"
-                )
-    if len({plan.kv_cache for plan in plans.values()}) > 1:
-        raise RecipeError(
-            "--auto-quantize-formats: the candidates treat the KV cache differently; say how with "
-            "--export-kv-cache-quant"
+    first = next(iter(jobs.values()))
+    assert first.dialect is not None
+    sizes = options.parallel
+    check_length(options.calibration.seq_length, sizes.tp, sizes.cp)
+    if sizes.cp > 1 and options.auto.method == "gradient":
+        raise LayoutError(
+            f"--auto-quantize-method gradient runs no backward at --cp {sizes.cp}: search with "
+            "--cp 1, or take kl_div; the recipe is for every layout"
         )
+    target = Target(
+        params=first.params,
+        config=first.hf_config,
+        dialect=first.dialect,
+        dtype=first.dtype,
+        kept=first.kept,
+        serve=options.serve,
+        expert_scales=first.expert_scales,
+    )
+    plans = {name: job.quant for name, job in jobs.items()}
+    return first, plan_search(target, plans, options.auto)
+
+
+def _job(options: "QuantizeOptions", world: int) -> "Job":
+    """Return what a candidate would do alone."""
+    from megatron_quant.ckpt.read import open_source
+    from megatron_quant.runs.file_to_file import plan_stream
+    from megatron_quant.runs.job import prepare_job
+
+    if options.stream:
+        return plan_stream(options, world).job
+    exporting = replace(options, megatron_save_path=None)  # what an export takes is what it costs
+    return prepare_job(exporting, world, open_weights=open_source)
+
+
+def _loaded(job: "Job", groups: "Groups", phases: "Phases") -> "LiveModel":
+    """Build the model and load its weights. Collective."""
+    from megatron_quant.dist import together
+    from megatron_quant.mcore.model import load_model, local_params
+    from megatron_quant.models import Role
+
+    assert job.architecture is not None and job.checkpoint is not None
+    live = [param for param in job.params if param.role is not Role.DRAFT]
+    held = together(groups, lambda: len(local_params(live, job.layout, groups.rank)))
+    with phases.bar("load", held) as progress:
+        return load_model(job.checkpoint, job.architecture, job.layout, groups, job.dtype, progress)

@@ -1,167 +1,101 @@
-"""Score the candidates of a search batch by batch, on one rank or several, and keep the scores."""
+"""What is scored, and the scores that are kept: the same for every way to run the model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from megatron_quant.alike import ids_once_a_host
-from megatron_quant.ckpt.plan import digest_of_parts, slots, source_digest
-from megatron_quant.dist import Groups, max_reduce, sum_reduce, together
-from megatron_quant.models import positive, text_config
-from megatron_quant.recipes import QuantPlan
+from megatron_quant.ckpt.plan import digest_of_parts
+from megatron_quant.dist import Groups, together
 from megatron_quant.runs.agree import check_tokens
-from megatron_quant.runs.job import Job
-from megatron_quant.runs.options import QuantizeOptions
+from megatron_quant.runs.batches import calibration_batches
 from megatron_quant.runs.phases import Phases
-from megatron_quant.search import SCORERS, Problem, ScoreStore, place_weights
-from megatron_quant.streaming import (
-    keys_of,
-    merge_amaxes,
-    per_expert,
-    run_model,
-    shared,
-    static_inputs,
-    watched,
-)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from megatron_quant.search import PlaceWeights
+from megatron_quant.runs.search_plan import SearchPlan
+from megatron_quant.runs.settings import AutoQuantize, Calibration
+from megatron_quant.search import Loss, ScoreStore, next_token_loss
 
 _DIGITS = 12
 
 
-@dataclass(frozen=True)
-class SearchPlan:
-    """A search before weights are read: the first candidate's job, all plans, and the places."""
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The work of scoring.
 
-    job: Job
-    plans: Mapping[str, QuantPlan]
-    problem: Problem
-
-
-def scored(
-    options: QuantizeOptions, plan: SearchPlan, groups: Groups, phases: Phases
-) -> torch.Tensor:
-    """Return the scores of all places' options, fp64, equal on all ranks. Collective.
-
-    The ranks share the batches. A batch's scores do not depend on who computes them, and they are
-    added in the order of the batches.
+    Attributes:
+        plan: The search.
+        auto: What was asked for.
+        calibration: How static scales of inputs follow from the samples.
+        batches: The samples, int64 [B, S] each; equal on all ranks.
+        source: Digest of the model; empty if it is not known.
+        dtype: Name of the dtype in which the model computes.
+        loss: The loss whose gradients score.
     """
-    batches = _batches(options, plan, groups, phases)
-    directory = options.auto.checkpoint
-    store = None if directory is None else ScoreStore(directory)
 
-    def begin() -> None:
-        if store is not None and groups.rank == 0:
-            store.begin(_about(options, plan, batches), len(batches), plan.problem)
+    plan: SearchPlan
+    auto: AutoQuantize
+    calibration: Calibration
+    batches: Sequence[torch.Tensor]
+    source: str
+    dtype: str
+    loss: Loss = next_token_loss
 
-    together(groups, begin)
-    own = list(range(groups.rank, len(batches), groups.size))
-    count = sum(len(p.options) for p in plan.problem.places)
-    found = torch.zeros(len(batches), count, dtype=torch.float64)
-    missing = together(groups, lambda: _read(store, own, found))
-    if max_reduce(torch.tensor([len(missing)]), groups).item():
-        model, places = _model(options, plan, [batches[i] for i in own], groups, phases)
+    @property
+    def options(self) -> int:
+        """Return the number of options of all places."""
+        return sum(len(p.options) for p in self.plan.problem.places)
 
-        def score() -> None:
-            with phases.bar("score", len(missing)) as progress:
-                for i in missing:
-                    found[i] = SCORERS[options.auto.method](model, places, batches[i])
-                    if store is not None:
-                        store.put(i, found[i])
-                    progress(1)
+    def opened(self, groups: Groups) -> ScoreStore | None:
+        """Open the directory of scores, or make it; None if none are kept. Collective."""
+        directory = self.auto.checkpoint
+        store = None if directory is None else ScoreStore(directory)
 
-        together(groups, score)
-    return sum_reduce(found, groups).sum(0)
+        def begin() -> None:
+            if store is not None and groups.rank == 0:
+                store.begin(self._about(), len(self.batches), self.plan.problem)
+
+        together(groups, begin)
+        return store
+
+    def _about(self) -> dict[str, str]:
+        """Return what scores depend on, beside the places."""
+        text = digest_of_parts(ids.contiguous().numpy().tobytes() for ids in self.batches)
+        own = self.loss is not next_token_loss
+        return {
+            "method": self.auto.method,
+            "model": self.source[:_DIGITS],
+            "text": text[:_DIGITS],
+            "dtype": self.dtype,
+            "expert scales": self.plan.target.expert_scales,
+            **({"loss": getattr(self.loss, "__qualname__", "its own")} if own else {}),
+        }
 
 
-def _batches(
-    options: QuantizeOptions, plan: SearchPlan, groups: Groups, phases: Phases
+def read_samples(
+    calibration: Calibration, tokenizer: Path, vocab_size: int, groups: Groups, phases: Phases
 ) -> list[torch.Tensor]:
-    # Imported here: transformers takes seconds to load.
-    from megatron_quant.runs.batches import calibration_batches
+    """Return the batches of text, [B, S] each, which one rank of each host reads. Collective.
 
-    job, data = plan.job, replace(options.calibration, size=options.auto.score_size)
-
-    def read() -> list[torch.Tensor]:
-        vocabulary = positive(text_config(job.hf_config), "vocab_size")
-        return calibration_batches(data, job.source, vocabulary)
-
+    Args:
+        calibration: Says which text, and how many samples.
+        tokenizer: The directory whose tokenizer is used if ``calibration`` names none.
+        vocab_size: Tokens that the model knows.
+    """
     with phases.time("load text"):
-        batches = ids_once_a_host(groups, read)
+        batches = ids_once_a_host(
+            groups, lambda: calibration_batches(calibration, tokenizer, vocab_size)
+        )
         check_tokens(groups, batches)
     return batches
 
 
-def _about(
-    options: QuantizeOptions, plan: SearchPlan, batches: Sequence[torch.Tensor]
-) -> dict[str, str]:
-    """Return what scores depend on, beside the places."""
-    text = digest_of_parts(ids.contiguous().numpy().tobytes() for ids in batches)
-    return {
-        "method": options.auto.method,
-        "model": source_digest(plan.job.source)[:_DIGITS],
-        "text": text[:_DIGITS],
-        "dtype": options.dtype,
-        "expert scales": plan.job.expert_scales,
-    }
-
-
-def _read(store: ScoreStore | None, own: Sequence[int], found: torch.Tensor) -> list[int]:
+def read_kept(store: ScoreStore | None, batches: Iterable[int], found: torch.Tensor) -> list[int]:
     """Read the scores that are kept into ``found``; return the batches that have none."""
     missing = []
-    for i in own:
+    for i in batches:
         if store is not None and store.has(i):
             found[i] = store.get(i, found.shape[1])
         else:
             missing.append(i)
     return missing
-
-
-def _model(
-    options: QuantizeOptions,
-    plan: SearchPlan,
-    batches: Sequence[torch.Tensor],
-    groups: Groups,
-    phases: Phases,
-) -> "tuple[PreTrainedModel, list[PlaceWeights]]":
-    """Load the model, find the places in it, and measure their inputs. Collective."""
-    from megatron_quant.evaluation import dense_model
-    from megatron_quant.streaming import WeightInputAmax, forced_experts, quiet
-
-    job = plan.job
-    of_slot = {slot.name: slot for slot in slots(job.params)}
-    static = {p.name: p for q in plan.plans.values() for p in static_inputs(q, job.params)}
-
-    def load() -> "tuple[PreTrainedModel, WeightInputAmax]":
-        with quiet():
-            model = dense_model(job.source, job.dtype)
-        model.requires_grad_(False)
-        return model, WeightInputAmax(watched(model, list(static.values())))
-
-    with phases.time("load"):
-        model, seen = together(groups, load)
-
-    def measure() -> None:
-        with (
-            phases.bar("calibrate", len(batches)) as progress,
-            torch.no_grad(),
-            seen,
-            forced_experts(model, options.calibration.expert_share, seen),
-        ):
-            for ids in batches if static else ():
-                run_model(model, ids)
-                progress(1)
-
-    together(groups, measure)
-    cold = options.calibration.cold_experts
-    scales: dict[str, torch.Tensor] = {}
-    for quant in plan.plans.values():
-        params = static_inputs(quant, job.params)
-        scales |= merge_amaxes(quant, params, keys_of, seen.found.amax, cold, groups).scales
-    sharing = per_expert if job.expert_scales == "per_expert" else shared
-    return model, place_weights(model, plan.problem, job.params, of_slot, sharing, scales)

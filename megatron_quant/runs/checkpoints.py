@@ -45,6 +45,7 @@ def quantize_checkpoint(
     format: str = "modelopt",
     serve: Serve = Serve(),
     write: Write = Write(),
+    auto: AutoQuantize = AutoQuantize(),
     phases: Phases | None = None,
     **flags: Any,
 ) -> "Outcome":
@@ -56,6 +57,7 @@ def quantize_checkpoint(
         recipe: as ``--export-quant-cfg`` takes it, or a Recipe; None as ``source``.
         out: the directory to write; None with ``megatron_save_path=``, to save alone.
         parallel: the layout; it must fit the number of ranks. The bytes do not depend on it.
+        auto: a search for the recipe, in place of ``recipe``, which is None then.
         phases: where progress is shown; None shows nothing.
         flags: further flags of ``megatron-quant quantize`` by name, such as ``keep_scales=True``.
 
@@ -77,6 +79,7 @@ def quantize_checkpoint(
         calibration=calibration,
         serve=serve,
         write=write,
+        auto=auto,
     )
     _check_place(options)
     from megatron_quant.cpu import use_cpu
@@ -91,8 +94,14 @@ def quantize_checkpoint(
     places = (options.hf_model_id, options.export_dir)
     megatron = (options.megatron_save_path, options.megatron_load_path)
     check_report(options.report, groups, *places, *megatron)
-    outcome = replace(quantize_run(options, groups, timed), seconds=timed.seconds)
     model = options.hf_model_id or str(options.megatron_load_path)
+    found = None
+    if options.auto.bits is not None:
+        from megatron_quant.runs.auto_quantize import with_found_recipe
+
+        options, found = with_found_recipe(options, groups, timed)
+    outcome = quantize_run(options, groups, timed)
+    outcome = replace(outcome, seconds=timed.seconds, found=found)
     write_report(options.report, groups, lambda: of_outcome(outcome, model))
     return outcome
 

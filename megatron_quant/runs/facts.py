@@ -34,7 +34,7 @@ def of_outcome(outcome: "Outcome", model: str) -> Facts:
         left_out=outcome.left_out,
         fake_quant=quality,
     )
-    return _facts(model, found)
+    return _facts(model, found, outcome.found)
 
 
 def of_streamed(streamed: "Streamed", model: str) -> Facts:

@@ -31,7 +31,6 @@ from megatron_quant.models import (
     Param,
     Pipeline,
     check_layout,
-    has_stacks_alone,
     lookup,
     num_experts,
     num_layers,
@@ -114,8 +113,8 @@ class Job:
     def servers(self, tp: int) -> dict[str, Obstacle | None]:
         """Return what keeps each engine from serving the export at a tensor-parallel size."""
         assert self.dialect is not None, "nothing is exported"
-        name, config = self.dialect.name, self.hf_config
-        return {e: obstacle(self.quant, self.params, name, e, tp, config) for e in ENGINES}
+        name = self.dialect.name
+        return {e: obstacle(self.quant, self.params, name, e, tp) for e in ENGINES}
 
 
 def prepare_job(
@@ -231,29 +230,24 @@ def decide(
     serve = options.serve
     check_serving(quant, params, dialect.name, serve.engine, serve.tp, model.hf_config)
     dialect.quantization_config(quant)  # refuses what it cannot store
-    job = replace(job, dialect=dialect)
-    rules = _rules(job, options)
-    export, cost = measured(lambda: plan_export(params, quant, layout, rules))
-    return replace(job, export=export, cost=cost)
+    shard_bytes = options.write.shard_bytes
+    export, cost = measured(
+        lambda: plan_export(
+            params, quant, layout, StorageRules(dialect, dtype, shard_bytes, model.kept)
+        )
+    )
+    return replace(job, dialect=dialect, export=export, cost=cost)
 
 
 def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
     """Replace the plan of ``job`` by ``quant``. Raises as :func:`prepare_job` does."""
     if job.dialect is None:
         return replace(job, quant=quant)
-    export = plan_export(job.params, quant, job.layout, _rules(job, options))
-    return replace(job, quant=quant, export=export)
-
-
-def _rules(job: Job, options: QuantizeOptions) -> StorageRules:
-    assert job.dialect is not None, "nothing is exported"
-    return StorageRules(
-        dialect=job.dialect,
-        dtype=job.dtype,
-        max_shard_bytes=options.write.shard_bytes,
-        kept=job.kept,
-        stacked=has_stacks_alone(job.hf_config),
+    shard_bytes = options.write.shard_bytes
+    export = plan_export(
+        job.params, quant, job.layout, StorageRules(job.dialect, job.dtype, shard_bytes, job.kept)
     )
+    return replace(job, quant=quant, export=export)
 
 
 def _pipeline(options: QuantizeOptions) -> Pipeline:
@@ -336,9 +330,14 @@ def _moments(
 def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
     """Refuse samples that need padding: padding would make the statistics depend on the layout."""
     calibrates = quant.needs_data and saved is None and options.calibration.load is None
-    tp, cp, length = options.parallel.tp, options.parallel.cp, options.calibration.seq_length
+    if options.eval_text or calibrates:
+        check_length(options.calibration.seq_length, options.parallel.tp, options.parallel.cp)
+
+
+def check_length(length: int, tp: int, cp: int = 1) -> None:
+    """Raise LayoutError if ranks at these parallel sizes cannot share samples of this length."""
     cuts, flags = (tp, f"--tp {tp}") if cp == 1 else (2 * tp * cp, f"--tp {tp} x --cp {cp} x 2")
-    if (options.eval_text or calibrates) and length % cuts:
+    if length % cuts:
         raise LayoutError(
             f"{flags} does not divide --calib-seq-length {length}: choose a multiple of {cuts}"
         )

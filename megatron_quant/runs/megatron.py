@@ -60,6 +60,7 @@ from megatron_quant.runs.destination import (
     verification,
     write_shown,
 )
+from megatron_quant.runs.found import Found
 from megatron_quant.runs.inputs import Inputs, open_inputs, with_texts
 from megatron_quant.runs.job import Job, OpenWeights
 from megatron_quant.runs.options import QuantizeOptions
@@ -78,6 +79,7 @@ class Outcome:
     fake_quant: the quantized model's sums over the evaluation text; None without a text.
     verified: what verifying the export found; None without an export, or with ``--no-verify``.
     left_out: what the source has and the export lacks, one line each. seconds: of each phase.
+    found: the search for the recipe; None if it was given.
     """
 
     job: Job
@@ -88,6 +90,7 @@ class Outcome:
     verified: Report | None
     left_out: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    found: Found | None = None
 
 
 def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Outcome:

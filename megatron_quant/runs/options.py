@@ -113,11 +113,6 @@ class QuantizeOptions:
                 "--auto-quantize-bits searches for a recipe, and --export-quant-cfg gives one: "
                 "leave one of them out; --auto-quantize-formats names the candidates"
             )
-        if not self.stream:
-            raise QuantError(
-                "--auto-quantize-bits searches through transformers' forward: add --stream; the "
-                "recipe that it writes (--auto-quantize-recipe) is taken without it"
-            )
         if self.hf_model_id is None or self.keep_scales or self.megatron_load_path is not None:
             raise QuantError(
                 "--auto-quantize-bits needs --hf-model-id, and neither --keep-scales nor "

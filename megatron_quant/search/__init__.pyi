@@ -1,11 +1,16 @@
 from .found import to_recipe as to_recipe
 from .found import write_recipe as write_recipe
+from .loss import Loss as Loss
+from .loss import check_divergence as check_divergence
+from .loss import check_loss as check_loss
+from .loss import next_token_loss as next_token_loss
 from .mixtures import check_mixtures as check_mixtures
 from .names import COSTS as COSTS
 from .names import METHODS as METHODS
 from .names import NONE as NONE
 from .places import Model as Model
 from .places import find_problem as find_problem
+from .problem import Place as Place
 from .problem import Problem as Problem
 from .problem import check_bits as check_bits
 from .scoring import SCORERS as SCORERS
@@ -22,15 +27,20 @@ __all__ = [
     "NONE",
     "SCORERS",
     "Choice",
+    "Loss",
     "Model",
+    "Place",
     "PlaceWeights",
     "Problem",
     "ScoreStore",
     "Scored",
     "by_place",
     "check_bits",
+    "check_divergence",
+    "check_loss",
     "check_mixtures",
     "find_problem",
+    "next_token_loss",
     "place_weights",
     "to_recipe",
     "write_recipe",

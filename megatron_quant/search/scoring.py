@@ -2,30 +2,32 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from math import isfinite
 from os.path import commonpath
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from megatron_quant.errors import CalibrationError
 from megatron_quant.evaluation import nll_and_kl
 from megatron_quant.recipes import Rule
+from megatron_quant.search.loss import Loss, check_divergence, check_loss, next_token_loss
 from megatron_quant.search.weights import Inputs, PlaceWeights
 
 
 def gradient_scores(
-    model: PreTrainedModel, places: Sequence[PlaceWeights], ids: torch.Tensor
+    model: PreTrainedModel,
+    places: Sequence[PlaceWeights],
+    ids: torch.Tensor,
+    loss: Loss = next_token_loss,
 ) -> torch.Tensor:
-    """Score by the gradient of the next-token loss.
+    """Score by the gradient of a loss.
 
     Args:
         model: With a head, in evaluation mode, parameters without gradients.
         places: The places.
         ids: int64 [B, S].
+        loss: That of the next token, or another.
 
     Returns:
         fp64 [options of all places], in order; 0 for options that leave a place as it is.
@@ -43,16 +45,9 @@ def gradient_scores(
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
         with torch.enable_grad():
-            logits = model(input_ids=ids, use_cache=False).logits
-            loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
-            )
-            if not isfinite(loss.item()):
-                raise CalibrationError(
-                    f"--auto-quantize-method gradient: the loss is {loss.item()}; repair the "
-                    "checkpoint, or choose another --dtype or --calib-dataset"
-                )
-            loss.backward()
+            value = loss(model(input_ids=ids, use_cache=False).logits.float(), ids)
+            check_loss(value.item())
+            value.backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -110,9 +105,14 @@ def _add(
 
 
 def divergence_scores(
-    model: PreTrainedModel, places: Sequence[PlaceWeights], ids: torch.Tensor
+    model: PreTrainedModel,
+    places: Sequence[PlaceWeights],
+    ids: torch.Tensor,
+    loss: Loss = next_token_loss,
 ) -> torch.Tensor:
     """Score by the KL divergence of the logits. Arguments and result as :func:`gradient_scores`.
+
+    It takes no loss.
 
     Raises:
         CalibrationError: If a divergence is not finite.
@@ -127,12 +127,7 @@ def divergence_scores(
         for i, rule in _quantized(weights):
             after = weights.run(model, "", rule, inputs).logits.flatten(0, 1)
             found[i] = max(nll_and_kl(after, before, labels).kl, 0.0)
-            if not isfinite(found[i]):
-                raise CalibrationError(
-                    f"--auto-quantize-method kl_div: the divergence is {found[i].item()} with "
-                    f"{weights.place.name} in {rule.action}; repair the checkpoint, or choose "
-                    "another --dtype"
-                )
+            check_divergence(found[i].item(), weights.place.name, rule)
         scores.append(found)
     return torch.cat(scores)
 

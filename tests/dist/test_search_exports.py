@@ -48,11 +48,11 @@ def test_a_found_recipe_gives_the_same_bytes_at_every_layout(
 def killed_and_continued(source: Path, where: Path) -> tuple[int, list[str], bytes]:
     own, done = scoring.gradient_scores, []
 
-    def killed(model: Any, places: Any, ids: torch.Tensor) -> torch.Tensor:
+    def killed(model: Any, places: Any, ids: torch.Tensor, loss: Any) -> torch.Tensor:
         if len(done) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         done.append(1)
-        return own(model, places, ids)
+        return own(model, places, ids, loss)
 
     child = os.fork()
     if child == 0:

@@ -15,11 +15,13 @@ SIGNATURES = {
     "trust_remote_code, native, progress",
     "export": "model, out, *, format, dtype, serve, write",
     "export_tensors": "model, *, format, dtype, ranks, max_bytes",
+    "find_recipe": "model, auto, *, hf_model, parallel, calibration, loss, expert_scales, dtype, "
+    "format, serve, groups, phases",
     "load_recipe": "name_or_path",
     "plan": "source, recipe, *, parallel, format, serve, write, **flags",
     "quantize": "model, recipe, forward_loop, *, hf_model, expert_scales, calibration, groups",
     "quantize_checkpoint": "source, recipe, out, *, parallel, calibration, format, serve, write, "
-    "phases, **flags",
+    "auto, phases, **flags",
     "quantized": "model",
     "search_again": "directory, bits, *, formats, cost, recipe",
     "restore": "model, directory, *, hf_model, groups",

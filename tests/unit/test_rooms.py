@@ -18,7 +18,7 @@ _LIVE = (
     | _CKPT
     | {"alike", "rendezvous", "dist", "models", "layers", "calib", "cpu", "evaluation"}
 )
-_MCORE = {f"mcore.{room}" for room in ("model", "checkpoint", "live", "training")}
+_MCORE = {f"mcore.{room}" for room in ("model", "checkpoint", "live", "search", "training")}
 _ALL = _LIVE | _MCORE | {"native", "engines", "ckpt", "streaming", "search", "report"}
 # A room is a package with a face, or a module of the package itself. "ckpt", "mcore" and "engines"
 # hold rooms; ckpt's own face is that of ckpt/convert.py. "" is the front door.
@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mcore.model": _LIVE,
     "mcore.checkpoint": _LIVE | {"", "mcore.model"},
     "mcore.live": _LIVE | {"mcore.model", "mcore.checkpoint"},
+    "mcore.search": _LIVE | {"search", "mcore.model", "mcore.live"},
     "mcore.training": _LIVE | {"mcore.model", "mcore.checkpoint", "mcore.live"},
     "report": {"errors", "documents"},
     "runs": _ALL | {"faults", ""},

@@ -169,6 +169,18 @@ def search(source: Path, tmp_path: Path, **changes: Any) -> bytes:
     return (tmp_path / "found.yaml").read_bytes()
 
 
+def test_a_method_that_is_none_of_ours(tmp_path: Path) -> None:
+    about = {"method": "guess"}
+    place = {"name": "p", "family": "p", "modules": ["p"], "output": False, "elements": 1}
+    option = {"candidates": ["none"], "nbytes": 2, "rule": {"exclude": ["*"]}}
+    places = [place | {"active": 1, "stored": 1, "options": [option]}]
+    document = {"about": about, "batches": 1, "candidates": ["none"], "left": [], "kv_cache": ""}
+    (tmp_path / "search.json").write_text(json.dumps(document | {"places": places}))
+    save_file({"scores": torch.zeros(1).double()}, tmp_path / "batch-0.safetensors")
+    with pytest.raises(CheckpointError, match=r"method='guess' in .* one of gradient, kl_div"):
+        mq.search_again(tmp_path, 6.0)
+
+
 def check_document(found: mq.Found) -> None:
     """What reports draw: every score, the choice, and the curve that it lies on."""
     document = json.loads(json.dumps(found.document()))
@@ -202,11 +214,11 @@ def calls(monkeypatch) -> Iterator[list[int]]:
     found = [0]
     own = scoring.gradient_scores
 
-    def counted(model: Any, places: Any, ids: torch.Tensor) -> torch.Tensor:
+    def counted(model: Any, places: Any, ids: torch.Tensor, loss: Any) -> torch.Tensor:
         if found[0] and len(found) == 3:
             raise KeyboardInterrupt
         found.append(len(ids))
-        return own(model, places, ids)
+        return own(model, places, ids, loss)
 
     monkeypatch.setitem(scoring.SCORERS, "gradient", counted)
     yield found
@@ -330,7 +342,5 @@ def test_flags_that_exclude_one_another(source: Path, tmp_path: Path) -> None:
     chosen = mq.AutoQuantize(bits=5.0)
     with pytest.raises(QuantError, match="--export-quant-cfg gives one: leave one of them out"):
         mq.stream(source, "fp8", tmp_path / "o", auto=chosen)
-    with pytest.raises(QuantError, match="add --stream"):
-        mq.quantize_checkpoint(source, None, tmp_path / "o", auto=chosen)
     with pytest.raises(QuantError, match="--dry-run plans without weights"):
         mq.plan(source, None, auto=chosen, stream=True)

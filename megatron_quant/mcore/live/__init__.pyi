@@ -1,6 +1,9 @@
+from .forced import forced_experts as forced_experts
 from .handle import HFModel as HFModel
 from .handle import Quantized as Quantized
+from .handle import check_unquantized as check_unquantized
 from .handle import quantized as quantized
+from .handle import read_hf_model as read_hf_model
 from .live_parts import producer as producer
 from .sequence import AttachSettings as AttachSettings
 from .sequence import KeepSettings as KeepSettings
@@ -19,7 +22,10 @@ __all__ = [
     "attach_plan",
     "attach_recipe",
     "calibrate_quantized",
+    "check_unquantized",
+    "forced_experts",
     "producer",
     "quantized",
+    "read_hf_model",
     "update",
 ]

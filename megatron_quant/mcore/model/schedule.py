@@ -1,6 +1,7 @@
 """Run forwards of a Megatron model through all stages of its pipeline."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar
@@ -38,23 +39,76 @@ def run_schedule(
     as many batches as the pipeline has stages; if there are fewer, the first ones run again.
     Without ``variable_seq_lengths`` in its config, a pipeline takes batches of one shape only.
     """
+
+    def collected(ids: torch.Tensor, microbatches: int) -> Callable[..., T]:
+        def of_whole(logits: torch.Tensor, non_loss_data: bool) -> T:
+            return collect(logits if collect is _unseen else _joined(logits)[:, : ids.shape[1]])
+
+        return of_whole
+
+    found: list[T] = _run(model, batches, _Mode(collected, forward_only=True), progress)
+    return found
+
+
+def run_backward(
+    model: ModelChunks,
+    batches: Sequence[torch.Tensor],
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> list[float]:
+    """Run a forward and a backward of each batch; return the losses as :func:`run_schedule` does.
+
+    loss: of logits [B, S, V / tp] and ids [B, S], the same on all tensor-parallel ranks. Its
+    gradient is neither scaled nor averaged. Collective, as :func:`run_schedule`.
+    """
+
+    def trained(ids: torch.Tensor, microbatches: int) -> Callable[..., tuple[torch.Tensor, float]]:
+        def scaled(logits: torch.Tensor) -> tuple[torch.Tensor, float]:
+            value = loss(logits[:, : ids.shape[1]], ids)
+            return value * microbatches, value.item()  # the schedule divides by their number
+
+        return scaled
+
+    found: list[float] = _run(
+        model, batches, _Mode(trained, forward_only=False), lambda steps: None
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """What a schedule does with logits: a function of a batch's ids and the microbatches."""
+
+    of_logits: Callable[[torch.Tensor, int], Callable[..., Any]]
+    forward_only: bool
+
+
+def _run(
+    model: ModelChunks,
+    batches: Sequence[torch.Tensor],
+    mode: _Mode,
+    progress: Callable[[int], None],
+) -> list[Any]:
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     if not batches:
         return []
     fed = _enough(batches, chunks)
     rest = fed[len(batches) :]
     feeds = [iter(fed) for _ in chunks[1:]] + [chain(_counted(batches, progress), rest)]
-    found: list[T] = get_forward_backward_func()(
-        forward_step_func=partial(_step, collect=collect),
+    found: list[Any] = get_forward_backward_func()(
+        forward_step_func=partial(_step, of_logits=_of_logits(mode, len(fed))),
         data_iterator=feeds if len(chunks) > 1 else feeds[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(fed),
         seq_length=fed[0].shape[1] + _padding(fed[0]),
         micro_batch_size=fed[0].shape[0],
-        forward_only=True,
-        collect_non_loss_data=True,
+        forward_only=mode.forward_only,
+        collect_non_loss_data=mode.forward_only,
     )
     return found[: len(batches)]
+
+
+def _of_logits(mode: _Mode, microbatches: int) -> Callable[[torch.Tensor], Callable[..., Any]]:
+    return lambda ids: mode.of_logits(ids, microbatches)
 
 
 def own_share(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -108,7 +162,9 @@ def _counted(
 
 
 def _step(
-    batches: Iterator[torch.Tensor], chunk: GPTModel, collect: Callable[[torch.Tensor], Any]
+    batches: Iterator[torch.Tensor],
+    chunk: GPTModel,
+    of_logits: Callable[[torch.Tensor], Callable[..., Any]],
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     """Run one microbatch through one chunk, as the schedules call it.
 
@@ -117,16 +173,12 @@ def _step(
     from seeing the padding.
     """
     ids_BS = next(batches)
-    length = ids_BS.shape[1]
     padded = torch.nn.functional.pad(ids_BS, (0, _padding(ids_BS)))
     ids = padded.to(next(chunk.parameters()).device)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     mask = None if _cuts() > 1 else _later(ids)
 
-    def collected(logits: torch.Tensor, non_loss_data: bool) -> Any:
-        return collect(logits if collect is _unseen else _joined(logits)[:, :length])
-
-    return chunk(_own_chunks(ids), _own_chunks(positions), mask), collected
+    return chunk(_own_chunks(ids), _own_chunks(positions), mask), of_logits(ids_BS)
 
 
 def _later(ids_BS: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from benchmarks.report import host, table
 from benchmarks.shapes import EXPERTS, MODELS, params
 from megatron_quant.ckpt.dialects.registry import get_dialect
 from megatron_quant.ckpt.plan.cost import measured, spread
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, StorageRules, plan_export
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, plan_export
+from megatron_quant.ckpt.plan.placing import StorageRules
 from megatron_quant.ckpt.plan.proof import check_plan
 from megatron_quant.ckpt.plan.quantizable import slots
 from megatron_quant.ckpt.plan.ranks import Layout
@@ -63,7 +64,14 @@ def figures(model: str, fmt: str, ranks: int) -> dict[str, float]:
 
     def proven() -> ExportPlan:
         plan = plan_export(
-            found, quant, layout, StorageRules(dialect, torch.bfloat16, _SHARD_BYTES)
+            found,
+            quant,
+            layout,
+            StorageRules(
+                dialect=dialect,
+                dtype=torch.bfloat16,
+                max_shard_bytes=_SHARD_BYTES,
+            ),
         )
         check_plan(plan)
         return plan

@@ -20,7 +20,9 @@ import torch.distributed as dist
 from benchmarks.report import host, replace_measured, table
 from megatron_quant.ckpt.dialects.registry import get_dialect
 from megatron_quant.ckpt.plan import row_joins
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, StorageRules, plan_export
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, plan_export
+from megatron_quant.ckpt.plan.parts import RankPart
+from megatron_quant.ckpt.plan.placing import StorageRules
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.ckpt.plan.sidecars import Companions
 from megatron_quant.ckpt.write.encode_part import Produced
@@ -89,7 +91,14 @@ def _plan(width: int, ranks: int) -> ExportPlan:
     quant = QuantPlan("plain", tuple(Decision(slot=slot, rule="none") for slot in slots))
     layout = Layout.simulate(ranks, ranks, 1, 1)
     return plan_export(
-        params, quant, layout, StorageRules(get_dialect("modelopt"), torch.bfloat16, 10**10)
+        params,
+        quant,
+        layout,
+        StorageRules(
+            dialect=get_dialect("modelopt"),
+            dtype=torch.bfloat16,
+            max_shard_bytes=10**10,
+        ),
     )
 
 

@@ -6,7 +6,7 @@ combination about which nothing is known is not refused.
 
 from dataclasses import dataclass
 
-_EVERYTHING = ("modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "fp8")
+_EVERYTHING = ("modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "fp8", "mxfp4")
 READS = {
     "vllm": _EVERYTHING,
     "transformers": _EVERYTHING[1:],
@@ -20,8 +20,10 @@ SHARDED = ("vllm", "sglang", "tensorrt-llm")
 """Engines whose tensor parallelism gives each rank whole groups and blocks."""
 WHOLE_GROUPS = ("compressed-tensors",)
 """Dialects that no reader takes where a row ends inside a group, whatever its server."""
-STACKED_BIASES = ("vllm", "transformers")
-"""Engines that load experts with biases (GPT-OSS) only as one stack a layer."""
+STACKS = ("vllm", "sglang", "transformers")
+"""Engines that load gpt-oss's experts as one stack a layer alone, in bf16 or in MXFP4."""
+MXFP4 = "mxfp4"
+"""Dialect of such stacks. Its loaders share groups out unevenly and pad: any cut will do."""
 _INT4 = ("int4", "int4_asym")
 ANY = "any"
 """Value of :attr:`Fact.inputs` for any inputs."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from megatron_quant.ckpt.dialects import Layer, layer_of
+from megatron_quant.engines.facts import MXFP4, STACKS
 from megatron_quant.engines.families import Family
 from megatron_quant.models import family, text_config
 from megatron_quant.recipes import OUTPUT, QuantPlan
@@ -13,10 +15,18 @@ from megatron_quant.recipes import OUTPUT, QuantPlan
 
 @dataclass(frozen=True)
 class Obstacle:
-    """A reason why an engine cannot serve an export, and the nearest that works."""
+    """A reason why an engine cannot serve an export, and the nearest that works.
+
+    Attributes:
+        what: The reason.
+        instead: The nearest that works.
+        has_other_use: Whether only an engine that is named makes it a fault: without one, the
+            export may be meant for this library's own readers.
+    """
 
     what: str
     instead: str
+    has_other_use: bool = False
 
 
 def family_obstacles(
@@ -32,6 +42,7 @@ def family_obstacles(
     """
     known = family(config)
     yield from _of_head(known, plan, dialect, engine)
+    yield from _of_stacks(known, plan, dialect, engine)
     if known is None:
         return
     if known.vllm_reason and engine == "vllm":
@@ -55,6 +66,28 @@ def _of_head(
         yield Obstacle(f"{head} is quantized: {known.head_reason}", "a recipe without allow_output")
     if head is None and known.nameless_head and dialect == "modelopt":
         yield Obstacle(known.nameless_head, "--export-format compressed-tensors")
+
+
+def _of_stacks(
+    known: Family | None, plan: QuantPlan, dialect: str, engine: str
+) -> Iterator[Obstacle]:
+    alone = known is not None and known.stacked
+    if dialect == MXFP4 and not alone:
+        yield Obstacle(
+            "experts in stacks of MXFP4 are gpt-oss's alone", "--export-format compressed-tensors"
+        )
+    if dialect == MXFP4 or not alone or engine not in STACKS:
+        return
+    for decision in plan.quantized:
+        module = decision.slot.sources[0]
+        if layer_of(module) is Layer.EXPERT:
+            yield Obstacle(
+                f"{module} is quantized, and {engine} loads this model's experts as stacks alone, "
+                "plain or in MXFP4",
+                "the recipe gpt_oss with --export-format mxfp4, or exclude the experts",
+                has_other_use=True,
+            )
+            return
 
 
 def _of_merged(known: Family, text: Mapping[str, Any], plan: QuantPlan) -> Iterator[Obstacle]:

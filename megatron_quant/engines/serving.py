@@ -3,15 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_quant.ckpt.dialects import Layer, layer_of
 from megatron_quant.engines.facts import (
     ANY,
     ENGINES,
     EVERYWHERE,
     FACTS,
+    MXFP4,
     READS,
     SHARDED,
-    STACKED_BIASES,
     WHOLE_GROUPS,
     Fact,
 )
@@ -54,19 +53,20 @@ def check_serving(
     else:
         parallel = ENGINES if tp is None else SHARDED
         engines = [e for e in parallel if dialect in READS[e]]
-    found = [
-        next(family_obstacles(config or {}, plan, dialect, e), None)
-        or obstacle(plan, params, dialect, e, tp)
-        for e in engines
-    ]
+    found = [obstacle(plan, params, dialect, e, tp, config) for e in engines]
     first = next(iter(found), None)
-    if first is not None and all(found):
+    if first is not None and all(o and (engine or not o.has_other_use) for o in found):
         who = f"{engine} cannot" if engine else "no engine can"
         raise FormatError(f"{who} serve this: {first.what}; take {first.instead}")
 
 
 def obstacle(
-    plan: QuantPlan, params: Sequence[Param], dialect: str, engine: str, tp: int | None
+    plan: QuantPlan,
+    params: Sequence[Param],
+    dialect: str,
+    engine: str,
+    tp: int | None,
+    config: Mapping[str, Any] | None = None,
 ) -> Obstacle | None:
     """Return the first obstacle to serving ``plan`` with ``engine``; None where none is known.
 
@@ -76,8 +76,10 @@ def obstacle(
         dialect: Dialect of the export.
         engine: One of ``ENGINES``.
         tp: Tensor-parallel size of the server; None looks at no cuts.
+        config: Content of the model's config.json, which tells its family; None for none.
     """
-    return next(_obstacles(plan, params, dialect, engine, tp), None)
+    of_family = next(family_obstacles(config or {}, plan, dialect, engine), None)
+    return of_family or next(_obstacles(plan, params, dialect, engine, tp), None)
 
 
 def _obstacles(
@@ -86,8 +88,6 @@ def _obstacles(
     if dialect not in READS[engine]:
         yield Obstacle(f"{engine} does not read {dialect}", f"--export-format {READS[engine][0]}")
         return
-    if engine in STACKED_BIASES:
-        yield from _of_biased_experts(params)
     # a bias has its weight's module, and no format
     params = [p for p in params if p.role is Role.LINEAR]
     decisions = {n: d for d in plan.decisions if not d.slot.fixed for n in d.slot.sources}
@@ -99,7 +99,9 @@ def _obstacles(
         yield Obstacle(*ragged)
     yield from _of_mixtures(found, dialect, engine)
     yield from _of_formats(found, dialect, engine)
-    if tp is not None and sharded and (shape := shape_problem(found, dialect, tp)) is not None:
+    if tp is None or not sharded or dialect == MXFP4:
+        return
+    if (shape := shape_problem(found, dialect, tp)) is not None:
         yield Obstacle(*shape)
 
 
@@ -113,17 +115,6 @@ def _of_fused(params: Sequence[Param], decisions: dict[str, Decision]) -> Iterat
         if len({(d.weights, d.inputs) for d in members}) > 1:
             names = " and ".join(source.module for source in sources)
             yield Obstacle(f"{names} are fused but differ in format", "one format for all of them")
-
-
-def _of_biased_experts(params: Sequence[Param]) -> Iterator[Obstacle]:
-    biases = (s.module for p in params if p.role is Role.BIAS for s in p.sources)
-    for module in biases:
-        if layer_of(module) is Layer.EXPERT:
-            yield Obstacle(
-                f"{module} has a bias, and such experts are loaded as stacks alone",
-                "an engine that loads single experts, with --serve-engine left out",
-            )
-            return
 
 
 def _of_mixtures(found: _Found, dialect: str, engine: str) -> Iterator[Obstacle]:

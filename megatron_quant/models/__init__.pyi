@@ -36,6 +36,7 @@ from .structure import is_draft as is_draft
 from .structure import table_names as table_names
 from .text import family as family
 from .text import has_plain_router as has_plain_router
+from .text import has_stacks_alone as has_stacks_alone
 from .text import text_config as text_config
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "family",
     "has_drafts",
     "has_plain_router",
+    "has_stacks_alone",
     "has_table",
     "has_towers",
     "is_carried",

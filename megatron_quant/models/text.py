@@ -38,3 +38,9 @@ def has_plain_router(config: Config) -> bool:
     """Return whether engines are known to build the model's router plain, whatever is stored."""
     known = family(config)
     return known is not None and known.plain_router
+
+
+def has_stacks_alone(config: Config) -> bool:
+    """Return whether engines load the model's routed experts as stacks alone."""
+    known = family(config)
+    return known is not None and known.stacked

@@ -20,7 +20,7 @@ from megatron_quant.ckpt.plan import (
 from megatron_quant.ckpt.read import QuantizedCheckpoint, params_of
 from megatron_quant.dist import Groups, together
 from megatron_quant.engines import check_serving
-from megatron_quant.models import Role
+from megatron_quant.models import Role, has_stacks_alone
 from megatron_quant.runs.agree import check_options, check_plans
 from megatron_quant.runs.destination import (
     check_place,
@@ -95,8 +95,14 @@ def _planned(options: ExportOptions, world: int) -> _Work:
     embedding = next(param for param in params if param.role is Role.EMBEDDING)
     dtype = checkpoint.tensors[embedding.name].dtype
     kept = {name: info.dtype for name, info in checkpoint.tensors.items()}
-    shard_bytes = options.write.shard_bytes
-    plan = plan_export(params, quant, layout, StorageRules(dialect, dtype, shard_bytes, kept))
+    rules = StorageRules(
+        dialect=dialect,
+        dtype=dtype,
+        max_shard_bytes=options.write.shard_bytes,
+        kept=kept,
+        stacked=has_stacks_alone(checkpoint.config),
+    )
+    plan = plan_export(params, quant, layout, rules)
     origin = _origin(checkpoint, options)
     files = companions(checkpoint.config, quant, dialect, dtype, origin=origin)
     files = with_beside(files, options.source, checkpoint)

@@ -31,6 +31,7 @@ from megatron_quant.models import (
     Param,
     Pipeline,
     check_layout,
+    has_stacks_alone,
     lookup,
     num_experts,
     num_layers,
@@ -113,8 +114,8 @@ class Job:
     def servers(self, tp: int) -> dict[str, Obstacle | None]:
         """Return what keeps each engine from serving the export at a tensor-parallel size."""
         assert self.dialect is not None, "nothing is exported"
-        name = self.dialect.name
-        return {e: obstacle(self.quant, self.params, name, e, tp) for e in ENGINES}
+        name, config = self.dialect.name, self.hf_config
+        return {e: obstacle(self.quant, self.params, name, e, tp, config) for e in ENGINES}
 
 
 def prepare_job(
@@ -230,24 +231,29 @@ def decide(
     serve = options.serve
     check_serving(quant, params, dialect.name, serve.engine, serve.tp, model.hf_config)
     dialect.quantization_config(quant)  # refuses what it cannot store
-    shard_bytes = options.write.shard_bytes
-    export, cost = measured(
-        lambda: plan_export(
-            params, quant, layout, StorageRules(dialect, dtype, shard_bytes, model.kept)
-        )
-    )
-    return replace(job, dialect=dialect, export=export, cost=cost)
+    job = replace(job, dialect=dialect)
+    rules = _rules(job, options)
+    export, cost = measured(lambda: plan_export(params, quant, layout, rules))
+    return replace(job, export=export, cost=cost)
 
 
 def replanned(job: Job, quant: QuantPlan, options: QuantizeOptions) -> Job:
     """Replace the plan of ``job`` by ``quant``. Raises as :func:`prepare_job` does."""
     if job.dialect is None:
         return replace(job, quant=quant)
-    shard_bytes = options.write.shard_bytes
-    export = plan_export(
-        job.params, quant, job.layout, StorageRules(job.dialect, job.dtype, shard_bytes, job.kept)
-    )
+    export = plan_export(job.params, quant, job.layout, _rules(job, options))
     return replace(job, quant=quant, export=export)
+
+
+def _rules(job: Job, options: QuantizeOptions) -> StorageRules:
+    assert job.dialect is not None, "nothing is exported"
+    return StorageRules(
+        dialect=job.dialect,
+        dtype=job.dtype,
+        max_shard_bytes=options.write.shard_bytes,
+        kept=job.kept,
+        stacked=has_stacks_alone(job.hf_config),
+    )
 
 
 def _pipeline(options: QuantizeOptions) -> Pipeline:

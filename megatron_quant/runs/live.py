@@ -46,7 +46,7 @@ from megatron_quant.mcore.model import (
     run_through,
     start_distributed,
 )
-from megatron_quant.models import CARRIED, Param, Role, text_config
+from megatron_quant.models import CARRIED, Param, Role, has_stacks_alone, text_config
 from megatron_quant.recipes import Recipe
 from megatron_quant.runs.batches import calibration_batches, input_rules, keep_settings
 from megatron_quant.runs.destination import (
@@ -224,9 +224,14 @@ def _describe(
     params = (*model.params, *carried)
     check_serving(handle.plan, params, dialect.name, serve.engine, serve.tp, handle.hf.config)
     dialect.quantization_config(handle.plan)  # refuses what it cannot store
-    plan = plan_export(
-        params, handle.plan, model.layout, StorageRules(dialect, dtype, shard_bytes, kept)
+    rules = StorageRules(
+        dialect=dialect,
+        dtype=dtype,
+        max_shard_bytes=shard_bytes,
+        kept=kept,
+        stacked=has_stacks_alone(handle.hf.config),
     )
+    plan = plan_export(params, handle.plan, model.layout, rules)
     made = unscaled(PartSource(source, dtype), handle.plan) if source and carried else None
     produce = producer(model, handle.layers, handle.cached, made)
     return _Described(plan, _files(handle, dialect, dtype, source), produce)

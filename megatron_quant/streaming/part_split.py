@@ -19,6 +19,9 @@ def bounded_parts(plan: ExportPlan) -> ExportPlan:
 
 def _pieces(part: RankPart) -> Iterator[RankPart]:
     rows = part.region.size[0] if part.region.size else 1
+    if part.target.place is not None:  # a stack takes an expert's rows together
+        yield part
+        return
     step = rows
     while prod(part.region.size) // rows * step > _ELEMENTS and _halves(part, step):
         step //= 2

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_quant.ckpt.plan.row_joins import joints
 from megatron_quant.ckpt.write.rank_work import work_of
-from megatron_quant.ckpt.plan.export_plan import RankPart
+from megatron_quant.ckpt.plan.parts import RankPart
 from megatron_quant.ckpt.write.encode_part import Produced
 from megatron_quant.ckpt.storage.box_bytes import runs
 from megatron_quant.ckpt.write.exporter import Destination, Existing, export

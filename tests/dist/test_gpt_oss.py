@@ -122,3 +122,42 @@ def test_fake_quant_is_what_transformers_computes_with_the_export(
     assert (expected - before).norm() > 0.02 * before.norm()
     for logits in ranks(4, fake_quantized_logits, source, ids[None]):
         torch.testing.assert_close(logits[0], expected, rtol=1e-3, atol=1e-3)
+
+
+STACKS = {"export_quant_cfg": "gpt_oss", "export_format": "mxfp4"}
+"""As engines load the model: one stack of experts a layer."""
+
+
+def in_memory(source: Path) -> dict[str, torch.Tensor]:
+    import megatron_quant as mq
+    from tests.dist import live
+
+    model = live.load(source, live.Parallelism(2, 2))
+    handle = mq.quantize(model.module, "gpt_oss", hf_model=source)
+    return dict(mq.export_tensors(handle, format="mxfp4", max_bytes=20_000))
+
+
+def test_stacks_are_those_of_one_process(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    cases = [{**STACKS, "weight_only": True}]
+    ranks(4, export_all, source, tmp_path / "live", 2, 2, 1, cases)
+    stream_case(source, tmp_path / "out", {**STACKS, "max_shard_size": "300KB"})
+    found, expected = (
+        {n: d for n, d in digests(where).items() if "manifest" not in n}
+        for where in (tmp_path / "live" / folder(cases[0]), tmp_path / "out")
+    )
+    assert found == expected and sum(n.endswith(".safetensors") for n in found) > 1
+    whole = tensors(tmp_path / "out")
+    for exported in ranks(4, in_memory, source):
+        assert exported.keys() == whole.keys()
+        assert all(torch.equal(exported[name], w) for name, w in whole.items())
+
+
+def test_released_scales_are_kept_through_a_live_model(
+    source: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    pack(source, tmp_path / "packed", tmp_path / "plain")
+    cases = [{**STACKS, "weight_only": True, "keep_scales": True}]
+    ranks(2, export_all, tmp_path / "packed", tmp_path / "out", 1, 2, 1, cases)
+    found, wanted = (tensors(d) for d in (tmp_path / "out" / folder(cases[0]), tmp_path / "packed"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], w) for name, w in wanted.items())

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_quant.ckpt.write import exporter
 from megatron_quant.ckpt.storage.safetensors_header import INDEX
-from megatron_quant.ckpt.plan.export_plan import RankPart
+from megatron_quant.ckpt.plan.parts import RankPart
 from megatron_quant.ckpt.write.encode_part import Produced
 from megatron_quant.ckpt.write.directory import Existing
 from megatron_quant.ckpt.write.exporter import Destination, export

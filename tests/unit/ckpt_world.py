@@ -5,7 +5,9 @@ from functools import cache
 import torch
 
 from megatron_quant.ckpt.dialects.registry import get_dialect
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, StorageRules, plan_export
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, plan_export
+from megatron_quant.ckpt.plan.parts import RankPart
+from megatron_quant.ckpt.plan.placing import StorageRules
 from megatron_quant.ckpt.plan.quantizable import slots
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.formats.spec import Format, get_format
@@ -84,7 +86,9 @@ def plan(
         params,
         quant(recipe, params),
         Layout.simulate(*LAYOUTS[layout], experts=EXPERTS),
-        StorageRules(get_dialect(RECIPES[recipe][0]), dtype, max_shard),
+        StorageRules(
+            dialect=get_dialect(RECIPES[recipe][0]), dtype=dtype, max_shard_bytes=max_shard
+        ),
     )
 
 

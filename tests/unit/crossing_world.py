@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from megatron_quant.ckpt.dialects.base import Layer, Stored
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, StorageRules, plan_export
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, plan_export
+from megatron_quant.ckpt.plan.parts import RankPart
+from megatron_quant.ckpt.plan.placing import StorageRules
 from megatron_quant.ckpt.plan.quantizable import slots
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.ckpt.plan.shards import regions
@@ -125,7 +127,14 @@ def plan(param: Param, fmt: Format, size: int, dialect: Any = None) -> ExportPla
     quant = QuantPlan("crossing", decisions)
     layout = Layout.simulate(size, size, 1, 1)
     return plan_export(
-        (param,), quant, layout, StorageRules(dialect or Raw(), torch.bfloat16, 10**9)
+        (param,),
+        quant,
+        layout,
+        StorageRules(
+            dialect=dialect or Raw(),
+            dtype=torch.bfloat16,
+            max_shard_bytes=10**9,
+        ),
     )
 
 

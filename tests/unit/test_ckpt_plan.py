@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_quant.ckpt.dialects.registry import get_dialect
-from megatron_quant.ckpt.plan.export_plan import StorageRules, plan_export
+from megatron_quant.ckpt.plan.export_plan import plan_export
+from megatron_quant.ckpt.plan.placing import StorageRules
 from megatron_quant.ckpt.plan.proof import check_plan, tiles
 from megatron_quant.ckpt.plan.quantizable import slots
 from megatron_quant.ckpt.plan.ranks import Layout
@@ -203,7 +204,14 @@ def test_a_model_of_a_hundred_thousand_tensors():
     )
     layout = Layout.simulate(16, 4, 8, 1, experts=128)
     plan = plan_export(
-        params, quant, layout, StorageRules(get_dialect("modelopt"), torch.bfloat16, 10**8)
+        params,
+        quant,
+        layout,
+        StorageRules(
+            dialect=get_dialect("modelopt"),
+            dtype=torch.bfloat16,
+            max_shard_bytes=10**8,
+        ),
     )
     check_plan(plan)
     assert len(plan.entries) == len(set(plan.index["weight_map"])) > 94 * 128 * 3 * 3

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from megatron_quant.ckpt.dialects.base import INPUT_SCALE, SHAPE
 from megatron_quant.ckpt.dialects.registry import get_dialect
 from megatron_quant.ckpt.dialects.scheme import PLAIN
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, StoredTensor
+from megatron_quant.ckpt.plan.export_plan import ExportPlan
+from megatron_quant.ckpt.plan.parts import RankPart, StoredTensor
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.ckpt.plan.sidecars import Companions, companions
 from megatron_quant.ckpt.storage.safetensors_header import INDEX

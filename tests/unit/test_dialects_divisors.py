@@ -3,7 +3,7 @@
 import torch
 
 from megatron_quant.ckpt.dialects.base import INPUT_SCALE
-from megatron_quant.ckpt.plan.export_plan import RankPart
+from megatron_quant.ckpt.plan.parts import RankPart
 from megatron_quant.ckpt.write.encode_part import encoded
 from megatron_quant.formats import encode, get_format, tensor_scale
 from tests.unit import ckpt_world

@@ -14,7 +14,8 @@ from megatron_quant.ckpt.plan.sidecars import Companions
 from megatron_quant.ckpt.dialects import get_dialect
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.ckpt.write.pipeline import WriteOptions
-from megatron_quant.ckpt.plan.export_plan import StorageRules, plan_export
+from megatron_quant.ckpt.plan.export_plan import plan_export
+from megatron_quant.ckpt.plan.placing import StorageRules
 from megatron_quant.ckpt.write import rank_work as parts
 from megatron_quant.ckpt.write.exporter import Destination, export
 from megatron_quant.dist import Groups
@@ -43,7 +44,11 @@ def export_to(directory, rows, count, threads):
     quant = QuantPlan("plain", tuple(Decision(slot=slot, rule="test") for slot in slots))
     layout = Layout.simulate(1, 1, 1, 1)
     plan = plan_export(
-        params, quant, layout, StorageRules(get_dialect("modelopt"), torch.bfloat16, 10**9)
+        params, quant, layout, StorageRules(
+dialect=get_dialect("modelopt"),
+dtype=torch.bfloat16,
+max_shard_bytes=10**9,
+)
     )
 
     def produce(part):

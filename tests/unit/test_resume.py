@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart
+from megatron_quant.ckpt.plan.export_plan import ExportPlan
+from megatron_quant.ckpt.plan.parts import RankPart
 from megatron_quant.ckpt.plan.provenance import Origin, recipe_digest, source_digest
 from megatron_quant.ckpt.storage.safetensors_header import INDEX
 from megatron_quant.ckpt.write.directory import Existing

@@ -182,7 +182,9 @@ def test_costs_are_the_bytes_of_the_export(dialect: str, recipe: str) -> None:
         recipe = "mxfp8"
     of = model("qwen3_moe", dialect, **EXPERTS)
     plan = plans(of, recipe)[recipe]
-    rules = StorageRules(get_dialect(dialect), torch.bfloat16, 1 << 40)
+    rules = StorageRules(
+        dialect=get_dialect(dialect), dtype=torch.bfloat16, max_shard_bytes=1 << 40
+    )
     export = plan_export(of.params, plan, Layout.simulate(1, 1, 1, 1), rules)
     problem = find_problem(of, {recipe: plan})
     modules = {m for p in problem.places for m in p.modules}

@@ -301,11 +301,19 @@ def test_obstacle_is_what_the_dry_run_shows() -> None:
     assert found.instead == "--export-format compressed-tensors"
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_experts_with_biases_are_loaded_as_stacks_there(engine: str) -> None:
-    of = params("gpt_oss")
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "transformers"])
+def test_gpt_oss_has_its_experts_loaded_as_stacks_there(engine: str) -> None:
+    of, config = params("gpt_oss"), tiny.config("gpt_oss")
     for given in (of, whole_tensors(of)):
-        said = refusal(plan("int8", of), given, CT, engine)
-        assert "experts.0.gate_proj has a bias" in said and "--serve-engine left out" in said
-    check_serving(plan("int8", of), of, CT)
-    check_serving(plan("int8", of), of, CT, "sglang")
+        said = refusal(plan("int8", given), given, CT, engine, None, config)
+        assert "experts.0.gate_proj is quantized" in said and "--export-format mxfp4" in said
+    check_serving(plan("int8", of), of, CT, None, None, config)
+    check_serving(plan("gpt_oss", of), of, "mxfp4", engine, 8, config)  # 32 / 8 is no group
+
+
+def test_only_gpt_oss_has_such_stacks() -> None:
+    of = params("qwen3_moe")
+    said = refusal(
+        plan("nvfp4_experts_only", of), of, "mxfp4", None, None, tiny.config("qwen3_moe")
+    )
+    assert "gpt-oss's alone" in said

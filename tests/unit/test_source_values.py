@@ -107,7 +107,9 @@ def test_the_exponents_of_gpt_oss_in_either_dtype(dtype: torch.dtype, tmp_path: 
     assert torch.equal(found.read(name, box), wanted.read(name, box))
     tensors[scales][1, 22, 1] = 255
     bad = open_source(as_stacks(tmp_path / "c", {**tensors, scales: tensors[scales].view(dtype)}))
-    with pytest.raises(CheckpointError, match=rf"{scales}: holds the E8M0 code 255, which is NaN"):
+    with pytest.raises(
+        CheckpointError, match=r"down_proj.weight_scales: holds the E8M0 code 255, which is NaN"
+    ):
         bad.read(name, box)
 
 

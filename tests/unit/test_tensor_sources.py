@@ -5,7 +5,7 @@ import torch
 
 from megatron_quant.ckpt.read.directory import Checkpoint, open_directory
 from megatron_quant.ckpt.read.logical_tensors import logical
-from megatron_quant.ckpt.read.mxfp4_stacks import ExpertStacks
+from megatron_quant.ckpt.read.mxfp4_stacks import ExpertStacks, packed_experts
 from megatron_quant.ckpt.read.open import open_source
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.read.read_once import ReadOnce
@@ -26,7 +26,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[TensorSource]:
     quantized = exported.export(root / "quantized", "modelopt", plan, weights)
     return [
         open_directory(released),
-        open_source(released),
+        packed_experts(open_directory(released)),
         QuantizedCheckpoint(quantized),
         ReadOnce(open_directory(quantized)),
         logical(open_source(hf_models.save("llama4", root / "stacks")))[0],

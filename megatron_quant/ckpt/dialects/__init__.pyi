@@ -13,7 +13,6 @@ from .common import describe_format as describe_format
 from .common import refuse_cache as refuse_cache
 from .detect import FILES as FILES
 from .detect import dialect_of as dialect_of
-from .detect import has_expert_stacks as has_expert_stacks
 from .detect import quantization_of as quantization_of
 from .detect import without_quantization as without_quantization
 from .modelopt import HF_QUANT_CONFIG as HF_QUANT_CONFIG
@@ -25,14 +24,25 @@ from .scheme import StorageScheme as StorageScheme
 from .scheme import StorageSchemes as StorageSchemes
 from .scheme import cells as cells
 from .scheme import packings as packings
+from .stack_names import BLOCKS as BLOCKS
+from .stack_names import GROUP as GROUP
+from .stack_names import SCALES as SCALES
+from .stack_names import StackPlace as StackPlace
+from .stack_names import stack_name as stack_name
+from .stack_names import stack_place as stack_place
+from .stack_names import stack_shape as stack_shape
+from .stack_names import stacked_rows as stacked_rows
 
 __all__ = [
+    "BLOCKS",
     "DIALECT_NAMES",
     "FILES",
+    "GROUP",
     "HF_QUANT_CONFIG",
     "INPUT_SCALE",
     "K_SCALE",
     "PLAIN",
+    "SCALES",
     "SHAPE",
     "V_SCALE",
     "WEIGHT_SCALE",
@@ -40,6 +50,7 @@ __all__ = [
     "Layer",
     "ModuleFormat",
     "Shape",
+    "StackPlace",
     "StorageScheme",
     "StorageSchemes",
     "Stored",
@@ -47,11 +58,14 @@ __all__ = [
     "describe_format",
     "dialect_of",
     "get_dialect",
-    "has_expert_stacks",
     "layer_of",
     "packings",
     "quantization_of",
     "refuse_cache",
+    "stack_name",
+    "stack_place",
+    "stack_shape",
+    "stacked_rows",
     "stored_by",
     "without_quantization",
 ]

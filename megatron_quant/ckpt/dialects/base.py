@@ -178,12 +178,14 @@ class Dialect(ABC):
             has no such cache.
         by_tensors: Whether a module that has a plain weight counts as unquantized, whatever the
             config says. Engines do so.
+        stacks: Whether its files have one tensor for the routed experts of a layer.
     """
 
     name: str
     extra_names: tuple[str, ...] = ()
     cache_scales: tuple[Stored, ...] = ()
     by_tensors = False
+    stacks = False
 
     @abstractmethod
     def stored(

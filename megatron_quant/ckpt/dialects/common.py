@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from megatron_quant.ckpt.dialects.base import Layer, ModuleFormat, layer_of
+from megatron_quant.ckpt.dialects.expressions import Effort, Expression
 from megatron_quant.engines.families import fused_names
 from megatron_quant.errors import FormatError
 from megatron_quant.fields import Fields
@@ -206,6 +207,16 @@ def _pattern(parent: str, leaves: list[str]) -> str:
     prefix = re.escape(f"{parent}.") if parent else ""
     names = dict.fromkeys([*leaves, *fused_names(leaves)])
     return f"^{prefix}({'|'.join(map(re.escape, names))})$"
+
+
+def is_skipped(names: tuple[str, ...]) -> Callable[[str], bool]:
+    """Return a test of whether transformers leaves a module alone where a config lists ``names``.
+
+    A name counts where a module's begins with it, as an expression, or ends with it.
+    """
+    effort = Effort()
+    found = [Expression(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", effort) for name in names]
+    return lambda module: module.endswith(names) or any(e.match(module) for e in found)
 
 
 def stated(config: Mapping[str, Any]) -> Fields:

@@ -13,18 +13,10 @@ from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError
 from megatron_quant.fields import Fields
 
-GPT_OSS = "mxfp4"
-"""``quant_method`` of experts' MXFP4 stacks, never written; see ``ckpt.read.mxfp4_stacks``."""
 KEYS = ("quantization_config", "compression_config")
 """Keys of config.json that state it. The second is compressed-tensors' older one."""
 _DEPTH = 4
 """Depth of objects that are searched. Qwen3-Omni has ``thinker_config.text_config``."""
-
-
-def has_expert_stacks(config: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint's experts are stacks in MXFP4."""
-    found = _stated(config)
-    return isinstance(found, dict) and found.get("quant_method") == GPT_OSS
 
 
 def quantization_of(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
@@ -103,7 +95,7 @@ def dialect_of(quantization: Mapping[str, Any], directory: Path) -> Dialect:
     if method not in DIALECTS:
         raise CheckpointError(
             f"{directory}: quant_method {shown(method)} in config.json is not read; "
-            f"known: {', '.join([*DIALECTS, GPT_OSS])}; or give the bf16 checkpoint that it was "
+            f"known: {', '.join(DIALECTS)}; or give the bf16 checkpoint that it was "
             "made from"
         )
     return DIALECTS[method].variant(quantization)

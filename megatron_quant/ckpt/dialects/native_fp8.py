@@ -13,12 +13,12 @@ from megatron_quant.ckpt.dialects.base import FLOATS, Dialect, Layer, ModuleForm
 from megatron_quant.ckpt.dialects.common import (
     describe_format,
     excluded,
+    is_skipped,
     linears,
     only_format,
     refuse_cache,
     stated,
 )
-from megatron_quant.ckpt.dialects.expressions import Effort, Expression
 from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.fields import Fields
@@ -72,7 +72,7 @@ class NativeFp8(Dialect):
         Raises:
             CheckpointError: For other blocks, static activations or another element type.
         """
-        said, effort = stated(config), Effort()
+        said = stated(config)
         kind = [
             said.text("fmt", "e4m3"),
             said.text("activation_scheme", "dynamic"),
@@ -84,13 +84,8 @@ class NativeFp8(Dialect):
                 f"known: e4m3, dynamic, {_BLOCK}"
             )
         fmt = ModuleFormat(get_format("fp8_block"), get_format("fp8_group"))
-        names = _exclusions(said)
-        skipped = [Expression(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", effort) for name in names]
-        return {
-            m: fmt
-            for m in linears(modules)
-            if not (m.endswith(names) or any(s.match(m) for s in skipped))
-        }
+        skipped = is_skipped(_exclusions(said))
+        return {m: fmt for m in linears(modules) if not skipped(m)}
 
     def lists_exclusions(self, config: Mapping[str, Any]) -> bool:
         """Return whether it names any; DeepSeek's and MiniMax's releases name none."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     DIALECTS: dict[str, Dialect]
 
-DIALECT_NAMES = ("modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "fp8")
+DIALECT_NAMES = ("modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "fp8", "mxfp4")
 """Choices of ``--export-format``."""
 
 
@@ -28,9 +28,13 @@ def _dialects() -> "dict[str, Dialect]":
     from megatron_quant.ckpt.dialects.compressed_tensors import CompressedTensors
     from megatron_quant.ckpt.dialects.gptq import Gptq
     from megatron_quant.ckpt.dialects.modelopt import ModelOpt
+    from megatron_quant.ckpt.dialects.mxfp4_stacks import Mxfp4Stacks
     from megatron_quant.ckpt.dialects.native_fp8 import NativeFp8
 
-    made = (ModelOpt(), CompressedTensors(), Gptq(), Awq(), AutoRound(), NativeFp8())
+    made = (
+        *(ModelOpt(), CompressedTensors(), Gptq(), Awq(), AutoRound()),
+        *(NativeFp8(), Mxfp4Stacks()),
+    )
     found: dict[str, Dialect] = {dialect.name: dialect for dialect in made}
     assert tuple(found) == DIALECT_NAMES
     return found

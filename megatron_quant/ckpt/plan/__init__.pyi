@@ -3,11 +3,11 @@ from .cost import Spread as Spread
 from .cost import measured as measured
 from .cost import spread as spread
 from .export_plan import ExportPlan as ExportPlan
-from .export_plan import Piece as Piece
-from .export_plan import RankPart as RankPart
-from .export_plan import StorageRules as StorageRules
-from .export_plan import StoredTensor as StoredTensor
 from .export_plan import plan_export as plan_export
+from .parts import Piece as Piece
+from .parts import RankPart as RankPart
+from .parts import StoredTensor as StoredTensor
+from .placing import StorageRules as StorageRules
 from .proof import check_plan as check_plan
 from .provenance import Origin as Origin
 from .provenance import digest_of as digest_of
@@ -26,6 +26,8 @@ from .shards import regions as regions
 from .sidecars import CONFIG as CONFIG
 from .sidecars import Companions as Companions
 from .sidecars import companions as companions
+from .slabs import Slab as Slab
+from .slabs import with_slabs as with_slabs
 
 __all__ = [
     "CONFIG",
@@ -40,6 +42,7 @@ __all__ = [
     "Origin",
     "Piece",
     "RankPart",
+    "Slab",
     "Spread",
     "StorageRules",
     "StoredTensor",
@@ -56,4 +59,5 @@ __all__ = [
     "slots",
     "source_digest",
     "spread",
+    "with_slabs",
 ]

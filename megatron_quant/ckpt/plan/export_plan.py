@@ -2,87 +2,21 @@
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
 
-import torch
-
-from megatron_quant.ckpt.dialects import (
-    Dialect,
-    StorageScheme,
-    StorageSchemes,
-    Stored,
-    layer_of,
-)
-from megatron_quant.ckpt.plan.cache_scales import cache_tensors
+from megatron_quant.ckpt.plan.parts import RankPart, StoredTensor, box_of
+from megatron_quant.ckpt.plan.placing import StorageRules, placed_in_files
 from megatron_quant.ckpt.plan.ranks import Layout
 from megatron_quant.ckpt.plan.shards import regions
-from megatron_quant.ckpt.storage import Draft, OutFile, TensorEntry, lay_out
-from megatron_quant.errors import ExportError, LayoutError
+from megatron_quant.ckpt.storage import OutFile, TensorEntry
+from megatron_quant.errors import LayoutError
 from megatron_quant.formats import Region
-from megatron_quant.models import Box, Domain, Param, Source
-from megatron_quant.recipes import Decision, QuantPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The box of one file tensor that a part fills."""
-
-    entry: TensorEntry
-    stored: Stored
-    box: Box
-
-
-@dataclass(frozen=True, eq=False)
-class StoredTensor:
-    """A Hugging Face tensor and the file tensors that store it (parallel to ``scheme.stored``)."""
-
-    param: Param
-    source: Source
-    scheme: StorageScheme
-    entries: tuple[TensorEntry, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class RankPart:
-    """A rectangle of a Hugging Face tensor that one rank writes, from its own values.
-
-    Attributes:
-        target: The tensor.
-        region: The rectangle, and where the rank's parameter has it.
-        owner: The rank that writes it.
-    """
-
-    target: StoredTensor
-    region: Region
-    owner: int
-
-    @property
-    def param(self) -> Param:
-        """Return the logical parameter that holds the tensor."""
-        return self.target.param
-
-    @cached_property
-    def src(self) -> Box:
-        """Return the rectangle in the Hugging Face tensor."""
-        return _box(self.region)
-
-    @property
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the boxes of file tensors that it fills."""
-        target = self.target
-        filled = target.scheme.boxes(target.source.shape, self.src)
-        for entry, stored, box in zip(target.entries, target.scheme.stored, filled, strict=True):
-            if box is not None:
-                yield Piece(entry, stored, box)
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Count the bytes that it fills."""
-        return self.target.scheme.nbytes(self.target.source.shape, self.src)
+from megatron_quant.models import Domain, Param
+from megatron_quant.recipes import QuantPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,33 +64,6 @@ class ExportPlan:
         return self._by_rank.get(rank, ())
 
 
-@dataclass(frozen=True)
-class StorageRules:
-    """How the tensors of an export are stored, whatever is quantized and whoever holds it.
-
-    Attributes:
-        dialect: Dialect of the export.
-        dtype: Dtype of all tensors that are not quantized.
-        max_shard_bytes: Tensor bytes per file.
-        kept: Hugging Face tensors that have another dtype where they are not quantized.
-
-    Raises:
-        ExportError: For a file size below 1 byte.
-    """
-
-    dialect: Dialect
-    dtype: torch.dtype
-    max_shard_bytes: int
-    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Refuse files without a byte."""
-        if self.max_shard_bytes < 1:
-            raise ExportError(
-                f"--max-shard-size is {self.max_shard_bytes} bytes; give a positive size"
-            )
-
-
 def plan_export(
     params: Sequence[Param], quant: QuantPlan, layout: Layout, rules: StorageRules
 ) -> ExportPlan:
@@ -172,9 +79,7 @@ def plan_export(
         FormatError: Where a shape does not suit its format.
         LayoutError: Where a shard's edge splits elements that are stored together.
     """
-    fp32 = {s.name: torch.float32 for p in params if p.fp32 for s in p.sources}
-    schemes = StorageSchemes(rules.dialect, rules.dtype, {**fp32, **rules.kept})
-    files, targets = _place(params, quant, schemes, rules.max_shard_bytes)
+    files, targets = placed_in_files(params, quant, rules)
     before = sum(prod(source.shape) for p in params for source in p.sources) * rules.dtype.itemsize
     after = sum(entry.nbytes for file in files for entry in file.entries)
     return ExportPlan(
@@ -184,44 +89,6 @@ def plan_export(
         bytes_before=before,
         bytes_after=after,
     )
-
-
-def _place(
-    params: Sequence[Param], quant: QuantPlan, schemes: StorageSchemes, max_shard_bytes: int
-) -> tuple[tuple[OutFile, ...], tuple[StoredTensor, ...]]:
-    wanted: list[tuple[Param, Source, StorageScheme]] = []
-    for param in params:
-        decision = quant.by_name[param.name]
-        for source in param.sources:
-            wanted.append((param, source, _scheme(schemes, source, decision)))
-    wanted += cache_tensors(quant, schemes.dialect, params)
-    units = [_drafts(source, scheme) for _, source, scheme in wanted]
-    files = lay_out(units, max_shard_bytes)
-    entry_of = {entry.name: entry for file in files for entry in file.entries}
-    targets = (
-        StoredTensor(*item, tuple(entry_of[draft.name] for draft in unit))
-        for item, unit in zip(wanted, units, strict=True)
-    )
-    return files, tuple(targets)
-
-
-def _scheme(schemes: StorageSchemes, source: Source, decision: Decision) -> StorageScheme:
-    if decision.weights is None:
-        return schemes.plain(source.name)
-    return schemes.of(decision.weights, decision.inputs, layer_of(source.module))
-
-
-def _drafts(source: Source, scheme: StorageScheme) -> list[Draft]:
-    scheme.check_shape(source)
-    described = zip(scheme.names(source), scheme.stored, scheme.shapes(source.shape), strict=True)
-    return [
-        Draft(name, stored.dtype, shape, prod(shape) * stored.dtype.itemsize)
-        for name, stored, shape in described
-    ]
-
-
-def _box(region: Region) -> Box:
-    return Box(region.start, region.size)
 
 
 _Held = tuple[StoredTensor, Region, tuple[int, ...]]
@@ -243,7 +110,7 @@ def _rectangles(targets: Sequence[StoredTensor], layout: Layout) -> Iterator[_He
 
 
 def _check_split(target: StoredTensor, region: Region, size: int) -> None:
-    found = target.scheme.split(target.source.shape, _box(region))
+    found = target.scheme.split(target.source.shape, box_of(region))
     if found is None:
         return
     axis = "tp" if target.param.domain is Domain.DENSE else "etp"
@@ -265,7 +132,7 @@ def _own(rectangles: Iterator[_Held]) -> tuple[RankPart, ...]:
     can then put its rows together among them.
     """
     found = list(rectangles)
-    sizes = [t.scheme.nbytes(t.source.shape, _box(region)) for t, region, _ in found]
+    sizes = [t.scheme.nbytes(t.source.shape, box_of(region)) for t, region, _ in found]
     owners = [0] * len(found)
     load: dict[int, int] = defaultdict(int)
     heaps: dict[tuple[_Ranks, ...], list[tuple[int, _Ranks]]] = {}
@@ -283,16 +150,15 @@ def _own(rectangles: Iterator[_Held]) -> tuple[RankPart, ...]:
 
 def _units(found: Sequence[_Held]) -> list[list[int]]:
     """Group the rectangles whose owners are chosen together."""
-    units: list[list[int]] = []
-    last: StoredTensor | None = None
+    units: dict[object, list[int]] = {}
     for i, (target, region, _) in enumerate(found):
-        inner = cut_inside(region)
-        if inner and target is last:
-            units[-1].append(i)
-        else:
-            units.append([i])
-        last = target if inner else None
-    return units
+        key: object = i
+        if target.place is not None:
+            key = (target.place.stack.entries[0].name, target.place.expert)
+        elif cut_inside(region):
+            key = target
+        units.setdefault(key, []).append(i)
+    return list(units.values())
 
 
 def cut_inside(region: Region) -> bool:

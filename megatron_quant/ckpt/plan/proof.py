@@ -5,6 +5,7 @@ from math import prod
 
 from megatron_quant.ckpt.dialects import Shape, StorageScheme
 from megatron_quant.ckpt.plan.export_plan import ExportPlan
+from megatron_quant.ckpt.plan.slabs import Slab, with_slabs
 from megatron_quant.ckpt.storage import OutFile
 from megatron_quant.models import Box
 
@@ -19,7 +20,9 @@ def check_plan(plan: ExportPlan) -> None:
         _check_file(file)
     names = [entry.name for entry in plan.entries]
     assert len(set(names)) == len(names), "a name is stored twice"
-    assert sum(len(t.entries) for t in plan.targets) == len(names), "a tensor without a target"
+    held = {entry.name for target in plan.targets for entry in target.in_files}
+    assert held == set(names), "a tensor without a target"
+    _check_stacks(plan)
     cuts: dict[str, list[Box]] = {target.source.name: [] for target in plan.targets}
     for part in plan.parts:
         cuts[part.target.source.name].append(part.src)
@@ -29,6 +32,22 @@ def check_plan(plan: ExportPlan) -> None:
         if key not in proven:
             _check_tensors(*key, target.source.name)
             proven.add(key)
+
+
+def _check_stacks(plan: ExportPlan) -> None:
+    """Assert that every expert of a stack has all of its rows, whole and of one owner."""
+    found: dict[str, list[Slab]] = {}
+    for item in with_slabs(plan.parts):
+        if isinstance(item, Slab):
+            found.setdefault(item.entries[0].name, []).append(item)
+    for name, slabs in found.items():
+        for piece in zip(*(slab.pieces for slab in slabs), strict=True):
+            assert tiles(piece[0].entry.shape, tuple(p.box for p in piece)), name
+        for slab in slabs:
+            rows = [part.target.source.shape for part in slab.parts]
+            assert all(part.region.size == part.region.whole for part in slab.parts), name
+            assert len({*rows}) == len({part.owner for part in slab.parts}) == 1, name
+            assert sum(p.entry.nbytes // p.entry.shape[0] for p in slab.pieces) == slab.nbytes, name
 
 
 def _check_file(file: OutFile) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from megatron_quant.ckpt.plan.export_plan import ExportPlan, RankPart, cut_inside
+from megatron_quant.ckpt.plan.export_plan import ExportPlan, cut_inside
+from megatron_quant.ckpt.plan.parts import RankPart
 from megatron_quant.ckpt.plan.proof import tiles
 from megatron_quant.ckpt.storage import TensorEntry
 from megatron_quant.models import Box, Domain

@@ -19,6 +19,7 @@ from .packed_weight import GROUP_INDEX as GROUP_INDEX
 from .packed_weight import Packed as Packed
 from .quantized import QuantizedCheckpoint as QuantizedCheckpoint
 from .quantized import matrices as matrices
+from .quantized import opened as opened
 from .read_once import ReadOnce as ReadOnce
 from .scale_keeping import Scales as Scales
 from .scale_keeping import check_fused as check_fused
@@ -64,6 +65,7 @@ __all__ = [
     "open_original",
     "open_source",
     "open_stored",
+    "opened",
     "params_of",
     "plain_dtypes",
     "plain_part",

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from megatron_quant.ckpt.dialects import has_expert_stacks, quantization_of
+from megatron_quant.ckpt.dialects import quantization_of
 from megatron_quant.ckpt.read.directory import open_directory
 from megatron_quant.ckpt.read.head import with_own_head
-from megatron_quant.ckpt.read.mxfp4_stacks import ExpertStacks
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint, matrices
+from megatron_quant.ckpt.read.single_experts import single_experts
 from megatron_quant.ckpt.read.source import Weights
 from megatron_quant.ckpt.read.stack_views import unstacked
 from megatron_quant.models import has_table
@@ -20,10 +20,9 @@ def open_source(path: Path) -> Weights:
     Raises CheckpointError if it is broken, or quantized in an unknown way.
     """
     checkpoint = with_own_head(open_directory(path))
-    if has_expert_stacks(checkpoint.config):
-        return ExpertStacks(checkpoint)
     if quantization_of(checkpoint.config, path) is not None:
-        return QuantizedCheckpoint.over(checkpoint, matrices(checkpoint))
+        files = single_experts(checkpoint)
+        return QuantizedCheckpoint.over(files, matrices(files))
     return unstacked(checkpoint) if has_table(checkpoint.config) else checkpoint
 
 

@@ -29,11 +29,12 @@ from megatron_quant.ckpt.read.packed_weight import (
 )
 from megatron_quant.ckpt.read.published import PREFIX
 from megatron_quant.ckpt.read.read_once import ReadOnce
-from megatron_quant.ckpt.read.source import TensorInfo, TensorSource
+from megatron_quant.ckpt.read.single_experts import single_experts
+from megatron_quant.ckpt.read.source import Listed, TensorInfo, TensorSource
 from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.models import Box, table_names, whole
 
-_WEIGHTS = ("weight", "weight_packed", "qweight")
+_WEIGHTS = ("weight", "weight_packed", "weight_blocks", "qweight")
 _UNREAD = ("pre_quant_scale", "weight_zero_point")
 """Tensors that would change a module's values, but that no format known here uses."""
 _OF_ACTIVATIONS = (
@@ -67,11 +68,11 @@ class QuantizedCheckpoint:
 
         Raises CheckpointError if a file is missing or broken, or the config is not known.
         """
-        files = with_own_head(open_directory(directory))
+        files = opened(with_own_head(open_directory(directory)))
         self._open(files, matrices(files))
 
     @classmethod
-    def over(cls, files: Checkpoint, modules: Iterable[str]) -> "QuantizedCheckpoint":
+    def over(cls, files: Listed, modules: Iterable[str]) -> "QuantizedCheckpoint":
         """Open the checkpoint in ``files``; its config tells which of ``modules`` are quantized.
 
         Their tensors may be missing or malformed: verification opens it like this.
@@ -80,7 +81,7 @@ class QuantizedCheckpoint:
         checkpoint._open(files, modules)
         return checkpoint
 
-    def _open(self, files: Checkpoint, modules: Iterable[str]) -> None:
+    def _open(self, files: Listed, modules: Iterable[str]) -> None:
         self.path = files.path
         self.config = files.config
         self.tensors = files.tensors
@@ -242,7 +243,17 @@ class QuantizedCheckpoint:
         return tensor
 
 
-def matrices(files: Checkpoint) -> list[str]:
+def opened(files: Checkpoint) -> Listed:
+    """Return a checkpoint's files as a :class:`QuantizedCheckpoint` reads them.
+
+    If it is quantized, that is by the names of single experts.
+    Raises as :func:`single_experts`.
+    """
+    is_plain = quantization_of(files.config, files.path) is None
+    return files if is_plain else single_experts(files)
+
+
+def matrices(files: Listed) -> list[str]:
     """List the modules whose 2-D weight may be quantized.
 
     A plain matrix without scales is not quantized, whatever a config's patterns say.
@@ -254,7 +265,7 @@ def matrices(files: Checkpoint) -> list[str]:
 
 
 def _read_modules(
-    files: Checkpoint,
+    files: Listed,
     dialect: Dialect,
     quantization: Mapping[str, Any],
     modules: tuple[str, ...],
@@ -272,7 +283,7 @@ def _bare(module: str) -> str:
 
 
 def _check_names(
-    files: Checkpoint, found: Mapping[str, ModuleFormat], as_stored: Mapping[str, ModuleFormat]
+    files: Listed, found: Mapping[str, ModuleFormat], as_stored: Mapping[str, ModuleFormat]
 ) -> None:
     """Raise CheckpointError if the files' own names would match other modules in the config."""
     if {_bare(module): fmt for module, fmt in found.items()} != dict(as_stored):
@@ -287,7 +298,7 @@ def _is_plain(info: TensorInfo | None) -> bool:
     return info is not None and info.dtype in PLAIN_DTYPES
 
 
-def _as_found(files: Checkpoint, dialect: Dialect, module: str, fmt: ModuleFormat) -> ModuleFormat:
+def _as_found(files: Listed, dialect: Dialect, module: str, fmt: ModuleFormat) -> ModuleFormat:
     """Return ``fmt`` with the dtype that the module's group scales really have.
 
     Producers round them to fp16 or bf16 before they make codes, and neither dtype holds all values

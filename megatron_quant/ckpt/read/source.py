@@ -1,5 +1,6 @@
 """Sources of tensors: what readers of a checkpoint ask of it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,21 @@ class Weights(TensorSource, Protocol):
         ...
 
 
-class Listed:
+class Listed(ABC):
     """A checkpoint whose tensors are all known before one is read."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+
+    @abstractmethod
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """Read ``box`` of tensor ``name``, in the dtype that :meth:`info` says."""
+
+    @property
+    def is_bare(self) -> bool:
+        """Return whether the files name the tensors without the ``model.`` that they have here."""
+        return False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,11 @@ class Viewed(Listed):
         """Return the viewed checkpoint's own unread tensors."""
         return self.stored.unread
 
+    @property
+    def is_bare(self) -> bool:
+        """Return whether the viewed files' names lack ``model.``."""
+        return isinstance(self.stored, Listed) and self.stored.is_bare
+
     def read(self, name: str, box: Box) -> torch.Tensor:
         """Read only ``box`` of tensor ``name``, in the form that ``stored`` gives."""
         view = self.views.get(name)
@@ -37,7 +42,10 @@ class Viewed(Listed):
         return part[:: view.step].contiguous()
 
 
-def viewed(checkpoint: Weights, views: Mapping[str, View]) -> Weights:
+W = TypeVar("W", bound=Weights)
+
+
+def viewed(checkpoint: W, views: Mapping[str, View]) -> W | Viewed:
     """View ``checkpoint``; return it unchanged if there are no views."""
     if not views:
         return checkpoint

@@ -18,6 +18,7 @@ from megatron_quant.ckpt.read import (
     matrices,
     open_directory,
     open_original,
+    opened,
     params_of,
     plain_part,
     row_blocks,
@@ -211,7 +212,7 @@ def _named_problems(checkpoint: QuantizedCheckpoint, params: tuple[Param, ...]) 
 
 
 def _open(directory: Path) -> tuple[QuantizedCheckpoint, tuple[Param, ...]]:
-    files = open_directory(directory)
+    files = opened(open_directory(directory))
     checkpoint = QuantizedCheckpoint.over(files, matrices(files))
     params = params_of(checkpoint)
     dense = set() if checkpoint.lists_exclusions else _plain_by_role(checkpoint, params)

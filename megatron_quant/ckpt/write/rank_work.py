@@ -9,7 +9,8 @@ from functools import partial as bound
 from math import prod
 from pathlib import Path
 
-from megatron_quant.ckpt.plan import ExportPlan, Filled, Joint, RankPart, batches
+from megatron_quant.ckpt.dialects import stacked_rows
+from megatron_quant.ckpt.plan import ExportPlan, Filled, Joint, RankPart, Slab, batches, with_slabs
 from megatron_quant.ckpt.storage import (
     TensorDigests,
     Written,
@@ -31,7 +32,7 @@ Produce = Callable[[RankPart], Iterable[Produced]]
 DEFAULTS = WriteOptions()
 SMALL_BYTES = 128 << 20
 """Encoded bytes that a rank may always hold, however small its parts."""
-Item = RankPart | Joint
+Item = RankPart | Slab | Joint
 
 
 def quiet(nbytes: int) -> None:
@@ -47,7 +48,7 @@ class Work:
     """
 
     rank: int
-    alone: tuple[RankPart, ...]
+    alone: tuple[RankPart | Slab, ...]
     joined: tuple[Joint, ...] = ()
     kept: frozenset[Joint] = frozenset()
 
@@ -58,7 +59,7 @@ class Work:
 
     def filled(self, item: Item) -> tuple[Filled, ...]:
         """Return the boxes of ``item`` that the rank writes."""
-        if isinstance(item, RankPart):
+        if not isinstance(item, Joint):
             return tuple((piece.entry, piece.box) for piece in item.pieces)
         return tuple(item.filled(item.members.index(self.rank)))
 
@@ -86,7 +87,7 @@ def work_of(plan: ExportPlan, rank: int, joined: Sequence[Joint] = ()) -> Work:
     """Return the work of ``rank`` for ``plan``; several ranks put ``joined`` together."""
     own = tuple(joint for joint in joined if rank in joint.members)
     shared = {part for joint in own for part in joint.parts}
-    return Work(rank, tuple(p for p in plan.parts_of(rank) if p not in shared), own)
+    return Work(rank, with_slabs(p for p in plan.parts_of(rank) if p not in shared), own)
 
 
 def find_intact(work: Work, directory: Path, options: WriteOptions) -> dict[Item, list[Written]]:
@@ -102,6 +103,19 @@ def find_intact(work: Work, directory: Path, options: WriteOptions) -> dict[Item
             for item, written in found
             if written and all(it.digest == journal[e.name, box] for e, box, it in written)
         }
+
+
+def made(item: RankPart | Slab, produce: Produce) -> Iterable[Produced]:
+    """Make the file tensors of a part, or of a stack's part from those of its tensors."""
+    if isinstance(item, RankPart):
+        return produce(item)
+    by_part = [[values for _, _, values in produce(part)] for part in item.parts]
+    return [
+        (piece.entry, piece.box, stacked_rows(suffix, of_all)[None])
+        for piece, suffix, of_all in zip(
+            item.pieces, item.place.stack.suffixes, zip(*by_part, strict=True), strict=True
+        )
+    ]
 
 
 def nbytes_of(filled: Iterable[Filled]) -> int:
@@ -135,8 +149,8 @@ def write_parts(
     return pipeline.digests
 
 
-def _file(part: RankPart) -> str:
-    return part.target.entries[0].file
+def _file(part: RankPart | Slab) -> str:
+    return part.entries[0].file
 
 
 @lru_cache(maxsize=4096)
@@ -144,15 +158,15 @@ def _path(directory: Path, file: str) -> Path:
     return partial(directory, file)
 
 
-def _encoded(part: RankPart, produce: Produce) -> list[Encoded]:
+def _encoded(part: RankPart | Slab, produce: Produce) -> list[Encoded]:
     planned = {piece.entry.name: piece.box for piece in part.pieces}
     encoded = []
-    for entry, box, tensor in produce(part):
+    for entry, box, tensor in made(part, produce):
         assert planned.pop(entry.name) == box, f"{entry.name}: {box} is not the plan's"
         assert tensor.dtype == entry.dtype, f"{entry.name}: {tensor.dtype}"
         assert tuple(tensor.shape) == box.size, f"{entry.name}: {tuple(tensor.shape)}"
         encoded.append((entry, box, as_bytes(tensor)))
-    assert not planned, f"{part.target.source.name} lacks {', '.join(planned)}"
+    assert not planned, f"{part.entries[0].name} lacks {', '.join(planned)}"
     return encoded
 
 

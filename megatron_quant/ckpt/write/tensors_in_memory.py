@@ -6,13 +6,16 @@ from math import prod
 
 import torch
 
-from megatron_quant.ckpt.plan import ExportPlan, Piece, RankPart, StoredTensor
-from megatron_quant.ckpt.write.rank_work import Produce
+from megatron_quant.ckpt.plan import ExportPlan, Piece, RankPart, Slab, with_slabs
+from megatron_quant.ckpt.storage import TensorEntry
+from megatron_quant.ckpt.write.rank_work import Produce, made
 from megatron_quant.dist import Groups, broadcasts, exchange, together
 
 _Tensors = dict[str, torch.Tensor]
-_Share = list[RankPart]
+_Share = list[RankPart | Slab]
 """The parts of a batch of tensors that one rank owns."""
+_Unit = tuple[TensorEntry, ...]
+"""What stores one tensor, or a stack of experts."""
 
 
 def in_memory(
@@ -31,31 +34,28 @@ def in_memory(
     to: the ranks that yield tensors; the others yield nothing. None for all. Every rank iterates to
     the end. An error of ``produce`` is raised on every rank alike.
     """
-    owned: dict[StoredTensor, _Share] = {}
-    for part in plan.parts:
-        owned.setdefault(part.target, []).append(part)
-    for batch in _batches(plan.targets, max_bytes):
+    owned: dict[_Unit, _Share] = {target.in_files: [] for target in plan.targets}
+    for part in with_slabs(plan.parts):
+        owned[part.entries].append(part)
+    for batch in _batches(owned, max_bytes):
         shares: list[_Share] = [[] for _ in range(groups.size)]
-        for target in batch:
-            for part in owned.get(target, ()):
+        for unit in batch:
+            for part in owned[unit]:
                 shares[part.owner].append(part)
         kept = batch if to is None or groups.rank in to else ()
-        made = partial(_made, kept, shares[groups.rank], produce)
-        whole, own = together(groups, made)
+        whole, own = together(groups, partial(_made, kept, shares[groups.rank], produce))
         _fill(whole, _delivered(own, shares, groups, to))
         del own
         for name in list(whole):
             yield name, whole.pop(name)
 
 
-def _made(
-    batch: Iterable[StoredTensor], share: _Share, produce: Produce
-) -> tuple[_Tensors, torch.Tensor]:
+def _made(batch: Iterable[_Unit], share: _Share, produce: Produce) -> tuple[_Tensors, torch.Tensor]:
     """Return tensors of ``batch`` to be filled, and the bytes of this rank's ``share``."""
-    entries = [entry for target in batch for entry in target.entries]
+    entries = [entry for unit in batch for entry in unit]
     whole = {entry.name: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
     own = torch.empty(_nbytes(share), dtype=torch.uint8)
-    values = (value for part in share for value in produce(part))
+    values = (value for part in share for value in made(part, produce))
     for (piece, start, stop), (entry, box, value) in zip(_places(share), values, strict=True):
         assert (entry.name, box) == (piece.entry.name, piece.box), f"{entry.name}: not the plan's"
         own[start:stop] = value.contiguous().reshape(-1).view(torch.uint8)
@@ -99,15 +99,15 @@ def _delivered(
             yield from zip(shares, received.split(sizes), strict=True)
 
 
-def _batches(targets: tuple[StoredTensor, ...], max_bytes: int) -> Iterator[list[StoredTensor]]:
-    batch: list[StoredTensor] = []
+def _batches(units: Iterable[_Unit], max_bytes: int) -> Iterator[list[_Unit]]:
+    batch: list[_Unit] = []
     held = 0
-    for target in targets:
-        size = sum(entry.nbytes for entry in target.entries)
+    for unit in units:
+        size = sum(entry.nbytes for entry in unit)
         if batch and held + size > max_bytes:
             yield batch
             batch, held = [], 0
-        batch.append(target)
+        batch.append(unit)
         held += size
     if batch:
         yield batch

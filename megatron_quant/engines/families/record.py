@@ -110,6 +110,7 @@ class Family:
         called: What engines call otherwise.
         stacks: Stacks of experts with names of their own.
         layout: How stacks lie.
+        stacked: Whether engines load the routed experts of a layer as stacks alone.
         head_reason: Why engines load no quantized output layer; empty where they do.
         nameless_head: Why vLLM quantizes the output layer of a ModelOpt export that excludes it;
             empty where it does not.
@@ -133,6 +134,7 @@ class Family:
     called: tuple[Called, ...] = ()
     stacks: tuple[Stack, ...] = ()
     layout: Layout = Layout.PLAIN
+    stacked: bool = False
     head_reason: str = ""
     nameless_head: str = ""
     merged: tuple[Merged, ...] = ()

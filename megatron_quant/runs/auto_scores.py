@@ -1,4 +1,4 @@
-"""What is scored, and the scores that are kept: the same for every way to run the model."""
+"""Describe the work of scoring, and keep its scores, however the model is run."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ from megatron_quant.search import Loss, next_token_loss
 
 @dataclass(frozen=True, kw_only=True)
 class LiveTarget:
-    """What a live model is, and how the found recipe will be used: arguments of ``find_recipe``."""
+    """Describe a live model, and how its recipe will be used: arguments of ``find_recipe``."""
 
     hf_model: str | Path | Mapping[str, Any]
     calibration: Calibration

@@ -76,7 +76,7 @@ def run_backward(
 
 @dataclass(frozen=True)
 class _Mode:
-    """What a schedule does with logits: a function of a batch's ids and the microbatches."""
+    """Say what a schedule does with logits: a function of a batch's ids and the microbatches."""
 
     of_logits: Callable[[torch.Tensor, int], Callable[..., Any]]
     forward_only: bool

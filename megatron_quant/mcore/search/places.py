@@ -23,7 +23,7 @@ _BLOCKS = (".experts.", ".shared_experts.")
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """What is scored.
+    """Name what is scored.
 
     Attributes:
         problem: The places; equal on all ranks.

@@ -66,9 +66,10 @@ def environment(release: Release, installer: Installer) -> tuple[Path, list[Path
         into = ("install", "--target", folder)
         installer.pip(base, *into, *release.packages)
         own = (f"megatron-bridge=={release.bridge}", f"megatron-core=={release.core}")
-        installer.pip(base, *into, "--no-deps", *own)
+        installer.pip(base, *into, "--no-deps", *own, *release.of_torch)
 
-    made_of = sha256("\n".join((release.core, *release.packages)).encode()).hexdigest()[:8]
+    parts = (release.core, *release.packages, *release.of_torch)
+    made_of = sha256("\n".join(parts).encode()).hexdigest()[:8]
     folder = installer.made(f"{release.name}-py{release.python}-{made_of}", fill)
     found = installed(base, [folder], ["megatron-bridge", "megatron-core"])
     if found != {"megatron-bridge": release.bridge, "megatron-core": release.core}:

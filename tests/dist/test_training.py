@@ -219,3 +219,40 @@ def test_refusals(ranks: Ranks, moe: Path, change: str, words: str) -> None:
     (error,) = ranks.errors(1, _prepare, moe, change)
     assert isinstance(error, QuantError), error
     assert words in str(error)
+
+
+def _never_called(path: Path, kept: bool) -> str:
+    """What wrapping says where the loop trains a model of its own; and that it ends with a call."""
+    from megatron.core.transformer.module import Float16Module
+
+    from megatron_quant.mcore.training import prepare, wrap_provider
+    from tests.dist import live, training
+
+    def model_provider(pre_process: bool = True, post_process: bool = True) -> torch.nn.Module:
+        return model[0]
+
+    model = training.build(path, live.Parallelism(), torch.bfloat16)
+    provide = wrap_provider(model_provider, "w4a16_nvfp4", hf_model=str(path))
+    if not kept:
+        del provide
+        training.wrap(model)
+        return ""
+    for wrapped in ([Float16Module(model[0].config, model[0])], model):
+        try:
+            training.wrap(wrapped)
+        except QuantError as e:
+            said = str(e)
+        else:
+            raise AssertionError("it trains without quantizers")
+    (other,) = prepare(training.build(path, live.Parallelism(), torch.bfloat16), "fp8", hf_model=str(path))
+    training.wrap([Float16Module(other.config, other)])
+    provide(pre_process=True, post_process=True)
+    training.wrap(training.build(path, live.Parallelism(), torch.bfloat16))
+    return said
+
+
+def test_a_loop_that_never_calls_the_provider(ranks: Ranks, moe: Path) -> None:
+    for said in ranks(2, _never_called, moe, True):
+        assert said.startswith("this loop did not call model_provider, which wrap_provider gave")
+        assert "pre_wrap_hooks" in said
+    assert ranks(1, _never_called, moe, False) == [""]

@@ -2,6 +2,7 @@ from .forced import forced_experts as forced_experts
 from .handle import HFModel as HFModel
 from .handle import Quantized as Quantized
 from .handle import check_unquantized as check_unquantized
+from .handle import is_quantized_model as is_quantized_model
 from .handle import quantized as quantized
 from .handle import read_hf_model as read_hf_model
 from .live_parts import producer as producer
@@ -24,6 +25,7 @@ __all__ = [
     "calibrate_quantized",
     "check_unquantized",
     "forced_experts",
+    "is_quantized_model",
     "producer",
     "quantized",
     "read_hf_model",

@@ -141,6 +141,11 @@ def quantized(model: nn.Module | Sequence[nn.Module] | Quantized) -> Quantized:
     return found
 
 
+def is_quantized_model(model: nn.Module | Sequence[nn.Module]) -> bool:
+    """Return whether the model was given quantizers, whatever wraps it now."""
+    return _handle_of(model) is not None
+
+
 def check_unquantized(model: nn.Module | Sequence[nn.Module]) -> None:
     """Raise QuantError if the model has quantizers already."""
     found = _handle_of(model)

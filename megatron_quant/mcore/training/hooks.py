@@ -1,7 +1,7 @@
 """Put quantizers into a model that somebody else's script builds and trains.
 
 :func:`prepare` with its keywords bound is a hook. Megatron-Bridge's ``register_pre_wrap_hook`` and
-Megatron-LM's ``ModelConfig.pre_wrap_hooks`` take it as it is. For a Megatron-LM without hooks,
+Megatron-LM's ``pre_wrap_hooks`` (core_v0.19) take it as it is. For an older Megatron-LM,
 :func:`wrap_provider` puts it behind the model provider.
 """
 
@@ -30,6 +30,7 @@ from megatron_quant.mcore.checkpoint import (
 )
 from megatron_quant.mcore.live import AttachSettings, Quantized, attach_recipe
 from megatron_quant.mcore.model import fill_model, start_distributed
+from megatron_quant.mcore.training.never_called import FirstCall
 from megatron_quant.mcore.training.plain_start import accept_plain, keys_apart
 from megatron_quant.recipes import QuantPlan, Recipe
 
@@ -173,13 +174,17 @@ def wrap_provider(
 
     The wrapper keeps the parameters of ``provider``, which differ between releases. Megatron-LM
     calls it once, or once for every virtual pipeline stage; the call for the last stage prepares
-    all chunks. Raises QuantError if ``provider`` is no model provider.
+    all chunks. Raises QuantError if ``provider`` is no model provider. A loop that never calls it,
+    and wraps another model for training, gets a QuantError there.
     """
+    inner = provider.func if isinstance(provider, functools.partial) else provider
+    name = str(getattr(inner, "__name__", inner))
     if "pre_process" not in inspect.signature(provider).parameters:
         raise QuantError(
-            f"{getattr(provider, '__name__', provider)} has no parameter pre_process, so it is no "
-            "model provider: give the function that pretrain takes as model_provider"
+            f"{name} has no parameter pre_process, so it is no model provider: give the function "
+            "that pretrain takes as model_provider"
         )
+    first_call = FirstCall(name)
     made: list[nn.Module] = []
     hook = functools.partial(
         prepare,
@@ -193,6 +198,7 @@ def wrap_provider(
 
     @functools.wraps(provider)
     def provide(*args: Any, **kwargs: Any) -> nn.Module:
+        first_call.came()
         chunk = provider(*args, **kwargs)
         made.append(chunk)
         if len(made) == (mpu.get_virtual_pipeline_model_parallel_world_size() or 1):
@@ -201,4 +207,5 @@ def wrap_provider(
             hook(chunks)
         return chunk
 
+    first_call.of(provide)
     return provide

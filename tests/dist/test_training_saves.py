@@ -142,6 +142,51 @@ def test_one_script_starts_and_goes_on(ranks: Ranks, moe: Path, tmp_path: Path) 
     assert first[0][1] != second[0][1]
 
 
+def _early(path: Path, run: Path, tp: int, steps: range) -> tuple[list[str], list[float | None]]:
+    """A run of static inputs, stopped after ``steps``; its lines, and the inputs' ranges."""
+    from megatron_quant.mcore.live import quantized
+    from megatron_quant.mcore.training import QuantCallback, Schedule, prepare
+    from megatron_quant.mcore.training.train_state import save_run
+    from tests.dist import live, training
+
+    model = training.build(path, live.Parallelism(tp))
+    model = prepare(model, "fp8", hf_model=str(path), checkpoint_if_present=run)
+    script, lines = training.wrap(model), []
+    callback = QuantCallback(Schedule(calibrate_before=3, warm_up=1, every=0), lines.append)
+    callback.start(script.model)
+    quantizers = [layer.quantizers for layer in quantized(model).layers]
+    for step in steps:
+        callback.on_step_begin(step)
+        assert {q.is_enabled for pair in quantizers for q in pair} == {step >= 4}, step
+        script.step(BATCHES)
+        callback.on_step_end(step)
+    save_run(run, steps.stop, {}, script.model, script.optimizer)
+    amaxes = [inputs.amax for _, inputs in quantizers]
+    return lines, [amax if amax is None else float(amax) for amax in amaxes]
+
+
+def _restored(path: Path, run: Path) -> None:
+    import megatron_quant as mq
+    from tests.dist import live, training
+
+    mq.restore(training.build(path, live.Parallelism()), run, hf_model=str(path))
+
+
+def test_a_run_goes_on_that_was_saved_before_its_calibration(
+    ranks: Ranks, moe: Path, tmp_path: Path
+) -> None:
+    """Its inputs get their ranges when they would have; who cannot find them is told so."""
+    run = tmp_path / "run"
+    ((_, without),) = ranks(1, _early, moe, run, 1, range(1))
+    assert set(without) == {None}
+    (error,) = ranks.errors(1, _restored, moe, run)
+    assert "before it was calibrated" in str(error)
+    for lines, found in ranks(2, _early, moe, run, 2, range(1, 5)):
+        assert None not in found
+    assert lines == [] or lines[0].startswith("quantizers: step 3: calibrated")
+    ranks(1, _restored, moe, run)
+
+
 def _left(path: Path, out: Path, recipe: str, stages: int) -> tuple[set[str], set[str]]:
     """Names in plain state dicts and in sharded ones, beyond those of the bare model."""
     import modelopt.torch.opt as mto

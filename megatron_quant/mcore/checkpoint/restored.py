@@ -25,6 +25,8 @@ from megatron_quant.mcore.checkpoint.torch_dist import BACKEND, TorchDist, open_
 from megatron_quant.mcore.model import LiveModel
 from megatron_quant.recipes import QuantPlan
 
+_OF_INPUTS = ".input_quantizer._amax"
+
 
 def open_stored(directory: Path | str, groups: Groups, skip_keys: Sequence[str] = ()) -> TorchDist:
     """Open the checkpoint in ``directory``, quantized or not. Collective.
@@ -83,20 +85,21 @@ def restore(
     scales. If they differ from those of ``saved``, the experts' weight scales are found again from
     the loaded weights, as if the model had been quantized so. Raises what :func:`store.load` does.
     """
-    _reserve(layers, cached)
+    inputs = not saved.in_training or any(_OF_INPUTS in key for key in saved.stored.shapes)
+    _reserve(layers, cached, inputs)
     store.load(model.chunks, saved.stored, model.groups)
     follow_weights(layers, model.groups)
     if scales is not ExpertScales(saved.expert_scales):
         _convert(layers, plan, model.groups, scales)
 
 
-def _reserve(layers: Sequence[QuantLayer], cached: Sequence[CachedTensor]) -> None:
+def _reserve(layers: Sequence[QuantLayer], cached: Sequence[CachedTensor], inputs: bool) -> None:
     """Give the quantizers everything that a calibration would, in the right shapes."""
     for layer in layers:
         device = layer.weights()[0].device
         shape = (len(layer.decisions), 1, 1) if layer.per_expert else ()
         layer.weight_quantizer.amax = torch.ones(shape, device=device)
-        if layer.static_inputs:
+        if layer.static_inputs and inputs:
             layer.input_quantizer.amax = torch.ones((), device=device)
         if layer.keeps_blocks:
             set_block_amax(layer.weight_quantizer, torch.zeros(_stat_shape(layer), device=device))

@@ -22,12 +22,15 @@ class Saved:
     recipe: None if it was saved without this library, for example by ModelOpt.
     expert_scales: one of ``schema.EXPERT_SCALES``; its experts' weight amaxes are of this kind.
     source: digest of the Hugging Face checkpoint that was quantized; empty if it is not known.
+    in_training: whether training goes on from it, which can find the ranges of inputs if it was
+        saved before any input had one.
     """
 
     stored: TorchDist
     recipe: Recipe | None
     expert_scales: str
     source: str = ""
+    in_training: bool = False
 
 
 def describe_run(

@@ -34,7 +34,8 @@ class Schedule:
     """When ranges are found, followed and frozen. Steps are counted from 0, before any training.
 
     A model that `prepare` filled from a checkpoint is calibrated and warmed up: it has the
-    checkpoint's ranges and runs quantized from its first step on.
+    checkpoint's ranges and runs quantized from its first step on. If the checkpoint is from before
+    its inputs had ranges, they are found as in a new run.
 
     calibrate_before: the first step whose inputs have ranges. The steps before it run unquantized
         and give the ranges. 0 if the model is calibrated already.
@@ -84,6 +85,7 @@ class QuantCallback:
         self._of: Quantized | None = None
         self._inputs: RunningInputs | None = None
         self._calibrated = False
+        self._warm = False
         self._fresh = True
         self._updates = 0
         self._step = 0  # steps that are done
@@ -120,6 +122,7 @@ class QuantCallback:
         self._inputs = RunningInputs(of.layers)
         inputs = [x.input_quantizer.amax for x in of.layers if x.static_inputs]
         self._calibrated = all(amax is not None for amax in inputs)
+        self._warm = self._calibrated and bool(of.stored)
         before_save(of.model, self._follow_weights)
 
     def calibrate(
@@ -145,7 +148,7 @@ class QuantCallback:
         if not self._calibrated and step >= self._calibrate_at(self._first):
             self._calibrate(step)
         quantized_from = self.schedule.calibrate_before + self.schedule.warm_up
-        on = self._calibrated and (bool(of.stored) or step >= quantized_from)
+        on = self._calibrated and (self._warm or step >= quantized_from)
         for layer in of.layers:
             quantizers = layer.quantizers if layer.decisions[0].inputs else layer.quantizers[:1]
             for quantizer in quantizers:

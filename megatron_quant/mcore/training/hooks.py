@@ -8,6 +8,7 @@ Megatron-LM's ``pre_wrap_hooks`` (core_v0.19) take it as it is. For an older Meg
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def prepare(
         a training run's directory. Weights and all ranges then come from it. If it holds no
         quantizers, weights come from it, and the loop may load it again before the first step.
     checkpoint_if_present: such a directory that may be absent or hold no save yet, like the one
-        that the run itself saves to. If it has a save, that goes before ``checkpoint``.
+        that the run itself saves to. If it has a save, that goes before ``checkpoint``. A save from
+        before the inputs had ranges is taken too: they are found as in a new run.
     hf_model: that model's directory or hub id (only config.json is read), or its config.
     expert_scales: None for those of the checkpoint; without a checkpoint, for shared ones.
     groups: the ranks that hold the model; None for all of torch.distributed's.
@@ -70,7 +72,9 @@ def prepare(
     together(groups, lambda: _check(model))
     start = _present(checkpoint_if_present, groups) or checkpoint
     stored = None if start is None else open_stored(Path(start), groups)
-    saved = read_saved(stored, groups) if stored and is_quantized(stored) else None
+    saved = None
+    if stored is not None and is_quantized(stored):
+        saved = replace(read_saved(stored, groups), in_training=True)
     apart = keys_apart(model)
     check = _trainable if saved is not None else _startable
     handle = attach_recipe(
@@ -79,7 +83,8 @@ def prepare(
     if stored is not None and saved is None:
         _fill_plain(handle, stored, apart)
     if saved is None:
-        _start_ranges(handle.layers, handle.plan, groups)
+        calibrate_weights(handle.layers, handle.plan, groups)
+    _await_ranges(handle.layers)
     before_save(handle.model, functools.partial(_follow_weights, handle))
     return model
 
@@ -109,10 +114,10 @@ def _follow_weights(handle: Quantized) -> None:
     refresh_weights(handle.layers, handle.plan, handle.model.groups)
 
 
-def _start_ranges(layers: Sequence[QuantLayer], plan: QuantPlan, groups: Groups) -> None:
-    calibrate_weights(layers, plan, groups)
+def _await_ranges(layers: Sequence[QuantLayer]) -> None:
+    """Turn inputs off that need a range and have none."""
     for layer in layers:
-        if layer.static_inputs:
+        if layer.static_inputs and layer.input_quantizer.amax is None:
             layer.input_quantizer.disable()
 
 

@@ -236,12 +236,16 @@ def _check_flags(options: QuantizeOptions) -> None:
             f"{given} does not go with --stream: its ranks share the tensors, no model is cut; "
             "leave one of them out"
         )
-    for flag in ("megatron_load_path", "megatron_save_path"):
-        if getattr(options, flag) is not None:
-            raise QuantError(
-                f"--{flag.replace('_', '-')} needs a Megatron model, and --stream has none: leave "
-                "one of them out"
-            )
+    if options.megatron_load_path is not None:
+        raise QuantError(
+            "--stream reads Hugging Face checkpoints, not --megatron-load-path: leave out "
+            "--stream; every rank of torchrun then loads its share of the model (--tp, --pp, --ep)"
+        )
+    if options.megatron_save_path is not None:
+        raise QuantError(
+            "--megatron-save-path needs a Megatron model, and --stream has none: leave one of them "
+            "out"
+        )
     if options.eval_text:
         raise QuantError(
             "--eval-text needs a Megatron model, and --stream has none: run megatron-quant eval on "

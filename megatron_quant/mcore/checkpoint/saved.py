@@ -15,7 +15,7 @@ _SCHEMA = 1
 _APART = re.compile(r"\.experts\.\d+\.linear_fc\d\.weight_quantizer\._amax$")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Saved:
     """A checkpoint with quantizers.
 
@@ -54,7 +54,7 @@ def parse_description(stored: TorchDist, description: Any) -> Saved:
     """
     if description is None:
         apart = any(map(_APART.search, stored.shapes))
-        return Saved(stored, None, EXPERT_SCALES[apart])
+        return Saved(stored=stored, recipe=None, expert_scales=EXPERT_SCALES[apart])
     try:
         schema, scales = description["schema"], description["expert_scales"]
         recipe = dict(description["recipe"])
@@ -68,7 +68,8 @@ def parse_description(stored: TorchDist, description: Any) -> Saved:
         raise _unreadable(stored, f"expert_scales is {scales!r}")
     try:
         source = str(description.get("source", ""))
-        return Saved(stored, parse_recipe(name, recipe), scales, source)
+        parsed = parse_recipe(name, recipe)
+        return Saved(stored=stored, recipe=parsed, expert_scales=scales, source=source)
     except RecipeError as e:
         raise _unreadable(stored, str(e)) from None
 

@@ -34,13 +34,15 @@ _NVFP4, _W4A4 = {"weights": "nvfp4"}, {"weights": "nvfp4", "inputs": "nvfp4"}
 _INT4 = {"weights": {"format": "int4", "group_size": 128}}
 _INT4_ASYM = {"weights": {"format": "int4_asym", "group_size": 128}}
 _FP8 = {"weights": "fp8"}
-_ALGORITHMS = ("max", "mse", "imatrix", "gptq")
+_W8A8 = {"weights": "int8", "inputs": "int8"}
+_ALGORITHMS = ("max", "mse", "imatrix", "awq", "gptq")
 ROWS = [
     *(("int4 g128", _INT4, a) for a in _ALGORITHMS),
     *(("int4_asym g128", _INT4_ASYM, a) for a in _ALGORITHMS),
-    *(("nvfp4", _NVFP4, a) for a in ("max", "four_over_six", "mse", "imatrix", "gptq")),
-    *(("nvfp4 W4A4", _W4A4, a) for a in ("max", "mse", "gptq")),
+    *(("nvfp4", _NVFP4, a) for a in ("max", "four_over_six", "mse", "imatrix", "awq", "gptq")),
+    *(("nvfp4 W4A4", _W4A4, a) for a in ("max", "mse", "awq", "smoothquant", "gptq")),
     *(("fp8", _FP8, a) for a in ("max", "gptq")),
+    *(("int8 W8A8", _W8A8, a) for a in ("max", "smoothquant")),
 ]
 """(bits, rule without its algorithm, algorithm), in the order of the table."""
 _HEADER = "model|storage|by|KL, millinats|+-|of max's|perplexity|export, CPU s"

@@ -7,6 +7,7 @@ from .calibration import load_inputs as load_inputs
 from .calibration import refresh_weights as refresh_weights
 from .calibration_file import AMAX as AMAX
 from .calibration_file import MOMENT as MOMENT
+from .calibration_file import PEAKS as PEAKS
 from .calibration_file import SQUARES as SQUARES
 from .calibration_file import CalibrationFile as CalibrationFile
 from .calibration_file import Late as Late
@@ -42,6 +43,7 @@ from .training import update_inputs as update_inputs
 __all__ = [
     "AMAX",
     "MOMENT",
+    "PEAKS",
     "SQUARES",
     "CalibrationFile",
     "CalibrationKeeper",

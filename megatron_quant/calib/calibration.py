@@ -21,6 +21,7 @@ from megatron_quant.calib.squares import merged_squares, summed_squares
 from megatron_quant.calib.sync import merge_max, merge_sum
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CalibrationError
+from megatron_quant.folding import Fold
 from megatron_quant.formats import amax
 from megatron_quant.layers import QuantLayer
 from megatron_quant.recipes import Decision, QuantPlan, accept_cold, check_reached, largest_shared
@@ -46,7 +47,9 @@ class CalibrationReport:
         cold: Weights of experts that saw no token. Where their inputs have a static scale they took
             the layer's largest amax, and where squares or products count those of the whole layer.
         moments: Sum of the squares of each weight's inputs, if they count (imatrix and gptq).
-        squares: Squares of the inputs of this rank's layers of ``imatrix``, by layer name.
+        squares: Statistics of each channel of the inputs of this rank's layers but gptq's, by layer
+            name.
+        fold: What was folded into the weights of the whole model.
     """
 
     weight_amax: Mapping[str, float]
@@ -56,6 +59,7 @@ class CalibrationReport:
     cold: tuple[str, ...]
     moments: Mapping[str, float] = field(default_factory=dict)
     squares: Mapping[str, Merged] = field(default_factory=dict, repr=False, compare=False)
+    fold: Fold = field(default_factory=Fold, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,7 @@ def calibrate(
     groups: Groups,
     forwards: Iterable[Callable[[], object]] = (),
     rules: InputRules = DEFAULTS,
+    fold: "FoldWeights | None" = None,
 ) -> CalibrationReport:
     """Fill the quantizers of ``layers``; every rank of ``groups`` calls it.
 
@@ -102,6 +107,7 @@ def calibrate(
         forwards: Functions that run one batch each through the model; used only if inputs are
             measured.
         rules: How the scales of inputs follow from what the forwards showed.
+        fold: Folds factors into the weights, by what was measured; None where nothing is folded.
 
     Raises:
         CalibrationError: On every rank alike, for a weight or input that is not finite, a layer
@@ -111,7 +117,7 @@ def calibrate(
     """
     weights = _merge_weights(layers, plan, groups)
     clips = rules.act_percentile < 100
-    weighted = [x for x in layers if x.weighted and not x.rounds]
+    weighted = [x for x in layers if x.needs_channels and not x.rounds]
     with (
         histograms(layers if clips else ()) as seen,
         summed_squares(weighted, groups, rules.counted) as sums,
@@ -126,14 +132,20 @@ def calibrate(
         static = {name: value for name, value in inputs.items() if plan.by_name[name].static}
         scaled = inputs | clip(plan, static, seen, rules.act_percentile, groups)
     cold = _cold(plan, tokens, rules.cold_experts)
+    squares: dict[str, Merged] = {}
+    if any(d.needs_channels and not d.rounds for d in plan.quantized):
+        squares = merged_squares(weighted, groups, sums, rules.loaded)
+    folded = Fold()
+    if fold is not None:
+        folded = fold(squares)
+        weights = _merge_weights(layers, plan, groups)
+        scaled = scaled | _divided_inputs(layers, plan, squares, folded, groups)
     _load_weights(layers, plan, weights)
     load_inputs(layers, plan, scaled)
-    squares = {}
-    if any(d.weighted and not d.rounds for d in plan.quantized):
-        squares = merged_squares(weighted, groups, sums, rules.loaded)
     find_tensor_scales(layers, plan, groups)
     others = [layer for layer in layers if not layer.rounds]
-    find_block_scales(others, groups, {n: found.squares_EK for n, found in squares.items()})
+    weights_EK = {x.name: _divided(x, squares[x.name], folded) for x in weighted if x.weighted}
+    find_block_scales(others, groups, weights_EK)
     replicas = 1 if rules.loaded else rules.token_replicas
     counts = {slot: count // replicas for slot, count in tokens.items()}
     return CalibrationReport(
@@ -143,7 +155,45 @@ def calibrate(
         tokens=counts,
         cold=cold,
         squares=squares,
+        fold=folded,
     )
+
+
+FoldWeights = Callable[[Mapping[str, Merged]], Fold]
+"""Folds factors into the live weights by statistics by layer name. Collective."""
+
+
+def _divided(layer: QuantLayer, found: Merged, fold: Fold) -> torch.Tensor:
+    """Return the squares of the inputs, each divided by its factor: fp32 [E, K]."""
+    rows = []
+    for decision, squares_K in zip(layer.decisions, found.squares_EK, strict=True):
+        factors = fold.inputs(f"{decision.slot.sources[0]}.weight")
+        rows.append(
+            squares_K if factors is None else squares_K / factors.to(squares_K.device).square()
+        )
+    return torch.stack(rows)
+
+
+def _divided_inputs(
+    layers: Sequence[QuantLayer],
+    plan: QuantPlan,
+    found: Mapping[str, Merged],
+    fold: Fold,
+    groups: Groups,
+) -> dict[str, float]:
+    """Return the largest inputs, each channel divided by its factor, by slot name. Collective."""
+    own: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        for index, decision in enumerate(layer.decisions):
+            if decision.static and decision.needs_peaks:
+                peaks_EK = found[layer.name].peaks
+                assert peaks_EK is not None, "peaks are beside squares"
+                factors = fold.inputs(f"{decision.slot.sources[0]}.weight")
+                peaks_K = peaks_EK[index]
+                divided = peaks_K if factors is None else peaks_K / factors.to(peaks_K.device)
+                own[decision.slot.name] = divided.max()
+    names = [d.slot.name for d in plan.quantized if d.static and d.needs_peaks]
+    return merge_max(names, own, groups) if names else {}
 
 
 def calibrate_weights(

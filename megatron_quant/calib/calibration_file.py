@@ -5,6 +5,7 @@ It is a safetensors file. For each Hugging Face module whose inputs were measure
 - ``MODULE.input_amax``, fp32 []: their largest magnitude, which a percentile may have clipped.
 - ``MODULE.input_tokens``, int64 []: tokens that were seen; 0 for an expert that saw none.
 - ``MODULE.input_squares``, fp32 [K]: sums of squares.
+- ``MODULE.input_peaks``, fp32 [K]: largest magnitudes; 0 for an expert that saw no token.
 - ``MODULE.input_moment``, fp32 [K, K]: sums of x x^T. Fused modules read the same inputs, so it is
   kept once, under the first of them.
 
@@ -37,6 +38,7 @@ from megatron_quant.errors import CalibrationError, CheckpointError, ExportError
 from megatron_quant.recipes import Decision
 
 AMAX, TOKENS, SQUARES, MOMENT = "input_amax", "input_tokens", "input_squares", "input_moment"
+PEAKS = "input_peaks"
 _FLAG = "--save-calibration"
 
 
@@ -178,7 +180,8 @@ class CalibrationFile:
 
         Args:
             modules: Hugging Face modules.
-            statistic: :data:`AMAX`, :data:`TOKENS`, :data:`SQUARES` or :data:`MOMENT`.
+            statistic: :data:`AMAX`, :data:`TOKENS`, :data:`SQUARES`, :data:`PEAKS` or
+                :data:`MOMENT`.
             shape: Shape that it has to have.
 
         Raises:

@@ -90,6 +90,7 @@ class InputSums:
 
     Attributes:
         sums: fp32 [E, R, K] of products, R rows of the matrix; [E, k] of squares, k given columns.
+        peaks: fp32 [E, k], largest magnitudes of the given columns, where these are summed.
         tokens: int64 [E].
     """
 
@@ -106,6 +107,7 @@ class InputSums:
         shape = (place.inputs, rows, place.cols) if products else (place.inputs, _given(place))
         self.place, self.products = place, products
         self.sums = torch.zeros(shape, device=device)
+        self.peaks = torch.zeros(place.inputs, _given(place), device=device)
         self.tokens = torch.zeros(place.inputs, dtype=torch.int64)
         self._left = most
 
@@ -127,15 +129,16 @@ class InputSums:
                 return
             self._left -= 1
         self.tokens += torch.tensor(splits)
-        for total, part_TK in zip(self.sums, x_TK.split(splits), strict=True):
+        for index, part_TK in enumerate(x_TK.split(splits)):
             for some_TK in part_TK.split(_TOKENS):
-                self._add(total, some_TK.float())
+                self._add(index, some_TK.float())
 
-    def _add(self, total: Tensor, x_TK: Tensor) -> None:
+    def _add(self, index: int, x_TK: Tensor) -> None:
         if self.products:
-            total.addmm_(x_TK[:, self.place.own].mT, x_TK)
-        else:
-            total += x_TK.square().sum(0)
+            self.sums[index].addmm_(x_TK[:, self.place.own].mT, x_TK)
+        elif len(x_TK):
+            self.sums[index] += x_TK.square().sum(0)
+            self.peaks[index] = torch.maximum(self.peaks[index], x_TK.abs().amax(0))
 
     @torch.no_grad()
     def merged(self) -> "Merged":
@@ -146,7 +149,14 @@ class InputSums:
             sums, tokens = (ordered_sum(v, place.shards) for v in (sums, tokens))
         elif place.cut or (self.products and place.own != slice(0, place.cols)):
             sums = joined(sums, 1, place.shards)
-        return Merged(sums, tokens)
+        return Merged(sums, tokens, None if self.products else self._merged_peaks())
+
+    def _merged_peaks(self) -> Tensor:
+        place = self.place
+        peaks = max_reduce(self.peaks, place.replicas)
+        if place.split:
+            return max_reduce(peaks, place.shards)
+        return joined(peaks, 1, place.shards) if place.cut else peaks
 
 
 def _given(place: InputPlace) -> int:
@@ -155,10 +165,17 @@ def _given(place: InputPlace) -> int:
 
 @dataclass(frozen=True)
 class Merged:
-    """Sums of squares [E, K] or products [E, K, K] over all tokens, fp32, and their number [E]."""
+    """Statistics over all tokens, fp32.
+
+    Attributes:
+        sums: Sums of squares [E, K], or of products [E, K, K].
+        tokens: Their number [E].
+        peaks: Largest magnitudes [E, K]; None beside products.
+    """
 
     sums: Tensor
     tokens: Tensor
+    peaks: Tensor | None = None
 
     @property
     def squares_EK(self) -> Tensor:

@@ -10,6 +10,7 @@ from megatron_quant.calib.calibration import CalibrationReport
 from megatron_quant.calib.calibration_file import (
     AMAX,
     MOMENT,
+    PEAKS,
     SQUARES,
     TOKENS,
     CalibrationWriter,
@@ -34,12 +35,14 @@ class SquareSums:
 
     def add(self, layer: QuantLayer, found: Merged) -> None:
         """Add a layer's."""
-        for decision, squares_K in zip(layer.decisions, found.squares_EK, strict=True):
-            self._own[decision.slot.name] = squares_K.sum()
+        for index, decision in enumerate(layer.decisions):
+            of_channels = found.squares_EK if decision.needs_squares else found.peaks
+            assert of_channels is not None, "peaks are beside squares"
+            self._own[decision.slot.name] = of_channels[index].sum()
 
     def merged(self, plan: QuantPlan, groups: Groups) -> dict[str, float]:
         """Return those of all ranks by slot name, on every rank. Collective."""
-        names = [d.slot.name for d in plan.quantized if d.weighted or d.rounds]
+        names = [d.slot.name for d in plan.quantized if d.needs_channels]
         return merge_max(names, self._own, groups) if names else {}
 
 
@@ -85,9 +88,10 @@ class CalibrationKeeper:
         for decision in self._plan.measured:
             slot = decision.slot
             cols = slot.shape[1]
-            if decision.weighted or decision.rounds:
+            needed = {SQUARES: decision.needs_squares, PEAKS: decision.needs_peaks}
+            for statistic in (name for name, is_needed in needed.items() if is_needed):
                 for module in slot.sources:
-                    yield statistic_key(module, SQUARES), (torch.float32, (cols,))
+                    yield statistic_key(module, statistic), (torch.float32, (cols,))
             if decision.rounds and self._hessians:
                 key = statistic_key(slot.sources[0], MOMENT)
                 yield key, (torch.float32, (cols, cols))
@@ -105,7 +109,10 @@ class CalibrationKeeper:
         for index, decision in enumerate(layer.decisions):
             sources = decision.slot.sources
             for module in sources:
-                writer.put(statistic_key(module, SQUARES), found.squares_EK[index])
+                if decision.needs_squares:
+                    writer.put(statistic_key(module, SQUARES), found.squares_EK[index])
+                if decision.needs_peaks and found.peaks is not None:
+                    writer.put(statistic_key(module, PEAKS), found.peaks[index])
             if self._hessians and decision.rounds:
                 writer.put(statistic_key(sources[0], MOMENT), found.sums[index])
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_quant.calib.calibration_file import SQUARES, CalibrationFile
+from megatron_quant.calib.calibration_file import PEAKS, SQUARES, CalibrationFile
 from megatron_quant.calib.input_sums import InputSums, Merged, complete, watch_sums
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CalibrationError
@@ -49,10 +49,17 @@ def merged_squares(
 
 
 def _read(layer: QuantLayer, file: CalibrationFile) -> Merged:
+    first, device = layer.decisions[0], layer.weights()[0].device
     slots = [decision.slot for decision in layer.decisions]
-    rows = [file.needed(slot.sources, SQUARES, (slot.shape[1],)) for slot in slots]
-    tokens = torch.ones(len(rows), dtype=torch.int64)
-    return Merged(torch.stack(rows).to(layer.weights()[0].device), tokens)
+
+    def read(statistic: str, needed: bool) -> torch.Tensor:
+        if not needed:
+            return torch.zeros(len(slots), first.slot.shape[1], device=device)
+        rows = [file.needed(slot.sources, statistic, (slot.shape[1],)) for slot in slots]
+        return torch.stack(rows).to(device)
+
+    squares, peaks = read(SQUARES, first.needs_squares), read(PEAKS, first.needs_peaks)
+    return Merged(squares, torch.ones(len(slots), dtype=torch.int64), peaks)
 
 
 def check_sums(layer: QuantLayer, found: Merged) -> Merged:

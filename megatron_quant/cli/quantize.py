@@ -11,6 +11,7 @@ from megatron_quant.cli.serving import add_dialect, add_layout, add_serving, arg
 from megatron_quant.cli.tables import (
     engines_table,
     files_table,
+    folding_table,
     needs,
     planning_lines,
     rules_table,
@@ -104,7 +105,7 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         "--weight-only",
         action="store_true",
         help="quantize no activations, whatever the recipe says; needs no forward, unless the "
-        "algorithm is imatrix or gptq",
+        "algorithm is imatrix, gptq or awq",
     )
     group.add_argument(
         "--keep-scales",
@@ -126,13 +127,15 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--algorithm",
-        choices=("max", "mse", "imatrix", "gptq"),
+        choices=("max", "mse", "imatrix", "gptq", "awq", "smoothquant"),
         help="how to quantize weights, instead of as the recipe says. max: the largest magnitude "
         "makes the scale. mse: searches for the least squared error; needs no data, and may do "
         "harm at 4 bits if inputs have outliers. imatrix: the same search, with each column "
         "weighted by the squares of its calibrated inputs. gptq: imatrix's scales, then columns "
         "are rounded one after another, each making up for the errors of those before; loses "
-        "least, takes the most time and memory",
+        "least, takes the most time and memory. awq, smoothquant: large channels of inputs are "
+        "divided, and columns of weights multiplied, by factors that are folded into the norm or "
+        "linear before; then scales as imatrix, or as max",
     )
     group.add_argument(
         "--damp",
@@ -140,6 +143,13 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         metavar="D",
         help="for gptq: the share of the mean diagonal of the inputs' second moment that is added "
         "to it, above 0 and at most 1 (default 0.01, for nvfp4 0.05); more trusts the data less",
+    )
+    group.add_argument(
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="for awq and smoothquant: how far to move, from 0 to 1 (default: awq searches each "
+        "place's, smoothquant takes 0.5)",
     )
     _data_flags(group)
 
@@ -277,6 +287,8 @@ def _print_plan(job: "mq.Job", args: argparse.Namespace) -> None:
     out = console()
     out.print(weights_table(job, args.verbose))
     out.print(rules_table(job))
+    if (folding := folding_table(job, args.verbose)) is not None:
+        out.print(folding)
     out.print(files_table(job.exported, args.verbose))
     out.print(engines_table(job, args.serve_tp))
     for line in needs(job, args.calib_size * args.calib_seq_length):

@@ -1,5 +1,6 @@
 """Tables: the coverage audit, the files of a plan, and the quantization statistics."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 
@@ -119,6 +120,24 @@ def needs(job: "mq.Job", tokens: int) -> Iterator[str]:
         largest = max(one.nbytes for one in job.moments)
         times = f"{len(job.moments)} {'time' if len(job.moments) == 1 else 'times'}"
         yield f"second moments of inputs: {size(largest)} on a rank, the data runs {times} more"
+
+
+def folding_table(job: "mq.Job", verbose: bool = False) -> Table | None:
+    """List where awq and smoothquant fold factors, and where they do not; None without them."""
+    places = job.places
+    if not places.folded and not places.left:
+        return None
+    table = Table("Place", "Count", "Folded", title="Factors")
+    rows: list[tuple[str, str]] = [(p.name, f"into {len(p.after)} weights") for p in places.folded]
+    rows += [(left.name, f"no: {left.reason}") for left in places.left]
+    kinds = collapse(rows, lambda r: r[0], lambda r: _numberless(r[1]), layers=not verbose)
+    for name, members in kinds:
+        table.add_row(escape(name), str(len(members)), escape(members[0][1]))
+    return table
+
+
+def _numberless(text: str) -> str:
+    return re.sub(r"\.\d+\.", ".", text)
 
 
 def sizes_line(plan: "mq.ExportPlan") -> str:

@@ -39,7 +39,7 @@ _ALL = (
         ),
         largest=_E4M3_MAX,
         inputs=("fp8", None),
-        algorithms=("max", "mse", "gptq"),
+        algorithms=("max", "mse", "gptq", "awq", "smoothquant"),
     ),
     # E4M3 with a scale per row: an output channel of a weight, a token of an activation.
     Format(
@@ -49,7 +49,7 @@ _ALL = (
         fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _F32, _ROW)),
         arithmetic=Arithmetic(scale="fp8", divide="exact", element="e4m3", loop="E4M3"),
         inputs=("fp8_channel", None),
-        algorithms=("max", "mse", "imatrix", "gptq"),
+        algorithms=("max", "mse", "imatrix", "gptq", "awq", "smoothquant"),
     ),
     # E4M3 with a scale per 128 x 128 block (DeepSeek-V3).
     Format(
@@ -59,7 +59,7 @@ _ALL = (
         fields=(Field("elements", _E4M3, (1, 1)), Field("scale", _F32, (128, 128))),
         arithmetic=Arithmetic(scale="fp8", divide="exact", element="e4m3", loop="E4M3"),
         inputs=("fp8_group", None),
-        algorithms=("max", "mse", "imatrix", "gptq"),
+        algorithms=("max", "mse", "imatrix", "gptq", "awq", "smoothquant"),
     ),
     # E4M3 with a scale per 1 x 128: the activations that go with fp8_block.
     Format(
@@ -77,7 +77,7 @@ _ALL = (
         fields=(Field("elements", _I8, (1, 1)), Field("scale", _F32, _ROW)),
         arithmetic=Arithmetic(scale="int8_fp32", divide="exact", element="int8", loop="INT8"),
         inputs=("int8", "int8_tensor"),
-        algorithms=("max", "mse", "imatrix", "gptq"),
+        algorithms=("max", "mse", "imatrix", "gptq", "awq", "smoothquant"),
     ),
     # INT8 with one scale: static activations.
     Format(
@@ -99,7 +99,7 @@ _ALL = (
         ),
         group_sizes=_SIZES,
         inputs=(None, "fp8", "fp8_channel"),
-        algorithms=("max", "mse", "imatrix", "gptq"),
+        algorithms=("max", "mse", "imatrix", "gptq", "awq", "smoothquant"),
     ),
     # Asymmetric: value = (code - zero) * scale, zero a code in 0..15.
     Format(
@@ -117,7 +117,7 @@ _ALL = (
         zero_point=True,
         group_sizes=_SIZES,
         inputs=(None, "fp8"),
-        algorithms=("max", "mse", "imatrix", "gptq"),
+        algorithms=("max", "mse", "imatrix", "gptq", "awq", "smoothquant"),
     ),
     # Symmetric INT8 in groups: four codes (value + 128) an int32.
     Format(
@@ -130,7 +130,7 @@ _ALL = (
         ),
         group_sizes=_SIZES,
         inputs=(None,),
-        algorithms=("max", "mse", "imatrix", "gptq"),
+        algorithms=("max", "mse", "imatrix", "gptq", "awq"),
     ),
     # NVFP4: two E2M1 codes a byte (low nibble first), E4M3 scale per 16, fp32 scale per tensor.
     Format(
@@ -149,7 +149,7 @@ _ALL = (
         full_blocks=True,
         scale_bits=(4, 3),
         inputs=("nvfp4", None),
-        algorithms=("max", "mse", "imatrix", "four_over_six", "gptq"),
+        algorithms=("max", "mse", "imatrix", "four_over_six", "gptq", "awq", "smoothquant"),
     ),
     # OCP microscaling: E8M0 scale (exponent + 127) per 32; E4M3 and E2M1 elements.
     Format(
@@ -161,7 +161,7 @@ _ALL = (
         full_blocks=True,
         scale_bits=(8, 0),
         inputs=("mxfp8", None),
-        algorithms=("max", "gptq"),
+        algorithms=("max", "gptq", "awq", "smoothquant"),
     ),
     Format(
         name="mxfp4",
@@ -172,7 +172,7 @@ _ALL = (
         full_blocks=True,
         scale_bits=(8, 0),
         inputs=(None, "mxfp4"),
-        algorithms=("max", "gptq"),
+        algorithms=("max", "gptq", "awq", "smoothquant"),
     ),
 )
 

@@ -101,6 +101,11 @@ class QuantLayer:
         return self.decisions[0].weighted
 
     @property
+    def needs_channels(self) -> bool:
+        """Return whether calibration data must show each channel of the inputs."""
+        return self.decisions[0].needs_channels
+
+    @property
     def rounds(self) -> bool:
         """Return whether codes are chosen by the second moments of the inputs (gptq)."""
         return self.decisions[0].rounds

@@ -26,6 +26,7 @@ from .schema import Recipe as Recipe
 from .schema import Rule as Rule
 from .schema import weight_only as weight_only
 from .schema import with_algorithm as with_algorithm
+from .schema import with_alpha as with_alpha
 from .schema import with_damp as with_damp
 from .schema import with_kv_cache as with_kv_cache
 
@@ -58,6 +59,7 @@ __all__ = [
     "to_document",
     "weight_only",
     "with_algorithm",
+    "with_alpha",
     "with_damp",
     "with_kv_cache",
 ]

@@ -36,6 +36,8 @@ def rule_document(rule: Rule) -> dict[str, Any]:
         document["algorithm"] = rule.algorithm
     if rule.damp is not None:
         document["damp"] = rule.damp
+    if rule.alpha is not None:
+        document["alpha"] = rule.alpha
     if rule.allow_output:
         document["allow_output"] = True
     return document

@@ -27,6 +27,10 @@ _FOUR_OVER_SIX = {
     "stop_multiplier": 1.5,
     "step_size": 0.5,
 }
+_AWQ = {"awq_lite": "awq", "awq_full": "awq", "awq_clip": "imatrix"}
+"""ModelOpt's kinds of AWQ: our scales are searched by the inputs too, as awq_clip's are."""
+_SMOOTHQUANT_ALPHA = 1.0
+"""ModelOpt's default."""
 _NVFP4 = {-1: 16, "scale_bits": (4, 3)}
 _MX = {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}
 # (format, side, ModelOpt's attributes). Without a side they mean the same on both sides.
@@ -69,7 +73,7 @@ def load_preset(name: str) -> Recipe:
     """
     base, *others = name.split("+")
     where = f"ModelOpt preset {name}"
-    algorithm = _algorithm(_preset(base), where)
+    algorithm, alpha = _algorithm(_preset(base), where)
     for other in others:
         if _preset(other).get("algorithm") not in _MAX:
             raise RecipeError(
@@ -80,6 +84,7 @@ def load_preset(name: str) -> Recipe:
     entries = [entry for e in raw if (entry := _read(e, where)) is not None]
     kv_cache = _kv_cache(raw, where)
     rules = _rules(entries, algorithm, where)
+    rules = tuple(replace(r, alpha=alpha) if r.weights is not None else r for r in rules)
     if not rules:
         raise RecipeError(
             f"{where} quantizes no weight: add it to one that does, as in NVFP4_DEFAULT_CFG+{name}"
@@ -99,16 +104,25 @@ def _raw_entries(name: str) -> list[Any]:
     return list(modelopt_config().normalize_quant_cfg_list(_preset(name)["quant_cfg"]))
 
 
-def _algorithm(preset: Mapping[str, Any], where: str) -> str:
+def _algorithm(preset: Mapping[str, Any], where: str) -> tuple[str, float | None]:
+    """Return the algorithm that ours calls so, and its alpha where it has one."""
     algorithm = preset.get("algorithm")
     if algorithm in _MAX:
-        return "max"
+        return "max", None
     if algorithm == _SWEEP:
-        return "mse"
+        return "mse", None
     if algorithm == _FOUR_OVER_SIX:
-        return "four_over_six"
+        return "four_over_six", None
+    stated: Mapping[str, Any]
+    stated = {"method": algorithm} if isinstance(algorithm, str) else algorithm or {}
+    method = str(stated.get("method"))
+    if method in _AWQ and stated.keys() <= {"method", "alpha_step"}:
+        return _AWQ[method], None
+    if method == "smoothquant" and stated.keys() <= {"method", "alpha"}:
+        return method, float(stated.get("alpha", _SMOOTHQUANT_ALPHA))
     raise RecipeError(
-        f"{where}: algorithm {algorithm!r} is not supported, only max, mse and four_over_six are"
+        f"{where}: algorithm {algorithm!r} is not supported, only max, mse, four_over_six, awq and "
+        "smoothquant are"
     )
 
 
@@ -164,6 +178,11 @@ def _read_disabled(
 
 
 def _format(cfg: Any, side: str, where: str) -> Format:
+    if isinstance(cfg, list | tuple) and len(cfg) == 2 and side == "weights":
+        # INT4 whose group scales are such that FP8 kernels can multiply it
+        first, second = cfg
+        if _set_values(second, where) == {"num_bits": (4, 3)}:
+            cfg = first
     attributes = _set_values(cfg, where)
     for name, of_side, known in _FORMATS:
         if attributes == known and of_side in ("", side):

@@ -10,13 +10,14 @@ from megatron_quant.recipes.schema import (
     SUPPORTED,
     Recipe,
     Rule,
+    checked_alpha,
     checked_format,
     checked_kv_cache,
     checked_rule,
 )
 
 _TOP = ("description", "rules", "kv_cache")
-_RULE = ("quantize", "exclude", "weights", "inputs", "algorithm", "damp", "allow_output")
+_RULE = ("quantize", "exclude", "weights", "inputs", "algorithm", "damp", "alpha", "allow_output")
 
 
 def parse_recipe(name: str, document: Any) -> Recipe:
@@ -50,8 +51,8 @@ def _parse_rule(value: Any, where: str) -> Rule:
     if "exclude" in rule:
         if len(rule) > 1:
             raise RecipeError(
-                f"{where}: weights, inputs, algorithm, damp and allow_output belong to quantize, "
-                "not to exclude"
+                f"{where}: weights, inputs, algorithm, damp, alpha and allow_output belong to "
+                "quantize, not to exclude"
             )
         return Rule(patterns=_parse_patterns(rule["exclude"], f"{where}, exclude"))
     if "weights" not in rule:
@@ -61,9 +62,10 @@ def _parse_rule(value: Any, where: str) -> Rule:
     inputs = None
     if rule.get("inputs") is not None:
         inputs = _parse_format(rule["inputs"], f"{where}, inputs")
-    algorithm, damp = rule.get("algorithm", "max"), rule.get("damp")
+    algorithm, damp, alpha = rule.get("algorithm", "max"), rule.get("damp"), rule.get("alpha")
     checked = checked_rule(patterns, weights, inputs, where, algorithm, damp)
-    return replace(checked, allow_output=_flag(rule, "allow_output", where))
+    checked_alpha(alpha, algorithm, where)
+    return replace(checked, alpha=alpha, allow_output=_flag(rule, "allow_output", where))
 
 
 def _flag(rule: Mapping[str, Any], key: str, where: str) -> bool:

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_quant.formats import Format
-from megatron_quant.recipes.schema import ROUNDING
+from megatron_quant.recipes.schema import FOLDING, ROUNDING
 
+_BY_INPUTS = ("imatrix", ROUNDING, "awq")
+"""Algorithms whose searches for scales weigh columns by their inputs."""
 OUTPUT = "output"
 """:attr:`Slot.fixed` of the output layer, which a rule may name all the same."""
 
@@ -58,6 +60,7 @@ class Decision:
         inputs: Format of the activations that the weight multiplies; None for weight-only.
         algorithm: How the weight is quantized, one of ``schema.ALGORITHMS``.
         damp: That of algorithm gptq; the format's default where None.
+        alpha: That of algorithms awq and smoothquant; None for their default.
     """
 
     slot: Slot
@@ -66,6 +69,12 @@ class Decision:
     inputs: Format | None = None
     algorithm: str = "max"
     damp: float | None = None
+    alpha: float | None = None
+
+    @property
+    def treatment(self) -> tuple[object, ...]:
+        """Return all that decides on the weight's bytes."""
+        return self.weights, self.inputs, self.algorithm, self.damp, self.alpha
 
     @property
     def quantized(self) -> bool:
@@ -75,9 +84,9 @@ class Decision:
     @property
     def search(self) -> str:
         """Return the search that chooses scales, a key of ``formats.MULTIPLIERS``; or empty."""
-        name = "mse" if self.algorithm in ("imatrix", ROUNDING) else self.algorithm
+        name = "mse" if self.algorithm in _BY_INPUTS else self.algorithm
         searched = self.weights is not None and name in self.weights.algorithms
-        return name if searched and name != "max" else ""
+        return name if searched and name in ("mse", "four_over_six") else ""
 
     @property
     def searches_tensor(self) -> bool:
@@ -92,7 +101,7 @@ class Decision:
     @property
     def weighted(self) -> bool:
         """Return whether that search weighs each column by the squares of its inputs."""
-        by_inputs = self.algorithm in ("imatrix", ROUNDING)
+        by_inputs = self.algorithm in _BY_INPUTS
         return by_inputs and self.weights is not None and "imatrix" in self.weights.algorithms
 
     @property
@@ -101,9 +110,29 @@ class Decision:
         return self.algorithm == ROUNDING
 
     @property
+    def folds(self) -> bool:
+        """Return whether factors of its inputs move into it first (awq, smoothquant)."""
+        return self.algorithm in FOLDING
+
+    @property
+    def needs_squares(self) -> bool:
+        """Return whether it is quantized by the squares of its inputs' channels, or products."""
+        return self.weighted or self.rounds or self.algorithm == "awq"
+
+    @property
+    def needs_peaks(self) -> bool:
+        """Return whether it is quantized by the largest magnitudes of its inputs' channels."""
+        return self.folds and (self.static or self.algorithm == "smoothquant")
+
+    @property
+    def needs_channels(self) -> bool:
+        """Return whether calibration data must show each channel of the inputs."""
+        return self.quantized and (self.needs_squares or self.needs_peaks)
+
+    @property
     def measured(self) -> bool:
         """Return whether calibration data must show the inputs."""
-        return self.quantized and (self.static or self.weighted or self.rounds)
+        return self.quantized and (self.static or self.needs_channels)
 
     @property
     def static(self) -> bool:
@@ -157,8 +186,13 @@ class QuantPlan:
 
     @property
     def weighs_inputs(self) -> bool:
-        """Return whether weights are quantized by the squares or products of their inputs."""
-        return any(d.weighted or d.rounds for d in self.quantized)
+        """Return whether weights are quantized by statistics of each channel of their inputs."""
+        return any(d.needs_channels for d in self.quantized)
+
+    @property
+    def folds(self) -> bool:
+        """Return whether factors are folded into weights (awq, smoothquant)."""
+        return any(d.folds for d in self.quantized)
 
 
 def difference(a: QuantPlan, b: QuantPlan) -> str:
@@ -166,7 +200,6 @@ def difference(a: QuantPlan, b: QuantPlan) -> str:
     if a.kv_cache != b.kv_cache:
         return "the KV cache"
     for x, y in zip(a.decisions, b.decisions, strict=True):
-        own, other = ((d.weights, d.inputs, d.algorithm, d.damp) for d in (x, y))
-        if own != other:
+        if x.treatment != y.treatment:
             return x.slot.name
     return ""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from megatron_quant.errors import CoverageError, RecipeError
-from megatron_quant.formats import Format
 from megatron_quant.recipes.match import Matcher
 from megatron_quant.recipes.plan import OUTPUT, Decision, QuantPlan, Slot
 from megatron_quant.recipes.schema import Recipe, Rule
@@ -85,6 +84,7 @@ def _decide(recipe: Recipe, slot: Slot, index: int | None) -> Decision:
         inputs=rule.inputs,
         algorithm=rule.algorithm,
         damp=rule.damp,
+        alpha=rule.alpha,
     )
 
 
@@ -130,7 +130,7 @@ def _check_experts(decisions: Sequence[Decision]) -> None:
         if not is_expert or d.slot.fixed:
             continue
         other = first.setdefault(layer, d)
-        if _treatment(d) != _treatment(other):
+        if d.treatment != other.treatment:
             raise CoverageError(
                 f"{other.slot.name} ({other.rule}) and {d.slot.name} ({d.rule}) are experts of one "
                 "layer but differ: give all experts of a layer the same formats"
@@ -152,12 +152,8 @@ def _check_fused(decisions: Sequence[Decision]) -> None:
     first: dict[str, Decision] = {}
     for d in decisions:
         other = first.setdefault(d.slot.fused, d) if d.slot.fused else d
-        if _treatment(d) != _treatment(other):
+        if d.treatment != other.treatment:
             raise CoverageError(
                 f"{other.slot.sources[0]} ({other.rule}) and {d.slot.sources[0]} ({d.rule}), which "
                 "engines fuse, differ: give them the same formats or exclude both"
             )
-
-
-def _treatment(decision: Decision) -> tuple[Format | None, Format | None, str, float | None]:
-    return decision.weights, decision.inputs, decision.algorithm, decision.damp

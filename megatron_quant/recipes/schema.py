@@ -11,15 +11,19 @@ SUPPORTED: dict[str, tuple[str | None, ...]] = {
 """Format of the weights -> formats that their inputs may have; None is weight-only."""
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     algorithm: tuple(f.name for f in FORMATS.values() if algorithm in f.algorithms)
-    for algorithm in ("max", "mse", "imatrix", "four_over_six", "gptq")
+    for algorithm in ("max", "mse", "imatrix", "four_over_six", "gptq", "awq", "smoothquant")
 }
 """Algorithm that quantizes weights -> the formats that it serves. ``max``: the largest magnitude is
 the largest code. ``mse``: the scale of least squared error. ``imatrix``: the same, each column
 weighted by the squares of its inputs. ``four_over_six``: the largest magnitude of a block is code 6
 or code 4, whichever errs less. ``gptq``: scales as ``imatrix``, or the nearest that the format
-has; then each column makes up for the errors of the columns that were rounded before it."""
+has; then each column makes up for the errors of the columns that were rounded before it. ``awq``,
+``smoothquant``: inputs are divided, and columns of weights multiplied, by factors that are folded
+into the weights before; then scales as ``imatrix``, or as ``max``."""
 ROUNDING = "gptq"
 """Algorithm that chooses codes too; the others choose scales and round to the nearest."""
+FOLDING = ("awq", "smoothquant")
+"""Algorithms that move factors from inputs to weights first."""
 EXPERT_SCALES = ("shared", "per_expert")
 """Sources of the weight amax for an expert's tensor scale; the first is the default."""
 KV_CACHES = ("fp8", "fp8_cast")
@@ -40,6 +44,8 @@ class Rule:
         algorithm: How the weights are quantized, a key of :data:`ALGORITHMS`.
         damp: Part of the mean diagonal of the inputs' second moment that ``gptq`` adds to it; the
             format's default where None.
+        alpha: How far ``awq`` and ``smoothquant`` move, from 0 (not at all) to 1; None for awq's
+            search, and for 0.5 with smoothquant.
         allow_output: Whether it may quantize the output layer, which a pattern must then call by
             its own name (``lm_head``, ``*.lm_head``): no wildcard stands for it.
     """
@@ -50,6 +56,7 @@ class Rule:
     optional: bool = False
     algorithm: str = "max"
     damp: float | None = None
+    alpha: float | None = None
     allow_output: bool = False
 
     @property
@@ -61,7 +68,8 @@ class Rule:
         if self.algorithm == "max":
             return f"{self.weights.name}{inputs}"
         damp = "" if self.damp is None else f", damp {self.damp:g}"
-        return f"{self.weights.name}{inputs} ({self.algorithm}{damp})"
+        alpha = "" if self.alpha is None else f", alpha {self.alpha:g}"
+        return f"{self.weights.name}{inputs} ({self.algorithm}{damp}{alpha})"
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ def _without_inputs(recipe: Recipe, index: int) -> Rule:
     if rule.weights is not None:
         where = f"recipe {recipe.name!r} with --weight-only, {recipe.label(index)}"
         checked_pair(rule.weights, None, where)
+        checked_smoothing(rule.algorithm, None, where)
     return replace(rule, inputs=None)
 
 
@@ -117,8 +126,10 @@ def with_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
         if rule.weights is not None:
             where = f"recipe {recipe.name!r}, {recipe.label(index)}"
             checked_algorithm(algorithm, rule.weights, where)
+            checked_smoothing(algorithm, rule.inputs, where)
             damp = rule.damp if algorithm == ROUNDING else None
-            rule = replace(rule, algorithm=algorithm, damp=damp)
+            alpha = rule.alpha if algorithm == rule.algorithm else None
+            rule = replace(rule, algorithm=algorithm, damp=damp, alpha=alpha)
         rules.append(rule)
     return replace(recipe, rules=tuple(rules))
 
@@ -134,6 +145,22 @@ def with_damp(recipe: Recipe, damp: float) -> Recipe:
         raise RecipeError(f"{where}: damp belongs to algorithm {ROUNDING}, which no rule has")
     checked_damp(damp, ROUNDING, where)
     rules = (replace(r, damp=damp) if r.algorithm == ROUNDING else r for r in recipe.rules)
+    return replace(recipe, rules=tuple(rules))
+
+
+def with_alpha(recipe: Recipe, alpha: float) -> Recipe:
+    """Set ``alpha`` in every rule with algorithm awq or smoothquant.
+
+    Raises:
+        RecipeError: For a value out of range, and where no rule has such an algorithm.
+    """
+    where = f"recipe {recipe.name!r} with --alpha"
+    if all(rule.algorithm not in FOLDING for rule in recipe.rules):
+        raise RecipeError(
+            f"{where}: alpha belongs to algorithms {' and '.join(FOLDING)}, which no rule has"
+        )
+    checked_alpha(alpha, FOLDING[0], where)
+    rules = (replace(r, alpha=alpha) if r.algorithm in FOLDING else r for r in recipe.rules)
     return replace(recipe, rules=tuple(rules))
 
 
@@ -170,6 +197,7 @@ def checked_rule(
     """
     checked_pair(weights, inputs, where)
     checked_algorithm(algorithm, weights, where)
+    checked_smoothing(algorithm, inputs, where)
     checked_damp(damp, algorithm, where)
     return Rule(patterns=patterns, weights=weights, inputs=inputs, algorithm=algorithm, damp=damp)
 
@@ -212,6 +240,28 @@ def checked_damp(damp: object, algorithm: str, where: str) -> None:
         raise RecipeError(
             f"{where}: damp must be above 0 and at most 1, got {damp!r}; it is the part of the "
             "mean diagonal that is added to it, such as 0.01 or 0.05"
+        )
+
+
+def checked_alpha(alpha: object, algorithm: str, where: str) -> None:
+    """Raise RecipeError, which names ``where``, for an alpha that ``algorithm`` does not take."""
+    if alpha is None:
+        return
+    if algorithm not in FOLDING:
+        known = " and ".join(FOLDING)
+        raise RecipeError(f"{where}: alpha belongs to algorithms {known}, not to {algorithm}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 <= alpha <= 1:
+        raise RecipeError(
+            f"{where}: alpha must be from 0 (nothing moves into the weights) to 1, got {alpha!r}"
+        )
+
+
+def checked_smoothing(algorithm: str, inputs: Format | None, where: str) -> None:
+    """Raise RecipeError, which names ``where``, for smoothquant of inputs that stay as they are."""
+    if algorithm == "smoothquant" and inputs is None:
+        raise RecipeError(
+            f"{where}: smoothquant makes inputs easier to quantize, and these are not quantized: "
+            "take awq, or give inputs a format"
         )
 
 

@@ -1,6 +1,6 @@
 """Rewrite a quantized checkpoint in another dialect, without a model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +18,11 @@ from megatron_quant.ckpt.plan import (
     source_digest,
 )
 from megatron_quant.ckpt.read import QuantizedCheckpoint, params_of
+from megatron_quant.ckpt.storage import read_object
 from megatron_quant.dist import Groups, together
+from megatron_quant.documents import INDEX
 from megatron_quant.engines import check_serving
+from megatron_quant.folding import DOCUMENT
 from megatron_quant.models import Role, has_stacks_alone
 from megatron_quant.runs.agree import check_options, check_plans
 from megatron_quant.runs.destination import (
@@ -106,6 +109,9 @@ def _planned(options: ExportOptions, world: int) -> _Work:
     origin = _origin(checkpoint, options)
     files = companions(checkpoint.config, quant, dialect, dtype, origin=origin)
     files = with_beside(files, options.source, checkpoint)
+    if (options.source / DOCUMENT).exists():
+        folded = read_object(options.source / DOCUMENT, INDEX)
+        files = replace(files, documents={**files.documents, DOCUMENT: folded})
     return _Work(
         checkpoint=checkpoint,
         plan=plan,

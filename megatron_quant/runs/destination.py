@@ -1,6 +1,7 @@
 """Where an export goes: every verb that writes one checks it here, before and after."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_quant.ckpt.plan import (
@@ -27,6 +28,7 @@ from megatron_quant.ckpt.write import (
 )
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import ExportError
+from megatron_quant.folding import DOCUMENT
 from megatron_quant.mcore.checkpoint import PlainWeights, Saved
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
@@ -137,6 +139,8 @@ def checked_companions(
         job.source,
         job.checkpoint,
     )
+    if job.places.folded:  # its content is found by the calibration
+        files = replace(files, documents={**files.documents, DOCUMENT: {}})
     check_target(export_dir, files, existing, job.exported)
     return files
 

@@ -1,6 +1,6 @@
 """Input scales from a forward of the transformers model itself, or from an earlier one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -93,8 +93,8 @@ def measure_inputs(
     if seen is None:
         if weighed:
             raise CalibrationError(
-                "imatrix and gptq measure layer by layer, which this model cannot run: take "
-                "--algorithm max or mse, or leave out --stream"
+                "imatrix, gptq, awq and smoothquant measure layer by layer, which this model "
+                "cannot run: take --algorithm max or mse, or leave out --stream"
             )
         seen = file_layers.at_once(job, params, own, groups, phases)
     amaxes, sums, cold = None, None, options.calibration.cold_experts
@@ -132,6 +132,12 @@ class LoadedSums:
         cols = slot.shape[1]
         return self.file.needed(slot.sources, MOMENT, (cols, cols))
 
+    def peaks(self, slot: Slot) -> torch.Tensor:
+        """Return the largest magnitudes of the channels: fp32 [K]."""
+        from megatron_quant.calib import PEAKS
+
+        return self.file.needed(slot.sources, PEAKS, (slot.shape[1],))
+
 
 def load_inputs(options: QuantizeOptions, job: Job, groups: Groups) -> MeasuredInputs:
     """Read what an earlier calibration measured. Collective.
@@ -144,12 +150,13 @@ def load_inputs(options: QuantizeOptions, job: Job, groups: Groups) -> MeasuredI
     assert path is not None, "nothing to load"
     params, plan = static_inputs(job.quant, job.params), job.quant.by_name
     weighed = [plan[p.name] for p in weighed_inputs(job.quant, job.params)]
-    squares: list[torch.Tensor] = []
+    channels: list[torch.Tensor] = []
 
     def read() -> tuple["CalibrationFile", dict[str, torch.Tensor]]:
         file = read_calibration(path)
         found = loaded_amaxes(file, [plan[p.name] for p in params])
-        squares.extend(_squares(LoadedSums(file), decision) for decision in weighed)
+        for decision in weighed:
+            channels.extend(make() for make in _channels(LoadedSums(file), decision).values())
         return file, {name: torch.tensor(value) for name, value in found.items()}
 
     file, seen = together(groups, read)
@@ -161,7 +168,7 @@ def load_inputs(options: QuantizeOptions, job: Job, groups: Groups) -> MeasuredI
         amaxes=amaxes,
         found=amaxes.found if amaxes else {},
         sums=LoadedSums(file) if weighed else None,
-        digest=digest_of([float(value.sum()) for value in squares]),
+        digest=digest_of([float(value.sum()) for value in channels]),
     )
 
 
@@ -181,7 +188,7 @@ def _saved(
     options: QuantizeOptions, job: Job, inputs: MeasuredInputs
 ) -> "Iterator[tuple[str, torch.Tensor | Late]]":
     """Yield the tensors of a calibration file, by name."""
-    from megatron_quant.calib import AMAX, MOMENT, SQUARES, Late, statistic_key
+    from megatron_quant.calib import AMAX, MOMENT, Late, statistic_key
 
     sums = inputs.sums
     for decision in job.quant.quantized:
@@ -189,14 +196,26 @@ def _saved(
         if slot.name in inputs.found:
             for module in slot.sources:
                 yield statistic_key(module, AMAX), torch.tensor(inputs.found[slot.name])
-        if sums is None or not (decision.weighted or decision.rounds):
+        if sums is None or not decision.needs_channels:
             continue
-        squares = Late((cols,), partial(_squares, sums, decision))
-        for module in slot.sources:
-            yield statistic_key(module, SQUARES), squares
+        for statistic, make in _channels(sums, decision).items():
+            for module in slot.sources:
+                yield statistic_key(module, statistic), Late((cols,), make)
         if decision.rounds and options.calibration.keep_hessians:
             moment = Late((cols, cols), partial(sums.moment, slot))
             yield statistic_key(slot.sources[0], MOMENT), moment
+
+
+def _channels(sums: InputSums, decision: Decision) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return what makes each statistic of channels that a slot needs, by its name in a file."""
+    from megatron_quant.calib import PEAKS, SQUARES
+
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    if decision.needs_squares:
+        found[SQUARES] = partial(_squares, sums, decision)
+    if decision.needs_peaks:
+        found[PEAKS] = partial(sums.peaks, decision.slot)
+    return found
 
 
 def _squares(sums: InputSums, decision: Decision) -> torch.Tensor:

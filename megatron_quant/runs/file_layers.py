@@ -147,7 +147,8 @@ def workplace(
 
     keys = [param.name for param in static_inputs(job.quant, job.params)]
     sums = [
-        [p.name, job.quant.by_name[p.name].rounds] for p in weighed_inputs(job.quant, job.params)
+        [d.slot.name, d.rounds, d.needs_squares, d.needs_peaks]
+        for d in (job.quant.by_name[p.name] for p in weighed_inputs(job.quant, job.params))
     ]
     text = digest_of([ids.tolist() for ids in batches])
     made_of = digest_of(

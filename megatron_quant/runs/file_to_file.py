@@ -20,6 +20,7 @@ from megatron_quant.ckpt.storage import resolve_source
 from megatron_quant.ckpt.verify import Report
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
+from megatron_quant.folding import DOCUMENT
 from megatron_quant.runs.agree import check_options, check_plans, fetched
 from megatron_quant.runs.destination import (
     check_calibration_file,
@@ -44,11 +45,14 @@ from megatron_quant.runs.job import Job, SourceModel, decide, replanned
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
 from megatron_quant.streaming import (
+    FoldedSums,
     InputAmaxes,
     PartSource,
     Producer,
     Sharing,
     bounded_parts,
+    find_fold,
+    folded_amaxes,
     per_expert,
     scaled,
     searched_amaxes,
@@ -167,18 +171,26 @@ def _written(
     job, out = planned.job, options.export_dir
     assert out is not None
     source = PartSource(planned.checkpoint, job.dtype)
+    static, sums = (inputs.amaxes, inputs.sums) if inputs else (None, None)
+    if job.places.folded:
+        assert sums is not None, "measured or loaded before"
+        with phases.time("fold"):
+            fold = find_fold(source, job.kept, job.places.folded, sums, groups)
+        source, sums = replace(source, fold=fold), FoldedSums(sums, fold)
+        static = folded_amaxes(job.quant, static, sums) if static else None
+        documents = {**files.documents, DOCUMENT: fold.document()}
+        files = replace(files, documents=documents)
     found, amaxes = _weight_amaxes(job, source, groups, phases)
-    static = inputs.amaxes if inputs else None
     producer = Producer(
         source=source,
         quant=job.quant,
         weight_amax=amaxes,
         input_amax=static.scales if static else {},
-        sums=inputs.sums if inputs else None,
+        sums=sums,
         kept=planned.kept,
     )
     check = verification(options.write, out, job.source, groups, phases)
-    files = _with_statistics(files, job, options, found, inputs)
+    files = _with_statistics(files, job, options, found, static, inputs)
     to = destination(options.write, out, files, check)
     write_shown(job.exported, groups, producer, to, phases)
     if inputs is not None and options.calibration.save is not None:
@@ -200,14 +212,17 @@ def _with_statistics(
     job: Job,
     options: QuantizeOptions,
     weights: Mapping[str, float],
+    static: InputAmaxes | None,
     inputs: MeasuredInputs | None,
 ) -> Companions:
     """Add a digest of the findings to ``files``."""
-    scales = inputs.amaxes.scales if inputs and inputs.amaxes else {}
+    scales = static.scales if static else {}
     of_inputs = {name: float(amax) for name, amax in scales.items()}
     found: list[object] = [dict(weights), of_inputs]
     if inputs is not None and inputs.sums is not None:
         found.append(inputs.digest)
+    if DOCUMENT in files.documents:
+        found.append(files.documents[DOCUMENT])
     statistics = statistics_digest(job, options, *found)
     return replace(files, origin=replace(files.origin, statistics=statistics))
 

@@ -25,6 +25,7 @@ from megatron_quant.ckpt.read import Weights, check_weights, kept_dtypes, logica
 from megatron_quant.ckpt.storage import read_config, resolve_source
 from megatron_quant.engines import ENGINES, Obstacle, check_serving, obstacle
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
+from megatron_quant.folding import Places, find_places
 from megatron_quant.mcore.checkpoint import Saved, model_of_run
 from megatron_quant.models import (
     Architecture,
@@ -64,6 +65,7 @@ class Job:
     weight amax. kept, checkpoint: as in :class:`SourceModel`. moments: passes over the data of
     gptq. expert_share: share of its layer's experts that a token is measured for; None for those
     of the router.
+    places: where factors are folded.
     """
 
     source: Path
@@ -82,6 +84,7 @@ class Job:
     checkpoint: Weights | None = None
     moments: tuple[MomentPass, ...] = ()
     expert_share: float | None = None
+    places: Places = field(default_factory=Places)
 
     @property
     def layer_memory(self) -> LayerMemory | None:
@@ -205,6 +208,7 @@ def decide(
     _check_evaluation(options, quant, saved)
     _check_samples(options, quant, saved)
     _check_cache(quant)
+    _check_folding(options, quant)
     dtype = dtype_of(options.dtype)
     scales = options.expert_scales or (saved.expert_scales if saved else EXPERT_SCALES[0])
     job = Job(
@@ -224,6 +228,7 @@ def decide(
         checkpoint=model.checkpoint,
         moments=_moments(options, quant, saved),
         expert_share=options.calibration.expert_share,
+        places=Places() if saved else find_places(params, quant, model.hf_config),
     )
     if options.export_dir is None and options.megatron_save_path is not None:
         return job
@@ -311,6 +316,23 @@ def _check_calibration(options: QuantizeOptions, quant: QuantPlan, saved: Saved 
         raise QuantError(
             "--keep-hessians: second moments are measured only for algorithm gptq, which no rule "
             "has; leave it out"
+        )
+
+
+def _check_folding(options: QuantizeOptions, quant: QuantPlan) -> None:
+    """Raise QuantError for flags that do not go with factors that are folded into weights."""
+    if not quant.folds:
+        return
+    algorithm = next(d.algorithm for d in quant.quantized if d.folds)
+    if options.keep_scales:
+        raise QuantError(
+            f"--keep-scales keeps the source's codes, and algorithm {algorithm} changes weights: "
+            "leave one of them out"
+        )
+    if options.calibration.act_percentile < 100 and any(d.needs_peaks for d in quant.quantized):
+        raise QuantError(
+            f"--act-percentile does not go with algorithm {algorithm}, whose inputs change after "
+            "they were counted: leave one of them out"
         )
 
 

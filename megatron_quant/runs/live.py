@@ -1,7 +1,7 @@
 """The front door for live models: quantize, export, save, restore."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from megatron_quant.ckpt.write import export as write_files
 from megatron_quant.dist import Groups, together
 from megatron_quant.engines import check_serving
 from megatron_quant.errors import CalibrationError, ExportError
+from megatron_quant.folding import DOCUMENT
 from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.checkpoint import open_saved
 from megatron_quant.mcore.live import (
@@ -40,13 +41,12 @@ from megatron_quant.mcore.live import (
     quantized,
 )
 from megatron_quant.mcore.model import (
-    LiveModel,
     check_shares,
     own_share,
     run_through,
     start_distributed,
 )
-from megatron_quant.models import CARRIED, Param, Role, has_stacks_alone, text_config
+from megatron_quant.models import CARRIED, Param, has_stacks_alone, text_config
 from megatron_quant.recipes import Recipe
 from megatron_quant.runs.batches import calibration_batches, input_rules, keep_settings
 from megatron_quant.runs.destination import (
@@ -220,7 +220,7 @@ def _describe(
     source = _weights_beside(handle)
     kept = kept_dtypes(source) if source else {}
     carried = _carried_params(source)
-    dtype = _dtype_of(model) if dtype_name is None else dtype_of(dtype_name)
+    dtype = model.dtype if dtype_name is None else dtype_of(dtype_name)
     params = (*model.params, *carried)
     check_serving(handle.plan, params, dialect.name, serve.engine, serve.tp, handle.hf.config)
     dialect.quantization_config(handle.plan)  # refuses what it cannot store
@@ -245,6 +245,9 @@ def _files(
     statistics = digest_of([handle.expert_scales.value, *found, handle.kv_amax])
     origin = Origin(recipe_digest(handle.recipe), handle.source, statistics=statistics)
     files = companions(handle.hf.config, handle.plan, dialect, dtype, origin=origin)
+    if handle.fold.vectors:
+        folded = handle.fold.document()
+        files = replace(files, documents={**files.documents, DOCUMENT: folded})
     return with_beside(files, handle.hf.directory, source) if handle.hf.directory else files
 
 
@@ -257,13 +260,6 @@ def _carried_params(source: Weights | None) -> tuple[Param, ...]:
     if source is None:
         return ()
     return tuple(p for p in logical(source)[1].params if p.role in CARRIED)
-
-
-def _dtype_of(model: LiveModel) -> torch.dtype:
-    """Return the dtype of the model's linear weights, which unquantized tensors get too."""
-    return next(
-        model.tensor(local).dtype for local in model.local if local.param.role is Role.LINEAR
-    )
 
 
 def save(model: Quantized | Chunks, directory: str | Path) -> None:

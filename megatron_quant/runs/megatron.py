@@ -17,6 +17,7 @@ from megatron_quant.ckpt.verify import Report
 from megatron_quant.ckpt.write import Produce
 from megatron_quant.dist import Groups, together
 from megatron_quant.evaluation import Sums
+from megatron_quant.folding import DOCUMENT
 from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.checkpoint import (
     PlainWeights,
@@ -126,7 +127,7 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     )
     fake_quant = _evaluate(inputs, handle, reference, phases) if inputs.windows else None
     amaxes = (calibration.weight_amax, calibration.input_amax, handle.kv_amax)
-    found = (*amaxes, calibration.moments)
+    found = (*amaxes, calibration.moments, handle.fold.document())
     digest = together(groups, lambda: statistics_digest(job, options, *found))
     if options.megatron_save_path is not None:
         with phases.time("save"):
@@ -139,6 +140,9 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
         beside = inputs.companions
         assert beside is not None
         files = replace(beside, origin=replace(beside.origin, statistics=digest))
+        if handle.fold.vectors:
+            documents = {**files.documents, DOCUMENT: handle.fold.document()}
+            files = replace(files, documents=documents)
         to = destination(options.write, options.export_dir, files, check)
         write_shown(job.exported, groups, produced, to, phases)
     report = check.report if check else None

@@ -11,6 +11,7 @@ from megatron_quant.recipes import (
     load_recipe,
     weight_only,
     with_algorithm,
+    with_alpha,
     with_damp,
     with_kv_cache,
 )
@@ -39,10 +40,11 @@ class QuantizeOptions:
     """One run of ``quantize``. Each field is the flag of that name, or a group of flags.
 
     ``export_dir`` may be None for a dry run, and with ``megatron_save_path``. ``algorithm``,
-    ``damp`` and ``export_kv_cache_quant`` replace what the recipe says, unless they are None. With
-    ``megatron_load_path``, weights and quantizers come from that checkpoint; ``hf_model_id``,
-    ``export_quant_cfg`` and ``expert_scales`` may then be None, for those saved with it. If it has
-    no quantizers, weights alone come from it. ``skip_keys``: patterns of its keys to leave out.
+    ``damp``, ``alpha`` and ``export_kv_cache_quant`` replace what the recipe says, unless they are
+    None. With ``megatron_load_path``, weights and quantizers come from that checkpoint;
+    ``hf_model_id``, ``export_quant_cfg`` and ``expert_scales`` may then be None, for those saved
+    with it. If it has no quantizers, weights alone come from it. ``skip_keys``: patterns of its
+    keys to leave out.
     """
 
     hf_model_id: str | None
@@ -59,6 +61,7 @@ class QuantizeOptions:
     expert_scales: str | None = None
     algorithm: str | None = None
     damp: float | None = None
+    alpha: float | None = None
     export_kv_cache_quant: str | None = None
     keep_scales: bool = False
     eval_text: Path | None = None
@@ -158,6 +161,8 @@ def chosen_recipe(options: QuantizeOptions, saved: "Saved | None") -> Recipe:
         recipe = with_algorithm(recipe, options.algorithm)
     if options.damp is not None:
         recipe = with_damp(recipe, options.damp)
+    if options.alpha is not None:
+        recipe = with_alpha(recipe, options.alpha)
     if options.export_kv_cache_quant is not None:
         recipe = with_kv_cache(recipe, options.export_kv_cache_quant)
     if options.weight_only and recipe.kv_cache == "fp8":

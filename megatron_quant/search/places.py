@@ -149,6 +149,7 @@ def _treatment(d: Decision) -> Rule:
         inputs=d.inputs,
         algorithm=d.algorithm if d.quantized else "max",
         damp=d.damp,
+        alpha=d.alpha,
         allow_output=d.quantized and d.slot.fixed == OUTPUT,
     )
 

@@ -1,3 +1,6 @@
+from .folding import FoldedSums as FoldedSums
+from .folding import find_fold as find_fold
+from .folding import folded_amaxes as folded_amaxes
 from .forced import forced_experts as forced_experts
 from .input_sums import InputSums as InputSums
 from .input_sums import MeasuredSums as MeasuredSums
@@ -35,6 +38,7 @@ from .workplace import Workplace as Workplace
 
 __all__ = [
     "CannotWalk",
+    "FoldedSums",
     "InputAmaxes",
     "InputSums",
     "LayerMemory",
@@ -49,6 +53,8 @@ __all__ = [
     "WeightInputAmax",
     "Workplace",
     "bounded_parts",
+    "find_fold",
+    "folded_amaxes",
     "forced_experts",
     "keys_of",
     "layer_memory",

@@ -1,4 +1,4 @@
-"""Sums of squares and products of the inputs of weights, kept in a file of each rank.
+"""Sums of squares and products, and peaks, of the inputs of weights, in a file of each rank.
 
 A weight's second moment, the sum of x x^T over the tokens that it was given, is as large as a
 weight. So one decoder layer's are in memory at a time, and each rank's sums go to its file. Whoever
@@ -29,7 +29,7 @@ from megatron_quant.ckpt.storage import (
 from megatron_quant.models import Param
 from megatron_quant.recipes import Decision, QuantPlan, Slot
 
-_SQUARES, _MOMENT, _TOKENS = "squares", "moment", "tokens"
+_SQUARES, _MOMENT, _PEAKS, _TOKENS = "squares", "moment", "peaks", "tokens"
 _AT_ONCE = 4096
 """Tokens whose products are summed first and then added, whatever the size of a batch."""
 
@@ -45,39 +45,58 @@ class InputSums(Protocol):
         """Return the sums of products: fp32 [K, K]."""
         ...
 
+    def peaks(self, slot: Slot) -> torch.Tensor:
+        """Return the largest magnitudes of the channels: fp32 [K], 0 without tokens."""
+        ...
+
 
 def weighed_inputs(quant: QuantPlan, params: Sequence[Param]) -> list[Param]:
-    """Return the parameters that are quantized by squares or products of their inputs."""
-    decisions = quant.by_name
-    return [p for p in params if (d := decisions[p.name]).quantized and (d.weighted or d.rounds)]
+    """Return the parameters that are quantized by squares, products or peaks of their inputs."""
+    return [p for p in params if quant.by_name[p.name].needs_channels]
+
+
+def _shapes(decision: Decision) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each statistic that a slot needs."""
+    cols = decision.slot.shape[1]
+    shapes: dict[str, tuple[int, ...]] = {}
+    if decision.needs_squares:
+        shapes = {_MOMENT: (cols, cols)} if decision.rounds else {_SQUARES: (cols,)}
+    return shapes | ({_PEAKS: (cols,)} if decision.needs_peaks else {})
 
 
 def sum_bytes(decision: Decision) -> int:
-    """Return the bytes that the sums of a slot take."""
-    cols = decision.slot.shape[1]
-    return 4 * (cols * cols if decision.rounds else cols)
+    """Return the bytes that the statistics of a slot take."""
+    return 4 * sum(map(prod, _shapes(decision).values()))
 
 
 @dataclass
 class RunningSum:
-    """The sum of one weight's inputs so far.
+    """The statistics of one weight's inputs so far.
 
     Attributes:
-        total: fp32 [K, K] of products, or [K] of squares.
+        found: By name, fp32: sums of products [K, K] or of squares [K], largest magnitudes [K].
         tokens: Number of tokens that were not all zeros.
     """
 
-    total: torch.Tensor
+    found: dict[str, torch.Tensor]
     tokens: int = 0
+
+    @classmethod
+    def of(cls, decision: Decision) -> "RunningSum":
+        """Return what the slot needs, of no token yet."""
+        return cls({name: torch.zeros(shape) for name, shape in _shapes(decision).items()})
 
     def add(self, x: torch.Tensor) -> None:
         """Add inputs [..., T, K]."""
         for some_TK in x.reshape(-1, x.shape[-1]).split(_AT_ONCE):
             wide_TK = some_TK.float()
-            if self.total.dim() == 2:
-                self.total.addmm_(wide_TK.mT, wide_TK)
-            else:
-                self.total += wide_TK.square().sum(0)
+            for name, total in self.found.items():
+                if name == _MOMENT:
+                    total.addmm_(wide_TK.mT, wide_TK)
+                elif name == _SQUARES:
+                    total += wide_TK.square().sum(0)
+                elif len(wide_TK):
+                    torch.maximum(total, wide_TK.abs().amax(0), out=total)
             self.tokens += int((some_TK != 0).any(-1).sum())
 
 
@@ -95,9 +114,9 @@ class SumsFile:
     def __init__(self, path: Path, decisions: Sequence[Decision]) -> None:
         self.path, self.decisions, drafts = path, {d.slot.name: d for d in decisions}, []
         for d in decisions:
-            cols, name = d.slot.shape[1], d.slot.name
-            shape, kind = ((cols, cols), _MOMENT) if d.rounds else ((cols,), _SQUARES)
-            drafts.append(Draft(f"{name}.{kind}", torch.float32, shape, 4 * prod(shape)))
+            name = d.slot.name
+            for kind, shape in _shapes(d).items():
+                drafts.append(Draft(f"{name}.{kind}", torch.float32, shape, 4 * prod(shape)))
             drafts.append(Draft(f"{name}.{_TOKENS}", torch.int64, (), 8))
         (self._file,) = lay_out([drafts], 1 << 62)
         self.entries = {e.name: replace(e, file=path.name) for e in self._file.entries}
@@ -119,8 +138,8 @@ class SumsFile:
         with explained(self.path, "cannot be written"):
             fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                for name, found in sums.items():
-                    values = (found.total, torch.tensor(found.tokens))
+                for name, of_slot in sums.items():
+                    values = (*of_slot.found.values(), torch.tensor(of_slot.tokens))
                     for entry, value in zip(self._of(name), values, strict=True):
                         data = as_bytes(value)
                         digest.update(data)
@@ -141,10 +160,11 @@ class SumsFile:
             return False
         return found.hexdigest() == digest
 
-    def _of(self, name: str) -> tuple[TensorEntry, TensorEntry]:
-        """Return the places of a slot's sums and of its tokens."""
-        kind = _MOMENT if self.decisions[name].rounds else _SQUARES
-        return self.entries[f"{name}.{kind}"], self.entries[f"{name}.{_TOKENS}"]
+    def _of(self, name: str) -> list[TensorEntry]:
+        """Return the places of a slot's statistics and of its tokens."""
+        return [
+            self.entries[f"{name}.{kind}"] for kind in (*_shapes(self.decisions[name]), _TOKENS)
+        ]
 
 
 @dataclass
@@ -169,6 +189,10 @@ class MeasuredSums:
     def moment(self, slot: Slot) -> torch.Tensor:
         """Return the sums of products: fp32 [K, K]."""
         return self._of(slot, _MOMENT)
+
+    def peaks(self, slot: Slot) -> torch.Tensor:
+        """Return the largest magnitudes of the channels: fp32 [K], 0 without tokens."""
+        return torch.stack(list(self._each(f"{slot.name}.{_PEAKS}"))).amax(0)
 
     def tokens(self, slot: Slot) -> int:
         """Return the tokens that the slot was given."""

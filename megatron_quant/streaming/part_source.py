@@ -1,13 +1,14 @@
 """Read parts of tensors from the source checkpoint."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from megatron_quant.ckpt.dialects import WEIGHT_SCALE
 from megatron_quant.ckpt.plan import RankPart
 from megatron_quant.ckpt.read import TensorSource
+from megatron_quant.folding import Fold
 from megatron_quant.models import Role
 
 
@@ -18,14 +19,18 @@ class PartSource:
     Attributes:
         checkpoint: The checkpoint.
         dtype: Dtype in which weights are quantized.
+        fold: What is folded into its tensors.
     """
 
     checkpoint: TensorSource
     dtype: torch.dtype
+    fold: Fold = field(default_factory=Fold)
 
     def read(self, part: RankPart) -> torch.Tensor:
         """Read the part's rectangle of its Hugging Face tensor, in the dtype of the run."""
-        return self.checkpoint.read(part.target.source.name, part.src).to(self._dtype_of(part))
+        name = part.target.source.name
+        held = self.checkpoint.read(name, part.src).to(self._dtype_of(part))
+        return self.fold.apply(name, part.src, held)
 
     def _dtype_of(self, part: RankPart) -> torch.dtype:
         return self.dtype if part.target.scheme.weights else part.target.entries[0].dtype

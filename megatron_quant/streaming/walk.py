@@ -175,9 +175,7 @@ class Walk:
         """Yield an empty sum for each slot of a layer that needs one."""
         for param in self._summed(layer):
             assert self.sums is not None
-            cols = param.shape[1]
-            shape = (cols, cols) if self.sums.decisions[param.name].rounds else (cols,)
-            yield param.name, (param, RunningSum(torch.zeros(shape)))
+            yield param.name, (param, RunningSum.of(self.sums.decisions[param.name]))
 
     def _checked(self, seen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Raise CalibrationError at the first layer whose inputs are not finite."""

@@ -191,7 +191,7 @@ def begin_training(source: Path, saved: Path, out: Path) -> None:
 
     recipe = with_algorithm(load_recipe("nvfp4"), "gptq")
     module = live.load(source).module
-    with pytest.raises(QuantError, match="rounds weights by gptq, which needs calibration data"):
+    with pytest.raises(QuantError, match="changes weights by gptq, which needs calibration data"):
         prepare([module], recipe, hf_model=str(source))
     prepare([module], recipe, saved, hf_model=str(source))
     callback = QuantCallback()

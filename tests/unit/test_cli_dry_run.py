@@ -62,6 +62,17 @@ def test_every_weight_once_with_bucket_rule_and_bytes(model: Path, tmp_path: Pat
     assert tree(tmp_path) == before
 
 
+def test_places_of_factors_and_those_that_are_left_out(model: Path) -> None:
+    argv = ("--export-quant-cfg", "w4a16_nvfp4", "--algorithm", "awq")
+    shown = [row for row in rows(dry_run(model, *argv).out) if len(row) == 3 and "proj" in str(row)]
+    up, layers = "model.layers.{0..1}.mlp.experts.{0..3}.up_proj", "{0..1}"
+    assert [up, "8", "into 1 weights"] in shown
+    assert [f"model.layers.{layers}.self_attn.v_proj", "2", "into 1 weights"] in shown
+    cached = rows(dry_run(model, *argv, "--export-kv-cache-quant", "fp8").out)
+    why = "no: the scale of the KV cache is that of values as they are"
+    assert [f"model.layers.{layers}.self_attn.v_proj", "2", why] in cached
+
+
 def test_the_export_is_shown_of_a_run_that_would_only_save(model: Path, tmp_path: Path) -> None:
     before = tree(tmp_path)
     ended = dry_run(model, "--megatron-save-path", str(tmp_path / "saved"))

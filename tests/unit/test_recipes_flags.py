@@ -109,7 +109,8 @@ def test_scales_of_the_cache_are_planned(
             "a gptq checkpoint has no scales of a fp8_cast KV cache; export modelopt or",
         ),
         ("int4", {"export_kv_cache_quant": "nvfp4"}, RecipeError, "kv_cache must be one of fp8,"),
-        ("int4", {"algorithm": "awq"}, RecipeError, "algorithm must be one of max, mse, imatrix"),
+        ("int4", {"algorithm": "awq3"}, RecipeError, "algorithm must be one of max, mse, imatrix"),
+        ("int4", {"alpha": 0.1}, RecipeError, "alpha belongs to algorithms awq and smoothquant"),
         ("int4", {"damp": 0.1}, RecipeError, "damp belongs to algorithm gptq, which no rule has"),
         (
             "int4",

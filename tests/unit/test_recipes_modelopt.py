@@ -44,6 +44,9 @@ def decided(name: str, architecture: str) -> dict[str, tuple[str | None, str | N
         ("MXFP8_DEFAULT_CFG", "mxfp8"),
         ("NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG", "nvfp4_mse"),
         ("NVFP4_FOUR_OVER_SIX_CFG", "nvfp4_four_over_six"),
+        ("INT4_AWQ_CFG", "int4_awq"),
+        ("W4A8_AWQ_BETA_CFG", "w4a8_awq"),
+        ("INT8_SMOOTHQUANT_CFG", "int8_sq"),
     ],
 )
 def test_preset_decides_as_our_recipe(preset: str, ours: str, architecture: str) -> None:
@@ -71,6 +74,11 @@ def test_presets_without_a_recipe_of_ours(
     (rule,) = [r for r in load_recipe(preset).rules if r.weights]
     assert (rule.weights.name, rule.inputs and rule.inputs.name) == (weights, inputs)
     assert rule.weights.group_size == group_size
+
+
+def test_smoothquant_takes_modelopts_alpha() -> None:
+    (rule,) = [r for r in load_recipe("INT8_SMOOTHQUANT_CFG").rules if r.weights]
+    assert rule.alpha == 1.0
 
 
 def test_cache_preset_added_to_another() -> None:
@@ -111,8 +119,10 @@ def test_default_excludes_name_the_router_but_not_gate_proj() -> None:
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ("INT4_AWQ_CFG", "INT4_AWQ_CFG: algorithm .*awq_lite.* is not supported, only max, mse"),
-        ("W4A8_AWQ_BETA_CFG", "W4A8_AWQ_BETA_CFG: algorithm 'awq_lite' is not supported"),
+        (
+            "NVFP4_SVDQUANT_DEFAULT_CFG",
+            "algorithm .*svdquant.* is not supported, only max, mse, four_over_six, awq and smooth",
+        ),
         ("FP8_KV_CFG", r"FP8_KV_CFG quantizes no weight: .* as in NVFP4_DEFAULT_CFG\+FP8_KV_CFG"),
         ("NVFP4_KV_CFG", r"NVFP4_KV_CFG: a KV cache of .*\(2, 1\).* is not supported; take one"),
         ("FP8_AFFINE_KV_CFG", "a KV cache of .*bias.* is not supported; take one of FP8"),

@@ -19,6 +19,7 @@ from megatron_quant.recipes.schema import (
     Rule,
     weight_only,
     with_algorithm,
+    with_alpha,
     with_damp,
     with_kv_cache,
 )
@@ -31,8 +32,10 @@ SHIPPED = {
     "fp8_channel": ("fp8_channel", "fp8_channel", "max"),
     "int4": ("int4", None, "max"),
     "int4_asym": ("int4_asym", None, "max"),
+    "int4_awq": ("int4", None, "awq"),
     "int8": ("int8", "int8", "max"),
     "int8_group": ("int8_group", None, "max"),
+    "int8_sq": ("int8", "int8_tensor", "smoothquant"),
     "int8_static": ("int8", "int8_tensor", "max"),
     "mxfp4": ("mxfp4", None, "max"),
     "mxfp8": ("mxfp8", "mxfp8", "max"),
@@ -43,10 +46,12 @@ SHIPPED = {
     "nvfp4_mse": ("nvfp4", "nvfp4", "mse"),
     "w4a16_nvfp4": ("nvfp4", None, "max"),
     "w4a8": ("int4", "fp8", "max"),
+    "w4a8_awq": ("int4", "fp8", "awq"),
     "w4a8_dynamic": ("int4", "fp8_channel", "max"),
 }
 NVFP4 = {"quantize": ["*"], "weights": "nvfp4"}
 GPTQ = {"algorithm": "gptq"}
+AWQ = {"algorithm": "awq"}
 
 
 def parse(*rules: object) -> Recipe:
@@ -165,15 +170,30 @@ def test_damp_of_a_rule() -> None:
         with_damp(recipe, 2)
 
 
-def test_damp_travels_with_a_model() -> None:
-    recipe = parse(NVFP4 | GPTQ | {"damp": 0.1})
+def test_alpha_of_a_rule() -> None:
+    recipe = parse(NVFP4 | AWQ | {"alpha": 0.5}, {"exclude": ["a"]})
+    assert recipe.label(0) == "rule 1: nvfp4 (awq, alpha 0.5) *"
+    assert [r.alpha for r in with_alpha(recipe, 0.25).rules] == [0.25, None]
+    assert with_algorithm(recipe, "gptq").rules[0].alpha is None
+    assert with_algorithm(recipe, "awq").rules[0].alpha == 0.5
+    with pytest.raises(RecipeError, match="alpha belongs to algorithms awq and smoothquant, which"):
+        with_alpha(parse(NVFP4), 0.5)
+    with pytest.raises(RecipeError, match=r"with --alpha: alpha must be from 0 .* to 1, got 2"):
+        with_alpha(recipe, 2)
+    with pytest.raises(RecipeError, match=r"with --weight-only, rule 1: .*: smoothquant makes inp"):
+        weight_only(parse(NVFP4 | {"inputs": "nvfp4", "algorithm": "smoothquant"}))
+
+
+@pytest.mark.parametrize("more", [GPTQ | {"damp": 0.1}, AWQ | {"alpha": 0.3}])
+def test_settings_travel_with_a_model(more: dict[str, object]) -> None:
+    recipe = parse(NVFP4 | more)
     slot = Slot(name="a.weight", sources=("a",), shape=(16, 16))
     document = to_document(recipe, resolve(recipe, [slot]))
     assert parse_recipe("mine", document).rules == recipe.rules
 
 
 def test_every_weight_format_has_gptq() -> None:
-    assert set(ALGORITHMS["gptq"]) == set(SUPPORTED)
+    assert set(ALGORITHMS["gptq"]) == set(ALGORITHMS["awq"]) == set(SUPPORTED)
     assert set(ALGORITHMS["imatrix"]) < set(ALGORITHMS["mse"])
 
 
@@ -190,6 +210,9 @@ def decided(weights: str, algorithm: str) -> Decision:
         ("int4", "mse", "mse", False, False),
         ("int4", "imatrix", "mse", True, True),
         ("int4", "gptq", "mse", True, True),
+        ("int4", "awq", "mse", True, True),
+        ("fp8", "awq", "mse", False, True),
+        ("mxfp4", "awq", "", False, True),
         ("fp8", "gptq", "mse", False, True),  # one scale: weighing its search gains nothing
         ("mxfp4", "gptq", "", False, True),  # powers of two, which nothing searches
         ("nvfp4", "four_over_six", "four_over_six", False, False),
@@ -248,13 +271,13 @@ def test_malformed_document(document: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("*", "exclude, weights, inputs, algorithm, damp, allow_output, got"),
+        ("*", "exclude, weights, inputs, algorithm, damp, alpha, allow_output, got"),
         (NVFP4 | {"wieghts": "fp8"}, "unknown key wieghts; allowed: quantize, exclude, weights"),
         ({"weights": "fp8"}, "needs either quantize or exclude"),
         ({"quantize": ["a"], "exclude": ["b"]}, "needs either quantize or exclude"),
         (
             {"exclude": ["a"], "weights": "fp8"},
-            "inputs, algorithm, damp and allow_output belong to quantize, not to exclude",
+            "inputs, algorithm, damp, alpha and allow_output belong to quantize, not to exclude",
         ),
         ({"quantize": ["a"]}, "weights is missing; known formats: fp8, fp8_channel, fp8_block"),
         ({"exclude": []}, r"exclude: must be a list of at least one pattern, got \[\]"),
@@ -285,6 +308,19 @@ def test_malformed_document(document: object, message: str) -> None:
         (NVFP4 | GPTQ | {"damp": float("nan")}, "damp must be above 0 and at most 1, got nan"),
         (NVFP4 | GPTQ | {"damp": True}, "damp must be above 0 and at most 1, got True"),
         (NVFP4 | GPTQ | {"damp": "0.1"}, "damp must be above 0 and at most 1, got '0.1'"),
+        (NVFP4 | {"alpha": 0.5}, "alpha belongs to algorithms awq and smoothquant, not to max"),
+        (NVFP4 | AWQ | {"alpha": 1.5}, "alpha must be from 0 .* to 1, got 1.5"),
+        (NVFP4 | AWQ | {"alpha": -0.1}, "alpha must be from 0 .* to 1, got -0.1"),
+        (NVFP4 | AWQ | {"alpha": float("nan")}, "alpha must be from 0 .* to 1, got nan"),
+        (NVFP4 | AWQ | {"alpha": True}, "alpha must be from 0 .* to 1, got True"),
+        (
+            NVFP4 | {"algorithm": "smoothquant"},
+            "smoothquant makes inputs easier to quantize, and these are not quantized: take awq",
+        ),
+        (
+            {"quantize": ["*"], "weights": "int8_group", "algorithm": "smoothquant"},
+            "smoothquant does not search the scales of int8_group, only of fp8",
+        ),
         (
             {"quantize": ["*"], "weights": "int4", "algorithm": "four_over_six"},
             "four_over_six does not search the scales of int4, only of nvfp4",

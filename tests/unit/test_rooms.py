@@ -19,7 +19,7 @@ _LIVE = (
     | {"alike", "rendezvous", "dist", "models", "layers", "calib", "cpu", "evaluation"}
 )
 _MCORE = {f"mcore.{room}" for room in ("model", "checkpoint", "live", "search", "training")}
-_ALL = _LIVE | _MCORE | {"native", "engines", "ckpt", "streaming", "search", "report"}
+_ALL = _LIVE | _MCORE | {"native", "engines", "ckpt", "streaming", "search", "folding", "report"}
 # A room is a package with a face, or a module of the package itself. "ckpt", "mcore" and "engines"
 # hold rooms; ckpt's own face is that of ckpt/convert.py. "" is the front door.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "alike": {"errors", "faults", "dist"},
     "rendezvous": {"errors", "faults", "alike", "dist"},
     "rounding": {"errors", "formats", "native"},
+    "folding": _TEXT | {"formats", "models", "recipes"},
     "weight_inputs": set(),
     "native": {"errors"},
     "formats": {"errors", "native"},
@@ -40,24 +41,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines.families": set(),
     "cpu": {"errors"},
     "layers": _BASE | {"native"},
-    "calib": _BASE | {"dist", "layers", "ckpt.storage", "rounding"},
+    "calib": _BASE | {"dist", "layers", "ckpt.storage", "rounding", "folding"},
     "ckpt.storage": _TEXT | {"native", "models"},
     "ckpt.dialects": _STORED | {"engines.families"},
-    "ckpt.read": _STORED | {"ckpt.dialects"},
+    "ckpt.read": _STORED | {"ckpt.dialects", "folding"},
     "ckpt.plan": _STORED | {"ckpt.dialects"},
-    "ckpt.write": _STORED | {"", "dist", "ckpt.dialects", "ckpt.plan"},
+    "ckpt.write": _STORED | {"", "dist", "ckpt.dialects", "ckpt.plan", "folding"},
     "ckpt.verify": _STORED | {"ckpt.dialects", "ckpt.read", "ckpt.plan"},
     "ckpt": _STORED | _CKPT,
     "evaluation": _BASE | {"dist", "models", "weight_inputs", "ckpt.read"},
     "streaming": _BASE
-    | {"dist", "models", "rounding", "weight_inputs", "engines.families"}
+    | {"dist", "models", "rounding", "weight_inputs", "engines.families", "folding"}
     | _CKPT,
     "search": _BASE
     | {"dist", "models", "weight_inputs", "ckpt.dialects", "ckpt.storage"}
     | {"evaluation", "streaming"},
     "mcore.model": _LIVE,
     "mcore.checkpoint": _LIVE | {"", "mcore.model"},
-    "mcore.live": _LIVE | {"mcore.model", "mcore.checkpoint"},
+    "mcore.live": _LIVE | {"mcore.model", "mcore.checkpoint", "folding"},
     "mcore.search": _LIVE | {"search", "mcore.model", "mcore.live"},
     "mcore.training": _LIVE | {"mcore.model", "mcore.checkpoint", "mcore.live"},
     "report": {"errors", "documents"},

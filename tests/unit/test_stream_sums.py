@@ -210,6 +210,6 @@ def test_a_model_that_is_loaded_whole_is_refused(
         raise stages.CannotWalk("so it is")
 
     monkeypatch.setattr(walk.Walk, "run", cannot)
-    with pytest.raises(CalibrationError, match="gptq measure layer by layer, which this model"):
+    with pytest.raises(CalibrationError, match="smoothquant measure layer by layer, which this"):
         run(source, tmp_path / "out", **{**GPTQ, "keep_hessians": False})
     assert not any(tmp_path.iterdir())

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
+from megatron_quant.ckpt.verify.checkpoint import verify
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import decode, encode, tensor_scale
+from megatron_quant.models import Box
 from tests.unit import exported
 from tests.unit.exported import INPUT_AMAX, WRITTEN
 
@@ -101,10 +103,29 @@ def test_malformed_tensor(nvfp4, suffix, change):
         QuantizedCheckpoint(nvfp4).weight(f"{DOWN}.weight", torch.bfloat16)
 
 
-def test_folded_input_scale_is_refused(nvfp4):
-    name = f"{DOWN}.pre_quant_scale"
-    exported.edit(nvfp4, lambda t: t.update({name: torch.ones(128)}))
-    with pytest.raises(CheckpointError, match=f"{name} changes the weight"):
+def test_factors_on_inputs_multiply_columns(nvfp4):
+    """pre_quant_scale of ModelOpt: the weight, slices of it and its error; no other dialect."""
+    name, checkpoint = f"{DOWN}.pre_quant_scale", QuantizedCheckpoint(nvfp4)
+    plain = checkpoint.weight(f"{DOWN}.weight", torch.float32)
+    scale = torch.linspace(0.5, 2, plain.shape[1])
+    exported.edit(nvfp4, lambda t: t.update({name: scale}))
+    scaled = QuantizedCheckpoint(nvfp4)
+    assert torch.equal(scaled.weight(f"{DOWN}.weight", torch.float32), plain * scale)
+    box = Box((3, 17), (5, 40))
+    assert torch.equal(scaled.read(f"{DOWN}.weight", box), (plain * scale)[box.index])
+    assert scaled.packed(DOWN).lost(plain * scale, Box((0, 0), tuple(plain.shape)))[1] == 0
+    assert set(scaled.dense()) == set(checkpoint.dense())
+    assert verify(nvfp4).problems == ()
+    with pytest.raises(CheckpointError, match=f"{name} multiplies the module's inputs, which no"):
+        scaled.fields(DOWN)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(127), torch.ones(128).int(), torch.full((128,), torch.nan)]
+)
+def test_factors_that_are_none(nvfp4, value):
+    exported.edit(nvfp4, lambda t: t.update({f"{DOWN}.pre_quant_scale": value}))
+    with pytest.raises(CheckpointError, match=f"{DOWN}.pre_quant_scale is .*, not 128 finite fac"):
         QuantizedCheckpoint(nvfp4).weight(f"{DOWN}.weight", torch.bfloat16)
 
 

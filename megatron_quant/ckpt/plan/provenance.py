@@ -41,7 +41,8 @@ def recipe_digest(recipe: Recipe) -> str:
 def _rule(rule: Rule) -> list[object]:
     formats = [_format(rule.weights), _format(rule.inputs)]
     damp = [] if rule.damp is None else [rule.damp]
-    return [rule.patterns, formats, rule.optional, rule.algorithm, *damp]
+    alpha = [] if rule.alpha is None else [{"alpha": rule.alpha}]
+    return [rule.patterns, formats, rule.optional, rule.algorithm, *damp, *alpha]
 
 
 def _format(fmt: Format | None) -> object:

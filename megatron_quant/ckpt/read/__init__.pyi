@@ -4,6 +4,7 @@ from .checks import is_buffer as is_buffer
 from .checks import plain_dtypes as plain_dtypes
 from .directory import open_directory as open_directory
 from .finer_scales import KeptScales as KeptScales
+from .folded import with_fold as with_fold
 from .head import Compared as Compared
 from .head import compared_heads as compared_heads
 from .head import remember_heads as remember_heads
@@ -15,6 +16,7 @@ from .logical_tensors import plain_part as plain_part
 from .logical_tensors import row_blocks as row_blocks
 from .open import open_source as open_source
 from .open import open_stored as open_stored
+from .packed_weight import COLUMN_SCALE as COLUMN_SCALE
 from .packed_weight import GROUP_INDEX as GROUP_INDEX
 from .packed_weight import Packed as Packed
 from .quantized import QuantizedCheckpoint as QuantizedCheckpoint
@@ -36,6 +38,7 @@ from .source import fill as fill
 from .stack_views import stacked as stacked
 
 __all__ = [
+    "COLUMN_SCALE",
     "GROUP_INDEX",
     "PLAIN_DTYPES",
     "Compared",
@@ -72,4 +75,5 @@ __all__ = [
     "remember_heads",
     "row_blocks",
     "stacked",
+    "with_fold",
 ]

@@ -37,6 +37,9 @@ _OF_WEIGHTS = (
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale"),
 )
 """Suffixes of the tensors that dialects store for a weight."""
+COLUMN_SCALE = "pre_quant_scale"
+"""Suffix of the factors on a module's inputs, [K]: ModelOpt's AWQ and SmoothQuant. Multiplying the
+weight's columns by them gives the same products with plain inputs."""
 _SCALAR = (WHOLE, WHOLE)
 _WEIGHT_SHAPE = "weight_shape"
 _INTEGERS = (torch.int32, torch.int64)
@@ -68,7 +71,28 @@ class Packed:
             fields, fmt = self._per_column(fields, outer), regrouped(fmt, 1)
         w_NK = decode(fields, fmt, torch.float32, (outer.start[0], outer.start[1]))
         inner = zip(box.start, outer.start, box.size, strict=True)
-        return w_NK[tuple(slice(a - o, a - o + n) for a, o, n in inner)]
+        found = w_NK[tuple(slice(a - o, a - o + n) for a, o, n in inner)]
+        scale_K = self.column_scale
+        return found if scale_K is None else found * scale_K[box.index[1]]
+
+    @cached_property
+    def column_scale(self) -> Tensor | None:
+        """Return the factors on the inputs, fp32 [K]; None where they are plain.
+
+        Raises CheckpointError if they are no finite numbers of that many.
+        """
+        name = f"{self.module}.{COLUMN_SCALE}"
+        info = self.files.info(name)
+        if info is None:
+            return None
+        fits = info.shape == self.shape[1:] and info.dtype in PLAIN_DTYPES
+        found = self.files.read(name, whole(info.shape)).float() if fits else None
+        if found is None or not bool(found.isfinite().all()):
+            raise CheckpointError(
+                f"{self.files.path}: {name} is {info.dtype} {list(info.shape)}, not "
+                f"{self.shape[1]} finite factors; fetch the checkpoint again"
+            )
+        return found
 
     def lost(self, w_NK: Tensor, box: Box) -> tuple[float, float]:
         """Return (sum of w^2, sum of (w - decoded)^2) in fp64; ``w_NK`` is the original of ``box``.
@@ -77,7 +101,8 @@ class Packed:
         """
         cut = box.size != self.shape and self._aligned(box) != box
         padded = box.size[1] % self.fmt.fields[0].block[1]
-        if cut or padded or self.group_of_column is not None:
+        plain = self.group_of_column is None and self.column_scale is None
+        if cut or padded or not plain:
             return lost_between(w_NK, self.read(box))
         return lost(w_NK, self.fields(box), self.fmt, (box.start[0], box.start[1]))
 

@@ -22,6 +22,7 @@ from megatron_quant.ckpt.read.checks import PLAIN_DTYPES, check_plain
 from megatron_quant.ckpt.read.directory import Checkpoint, open_directory
 from megatron_quant.ckpt.read.head import with_own_head
 from megatron_quant.ckpt.read.packed_weight import (
+    COLUMN_SCALE,
     GROUP_INDEX,
     Packed,
     open_packed,
@@ -35,7 +36,7 @@ from megatron_quant.errors import CheckpointError, FormatError
 from megatron_quant.models import Box, table_names, whole
 
 _WEIGHTS = ("weight", "weight_packed", "weight_blocks", "qweight")
-_UNREAD = ("pre_quant_scale", "weight_zero_point")
+_UNREAD = ("weight_zero_point",)
 """Tensors that would change a module's values, but that no format known here uses."""
 _OF_ACTIVATIONS = (
     "input_scale",
@@ -119,7 +120,7 @@ class QuantizedCheckpoint:
                 yield f"{module}.weight"
             elif suffix not in (
                 *suffixes,
-                *(GROUP_INDEX if suffixes else ()),
+                *((*GROUP_INDEX, COLUMN_SCALE) if suffixes else ()),
             ) and not name.endswith(cache):
                 yield name
 
@@ -149,7 +150,7 @@ class QuantizedCheckpoint:
         """Decode the tensor that the unquantized model calls ``name``, in ``dtype``.
 
         Raises CheckpointError if one of its stored tensors is missing or malformed, or if there is
-        one beside them that this library does not know (such as a folded scale of the inputs).
+        one beside them that this library does not know (such as a zero point of symmetric codes).
         """
         if not self._is_packed(name):
             return self._plain(name).to(dtype)
@@ -192,6 +193,11 @@ class QuantizedCheckpoint:
             raise CheckpointError(
                 f"{self.path}: the columns of {module} are not in their natural order (g_idx), "
                 "which no other dialect can store; quantize this checkpoint instead"
+            )
+        if packed.column_scale is not None:
+            raise CheckpointError(
+                f"{self.path}: {module}.{COLUMN_SCALE} multiplies the module's inputs, which no "
+                "other dialect can store; quantize this checkpoint instead"
             )
         found = packed.fields(whole(packed.shape))
         for stored in self.stored(module):

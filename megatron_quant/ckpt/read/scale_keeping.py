@@ -69,6 +69,11 @@ def _own_format(
             f"{where} is in {own}, whose scales do not fit {wanted}; take a recipe with that "
             f"format, exclude it, or {_WITHOUT}"
         )
+    if checkpoint.packed(module).column_scale is not None:
+        raise CheckpointError(
+            f"{where} has factors on its inputs (pre_quant_scale), without which its codes are "
+            f"another weight's; {_WITHOUT}"
+        )
     if checkpoint.packed(module).group_of_column is not None:
         raise CheckpointError(
             f"{where} has its columns in another order (g_idx), so an export cannot have its "

@@ -22,6 +22,7 @@ from megatron_quant.ckpt.read import (
     params_of,
     plain_part,
     row_blocks,
+    with_fold,
 )
 from megatron_quant.ckpt.storage import MANIFEST, index_problems, read_object
 from megatron_quant.ckpt.verify.tensors import (
@@ -163,6 +164,7 @@ def verify_share(directory: Path, against: Path | Weights | None, rank: int, siz
         return Share(directory, tuple(problems))
     try:
         checkpoint, params = _open(directory)
+        source = with_fold(source, directory, checkpoint.tensors) if source is not None else None
     except (CheckpointError, ArchitectureError) as error:
         return Share(directory, (str(error),))
     share = Share(directory)

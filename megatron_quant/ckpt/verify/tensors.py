@@ -8,6 +8,7 @@ import torch
 from megatron_quant.ckpt.dialects import INPUT_SCALE, SHAPE, WEIGHT_SCALE, Stored
 from megatron_quant.ckpt.plan import slots
 from megatron_quant.ckpt.read import (
+    COLUMN_SCALE,
     GROUP_INDEX,
     PLAIN_DTYPES,
     QuantizedCheckpoint,
@@ -83,6 +84,7 @@ def stray_problems(
         if is_quantized(checkpoint, source):
             expected |= {name for name, _ in _present(checkpoint, source)}
             expected.update(_orders(checkpoint, source))
+            expected.add(f"{source.module}.{COLUMN_SCALE}")
         else:
             expected.add(source.name)
     return [

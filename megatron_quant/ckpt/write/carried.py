@@ -14,13 +14,14 @@ from megatron_quant.ckpt.dialects import FILES
 from megatron_quant.ckpt.plan import CONFIG
 from megatron_quant.ckpt.storage import MANIFEST
 from megatron_quant.errors import CheckpointError
+from megatron_quant.folding import DOCUMENT
 
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml"),
     *("*.onnx", "*.onnx_data", "*.npz", "*.npy", "*.pkl", "*.pickle", "*.nemo", "*.distcp", "*.ot"),
     *("*.tflite", "*.engine", "*.pdparams"),
 )
-_OWN = (MANIFEST, *FILES, "quantization_config.json", "*.index.json")
+_OWN = (MANIFEST, DOCUMENT, *FILES, "quantization_config.json", "*.index.json")
 _LARGEST = 256 << 20
 """Most bytes of a file beside the weights: tokenizers have some tens of millions."""
 

@@ -11,6 +11,7 @@ from torch import nn
 from megatron_quant.calib import CalibrationReport, Ranges
 from megatron_quant.ckpt.storage import read_config, resolve_source
 from megatron_quant.errors import QuantError
+from megatron_quant.folding import Fold
 from megatron_quant.layers import CachedTensor, ExpertScales, QuantLayer
 from megatron_quant.mcore.model import LiveModel
 from megatron_quant.recipes import QuantPlan, Recipe
@@ -55,7 +56,8 @@ class Quantized:
     every weight. layers, cached: this rank's quantized linears and KV caches. stored: ranges from
     a Megatron checkpoint; empty if calibration finds them. source: digest of the Hugging Face
     checkpoint, for the manifest; empty if it is not known. report, kv_amax: calibration's
-    findings; None and empty before it.
+    findings; None and empty before it. fold: the factors that it folded into the whole model's
+    weights.
     """
 
     model: LiveModel
@@ -69,6 +71,7 @@ class Quantized:
     source: str = ""
     report: CalibrationReport | None = None
     kv_amax: Mapping[str, float] = field(default_factory=dict)
+    fold: Fold = field(default_factory=Fold)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Give a copied model no handle, because its tensors are different ones."""

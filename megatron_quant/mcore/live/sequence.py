@@ -27,8 +27,10 @@ from megatron_quant.calib import (
 from megatron_quant.ckpt.plan import slots, source_digest
 from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CalibrationError, RecipeError
+from megatron_quant.folding import Fold, find_places
 from megatron_quant.layers import ExpertScales, QuantLayer
 from megatron_quant.mcore.checkpoint import Saved, describe_model, describe_run, restore
+from megatron_quant.mcore.live.folding import LiveFolding
 from megatron_quant.mcore.live.forced import forced_experts
 from megatron_quant.mcore.live.handle import (
     HFModel,
@@ -90,7 +92,7 @@ def attach_recipe(
     architecture = together(groups, lambda: lookup(hf.config))
     live = wrap_model(model, architecture, hf.config, groups)
     saved = settings.saved
-    plan = together(groups, lambda: _resolved(chosen, live, saved, settings.check))
+    plan = together(groups, lambda: _resolved(chosen, live, hf, saved, settings.check))
     given = together(
         groups, lambda: saved.source if saved else _digest(hf) if settings.of_weights else ""
     )
@@ -108,12 +110,17 @@ def _digest(hf: HFModel) -> str:
 
 
 def _resolved(
-    recipe: Recipe, live: LiveModel, saved: Saved | None, check: Callable[[QuantPlan], None]
+    recipe: Recipe,
+    live: LiveModel,
+    hf: HFModel,
+    saved: Saved | None,
+    check: Callable[[QuantPlan], None],
 ) -> QuantPlan:
     described = slots(live.params)
     plan = resolve(recipe, described)
     refuse_output(plan)
     check(plan)
+    find_places(live.params, plan, hf.config)  # refuses a model without any
     if saved is None or saved.recipe is None:
         return plan
     if other := difference(plan, resolve(saved.recipe, described)):
@@ -201,7 +208,9 @@ def calibrate_quantized(
     rules: InputRules = _RULES,
     keep: KeepSettings = _FORGET,
 ) -> Quantized:
-    """Fill all quantizers, round what gptq rounds; return the handle with its report. Collective.
+    """Fill all quantizers; return the handle with its report. Collective.
+
+    Weights are changed where awq and smoothquant fold factors into them, and where gptq rounds.
 
     forwards: each runs calibration data through the model. All are run if the KV cache or any
     input has a static scale, and again for gptq, unless ``rules`` have what an earlier run
@@ -217,6 +226,7 @@ def calibrate_quantized(
             live.groups,
             steps,
             replace(rules, token_replicas=live.layout.etp_size),
+            _folding(handle),
         )
         if not plan.measured:
             run_rest(handle.layers, steps)
@@ -248,7 +258,14 @@ def calibrate_quantized(
         together(live.groups, note_squares)
         round_weights(handle.layers, plan, live.groups, source)
     report = replace(report, moments=sums.merged(plan, live.groups), squares={})
-    return replace(handle, report=report, kv_amax=found).remember()
+    return replace(handle, report=report, kv_amax=found, fold=report.fold).remember()
+
+
+def _folding(handle: Quantized) -> LiveFolding | None:
+    """Return what folds factors into the model's weights; None where the recipe asks for none."""
+    live, plan = handle.model, handle.plan
+    places = find_places(live.params, plan, handle.hf.config).folded
+    return LiveFolding(live, handle.layers, places, live.dtype) if places else None
 
 
 def _forced(
@@ -306,8 +323,9 @@ def update(model: Quantized | nn.Module | Sequence[nn.Module]) -> Quantized:
     found = calibrate_weights(handle.layers, handle.plan, groups)
     report = replace(handle.report, weight_amax=found) if handle.report else None
     stored = ranges_of(handle.layers) if handle.stored else ()
-    # The weights are no longer the Hugging Face checkpoint's, so its digest is dropped.
-    updated = replace(handle, report=report, source="", stored=stored)
+    # The weights are no longer those of the Hugging Face checkpoint: its digest is dropped, and so
+    # is what was folded into them.
+    updated = replace(handle, report=report, source="", stored=stored, fold=Fold())
     together(groups, lambda: _describe(updated))
     return updated.remember()
 

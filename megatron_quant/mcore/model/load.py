@@ -55,6 +55,12 @@ class LiveModel:
         """Return the live parameter of one of ``local``."""
         return local.tensor(self.chunks[local.chunk])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of its linear weights, which unquantized tensors of exports get too."""
+        linear = next(local for local in self.local if local.param.role is Role.LINEAR)
+        return self.tensor(linear).dtype
+
     def global_name(self, chunk: int, name: str) -> str:
         """Return a chunk's ``name`` with the layer's number in the whole model.
 

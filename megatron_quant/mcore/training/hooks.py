@@ -123,10 +123,12 @@ def _await_ranges(layers: Sequence[QuantLayer]) -> None:
 
 def _startable(plan: QuantPlan) -> None:
     _trainable(plan)
-    if any(decision.rounds for decision in plan.quantized):
+    needs_data = [d.algorithm for d in plan.quantized if d.rounds or d.folds]
+    if needs_data:
         raise QuantError(
-            f"recipe {plan.recipe!r} rounds weights by gptq, which needs calibration data: "
-            "quantize first (--megatron-save-path, or mq.save), and give that checkpoint to prepare"
+            f"recipe {plan.recipe!r} changes weights by {needs_data[0]}, which needs calibration "
+            "data: quantize first (--megatron-save-path, or mq.save), and give that checkpoint to "
+            "prepare"
         )
 
 

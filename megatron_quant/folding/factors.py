@@ -1,0 +1,273 @@
+"""Choose the factors of a place.
+
+Input channel k is divided by s_k, and column k of the weights multiplied by it. AWQ (Lin et al.,
+2023) takes s = x^alpha, x an average magnitude of the channel, and tries alphas. SmoothQuant (Xiao
+et al., 2022) takes s = peak^alpha / w^(1 - alpha) of the largest magnitudes. Here x is the root
+mean square, from the squares that imatrix measures, and an alpha's error is that of the outputs
+with independent channels: sum (w - w')^2 x^2. It is counted in integers on rows of whole weights,
+so the choice is the same at every layout.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_quant.errors import CalibrationError
+from megatron_quant.folding.fold import Fold
+from megatron_quant.folding.places import Place
+from megatron_quant.formats import Format, amax, fake_quant, tensor_scale
+from megatron_quant.recipes import Slot
+
+STEPS = 20
+"""Alphas that are tried: 0, 1/20, ..., 1."""
+SMOOTHING = 0.5
+"""Alpha of smoothquant where a recipe gives none."""
+_FLOOR = 0.01
+"""Part of the mean square that every channel gets on top: silent channels count a little."""
+_LEAST = 1e-5
+"""Least peak of a channel, of the largest."""
+_ELEMENTS, _OF_EXPERT = 1 << 22, 1 << 18
+"""About how many elements of the weights are looked at for a place, and for one of an expert."""
+_UNITS, _MOST = 2.0**30, 2.0**40
+
+
+class Evidence(Protocol):
+    """The statistics, and values of weights in the dtype of the run, by which factors are found."""
+
+    def squares(self, slot: Slot) -> Tensor:
+        """Return the sums of squares of a slot's inputs: fp32 [K]."""
+        ...
+
+    def peaks(self, slot: Slot) -> Tensor:
+        """Return the largest magnitudes of their channels: fp32 [K]."""
+        ...
+
+    def norm(self, place: Place) -> Tensor:
+        """Return the stored weight of a norm: [K]."""
+        ...
+
+    def rows(self, place: Place, tensor: str) -> Tensor:
+        """Return the rows :func:`sampled_rows` of a tensor behind the place, whole: [R, K]."""
+        ...
+
+    def column_amax(self, place: Place, tensor: str) -> Tensor:
+        """Return the largest magnitude of each column of such a tensor: fp32 [K]."""
+        ...
+
+
+def fold_place(place: Place, evidence: Evidence) -> Fold:
+    """Find the factors of a place.
+
+    Raises:
+        CalibrationError: For statistics that are missing or not finite.
+    """
+    before = evidence.norm(place) if place.norm else None
+    slots = [reader.decision.slot for reader in place.readers]
+    if place.algorithm == "smoothquant":
+        peaks_K = _checked(place, pooled(place, [evidence.peaks(slot) for slot in slots], True))
+        columns = [evidence.column_amax(place, t) for r in place.readers for t in r.tensors]
+        return _fold(place, smoothing_factors(place, peaks_K, pooled(place, columns, True), before))
+    squares = [evidence.squares(slot) for slot in slots]
+    squares_K = _checked(place, pooled(place, squares))
+    samples = [] if place.alpha is not None else list(_samples(place, evidence, squares))
+    return _fold(place, searched_factors(place, squares_K, samples, before))
+
+
+def _samples(place: Place, evidence: Evidence, squares: Sequence[Tensor]) -> "Iterator[Sample]":
+    for reader, squares_K in zip(place.readers, squares, strict=True):
+        fmt = reader.decision.weights
+        assert fmt is not None
+        for tensor in reader.tensors:
+            yield Sample(evidence.rows(place, tensor), fmt, squares_K)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of one tensor behind a place.
+
+    Attributes:
+        w_RK: Whole rows, in the dtype of the run.
+        fmt: Their format.
+        squares_K: Sums of squares of their inputs, fp32.
+    """
+
+    w_RK: Tensor
+    fmt: Format
+    squares_K: Tensor
+
+
+def sampled_rows(place: Place, tensor: str) -> Tensor:
+    """Return the numbers of the rows of ``tensor`` on which alphas are tried, in order."""
+    rows, cols = place.after[tensor]
+    (fmt,) = {r.decision.weights for r in place.readers if tensor in r.tensors}
+    assert fmt is not None
+    block = (fmt.stat_block or (1, 0))[0] or 1
+    tensors = sum(len(r.tensors) for r in place.readers)
+    most = (_ELEMENTS if place.expert is None else _OF_EXPERT) // (cols * tensors)
+    blocks, wanted = -(-rows // block), max(most // block, 1)
+    chosen = torch.arange(min(blocks, wanted)) * blocks // min(blocks, wanted)
+    every = (chosen.unsqueeze(1) * block + torch.arange(block)).flatten()
+    return every[every < rows]
+
+
+def pooled(place: Place, statistics: Sequence[Tensor], largest: bool = False) -> Tensor:
+    """Return the statistic [K] of a place's outputs, from those of its readers' inputs.
+
+    Args:
+        place: The place.
+        statistics: fp32, one a reader: sums of squares, or largest magnitudes.
+        largest: Whether they are magnitudes, which merge by their maximum.
+    """
+    stack = torch.stack([s.double() for s in statistics])
+    found = stack.amax(0) if largest else _added(stack)
+    groups, repeats = place.heads
+    heads = found.view(groups, repeats, -1)
+    return (heads.amax(1) if largest else _added(heads.transpose(0, 1))).flatten()
+
+
+def _added(stack: Tensor) -> Tensor:
+    """Add along the first dim, in order."""
+    total = stack[0].clone()
+    for one in stack[1:]:
+        total += one
+    return total
+
+
+def spread(place: Place, factors_K: Tensor) -> Tensor:
+    """Return the factor of each column that reads one of the place's outputs, contiguous."""
+    groups, repeats = place.heads
+    return factors_K.view(groups, 1, -1).repeat(1, repeats, 1).flatten()
+
+
+def _checked(place: Place, statistic_K: Tensor) -> Tensor:
+    """Return a statistic; raise CalibrationError where it is not finite."""
+    if not bool(statistic_K.isfinite().all()):
+        raise CalibrationError(
+            f"what was measured behind {place.name} is not finite: an activation is NaN, infinite "
+            "or very large on the calibration data; exclude the layer or check the model"
+        )
+    return statistic_K
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of a place.
+
+    Attributes:
+        factors_K: fp32 [K].
+        weight_K: What a norm stores now, in its dtype; None for a linear.
+    """
+
+    factors_K: Tensor
+    weight_K: Tensor | None = None
+
+
+def searched_factors(
+    place: Place, squares_K: Tensor, samples: Sequence[Sample], before: Tensor | None
+) -> Factors:
+    """Return awq's factors of the alpha with the least error, or of the place's own alpha.
+
+    Args:
+        place: The place.
+        squares_K: Pooled sums of squares.
+        samples: Rows of the weights; empty where the place has an alpha.
+        before: The norm's stored weight [K]; None for a linear.
+    """
+    x_K = (squares_K / squares_K.mean().clamp(min=1e-300) + _FLOOR).sqrt()
+    if place.alpha is not None:
+        return _realized(place, _centred(x_K**place.alpha), before)
+    steps = range(STEPS + 1)
+    tried = [_realized(place, _centred(x_K ** (step / STEPS)), before) for step in steps]
+    errors = [_error(place, found.factors_K, samples) for found in tried]
+    return tried[errors.index(min(errors))]
+
+
+def smoothing_factors(
+    place: Place, peaks_K: Tensor, weights_K: Tensor, before: Tensor | None
+) -> Factors:
+    """Return smoothquant's factors.
+
+    Args:
+        place: The place.
+        peaks_K: Pooled largest magnitudes of its outputs.
+        weights_K: Largest magnitudes of the columns that read each output.
+        before: The norm's stored weight [K]; None for a linear.
+    """
+    alpha = SMOOTHING if place.alpha is None else place.alpha
+    peaks, weights = (v.double() for v in (peaks_K, weights_K))
+    peaks, weights = (v.clamp(min=max(_LEAST * v.max().item(), 1e-30)) for v in (peaks, weights))
+    return _realized(place, _centred(peaks**alpha / weights ** (1 - alpha)), before)
+
+
+def _centred(factors_K: Tensor) -> Tensor:
+    """Return factors whose largest and smallest are inverse to one another, in bf16's digits.
+
+    The few digits hide how a processor rounds powers.
+    """
+    middle = (factors_K.max() * factors_K.min()).sqrt()
+    return (factors_K / middle).to(torch.bfloat16).double()
+
+
+def _realized(place: Place, factors_K: Tensor, before: Tensor | None) -> Factors:
+    """Return the factors that a norm can store.
+
+    A norm's quotient is rounded to its dtype. So the factor is the old weight over the new one: the
+    product stays what it was. Channels that are 0, or would be, keep their weight.
+    """
+    if before is None:
+        return Factors(factors_K.float())
+    old = before.double() + place.offset
+    new = ((old / factors_K) - place.offset).to(before.dtype)
+    now = new.double() + place.offset
+    ratio = (old / now).float()
+    change = (ratio > 0) & ratio.isfinite()  # false for 0 / 0 too
+    return Factors(torch.where(change, ratio, 1.0), torch.where(change, new, before))
+
+
+def _error(place: Place, factors_K: Tensor, samples: Sequence[Sample]) -> int:
+    """Count the error of the outputs in units that depend on the samples alone."""
+    by_column = spread(place, factors_K)
+    scaled = [(s.w_RK.float() * by_column.to(s.w_RK.device)).to(s.w_RK.dtype) for s in samples]
+    largest: dict[Format, Tensor] = {}
+    for sample, w_RK in zip(samples, scaled, strict=True):
+        found = amax(w_RK)
+        largest[sample.fmt] = torch.maximum(largest.get(sample.fmt, found), found)
+    unit = max(_unit(sample) for sample in samples)
+    total = 0
+    for sample, w_RK in zip(samples, scaled, strict=True):
+        fmt, factors = sample.fmt, by_column.to(w_RK.device)
+        dscale = tensor_scale(largest[fmt], fmt) if fmt.tensor_scale else None
+        lost = fake_quant(w_RK, fmt, dscale).float().div_(factors).sub_(sample.w_RK.float())
+        weights = sample.squares_K.to(w_RK.device) * (_UNITS / unit)
+        counted = lost.square_().mul_(weights).clamp_(max=_MOST).round_()
+        total += int(counted.to(torch.int64).sum())
+    return total
+
+
+def _unit(sample: Sample) -> float:
+    """Return a bound on an element's weighted square, a power of two."""
+    largest = amax(sample.w_RK).double() ** 2 * sample.squares_K.max().double()
+    return 2.0 ** int(torch.frexp(largest.clamp(2.0**-100, 2.0**100)).exponent)
+
+
+def _fold(place: Place, found: Factors) -> Fold:
+    """Return the fold of one place."""
+    name = place.name
+    vectors = {f"{name}.columns": spread(place, found.factors_K)}
+    weight, *others = place.before
+    values: dict[str, str] = {}
+    if found.weight_K is not None:
+        vectors[f"{name}.values"] = found.weight_K.float()
+        values = {weight: f"{name}.values"}
+    divided = [tensor for tensor in (weight, *others) if tensor not in values]
+    if divided:
+        vectors[f"{name}.rows"] = found.factors_K
+    return Fold(
+        vectors,
+        values=values,
+        rows=dict.fromkeys(divided, f"{name}.rows"),
+        columns=dict.fromkeys(place.after, f"{name}.columns"),
+    )

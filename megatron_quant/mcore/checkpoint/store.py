@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_quant.dist import Groups, gather, raise_together, together
 from megatron_quant.errors import CheckpointError, ExportError
 from megatron_quant.formats import amax
+from megatron_quant.mcore.checkpoint.read_alone import is_part_of_job, read_alone
 from megatron_quant.mcore.checkpoint.state import CHILD, DESCRIBED, DESCRIPTION, decode
 from megatron_quant.mcore.checkpoint.torch_dist import TorchDist
 
@@ -44,8 +46,14 @@ def save(chunks: Chunks, directory: Path, groups: Groups, optimizer: Any = None)
     """Write the model, and an optimizer's state, to the empty ``directory``. Collective.
 
     ``metadata.json``, which makes it a checkpoint, is written last. Raises ExportError, on every
-    rank alike, if the disk refuses.
+    rank alike, if the disk refuses, and where the job has ranks without the model.
     """
+    if is_part_of_job(groups):
+        raise ExportError(
+            f"{directory}: the model is on {groups.size} of the job's {dist.get_world_size()} "
+            "ranks, and Megatron saves checkpoints with all of them: export it, or save it in a "
+            "job that has its ranks alone"
+        )
     state = sharded_state(chunks, singleton=True)  # ModelOpt's layers always use it
     if optimizer is not None:
         state[OPTIMIZER] = optimizer.sharded_state_dict(state, metadata=RESHARDABLE)
@@ -108,6 +116,8 @@ def load(chunks: Chunks, stored: TorchDist, groups: Groups) -> None:
 
 def read_tensors(sharded: dict[str, Any], stored: TorchDist, groups: Groups) -> dict[str, Any]:
     """Read the tensors, and nothing but the files that hold tensors. Collective."""
+    if is_part_of_job(groups):
+        return together(groups, lambda: read_alone(sharded, stored))
     error: BaseException | None = None
     loaded: dict[str, Any] = {}
     try:

@@ -7,11 +7,13 @@ combination about which nothing is known is not refused.
 from dataclasses import dataclass
 
 _EVERYTHING = ("modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "fp8", "mxfp4")
+V4 = "deepseek-v4"
+"""Dialect of DeepSeek-V4's releases."""
 READS = {
-    "vllm": _EVERYTHING,
+    "vllm": (*_EVERYTHING, V4),
     "transformers": _EVERYTHING[1:],
     "tensorrt-llm": ("modelopt", "fp8"),
-    "sglang": _EVERYTHING,
+    "sglang": (*_EVERYTHING, V4),
 }
 """Engine -> dialects that it reads."""
 ENGINES = tuple(READS)

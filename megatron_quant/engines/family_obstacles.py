@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from megatron_quant.ckpt.dialects import Layer, layer_of
-from megatron_quant.engines.facts import MXFP4, STACKS
+from megatron_quant.engines.facts import MXFP4, STACKS, V4
 from megatron_quant.engines.families import Family
 from megatron_quant.models import family, text_config
 from megatron_quant.recipes import OUTPUT, QuantPlan
@@ -43,10 +43,15 @@ def family_obstacles(
     known = family(config)
     yield from _of_head(known, plan, dialect, engine)
     yield from _of_stacks(known, plan, dialect, engine)
+    if dialect == V4 and (known is None or V4.replace("-", "_") not in known.kinds):
+        yield Obstacle(f"{dialect} is the form of DeepSeek-V4 alone", "--export-format modelopt")
     if known is None:
         return
-    if known.vllm_reason and engine == "vllm":
-        yield Obstacle(known.vllm_reason, "another engine, or leave out --serve-engine")
+    if known.vllm_reason and engine == "vllm" and dialect != V4:
+        yield Obstacle(
+            known.vllm_reason,
+            "--export-format deepseek-v4 of a release, or leave out --serve-engine",
+        )
     if engine in ("vllm", "sglang"):
         yield from _of_merged(known, text_config(config), plan)
 

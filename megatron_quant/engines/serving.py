@@ -101,7 +101,8 @@ def _obstacles(
     yield from _of_formats(found, dialect, engine)
     if tp is None or not sharded or dialect == MXFP4:
         return
-    if (shape := shape_problem(found, dialect, tp)) is not None:
+    chosen = [(p, d) for p, d in found if not d.carried]  # engines read the source's own shapes
+    if (shape := shape_problem(chosen, dialect, tp)) is not None:
         yield Obstacle(*shape)
 
 

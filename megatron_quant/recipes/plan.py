@@ -61,6 +61,7 @@ class Decision:
         algorithm: How the weight is quantized, one of ``schema.ALGORITHMS``.
         damp: That of algorithm gptq; the format's default where None.
         alpha: That of algorithms awq and smoothquant; None for their default.
+        carried: Whether the weight stays as the source has it, codes and scales.
     """
 
     slot: Slot
@@ -70,6 +71,7 @@ class Decision:
     algorithm: str = "max"
     damp: float | None = None
     alpha: float | None = None
+    carried: bool = False
 
     @property
     def treatment(self) -> tuple[object, ...]:
@@ -132,7 +134,7 @@ class Decision:
     @property
     def measured(self) -> bool:
         """Return whether calibration data must show the inputs."""
-        return self.quantized and (self.static or self.needs_channels)
+        return self.quantized and not self.carried and (self.static or self.needs_channels)
 
     @property
     def static(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 from megatron_quant.ckpt.plan import Companions, Layout, RankPart
 from megatron_quant.ckpt.read import (
     KeptScales,
+    QuantizedCheckpoint,
     Weights,
     check_fused,
     check_weights,
@@ -15,6 +16,7 @@ from megatron_quant.ckpt.read import (
     kept_dtypes,
     logical,
     open_source,
+    sharing,
 )
 from megatron_quant.ckpt.storage import resolve_source
 from megatron_quant.ckpt.verify import Report
@@ -59,6 +61,7 @@ from megatron_quant.streaming import (
     shared,
     shared_amaxes,
     slot_amaxes,
+    with_carried,
 )
 
 _SHARING: dict[str, Sharing] = {"shared": shared, "per_expert": per_expert}
@@ -122,12 +125,16 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
             "--stream cannot calibrate --export-kv-cache-quant fp8: take fp8_cast, or leave out "
             "--stream"
         )
-    keeps = None
+    keeps, carries = None, job.dialect is not None and job.dialect.carries
     if options.keep_scales:
-        quant, kept_source = keeping(job.quant, source, finer=True)
-        check_fused(quant, kept_source)
-        keeps = KeptScales(kept_source, quant)
+        quant, _ = keeping(job.quant, source, finer=True)
         job = replanned(job, quant, options)
+    if options.keep_scales or carries:
+        assert isinstance(source, QuantizedCheckpoint), "which has scales"
+        check_fused(job.quant, source)
+        fused = sharing(job.quant)
+        every = options.keep_scales
+        keeps = KeptScales(checkpoint=source, plan=job.quant, every=every, shared=fused)
     return Planned(replace(job, export=bounded_parts(job.exported)), checkpoint, keeps)
 
 
@@ -185,7 +192,7 @@ def _written(
         source=source,
         quant=job.quant,
         weight_amax=amaxes,
-        input_amax=static.scales if static else {},
+        input_amax=with_carried(static.scales, job.quant) if static else {},
         sums=sums,
         kept=planned.kept,
     )

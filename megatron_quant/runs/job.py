@@ -21,7 +21,7 @@ from megatron_quant.ckpt.plan import (
     slots,
     spread,
 )
-from megatron_quant.ckpt.read import Weights, check_weights, kept_dtypes, logical
+from megatron_quant.ckpt.read import Weights, carrying, check_weights, kept_dtypes, logical
 from megatron_quant.ckpt.storage import read_config, resolve_source
 from megatron_quant.engines import ENGINES, Obstacle, check_serving, obstacle
 from megatron_quant.errors import LayoutError, QuantError, RecipeError
@@ -200,6 +200,9 @@ def decide(
     """
     recipe, params = chosen_recipe(options, saved), model.params
     quant = resolve(recipe, slots(params))
+    dialect = get_dialect(options.export_format)
+    if dialect.carries:
+        quant = carrying(quant, model.checkpoint, dialect)
     if model.architecture is not None:
         refuse_output(quant)
     if saved is not None and saved.recipe is not None:
@@ -232,7 +235,6 @@ def decide(
     )
     if options.export_dir is None and options.megatron_save_path is not None:
         return job
-    dialect = get_dialect(options.export_format)
     serve = options.serve
     check_serving(quant, params, dialect.name, serve.engine, serve.tp, model.hf_config)
     dialect.quantization_config(quant)  # refuses what it cannot store

@@ -10,6 +10,7 @@ from .inputs import InputAmaxes as InputAmaxes
 from .inputs import merge_amaxes as merge_amaxes
 from .inputs import merge_tokens as merge_tokens
 from .inputs import static_inputs as static_inputs
+from .inputs import with_carried as with_carried
 from .memory import LayerMemory as LayerMemory
 from .memory import layer_memory as layer_memory
 from .model import keys_of as keys_of
@@ -74,4 +75,5 @@ __all__ = [
     "unscaled",
     "watched",
     "weighed_inputs",
+    "with_carried",
 ]

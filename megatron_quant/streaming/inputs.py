@@ -9,7 +9,7 @@ import torch
 from megatron_quant.dist import Groups, max_reduce, sum_reduce
 from megatron_quant.errors import CalibrationError
 from megatron_quant.models import Param
-from megatron_quant.recipes import QuantPlan, accept_cold, check_reached, largest_shared
+from megatron_quant.recipes import Decision, QuantPlan, accept_cold, check_reached, largest_shared
 
 _LAYER_MAX = "layer-max"
 
@@ -32,8 +32,27 @@ class InputAmaxes:
 
 def static_inputs(quant: QuantPlan, params: Sequence[Param]) -> list[Param]:
     """Return the parameters whose inputs have a tensor scale."""
-    decisions = quant.by_name
-    return [p for p in params if (i := decisions[p.name].inputs) is not None and i.tensor_scale]
+    decisions = [(p, quant.by_name[p.name]) for p in params]
+    return [p for p, decision in decisions if decision.static and not decision.carried]
+
+
+def with_carried(
+    amaxes: Mapping[str, torch.Tensor], quant: QuantPlan
+) -> Mapping[str, torch.Tensor]:
+    """Add amaxes of the inputs of experts that no forward runs: those of layers for speculation.
+
+    Each gets the largest of the same linear in other experts, as ModelOpt does.
+    """
+    found = dict(amaxes)
+    for decision in (d for d in quant.quantized if d.carried and d.static):
+        linear = _linears(decision)
+        others = [amaxes[d.slot.name] for d in quant.measured if linear <= _linears(d)]
+        found[decision.slot.name] = torch.stack(others).amax()
+    return found
+
+
+def _linears(decision: Decision) -> set[str]:
+    return {module.rpartition(".")[2] for module in decision.slot.sources}
 
 
 def merge_tokens(

@@ -59,7 +59,7 @@ class Producer:
             squares_K = self.sums.squares(decision.slot)
         stat = searched_stat(w, decision, weight_amax, part.src.start, squares_K)
         scales: dict[str, torch.Tensor] | None = None
-        if self.kept is not None and decision.quantized:
+        if self.kept is not None and self.kept.keeps(decision):
             scales = self.kept.read(name, part.target.source.module, part.region)
         return encoded(part, w, weight_amax, self.input_amax.get(name), stat, scales)
 

@@ -179,6 +179,7 @@ class Dialect(ABC):
         by_tensors: Whether a module that has a plain weight counts as unquantized, whatever the
             config says. Engines do so.
         stacks: Whether its files have one tensor for the routed experts of a layer.
+        carries: Whether it leaves weights that no rule quantizes in the source's own format.
     """
 
     name: str
@@ -186,6 +187,7 @@ class Dialect(ABC):
     cache_scales: tuple[Stored, ...] = ()
     by_tensors = False
     stacks = False
+    carries = False
 
     @abstractmethod
     def stored(

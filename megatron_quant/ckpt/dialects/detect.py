@@ -15,6 +15,8 @@ from megatron_quant.fields import Fields
 
 KEYS = ("quantization_config", "compression_config")
 """Keys of config.json that state it. The second is compressed-tensors' older one."""
+RELEASED = {"deepseek_v4": "deepseek-v4"}
+"""``model_type`` whose ``quant_method`` fp8 has a form of its own -> its dialect."""
 _DEPTH = 4
 """Depth of objects that are searched. Qwen3-Omni has ``thinker_config.text_config``."""
 
@@ -89,9 +91,19 @@ def _beside(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def dialect_of(quantization: Mapping[str, Any], directory: Path) -> Dialect:
-    """Return the dialect that ``quantization`` states; CheckpointError lists the known ones."""
+def dialect_of(
+    quantization: Mapping[str, Any], directory: Path, config: Mapping[str, Any] | None = None
+) -> Dialect:
+    """Return the dialect that ``quantization`` states; CheckpointError lists the known ones.
+
+    Args:
+        quantization: Statement of the quantization.
+        directory: The checkpoint, for messages.
+        config: Content of config.json, which tells the model's family; None for none.
+    """
     method = Fields(quantization, f"{directory}: quantization_config").text("quant_method")
+    if method == "fp8" and config is not None and config.get("model_type") in RELEASED:
+        method = RELEASED[config["model_type"]]
     if method not in DIALECTS:
         raise CheckpointError(
             f"{directory}: quant_method {shown(method)} in config.json is not read; "

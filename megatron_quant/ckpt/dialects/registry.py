@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
     DIALECTS: dict[str, Dialect]
 
-DIALECT_NAMES = ("modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "fp8", "mxfp4")
+DIALECT_NAMES = (
+    *("modelopt", "compressed-tensors", "gptq", "awq", "auto-round"),
+    *("fp8", "mxfp4", "deepseek-v4"),
+)
 """Choices of ``--export-format``."""
 
 
@@ -26,6 +29,7 @@ def _dialects() -> "dict[str, Dialect]":
     from megatron_quant.ckpt.dialects.auto_round import AutoRound
     from megatron_quant.ckpt.dialects.awq import Awq
     from megatron_quant.ckpt.dialects.compressed_tensors import CompressedTensors
+    from megatron_quant.ckpt.dialects.deepseek_v4 import DeepseekV4
     from megatron_quant.ckpt.dialects.gptq import Gptq
     from megatron_quant.ckpt.dialects.modelopt import ModelOpt
     from megatron_quant.ckpt.dialects.mxfp4_stacks import Mxfp4Stacks
@@ -33,7 +37,7 @@ def _dialects() -> "dict[str, Dialect]":
 
     made = (
         *(ModelOpt(), CompressedTensors(), Gptq(), Awq(), AutoRound()),
-        *(NativeFp8(), Mxfp4Stacks()),
+        *(NativeFp8(), Mxfp4Stacks(), DeepseekV4()),
     )
     found: dict[str, Dialect] = {dialect.name: dialect for dialect in made}
     assert tuple(found) == DIALECT_NAMES

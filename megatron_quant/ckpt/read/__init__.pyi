@@ -1,3 +1,5 @@
+from .carried_weights import carrying as carrying
+from .carried_weights import sharing as sharing
 from .checks import PLAIN_DTYPES as PLAIN_DTYPES
 from .checks import check_weights as check_weights
 from .checks import is_buffer as is_buffer
@@ -51,6 +53,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "Weights",
+    "carrying",
     "check_fused",
     "check_shared",
     "check_weights",
@@ -74,6 +77,7 @@ __all__ = [
     "plain_part",
     "remember_heads",
     "row_blocks",
+    "sharing",
     "stacked",
     "with_fold",
 ]

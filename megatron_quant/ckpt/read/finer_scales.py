@@ -5,6 +5,7 @@ tensor. E4M3 holds 18 powers of two. Where those of a tensor lie within them, ev
 it was: nothing is rounded a second time.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from megatron_quant.ckpt.read.scale_keeping import Scales
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import Region
 from megatron_quant.models import Box, whole
-from megatron_quant.recipes import QuantPlan
+from megatron_quant.recipes import Decision, QuantPlan
 
 _LOWEST, _HIGHEST = -9, 8
 """Exponents of the powers of two in E4M3."""
@@ -25,18 +26,26 @@ _BIAS = 127
 _GROUP = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KeptScales:
     """The scales of a quantized source, for the formats of a plan.
 
     Attributes:
         checkpoint: The source.
-        plan: A plan whose weights keep its scales, from :func:`keeping`.
+        plan: A plan whose weights keep its scales, from :func:`keeping` or :func:`carrying`.
+        every: Whether all weights keep them, or those alone that are carried.
+        shared: Modules that share a tensor scale by slot, where they are not the slot's own.
     """
 
     checkpoint: QuantizedCheckpoint
     plan: QuantPlan
+    every: bool = True
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _tops: dict[tuple[str, ...], int] = field(default_factory=dict, repr=False)
+
+    def keeps(self, decision: Decision) -> bool:
+        """Return whether the weight of ``decision`` keeps the source's scales."""
+        return decision.carried or (self.every and decision.quantized)
 
     def read(self, slot: str, module: str, region: Region) -> Scales:
         """Read the scales of all blocks of a weight that ``region`` touches, and the tensor's.
@@ -56,7 +65,7 @@ class KeptScales:
         if decision.weights.name == self.checkpoint.modules[module].weights.name:
             return found
         assert region.start[1] == 0, (module, region)
-        top = self._top(decision.slot.sources)
+        top = self._top(self.shared.get(slot, decision.slot.sources))
         powers = (found["scale"].to(torch.int32) - top + _HIGHEST).clamp(_LOWEST, _HIGHEST)
         blocks = torch.exp2(powers.float()).repeat_interleave(2, 1)
         columns = -(-region.size[1] // decision.weights.group_size)

@@ -200,7 +200,8 @@ class Packed:
         if not is_e8m0(part, self.fmt, stored.field):
             return part
         check_e8m0(self.files.path, name, part)
-        return part.float() if stored.dtype.is_floating_point else part.view(torch.uint8)
+        as_float = stored.dtype.is_floating_point and stored.dtype != part.dtype
+        return part.float() if as_float else part.view(torch.uint8)
 
     def _per_column(self, fields: Mapping[str, Tensor], box: Box) -> dict[str, Tensor]:
         elements = self.fmt.fields[0].name

@@ -90,7 +90,7 @@ class QuantizedCheckpoint:
         self.is_ordered = self.lists_exclusions = True
         quantization = quantization_of(files.config, files.path)
         if quantization is not None:
-            self.dialect = dialect_of(quantization, files.path)
+            self.dialect = dialect_of(quantization, files.path, files.config)
             self.kv_cache = self.dialect.read_kv_cache(quantization)
             self.is_ordered = self.dialect.is_ordered(quantization)
             self.lists_exclusions = self.dialect.lists_exclusions(quantization)

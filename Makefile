@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env test test-vllm test-clients test-matrix test-te test-gpu lint format demo demo-qat accuracy clean
+.PHONY: env test test-vllm test-report test-clients test-matrix test-te test-gpu lint format demo demo-qat accuracy clean
 
 env: $(READY)
 
@@ -54,6 +54,18 @@ $(VLLM)/.ready:
 
 test-vllm: env $(VLLM)/.ready
 	MEGATRON_QUANT_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
+
+# Reports in headless Chromium (apt-get install chromium-headless-shell), and in TensorBoard and
+# MLflow themselves, which get an environment of their own.
+TRACKERS := $(CACHE)/trackers
+$(TRACKERS)/.ready:
+	$(PYTHON) -m venv $(TRACKERS)
+	$(TRACKERS)/bin/python -m pip install --quiet lazy_loader tensorboard==2.21.0 mlflow-skinny==3.17.2
+	touch $@
+
+test-report: env $(TRACKERS)/.ready
+	MEGATRON_QUANT_REPORT_TESTS=1 MEGATRON_QUANT_TRACKERS_PYTHON=$(TRACKERS)/bin/python \
+	    $(BIN)/python -m pytest tests/report
 
 lint: env
 	$(BIN)/ruff check .

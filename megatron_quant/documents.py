@@ -276,6 +276,11 @@ def check_output_file(flag: str, path: Path | None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write ``text`` into the file ``path`` as UTF-8. Raises as :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write the file ``path``: it is there whole, or as it was before.
 
     Raises:
@@ -283,12 +288,12 @@ def write_text(path: Path, text: str) -> None:
     """
     try:
         if path.exists() and not path.is_file():  # a pipe or a terminal
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
             return
         to = path.resolve()  # of a link, what it leads to
         unfinished = to.with_name(f"{to.name}.incomplete")
         try:
-            unfinished.write_text(text, encoding="utf-8")
+            unfinished.write_bytes(content)
             os.replace(unfinished, to)
         except BaseException:
             unfinished.unlink(missing_ok=True)

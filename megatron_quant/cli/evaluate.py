@@ -8,6 +8,7 @@ from rich.progress import track
 
 import megatron_quant as mq
 from megatron_quant.cli.console import console
+from megatron_quant.cli.reporting import add_reporting
 from megatron_quant.cli.tokenizer import add_tokenizer
 from megatron_quant.documents import check_output_file, write_json
 
@@ -34,6 +35,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "(but NVFP4 experts wrongly) and not modelopt",
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    add_reporting(p)
     add_tokenizer(p)
     p.set_defaults(run=run)
 
@@ -52,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         trust_remote_code=args.trust_remote_code,
         native=args.native,
+        report=args.report,
+        log_to=args.log_to,
         progress=partial(track, description="evaluate", console=out) if out.is_terminal else None,
     )
     kl = "" if result.kl is None else f", KL {result.kl:.5f}"

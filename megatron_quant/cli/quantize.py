@@ -6,6 +6,7 @@ from pathlib import Path
 import megatron_quant as mq
 from megatron_quant.cli.console import ConsolePhases, console, escape
 from megatron_quant.cli.report import summary, summary_of_stream
+from megatron_quant.cli.reporting import add_reporting
 from megatron_quant.cli.search import add_search
 from megatron_quant.cli.serving import add_dialect, add_layout, add_serving, arguments
 from megatron_quant.cli.tables import (
@@ -249,13 +250,7 @@ def _export_flags(p: argparse.ArgumentParser) -> None:
         type=Path,
         help="also report perplexity and KL to bf16 of the fake-quantized model on this text",
     )
-    group.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="draw the findings as one page (.html), with the same facts beside it as .json; with "
-        "another ending, write the facts alone, as JSON",
-    )
+    add_reporting(group)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 import megatron_quant as mq
 from megatron_quant.cli.console import console, escape
+from megatron_quant.cli.reporting import add_reporting
 
 _COST_HELP = (
     "how bits are counted. weight: what is stored, scales included. active: what a token reads, so "
@@ -88,13 +89,20 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     p.add_argument("--formats", metavar="CFGS", help="some of the candidates (default: all)")
     p.add_argument("--cost", choices=mq.choices().search_costs, default="weight", help=_COST_HELP)
     p.add_argument("--recipe", type=Path, metavar="FILE", help="write the found recipe here")
+    add_reporting(p)
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Solve and print."""
     found = mq.search_again(
-        args.directory, args.bits, formats=args.formats, cost=args.cost, recipe=args.recipe
+        args.directory,
+        args.bits,
+        formats=args.formats,
+        cost=args.cost,
+        recipe=args.recipe,
+        report=args.report,
+        log_to=args.log_to,
     )
     table = Table("Place", "Format", "Score", title=escape(found.recipe.description))
     for place, action, score in found.rows:

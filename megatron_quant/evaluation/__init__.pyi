@@ -8,11 +8,13 @@ from .measure import read_windows as read_windows
 from .metrics import NOTHING as NOTHING
 from .metrics import Sums as Sums
 from .metrics import nll_and_kl as nll_and_kl
+from .parts import Part as Part
 from .tokenizer import TokenizerChoice as TokenizerChoice
 from .tokenizer import load_tokenizer as load_tokenizer
 
 __all__ = [
     "NOTHING",
+    "Part",
     "Result",
     "Sums",
     "Text",

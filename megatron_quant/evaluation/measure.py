@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from megatron_quant.errors import CheckpointError, QuantError
 from megatron_quant.evaluation.load import Load, Logits, decoded
-from megatron_quant.evaluation.metrics import NOTHING, Sums, nll_and_kl, windows
+from megatron_quant.evaluation.metrics import NOTHING, Sums, token_losses, windows
+from megatron_quant.evaluation.parts import Breakdown, Parts, TokenClasses
 from megatron_quant.evaluation.tokenizer import TokenizerChoice
 
 BatchProgress = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
@@ -23,11 +25,13 @@ class Result:
         perplexity: exp of the mean negative log likelihood per token.
         kl: Mean KL(reference || model) per token, in nats; None without a reference.
         tokens: Number of predicted tokens.
+        parts: Figures by position and by class of token.
     """
 
     perplexity: float
     kl: float | None
     tokens: int
+    parts: Parts = field(default_factory=Parts)
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,25 @@ def evaluate(
         QuantError: For a text that cannot be used.
         CheckpointError: For a checkpoint that cannot be used.
     """
-    cut = read_windows(directory, text)
+    tokenizer = text.tokenizer.load(directory)
+    cut = _cut(text, tokenizer)
     model = load(directory, dtype)
     reference = decoded(against, dtype) if against else None
-    total = score(model, progress(cut), reference)
-    return Result(total.perplexity, total.mean_kl if reference else None, total.tokens)
+    breakdown = Breakdown(text.seq_length, TokenClasses(tokenizer))
+    total = score(model, progress(cut), reference, breakdown)
+    kl = total.mean_kl if reference else None
+    return Result(total.perplexity, kl, total.tokens, breakdown.parts)
 
 
-def score(model: Logits, cut: Iterable[torch.Tensor], reference: Logits | None = None) -> Sums:
+def score(
+    model: Logits,
+    cut: Iterable[torch.Tensor],
+    reference: Logits | None = None,
+    breakdown: Breakdown | None = None,
+) -> Sums:
     """Sum the losses of windows (each int64 [seq_length + 1]) under a model and its reference.
+
+    breakdown: gets the losses by token.
 
     Raises:
         CheckpointError: If the two have different vocabularies.
@@ -93,7 +107,10 @@ def score(model: Logits, cut: Iterable[torch.Tensor], reference: Logits | None =
                 f"the model's vocabulary has {logits_TV.shape[-1]} tokens, the reference's "
                 f"{ref_TV.shape[-1]}; compare with the checkpoint that was quantized"
             )
-        total += nll_and_kl(logits_TV, ref_TV, labels_T)
+        losses = token_losses(logits_TV, ref_TV, labels_T)
+        total += losses.sums
+        if breakdown is not None:
+            breakdown.add(window, losses)
     return total
 
 
@@ -107,11 +124,14 @@ def read_windows(directory: Path, text: Text) -> list[torch.Tensor]:
     Raises:
         QuantError: If the text cannot be read or does not fill one window.
     """
+    return _cut(text, text.tokenizer.load(directory))
+
+
+def _cut(text: Text, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     try:
         content = text.file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise QuantError(f"{text.file}: not a readable UTF-8 text file ({e}); give another") from e
-    tokenizer = text.tokenizer.load(directory)
     ids: list[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     if text.max_tokens is not None:
         ids = ids[: text.max_tokens + 1]

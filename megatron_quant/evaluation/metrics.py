@@ -49,21 +49,45 @@ def windows(ids: Sequence[int], seq_length: int) -> Iterator[torch.Tensor]:
         yield stream[start : start + seq_length + 1]
 
 
-def nll_and_kl(
+@dataclass(frozen=True)
+class Losses:
+    """Losses of tokens in nats, fp64 [tokens] each.
+
+    Attributes:
+        nll_T: -log p(label).
+        kl_T: KL(reference || model); 0 without a reference.
+    """
+
+    nll_T: torch.Tensor
+    kl_T: torch.Tensor
+
+    @property
+    def sums(self) -> Sums:
+        """Return the sums over all tokens."""
+        return Sums(self.nll_T.sum().item(), self.kl_T.sum().item(), len(self.nll_T))
+
+
+def token_losses(
     logits_TV: torch.Tensor, ref_logits_TV: torch.Tensor | None, labels_T: torch.Tensor
-) -> Sums:
-    """Sum -log p(label) and KL(reference || model) over tokens; the KL is 0 without a reference.
+) -> Losses:
+    """Return -log p(label) and KL(reference || model) of each token.
 
     Args:
-        logits_TV: [tokens, vocabulary] of any float type. The log-softmax is taken in fp32 and the
-            sums in fp64.
+        logits_TV: [tokens, vocabulary] of any float type. The log-softmax is taken in fp32.
         ref_logits_TV: Logits of the reference.
         labels_T: int64 [tokens].
     """
     logp_TV = F.log_softmax(logits_TV.float(), dim=-1)
-    nll = F.nll_loss(logp_TV.double(), labels_T, reduction="sum")
-    kl = 0.0
+    nll_T = -logp_TV.gather(-1, labels_T[:, None])[:, 0].double()
+    kl_T = torch.zeros_like(nll_T)
     if ref_logits_TV is not None:
         ref_TV = F.log_softmax(ref_logits_TV.float(), dim=-1)
-        kl = (ref_TV.exp() * (ref_TV - logp_TV)).sum(dtype=torch.float64).item()
-    return Sums(nll.item(), kl, len(labels_T))
+        kl_T = (ref_TV.exp() * (ref_TV - logp_TV)).sum(-1, dtype=torch.float64)
+    return Losses(nll_T, kl_T)
+
+
+def nll_and_kl(
+    logits_TV: torch.Tensor, ref_logits_TV: torch.Tensor | None, labels_T: torch.Tensor
+) -> Sums:
+    """Return the sums of :func:`token_losses` over all tokens."""
+    return token_losses(logits_TV, ref_logits_TV, labels_T).sums

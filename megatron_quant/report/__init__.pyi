@@ -8,6 +8,9 @@ from .facts import Search as Search
 from .facts import Weight as Weight
 from .facts import search_of as search_of
 from .page import page_of as page_of
+from .trackers import check_tracker as check_tracker
+from .trackers import log_facts as log_facts
+from .trackers import tracker_of as tracker_of
 from .write import check_report_files as check_report_files
 from .write import report_files as report_files
 from .write import write_report_files as write_report_files
@@ -22,8 +25,11 @@ __all__ = [
     "Search",
     "Weight",
     "check_report_files",
+    "check_tracker",
+    "log_facts",
     "page_of",
     "report_files",
     "search_of",
+    "tracker_of",
     "write_report_files",
 ]

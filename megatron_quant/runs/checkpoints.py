@@ -88,12 +88,13 @@ def quantize_checkpoint(
     from megatron_quant.mcore.model import start_distributed
     from megatron_quant.runs.facts import of_outcome
     from megatron_quant.runs.megatron import quantize_run
-    from megatron_quant.runs.report import check_report, write_report
+    from megatron_quant.runs.report import check_report, reporting, write_report
 
     groups, timed = start_distributed(options.distributed_timeout_minutes), Timed(phases or Quiet())
     places = (options.hf_model_id, options.export_dir)
     megatron = (options.megatron_save_path, options.megatron_load_path)
-    check_report(options.report, groups, *places, *megatron)
+    where = reporting(options.report, options.log_to)
+    check_report(where, groups, *places, *megatron, options.auto.checkpoint)
     model = options.hf_model_id or str(options.megatron_load_path)
     found = None
     if options.auto.bits is not None:
@@ -102,7 +103,7 @@ def quantize_checkpoint(
         options, found = with_found_recipe(options, groups, timed)
     outcome = quantize_run(options, groups, timed)
     outcome = replace(outcome, seconds=timed.seconds, found=found)
-    write_report(options.report, groups, lambda: of_outcome(outcome, model))
+    write_report(where, groups, lambda: of_outcome(outcome, model))
     return outcome
 
 
@@ -143,12 +144,13 @@ def stream(
     from megatron_quant.rendezvous import start_ranks
     from megatron_quant.runs.facts import of_streamed
     from megatron_quant.runs.file_to_file import stream_files
-    from megatron_quant.runs.report import check_report, write_report
+    from megatron_quant.runs.report import check_report, reporting, write_report
 
     groups = groups or start_ranks(options.distributed_timeout_minutes)
     timed = Timed(phases or Quiet())
     places = (options.hf_model_id, options.export_dir, options.auto.checkpoint)
-    check_report(options.report, groups, *places)
+    where = reporting(options.report, options.log_to)
+    check_report(where, groups, *places)
     found = None
     if options.auto.bits is not None:
         from megatron_quant.runs.auto_quantize import with_found_recipe
@@ -156,7 +158,7 @@ def stream(
         options, found = with_found_recipe(options, groups, timed)
     streamed = stream_files(options, groups, timed)
     streamed = replace(streamed, seconds=timed.seconds, found=found)
-    write_report(options.report, groups, lambda: of_streamed(streamed, str(source)))
+    write_report(where, groups, lambda: of_streamed(streamed, str(source)))
     return streamed
 
 
@@ -294,6 +296,8 @@ def evaluate(
     tokenizer: str | Path | None = None,
     trust_remote_code: bool = False,
     native: bool = False,
+    report: str | Path | None = None,
+    log_to: str | None = None,
     progress: "Callable[[list[torch.Tensor]], Iterable[torch.Tensor]] | None" = None,
 ) -> "Result":
     """Measure perplexity on a text, and the mean KL divergence from ``against`` if it is given.
@@ -305,6 +309,9 @@ def evaluate(
         tokenizer: the tokenizer's folder; None for the checkpoint's own.
         trust_remote_code: run the code that a tokenizer brings along.
         native: let transformers read the quantized format itself.
+        report: file for the figures, also by position and by class of token: a page (.html), with
+            the same as .json beside it; with another ending JSON alone.
+        log_to: tracker that gets them: ``mlflow``, ``mlflow:URI``, ``tensorboard:DIR``.
         progress: wraps the list of windows, to show progress; None shows nothing.
 
     Raises:
@@ -314,15 +321,23 @@ def evaluate(
         if value is not None and value < 1:
             raise QuantError(f"{flag} is {value}: give at least 1")
     from megatron_quant import evaluation
+    from megatron_quant.dist import Groups
+    from megatron_quant.runs.facts import of_result
+    from megatron_quant.runs.report import check_report, reporting, write_report
     from megatron_quant.streaming import quiet
 
     choice = evaluation.TokenizerChoice(tokenizer, trust_remote_code)
+    directory, reference = Path(out), Path(against) if against is not None else None
+    where = reporting(report, log_to)
+    check_report(where, Groups(), directory, reference)
     with quiet() if progress is None else nullcontext():
-        return evaluation.evaluate(
-            Path(out),
+        result = evaluation.evaluate(
+            directory,
             evaluation.Text(Path(text), seq_length, max_tokens, choice),
-            Path(against) if against is not None else None,
+            reference,
             dtype_of(dtype),
             evaluation.native if native else evaluation.decoded,
             progress or iter,
         )
+    write_report(where, Groups(), lambda: of_result(result, str(out), Path(text), reference))
+    return result

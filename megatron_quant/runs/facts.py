@@ -1,14 +1,27 @@
-"""The facts of a run of ``quantize``, for its report."""
+"""The facts of a run, for its report."""
 
 import re
 from collections.abc import Iterator, Mapping
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from megatron_quant.report import Facts, Quality, Quantized, Rule, Search, Weight, search_of
+from megatron_quant.report import (
+    Evaluation,
+    Facts,
+    Part,
+    Quality,
+    Quantized,
+    Rule,
+    Search,
+    Weight,
+    search_of,
+)
 
 if TYPE_CHECKING:  # imports Megatron, which needs use_cpu() first on a host without a GPU
     from megatron_quant.ckpt.verify import Report
+    from megatron_quant.evaluation import Part as TextPart
+    from megatron_quant.evaluation import Result
     from megatron_quant.models import Param, Source
     from megatron_quant.runs.file_to_file import Streamed
     from megatron_quant.runs.found import Found
@@ -55,6 +68,30 @@ def of_streamed(streamed: "Streamed", model: str) -> Facts:
 def of_found(found: "Found", directory: str) -> Facts:
     """Return the facts of a search that was solved again; ``directory`` has its scores."""
     return Facts(command="search", model=directory, version=_version(), search=_search(found))
+
+
+def of_result(result: "Result", model: str, text: Path, against: Path | None) -> Facts:
+    """Return the facts of an evaluation of a checkpoint, ``model``."""
+    with_kl = result.kl is not None
+    evaluation = Evaluation(
+        quality=Quality(result.perplexity, result.kl, result.tokens),
+        text=str(text),
+        against=str(against or ""),
+        seq_length=result.parts.seq_length,
+        positions=tuple(_part(part, with_kl) for part in result.parts.positions),
+        classes=tuple(_part(part, with_kl) for part in result.parts.classes),
+    )
+    return Facts(command="eval", model=model, version=_version(), evaluation=evaluation)
+
+
+def _part(found: "TextPart", with_kl: bool) -> Part:
+    sums = found.sums
+    return Part(
+        label=found.label,
+        tokens=sums.tokens,
+        perplexity=sums.perplexity,
+        kl=sums.mean_kl if with_kl else None,
+    )
 
 
 def _facts(model: str, quantized: Quantized, found: "Found | None" = None) -> Facts:

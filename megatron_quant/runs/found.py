@@ -46,6 +46,8 @@ def search_again(
     formats: str | None = None,
     cost: str = "weight",
     recipe: str | Path | None = None,
+    report: str | Path | None = None,
+    log_to: str | None = None,
 ) -> Found:
     """Choose again among scored formats, without a forward.
 
@@ -55,12 +57,20 @@ def search_again(
         formats: some of its candidates, with commas between; None for all.
         cost: ``weight`` or ``active``, as in :class:`AutoQuantize`.
         recipe: file for the found recipe; None writes none.
+        report: file for the scores and the choice: a page (.html), with the same as .json beside
+            it; with another ending JSON alone.
+        log_to: tracker that gets them: ``mlflow``, ``mlflow:URI``, ``tensorboard:DIR``.
 
     Raises:
         QuantError: for a directory without finished scores, and bits that cannot be met.
     """
+    from megatron_quant.dist import Groups
+    from megatron_quant.runs.facts import of_found
+    from megatron_quant.runs.report import check_report, reporting, write_report
     from megatron_quant.search import NONE, Scored, ScoreStore, write_recipe
 
+    where = reporting(report, log_to)
+    check_report(where, Groups(), directory)
     file = None if recipe is None else Path(recipe)
     check_output_file("--recipe", file)
     store = ScoreStore(Path(directory))
@@ -74,6 +84,7 @@ def search_again(
     found = chosen(Scored(problem, scores, scored.method), bits, cost)
     if file is not None:
         write_recipe(file, found.recipe)
+    write_report(where, Groups(), lambda: of_found(found, str(directory)))
     return found
 
 

@@ -70,6 +70,7 @@ class QuantizeOptions:
     megatron_load_path: Path | None = None
     skip_keys: tuple[str, ...] = ()
     report: Path | None = None
+    log_to: str | None = None
     distributed_timeout_minutes: float = MINUTES
 
     @classmethod

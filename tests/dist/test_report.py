@@ -91,7 +91,10 @@ def test_a_streamed_run_says_the_same_of_the_same_bytes(
 
 
 def test_a_search_that_quantizes(source: Path, tmp_path: Path) -> None:
-    auto = mq.AutoQuantize(bits=6.0, formats="w4a16_nvfp4,fp8_channel", score_size=2)
+    scores, again = tmp_path / "scores", tmp_path / "again.html"
+    auto = mq.AutoQuantize(
+        bits=6.0, formats="w4a16_nvfp4,fp8_channel", score_size=2, checkpoint=scores
+    )
     few = mq.Calibration(dataset=__file__, size=2, seq_length=8, batch_size=2)
     out, report = tmp_path / "out", tmp_path / "report.html"
     streamed = mq.stream(
@@ -109,6 +112,16 @@ def test_a_search_that_quantizes(source: Path, tmp_path: Path) -> None:
     assert len(chosen) == len(found.rows)
     names = {"exclude": "as it was"}
     assert chosen == [names.get(action, action.replace("+", " × ")) for _, action, _ in found.rows]
+    ended = command("search", str(scores), "--bits", "6", "--report", str(again))
+    assert ended.status == 0, ended.err
+    solved = facts_of(again)
+    assert (solved["command"], solved["model"]) == ("search", str(scores))
+    assert solved["search"] == facts["search"]
+    assert [e.attributes["id"] for e in read(again.read_text()).all("section")] == [
+        *("frontier", "choices", "scores")
+    ]
+    refused = command("search", str(scores), "--bits", "6", "--report", str(scores / "search.html"))
+    assert refused.status == 1 and f"search.html lies in {scores}" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ SIGNATURES = {
     "convert": "checkpoint, out, *, format, serve, write, groups, phases",
     "choices": "",
     "evaluate": "out, text, *, against, seq_length, max_tokens, dtype, tokenizer, "
-    "trust_remote_code, native, progress",
+    "trust_remote_code, native, report, log_to, progress",
     "export": "model, out, *, format, dtype, serve, write",
     "export_tensors": "model, *, format, dtype, ranks, max_bytes",
     "find_recipe": "model, auto, *, hf_model, parallel, calibration, loss, expert_scales, dtype, "
@@ -23,7 +23,7 @@ SIGNATURES = {
     "quantize_checkpoint": "source, recipe, out, *, parallel, calibration, format, serve, write, "
     "auto, phases, **flags",
     "quantized": "model",
-    "search_again": "directory, bits, *, formats, cost, recipe",
+    "search_again": "directory, bits, *, formats, cost, recipe, report, log_to",
     "restore": "model, directory, *, hf_model, groups",
     "save": "model, directory",
     "stream": "source, recipe, out, *, calibration, format, serve, write, auto, groups, phases, "

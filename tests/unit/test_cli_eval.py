@@ -1,6 +1,7 @@
 """``megatron-quant eval DIR --text FILE``: its figures, and what it refuses."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.dist import checkpoints
 from tests.dist.command import Ended, command
+from tests.unit.report_pages import read
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,45 @@ def test_divergence_from_itself_is_zero_and_figures_as_json(
     assert (found["kl"], found["tokens"]) == (0.0, 64)
 
 
+def test_a_report_has_the_figures_by_position_and_class(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.html"
+    flags = [
+        "--against",
+        str(model),
+        "--report",
+        str(report),
+        "--log-to",
+        f"tensorboard:{tmp_path}/tb",
+    ]
+    ended = evaluated(model, text, *flags, "--max-tokens", "64")
+    assert ended.status == 0, ended.err
+    found = json.loads(report.with_suffix(".json").read_text())
+    assert f"perplexity {found['perplexity']:.4f}, KL 0.00000 (64 tokens)" in ended.out
+    assert (found["command"], found["model"], found["text"]) == ("eval", str(model), str(text))
+    assert [p["label"] for p in found["positions"]] == [str(i) for i in range(1, 33)]
+    assert {p["tokens"] for p in found["positions"]} == {2}
+    names = {p["label"]: p["tokens"] for p in found["classes"]}
+    # each character is a token
+    predicted = text.read_text()[1:65]
+    assert names["spaces"] == predicted.count(" ")
+    assert names["punctuation"] == predicted.count(".")
+    assert names["first of a word"] == len(predicted.split()) - 1
+    assert sum(names.values()) == 64
+    for parts in (found["positions"], found["classes"]):
+        nll = sum(math.log(p["perplexity"]) * p["tokens"] for p in parts)
+        assert math.exp(nll / 64) == pytest.approx(found["perplexity"])
+    page = read(report.read_text())
+    assert [s.attributes["id"] for s in page.all("section")] == ["positions", "classes"]
+    assert len(list((tmp_path / "tb").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--report", "/no/r.html"], "--report /no/r.json is in a directory that does not exist"),
+        (["--log-to", "comet"], "--log-to 'comet' names no tracker: give mlflow"),
         (["--seq-length", "0"], "--seq-length is 0: give at least 1"),
         (["--max-tokens", "0"], "--max-tokens is 0: give at least 1"),
         (["--max-tokens", "8"], "9 tokens do not fill a window of 32 and the label after it; give"),

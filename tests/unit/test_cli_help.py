@@ -20,7 +20,7 @@ FLAGS = (
     *("expert-scales", "calib-size", "calib-seq-length", "calib-batch-size", "calib-dataset"),
     *("cold-experts", "export-dir", "export-format", "max-shard-size", "overwrite", "dry-run"),
     *("io-threads", "fsync", "verify", "resume"),
-    *("eval-text", "report", "tokenizer", "trust-remote-code"),
+    *("eval-text", "report", "log-to", "tokenizer", "trust-remote-code"),
 )
 RECIPES = ("fp8", "nvfp4_mlp_only", "w4a16_nvfp4", "int4", "a YAML path", "ModelOpt preset")
 

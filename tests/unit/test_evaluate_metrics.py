@@ -2,8 +2,17 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from megatron_quant.evaluation.metrics import NOTHING, Sums, nll_and_kl, windows
+from megatron_quant.evaluation.metrics import (
+    NOTHING,
+    Losses,
+    Sums,
+    nll_and_kl,
+    token_losses,
+    windows,
+)
+from megatron_quant.evaluation.parts import CLASSES, Breakdown, TokenClasses
 
 
 def test_windows_predict_every_id_but_the_first_once():
@@ -44,3 +53,58 @@ def test_sums_add_up_over_windows():
     assert isinstance(total, Sums)
     assert (total.nll, total.kl) == pytest.approx((whole.nll, whole.kl))
     assert total.tokens == whole.tokens
+
+
+def test_losses_of_tokens_add_up_to_the_sums():
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    reference = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(6)
+    losses = token_losses(logits, reference, labels)
+    alone = [
+        nll_and_kl(logits[i : i + 1], reference[i : i + 1], labels[i : i + 1]) for i in range(6)
+    ]
+    assert losses.nll_T.tolist() == pytest.approx([one.nll for one in alone])
+    assert losses.kl_T.tolist() == pytest.approx([one.kl for one in alone])
+    assert losses.sums == nll_and_kl(logits, reference, labels)
+    assert losses.nll_T.sum().item() == pytest.approx(F.cross_entropy(logits, labels).item() * 6)
+
+
+class Letters:
+    """A byte-level tokenizer of the pieces below."""
+
+    all_special_ids = (0,)
+    pieces = ("<s>", "Ġthe", "cat", "Ġ12", "ĠâĤ", "Ċ", "!", "ĠĠ", "s")
+    texts = ("<s>", " the", "cat", " 12", " \ufffd", "\n", "!", "  ", "s")
+
+    def convert_ids_to_tokens(self, token):
+        return self.pieces[token]
+
+    def decode(self, tokens):
+        return "".join(self.texts[t] for t in tokens)
+
+
+def test_tokens_have_classes():
+    window = torch.tensor([0, 1, 2, 8, 3, 4, 5, 2, 6, 8, 7, 0])
+    named = [CLASSES[i] for i in TokenClasses(Letters())(window)]
+    assert named == [
+        *("first of a word", "rest of a word", "rest of a word", "digits", "bytes of a character"),
+        *("line ends", "first of a word", "punctuation", "first of a word", "spaces", "special"),
+    ]
+
+
+@pytest.mark.parametrize(("length", "labels"), [(2, ["1", "2"]), (64, ["1 to 2", "3 to 4"])])
+def test_losses_are_added_up_by_position_and_class(length, labels):
+    breakdown = Breakdown(length, lambda window: (window[1:] % 2).tolist())
+    windows_of = [torch.arange(length + 1), torch.arange(length + 1)]
+    for scale, window in enumerate(windows_of, 1):
+        each = torch.arange(length, dtype=torch.float64) * scale
+        breakdown.add(window, Losses(each, each * 10))
+    parts = breakdown.parts
+    assert (parts.seq_length, [p.label for p in parts.positions][:2]) == (length, labels)
+    assert [p.label for p in parts.classes] == list(CLASSES[:2])
+    for of in (parts.positions, parts.classes):
+        total = sum((p.sums for p in of), NOTHING)
+        assert total == Sums(3.0 * sum(range(length)), 30.0 * sum(range(length)), 2 * length)
+    per = length // min(length, 32)
+    assert parts.positions[1].sums.nll == 3.0 * sum(range(per, 2 * per))
+    assert parts.classes[1].sums.nll == 3.0 * sum(range(0, length, 2))  # labels are one further

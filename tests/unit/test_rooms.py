@@ -88,6 +88,7 @@ OWNERS = {
     "yaml": ("documents.py",),
     "regex": ("ckpt/dialects/expressions.py",),
     "argparse": ("cli/",),
+    "mlflow": ("report/mlflow_run.py",),
 }
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80
 

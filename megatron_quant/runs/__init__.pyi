@@ -7,8 +7,8 @@ from .checkpoints import verify as verify
 from .conversion import Rewritten as Rewritten
 from .file_to_file import Streamed as Streamed
 from .finding import find_recipe as find_recipe
+from .finding import search_again as search_again
 from .found import Found as Found
-from .found import search_again as search_again
 from .job import Job as Job
 from .known import Choices as Choices
 from .known import choices as choices

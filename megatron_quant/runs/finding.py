@@ -1,11 +1,12 @@
-"""The front door of the search: a recipe for a checkpoint or a live model, without an export."""
+"""The front door of the search: a recipe, without an export, and another one of kept scores."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_quant.documents import check_output_file
 from megatron_quant.errors import QuantError
-from megatron_quant.runs.found import Found
+from megatron_quant.runs.found import Found, chosen
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases, Quiet
 from megatron_quant.runs.settings import AutoQuantize, Calibration, Parallel, Serve
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from megatron_quant.dist import Groups
-    from megatron_quant.search import Loss
+    from megatron_quant.search import Loss, Problem
 
 
 def find_recipe(
@@ -107,3 +108,63 @@ def _of_checkpoint(
     from megatron_quant.mcore.model import start_distributed
 
     return found_recipe(options, groups or start_distributed(), phases, loss)
+
+
+def search_again(
+    directory: str | Path,
+    bits: float,
+    *,
+    formats: str | None = None,
+    cost: str = "weight",
+    recipe: str | Path | None = None,
+    report: str | Path | None = None,
+    log_to: str | None = None,
+) -> Found:
+    """Choose again among scored formats, without a forward.
+
+    Args:
+        directory: the ``checkpoint`` of a finished search.
+        bits: most bits a weight.
+        formats: some of its candidates, with commas between; None for all.
+        cost: ``weight`` or ``active``, as in :class:`AutoQuantize`.
+        recipe: file for the found recipe; None writes none.
+        report: file for the scores and the choice: a page (.html), with the same as .json beside
+            it; with another ending JSON alone.
+        log_to: tracker that gets them: ``mlflow``, ``mlflow:URI``, ``tensorboard:DIR``.
+
+    Raises:
+        QuantError: for a directory without finished scores, and bits that cannot be met.
+    """
+    from megatron_quant.dist import Groups
+    from megatron_quant.runs.facts import of_found
+    from megatron_quant.runs.report import check_report, reporting, write_report
+    from megatron_quant.search import NONE, Scored, ScoreStore, write_recipe
+
+    where = reporting(report, log_to)
+    check_report(where, Groups(), directory)
+    file = None if recipe is None else Path(recipe)
+    check_output_file("--recipe", file)
+    store = ScoreStore(Path(directory))
+    scored = store.read()
+    problem, scores = scored.problem, scored.scores
+    if formats is not None:
+        wanted = {name.strip() for name in formats.split(",")}
+        kept = problem.restricted(sorted(wanted - {"", NONE}))
+        scores = _of_options(problem, kept, scores)
+        problem = kept
+    found = chosen(Scored(problem, scores, scored.method), bits, cost)
+    if file is not None:
+        write_recipe(file, found.recipe)
+    write_report(where, Groups(), lambda: of_found(found, str(directory)))
+    return found
+
+
+def _of_options(
+    problem: "Problem", kept: "Problem", scores: Mapping[str, Sequence[float]]
+) -> dict[str, list[float]]:
+    """Return the scores of the options that are left."""
+    found = {}
+    for place, fewer in zip(problem.places, kept.places, strict=True):
+        by_option = zip(place.options, scores[place.name], strict=True)
+        found[place.name] = [score for option, score in by_option if option in fewer.options]
+    return found

@@ -3,8 +3,8 @@
     python examples/demo_qat.py --work-dir out/demo
 
 takes the small MoE of demo.py (and trains it first if it is missing). It exports the model in nvfp4
-and int4, after calibration (PTQ, with algorithm max and with gptq) and after training that starts
-from each (QAT, examples/train_qat.py). It prints perplexity and KL to bf16 of the exported
+and int4, after calibration (PTQ, with algorithm max and with gptq) and after distillation that
+starts from each (QAD, examples/train_qat.py). It prints perplexity and KL to bf16 of the exported
 checkpoints on held-out text.
 """
 
@@ -53,8 +53,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=["nvfp4", "int4"])
-    parser.add_argument("--steps", type=int, default=120, help="QAT steps (default: 120)")
-    parser.add_argument("--lr", type=float, default=3e-5, help="QAT learning rate (default: 3e-5)")
+    parser.add_argument("--steps", type=int, default=120, help="QAD steps (default: 120)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="QAD learning rate (default: 1e-4)")
     return parser.parse_args()
 
 
@@ -66,11 +66,11 @@ def main() -> None:
     rows = {"bf16": demo.measure(args, model)}
     for recipe in args.recipes:
         for algorithm in ("max", "gptq"):
-            for name, trained in (("PTQ", False), ("QAT from", True)):
+            for name, trained in (("PTQ", False), ("QAD from", True)):
                 out = export(args, recipe, algorithm, trained)
                 row = f"{recipe}, {name} {algorithm}"
                 rows[row] = demo.measure(args, out, "--against", model)
-    demo.show(rows, f"Held-out text; QAT: {args.steps} steps")
+    demo.show(rows, f"Held-out text; QAD: {args.steps} steps")
 
 
 if __name__ == "__main__":

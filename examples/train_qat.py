@@ -5,8 +5,8 @@ torchrun --nproc-per-node 4 examples/train_qat.py --hf-model-id PATH --export-qu
 
 The student starts as the calibrated model that `quantize` would export. With `--start-from DIR` it
 starts as the model that `quantize --megatron-save-path DIR` saved, such as one of `--algorithm
-gptq`. It learns to give the original model's logits (`--kd-teacher bf16`), or to predict the text
-(`none`).
+gptq`, whose scales `--learn-scales` learns too. It learns to give the original model's logits
+(`--kd-teacher bf16`), or to predict the text (`none`).
 
 With `--save-dir RUN --save-every 50` the run is saved. The same command continues from the last
 save, also with other --tp, --ep, --etp and --pp.
@@ -42,6 +42,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
+from megatron_quant.calib import ScaleLearner
 from megatron_quant.calib.data import load_texts, shard, token_batches
 from megatron_quant.cli.failure import fail
 from megatron_quant.dist import Groups, together
@@ -51,7 +52,7 @@ from megatron_quant.layers.install import ExpertScales
 from megatron_quant.mcore.model.load import load_model
 from megatron_quant.mcore.model.parallel import start_distributed
 from megatron_quant.mcore.model.schedule import run_schedule as run_model
-from megatron_quant.mcore.training import QuantCallback, Schedule, prepare
+from megatron_quant.mcore.training import QuantCallback, Schedule, learn_scales, prepare
 from megatron_quant.mcore.training.train_state import (
     TrainProgress,
     last_save,
@@ -65,7 +66,10 @@ Microbatch = tuple[torch.Tensor, torch.Tensor | None]
 """Token ids [B, S + 1], and the teacher's logits of the first S if the rank has any."""
 PIECE = 4096  # characters of the text that stay together
 # Flags that must stay the same when a run continues.
-SETTINGS = ("train_steps", "global_batch_size", "seq_length", "lr", "seed", "kd_teacher", "train")
+SETTINGS = (
+    *("train_steps", "global_batch_size", "seq_length", "lr", "seed", "kd_teacher", "train"),
+    *("learn_scales", "scale_lr"),
+)
 
 
 def say(*words: object) -> None:
@@ -107,6 +111,18 @@ class Trainer:
     optimizer: Any
     scheduler: OptimizerParamScheduler
     step: Callable[..., Any]
+    scales: ScaleLearner | None = None
+
+    def learn_scales(self, lr: float) -> None:
+        """Learn the scales of gptq from now on, by gradients of weights that are not reduced."""
+        self.scales = found = learn_scales(self.model, lr)
+        config, reduce = self.model[0].config, self.model[0].config.finalize_model_grads_func
+
+        def finalize(*args: Any, **kwargs: Any) -> None:
+            found.collect()
+            reduce(*args, **kwargs)
+
+        config.finalize_model_grads_func = finalize
 
     def train(self, microbatches: Sequence[torch.Tensor]) -> float:
         """Do one step on this data-parallel rank's microbatches; return the mean loss before it."""
@@ -125,6 +141,9 @@ class Trainer:
             forward_only=False,
         )
         self.optimizer.step()
+        if self.scales is not None:
+            group = self.optimizer.param_groups[0]
+            self.scales.step(group["lr"] / self.scheduler.max_lr)
         self.scheduler.step(increment=1)
         device = next(self.model[0].parameters()).device
         return mean_of_ranks([one["loss"] for one in found], device)
@@ -244,6 +263,8 @@ def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> mq.Quanti
     frozen = args.freeze_before
     callback = QuantCallback(Schedule(calibrate_before=0, every=args.every, freeze_before=frozen))
     callback.start(trainer.model)
+    if args.learn_scales:
+        trainer.learn_scales(args.scale_lr)
     if from_path is None:
         calibrate(callback, inputs, student)
     if saved is not None:
@@ -321,7 +342,9 @@ def parse() -> argparse.Namespace:
     }.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=" ")
     parser.add_argument("--freeze-before", type=int, help="ranges stay from this step on")
-    parser.add_argument("--lr", type=float, default=3e-5, help=" ")
+    parser.add_argument("--lr", type=float, default=1e-4, help=" ")
+    parser.add_argument("--learn-scales", action="store_true", help="of weights that gptq rounded")
+    parser.add_argument("--scale-lr", type=float, default=1e-3, help="largest relative step")
     parser.add_argument(
         "--train", choices=("quantized", "all"), default="quantized", help="which weights"
     )

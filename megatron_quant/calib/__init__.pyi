@@ -25,6 +25,7 @@ from .keeping import SquareSums as SquareSums
 from .kv_cache import calibrate_kv_cache as calibrate_kv_cache
 from .kv_cache import run_rest as run_rest
 from .kv_cache import watch as watch
+from .learned_scales import ScaleLearner as ScaleLearner
 from .observe import unquantized as unquantized
 from .passes import MomentPass as MomentPass
 from .passes import moment_passes as moment_passes
@@ -57,6 +58,7 @@ __all__ = [
     "MomentSource",
     "Ranges",
     "RunningInputs",
+    "ScaleLearner",
     "SquareSums",
     "calibrate",
     "calibrate_kv_cache",

@@ -48,7 +48,7 @@ class InputPlace:
     def of(cls, layer: QuantLayer, groups: Groups) -> "InputPlace":
         """Return the place of ``layer``."""
         region, experts = layer.regions[0], layer.grouped
-        shards, given = shards_of(groups, experts), _replicas(groups)
+        shards, given = shards_of(groups, experts), replicas_of(groups)
         replicas = given.experts if experts else given.dense
         cols, start, size = region.whole[1], region.start[1], region.size[1]
         cut, split = size < cols, _splits_tokens(layer)
@@ -67,7 +67,8 @@ class InputPlace:
         )
 
 
-def _replicas(groups: Groups) -> Replicas:
+def replicas_of(groups: Groups) -> Replicas:
+    """Return the ranks that are given other tokens of this rank's weights."""
     assert groups.shards is not None, "who shares this rank's tensors is not known"
     assert groups.shards.replicas is not None, "who is given other tokens is not known"
     return groups.shards.replicas
@@ -202,7 +203,7 @@ def complete(layer: QuantLayer, sums: InputSums, groups: Groups) -> Merged:
     found = sums.merged()
     if not layer.grouped:
         return found
-    return found.filled(_replicas(groups).others)
+    return found.filled(replicas_of(groups).others)
 
 
 def watch_sums(

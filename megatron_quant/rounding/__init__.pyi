@@ -5,6 +5,7 @@ from .algorithm import factored as factored
 from .algorithm import gptq as gptq
 from .algorithm import gptq_pieces as gptq_pieces
 from .feedback import Feedback as Feedback
+from .learned import scale_gradient as scale_gradient
 from .moment import Moments as Moments
 from .moment import merged as merged
 from .weights import importance as importance
@@ -20,4 +21,5 @@ __all__ = [
     "gptq_pieces",
     "importance",
     "merged",
+    "scale_gradient",
 ]

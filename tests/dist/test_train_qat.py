@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from megatron_quant.errors import CheckpointError, QuantError
 from tests.dist import checkpoints
@@ -135,8 +136,7 @@ def test_a_killed_run_goes_on_at_another_layout(
     assert isinstance(other, CheckpointError) and "has no progress.json" in str(other)
 
 
-def _from_gptq(source: Path, out: Path) -> tuple[float, float]:
-    """Losses of the first step: from calibration alone, and from what gptq rounded."""
+def _saved_gptq(source: Path, out: Path) -> None:
     from megatron_quant.cli.console import ConsolePhases, console
     from megatron_quant.mcore.model.parallel import start_distributed
     from megatron_quant.runs.megatron import quantize_run
@@ -153,6 +153,11 @@ def _from_gptq(source: Path, out: Path) -> tuple[float, float]:
         calib_seq_length=32,
     )
     quantize_run(options, start_distributed(), ConsolePhases(console()))
+
+
+def _from_gptq(source: Path, out: Path) -> tuple[float, float]:
+    """Losses of the first step: from calibration alone, and from what gptq rounded."""
+    _saved_gptq(source, out)
     found = []
     for name, flags in (("max", ""), ("gptq", f"--algorithm gptq --start-from {out / 'saved'}")):
         lines = _run(source, out / name, flags)
@@ -163,3 +168,56 @@ def _from_gptq(source: Path, out: Path) -> tuple[float, float]:
 def test_a_run_starts_from_what_gptq_rounded(source: Path, tmp_path: Path, ranks: Ranks) -> None:
     ((plain, rounded),) = ranks(1, _from_gptq, source, tmp_path)
     assert rounded < 0.9 * plain
+
+
+def _scale_gradients(source: Path, out: Path, flags: str) -> dict[str, torch.Tensor]:
+    """Gradients of the scales in the second step, by layer; the first leaves weights on the grid.
+
+    Raises unless each step moves the scales by up to ``--scale-lr``.
+    """
+    from megatron_quant.calib import ScaleLearner
+
+    found: dict[str, torch.Tensor] = {}
+    seen, step = [], ScaleLearner.step
+
+    def noted(self: ScaleLearner, factor: float) -> None:
+        before = [one.stat.clone() for one in self._learned]
+        step(self, factor)
+        moved = [(one.stat / b).log().abs().max() for one, b in zip(self._learned, before)]
+        seen.append(float(max(moved)))
+        if len(seen) == 2:
+            found.update({one.layer.name: one.gradient for one in self._learned})
+
+    ScaleLearner.step = noted
+    _run(source, out, flags)
+    assert len(seen) == STEPS and seen[0] == 0 and 1e-3 < seen[1] < 5e-3, seen
+    return found
+
+
+def test_scales_are_learned_alike_at_other_layouts(
+    source: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    ranks(1, _saved_gptq, source, tmp_path)
+    start = f"--algorithm gptq --start-from {tmp_path / 'saved'} --learn-scales --scale-lr 3e-3"
+    (one,) = ranks(1, _scale_gradients, source, tmp_path / "one", start)
+    flags = f"{start} --tp 2 --ep 2 --etp 1"
+    two = ranks(2, _scale_gradients, source, tmp_path / "two", flags)
+    for name, whole in one.items():
+        dim = {"linear_proj": 2, "linear_qkv": 1}.get(name.rpartition(".")[2], 0)
+        parts = torch.cat([of_rank[name] for of_rank in two], dim)
+        assert torch.cosine_similarity(whole.flatten(), parts.flatten(), 0) > 0.999, name
+    before, after = (load_file(tmp_path / n / "export" / "model.safetensors") for n in ("one", "two"))
+    names = [name for name in before if name.endswith("weight_scale")]
+    assert len(names) > 20
+    for name in names:
+        assert (before[name].float() / after[name].float()).log().abs().mean() < 0.01, name
+
+
+def test_scales_that_follow_the_weights_are_not_learned(
+    source: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    (error,) = ranks.errors(1, _run, source, tmp_path, "--learn-scales --scale-lr 0")
+    assert "--scale-lr is 0: give a relative step above 0" in str(error)
+    (error,) = ranks.errors(1, _run, source, tmp_path, "--learn-scales")
+    assert "start from a checkpoint of --algorithm gptq (--start-from)" in str(error)
+    assert not (tmp_path / "export").exists()

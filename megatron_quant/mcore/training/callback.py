@@ -16,6 +16,7 @@ from megatron_quant.calib import (
     Drift,
     InputRules,
     RunningInputs,
+    ScaleLearner,
     calibrate,
     largest_drift,
     merge_live,
@@ -239,3 +240,13 @@ class QuantCallback:
     def _say(self, line: str) -> None:
         if self._started().model.groups.rank == 0:
             self._log(f"quantizers: {line}")
+
+
+def learn_scales(model: Any, lr: float = 1e-3) -> ScaleLearner:
+    """Return what learns the block scales of a model in training; see :class:`ScaleLearner`.
+
+    model: the model or its handle, wrapped or not, after :meth:`QuantCallback.start`. lr: the
+    largest relative step. Raises QuantError where no scale of it stays (only gptq's do).
+    """
+    of = quantized(model)
+    return ScaleLearner(of.layers, of.model.groups, lr)

@@ -1,12 +1,13 @@
-"""One export by llm-compressor, run by benchmarks/accuracy.py with the Python that has it.
+"""One export by llm-compressor, run by accuracy.py and gptq_cost.py with the Python that has it.
 
     python accuracy_llm_compressor.py SCHEME RTN|GPTQ MODEL TEXT OUT SAMPLES
 
-prints a line of JSON: CPU seconds. Samples are 512 tokens of the text, in its order, as ours are.
-Routers and the output head stay as they are.
+prints a line of JSON: CPU seconds, and the memory in MB that was taken above the imports. Samples
+are 512 tokens of the text, in its order, as ours are. Routers and the output head stay as they are.
 """
 
 import json
+import resource
 import sys
 import time
 
@@ -21,9 +22,15 @@ _SEQUENCE = 512
 _IGNORED = ["lm_head", "re:.*mlp.gate$"]
 
 
+def _peak() -> float:
+    """Return the most memory that this process has held, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
 def main() -> None:
     """Quantize and save."""
     scheme, how, path, text, out, samples = sys.argv[1:]
+    imports = _peak()
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -51,7 +58,7 @@ def main() -> None:
     taken = time.process_time() - before
     model.save_pretrained(out, save_compressed=True)
     tokenizer.save_pretrained(out)
-    print(json.dumps({"seconds": taken}))
+    print(json.dumps({"seconds": taken, "peak": _peak() - imports}))
 
 
 if __name__ == "__main__":

@@ -204,6 +204,12 @@ def _data_flags(group: "argparse._ArgumentGroup") -> None:
         "or this share of them, such as 0.25, by the router's scores. No output changes",
     )
     group.add_argument(
+        "--sequential",
+        action="store_true",
+        help="of gptq with --stream, in one process: measure each layer behind the layers that are "
+        "rounded already, not behind the checkpoint's own; about twice the time",
+    )
+    group.add_argument(
         "--load-calibration",
         type=Path,
         metavar="FILE",

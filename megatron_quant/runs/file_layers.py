@@ -18,9 +18,13 @@ from megatron_quant.runs.destination import existing_of
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
+from megatron_quant.runs.weight_scales import weight_amaxes
 from megatron_quant.streaming import (
     InputSums,
     MeasuredSums,
+    PartSource,
+    Producer,
+    QuantizedWeights,
     SumsFile,
     static_inputs,
     weighed_inputs,
@@ -44,6 +48,8 @@ def by_layers(
     # Imported here: transformers takes seconds to load.
     from megatron_quant.streaming import CannotWalk, Seen, Skeleton, Walk
 
+    behind = _behind(job, place, groups, phases) if job.sequential else None
+
     def walk() -> tuple[Seen, str]:
         try:
             with phases.time("load"):
@@ -58,6 +64,7 @@ def by_layers(
                     on_batch=progress,
                     sums=_sums_file(job, place, groups.rank),
                     expert_share=job.expert_share,
+                    behind=behind,
                 )
                 return found.run(), ""
         except CannotWalk as reason:
@@ -74,6 +81,27 @@ def by_layers(
             reason,
         )
     return None
+
+
+def _behind(job: Job, place: "Workplace", groups: Groups, phases: Phases) -> QuantizedWeights:
+    """Return the checkpoint as it is once its layers are rounded by the sums that are there."""
+    checkpoint = job.checkpoint
+    assert checkpoint is not None, "a stream has one"
+    amaxes = weight_amaxes(job, PartSource(checkpoint, job.dtype), groups, phases)[1]
+    slots = {source.name: param.name for param in job.params for source in param.sources}
+
+    def values(name: str, w: torch.Tensor) -> torch.Tensor:
+        if name not in slots or not job.quant.by_name[slots[name]].quantized:
+            return w
+        producer = Producer(
+            source=PartSource(checkpoint, job.dtype),
+            quant=job.quant,
+            weight_amax=amaxes,
+            sums=measured_sums(job, place, groups),
+        )
+        return producer.values(slots[name], w.to(job.dtype))
+
+    return QuantizedWeights(checkpoint, values)
 
 
 def measured_sums(job: Job, place: "Workplace", groups: Groups) -> InputSums:
@@ -151,9 +179,10 @@ def workplace(
         for d in (job.quant.by_name[p.name] for p in weighed_inputs(job.quant, job.params))
     ]
     text = digest_of([ids.tolist() for ids in batches])
-    made_of = digest_of(
-        [origin.source, str(job.dtype), groups.size, keys, sums, job.expert_share, text]
-    )
+    measured = [keys, sums, job.expert_share]
+    if job.sequential:  # then it depends on how the layers before are rounded
+        measured += [origin.recipe, job.expert_scales]
+    made_of = digest_of([origin.source, str(job.dtype), groups.size, measured, text])
     existing = existing_of(options.write)
     place = Workplace(work_folder(options), made_of, existing, groups)
     try:

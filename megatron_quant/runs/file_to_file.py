@@ -1,11 +1,9 @@
 """Quantize file to file: without a Megatron model, in memory that does not grow with the model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
-
-from megatron_quant.ckpt.plan import Companions, Layout, RankPart
+from megatron_quant.ckpt.plan import Companions, Layout
 from megatron_quant.ckpt.read import (
     KeptScales,
     QuantizedCheckpoint,
@@ -46,25 +44,17 @@ from megatron_quant.runs.found import Found
 from megatron_quant.runs.job import Job, SourceModel, decide, replanned
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
+from megatron_quant.runs.weight_scales import weight_amaxes
 from megatron_quant.streaming import (
     FoldedSums,
     InputAmaxes,
     PartSource,
     Producer,
-    Sharing,
     bounded_parts,
     find_fold,
     folded_amaxes,
-    per_expert,
-    scaled,
-    searched_amaxes,
-    shared,
-    shared_amaxes,
-    slot_amaxes,
     with_carried,
 )
-
-_SHARING: dict[str, Sharing] = {"shared": shared, "per_expert": per_expert}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +95,7 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
 
     Raises a QuantError for whatever does not fit, before anything is written.
     """
-    _check_flags(options)
+    _check_flags(options, world)
     assert options.hf_model_id is not None, "checked with the flags"
     source = open_source(resolve_source(options.hf_model_id))
     checkpoint, structure = logical(source)
@@ -187,7 +177,7 @@ def _written(
         static = folded_amaxes(job.quant, static, sums) if static else None
         documents = {**files.documents, DOCUMENT: fold.document()}
         files = replace(files, documents=documents)
-    found, amaxes = _weight_amaxes(job, source, groups, phases)
+    found, amaxes = weight_amaxes(job, source, groups, phases)
     producer = Producer(
         source=source,
         quant=job.quant,
@@ -234,23 +224,12 @@ def _with_statistics(
     return replace(files, origin=replace(files.origin, statistics=statistics))
 
 
-def _weight_amaxes(
-    job: Job, source: PartSource, groups: Groups, phases: Phases
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Return each slot's amax, and the amax that its scale is made of."""
-    own, sharing = job.exported.parts_of(groups.rank), _SHARING[job.expert_scales]
-    with phases.bar("amax", _nbytes(scaled(own))) as progress:
-        found = slot_amaxes(source, job.quant, own, groups, progress)
-    amaxes = shared_amaxes(job.quant, found, sharing)
-    with phases.time("search"):
-        return found, searched_amaxes(source, job.quant, own, amaxes, sharing, groups)
-
-
-def _nbytes(parts: Iterable[RankPart]) -> int:
-    return sum(part.nbytes for part in parts)
-
-
-def _check_flags(options: QuantizeOptions) -> None:
+def _check_flags(options: QuantizeOptions, world: int) -> None:
+    if options.calibration.sequential and world > 1:
+        raise QuantError(
+            f"--sequential rounds each layer before the next one is measured, in one process, and "
+            f"there are {world}: start without torchrun, or leave it out"
+        )
     sizes = {name: getattr(options.parallel, name) for name in ("tp", "cp", "ep", "etp", "pp")}
     if any(size > 1 for size in sizes.values()):
         given = " ".join(f"--{name} {size}" for name, size in sizes.items() if size > 1)

@@ -64,8 +64,8 @@ class Job:
     nothing is exported. cost: what planning them took. expert_scales: whether experts share a
     weight amax. kept, checkpoint: as in :class:`SourceModel`. moments: passes over the data of
     gptq. expert_share: share of its layer's experts that a token is measured for; None for those
-    of the router.
-    places: where factors are folded.
+    of the router. places: where factors are folded. sequential: whether layers are measured behind
+    those that gptq has rounded.
     """
 
     source: Path
@@ -85,6 +85,7 @@ class Job:
     moments: tuple[MomentPass, ...] = ()
     expert_share: float | None = None
     places: Places = field(default_factory=Places)
+    sequential: bool = False
 
     @property
     def layer_memory(self) -> LayerMemory | None:
@@ -205,6 +206,7 @@ def decide(
         quant = carrying(quant, model.checkpoint, dialect)
     if model.architecture is not None:
         refuse_output(quant)
+        _check_whole(options)
     if saved is not None and saved.recipe is not None:
         _check_same(options, quant, resolve(saved.recipe, slots(params)))
     _check_calibration(options, quant, saved)
@@ -232,7 +234,13 @@ def decide(
         moments=_moments(options, quant, saved),
         expert_share=options.calibration.expert_share,
         places=Places() if saved else find_places(params, quant, model.hf_config),
+        sequential=options.calibration.sequential,
     )
+    if job.sequential and job.places.folded:
+        raise QuantError(
+            "--sequential: factors of awq and smoothquant are found after all layers were measured,"
+            " so no layer can be measured behind them; leave it out, or take gptq alone"
+        )
     if options.export_dir is None and options.megatron_save_path is not None:
         return job
     serve = options.serve
@@ -298,6 +306,14 @@ def _check_cache(quant: QuantPlan) -> None:
         )
 
 
+def _check_whole(options: QuantizeOptions) -> None:
+    if options.calibration.sequential:
+        raise QuantError(
+            "--sequential goes layer by layer, and a Megatron model runs whole: add --stream, or "
+            "leave it out"
+        )
+
+
 def _check_calibration(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
     """Raise QuantError where nothing is calibrated that a calibration file could keep or give."""
     data = options.calibration
@@ -313,6 +329,11 @@ def _check_calibration(options: QuantizeOptions, quant: QuantPlan, saved: Saved 
         raise QuantError(
             "--calib-experts: no expert's inputs are measured; leave it out, or take a recipe with "
             "static input scales, or --algorithm imatrix or gptq"
+        )
+    if data.sequential and not any(d.rounds for d in quant.quantized):
+        raise QuantError(
+            "--sequential: inputs behind quantized layers are measured only for algorithm gptq, "
+            "which no rule has; leave it out"
         )
     if data.keep_hessians and not any(d.rounds for d in quant.quantized):
         raise QuantError(

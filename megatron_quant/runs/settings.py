@@ -81,7 +81,7 @@ class Calibration(_Group):
     ``keep_hessians`` the second moments of inputs too. load: such a file, used instead of
     measuring; no text is read. memory: of second moments that a rank holds at a time, as ``16GB``.
     experts: the experts whose inputs a token is measured for: ``routed``, ``all``, or a share of
-    them such as ``0.25``.
+    them such as ``0.25``. sequential: measure a layer's inputs behind those that gptq has rounded.
     """
 
     dataset: str = "stdlib"
@@ -97,16 +97,21 @@ class Calibration(_Group):
     keep_hessians: bool = False
     memory: str = "16GB"
     experts: str | float = "routed"
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         """Refuse counts below one, a percentage out of range, what excludes one another."""
         self._check_files()
         _at_least_one(self, "memory_bytes")
-        if self.expert_share is not None and self.load is not None:
-            raise QuantError(
-                "--calib-experts says what is measured, but --load-calibration measures nothing: "
-                "leave one of them out"
-            )
+        for flag, said in (
+            ("--calib-experts", self.expert_share is not None),
+            ("--sequential", self.sequential),
+        ):
+            if said and self.load is not None:
+                raise QuantError(
+                    f"{flag} says what is measured, but --load-calibration measures nothing: leave "
+                    "one of them out"
+                )
         for name in ("size", "seq_length", "batch_size"):
             value = getattr(self, name)
             if value < 1:

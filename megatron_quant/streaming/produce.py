@@ -8,7 +8,7 @@ import torch
 from megatron_quant.ckpt.plan import RankPart
 from megatron_quant.ckpt.read import KeptScales
 from megatron_quant.ckpt.write import Produced, check_finite, encoded, produce_cache_scale
-from megatron_quant.formats import E4M3_MAX, scales_of, tensor_scale
+from megatron_quant.formats import E4M3_MAX, fake_quant, scales_of, tensor_scale
 from megatron_quant.models import Role
 from megatron_quant.recipes import Decision, QuantPlan
 from megatron_quant.rounding import Piece, gptq_pieces
@@ -62,6 +62,22 @@ class Producer:
         if self.kept is not None and self.kept.keeps(decision):
             scales = self.kept.read(name, part.target.source.module, part.region)
         return encoded(part, w, weight_amax, self.input_amax.get(name), stat, scales)
+
+    def values(self, name: str, w_NK: torch.Tensor) -> torch.Tensor:
+        """Return the values that a slot's whole tensor ``w_NK`` has once it is quantized."""
+        decision, amax = self.quant.by_name[name], self.weight_amax.get(name)
+        fmt = decision.weights
+        if fmt is None:
+            return w_NK
+        if decision.rounds:
+            return self._rounded(w_NK, decision, amax, (0, 0))[0]
+        squares_K = None
+        if decision.weighted:
+            assert self.sums is not None, "measured before"
+            squares_K = self.sums.squares(decision.slot)
+        stat = searched_stat(w_NK, decision, amax, (0, 0), squares_K)
+        dscale = tensor_scale(amax, fmt) if amax is not None and fmt.tensor_scale else None
+        return fake_quant(w_NK, fmt, dscale, stat)
 
     def _rounded(
         self,

@@ -5,6 +5,7 @@ through the conversion and the initialization that ``from_pretrained`` gives to 
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,16 +71,21 @@ class Skeleton:
         at = self.prefix.removesuffix(".")
         self.model.get_submodule(at).register_module("layers", nn.ModuleList(layers))
 
-    def fill_layer(self, index: int) -> None:
+    def fill_layer(self, index: int, source: Weights | None = None) -> None:
         """Load the weights of a decoder layer.
+
+        Args:
+            index: Its number.
+            source: Where they come from, by any names of the checkpoint's; the checkpoint if None.
 
         Raises:
             CheckpointError: For one that is missing or has another shape.
         """
-        self._load({name: self._read(name) for name in self._names(index)})
+        given = source or self._source
+        self._load({name: self._read(given, name) for name in self._names(given, index)})
         missing = self._missing(index)
         if missing:
-            self._load(self._stacks(index, missing))
+            self._load(self._stacks(given, index, missing))
             missing = self._missing(index)
         if missing:
             raise CheckpointError(
@@ -95,20 +101,20 @@ class Skeleton:
         return {name: tuple(t.shape) for name, t in stored.items() if t.device.type == "meta"}
 
     def _stacks(
-        self, index: int, missing: Mapping[str, tuple[int, ...]]
+        self, source: Weights, index: int, missing: Mapping[str, tuple[int, ...]]
     ) -> dict[str, torch.Tensor]:
         """Return stacks of experts of which the source has the single ones, as packed ones do."""
         shapes = {f"{self._own}layers.{index}.{name}": shape for name, shape in missing.items()}
         try:
-            views = unstack(self._source.config, shapes)
+            views = unstack(source.config, shapes)
         except ArchitectureError:
             return {}
-        whole_ones = views.keys() <= set(self._source)
-        return stacked(views, shapes, self._read) if whole_ones else {}
+        whole_ones = views.keys() <= set(source)
+        return stacked(views, shapes, partial(self._read, source)) if whole_ones else {}
 
     def fill_rest(self) -> None:
         """Load the weights of the text decoder outside of its layers."""
-        self._load({name: self._read(name) for name in self._names(None)})
+        self._load({n: self._read(self._source, n) for n in self._names(self._source, None)})
 
     def empty(self) -> None:
         """Give up every weight that is loaded."""
@@ -122,9 +128,9 @@ class Skeleton:
             else:
                 module.register_buffer(leaf, meta)
 
-    def _names(self, layer: int | None) -> Iterator[str]:
+    def _names(self, source: Weights, layer: int | None) -> Iterator[str]:
         at = f"{self._own}layers."
-        for name in self._source:
+        for name in source:
             if layer is not None:
                 if name.startswith(f"{at}{layer}."):
                     yield name
@@ -147,10 +153,10 @@ class Skeleton:
                 f"{list(wanted)}; fetch the checkpoint again, or pass --weight-only"
             )
 
-    def _read(self, name: str) -> torch.Tensor:
-        info = self._source.info(name)
+    def _read(self, source: Weights, name: str) -> torch.Tensor:
+        info = source.info(name)
         assert info is not None, name
-        found = self._source.read(name, whole(info.shape))
+        found = source.read(name, whole(info.shape))
         return found.to(self._dtype) if info.decoded else found
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
+from torch import nn
 
+from megatron_quant.ckpt.read import Weights
 from megatron_quant.ckpt.storage import give_back
 from megatron_quant.errors import CalibrationError
 from megatron_quant.models import Param
@@ -34,6 +36,8 @@ class Walk:
         on_batch: Called with 1 for each batch that a layer has done.
         expert_share: Share of a layer's experts that each token is given to while those are
             measured; None for the experts that the router chose.
+        behind: The weights of a layer once they are quantized by its sums, which the layers after
+            it are measured behind; None to measure all behind the checkpoint's own.
     """
 
     skeleton: Skeleton
@@ -43,6 +47,7 @@ class Walk:
     on_batch: Callable[[int], None]
     sums: SumsFile | None = None
     expert_share: float | None = None
+    behind: Weights | None = None
     _seen: Seen = field(default_factory=Seen)
     _digests: list[str] = field(default_factory=list)
 
@@ -96,6 +101,14 @@ class Walk:
             for layer, digest in enumerate(come.sums)
         )
 
+    def _through(
+        self, module: nn.Module, calls: Sequence[Call], states: StatesFile
+    ) -> Iterator[torch.Tensor]:
+        """Yield what a layer makes of each batch's hidden states."""
+        for call, hidden in zip(calls, states.read(), strict=True):
+            with torch.no_grad():
+                yield call.run(module, hidden)
+
     def _summed(self, layer: int) -> list[Param]:
         """Return the parameters of a layer that need sums; fused ones share inputs."""
         decisions = self.sums.decisions if self.sums is not None else {}
@@ -146,16 +159,21 @@ class Walk:
                 self.on_batch(1)
 
         later, digest = self._states(layer + 1, states), ""
-        if layer + 1 < self.layers:
-            digest = later.write(made())
-        else:
+        last = layer + 1 == self.layers
+        if last or self.behind is not None:
             for _ in made():
                 pass
+        else:
+            digest = later.write(made())
         self._seen.amax.update(self._checked(mode.found.amax))
         self._seen.tokens.update(mode.found.tokens)
         if self.sums is not None:
             put = self.sums.put({name: found for name, (_, found) in sums.items()})
             self._digests.append(put)
+        if self.behind is not None and not last:
+            self.skeleton.empty()
+            self.skeleton.fill_layer(layer, self.behind)
+            digest = later.write(self._through(module, calls, states))
         self.skeleton.empty()
         give_back()
         if not any(call.hands_on for call in calls):  # else what is handed on is nowhere but here

@@ -98,6 +98,9 @@ def test_what_is_refused(source: Path, tmp_path: Path, ranks: Ranks) -> None:
     without = {"export_quant_cfg": "int4", "algorithm": "max", "calib_experts": "all"}
     (error,) = ranks.errors(1, run, source, ONE, [{**without, "export_dir": tmp_path / "out"}])
     assert "--calib-experts: no expert's inputs are measured; leave it out" in str(error)
+    flags = {"export_quant_cfg": "int4", "algorithm": "gptq", "sequential": True}
+    (error,) = ranks.errors(1, run, source, ONE, [{**flags, "export_dir": tmp_path / "out"}])
+    assert "--sequential goes layer by layer, and a Megatron model runs whole: add" in str(error)
     (error,) = ranks.errors(1, without_a_dispatcher, source, tmp_path)
     assert "the model has moe_token_dispatcher_type='flex'" in str(error)
     assert not (tmp_path / "out").exists()

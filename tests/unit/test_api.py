@@ -36,7 +36,7 @@ FIELDS = {
     "Parallel": "tp, pp, cp, ep, etp, num_virtual_stages_per_pipeline_rank, "
     "num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage",
     "Calibration": "dataset, size, seq_length, batch_size, cold_experts, act_percentile, "
-    "tokenizer, trust_remote_code, save, load, keep_hessians, memory, experts",
+    "tokenizer, trust_remote_code, save, load, keep_hessians, memory, experts, sequential",
     "Write": "overwrite, resume, max_shard_size, io_threads, fsync, verify",
     "Serve": "engine, tp",
     "AutoQuantize": "bits, formats, method, score_size, checkpoint, recipe, cost, keep",

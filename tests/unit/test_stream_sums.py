@@ -98,8 +98,8 @@ def test_what_was_kept_gives_the_same_bytes(source: Path, measured: Path, tmp_pa
     assert verify(tmp_path / "out", source).problems == ()
 
 
-def ranks_run(source: Path, folder: Path) -> None:
-    run(source, folder / "out", save_calibration=folder / "kept.safetensors", **GPTQ)
+def ranks_run(source: Path, folder: Path, **flags: Any) -> None:
+    run(source, folder / "out", save_calibration=folder / "kept.safetensors", **(flags or GPTQ))
 
 
 def test_ranks_share_the_sums(source: Path, measured: Path, tmp_path: Path, ranks) -> None:
@@ -111,7 +111,7 @@ def test_ranks_share_the_sums(source: Path, measured: Path, tmp_path: Path, rank
         assert error < 1e-5, name
 
 
-def killed(source: Path, folder: Path, layer: int, batch: int) -> None:
+def killed(source: Path, folder: Path, layer: int, batch: int, **flags: Any) -> None:
     run_layer, left = stages.Call.run, layer * 6 + batch
 
     def dies(*args: Any) -> torch.Tensor:
@@ -122,12 +122,11 @@ def killed(source: Path, folder: Path, layer: int, batch: int) -> None:
         return run_layer(*args)
 
     stages.Call.run = dies
-    ranks_run(source, folder)
+    ranks_run(source, folder, **flags)
 
 
-def resumed(source: Path, folder: Path) -> None:
-    kept = folder / "kept.safetensors"
-    run(source, folder / "out", save_calibration=kept, resume=True, **GPTQ)
+def resumed(source: Path, folder: Path, **flags: Any) -> None:
+    ranks_run(source, folder, resume=True, **(flags or GPTQ))
 
 
 @pytest.mark.parametrize(("layer", "batch"), [(0, 3), (1, 0), (1, 5)])

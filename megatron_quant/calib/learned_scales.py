@@ -25,7 +25,7 @@ _BEYOND = 2.0**16
 """A weight times this saturates, unless it is 0 for all that its scale can tell."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Learned:
     """A layer's scales: fp32 [E, N_b, K_b], and the moments of their gradients."""
 
@@ -38,8 +38,8 @@ class _Learned:
     @classmethod
     def of(cls, layer: QuantLayer, held: Tensor) -> "_Learned":
         stat = (held if layer.grouped else held.unsqueeze(0))[..., 0].float()
-        zeros = [torch.zeros_like(stat) for _ in range(3)]
-        return cls(layer, stat, *zeros)
+        gradient, first, second = (torch.zeros_like(stat) for _ in range(3))
+        return cls(layer=layer, stat=stat, gradient=gradient, first=first, second=second)
 
     def give(self) -> None:
         stat = self.stat.unsqueeze(-1)

@@ -1,7 +1,7 @@
+from .behind import QuantizedWeights as QuantizedWeights
 from .folding import FoldedSums as FoldedSums
 from .folding import find_fold as find_fold
 from .folding import folded_amaxes as folded_amaxes
-from .behind import QuantizedWeights as QuantizedWeights
 from .forced import forced_experts as forced_experts
 from .input_sums import InputSums as InputSums
 from .input_sums import MeasuredSums as MeasuredSums

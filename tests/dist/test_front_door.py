@@ -52,11 +52,21 @@ def quantize_export_save(source: Path, out: Path, tp: int, ep: int) -> str:
 
 
 def restore_export(source: Path, out: Path, tp: int, ep: int) -> None:
+    """Into a model that is wrapped for training already."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
     from tests.dist import bare
 
     module = bare.built(source, tp, ep)
-    handle = mq.restore(module, out / "saved", hf_model=source)
-    mq.export(handle, out / "restored")
+    half = Float16Module(module.config, module)
+    wrapped = [DistributedDataParallel(module.config, DistributedDataParallelConfig(), half)]
+    handle = mq.restore(wrapped, out / "saved", hf_model=source)
+    assert mq.quantized(wrapped) is handle
+    mq.export(wrapped, out / "restored")
+    mq.save(wrapped, out / "saved again")
+    mq.update(wrapped)
+    assert dict(mq.export_tensors(wrapped))
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 2)])

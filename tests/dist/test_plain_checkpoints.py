@@ -145,6 +145,22 @@ def test_megatron_fsdp(source: Path, exported: Path, tmp_path: Path, ranks: Rank
     assert files_of(tmp_path / "out") == files_of(exported / "hf.weights")
 
 
+def save_fsdp(source: Path, folder: Path) -> None:
+    from tests.dist import fsdp
+
+    fsdp.save(source, folder)
+
+
+def test_megatron_fsdps_own_saving(
+    source: Path, bare: Path, exported: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    ranks(2, save_fsdp, source, tmp_path / "run" / "iter_0000005")
+    assert not (tmp_path / "run" / "iter_0000005" / "metadata.json").exists()
+    case = {**CASES["weights"], "ep": 2}
+    ranks(2, quantize_one, bare, tmp_path / "run", tmp_path / "out", case)
+    assert files_of(tmp_path / "out") == files_of(exported / "hf.weights")
+
+
 def test_a_model_that_the_run_says(
     source: Path, bare: Path, runs: Path, exported: Path, tmp_path: Path, ranks: Ranks
 ) -> None:

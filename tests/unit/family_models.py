@@ -98,8 +98,10 @@ QWEN3_VISION = {
 }
 
 
-def _qwen3_vl_moe() -> t.PreTrainedModel:
-    config = t.Qwen3VLMoeConfig(text_config=QWEN3_VL, vision_config=QWEN3_VISION)
+def qwen3_vl_moe(inner: int = 32) -> t.PreTrainedModel:
+    """With experts of ``inner`` features."""
+    text = QWEN3_VL | {"moe_intermediate_size": inner}
+    config = t.Qwen3VLMoeConfig(text_config=text, vision_config=QWEN3_VISION)
     return t.Qwen3VLMoeForConditionalGeneration(config)
 
 
@@ -178,7 +180,7 @@ FAMILIES: dict[str, Tiny] = {
         count=ROUTED,
     ),
     "qwen3_vl_moe": Tiny(
-        make=_qwen3_vl_moe,
+        make=qwen3_vl_moe,
         experts="model.language_model.layers.0.mlp.experts",
         router="model.language_model.layers.0.mlp.gate",
         count=("num_experts", 4),
@@ -568,10 +570,10 @@ FAMILIES: dict[str, Tiny] = {
 }
 
 
-def save(name: str, directory: Path) -> Path:
+def save(family: str | Tiny, directory: Path) -> Path:
     """A seeded random bf16 checkpoint of a family, as the hub has it; routers' biases in fp32."""
     t.utils.logging.disable_progress_bar()
-    tiny = FAMILIES[name]
+    tiny = FAMILIES[family] if isinstance(family, str) else family
     torch.manual_seed(0)
     model = tiny.make().to(torch.bfloat16)
     model.save_pretrained(directory)

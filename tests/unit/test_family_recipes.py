@@ -1,5 +1,6 @@
 """Ready recipes of families, and the output layer that only a rule by its name quantizes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_quant.recipes.plan import QuantPlan, Slot
 from megatron_quant.recipes.resolution import refuse_output, resolve
 from tests.dist.checkpoints import tokenizer
 from tests.unit import family_models, sources
+from tests.unit.hf_models import BASE
 
 HEAD = {"quantize": ["*.lm_head", "lm_head"], "weights": "nvfp4", "allow_output": True}
 REST = {"quantize": ["*"], "weights": "nvfp4"}
@@ -60,6 +62,48 @@ def test_a_familys_recipe_gives_each_part_its_format(recipe: str, tmp_path: Path
         assert all(".layers.3." in name for name in found["fp8_block"])
 
 
+RUNS = {
+    "nemotron3": ("modelopt", "sglang"),
+    "glm5": ("fp8", None),  # whose blocks of 128 are larger than these weights
+    "kimi_k2": ("compressed-tensors", "vllm"),
+    "gemma4": ("modelopt", "vllm"),
+    "llama4": ("modelopt", "vllm"),
+    "minimax_m2": ("compressed-tensors", "vllm"),
+}
+"""Recipe -> its dialect and an engine; the others have tests of their own (qwen3_5_nvfp4 below)."""
+
+
+LARGER = {
+    "glm5": family_models.causal(
+        "GlmMoeDsa",
+        family_models.SPARSE
+        | {"num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    ),
+    "minimax_m2": family_models.causal(  # for groups of 128
+        "MiniMaxM2",
+        BASE
+        | {"num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"hidden_size": 128, "intermediate_size": 128},
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_a_familys_recipe_runs_on_it(recipe: str, tmp_path: Path) -> None:
+    source, out, text = tmp_path / "source", tmp_path / "out", tmp_path / "text.txt"
+    tiny = family_models.FAMILIES[OF[recipe][0]]
+    family_models.save(replace(tiny, make=LARGER.get(recipe, tiny.make)), source)
+    tokenizer().save_pretrained(source)
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    dialect, engine = RUNS[recipe]
+    flags = {"weight_only": False, "calib_size": 4, "calib_seq_length": 32}
+    flags |= {"calib_dataset": str(text), "cold_experts": "layer-max", "serve_engine": engine}
+    sources.run(source, out, export_quant_cfg=recipe, export_format=dialect, **flags)
+    report = verify(out, source)
+    assert not report.problems
+    assert {check.format for check in report.tensors} == {"", *OF[recipe][1]}
+
+
 def test_every_recipe_says_whose_choices_it_takes() -> None:
     folder = Path(__file__).parents[2] / "megatron_quant" / "configs" / "families"
     assert {p.stem for p in folder.iterdir()} == set(OF) == set(family_recipe_names())
@@ -95,6 +139,16 @@ def test_a_rule_that_names_it_does(name: str) -> None:
     assert document["rules"][1]["allow_output"] is True
     with pytest.raises(RecipeError, match="which --stream alone does"):
         refuse_output(plan)
+
+
+def test_no_rule_quantizes_an_embedding() -> None:
+    """No engine is known that loads one, so naming it is not enough."""
+    slot = Slot(
+        name="embed.weight", sources=("model.embed_tokens",), shape=(64, 64), fixed="embedding"
+    )
+    rule = {**HEAD, "quantize": ["model.embed_tokens"]}
+    with pytest.raises(RecipeError, match=r"never quantized \(embedding\)"):
+        resolved(REST, rule, slot=slot)
 
 
 def test_an_exclusion_before_it_wins() -> None:

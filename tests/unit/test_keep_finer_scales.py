@@ -1,5 +1,6 @@
 """MXFP4 becomes NVFP4 with --keep-scales, and every value stays what it was."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.verify import verify
 from megatron_quant.errors import CheckpointError
-from tests.unit import hf_models, sources
+from tests.unit import family_models, hf_models, sources
 
 EXPERT = "model.layers.1.mlp.experts.2"
 FLAGS = {"export_quant_cfg": "w4a16_nvfp4", "keep_scales": True}
@@ -89,3 +90,59 @@ def test_scales_of_zeros_need_not_be_held(released: Path, tmp_path: Path) -> Non
     name = f"{EXPERT}.up_proj.weight"
     after = in_nvfp4(source, tmp_path / "out", "modelopt").weight(name, torch.float32)
     assert torch.equal(after, QuantizedCheckpoint(source).weight(name, torch.float32))
+
+
+FAMILIES = {  # routed experts of each: MXFP4 as Kimi-K3 has them, INT4 as Kimi-K2.5 has
+    "kimi_linear": ("model.layers.1.block_sparse_moe.experts", "mxfp4"),
+    "kimi_k25": ("language_model.model.layers.1.mlp.experts", "kimi_k2"),
+}
+
+
+def released_as(family: str, recipe: str, directory: Path) -> Path:
+    """The family in that form, with its config where Kimi-K2.5 has it: in the text decoder's."""
+    source, out = family_models.save(family, directory / "source"), directory / "released"
+    sources.run(source, out, export_quant_cfg=recipe)
+    config = sources.config(out)
+    if "text_config" in config:
+        said = config.pop("quantization_config")
+        config["text_config"]["quantization_config"] = said
+        (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kimis_releases_become_nvfp4(family: str, tmp_path: Path) -> None:
+    """Exactly from MXFP4. INT4 has sevens and fives, which E2M1 lacks: those are rounded once."""
+    at, recipe = FAMILIES[family]
+    if recipe == "mxfp4":
+        (tmp_path / "experts.yaml").write_text(
+            "rules: [{quantize: ['*.experts.*'], weights: mxfp4}, {exclude: ['*']}]"
+        )
+        recipe = str(tmp_path / "experts.yaml")
+    source, out = released_as(family, recipe, tmp_path), tmp_path / "out"
+    (tmp_path / "nvfp4.yaml").write_text(
+        "rules: [{quantize: ['*.experts.*'], weights: nvfp4}, {exclude: ['*']}]"
+    )
+    exact = family == "kimi_linear"
+    flags = {"export_quant_cfg": str(tmp_path / "nvfp4.yaml"), "export_format": "modelopt"}
+    sources.run(source, out, keep_scales=exact, **flags)
+    assert not verify(out, source).problems
+    before, after = QuantizedCheckpoint(source), QuantizedCheckpoint(out)
+    experts = [m for m in after.modules if m.startswith(f"{at}.3.")]
+    assert len(experts) == 3 and experts == [m for m in before.modules if m in experts]
+    for module in experts:
+        name = f"{module}.weight"
+        values = [c.weight(name, torch.float32) for c in (before, after)]
+        assert torch.equal(*values) is exact
+        lost = (values[0] - values[1]).norm() / values[0].norm()
+        assert lost == 0 if exact else 0 < lost < 0.15
+
+
+def test_kimis_int4_keeps_its_codes(tmp_path: Path) -> None:
+    source = released_as("kimi_k25", "kimi_k2", tmp_path)
+    sources.run(source, tmp_path / "out", export_quant_cfg="kimi_k2", keep_scales=True)
+    before, after = (sources.tensors(d) for d in (source, tmp_path / "out"))
+    assert after.keys() == before.keys() and any(n.endswith("weight_packed") for n in before)
+    assert all(torch.equal(after[name], w) for name, w in before.items())
+    said = sources.config(tmp_path / "out")
+    assert "quantization_config" in said and "quantization_config" not in said["text_config"]

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as t
 
 from megatron_quant.engines.families import DENSE
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.spec import Role
 from megatron_quant.models.structure import recognise
 from tests.dist.checkpoints import tokenizer
-from tests.unit import hf_models, sources
+from tests.unit import family_models, hf_models, sources
 
 INDEXER = {"wq_b": (128, 32), "wk": (32, 64), "weights_proj": (4, 64), "k_norm": (32,)}
 
@@ -72,42 +71,14 @@ def test_the_projections_that_minimax_m3_fuses_are_one_parameter() -> None:
     assert [s.module.rpartition(".")[2] for s in param.sources] == list(members)
 
 
-def vision_moe(inner: int) -> t.PreTrainedModel:
-    text = hf_models.BASE | {
-        **hf_models.EXPERTS,
-        "num_experts": 4,
-        "moe_intermediate_size": inner,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [2, 3, 3],
-            "mrope_interleaved": True,
-        },
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 64,
-        "patch_size": 4,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-    }
-    torch.manual_seed(0)
-    config = t.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
-    return t.Qwen3VLMoeForConditionalGeneration(config).bfloat16()
-
-
 @pytest.mark.parametrize("inner", [32, 16])  # of 32 the fused stack is square
 def test_qwen3_vl_moe_of_the_hub_gives_the_bytes_of_the_saved_one(
     inner: int, tmp_path: Path
 ) -> None:
     saved, hub = tmp_path / "saved", tmp_path / "hub"
     for directory in (saved, hub):
-        vision_moe(inner).save_pretrained(directory)
+        torch.manual_seed(0)
+        family_models.qwen3_vl_moe(inner).bfloat16().save_pretrained(directory)
         tokenizer().save_pretrained(directory)
     sources.edit(
         hub, lambda f: {n: w.transpose(1, 2) if ".experts." in n else w for n, w in f.items()}

@@ -8,6 +8,7 @@ from megatron_quant.report.scales import LEVELS, Scale, short
 from megatron_quant.report.tables import scrolling
 
 _TITLED = 6000  # cells of a grid that each say what they are: more would make a page slow
+_APART = 22  # least pixels between labels of columns
 _LETTER = 6.4  # pixels of a character of a label
 _SIDES = ((24, 24), (64, 16), (1 << 30, 9))
 """Most columns -> pixels of a cell."""
@@ -84,7 +85,7 @@ def draw(grid: Grid) -> Markup:
 
 
 def _labels(grid: Grid, left: float, side: int) -> list[Markup]:
-    every = next(n for n in (1, 2, 4, 5, 8, 10, 16, 20, 32, 64) if n * side >= 28 or n == 64)
+    every = next(n for n in (1, 2, 4, 5, 8, 10, 16, 20, 32, 64) if n * side >= _APART or n == 64)
     found = [
         tag(
             "text",

@@ -45,7 +45,7 @@ def _head(facts: Facts) -> Iterator[Markup]:
     if facts.quantized is not None:
         q = facts.quantized
         ranks = f"{q.ranks} rank" + "s" * (q.ranks != 1)
-        about = ("recipe " + q.recipe, q.dialect and f"dialect {q.dialect}", q.dtype, ranks)
+        about = (q.recipe, q.dialect and f"dialect {q.dialect}", q.dtype, ranks)
         yield tag("p", {"class": "about"}, " · ".join(filter(None, about)))
         if q.description:
             yield tag("p", {"class": "about"}, q.description)

@@ -68,11 +68,8 @@ def _sizes(facts: Quantized) -> Tile:
     if not before or not after:
         return Tile("Size", "–", "nothing was exported")
     bits = _BITS * after / max(sum(w.elements for w in facts.weights), 1)
-    return Tile(
-        "Size",
-        size(after),
-        f"from {size(before)}: {before / after:.2f} times smaller, {bits:.2f} bits a weight",
-    )
+    smaller = f"from {size(before)}: {before / after:.2f} times smaller"
+    return Tile("Size", size(after), f"{smaller}, {bits:.2f} bits for each of all weights")
 
 
 def _error(facts: Quantized) -> Tile:
@@ -109,7 +106,7 @@ def _of_search(search: Search) -> Tile:
     return Tile(
         "Bits a weight",
         f"{search.bits:.3f}",
-        f"found by {search.method}, at most {search.bound:g} were allowed (cost {search.cost})",
+        f"at the places of the search; at most {search.bound:g} were allowed (cost {search.cost})",
     )
 
 

@@ -15,6 +15,7 @@ from megatron_quant.runs.options import (
     QuantizeOptions,
     check_not_searched,
     check_plannable,
+    check_unreported,
     chosen_recipe,
     dtype_of,
 )
@@ -181,6 +182,7 @@ def plan(
         source, recipe, flags, export_format=format, parallel=parallel, serve=serve, write=write
     )
     check_not_searched(options)
+    check_unreported(options)
     if options.stream:
         from megatron_quant.runs.file_to_file import plan_stream
 

@@ -132,6 +132,13 @@ def check_not_searched(options: QuantizeOptions) -> None:
         )
 
 
+def check_unreported(options: QuantizeOptions) -> None:
+    """Raise QuantError if a plan, which measures nothing, is to be reported."""
+    for flag, value in (("--report", options.report), ("--log-to", options.log_to)):
+        if value is not None:
+            raise QuantError(f"--dry-run measures nothing that {flag} could say: leave one out")
+
+
 def check_plannable(options: QuantizeOptions) -> None:
     """Raise QuantError if config.json alone does not decide what would be done."""
     if options.megatron_load_path is not None:

@@ -177,3 +177,10 @@ def test_what_cannot_run_is_refused(flags: list[str], words: str, model: Path) -
     assert ended.status == 1
     assert ended.err.startswith("megatron-quant: error: ") and ended.err.count("\n") == 1
     assert words in ended.err
+
+
+@pytest.mark.parametrize("flag", ["--report", "--log-to"])
+def test_a_plan_has_nothing_to_report(flag: str, model: Path) -> None:
+    ended = dry_run(model, flag, "tensorboard")
+    said = f"--dry-run measures nothing that {flag} could say: leave one out\n"
+    assert (ended.status, ended.err.endswith(said)) == (1, True)

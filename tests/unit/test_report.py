@@ -40,7 +40,7 @@ def test_the_verdict_comes_first(page: Element) -> None:
         (t.children[0].text, t.children[1].text, t.children[2].text)
         for t in page.all("div", "tile")
     ]
-    sizes = "from 967 KB: 3.07 times smaller, 5.20 bits a weight"
+    sizes = "from 967 KB: 3.07 times smaller, 5.20 bits for each of all weights"
     assert tiles[0] == ("Size", "314\u00a0KB", sizes.replace("967 ", "967\u00a0"))
     assert [name for name, _, _ in tiles[1:]] == [
         *("Bits a weight", "Worst relative error", "Cold experts", "KL divergence"),
@@ -138,6 +138,31 @@ def test_times_and_sizes(page: Element) -> None:
     table = rows(page.one("sizes"))
     assert ["mlp.experts.up_proj", "nvfp4 × nvfp4", "32"] in [r[:3] for r in table]
     assert len(table) == 1 + 4 + 1 + 3 + 4 + 1
+
+
+def test_a_run_that_only_saves_or_skips_the_verification_is_drawn(facts: Facts) -> None:
+    assert facts.quantized is not None
+    weights = tuple(replace(w, after=None, error=None) for w in facts.quantized.weights)
+    none = {"bytes_before": None, "bytes_after": None, "verified": None, "dialect": ""}
+    bare = replace(facts.quantized, weights=weights, fake_quant=None, left_out=(), **none)
+    page = read(page_of(replace(facts, quantized=bare, search=None)))
+    tiles = [(t.children[1].text, t.children[2].text) for t in page.all("div", "tile")]
+    assert tiles[:2] == [("–", "nothing was exported"), ("–", "the export was not verified")]
+    assert [s.attributes["id"] for s in page.all("section")] == [
+        *("sizes", "experts", "inputs", "coverage", "times")
+    ]
+    assert {r[4] for r in rows(page.one("sizes"))} == {"–"}
+
+
+def test_a_dense_model_without_data_has_no_experts_and_no_inputs() -> None:
+    bare = world.quantized(experts=0)
+    bare = replace(bare, expert_tokens={}, cold_experts=(), input_amax={})
+    made = Facts(command="quantize", model="m", version="0", quantized=bare)
+    page = read(page_of(made))
+    assert [s.attributes["id"] for s in page.all("section")] == [
+        *("sizes", "errors", "coverage", "times")
+    ]
+    assert not [t for t in page.all("div", "tile") if "experts" in t.text]
 
 
 def test_an_evaluation_is_drawn() -> None:

@@ -18,6 +18,7 @@ from .runs import Job as Job
 from .runs import Outcome as Outcome
 from .runs import Parallel as Parallel
 from .runs import Rewritten as Rewritten
+from .runs import Sensitivity as Sensitivity
 from .runs import Serve as Serve
 from .runs import Streamed as Streamed
 from .runs import Write as Write
@@ -33,6 +34,7 @@ from .runs import quantize_checkpoint as quantize_checkpoint
 from .runs import restore as restore
 from .runs import save as save
 from .runs import search_again as search_again
+from .runs import sensitivity as sensitivity
 from .runs import stream as stream
 from .runs import verify as verify
 
@@ -53,6 +55,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Rewritten",
+    "Sensitivity",
     "Serve",
     "StoredTensor",
     "Streamed",
@@ -71,6 +74,7 @@ __all__ = [
     "restore",
     "save",
     "search_again",
+    "sensitivity",
     "stream",
     "update",
     "use_cpu",

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_quant import __version__
-from megatron_quant.cli import evaluate, export, quantize, search, verify
+from megatron_quant.cli import evaluate, export, quantize, search, sensitivity, verify
 from megatron_quant.cli.failure import TRACEBACK, fail
 from megatron_quant.errors import QuantError, RankError
 from megatron_quant.faults import MINUTES
@@ -20,6 +20,7 @@ Quantize Megatron-Core / Transformer Engine models, mixture-of-experts first.
   verify     check that a checkpoint is complete and matches its own config
   eval       measure perplexity on a text, and KL divergence from the original
   search     choose again among scored formats, for another number of bits
+  sensitivity  measure what each family of weights loses in each format, alone
 """
 
 
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (quantize, export, verify, evaluate, search):
+    for module in (quantize, export, verify, evaluate, search, sensitivity):
         module.add_parser(verbs)
     for verb in verbs.choices.values():
         _running_flags(verb)

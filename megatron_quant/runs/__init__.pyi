@@ -5,6 +5,7 @@ from .checkpoints import quantize_checkpoint as quantize_checkpoint
 from .checkpoints import stream as stream
 from .checkpoints import verify as verify
 from .conversion import Rewritten as Rewritten
+from .family_sensitivity import sensitivity as sensitivity
 from .file_to_file import Streamed as Streamed
 from .finding import find_recipe as find_recipe
 from .finding import search_again as search_again
@@ -19,6 +20,7 @@ from .live import quantize as quantize
 from .live import restore as restore
 from .live import save as save
 from .megatron import Outcome as Outcome
+from .sensitivity_rows import Sensitivity as Sensitivity
 from .settings import AutoQuantize as AutoQuantize
 from .settings import Calibration as Calibration
 from .settings import Parallel as Parallel
@@ -35,6 +37,7 @@ __all__ = [
     "Outcome",
     "Parallel",
     "Rewritten",
+    "Sensitivity",
     "Serve",
     "Streamed",
     "Write",
@@ -50,6 +53,7 @@ __all__ = [
     "restore",
     "save",
     "search_again",
+    "sensitivity",
     "stream",
     "verify",
 ]

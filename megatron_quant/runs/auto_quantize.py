@@ -5,7 +5,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_quant.documents import check_output_file
-from megatron_quant.errors import LayoutError
+from megatron_quant.errors import LayoutError, RecipeError
+from megatron_quant.recipes import OUTPUT
 from megatron_quant.runs.found import Found, chosen
 
 if TYPE_CHECKING:
@@ -124,6 +125,12 @@ def _planned(options: "QuantizeOptions", world: int) -> "tuple[Job, SearchPlan]"
         expert_scales=first.expert_scales,
     )
     plans = {name: job.quant for name, job in jobs.items()}
+    for name, quant in plans.items():
+        if options.stream and any(d.static and d.slot.fixed == OUTPUT for d in quant.quantized):
+            raise RecipeError(
+                f"--auto-quantize-formats {name}: --stream calibrates no inputs of the output "
+                "layer; give it a format without static scales of inputs, such as w4a16_nvfp4"
+            )
     return first, plan_search(target, plans, options.auto)
 
 

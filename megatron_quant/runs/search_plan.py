@@ -55,8 +55,7 @@ def plan_search(target: Target, plans: Mapping[str, QuantPlan], auto: AutoQuanti
         QuantError: For candidates that cannot be scored or mixed, and bits that cannot be met.
     """
     _check_candidates(plans)
-    kv_cache = next(iter(plans.values())).kv_cache
-    problem = find_problem(_model(target, auto.keep), plans, kv_cache)
+    problem = places_of(target, plans, auto.keep)
 
     def check(plan: QuantPlan) -> None:
         dialect, serve = target.dialect, target.serve
@@ -67,6 +66,12 @@ def plan_search(target: Target, plans: Mapping[str, QuantPlan], auto: AutoQuanti
     assert auto.bits is not None
     check_bits(problem, auto.bits, auto.cost)
     return SearchPlan(target=target, plans=plans, problem=problem)
+
+
+def places_of(target: Target, plans: Mapping[str, QuantPlan], keep: tuple[str, ...]) -> Problem:
+    """Return the places of a model; raises as ``find_problem``."""
+    kv_cache = next(iter(plans.values())).kv_cache
+    return find_problem(_model(target, keep), plans, kv_cache)
 
 
 def _model(target: Target, keep: tuple[str, ...]) -> Model:

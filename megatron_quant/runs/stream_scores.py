@@ -1,6 +1,7 @@
 """Score by transformers' forward: the ranks share the batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,8 @@ import torch
 
 from megatron_quant.ckpt.plan import slots
 from megatron_quant.dist import Groups, max_reduce, sum_reduce, together
+from megatron_quant.formats import amax
+from megatron_quant.models import Param
 from megatron_quant.runs.auto_scores import Work, read_kept
 from megatron_quant.runs.phases import Phases
 from megatron_quant.search import SCORERS, place_weights
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from megatron_quant.search import PlaceWeights
+    from megatron_quant.streaming import WeightInputAmax
 
 
 def stream_scores(work: Work, source: Path, groups: Groups, phases: Phases) -> torch.Tensor:
@@ -38,7 +42,7 @@ def stream_scores(work: Work, source: Path, groups: Groups, phases: Phases) -> t
     found = torch.zeros(len(batches), work.options, dtype=torch.float64)
     missing = together(groups, lambda: read_kept(store, own, found))
     if max_reduce(torch.tensor([len(missing)]), groups).item():
-        model, places = _model(work, source, [batches[i] for i in own], groups, phases)
+        model, places = loaded_places(work, source, [batches[i] for i in own], groups, phases)
 
         def score() -> None:
             with phases.bar("score", len(missing)) as progress:
@@ -53,7 +57,7 @@ def stream_scores(work: Work, source: Path, groups: Groups, phases: Phases) -> t
     return sum_reduce(found, groups).sum(0)
 
 
-def _model(
+def loaded_places(
     work: Work,
     source: Path,
     batches: Sequence[torch.Tensor],
@@ -84,6 +88,7 @@ def _model(
             torch.no_grad(),
             seen,
             forced_experts(model, work.calibration.expert_share, seen),
+            _head_watched(model, [p.name for p in static.values() if not keys_of(p)], seen),
         ):
             for ids in batches if static else ():
                 run_model(model, ids)
@@ -94,7 +99,33 @@ def _model(
     scales: dict[str, torch.Tensor] = {}
     for quant in plans.values():
         params = static_inputs(quant, target.params)
-        scales |= merge_amaxes(quant, params, keys_of, seen.found.amax, cold, groups).scales
+        scales |= merge_amaxes(quant, params, _keys, seen.found.amax, cold, groups).scales
     sharing = per_expert if target.expert_scales == "per_expert" else shared
     problem = work.plan.problem
     return model, place_weights(model, problem, target.params, of_slot, sharing, scales)
+
+
+def _keys(param: Param) -> tuple[str, ...]:
+    return keys_of(param) or (param.name,)  # the output layer
+
+
+@contextmanager
+def _head_watched(
+    model: "PreTrainedModel", names: Sequence[str], seen: "WeightInputAmax"
+) -> Iterator[None]:
+    """Measure the inputs of the output layer, whose slot is the only one of ``names``."""
+    head = model.get_output_embeddings()
+    if not names or head is None:
+        yield
+        return
+
+    def measure(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        for name in names:
+            found = amax(args[0])
+            seen.found.amax[name] = torch.maximum(seen.found.amax.get(name, found), found)
+
+    hook = head.register_forward_pre_hook(measure)
+    try:
+        yield
+    finally:
+        hook.remove()

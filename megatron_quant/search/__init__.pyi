@@ -1,3 +1,8 @@
+from .ablation import ablated as ablated
+from .ablation import families as families
+from .ablation import option_of as option_of
+from .cache import MeasuredCache as MeasuredCache
+from .cache import RoundedCache as RoundedCache
 from .found import to_recipe as to_recipe
 from .found import write_recipe as write_recipe
 from .loss import Loss as Loss
@@ -28,19 +33,24 @@ __all__ = [
     "SCORERS",
     "Choice",
     "Loss",
+    "MeasuredCache",
     "Model",
     "Place",
     "PlaceWeights",
     "Problem",
+    "RoundedCache",
     "ScoreStore",
     "Scored",
+    "ablated",
     "by_place",
     "check_bits",
     "check_divergence",
     "check_loss",
     "check_mixtures",
+    "families",
     "find_problem",
     "next_token_loss",
+    "option_of",
     "place_weights",
     "to_recipe",
     "write_recipe",

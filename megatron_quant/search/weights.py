@@ -76,17 +76,17 @@ class PlaceWeights:
             inputs: Arguments of the call.
         """
         own = [h for h in self.held if h.name.startswith(prefix)]
-        new = {h.name: self._rounded(h, rule) for h in own}
+        new = {h.name: self.rounded(h, rule) for h in own}
         local = {name.removeprefix(prefix): tensor for name, tensor in new.items()}
         mode: Any = nullcontext()
         if rule.inputs is not None:
-            slots = {s.name: s for h in own for s in h.slots}
             seen = [Watched(new[h.name], tuple(s.name for s in h.slots)) for h in own]
-            mode = WeightInputs(seen, self._round_inputs(rule, slots))
+            mode = WeightInputs(seen, self.round_inputs(rule))
         with torch.no_grad(), mode:
             return functional_call(module, local, inputs.args, dict(inputs.kwargs))
 
-    def _rounded(self, held: Held, rule: Rule) -> torch.Tensor:
+    def rounded(self, held: Held, rule: Rule) -> torch.Tensor:
+        """Return a parameter with its weights rounded as ``rule`` says."""
         new = held.parameter.clone()
         for slot, w_NK, out_NK in zip(
             held.slots, held.views(held.parameter), held.views(new), strict=True
@@ -104,9 +104,12 @@ class PlaceWeights:
         stat = searched_stat(w_NK, decision, largest, (0, 0))
         return fake_quant(w_NK, fmt, tensor_scale(largest, fmt) if fmt.tensor_scale else None, stat)
 
-    def _round_inputs(
-        self, rule: Rule, slots: Mapping[str, Slot]
-    ) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    def measure(self) -> None:
+        """Measure the weights now; called where they are changed later."""
+        _ = self._amaxes
+
+    def round_inputs(self, rule: Rule) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        """Return a function that rounds the inputs of a slot, given its name and the inputs."""
         fmt = rule.inputs
         assert fmt is not None
 

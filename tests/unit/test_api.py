@@ -24,6 +24,7 @@ SIGNATURES = {
     "auto, phases, **flags",
     "quantized": "model",
     "search_again": "directory, bits, *, formats, cost, recipe, report, log_to",
+    "sensitivity": "source, formats, *, calibration, dtype, groups, phases",
     "restore": "model, directory, *, hf_model, groups",
     "save": "model, directory",
     "stream": "source, recipe, out, *, calibration, format, serve, write, auto, groups, phases, "
@@ -43,7 +44,7 @@ FIELDS = {
 }
 RESULTS = {
     *("Choices", "ExportPlan", "Exported", "Found", "Job", "Outcome", "Report", "Rewritten"),
-    *("StoredTensor", "Streamed"),
+    *("Sensitivity", "StoredTensor", "Streamed"),
 }
 """Types of what functions return."""
 

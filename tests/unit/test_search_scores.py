@@ -113,7 +113,7 @@ def test_what_is_scored_is_what_is_exported(loaded, source: Path, tmp_path: Path
     compared = 0
     for weights in places:
         for held in weights.held:
-            new = weights._rounded(held, weights.place.options[0].rule)
+            new = weights.rounded(held, weights.place.options[0].rule)
             for slot, w_NK in zip(held.slots, held.views(new), strict=True):
                 own = [
                     s
@@ -308,6 +308,18 @@ def test_refused_before_scoring(
     assert "\n" not in str(error.value)
     assert calls == [0]
     assert not (tmp_path / "scores").exists() and not (tmp_path / "out").exists()
+
+
+def test_inputs_of_the_output_layer(source: Path, tmp_path: Path, calls: list[int]) -> None:
+    rules = [
+        {"quantize": ["lm_head"], "weights": "fp8", "inputs": "fp8", "allow_output": True},
+        {"quantize": ["*"], "weights": "nvfp4"},
+    ]
+    recipe = tmp_path / "head.yaml"
+    recipe.write_text(json.dumps({"rules": rules}))
+    with pytest.raises(RecipeError, match="--stream calibrates no inputs of the output layer"):
+        mq.find_recipe(source, auto(tmp_path, formats=str(recipe)), groups=Groups())
+    assert calls == [0]
 
 
 def test_a_loss_that_is_not_finite(loaded, ids) -> None:

@@ -255,19 +255,19 @@ def _unit(sample: Sample) -> float:
 
 def _fold(place: Place, found: Factors) -> Fold:
     """Return the fold of one place."""
-    name = place.name
-    vectors = {f"{name}.columns": spread(place, found.factors_K)}
-    weight, *others = place.before
-    values: dict[str, str] = {}
+    factors, columns = f"{place.name}.factors", f"{place.name}.factors"
+    vectors = {factors: found.factors_K}
+    if place.heads[1] > 1:
+        columns = f"{place.name}.columns"
+        vectors[columns] = spread(place, found.factors_K)
+    divided, values = place.before, dict[str, str]()
     if found.weight_K is not None:
-        vectors[f"{name}.values"] = found.weight_K.float()
-        values = {weight: f"{name}.values"}
-    divided = [tensor for tensor in (weight, *others) if tensor not in values]
-    if divided:
-        vectors[f"{name}.rows"] = found.factors_K
+        weight, *divided_too = place.before
+        values, divided = {weight: f"{place.name}.values"}, tuple(divided_too)
+        vectors[f"{place.name}.values"] = found.weight_K.float()
     return Fold(
         vectors,
         values=values,
-        rows=dict.fromkeys(divided, f"{name}.rows"),
-        columns=dict.fromkeys(place.after, f"{name}.columns"),
+        rows=dict.fromkeys(divided, factors),
+        columns=dict.fromkeys(place.after, columns),
     )

@@ -3,10 +3,10 @@
 import base64
 import binascii
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from megatron_quant.models import Box
 DOCUMENT = "megatron_quant_folding.json"
 """File of an export that has the factors, so that it can be compared with its source."""
 _TABLES = ("values", "rows", "columns")
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Key of vectors in the document -> dtype in which they are there; most factors fit the first."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,11 @@ class Fold:
 
     def document(self) -> dict[str, Any]:
         """Return what JSON can hold of it."""
-        vectors = {
-            name: base64.b64encode(v.cpu().numpy().astype("<f4").tobytes()).decode()
-            for name, v in self.vectors.items()
-        }
-        tables: dict[str, Any] = {
-            table: dict(sorted(vars(self)[table].items())) for table in _TABLES
-        }
-        return {"vectors": dict(sorted(vectors.items())), **tables}
+        document: dict[str, dict[str, str]] = {"bf16": {}, "fp32": {}}
+        for name, vector in sorted(self.vectors.items()):
+            dtype = "bf16" if torch.equal(vector.bfloat16().float(), vector) else "fp32"
+            document[dtype][name] = _encoded(vector, _DTYPES[dtype])
+        return document | {table: dict(sorted(vars(self)[table].items())) for table in _TABLES}
 
 
 def joined(folds: Sequence[Fold]) -> Fold:
@@ -94,8 +93,11 @@ def parse_fold(document: Mapping[str, Any], where: str) -> Fold:
     """
     top = Fields(document, where)
     tables = {table: _names(top.part(table)) for table in _TABLES}
-    stored = _names(top.part("vectors"))
-    vectors = {name: _vector(text, f"{where}: vector {name}") for name, text in stored.items()}
+    vectors = {
+        name: _decoded(text, dtype, f"{where}: vector {name}")
+        for key, dtype in _DTYPES.items()
+        for name, text in _names(top.part(key)).items()
+    }
     for table in tables.values():
         for vector in table.values():
             if vector not in vectors:
@@ -107,12 +109,16 @@ def _names(table: Fields) -> dict[str, str]:
     return {name: table.text(name) for name in table.values}
 
 
-def _vector(text: str, where: str) -> Tensor:
-    try:
-        data = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
-    except (binascii.Error, ValueError):
-        data = np.empty(0, "<f4")
-    vector = torch.from_numpy(data.astype(np.float32))
-    if not len(vector) or not bool(vector.isfinite().all()):
-        raise CheckpointError(f"{where} is no vector of finite numbers; fetch the file again")
-    return vector
+def _encoded(vector: Tensor, dtype: torch.dtype) -> str:
+    data = vector.cpu().to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+    return base64.b64encode(data).decode()
+
+
+def _decoded(text: str, dtype: torch.dtype, where: str) -> Tensor:
+    with suppress(binascii.Error, ValueError):
+        data = bytearray(base64.b64decode(text, validate=True))
+        if data and len(data) % dtype.itemsize == 0:
+            vector = torch.frombuffer(data, dtype=dtype).float()
+            if bool(vector.isfinite().all()):
+                return vector
+    raise CheckpointError(f"{where} is no vector of finite numbers; fetch the file again")

@@ -73,8 +73,8 @@ def test_a_stream_gives_these_bytes_too(
     for name in CASES:
         assert digests(tmp_path / name) == digests(measured / name), name
         assert verify(tmp_path / name, source).problems == ()
-        vectors = json.loads((tmp_path / name / DOCUMENT).read_text())["vectors"]
-        assert len(vectors) > 20
+        document = json.loads((tmp_path / name / DOCUMENT).read_text())
+        assert len(document["bf16"]) > 20 and len(document["fp32"]) == 4
 
 
 def test_norms_within_latent_attention(tmp_path: Path, ranks: Ranks) -> None:
@@ -85,7 +85,7 @@ def test_norms_within_latent_attention(tmp_path: Path, ranks: Ranks) -> None:
     ranks(1, stream, source, [{**loaded, "export_dir": tmp_path / "stream"}])
     found = digests(tmp_path / "stream")
     assert found == digests(tmp_path / "one" / "nvfp4") == digests(tmp_path / "two" / "nvfp4")
-    vectors = json.loads((tmp_path / "stream" / DOCUMENT).read_text())["vectors"]
+    vectors = json.loads((tmp_path / "stream" / DOCUMENT).read_text())["bf16"]
     assert {f"model.layers.0.self_attn.{n}_a_layernorm.values" for n in ("q", "kv")} < vectors.keys()
 
 

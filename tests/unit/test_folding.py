@@ -22,7 +22,7 @@ from megatron_quant.folding.places import Place
 from megatron_quant.models import Box
 from megatron_quant.runs.file_to_file import Streamed, plan_stream
 from tests.dist import checkpoints
-from tests.unit import hf_models
+from tests.unit import family_models, hf_models
 from tests.unit.test_stream_inputs import options, run
 from tests.unit.test_stream_layers import contents
 
@@ -33,6 +33,8 @@ SMOOTHED: dict[str, Any] = {
     "export_format": "compressed-tensors",
     "calib_size": 16,
 }
+HUB = ("afmoe", "hunyuan_v1_moe", "hy_v3", "mimo_v2_flash")
+"""Families with other names of routers, norms or experts."""
 TABLES = ("mixtral", "qwen2_moe", "qwen3", "qwen3_moe")
 
 
@@ -66,6 +68,10 @@ def gemma(directory: Path) -> Path:
 def saved(name: str, directory: Path) -> Path:
     if name == "gemma3":
         return outliers(gemma(directory))
+    if name in HUB:
+        source = family_models.save(name, directory)
+        checkpoints.tokenizer().save_pretrained(source)
+        return outliers(source)
     make = checkpoints.save if name in TABLES else hf_models.save
     return outliers(make(name, directory))
 
@@ -104,7 +110,7 @@ def logits(directory: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_moe", "mixtral", "qwen2_moe", "gemma3", "qwen3_next", "deepseek_v3"]
+    "name", ["qwen3_moe", "mixtral", "qwen2_moe", "gemma3", "qwen3_next", "deepseek_v3", *HUB]
 )
 def test_logits_are_those_of_before(name: str, tmp_path: Path) -> None:
     """Experts, shared experts, grouped queries, norms stored less 1, latent attention; in fp32."""
@@ -189,12 +195,14 @@ def changed(out: Path, into: Path, change: Any) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["vectors"].clear(), "there is no vector model.layers.0.input_layernorm.val"),
+        (lambda d: d["bf16"].clear(), "there is no vector model.layers.0.input_layernorm.val"),
         (lambda d: d["rows"].update(x="y"), "there is no vector y; fetch the file again"),
         (lambda d: d.update(columns=[3]), "columns=.* must be an object"),
-        (lambda d: d["vectors"].update(dict.fromkeys(d["vectors"], "?")), "no vector of finite"),
+        (lambda d: d["bf16"].update(dict.fromkeys(d["bf16"], "?")), "no vector of finite"),
+        (lambda d: d["fp32"].update(x="AAA="), "no vector of finite"),
+        (lambda d: d["fp32"].update(x="AADAfw=="), "no vector of finite"),
         (
-            lambda d: d["vectors"].update(dict.fromkeys(d["vectors"], "AACAPw==")),
+            lambda d: d["bf16"].update(dict.fromkeys(d["bf16"], "gD8=")),
             "cannot have 1 factors; fetch the file again",
         ),
     ],

@@ -46,7 +46,7 @@ def save_run(source: Path, run: Path, how: Training, iteration: int = 3) -> None
     if dist.get_rank() == 0:
         (run / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
         if not how.common:
-            (folder / "common.pt").unlink()
+            (folder / "common.pt").unlink(missing_ok=True)  # newer releases write none
 
 
 def _padded(multiple: int) -> Callable[[int, int], int]:
@@ -123,9 +123,12 @@ def save_with_drafts(source: Path, run: Path) -> None:
         parameter.data = parameter.data.bfloat16()
     known = {}
     for param in (*params, *architecture.drafts(weights.config, count)):
-        tensor = (model.get_buffer if param.fp32 else model.get_parameter)(param.name)
+        name = param.name
+        if not hasattr(model.mtp.layers[0], "transformer_layer"):
+            name = name.replace(".transformer_layer.", ".mtp_model_layer.")  # newer releases
+        tensor = (model.get_buffer if param.fp32 else model.get_parameter)(name)
         fill(tensor, copies(param, 0, 1), weights)
-        known[param.name] = param
+        known[name] = param
     assert known.keys() >= {name for name, _ in model.named_parameters()}
     write(run, {"model": model})
 

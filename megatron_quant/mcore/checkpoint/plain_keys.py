@@ -2,7 +2,7 @@
 
 Layers and experts have a key each, or are stacked along leading dims; gate and up are one tensor,
 or ``..._w`` and ``..._v``. Read in megatron-core 0.12 to 0.16 (``sharded_state_dict``) and in its
-``fsdp_dtensor_checkpoint``.
+``fsdp_dtensor_checkpoint``; the saves of 0.16.1 and 0.19.2 were tried.
 """
 
 import re

@@ -52,6 +52,8 @@ def family_obstacles(
             known.vllm_reason,
             "--export-format deepseek-v4 of a release, or leave out --serve-engine",
         )
+    if engine == "vllm":
+        yield from _of_whole_scales(known, plan)
     if engine in ("vllm", "sglang"):
         yield from _of_merged(known, text_config(config), plan)
 
@@ -93,6 +95,20 @@ def _of_stacks(
                 has_other_use=True,
             )
             return
+
+
+def _of_whole_scales(known: Family, plan: QuantPlan) -> Iterator[Obstacle]:
+    """Yield fused linears that have a scale of the whole tensor, or of all their inputs."""
+    reasons = {mark: fused.whole_reason for fused in known.fused for mark in fused.marks}
+    for decision in plan.quantized:
+        formats = (decision.weights, decision.inputs)
+        whole = any(fmt is not None and fmt.tensor_scale for fmt in formats)
+        for module in decision.slot.sources if whole else ():
+            if reason := reasons.get(module.rpartition(".")[2]):
+                yield Obstacle(
+                    f"{module} has a scale of the whole linear: {reason}",
+                    "fp8_channel or mxfp8 in attention, or exclude it",
+                )
 
 
 def _of_merged(known: Family, text: Mapping[str, Any], plan: QuantPlan) -> Iterator[Obstacle]:

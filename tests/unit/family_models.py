@@ -32,7 +32,8 @@ class Tiny:
     """A small model of one family.
 
     make: builds it with transformers' classes. renames: (pattern, replacement) from the names that
-    it saves to the hub's. config: keys of config.json as the hub has them; None removes one.
+    it saves to the hub's. config: keys of config.json as the hub has them; None removes one, and a
+    dict adds to what is there.
     added: tensors that transformers' model has not. only: pattern of those that are taken of it.
     turned: of stacks that the hub has transposed. split: whether the hub has single linears of
     what is saved fused. nested: ``model_type`` of the text decoder, where its config is one within
@@ -166,12 +167,14 @@ FAMILIES: dict[str, Tiny] = {
         make=causal("GlmMoeDsa", SPARSE),
         **V3,
         count=ROUTED,
+        config={"topk_method": "noaux_tc"},
         dense=(f"{INDEXER}.wk", f"{INDEXER}.weights_proj"),
     ),
     "deepseek_v32": Tiny(
         make=causal("DeepseekV32", SPARSE),
         **V3,
         count=ROUTED,
+        config={"topk_method": "noaux_tc"},
         dense=(f"{INDEXER}.wk", f"{INDEXER}.weights_proj"),
     ),
     "glm4_moe_lite": Tiny(
@@ -184,6 +187,7 @@ FAMILIES: dict[str, Tiny] = {
         experts="model.language_model.layers.0.mlp.experts",
         router="model.language_model.layers.0.mlp.gate",
         count=("num_experts", 4),
+        config={"text_config": {"norm_topk_prob": True}},
         turned=(r".*\.experts\.(gate_up|down)_proj",),
     ),
     "nemotron_h": Tiny(
@@ -196,7 +200,7 @@ FAMILIES: dict[str, Tiny] = {
                 "n_routed_experts": 4,
                 "n_shared_experts": 1,
                 "moe_shared_expert_intermediate_size": 32,
-                "moe_latent_size": 48,
+                "moe_latent_size": 96,
                 "mamba_num_heads": 4,
                 "mamba_head_dim": 16,
                 "n_groups": 2,
@@ -252,7 +256,7 @@ FAMILIES: dict[str, Tiny] = {
         router="model.layers.0.block_sparse_moe.gate",
         count=("num_local_experts", 4),
         leaves=MIXTRAL,
-        config={"rotary_dim": 8},
+        config={"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     ),
     "minimax_m3_vl_text": Tiny(
         make=lambda: t.MiniMaxM3VLForCausalLM(
@@ -279,6 +283,37 @@ FAMILIES: dict[str, Tiny] = {
             (r"(.*layers\.1)\.mlp\.gate\.e_score", r"\1.block_sparse_moe.e_score"),
             (r"(.*layers\.1)\.mlp\.", r"\1.block_sparse_moe."),
         ),
+        config={
+            "model_type": "minimax_m3_vl",
+            "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "layer_norm_eps": 1e-5,
+                "num_attention_heads": 2,
+                "num_channels": 3,
+                "num_hidden_layers": 1,
+                "patch_size": 4,
+                "img_token_compression_config": {},
+            },
+            "text_config": {
+                "moe_layer_freq": [0, 1],
+                "hidden_act": "swigluoai",
+                "sparse_attention_config": {
+                    "use_sparse_attention": True,
+                    "sparse_index_dim": 16,
+                    "sparse_num_index_heads": 2,
+                    "sparse_topk_blocks": 16,
+                    "sparse_block_size": 128,
+                    "sparse_disable_index_value": [0, 1],
+                    "sparse_score_type": "max",
+                    "sparse_init_block": 0,
+                    "sparse_local_block": 1,
+                    "sparse_attention_freq": [0, 1],
+                },
+            },
+        },
+        nested="minimax_m3_vl_text",
         split=True,
         added={
             f"language_model.model.layers.1.self_attn.index_{n}.weight": shape
@@ -297,11 +332,25 @@ FAMILIES: dict[str, Tiny] = {
         router="language_model.model.layers.1.mlp.gate",
         count=ROUTED,
         renames=((r"", "language_model."),),
-        config={"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"]},
+        config={
+            "model_type": "kimi_k25",
+            "architectures": ["KimiK25ForConditionalGeneration"],
+            "text_config": {"topk_method": "noaux_tc"},
+            "vision_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+                "patch_size": 4,
+                "pos_emb_height": 2,
+                "pos_emb_width": 2,
+            },
+            "projection_hidden_size": 32,
+        },
         nested="kimi_k2",
         added={
             "vision_tower.encoder.blocks.0.wqkv.weight": (96, 32),
-            "mm_projector.proj.0.weight": (64, 32),
+            "mm_projector.proj.0.weight": (128, 128),
         },
         dense=("vision_tower.encoder.blocks.0.wqkv", "mm_projector.proj.0"),
     ),
@@ -333,11 +382,19 @@ FAMILIES: dict[str, Tiny] = {
         experts="model.layers.1.moe.experts",
         router="model.layers.1.moe.gate",
         count=("moe_num_experts", 4),
-        only=r".*(embed_tokens|lm_head|norm|[qkvo]_proj).*",
+        only=r".*(embed_tokens|lm_head|layernorm|model\.norm|[qkvo]_proj).*",
         config={
             "model_type": "step3p5",
             "architectures": ["Step3p5ForCausalLM"],
             "moe_num_experts": 4,
+            "moe_layers_enum": "1",
+            "moe_top_k": 2,
+            "moe_intermediate_size": 32,
+            "intermediate_size": 128,
+            "share_expert_dim": 32,
+            "num_attention_groups": 2,
+            "use_head_wise_attn_gate": True,
+            "use_moe_router_bias": True,
             "num_local_experts": None,
         },
         added={
@@ -352,7 +409,10 @@ FAMILIES: dict[str, Tiny] = {
             "model.layers.1.share_expert.gate_proj.weight": (32, 64),
             "model.layers.1.share_expert.up_proj.weight": (32, 64),
             "model.layers.1.share_expert.down_proj.weight": (64, 32),
-            "model.layers.1.self_attn.g_proj.weight": (4, 64),
+            **{f"model.layers.{i}.self_attn.g_proj.weight": (4, 64) for i in range(2)},
+            **{
+                f"model.layers.{i}.self_attn.{n}_norm.weight": (16,) for i in range(2) for n in "qk"
+            },
         },
         unmeasured="transformers has it inside Step-3.7 alone",
     ),
@@ -365,6 +425,7 @@ FAMILIES: dict[str, Tiny] = {
                 "moe_topk": 2,
                 "num_shared_expert": 1,
                 "use_mixed_mlp_moe": True,
+                "intermediate_size": 32,
                 "moe_intermediate_size": 32,
             },
         ),
@@ -385,18 +446,38 @@ FAMILIES: dict[str, Tiny] = {
         experts="model.layers.1.mlp.experts",
         router="model.layers.1.mlp.router.gate",
         count=("num_experts", 4),
-        config={"first_k_dense_replace": 1},
+        config={
+            "first_k_dense_replace": 1,
+            "expert_hidden_dim": 32,
+            "route_norm": True,
+            "qk_norm": True,
+        },
     ),
     "bailing_moe_v2": Tiny(
         make=causal("Olmoe", {k: v for k, v in BASE.items() if k != "head_dim"}),
         experts="model.layers.1.mlp.experts",
         router="model.layers.1.mlp.gate",
         count=("num_experts", 4),
-        only=r".*(lm_head|norm).*",
+        only=r".*(lm_head|layernorm|model\.norm).*",
         config={
             "model_type": "bailing_moe_v2",
             "architectures": ["BailingMoeV2ForCausalLM"],
             "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "moe_router_enable_expert_bias": True,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "score_function": "sigmoid",
+            "n_group": 1,
+            "topk_group": 1,
+            "head_dim": 16,
+            "use_qk_norm": True,
+            "use_rmsnorm": True,
+            "use_bias": False,
+            "use_qkv_bias": False,
+            "embedding_dropout": 0.0,
         },
         added={
             "model.word_embeddings.weight": (258, 64),
@@ -413,6 +494,11 @@ FAMILIES: dict[str, Tiny] = {
                 f"model.layers.1.mlp.{at}.{n}.weight": shape
                 for at in (*(f"experts.{e}" for e in range(4)), "shared_experts")
                 for n, shape in zip(GATED, ((32, 64), (32, 64), (64, 32)), strict=True)
+            },
+            **{
+                f"model.layers.{i}.attention.{n}_layernorm.weight": (16,)
+                for i in range(2)
+                for n in ("query", "key")
             },
             "model.layers.1.mlp.gate.weight": (4, 64),
             "model.layers.1.mlp.gate.expert_bias": (4,),
@@ -511,7 +597,16 @@ FAMILIES: dict[str, Tiny] = {
         ),
         **V3,
         count=ROUTED,
-        config={"swa_num_key_value_heads": 4, "swa_head_dim": 16},
+        config={
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_head_dim": 16,
+            "hybrid_layer_pattern": [0, 1],
+            "layernorm_epsilon": 1e-6,
+            "sliding_window_size": 8,
+            "add_swa_attention_sink_bias": True,
+            "moe_layer_freq": [0, 1],
+        },
         added={"model.mtp.layers.0.self_attn.o_proj.weight": (64, 64)},
         dense=("model.mtp.layers.0.self_attn.o_proj",),
     ),
@@ -533,6 +628,11 @@ FAMILIES: dict[str, Tiny] = {
         router="model.layers.0.mlp.router.classifier",
         count=ROUTED,
         only=r"(?!.*experts\.[45]\.).*",  # which compute nothing
+        config={
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+            "zero_expert_type": "identity",
+        },
         unmeasured="transformers asks for more tensors than the hub's files have",
     ),
     "afmoe": Tiny(
@@ -550,7 +650,14 @@ FAMILIES: dict[str, Tiny] = {
         experts="model.layers.1.mlp.experts",
         router="model.layers.1.mlp.router.gate",
         count=("num_experts", 4),
-        config={"score_func": "sigmoid"},
+        config={
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "route_scale": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "mup_enabled": True,
+        },
     ),
     "dots1": Tiny(
         make=causal(
@@ -622,7 +729,9 @@ def _write_config(directory: Path, tiny: Tiny) -> None:
     if tiny.nested:
         text = {**found, "model_type": tiny.nested}
         found = {"text_config": text}  # which alone states the dtype
-    found = {k: v for k, v in {**found, **tiny.config}.items() if v is not None}
+    for key, value in tiny.config.items():
+        found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+    found = {k: v for k, v in found.items() if v is not None}
     for part in (found, found.get("text_config", {})):  # layers that these checkpoints lack
         part |= {k: 0 for k in ("num_nextn_predict_layers",) if k in part}
     path.write_text(json.dumps(found))

@@ -49,6 +49,17 @@ def test_longcats_fused_projection_is_excluded_by_its_own_name() -> None:
     assert found == ("model.layers.0.self_attn.1.fused_qkv_a_proj",)
 
 
+def test_a_key_that_fills_the_value_too_is_named_as_both(tmp_path: Path) -> None:
+    """Gemma-4's full attention has no v_proj; vLLM wants one format of all parts of qkv_proj."""
+    source = family_models.save("gemma4", tmp_path / "source")
+    flags = {"export_quant_cfg": "nvfp4_experts_only", "export_format": "modelopt"}
+    sources.run(source, tmp_path / "out", **flags)
+    ignore = sources.config(tmp_path / "out")["quantization_config"]["ignore"]
+    at = "model.language_model.layers.1.self_attn"
+    assert f"{at}.v_proj.weight" not in sources.tensors(source)
+    assert {f"{at}.{part}_proj" for part in "qkv"} <= set(ignore)
+
+
 @pytest.mark.parametrize("dialect", ["compressed-tensors", "modelopt"])
 def test_formats_by_name_have_both_names(dialect: str, tmp_path: Path) -> None:
     said = stated("minimax_m2", tmp_path, dialect, "mxfp8")

@@ -220,6 +220,14 @@ def test_no_block_joins_the_parts_of_a_mamba_projection(family: str, tmp_path: P
     )
 
 
+def test_vllm_takes_no_scale_of_a_whole_linear_of_minimax_m3s_attention(tmp_path: Path) -> None:
+    source = family_models.save("minimax_m3_vl_text", tmp_path / "source")
+    flags = {"export_format": "modelopt", "serve_engine": "vllm"}
+    with pytest.raises(FormatError, match=r"index_q_proj has a scale of the whole linear: vLLM"):
+        sources.run(source, tmp_path / "out", export_quant_cfg="w4a16_nvfp4", **flags)
+    sources.run(source, tmp_path / "out", export_quant_cfg="nvfp4_experts_only", **flags)
+
+
 def test_vllm_reads_deepseek_v4_in_its_own_form_alone(tmp_path: Path) -> None:
     source = family_models.save("deepseek_v4", tmp_path / "source")
     flags = {"export_quant_cfg": "deepseek_v4", "export_format": "modelopt"}

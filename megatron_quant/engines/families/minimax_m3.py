@@ -11,6 +11,8 @@ FAMILY = Family(
             name="qkv_proj",
             members=("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"),
             marks=("index_q_proj",),
+            whole_reason="vLLM takes a scale of a whole linear of q, k and v alone, and fuses the "
+            "indexer's with them",  # PerTensorScaleParameter._shard_id_as_int asserts it
         ),
     ),
 )

@@ -30,11 +30,13 @@ class Fused:
         name: The engines' name of the fused one.
         members: Last name parts of the linears that it fuses; a module may lack some.
         marks: Members that tell this one from others with the same members.
+        whole_reason: Why vLLM loads no scale of a whole member; empty where it does.
     """
 
     name: str
     members: tuple[str, ...]
     marks: tuple[str, ...] = ()
+    whole_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

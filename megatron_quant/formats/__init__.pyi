@@ -11,6 +11,7 @@ from .codec import decode as decode
 from .codec import encode as encode
 from .codec import lost as lost
 from .codec import lost_between as lost_between
+from .grid import SIGNED as SIGNED
 from .grid import encode_on as encode_on
 from .grid import fake_quant_on as fake_quant_on
 from .grid import scales_of as scales_of
@@ -71,6 +72,7 @@ __all__ = [
     "INT8_WORDS",
     "MSE_MULTIPLIERS",
     "MULTIPLIERS",
+    "SIGNED",
     "Edge",
     "Element",
     "Field",

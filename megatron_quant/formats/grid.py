@@ -14,7 +14,10 @@ from megatron_quant.formats.codec import encode_rows, named_scales
 from megatron_quant.formats.numbers import E2M1, kernel_of, pack_nibbles
 from megatron_quant.formats.quantize_dequantize import straight_through
 from megatron_quant.formats.spec import Format
-from megatron_quant.native import Origin
+from megatron_quant.native import Cuts, Origin
+
+SIGNED = ("int4",)
+"""Formats whose scales may be below 0."""
 
 
 @torch.no_grad()
@@ -55,9 +58,11 @@ def encode_on(
         scales: Fields of scales and zero points, by name; returned as they are.
         origin: Row and column of the logical tensor at which ``w`` starts.
     """
-    w = _divided_exactly(w, fmt)
+    sign = _signs(w, fmt, scales, origin)
+    positive = scales if sign is None else _positive(scales)
+    w = _divided_exactly(w, fmt) if sign is None else _divided_exactly(w, fmt) * sign
     w_RK = as_rows(w)
-    elements, _ = encode_rows(w_RK, rows_on(w, fmt, scales, origin))
+    elements, _ = encode_rows(w_RK, rows_on(w, fmt, positive, origin))
     if kernel_of(fmt).element is E2M1:
         elements = elements | _negative_zeros(w_RK)
     return {fmt.fields[0].name: elements.view(*w.shape[:-1], elements.shape[-1]), **scales}
@@ -70,10 +75,31 @@ def fake_quant_on(
 
     The gradient of ``x`` passes unchanged; scales get none.
     """
-    wide = _divided_exactly(x, fmt)
+    wide, sign = _divided_exactly(x, fmt), _signs(x, fmt, scales, origin)
+    if sign is not None:
+        wide, scales = wide * sign, _positive(scales)
     with torch.no_grad():
         rows = rows_on(wide, fmt, scales, origin)
-    return straight_through(wide, rows).to(x.dtype)
+    rounded = straight_through(wide, rows)
+    return (rounded if sign is None else rounded * sign).to(x.dtype)
+
+
+def _signs(x: Tensor, fmt: Format, scales: Mapping[str, Tensor], origin: Origin) -> Tensor | None:
+    """Return the sign of the scale of each element; None where no scale is below 0.
+
+    AutoRound's INT4 has such scales. A code of a value by one is that of the value's opposite by
+    the opposite scale, which every loop takes.
+    """
+    scale = scales.get("scale")
+    if fmt.name not in SIGNED or scale is None or not bool((scale < 0).any()):
+        return None
+    columns = Cuts.of(x.shape[-1], fmt.field("scale").block[1], origin[1])
+    signs = torch.where(scale < 0, -1.0, 1.0).to(x.dtype)
+    return signs[..., columns.index(1, x.device)]
+
+
+def _positive(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**scales, "scale": scales["scale"].abs()}
 
 
 def _divided_exactly(x: Tensor, fmt: Format) -> Tensor:

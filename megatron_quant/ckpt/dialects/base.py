@@ -65,6 +65,9 @@ class Stored:
         rows: For a tensor made of ``SHAPE``, rows of the weight that one word packs.
         also: Other dtypes in which producers store it; the values are used unchanged.
         optional: Whether producers may leave it out.
+        signed: Whether readers take scales below 0: AutoRound gives the largest value of a group
+            the code -8, and vLLM, SGLang and transformers multiply a code by any scale, where
+            inputs are not quantized. Of TensorRT-LLM (``modelopt``) it is not known.
     """
 
     suffix: str
@@ -78,6 +81,7 @@ class Stored:
     rows: int = 1
     also: tuple[torch.dtype, ...] = ()
     optional: bool = False
+    signed: bool = False
 
     def shape(self, rows: int, cols: int) -> tuple[int, ...]:
         """Return the shape on disk for a weight of ``rows`` x ``cols``."""

@@ -41,7 +41,7 @@ from megatron_quant.ckpt.dialects.packing import (
 )
 from megatron_quant.errors import FormatError
 from megatron_quant.fields import Fields
-from megatron_quant.formats import Format
+from megatron_quant.formats import SIGNED, Format
 from megatron_quant.native import WHOLE
 from megatron_quant.recipes import QuantPlan
 
@@ -74,21 +74,26 @@ def _divisor(suffix: str, field: str) -> Stored:
     )
 
 
-def _scales(weights: Format) -> Stored:
+def _scales(weights: Format, signed: bool = False) -> Stored:
     """Describe scales of rows, groups or blocks, in the dtype to which the codec rounds them."""
     field = weights.field("scale")
     return Stored(
-        suffix="weight_scale", field="scale", dtype=field.dtype, block=field.block, also=FLOATS
+        suffix="weight_scale",
+        field="scale",
+        dtype=field.dtype,
+        block=field.block,
+        also=FLOATS,
+        signed=signed,
     )
 
 
-def _packed(weights: Format) -> tuple[Stored, ...]:
+def _packed(weights: Format, signed: bool) -> tuple[Stored, ...]:
     words = Stored(
         suffix="weight_packed", field="elements", dtype=torch.int32, block=weights.fields[0].block
     )
     tensors = (
         words,
-        _scales(weights),
+        _scales(weights, signed),
         Stored(suffix="weight_shape", field=SHAPE, dtype=torch.int64, block=_SCALAR),
     )
     if not weights.zero_point:
@@ -106,7 +111,7 @@ def _packed(weights: Format) -> tuple[Stored, ...]:
     return (*tensors, zeros)
 
 
-def _weight_tensors(weights: Format) -> tuple[Stored, ...]:
+def _weight_tensors(weights: Format, signed: bool) -> tuple[Stored, ...]:
     group = (1, weights.group_size)
     fp8 = Stored(suffix="weight", field="elements", dtype=_E4M3, block=(1, 1))
     nibbles = Stored(suffix="weight_packed", field="elements", dtype=_U8, block=(1, 2))
@@ -127,7 +132,7 @@ def _weight_tensors(weights: Format) -> tuple[Stored, ...]:
         case "mxfp4":
             return nibbles, Stored(suffix="weight_scale", field="scale", dtype=_U8, block=group)
         case _:
-            return _packed(weights)
+            return _packed(weights, signed)
 
 
 def _input_tensors(inputs: Format | None) -> tuple[Stored, ...]:
@@ -178,7 +183,8 @@ class CompressedTensors(Dialect):
                 f"no engine runs experts with {describe_format(fmt)}; give experts inputs: int8 "
                 "(a scale per token, no calibration)"
             )
-        return (*_weight_tensors(weights), *_input_tensors(inputs))
+        signed = inputs is None and weights.name in SIGNED  # kernels of W4A8 take no sign
+        return (*_weight_tensors(weights, signed), *_input_tensors(inputs))
 
     def quantization_config(self, plan: QuantPlan) -> dict[str, Any]:
         """Write the config; more than one format makes it ``mixed-precision``."""

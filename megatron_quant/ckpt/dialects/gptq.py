@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from megatron_quant.ckpt.dialects.base import FLOATS, SHAPE, Dialect, Layer, ModuleFormat, Stored
+from megatron_quant.ckpt.dialects.base import (
+    FLOATS,
+    SHAPE,
+    Dialect,
+    Layer,
+    ModuleFormat,
+    Stored,
+)
 from megatron_quant.ckpt.dialects.common import (
     LM_HEAD,
     describe_format,
@@ -35,7 +42,7 @@ from megatron_quant.ckpt.dialects.packing import (
 )
 from megatron_quant.documents import shown
 from megatron_quant.errors import CheckpointError, FormatError
-from megatron_quant.formats import Format, stored_format
+from megatron_quant.formats import SIGNED, Format, stored_format
 from megatron_quant.native import WHOLE
 from megatron_quant.recipes import QuantPlan
 
@@ -45,7 +52,7 @@ _ASYMMETRIC = {4: "int4_asym", 8: "int8_asym"}
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
-def group_scales(weights: Format) -> Stored:
+def group_scales(weights: Format, signed: bool = False) -> Stored:
     """Describe ``scales`` [K / group, N], of GPTQ and AWQ alike."""
     scale = weights.field("scale")
     return Stored(
@@ -57,6 +64,7 @@ def group_scales(weights: Format) -> Stored:
         from_disk=transposed,
         dims=(1, 0),
         also=FLOATS,
+        signed=signed,
     )
 
 
@@ -76,7 +84,7 @@ def gptq_tensors(weights: Format, version: int) -> tuple[Stored, ...]:
             dims=(1, 0),
         ),
         _zeros(weights, version),
-        group_scales(weights),
+        group_scales(weights, weights.name in SIGNED),
         Stored(
             suffix="g_idx",
             field=SHAPE,

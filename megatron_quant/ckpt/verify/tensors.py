@@ -157,7 +157,10 @@ def scale_problems(checkpoint: QuantizedCheckpoint, source: Source, held: ReadOn
                 problems.append(f"{name}: does not fit the shape {list(source.shape)}")
         elif stored is not elements:
             fmt = checkpoint.modules[source.module].weights
-            problems += _scale_problems(name, held.raw(name), fmt, stored.field)
+            scale = held.raw(name)
+            if stored.signed and scale.is_floating_point():
+                scale = scale.abs()
+            problems += _scale_problems(name, scale, fmt, stored.field)
     return problems
 
 

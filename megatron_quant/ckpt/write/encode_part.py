@@ -195,6 +195,8 @@ def _check_scale(piece: Piece, value: torch.Tensor, weights: Format) -> None:
     """Raise FormatError for a scale that cannot decode; every float but an element is a scale."""
     if piece.stored.field == weights.fields[0].name or not value.is_floating_point():
         return
+    if piece.stored.signed:
+        value = value.abs()
     low, high = (value.item(),) * 2 if value.numel() == 1 else _bounds(value)
     if not (low > 0 and 0 < high < inf):
         raise FormatError(

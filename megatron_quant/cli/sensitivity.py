@@ -7,6 +7,7 @@ from rich.table import Table
 
 import megatron_quant as mq
 from megatron_quant.cli.console import ConsolePhases, console, escape
+from megatron_quant.cli.reporting import add_reporting
 from megatron_quant.cli.tokenizer import add_tokenizer
 from megatron_quant.documents import check_output_file, write_json
 
@@ -39,6 +40,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     p.add_argument("--dtype", choices=mq.choices().dtypes, default="bf16", help="default bf16")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    add_reporting(p)
     add_tokenizer(p)
     p.set_defaults(run=run)
 
@@ -52,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
         args.formats,
         calibration=mq.Calibration.from_flags(vars(args)),
         dtype=args.dtype,
+        report=args.report,
+        log_to=args.log_to,
         phases=ConsolePhases(out),
     )
     table = Table("Family", "Format", "Weights", "Bits", "KL", title=f"{found.tokens} tokens")

@@ -7,6 +7,7 @@ from .facts import Rule as Rule
 from .facts import Search as Search
 from .facts import Weight as Weight
 from .facts import search_of as search_of
+from .facts import sensitivity_of as sensitivity_of
 from .page import page_of as page_of
 from .trackers import check_tracker as check_tracker
 from .trackers import log_facts as log_facts
@@ -30,6 +31,7 @@ __all__ = [
     "page_of",
     "report_files",
     "search_of",
+    "sensitivity_of",
     "tracker_of",
     "write_report_files",
 ]

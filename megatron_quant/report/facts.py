@@ -231,6 +231,48 @@ def search_of(document: Mapping[str, Any]) -> Search:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FamilyLoss:
+    """The loss of a family of weights in a format, everything else unquantized.
+
+    Attributes:
+        family: Its name.
+        format: The recipe that it is quantized by, or the form of the KV cache.
+        weights: Number of its weights that are quantized; 0 for the cache.
+        bits: Bits of each, scales included.
+        kl: Mean KL divergence of a token from the unquantized model, in nats.
+    """
+
+    family: str
+    format: str
+    weights: int
+    bits: float
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """The facts of ``sensitivity``.
+
+    Attributes:
+        version: Version of their form.
+        tokens: Number of tokens that were run.
+        rows: Families in every format that changes them.
+        left_out: What was not measured, and why, a line each.
+    """
+
+    version: int
+    tokens: int
+    rows: tuple[FamilyLoss, ...]
+    left_out: tuple[str, ...]
+
+
+def sensitivity_of(document: Mapping[str, Any]) -> Sensitivity:
+    """Return the facts of a measurement of families of what it says about itself as JSON."""
+    rows = tuple(FamilyLoss(**row) for row in document["rows"])
+    return Sensitivity(**{**document, "rows": rows, "left_out": tuple(document["left_out"])})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """Figures of a part of a text's tokens.
 
@@ -273,11 +315,12 @@ class Facts:
     """All that is known of a run.
 
     Attributes:
-        command: The verb: ``quantize``, ``search`` or ``eval``.
+        command: The verb: ``quantize``, ``search``, ``sensitivity`` or ``eval``.
         model: Name or path of the model; for ``search`` the directory of scores.
         version: Version of megatron_quant.
         quantized: Facts of ``quantize``.
         search: Facts of a search.
+        sensitivity: Facts of ``sensitivity``.
         evaluation: Facts of ``eval``.
     """
 
@@ -286,6 +329,7 @@ class Facts:
     version: str
     quantized: Quantized | None = None
     search: Search | None = None
+    sensitivity: Sensitivity | None = None
     evaluation: Evaluation | None = None
 
     def document(self) -> dict[str, Any]:
@@ -294,6 +338,8 @@ class Facts:
         found: dict[str, Any] = head | (asdict(self.quantized) if self.quantized else {})
         if self.search is not None:
             found["search"] = asdict(self.search)
+        if self.sensitivity is not None:
+            found["sensitivity"] = asdict(self.sensitivity)
         if self.evaluation is not None:
             own = asdict(self.evaluation)
             found |= own.pop("quality") | own

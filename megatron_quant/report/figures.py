@@ -32,6 +32,9 @@ def metrics(facts: Facts) -> dict[str, float]:
         found += _of_quantized(facts.quantized)
     if facts.search is not None:
         found += _of_search(facts.search)
+    if facts.sensitivity is not None:
+        rows = facts.sensitivity.rows
+        found += [(f"families/{row.family}/{row.format}/kl", row.kl) for row in rows]
     if facts.evaluation is not None:
         found += _of_evaluation(facts.evaluation)
     return {name_of(name): float(value) for name, value in found if isfinite(value)}

@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator
 
-from megatron_quant.report import data, evaluated, searched, weights
+from megatron_quant.report import data, evaluated, families, searched, weights
 from megatron_quant.report.facts import Facts, Quantized, Search
 from megatron_quant.report.markup import Markup, tag
 from megatron_quant.report.style import style
 from megatron_quant.report.verdict import verdict
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_TITLES = {"quantize": "Quantization", "search": "Search", "eval": "Evaluation"}
+_TITLES = {
+    "quantize": "Quantization",
+    "search": "Search",
+    "sensitivity": "Sensitivity",
+    "eval": "Evaluation",
+}
 
 Section = tuple[str, str, Markup]
 """Anchor, heading and content."""
@@ -64,6 +69,8 @@ def sections(facts: Facts) -> Iterator[Section]:
         yield from _of_quantized(facts.quantized)
     if facts.search is not None:
         yield from _of_search(facts.search)
+    if facts.sensitivity is not None:
+        yield "families", "Families of weights", families.losses(facts.sensitivity)
     if facts.evaluation is not None:
         yield "positions", "By position", evaluated.positions(facts.evaluation)
         yield "classes", "By class of token", evaluated.classes(facts.evaluation)

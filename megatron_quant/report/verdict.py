@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_quant.report.facts import Evaluation, Facts, Quality, Quantized, Search
+from megatron_quant.report.facts import Evaluation, Facts, Quality, Quantized, Search, Sensitivity
+from megatron_quant.report.families import most
 from megatron_quant.report.layers import cold_experts, experts_of, worst
 from megatron_quant.report.markup import Markup, joined, tag
 from megatron_quant.report.scales import plural, seconds, short, size, whole
@@ -46,6 +47,8 @@ def tiles(facts: Facts) -> Iterator[Tile]:
         yield _of_search(facts.search)
     if facts.quantized is not None:
         yield from _of_quantized(facts.quantized)
+    if facts.sensitivity is not None:
+        yield from _of_sensitivity(facts.sensitivity)
     if facts.evaluation is not None:
         yield from _of_evaluation(facts.evaluation)
     if facts.quantized is not None:
@@ -108,6 +111,14 @@ def _of_search(search: Search) -> Tile:
         f"{search.bits:.3f}",
         f"at the places of the search; at most {search.bound:g} were allowed (cost {search.cost})",
     )
+
+
+def _of_sensitivity(found: Sensitivity) -> Iterator[Tile]:
+    if found.rows:
+        row = most(found)
+        yield Tile("Loses most", short(row.kl), f"{row.family} in {row.format}, KL in nats a token")
+    families = len({row.family for row in found.rows})
+    yield Tile("Families", whole(families), f"measured on {plural(found.tokens, 'token')}")
 
 
 def _of_evaluation(found: Evaluation) -> Iterator[Tile]:

@@ -16,6 +16,7 @@ from megatron_quant.report import (
     Search,
     Weight,
     search_of,
+    sensitivity_of,
 )
 
 if TYPE_CHECKING:  # imports Megatron, which needs use_cpu() first on a host without a GPU
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # imports Megatron, which needs use_cpu() first on a host wit
     from megatron_quant.runs.found import Found
     from megatron_quant.runs.job import Job
     from megatron_quant.runs.megatron import Outcome
+    from megatron_quant.runs.sensitivity_rows import Sensitivity
 
 _LAYER = re.compile(r"(?:.*?\.)?\d+\.")
 _NUMBER = re.compile(r"\.\d+(?=\.)")
@@ -68,6 +70,12 @@ def of_streamed(streamed: "Streamed", model: str) -> Facts:
 def of_found(found: "Found", directory: str) -> Facts:
     """Return the facts of a search that was solved again; ``directory`` has its scores."""
     return Facts(command="search", model=directory, version=_version(), search=_search(found))
+
+
+def of_sensitivity(found: "Sensitivity", model: str) -> Facts:
+    """Return the facts of a measurement of the families of ``model``."""
+    sensitivity = sensitivity_of(found.document())
+    return Facts(command="sensitivity", model=model, version=_version(), sensitivity=sensitivity)
 
 
 def of_result(result: "Result", model: str, text: Path, against: Path | None) -> Facts:

@@ -18,6 +18,8 @@ def sensitivity(
     *,
     calibration: Calibration = Calibration(size=32),
     dtype: str = "bf16",
+    report: str | Path | None = None,
+    log_to: str | None = None,
     groups: "Groups | None" = None,
     phases: Phases | None = None,
 ) -> Sensitivity:
@@ -30,6 +32,9 @@ def sensitivity(
         formats: recipes with commas between.
         calibration: the text that is run, and how static scales of inputs follow from it.
         dtype: the dtype in which the model is run.
+        report: file for the figures: a page (.html), with the same as .json beside it; with
+            another ending JSON alone.
+        log_to: tracker that gets them: ``mlflow``, ``mlflow:URI``, ``tensorboard:DIR``.
         groups: the ranks that share the samples; None for all that torchrun started.
         phases: where progress is shown; None shows nothing.
 
@@ -46,6 +51,12 @@ def sensitivity(
         stream=True,
     )
     from megatron_quant.rendezvous import start_ranks
+    from megatron_quant.runs.facts import of_sensitivity
     from megatron_quant.runs.family_losses import measured
+    from megatron_quant.runs.report import check_report, reporting, write_report
 
-    return measured(options, names, groups or start_ranks(), phases or Quiet())
+    groups, where = groups or start_ranks(), reporting(report, log_to)
+    check_report(where, groups, source)
+    found = measured(options, names, groups, phases or Quiet())
+    write_report(where, groups, lambda: of_sensitivity(found, str(source)))
+    return found

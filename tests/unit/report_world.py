@@ -13,6 +13,7 @@ from megatron_quant.report import (
     Search,
     Weight,
     search_of,
+    sensitivity_of,
 )
 
 VERSION = "0.0.0"
@@ -175,6 +176,25 @@ def facts(layers: int = 4, experts: int = 8) -> Facts:
         quantized=quantized(layers, experts),
         search=search(layers),
     )
+
+
+def sensitive() -> Facts:
+    """Families of weights, and the cache, each alone."""
+    rows = [
+        ("attention", "nvfp4", 4000, 4.5, 0.02),
+        ("experts", "nvfp4", 90000, 4.5, 0.04),
+        ("experts", "fp8", 90000, 8.0, 0.005),
+        ("KV cache", "fp8", 0, 8.0, 0.001),
+    ]
+    names = ("family", "format", "weights", "bits", "kl")
+    document = {
+        "version": 1,
+        "tokens": 512,
+        "rows": [dict(zip(names, row, strict=True)) for row in rows],
+        "left_out": ["lm_head: no format quantizes it"],
+    }
+    found = sensitivity_of(document)
+    return Facts(command="sensitivity", model="M", version=VERSION, sensitivity=found)
 
 
 def evaluated() -> Facts:

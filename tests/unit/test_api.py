@@ -24,7 +24,7 @@ SIGNATURES = {
     "auto, phases, **flags",
     "quantized": "model",
     "search_again": "directory, bits, *, formats, cost, recipe, report, log_to",
-    "sensitivity": "source, formats, *, calibration, dtype, groups, phases",
+    "sensitivity": "source, formats, *, calibration, dtype, report, log_to, groups, phases",
     "restore": "model, directory, *, hf_model, groups",
     "save": "model, directory",
     "stream": "source, recipe, out, *, calibration, format, serve, write, auto, groups, phases, "

@@ -17,7 +17,8 @@ from tests.unit import pages
 
 MAKE = set(re.findall(r"^([a-z][\w-]*):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE))
 MEGATRON_LM = {
-    *("--ckpt-convert-format", "--ckpt-convert-save", "--ckpt-format", "--save"),
+    *("--ckpt-convert-format", "--ckpt-convert-save", "--ckpt-format", "--save", "--load"),
+    "--finetune",
     *("--num-layers", "--hidden-size", "--num-attention-heads", "--num-query-groups"),
     *("--kv-channels", "--ffn-hidden-size", "--num-experts", "--moe-router-topk"),
     *("--moe-ffn-hidden-size", "--norm-epsilon", "--rotary-base", "--max-position-embeddings"),

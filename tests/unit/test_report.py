@@ -25,6 +25,9 @@ NAMED = ("img", "script", "link", "iframe", "object", "embed", "audio", "video",
 """Elements that load or run something."""
 
 
+MADE = (world.facts(), world.evaluated(), world.sensitive())
+
+
 @pytest.fixture(scope="module")
 def facts() -> Facts:
     return world.facts()
@@ -165,6 +168,24 @@ def test_a_dense_model_without_data_has_no_experts_and_no_inputs() -> None:
     assert not [t for t in page.all("div", "tile") if "experts" in t.text]
 
 
+def test_families_are_drawn() -> None:
+    page = read(page_of(world.sensitive()))
+    tile = next(page.all("div", "tile"))
+    assert [c.text for c in tile.children] == [
+        *("Loses most", "0.04", "experts in nvfp4, KL in nats a token")
+    ]
+    table = rows(page.one("families"))
+    assert [r[:5] for r in table][1::2] == [
+        ["experts", "nvfp4", "90\u202f000", "4.500", "0.04"],
+        ["KV cache", "fp8", "–", "8.000", "0.001"],
+    ]
+    widths = [float(r.attributes["width"]) for r in page.one("families").all("rect", "mark")]
+    assert widths == [60, 120, 15, 3]
+    assert "lm_head: no format quantizes it" in page.one("families").text
+    document = world.sensitive().document()["sensitivity"]
+    assert (document["tokens"], document["rows"][2]["kl"]) == (512, 0.005)
+
+
 def test_an_evaluation_is_drawn() -> None:
     page = read(page_of(world.evaluated()))
     panels = list(page.one("positions").all("svg", "plot"))
@@ -174,7 +195,7 @@ def test_an_evaluation_is_drawn() -> None:
     assert len(list(page.one("classes").all("svg", "bar"))) == 5
 
 
-@pytest.mark.parametrize("made", [world.facts(), world.evaluated()], ids=["quantize", "eval"])
+@pytest.mark.parametrize("made", MADE, ids=lambda made: made.command)
 def test_the_page_needs_nothing_beside_itself(made: Facts) -> None:
     page = page_of(made)
     root = read(page)
@@ -185,7 +206,7 @@ def test_the_page_needs_nothing_beside_itself(made: Facts) -> None:
     assert not any(name.startswith("on") for e in root.all() for name in e.attributes)
 
 
-@pytest.mark.parametrize("made", [world.facts(), world.evaluated()], ids=["quantize", "eval"])
+@pytest.mark.parametrize("made", MADE, ids=lambda made: made.command)
 def test_the_page_can_be_read_without_seeing_it(made: Facts) -> None:
     root = read(page_of(made))
     ids = [e.attributes["id"] for e in root.all() if "id" in e.attributes]

@@ -15,6 +15,7 @@ from megatron_quant.errors import CalibrationError, QuantError
 from megatron_quant.evaluation import dense_model
 from megatron_quant.formats import fake_quant, get_format, tensor_scale
 from tests.dist import checkpoints
+from tests.unit.report_pages import read, rows
 
 TEXT = Path(__file__)
 DATA = mq.Calibration(
@@ -112,13 +113,19 @@ def test_the_command_prints_a_table_and_writes_json(
 ) -> None:
     path = tmp_path / "s.json"
     flags = ["--formats", "fp8", "--calib-dataset", str(TEXT), "--calib-size", "4"]
+    report = tmp_path / "r.html"
     sizes = ["--calib-seq-length", "16", "--calib-batch-size", "2", "--json", str(path)]
+    sizes += ["--report", str(report)]
     assert main(["sensitivity", "--hf-model-id", str(source), *flags, *sizes]) == 0
     printed = capsys.readouterr().out
     document = json.loads(path.read_text())
     assert document["version"] == 1 and document["tokens"] == 64
     for row in document["rows"]:
         assert row["family"] in printed and f"{row['kl']:.5f}" in printed
+    facts = json.loads(report.with_suffix(".json").read_text())
+    assert facts["sensitivity"] == document
+    drawn = rows(read(report.read_text()).one("families"))
+    assert [r[:2] for r in drawn] == [[row["family"], row["format"]] for row in document["rows"]]
 
 
 def test_latent_attention_caches_what_no_engine_scales(tmp_path: Path) -> None:

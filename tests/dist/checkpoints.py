@@ -44,14 +44,15 @@ _SIGMOID = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 256,
 }
+# Config classes by name: older releases of transformers lack some.
 _CONFIGS = {
-    "qwen3_moe": (transformers.Qwen3MoeConfig, {**_SIZES, **_EXPERTS}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_SIZES, **_EXPERTS}),
     "mixtral": (
-        transformers.MixtralConfig,
+        "MixtralConfig",
         {**_SIZES, "num_local_experts": 4, "intermediate_size": 256},
     ),
     "gpt_oss": (
-        transformers.GptOssConfig,
+        "GptOssConfig",
         {
             **_SIZES,
             "intermediate_size": 256,
@@ -61,18 +62,18 @@ _CONFIGS = {
         },
     ),
     "qwen2_moe": (
-        transformers.Qwen2MoeConfig,
+        "Qwen2MoeConfig",
         {**_SIZES, **_EXPERTS, "shared_expert_intermediate_size": 256},
     ),
-    "qwen3": (transformers.Qwen3Config, _SIZES),
-    "llama": (transformers.LlamaConfig, _SIZES),
-    "deepseek_v3": (transformers.DeepseekV3Config, _DEEPSEEK),
+    "qwen3": ("Qwen3Config", _SIZES),
+    "llama": ("LlamaConfig", _SIZES),
+    "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK),
     "glm4_moe": (
-        transformers.Glm4MoeConfig,
+        "Glm4MoeConfig",
         {**_SIZES, **_SIGMOID, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
     ),
     "glm4_moe_lite": (
-        transformers.Glm4MoeLiteConfig,
+        "Glm4MoeLiteConfig",
         {
             **{k: v for k, v in _SIZES.items() if k != "head_dim"},
             **_LATENT,
@@ -80,9 +81,9 @@ _CONFIGS = {
             "num_nextn_predict_layers": 0,
         },
     ),
-    "dots1": (transformers.Dots1Config, {**_SIZES, **_SIGMOID, "norm_topk_prob": True}),
+    "dots1": ("Dots1Config", {**_SIZES, **_SIGMOID, "norm_topk_prob": True}),
     "hy_v3": (
-        transformers.HYV3Config,
+        "HYV3Config",
         {**_SIZES, **{k: v for k, v in _SIGMOID.items() if k[:2] != "n_"}, "num_experts": 8},
     ),
 }
@@ -92,8 +93,9 @@ def save(name: str, directory: Path, **changes: object) -> Path:
     """A seeded random bf16 checkpoint of architecture ``name``; ``changes`` are config values."""
     transformers.utils.logging.disable_progress_bar()
     kind, settings = _CONFIGS[name]
+    config = getattr(transformers, kind)(**{**settings, **changes})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**{**settings, **changes}))
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for key, parameter in model.named_parameters():
         if "bias" in key:
             torch.nn.init.normal_(parameter, std=0.1)

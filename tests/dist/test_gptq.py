@@ -1,5 +1,6 @@
 """GPTQ and weighted searches on a live model: equal bytes from one calibration, at every layout."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from tests.dist import checkpoints
 from tests.dist.pool import Ranks
 from tests.dist.test_layouts import digests
+from tests.unit.test_stream_sums import overflowing
 
 PATIENCE_S = 600.0
 # name -> (recipe, algorithm, dialect)
@@ -343,3 +345,16 @@ def test_a_checkpoint_of_gptq_is_not_evaluated(source: Path, tmp_path: Path, ran
     loaded["megatron_load_path"] = tmp_path / "saved"
     ((error),) = ranks.errors(1, run, source, ONE, [case("int4", tmp_path) | loaded])
     assert "--eval-text compares with the weights before gptq" in str(error)
+
+
+def test_squares_that_are_not_finite_are_named_on_every_rank(
+    source: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    large = overflowing(source, tmp_path / "source")
+    layout = {"tp": 2, "ep": 2}
+    for name in ("imatrix", "int4"):
+        errors = ranks.errors(4, run, large, layout, [case(name, tmp_path)])
+        said = r"inputs of decoder\.layers\.1\.mlp\.experts\.linear_fc2\.weight\d are not finite"
+        assert all(re.search(said, str(error)) for error in errors), errors
+        assert len({str(error) for error in errors}) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -1,13 +1,14 @@
 """Squares and products of inputs that a stream measures, keeps and quantizes by."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModel
 
@@ -190,6 +191,26 @@ def test_other_models(name: str, algorithm: str, tmp_path: Path) -> None:
     run(source, tmp_path / "max", algorithm="max", **flags)
     ours, theirs = (contents(tmp_path / n)["model.safetensors"] for n in ("out", "max"))
     assert ours != theirs
+
+
+def overflowing(source: Path, directory: Path) -> Path:
+    """The checkpoint with inputs of an expert that are finite, and squares that are not."""
+    shutil.copytree(source, directory)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for expert in range(8):
+        tensors[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"] *= 1e24
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("algorithm", ["imatrix", "gptq"])
+def test_sums_that_are_not_finite_are_named(algorithm: str, source: Path, tmp_path: Path) -> None:
+    large = overflowing(source, tmp_path / "source")
+    said = r"inputs of decoder\.layers\.1\.mlp\.experts\.linear_fc2\.weight\d (is|are) not finite"
+    with pytest.raises(CalibrationError, match=said):
+        run(large, tmp_path / "out", **{**GPTQ, "algorithm": algorithm, "keep_hessians": False})
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_file_without_products_is_refused(source: Path, measured: Path, tmp_path: Path) -> None:

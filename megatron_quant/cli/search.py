@@ -74,6 +74,13 @@ def add_search(p: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="leave modules as they are, such as '*.layers.0.*'; may be given again",
     )
+    group.add_argument(
+        "--auto-quantize-head",
+        type=Path,
+        metavar="FILE",
+        help="with --stream: safetensors with the output layer of a checkpoint that has none "
+        "(default: lm_head.safetensors beside it, or its embedding if config.json ties them)",
+    )
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

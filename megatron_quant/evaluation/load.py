@@ -17,6 +17,7 @@ from transformers import (
 from megatron_quant.ckpt.read import QuantizedCheckpoint, stacked
 from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluation.activations import Activations, QuantizedInputs, saved_tags
+from megatron_quant.evaluation.head import with_head
 from megatron_quant.models import unstack
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
@@ -74,29 +75,45 @@ def decoded(directory: Path, dtype: torch.dtype) -> Logits:
     return _quantized(model, QuantizedInputs(model, inputs)) if inputs else _plain(model)
 
 
-def dense_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def dense_model(directory: Path, dtype: torch.dtype, head: Path | None = None) -> PreTrainedModel:
     """Load a checkpoint's weights, decoded, as transformers' model with its head.
 
     Experts are computed one after another.
 
+    Args:
+        directory: The checkpoint.
+        dtype: Dtype of the model.
+        head: A safetensors file with the output layer of a checkpoint that has none.
+
     Raises:
         CheckpointError: For a tensor that the model or the checkpoint lacks.
     """
-    model: PreTrainedModel = _dense(QuantizedCheckpoint(directory), directory, dtype).eval()
+    checkpoint = QuantizedCheckpoint(directory)
+    model: PreTrainedModel = _dense(checkpoint, directory, dtype, head).eval()
     return model
 
 
-def _dense(checkpoint: QuantizedCheckpoint, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    return _model(directory, {n: checkpoint.weight(n, dtype) for n in checkpoint}, dtype)
+def _dense(
+    checkpoint: QuantizedCheckpoint,
+    directory: Path,
+    dtype: torch.dtype,
+    head: Path | None = None,
+) -> PreTrainedModel:
+    tensors = {n: checkpoint.weight(n, dtype) for n in checkpoint}
+    return _model(directory, tensors, dtype, head)
 
 
 def _model(
-    directory: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+    directory: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, head: Path | None
 ) -> PreTrainedModel:
     """Fill transformers' model of the config with ``tensors``, which have Hugging Face names."""
     config = _unquantized_config(directory)
     empty = _empty(directory, config)
     tensors = _in_stacks(empty, tensors)
+    if empty.get_output_embeddings() is None:
+        empty, tensors = with_head(directory, empty, tensors, head)
+    elif head is not None:
+        raise CheckpointError(f"{head}: {directory} has an output layer of its own; leave it out")
     load: Any = type(empty).from_pretrained  # its types leave out the loading report
     model: PreTrainedModel
     model, report = load(

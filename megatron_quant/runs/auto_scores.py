@@ -68,6 +68,7 @@ class Work:
             "text": text[:_DIGITS],
             "dtype": self.dtype,
             "expert scales": self.plan.target.expert_scales,
+            **({"head": self.auto.head.name} if self.auto.head is not None else {}),
             **({"loss": getattr(self.loss, "__qualname__", "its own")} if own else {}),
         }
 

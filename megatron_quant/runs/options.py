@@ -117,6 +117,11 @@ class QuantizeOptions:
                 "--auto-quantize-bits searches for a recipe, and --export-quant-cfg gives one: "
                 "leave one of them out; --auto-quantize-formats names the candidates"
             )
+        if self.auto.head is not None and not self.stream:
+            raise QuantError(
+                "--auto-quantize-head is for transformers' forward of a model without an output "
+                "layer: add --stream"
+            )
         if self.hf_model_id is None or self.keep_scales or self.megatron_load_path is not None:
             raise QuantError(
                 "--auto-quantize-bits needs --hf-model-id, and neither --keep-scales nor "

@@ -215,7 +215,8 @@ class AutoQuantize(_Group):
     ``gradient`` or ``kl_div``. score_size: samples that are scored. checkpoint: a directory that
     keeps the scores; a search that was stopped goes on there. recipe: file for the found recipe.
     cost: ``weight`` counts what is stored, ``active`` what a token reads. keep: fnmatch patterns of
-    modules that stay unquantized.
+    modules that stay unquantized. head: a safetensors file with the output layer, for a checkpoint
+    that has none.
     """
 
     bits: float | None = None
@@ -226,6 +227,7 @@ class AutoQuantize(_Group):
     recipe: Path | None = None
     cost: str = "weight"
     keep: tuple[str, ...] = ()
+    head: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse names and numbers that mean nothing."""

@@ -75,7 +75,7 @@ def loaded_places(
 
     def load() -> "tuple[PreTrainedModel, WeightInputAmax]":
         with quiet():
-            model = dense_model(source, target.dtype)
+            model = dense_model(source, target.dtype, work.auto.head)
         model.requires_grad_(False)
         return model, WeightInputAmax(watched(model, list(static.values())))
 

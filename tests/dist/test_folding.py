@@ -101,6 +101,26 @@ def test_statistics_are_those_of_one_rank(
     assert any(name.endswith("input_peaks") for name in found)
 
 
+def from_training(source: Path, folder: Path, file: Path) -> None:
+    from tests.dist import plain
+
+    plain.save_run(source, folder / "run", plain.Training(stacked=True))
+    run(
+        source,
+        ONE,
+        [case("int4", folder, load_calibration=file, megatron_load_path=folder / "run")],
+    )
+
+
+def test_weights_of_a_training_run(
+    source: Path, measured: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """The export is compared with the run's weights, as the factors change them."""
+    ranks(1, from_training, source, tmp_path, measured / "kept.safetensors", timeout=PATIENCE_S)
+    found, wanted = digests(tmp_path / "int4"), digests(measured / "int4")
+    assert all(found[name] == wanted[name] for name in ("model.safetensors", DOCUMENT))
+
+
 def saved_and_exported(source: Path, out: Path) -> None:
     from tests.dist import live
 

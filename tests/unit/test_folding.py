@@ -279,6 +279,17 @@ def test_a_file_without_peaks_is_refused(moe: Path, measured: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_statistics_that_are_not_finite(moe: Path, measured: Path, tmp_path: Path) -> None:
+    kept = load_file(measured / "kept.safetensors")
+    kept["model.layers.1.self_attn.o_proj.input_squares"][3] = torch.nan
+    save_file(kept, tmp_path / "kept.safetensors")
+    with pytest.raises(
+        CalibrationError, match=r"behind .*1.self_attn.v_proj is not finite"
+    ):
+        run(moe, tmp_path / "out", **AWQ, load_calibration=tmp_path / "kept.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_document_of_nothing() -> None:
     assert parse_fold(Fold().document(), "x") == Fold()
     with pytest.raises(CheckpointError, match="there is no vector b"):

@@ -4,8 +4,8 @@ Input channel k is divided by s_k, and column k of the weights multiplied by it.
 2023) takes s = x^alpha, x an average magnitude of the channel, and tries alphas. SmoothQuant (Xiao
 et al., 2022) takes s = peak^alpha / w^(1 - alpha) of the largest magnitudes. Here x is the root
 mean square, from the squares that imatrix measures, and an alpha's error is that of the outputs
-with independent channels: sum (w - w')^2 x^2. It is counted in integers on rows of whole weights,
-so the choice is the same at every layout.
+with independent channels: sum (w - w')^2 x^2. It is counted on rows of whole weights, so the choice
+is the same at every layout.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_quant.errors import CalibrationError
 from megatron_quant.folding.fold import Fold
 from megatron_quant.folding.places import Place
-from megatron_quant.formats import Format, amax, fake_quant, tensor_scale
-from megatron_quant.recipes import Slot
+from megatron_quant.folding.rounding_error import Samples, rounding_error, stacked
+from megatron_quant.recipes import Decision, Slot
 
 STEPS = 20
 """Alphas that are tried: 0, 1/20, ..., 1."""
@@ -29,9 +29,8 @@ _FLOOR = 0.01
 """Part of the mean square that every channel gets on top: silent channels count a little."""
 _LEAST = 1e-5
 """Least peak of a channel, of the largest."""
-_ELEMENTS, _OF_EXPERT = 1 << 22, 1 << 18
+_ELEMENTS, _OF_EXPERT = 1 << 20, 1 << 16
 """About how many elements of the weights are looked at for a place, and for one of an expert."""
-_UNITS, _MOST = 2.0**30, 2.0**40
 
 
 class Evidence(Protocol):
@@ -72,31 +71,16 @@ def fold_place(place: Place, evidence: Evidence) -> Fold:
         return _fold(place, smoothing_factors(place, peaks_K, pooled(place, columns, True), before))
     squares = [evidence.squares(slot) for slot in slots]
     squares_K = _checked(place, pooled(place, squares))
-    samples = [] if place.alpha is not None else list(_samples(place, evidence, squares))
+    samples = [] if place.alpha is not None else stacked(_rows(place, evidence, squares))
     return _fold(place, searched_factors(place, squares_K, samples, before))
 
 
-def _samples(place: Place, evidence: Evidence, squares: Sequence[Tensor]) -> "Iterator[Sample]":
+def _rows(
+    place: Place, evidence: Evidence, squares: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Decision]]:
     for reader, squares_K in zip(place.readers, squares, strict=True):
-        fmt = reader.decision.weights
-        assert fmt is not None
         for tensor in reader.tensors:
-            yield Sample(evidence.rows(place, tensor), fmt, squares_K)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows of one tensor behind a place.
-
-    Attributes:
-        w_RK: Whole rows, in the dtype of the run.
-        fmt: Their format.
-        squares_K: Sums of squares of their inputs, fp32.
-    """
-
-    w_RK: Tensor
-    fmt: Format
-    squares_K: Tensor
+            yield evidence.rows(place, tensor), squares_K, reader.decision
 
 
 def sampled_rows(place: Place, tensor: str) -> Tensor:
@@ -166,7 +150,7 @@ class Factors:
 
 
 def searched_factors(
-    place: Place, squares_K: Tensor, samples: Sequence[Sample], before: Tensor | None
+    place: Place, squares_K: Tensor, samples: Sequence[Samples], before: Tensor | None
 ) -> Factors:
     """Return awq's factors of the alpha with the least error, or of the place's own alpha.
 
@@ -181,7 +165,9 @@ def searched_factors(
         return _realized(place, _centred(x_K**place.alpha), before)
     steps = range(STEPS + 1)
     tried = [_realized(place, _centred(x_K ** (step / STEPS)), before) for step in steps]
-    errors = [_error(place, found.factors_K, samples) for found in tried]
+    errors = [
+        rounding_error(spread(place, found.factors_K), samples, place.name) for found in tried
+    ]
     return tried[errors.index(min(errors))]
 
 
@@ -225,32 +211,6 @@ def _realized(place: Place, factors_K: Tensor, before: Tensor | None) -> Factors
     ratio = (old / now).float()
     change = (ratio > 0) & ratio.isfinite()  # false for 0 / 0 too
     return Factors(torch.where(change, ratio, 1.0), torch.where(change, new, before))
-
-
-def _error(place: Place, factors_K: Tensor, samples: Sequence[Sample]) -> int:
-    """Count the error of the outputs in units that depend on the samples alone."""
-    by_column = spread(place, factors_K)
-    scaled = [(s.w_RK.float() * by_column.to(s.w_RK.device)).to(s.w_RK.dtype) for s in samples]
-    largest: dict[Format, Tensor] = {}
-    for sample, w_RK in zip(samples, scaled, strict=True):
-        found = amax(w_RK)
-        largest[sample.fmt] = torch.maximum(largest.get(sample.fmt, found), found)
-    unit = max(_unit(sample) for sample in samples)
-    total = 0
-    for sample, w_RK in zip(samples, scaled, strict=True):
-        fmt, factors = sample.fmt, by_column.to(w_RK.device)
-        dscale = tensor_scale(largest[fmt], fmt) if fmt.tensor_scale else None
-        lost = fake_quant(w_RK, fmt, dscale).float().div_(factors).sub_(sample.w_RK.float())
-        weights = sample.squares_K.to(w_RK.device) * (_UNITS / unit)
-        counted = lost.square_().mul_(weights).clamp_(max=_MOST).round_()
-        total += int(counted.to(torch.int64).sum())
-    return total
-
-
-def _unit(sample: Sample) -> float:
-    """Return a bound on an element's weighted square, a power of two."""
-    largest = amax(sample.w_RK).double() ** 2 * sample.squares_K.max().double()
-    return 2.0 ** int(torch.frexp(largest.clamp(2.0**-100, 2.0**100)).exponent)
 
 
 def _fold(place: Place, found: Factors) -> Fold:

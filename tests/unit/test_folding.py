@@ -283,9 +283,7 @@ def test_statistics_that_are_not_finite(moe: Path, measured: Path, tmp_path: Pat
     kept = load_file(measured / "kept.safetensors")
     kept["model.layers.1.self_attn.o_proj.input_squares"][3] = torch.nan
     save_file(kept, tmp_path / "kept.safetensors")
-    with pytest.raises(
-        CalibrationError, match=r"behind .*1.self_attn.v_proj is not finite"
-    ):
+    with pytest.raises(CalibrationError, match=r"behind .*1.self_attn.v_proj is not finite"):
         run(moe, tmp_path / "out", **AWQ, load_calibration=tmp_path / "kept.safetensors")
     assert not (tmp_path / "out").exists()
 

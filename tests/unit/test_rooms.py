@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "alike": {"errors", "faults", "dist"},
     "rendezvous": {"errors", "faults", "alike", "dist"},
     "rounding": {"errors", "formats", "native"},
-    "folding": _TEXT | {"formats", "models", "recipes"},
+    "folding": _TEXT | {"formats", "models", "recipes", "rounding"},
     "weight_inputs": set(),
     "native": {"errors"},
     "formats": {"errors", "native"},

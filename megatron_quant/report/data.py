@@ -5,7 +5,14 @@ from statistics import median
 
 from megatron_quant.report.facts import Quantized
 from megatron_quant.report.grids import Cell, Grid, draw, key, legend
-from megatron_quant.report.layers import Range, cold_experts, experts_of, ranges, tokens_of
+from megatron_quant.report.layers import (
+    Range,
+    cache_ranges,
+    cold_experts,
+    experts_of,
+    ranges,
+    tokens_of,
+)
 from megatron_quant.report.markup import Child, Markup, joined, tag
 from megatron_quant.report.plots import Frame, plot, reach
 from megatron_quant.report.scales import Scale, plural, scale_of, seconds, short, whole
@@ -99,7 +106,7 @@ def _by_layer(tokens: Mapping[tuple[int, int], int]) -> Markup:
 
 def inputs(facts: Quantized) -> Markup | None:
     """Return the ranges of inputs by kind of weight and layer; None where none was measured."""
-    found = ranges(facts.weights, facts.input_amax)
+    found = ranges(facts.weights, facts.input_amax) | cache_ranges(facts.kv_amax)
     if not found:
         return None
     every = [r for layers in found.values() for r in layers.values()]

@@ -5,9 +5,16 @@ from collections.abc import Iterator, Mapping
 from math import isfinite
 
 from megatron_quant.report.facts import Evaluation, Facts, Quality, Quantized, Search
-from megatron_quant.report.layers import cold_experts, experts_of, ranges, tokens_of, worst
+from megatron_quant.report.layers import (
+    bits_of,
+    cache_ranges,
+    cold_experts,
+    experts_of,
+    ranges,
+    tokens_of,
+    worst,
+)
 
-_BITS = 8
 _UNNAMED = re.compile(r"[^\w./ -]")
 
 
@@ -49,6 +56,7 @@ def series(facts: Facts) -> dict[str, dict[int, float]]:
                 own = found.setdefault(f"layers/error/{w.family}", {})
                 own[w.layer] = max(own.get(w.layer, 0.0), w.error)
         every = ranges(facts.quantized.weights, facts.quantized.input_amax)
+        every |= cache_ranges(facts.quantized.kv_amax)
         for family, layers in every.items():
             inside = {layer: r.high for layer, r in layers.items() if layer is not None}
             found |= {f"layers/input_amax/{family}": inside} if inside else {}
@@ -73,8 +81,8 @@ def _of_quantized(facts: Quantized) -> Iterator[tuple[str, float]]:
     if facts.bytes_before and facts.bytes_after:
         yield "bytes/before", facts.bytes_before
         yield "bytes/after", facts.bytes_after
-        elements = max(sum(w.elements for w in facts.weights), 1)
-        yield "bits_a_weight", _BITS * facts.bytes_after / elements
+    if (bits := bits_of(facts)) is not None:
+        yield "bits_a_weight", bits
     if (found := worst(facts.weights)) is not None:
         yield "error/worst", found.error or 0.0
     if experts_of(facts) and (facts.expert_tokens or facts.input_amax):

@@ -1,10 +1,12 @@
 """Figures by layer, family and expert: what grids and panels are drawn of."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_quant.report.facts import Quantized, Weight
 
+_LAYER = re.compile(r"\.(\d+)\.")
 OUTSIDE = "other"
 """Column of weights that are in no layer."""
 
@@ -92,6 +94,23 @@ def ranges(
         known = layers.get(own[0].layer, Range(value, value))
         layers[own[0].layer] = Range(min(known.low, value), max(known.high, value))
     return found
+
+
+def cache_ranges(amaxes: Mapping[str, float]) -> dict[str, dict[int | None, Range]]:
+    """Return the ranges of keys and values by kind and layer."""
+    found: dict[str, dict[int | None, Range]] = {}
+    for name, value in amaxes.items():
+        at = _LAYER.search(name)
+        kind = name[at.end() :] if at else name
+        found.setdefault(f"KV cache: {kind}", {})[int(at[1]) if at else None] = Range(value, value)
+    return found
+
+
+def bits_of(facts: Quantized) -> float | None:
+    """Return the bits that the export takes for each weight; None without an export."""
+    stored = [w for w in facts.weights if w.after is not None]
+    elements = sum(w.elements for w in stored)
+    return 8 * sum(w.after or 0 for w in stored) / elements if elements else None
 
 
 def _family(members: Sequence[Weight]) -> str:

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 from megatron_quant.report.facts import Evaluation, Facts, Quality, Quantized, Search, Sensitivity
 from megatron_quant.report.families import most
-from megatron_quant.report.layers import cold_experts, experts_of, worst
+from megatron_quant.report.layers import bits_of, cold_experts, experts_of, worst
 from megatron_quant.report.markup import Markup, joined, tag
 from megatron_quant.report.scales import plural, seconds, short, size, whole
-
-_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,9 @@ def _sizes(facts: Quantized) -> Tile:
     before, after = facts.bytes_before, facts.bytes_after
     if not before or not after:
         return Tile("Size", "–", "nothing was exported")
-    bits = _BITS * after / max(sum(w.elements for w in facts.weights), 1)
-    smaller = f"from {size(before)}: {before / after:.2f} times smaller"
-    return Tile("Size", size(after), f"{smaller}, {bits:.2f} bits for each of all weights")
+    bits = f"{short(bits_of(facts))} bits for each of all weights"
+    about = f"from {size(before)}: {before / after:.2f} times smaller, {bits}"
+    return Tile("Size", size(after), about)
 
 
 def _error(facts: Quantized) -> Tile:

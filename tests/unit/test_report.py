@@ -43,7 +43,7 @@ def test_the_verdict_comes_first(page: Element) -> None:
         (t.children[0].text, t.children[1].text, t.children[2].text)
         for t in page.all("div", "tile")
     ]
-    sizes = "from 967 KB: 3.07 times smaller, 5.20 bits for each of all weights"
+    sizes = "from 967 KB: 3.07 times smaller, 5.2 bits for each of all weights"
     assert tiles[0] == ("Size", "314\u00a0KB", sizes.replace("967 ", "967\u00a0"))
     assert [name for name, _, _ in tiles[1:]] == [
         *("Bits a weight", "Worst relative error", "Cold experts", "KL divergence"),
@@ -99,6 +99,19 @@ def test_inputs_have_a_panel_of_each_kind(page: Element) -> None:
         *("mlp.experts.gate_proj+up_proj", "mlp.experts.down_proj"),
     ]
     assert len(list(part.all("circle", "mark"))) == 4 * 4
+
+
+def test_keys_and_values_have_panels_beside_the_inputs(facts: Facts) -> None:
+    assert facts.quantized is not None
+    cache = {f"model.layers.{i}.self_attn.{kv}": 2.0 + i for i in range(4) for kv in ("k", "v")}
+    part = read(page_of(replace(facts, quantized=replace(facts.quantized, kv_amax=cache))))
+    figures = list(part.one("inputs").all("figure"))
+    assert [f.children[0].text for f in figures][4:] == [
+        *("KV cache: self_attn.k", "KV cache: self_attn.v")
+    ]
+    assert [t.text for t in figures[5].all("title")][1:] == [
+        f"layer {i}: {2 + i}" for i in range(4)
+    ]
 
 
 def test_a_search_is_drawn(page: Element, facts: Facts) -> None:

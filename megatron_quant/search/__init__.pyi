@@ -6,8 +6,8 @@ from .cache import RoundedCache as RoundedCache
 from .found import to_recipe as to_recipe
 from .found import write_recipe as write_recipe
 from .loss import Loss as Loss
-from .loss import check_divergence as check_divergence
 from .loss import check_loss as check_loss
+from .loss import check_score as check_score
 from .loss import next_token_loss as next_token_loss
 from .mixtures import check_mixtures as check_mixtures
 from .names import COSTS as COSTS
@@ -44,9 +44,9 @@ __all__ = [
     "ablated",
     "by_place",
     "check_bits",
-    "check_divergence",
     "check_loss",
     "check_mixtures",
+    "check_score",
     "families",
     "find_problem",
     "next_token_loss",

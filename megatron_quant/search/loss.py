@@ -28,10 +28,10 @@ def check_loss(loss: float) -> None:
         )
 
 
-def check_divergence(divergence: float, place: str, rule: Rule) -> None:
-    """Raise CalibrationError if the divergence of a place in a format is not finite."""
-    if not isfinite(divergence):
+def check_score(method: str, score: float, place: str, rule: Rule) -> None:
+    """Raise CalibrationError if the score of a place in a format is not finite."""
+    if not isfinite(score):
         raise CalibrationError(
-            f"--auto-quantize-method kl_div: the divergence is {divergence} with {place} in "
+            f"--auto-quantize-method {method}: the score is {score} with {place} in "
             f"{rule.action}; repair the checkpoint, or choose another --dtype"
         )

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from megatron_quant.evaluation import nll_and_kl
 from megatron_quant.recipes import Rule
-from megatron_quant.search.loss import Loss, check_divergence, check_loss, next_token_loss
+from megatron_quant.search.loss import Loss, check_loss, check_score, next_token_loss
 from megatron_quant.search.weights import Inputs, PlaceWeights
 
 
@@ -33,7 +33,7 @@ def gradient_scores(
         fp64 [options of all places], in order; 0 for options that leave a place as it is.
 
     Raises:
-        CalibrationError: If the loss is not finite.
+        CalibrationError: If the loss or a score is not finite.
     """
     scores = [torch.zeros(len(p.place.options), dtype=torch.float64) for p in places]
     watcher = _Watcher()
@@ -51,6 +51,9 @@ def gradient_scores(
     finally:
         for handle in handles:
             handle.remove()
+    for weights, found in zip(places, scores, strict=True):
+        for i, rule in _quantized(weights):
+            check_score("gradient", found[i].item(), weights.place.name, rule)
     return torch.cat(scores)
 
 
@@ -127,7 +130,7 @@ def divergence_scores(
         for i, rule in _quantized(weights):
             after = weights.run(model, "", rule, inputs).logits.flatten(0, 1)
             found[i] = max(nll_and_kl(after, before, labels).kl, 0.0)
-            check_divergence(found[i].item(), weights.place.name, rule)
+            check_score("kl_div", found[i].item(), weights.place.name, rule)
         scores.append(found)
     return torch.cat(scores)
 

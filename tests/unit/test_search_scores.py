@@ -1,5 +1,6 @@
 """Scores by hand, by both methods; searches that stop, go on, or are refused."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -335,6 +336,27 @@ def test_a_loss_that_is_not_finite(loaded, ids) -> None:
         with torch.no_grad():
             head[0, 0] = kept
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["gradient", "kl_div"])
+def test_a_score_that_is_not_finite(loaded, ids, method: str) -> None:
+    """Rounded inputs that are not finite, though the unquantized model is."""
+    model, places = loaded
+    first = dataclasses.replace(places[0], sharing=lambda slot: "broken")
+    first.__dict__["_amaxes"] = {"broken": torch.tensor(float("nan"))}
+    wanted = f"--auto-quantize-method {method}: the score is nan with {first.place.name} in nvfp4"
+    with pytest.raises(CalibrationError, match=wanted) as error:
+        SCORERS[method](model, [first, *places[1:]], ids)
+    assert "\n" not in str(error.value)
+
+
+def test_candidates_with_different_caches(source: Path, tmp_path: Path, calls: list[int]) -> None:
+    recipe = tmp_path / "cached.yaml"
+    rules = [{"quantize": ["*"], "weights": "nvfp4"}]
+    recipe.write_text(json.dumps({"rules": rules, "kv_cache": "fp8_cast"}))
+    with pytest.raises(RecipeError, match="treat the KV cache differently; say how with"):
+        search(source, tmp_path, formats=f"{recipe},fp8_channel")
+    assert calls == [0]
 
 
 @pytest.mark.parametrize(

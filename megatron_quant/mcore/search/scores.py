@@ -13,7 +13,7 @@ from megatron_quant.evaluation import nll_and_kl
 from megatron_quant.mcore.model import LiveModel, run_backward, run_schedule, whole
 from megatron_quant.mcore.search.calls import Seen
 from megatron_quant.mcore.search.places import LivePlace
-from megatron_quant.search import Loss, check_divergence, check_loss, next_token_loss
+from megatron_quant.search import Loss, check_loss, check_score, next_token_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class LiveScorer:
                 the data-parallel ranks; where they do not suffice, some run twice and count once.
 
         Raises:
-            CalibrationError: On every rank alike, for a loss or divergence that is not finite.
+            CalibrationError: On every rank alike, for a loss or score that is not finite.
         """
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         own = range(rank, -(-len(batches) // size) * size, size)
@@ -70,7 +70,7 @@ class LiveScorer:
             check_loss(flat[:, 0].sum().item())
         options = [(p.place, o.rule) for p in self.places for o in p.place.options]
         for (place, rule), score in zip(options, flat[:, 1:].sum(0).tolist(), strict=True):
-            check_divergence(score, place.name, rule)
+            check_score(self.method, score, place.name, rule)
 
     def _options(self) -> list[tuple[int, LivePlace, int]]:
         """Return (column, place, option) of all options that change something."""

@@ -16,7 +16,17 @@ from importlib import metadata
 
 import torch
 
-from megatron_quant.cpu import binary, context, cuda, kernels, megatron, optimizer, plugin, versions
+from megatron_quant.cpu import (
+    binary,
+    context,
+    cuda,
+    delta_net,
+    kernels,
+    megatron,
+    optimizer,
+    plugin,
+    versions,
+)
 from megatron_quant.errors import HostError
 
 _EARLIER = ("transformer_engine", "megatron.core", "modelopt.torch")
@@ -57,6 +67,7 @@ def activate() -> None:
     cuda.name_transformer_engine()
     megatron.replace()
     context.replace()
+    delta_net.replace()
     optimizer.replace()
     _active = True
 

@@ -91,7 +91,15 @@ class KeptGrid:
             fake_quant_on(region.take(weight), self.fmt, scales, _origin(region))
             for region, scales in zip(self.regions, self.scales, strict=True)
         ]
-        return put_together(parts, self.regions)
+        return with_rest(put_together(parts, self.regions), weight)
+
+
+def with_rest(rounded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return ``rounded``, which may be the first rows of a weight alone, with the other rows."""
+    rows = rounded.shape[-2]
+    if rows == weight.shape[-2]:
+        return rounded
+    return torch.cat([rounded, weight[..., rows:, :].to(rounded.dtype)], -2)
 
 
 class _Share(nn.Module):
@@ -185,7 +193,7 @@ def _fake_quantize(inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Te
         rounded(region.take(inputs), fmt, dscale, stat, _origin(region))
         for region, stat in zip(regions, stats, strict=True)
     ]
-    return put_together(parts, regions)
+    return with_rest(put_together(parts, regions), inputs)
 
 
 def _on_grid(

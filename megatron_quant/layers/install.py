@@ -46,27 +46,33 @@ class ExpertScales(Enum):
     PER_EXPERT = "per_expert"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LocalWeight:
     """Where this rank keeps its shard of a slot: ``model.get_submodule(module).attribute``.
 
     regions: the parts of the slot's logical tensors that it holds, in the order of its rows; empty
-        if the weight is one whole logical tensor.
+        if the weight is one whole logical tensor. rows: how many of the weight's rows, its first
+        ones, are the slot's; None for all.
     """
 
     slot: str
     module: str
     attribute: str
     regions: tuple[Region, ...] = ()
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
 class QuantLayer:
-    """One converted linear of this rank, with the decisions on its weights in local order."""
+    """One converted linear of this rank, with the decisions on its weights in local order.
+
+    rows: how many rows of a weight, its first ones, are quantized; None for all.
+    """
 
     module: nn.Module
     decisions: tuple[Decision, ...]
     attributes: tuple[str, ...]
+    rows: int | None = None
 
     @property
     def name(self) -> str:
@@ -152,7 +158,8 @@ class QuantLayer:
 
     def weights(self) -> list[torch.Tensor]:
         """Return the rank's shards [N, K], one per decision."""
-        return [getattr(self.module, attribute) for attribute in self.attributes]
+        whole = [getattr(self.module, attribute) for attribute in self.attributes]
+        return whole if self.rows is None else [weight[: self.rows] for weight in whole]
 
     def weight_amax(self, index: int) -> torch.Tensor | None:
         """Return the calibrated amax of the ``index``-th weight's logical tensor, fp32 [].
@@ -298,7 +305,8 @@ def _check(name: str, module: nn.Module) -> None:
 
 def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> QuantLayer:
     decisions, weights = zip(*members, strict=True)
-    layer = QuantLayer(module, decisions, tuple(weight.attribute for weight in weights))
+    attributes = tuple(weight.attribute for weight in weights)
+    layer = QuantLayer(module, decisions, attributes, weights[0].rows)
     if isinstance(module, QuantGroupedLinear):
         expected = tuple(f"weight{i}" for i in range(module.num_gemms))
         assert layer.attributes == expected, f"{layer.name} has {layer.attributes}"

@@ -1,6 +1,7 @@
 from .architecture import Architecture as Architecture
 from .config import positive as positive
 from .counts import check_counts as check_counts
+from .layout import check_context as check_context
 from .layout import check_layout as check_layout
 from .layout import copies as copies
 from .layout import local_shape as local_shape
@@ -55,6 +56,7 @@ __all__ = [
     "Stages",
     "Structure",
     "View",
+    "check_context",
     "check_counts",
     "check_layout",
     "copies",

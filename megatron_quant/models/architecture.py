@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.blocks import drafts, parameters
 from megatron_quant.models.config import Config
-from megatron_quant.models.decoder import Decoder, Experts, Latent, Rope, Sigmoid
+from megatron_quant.models.decoder import Decoder, DeltaNet, Experts, Latent, Rope, Sigmoid
 from megatron_quant.models.spec import Param, Source
 
 if TYPE_CHECKING:
@@ -85,6 +85,18 @@ def _attention(decoder: Decoder) -> dict[str, object]:
         found["window_size"] = (decoder.window.tokens - 1, 0)
         found["window_attn_skip_freq"] = [int(has) for has in decoder.window.layers]
     return found
+
+
+def _delta_net(net: DeltaNet) -> dict[str, object]:
+    return {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [int(has) for has in net.layers],
+        "linear_conv_kernel_dim": net.kernel,
+        "linear_key_head_dim": net.key_dim,
+        "linear_value_head_dim": net.value_dim,
+        "linear_num_key_heads": net.key_heads,
+        "linear_num_value_heads": net.value_heads,
+    }
 
 
 def _activation(experts: Experts) -> dict[str, object]:
@@ -189,7 +201,10 @@ class Architecture:
             "activation_func": F.silu,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
+            "layernorm_zero_centered_gamma": decoder.centered,
+            "attention_output_gate": decoder.gated,
             **_attention(decoder),
+            **(_delta_net(decoder.delta) if decoder.delta else {}),
             **(_latent(decoder.latent, decoder.rope) if decoder.latent else {}),
             **(_routing(decoder, decoder.experts) if decoder.experts else {}),
             **(_activation(decoder.experts) if decoder.experts else {}),

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_quant.models.decoder import Decoder, Experts, Latent
-from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
+from megatron_quant.models.delta_net import delta_net
+from megatron_quant.models.spec import Domain, Parallel, Param, Role, Rows, Source, Stage
 
 
 def _linear(name: str, modules: tuple[str, ...], shapes: tuple[tuple[int, int], ...]) -> Param:
@@ -80,8 +81,11 @@ def attention(decoder: Decoder, layer: int) -> Iterator[Param]:
     yield from _with_bias(decoder, proj)
     name = f"{ours}.linear_qkv.layer_norm_weight"
     yield _norm(name, f"{theirs}.input_layernorm", decoder.hidden)
-    fused = _linear(f"{ours}.linear_qkv.weight", qkv, (q, kv, kv))
+    rows = (2 * q[0], q[1]) if decoder.gated else q
+    fused = _linear(f"{ours}.linear_qkv.weight", qkv, (rows, kv, kv))
     fused = replace(fused, groups=decoder.query_groups)
+    if decoder.gated:
+        fused = replace(fused, order=_gated_order(decoder))
     yield from _with_bias(decoder, fused)
     if decoder.qkv_bias:
         yield _bias(fused)
@@ -89,6 +93,16 @@ def attention(decoder: Decoder, layer: int) -> Iterator[Param]:
         for p in "qk":
             name = f"{ours}.{p}_layernorm.weight"
             yield _norm(name, f"{theirs}.self_attn.{p}_norm", decoder.head_dim)
+
+
+def _gated_order(decoder: Decoder) -> tuple[Rows, ...]:
+    """Return a query group's rows: queries of its heads, gates of its heads, key, value."""
+    dim, heads = decoder.head_dim, decoder.heads // decoder.query_groups
+    stride = 2 * dim * heads
+    queries = [Rows(source=0, start=2 * dim * h, count=dim, stride=stride) for h in range(heads)]
+    gates = [replace(rows, start=rows.start + dim) for rows in queries]
+    last = [Rows(source=source, start=0, count=dim, stride=dim) for source in (1, 2)]
+    return (*queries, *gates, *last)
 
 
 def _sinks(ours: str, theirs: str, heads: int) -> Param:
@@ -226,7 +240,9 @@ def head(decoder: Decoder) -> Iterator[Param]:
 
 def of_layer(decoder: Decoder, layer: int, *, experts: bool) -> Iterator[Param]:
     """Yield every parameter of one layer; ``experts`` says whether it has any."""
-    if decoder.latent is not None:
+    if decoder.delta is not None and decoder.has_delta_net(layer):
+        yield from delta_net(decoder, decoder.delta, layer)
+    elif decoder.latent is not None:
         yield from latent_attention(decoder, decoder.latent, layer)
     else:
         yield from attention(decoder, layer)

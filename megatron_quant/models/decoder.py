@@ -80,6 +80,30 @@ class Latent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Gated delta nets: linear attention in place of attention.
+
+    Attributes:
+        layers: For each layer of the model, whether it has one.
+        key_heads: Heads of queries and keys.
+        value_heads: Heads of values, a multiple of those.
+        key_dim: Features of a head's query and key.
+        value_dim: Features of a head's value.
+        kernel: Tokens of the convolution.
+        grouped: Whether the checkpoint keeps the rows of each key head together (q, k, v and z of
+            the first, then of the second); otherwise q, k and v of all heads are one linear.
+    """
+
+    layers: tuple[bool, ...]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    grouped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertNames:
     """Hugging Face module names within a layer; ``{expert}`` stands for the expert's index.
 
@@ -158,6 +182,10 @@ class Decoder:
         sinks: Whether each head has a learned logit that takes part in its softmax, with no value.
         window: Sliding window; None where every layer sees all tokens.
         latent: Latent attention; None for the grouped-query attention of the other fields.
+        delta: Gated delta nets; None where no layer has one.
+        gated: Whether a head's output is multiplied by the sigmoid of a gate, whose rows follow
+            those of its query.
+        centered: Whether weights of norms are stored less one, but for a delta net's own.
     """
 
     layers: int
@@ -178,6 +206,13 @@ class Decoder:
     sinks: bool = False
     window: Window | None = None
     latent: Latent | None = None
+    delta: DeltaNet | None = None
+    gated: bool = False
+    centered: bool = False
+
+    def has_delta_net(self, layer: int) -> bool:
+        """Return whether ``layer`` has a gated delta net in place of attention."""
+        return self.delta is not None and self.delta.layers[layer]
 
     def has_experts(self, layer: int) -> bool:
         """Return whether ``layer``'s MLP is a mixture of experts."""

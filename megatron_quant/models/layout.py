@@ -1,9 +1,11 @@
 """How tensor parallelism cuts a parameter: slices of Hugging Face tensors, both directions."""
 
+from collections.abc import Iterator
+
 from megatron_quant.errors import LayoutError
 from megatron_quant.models.config import Config
 from megatron_quant.models.registry import lookup
-from megatron_quant.models.spec import Box, Copy, Domain, Parallel, Param, Role, Source
+from megatron_quant.models.spec import Box, Copy, Domain, Parallel, Param, Role, Rows, Source
 
 _FLAGS = {Domain.DENSE: "--tp", Domain.EXPERT: "--etp"}
 
@@ -22,11 +24,23 @@ def _require(flag: str, size: int, count: int, what: str) -> None:
         raise LayoutError(f"{flag} {size} does not divide {what} ({count}); use one of {choices}")
 
 
+def check_context(hf_config: Config, cp: int) -> None:
+    """Raise LayoutError unless ``cp`` ranks can share a sequence of the model."""
+    architecture = lookup(hf_config)
+    if cp > 1 and architecture.decoder(hf_config).delta is not None:
+        raise LayoutError(
+            f"--cp {cp}: a gated delta net of {architecture.name} goes through a sequence from its "
+            "beginning, on one rank; leave it at 1 and raise --tp"
+        )
+
+
 def check_layout(hf_config: Config, tp: int, ep: int, etp: int) -> None:
     """Raise LayoutError unless the model can be cut over ``tp``, ``ep`` and ``etp`` ranks."""
     architecture = lookup(hf_config)
     decoder = architecture.decoder(hf_config)
     _require("--tp", tp, decoder.heads, "the attention heads")
+    if decoder.delta is not None:
+        _require("--tp", tp, decoder.delta.key_heads, "the key heads of linear attention")
     _require("--tp", tp, decoder.query_groups, "the key-value heads")
     if decoder.has_dense_mlp:
         _require("--tp", tp, decoder.ffn, "the intermediate size")
@@ -93,14 +107,38 @@ def copies(param: Param, rank: int, size: int) -> tuple[Copy, ...]:
 def _interleaved(param: Param, rank: int, size: int) -> tuple[Copy, ...]:
     groups = param.groups or size
     per_rank = groups // size
+    own = range(rank * per_rank, (rank + 1) * per_rank)
+    items = param.order or tuple(_all_of(i, s, groups) for i, s in enumerate(param.sources))
+    if param.by_item:
+        cells = [(item, group) for item in items for group in own]
+    else:
+        cells = [(item, group) for group in own for item in items]
     found: list[Copy] = []
     at = 0
-    for group in range(rank * per_rank, (rank + 1) * per_rank):
-        for source in param.sources:
-            rows = source.shape[0] // groups
-            found.append(_rows(source, group * rows, at, rows))
-            at += rows
-    return tuple(found)
+    for item, group in cells:
+        start = item.start + group * item.stride
+        found.append(_rows(param.sources[item.source], start, at, item.count))
+        at += item.count
+    return tuple(_joined(found)) if param.order else tuple(found)
+
+
+def _all_of(number: int, source: Source, groups: int) -> Rows:
+    rows = source.shape[0] // groups
+    return Rows(source=number, start=0, count=rows, stride=rows)
+
+
+def _joined(copies: list[Copy]) -> Iterator[Copy]:
+    """Join copies of rows that follow one another on both sides."""
+    last = copies[0]
+    for copy in copies[1:]:
+        after = last.src.start[0] + last.src.size[0], last.dst.start[0] + last.dst.size[0]
+        if copy.source == last.source and after == (copy.src.start[0], copy.dst.start[0]):
+            rows = last.src.size[0] + copy.src.size[0]
+            last = _rows(last.source, last.src.start[0], last.dst.start[0], rows)
+        else:
+            yield last
+            last = copy
+    yield last
 
 
 def _rows(source: Source, src: int, dst: int, rows: int) -> Copy:

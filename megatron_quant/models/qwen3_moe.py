@@ -15,7 +15,7 @@ from megatron_quant.models.config import (
     positive_or,
     read_decoder,
 )
-from megatron_quant.models.decoder import Decoder, ExpertNames, Experts
+from megatron_quant.models.decoder import Decoder, ExpertNames, Experts, Rope
 
 # Qwen3MoeConfig's values of keys that config.json lacks
 _DEFAULTS = {"rope_theta": 10000.0, "sliding_window": 4096}
@@ -47,7 +47,12 @@ def _expert_layers(config: Config, layers: int, dense_class: str) -> tuple[bool,
 
 
 def read_mixture(
-    config: Config, names: ExpertNames, dense_class: str, *, qk_norm: bool
+    config: Config,
+    names: ExpertNames,
+    dense_class: str,
+    *,
+    qk_norm: bool,
+    rope: Rope | None = None,
 ) -> tuple[Decoder, Experts]:
     """Read the facts that Qwen's mixtures have in common.
 
@@ -56,11 +61,12 @@ def read_mixture(
         names: Module names of the experts.
         dense_class: Class to which a model without experts is to be converted.
         qk_norm: Whether heads of q and k are normalized.
+        rope: The rotary embedding; None for one over the whole head, which config.json describes.
 
     Raises:
         ArchitectureError: Names the key that is missing, malformed or not supported.
     """
-    decoder = read_decoder(config, qk_norm=qk_norm)
+    decoder = read_decoder(config, qk_norm=qk_norm, rope=rope)
     if flag(config, "use_sliding_window"):
         full_attention(config)
     # transformers >= 5 saves the number under Mixtral's name

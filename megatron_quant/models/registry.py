@@ -15,12 +15,16 @@ from megatron_quant.models.mixtral import MIXTRAL
 from megatron_quant.models.qwen2_moe import QWEN2_MOE
 from megatron_quant.models.qwen3 import QWEN3
 from megatron_quant.models.qwen3_moe import QWEN3_MOE
+from megatron_quant.models.qwen3_next import QWEN3_5_MOE, QWEN3_5_MOE_VL, QWEN3_NEXT
 
 ARCHITECTURES = {
     a.name: a
     for a in (
         QWEN3_MOE,
         QWEN2_MOE,
+        QWEN3_NEXT,
+        QWEN3_5_MOE,
+        QWEN3_5_MOE_VL,
         MIXTRAL,
         DEEPSEEK_V3,
         KIMI_K25,
@@ -50,9 +54,8 @@ def lookup(hf_config: Config) -> Architecture:
         return ARCHITECTURES[name]
     if isinstance(names, list) and any(str(name).startswith(_DELTA_NETS) for name in names):
         raise ArchitectureError(
-            f"architectures={shown(names)} in config.json has gated delta net layers, which "
-            "Megatron-Core builds only with flash-linear-attention and no table here describes; "
-            "pass --stream, which needs no model in Megatron"
+            f"architectures={shown(names)} in config.json has gated delta nets, and no table here "
+            "describes them without experts; pass --stream, which needs no table"
         )
     raise ArchitectureError(
         f"architectures={shown(names)} in config.json is not known; use a model of "

@@ -93,6 +93,38 @@ class Copy:
     dst: Box
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Rows of a source that follow one another in a parameter, for each of its groups.
+
+    Attributes:
+        source: Number of the source among the parameter's.
+        start: First of them within a group of the source, or before its first group.
+        count: How many of them a group has.
+        stride: Rows of the source from one group to the next.
+    """
+
+    source: int
+    start: int
+    count: int
+    stride: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inside:
+    """Where a parameter lies in a larger one that Megatron has.
+
+    Attributes:
+        name: Global Megatron name of the larger one.
+        before: Rows of it, unsharded, before the parameter's.
+        rows: All rows of it, unsharded.
+    """
+
+    name: str
+    before: int
+    rows: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Param:
     """One logical Megatron parameter.
@@ -114,6 +146,14 @@ class Param:
             format and scales; empty where they leave it alone.
         fp32: Whether it stays in float32, whatever the model's dtype. Megatron has it as a buffer.
         called: Modules under which engines build its sources, where they call them otherwise.
+        order: What each group has, in Megatron's order of rows, where sources do not follow one
+            another whole.
+        by_item: Whether all groups' rows of one item of ``order`` follow one another; otherwise all
+            items of one group do.
+        inside: Where it lies in a larger parameter; None where it is one by itself.
+        shift: What Megatron's values are larger by than Hugging Face's.
+        wide: Whether a model that this library builds has it in float32, as its values need. An
+            export has it in the source's dtype; in float32 where that is not known.
         padded: Rows of a vocabulary in a live model, padding included; 0 for the next multiple of
             the shards. No file has the padding.
     """
@@ -132,11 +172,21 @@ class Param:
     fp32: bool = False
     padded: int = 0
     called: tuple[str, ...] = ()
+    order: tuple[Rows, ...] = ()
+    by_item: bool = False
+    inside: Inside | None = None
+    shift: float = 0.0
+    wide: bool = False
+
+    @property
+    def live(self) -> str:
+        """Return the global name of the Megatron parameter that has its values."""
+        return self.inside.name if self.inside else self.name
 
     @property
     def module(self) -> str:
         """Return the Megatron module that owns the parameter (the name without its last part)."""
-        return self.name.rpartition(".")[0]
+        return self.live.rpartition(".")[0]
 
 
 def num_layers(params: Iterable[Param]) -> int:

@@ -31,6 +31,7 @@ from megatron_quant.models import (
     Architecture,
     Param,
     Pipeline,
+    check_context,
     check_layout,
     has_stacks_alone,
     lookup,
@@ -146,6 +147,7 @@ def prepare_job(
         hf_config = checkpoint.config
         params, kept = logical(checkpoint)[1].params, kept_dtypes(checkpoint)
     check_layout(hf_config, options.parallel.tp, options.parallel.ep, options.parallel.etp)
+    check_context(hf_config, options.parallel.cp)
     stages = _pipeline(options).stages(num_layers(params))
     experts = num_experts(params)
     layout = Layout.simulate(

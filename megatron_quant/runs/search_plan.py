@@ -75,7 +75,7 @@ def places_of(target: Target, plans: Mapping[str, QuantPlan], keep: tuple[str, .
 
 
 def _model(target: Target, keep: tuple[str, ...]) -> Model:
-    fp32 = {s.name: torch.float32 for p in target.params if p.fp32 for s in p.sources}
+    fp32 = {s.name: torch.float32 for p in target.params if p.fp32 or p.wide for s in p.sources}
     schemes = StorageSchemes(target.dialect, target.dtype, {**fp32, **target.kept})
     return Model(params=target.params, config=target.config, schemes=schemes, keep=keep)
 

@@ -38,6 +38,16 @@ _DEEPSEEK = {
     "topk_group": 2,
     "num_nextn_predict_layers": 0,
 }
+_DELTA = {
+    **_SIZES,
+    **_EXPERTS,
+    "shared_expert_intermediate_size": 256,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 _SIGMOID = {
     "n_routed_experts": 8,
     "n_shared_experts": 1,
@@ -68,6 +78,8 @@ _CONFIGS = {
     "qwen3": ("Qwen3Config", _SIZES),
     "llama": ("LlamaConfig", _SIZES),
     "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK),
+    "qwen3_next": ("Qwen3NextConfig", _DELTA),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", _DELTA),
     "glm4_moe": (
         "Glm4MoeConfig",
         {**_SIZES, **_SIGMOID, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
@@ -100,6 +112,11 @@ def save(name: str, directory: Path, **changes: object) -> Path:
         if "bias" in key:
             torch.nn.init.normal_(parameter, std=0.1)
     model.to(torch.bfloat16)
+    for key, parameter in model.named_parameters():
+        if key.endswith("A_log"):
+            parameter.data = torch.linspace(-1, 1, len(parameter))  # in fp32, as in checkpoints
+        if key.endswith("linear_attn.norm.weight"):
+            parameter.data.copy_(torch.linspace(0.1, 2, len(parameter)))
     for key, buffer in model.named_buffers():  # transformers leaves them zero
         if key.endswith("e_score_correction_bias"):
             buffer.data = torch.linspace(-0.1, 0.1, len(buffer))  # in fp32, as in checkpoints

@@ -23,11 +23,20 @@ _FFN = {
     "num_experts_per_tok": 2,
     "n_routed_experts": 4,
 }
+_DELTA = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 192,
+    "num_experts": 4,
+}
 SIZES = {
     "glm4_moe": {**_FFN, "attention_bias": True, "use_qk_norm": True},
     "glm4_moe_lite": _FFN,
     "dots1": {**_FFN, "first_k_dense_replace": 1},
     "hy_v3": {**_FFN, "num_experts": 4},
+    "qwen3_next": {**_DELTA, "mlp_only_layers": [0]},
+    "qwen3_5_moe": _DELTA,
     "kimi_k25": {**_FFN, "n_group": 2, "topk_group": 1},
 }
 CASES = [

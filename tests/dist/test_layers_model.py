@@ -103,7 +103,7 @@ def _attach_to_a_plain_module(path: Path) -> None:
     attached = live.with_quantizers(live.load(path), "fp8")
     slot = attached.plan.quantized[0].slot
     model = torch.nn.Sequential(torch.nn.Bilinear(4, 4, 4))
-    attach(model, attached.plan, [LocalWeight(slot.name, "0", "weight")])
+    attach(model, attached.plan, [LocalWeight(slot=slot.name, module="0", attribute="weight")])
 
 
 def test_a_layer_without_a_quantized_class_is_refused(ranks: Ranks, moe: Path) -> None:

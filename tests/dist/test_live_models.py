@@ -168,7 +168,7 @@ REFUSED = [
     ("", None, {"num_local_experts": 8}, "num_moe_experts=4 in the TransformerConfig, but"),
     ("", None, {"num_key_value_heads": 2, "head_dim": 128}, "num_query_groups=4"),
     ("", None, {"rms_norm_eps": 1e-5}, "layernorm_epsilon=1e-06 in the TransformerConfig, but"),
-    ("layernorm_zero_centered_gamma", True, {}, "stores the weights of norms less 1"),
+    ("layernorm_zero_centered_gamma", True, {}, "config.json makes it False"),
     ("rotary_interleaved", True, {}, "orders the rows of q and k in another way"),
     ("activation_func", max, {}, "activation_func=max in the TransformerConfig"),
     ("moe_router_pre_softmax", False, RAW, "moe_router_pre_softmax=False in the TransformerConfig,"),

@@ -227,9 +227,9 @@ def test_a_config_that_its_table_refuses_is_recognised() -> None:
     assert "model.layers.0.self_attn.fused_qkv_a_proj.weight" in names
 
 
-@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Qwen3_5MoeForConditionalGeneration"])
+@pytest.mark.parametrize("name", ["Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"])
 def test_gated_delta_nets_are_streamed(name: str) -> None:
-    with pytest.raises(ArchitectureError, match=r"gated delta net layers, .* pass --stream"):
+    with pytest.raises(ArchitectureError, match=r"gated delta nets, .* pass --stream"):
         lookup({"architectures": [name]})
 
 

@@ -16,6 +16,9 @@ from tests.unit import tiny
 def _gpt_model(config: dict[str, Any], tp: int) -> torch.nn.Module:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+        get_transformer_block_with_experimental_attention_variant_spec,
+    )
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
         get_gpt_layer_with_transformer_engine_spec,
@@ -36,11 +39,14 @@ def _gpt_model(config: dict[str, Any], tp: int) -> torch.nn.Module:
         expert_tensor_parallel_size=etp,
         sequence_parallel=tp > 1,
         params_dtype=torch.float32,
+        perform_initialization=False,
         moe_grouped_gemm=True,
         moe_token_dispatcher_type="alltoall",
     )
     vars(transformer).update(lookup(config).config_attributes(config))
-    if "num_moe_experts" in described:
+    if "experimental_attention_variant" in described:
+        spec = get_transformer_block_with_experimental_attention_variant_spec(transformer)
+    elif "num_moe_experts" in described:
         spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=True)
     else:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=transformer.qk_layernorm)
@@ -89,9 +95,13 @@ def _logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     model = _gpt_model(checkpoint.config, 1)
     params = {p.name: p for p in lookup(checkpoint.config).params(checkpoint.config)}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, param in params.items():
-        tensors[name].data.fill_(torch.nan)
-        fill(tensors[name], copies(param, 0, 1), checkpoint)
+    for tensor in tensors.values():
+        tensor.data.fill_(torch.nan)
+    for param in params.values():
+        tensor, inside = tensors[param.live].data, param.inside
+        tensor = tensor[inside.before :][: param.shape[0]] if inside else tensor
+        fill(tensor, copies(param, 0, 1), checkpoint)
+        tensor += param.shift
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
     with torch.no_grad():

@@ -12,7 +12,10 @@ from megatron_quant.ckpt.read.open import open_source
 from megatron_quant.models import ARCHITECTURES, Domain, Role, lookup
 from tests.unit import tiny
 
-TOWERS = {"kimi_k25": ("vision_tower.", "mm_projector.", "model.mm_projector.")}
+TOWERS = {
+    "kimi_k25": ("vision_tower.", "mm_projector.", "model.mm_projector."),
+    "qwen3_5_moe_vl": ("model.visual.",),
+}
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)

@@ -96,6 +96,31 @@ _GLM4_MOE_LITE = {
 }
 _DOTS1 = {**_SIGMOID, "n_routed_experts": 8, "n_shared_experts": 2, "head_dim": 16}
 _HY_V3 = {**_SIGMOID, "num_experts": 8, "num_shared_experts": 1, "head_dim": 16}
+_DELTA = {
+    **_SIZES,
+    **_EXPERTS,
+    "head_dim": 16,
+    "shared_expert_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_QWEN3_5_VL = {
+    "text_config": _DELTA,
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+    },
+    "tie_word_embeddings": False,
+}
 _KIMI_K25 = {
     "text_config": {**_DEEPSEEK, "model_type": "deepseek_v3", "rope_parameters": _LATENT_YARN},
     "vision_config": {
@@ -148,6 +173,9 @@ MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "glm4_moe": (transformers.Glm4MoeConfig, _GLM4_MOE),
     "glm4_moe_lite": (transformers.Glm4MoeLiteConfig, _GLM4_MOE_LITE),
+    "qwen3_next": (transformers.Qwen3NextConfig, _DELTA),
+    "qwen3_5_moe": (transformers.Qwen3_5MoeTextConfig, _DELTA),
+    "qwen3_5_moe_vl": (transformers.Qwen3_5MoeConfig, _QWEN3_5_VL),
     "kimi_k25": (transformers.Kimi_K25Config, _KIMI_K25),
     "dots1": (transformers.Dots1Config, _DOTS1),
     "hy_v3": (transformers.HYV3Config, _HY_V3),
@@ -159,7 +187,11 @@ MODELS: dict[str, tuple[type, dict[str, Any]]] = {
 
 
 # What transformers calls otherwise than the hub does: the class, and names of tensors.
-_CLASSES = {"kimi_k25": "KimiK25ForConditionalGeneration"}
+_CLASSES = {
+    "kimi_k25": "KimiK25ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+    "qwen3_5_moe_vl": "Qwen3_5MoeForConditionalGeneration",
+}
 _NAMES = {"kimi_k25": (r"model\.blocks\.", "model.layers.")}
 
 
@@ -174,7 +206,7 @@ def model(name: str) -> transformers.PreTrainedModel:
         for key, parameter in built.named_parameters():
             if "norm" in key:
                 parameter.uniform_(0.5, 1.5)
-            elif "bias" in key:
+            elif "bias" in key or "A_log" in key:
                 parameter.normal_(std=0.3)
         for key, buffer in built.named_buffers():
             if key.endswith("e_score_correction_bias"):
@@ -186,7 +218,7 @@ def save(name: str, directory: Path, **settings: Any) -> Path:
     """``model(name)`` as save_pretrained writes it (``settings`` are its arguments)."""
     transformers.utils.logging.disable_progress_bar()
     model(name).save_pretrained(directory, **settings)
-    if name in _CLASSES:
+    if name in _NAMES:
         _as_published(name, directory)
     return directory
 

@@ -110,6 +110,9 @@ def _rectangles(targets: Sequence[StoredTensor], layout: Layout) -> Iterator[_He
 
 
 def _check_split(target: StoredTensor, region: Region, size: int) -> None:
+    weights = target.scheme.weights
+    if weights is not None and weights.stat_block is not None:
+        region.cut(weights.stat_block)
     found = target.scheme.split(target.source.shape, box_of(region))
     if found is None:
         return

@@ -91,7 +91,7 @@ def placed_in_files(
 
 
 def _wanted(params: Sequence[Param], quant: QuantPlan, rules: StorageRules) -> Iterator[_Wanted]:
-    fp32 = {s.name: torch.float32 for p in params if p.fp32 for s in p.sources}
+    fp32 = {s.name: torch.float32 for p in params if p.fp32 or p.wide for s in p.sources}
     schemes = StorageSchemes(rules.dialect, rules.dtype, {**fp32, **rules.kept})
     for param in params:
         decision = quant.by_name[param.name]

@@ -1,5 +1,7 @@
 """Find the part of each Hugging Face tensor in a shard of a parameter, as one region each."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 from megatron_quant.formats import Region
@@ -9,17 +11,36 @@ from megatron_quant.models import Copy, Param, Source, copies
 def regions(param: Param, rank: int, size: int) -> tuple[tuple[Source, Region], ...]:
     """Return the regions that shard ``rank`` of ``size`` holds, in the order of its rows.
 
-    Rectangles that are neighbours in their tensor (the query groups of one rank) are one region.
+    Rectangles that are neighbours in their tensor (the query groups of one rank) are one region. A
+    parameter with an order of rows may hold several of one tensor.
 
     Raises:
         LayoutError: Where ``size`` does not divide the dimension that it cuts.
     """
     if not param.shape:
-        return ((param.sources[0], Region(((0, 1),), (), (), ())),)
+        return ((param.sources[0], Region(rows=((0, 1),), start=(), size=(), whole=())),)
     found: dict[str, list[Copy]] = {}
     for copy in copies(param, rank, size):
         found.setdefault(copy.source.name, []).append(copy)
+    if param.order:
+        return tuple(item for pieces in found.values() for item in _ordered(pieces, rank, size))
     return tuple((pieces[0].source, _joined(pieces)) for pieces in found.values())
+
+
+def _ordered(pieces: list[Copy], rank: int, size: int) -> Iterator[tuple[Source, Region]]:
+    """Yield a region for each run of rows of one tensor, of which every shard has as many."""
+    pieces = sorted(pieces, key=lambda copy: copy.src.start[0])
+    runs: list[list[Copy]] = [[pieces[0]]]
+    for before, piece in pairwise(pieces):
+        if before.src.start[0] + before.src.size[0] == piece.src.start[0]:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    for run in runs:
+        region, source = _joined(run), run[0].source
+        rows = region.size[0]
+        part = (region.start[0] - rank * rows, rows * size)
+        yield source, region if part == (0, source.shape[0]) else replace(region, part=part)
 
 
 def _joined(pieces: list[Copy]) -> Region:
@@ -28,7 +49,7 @@ def _joined(pieces: list[Copy]) -> Region:
         assert a.src.start[0] + a.src.size[0] == b.src.start[0], (a, b)
     rows = tuple((p.dst.start[0], p.dst.start[0] + p.dst.size[0]) for p in pieces)
     size = (sum(p.src.size[0] for p in pieces), *first.src.size[1:])
-    return Region(_runs(rows), first.src.start, size, first.source.shape)
+    return Region(rows=_runs(rows), start=first.src.start, size=size, whole=first.source.shape)
 
 
 def _runs(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:

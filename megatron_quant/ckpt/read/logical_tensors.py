@@ -12,7 +12,15 @@ from megatron_quant.ckpt.read.open import open_source
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.read.source import TensorSource, Weights
 from megatron_quant.ckpt.read.stack_views import viewed
-from megatron_quant.models import Box, Param, Structure, describe_structure, has_table, is_carried
+from megatron_quant.models import (
+    Box,
+    Param,
+    Structure,
+    describe_structure,
+    has_table,
+    is_carried,
+    lookup,
+)
 
 _ELEMENTS, _ROWS = 1 << 22, 128
 """About how many elements a block has that is read at a time; its rows are a multiple of the other.
@@ -71,7 +79,7 @@ def kept_dtypes(checkpoint: Weights) -> dict[str, torch.dtype]:
     """Return the tensors that need a dtype other than most of the checkpoint's, with that dtype.
 
     Decoded tensors have no dtype of their own. If the model has a table, the table says so for what
-    it describes, so only what lies beside that is returned.
+    it describes, so only what lies beside that is returned, and all that Megatron needs in float32.
     """
     config = checkpoint.config
     plain = {n: info for n, info in checkpoint.dense().items() if not info.decoded}
@@ -81,5 +89,7 @@ def kept_dtypes(checkpoint: Weights) -> dict[str, torch.dtype]:
     main = max(sizes, key=lambda dtype: sizes[dtype], default=None)
     found = {n: i.dtype for n, i in plain.items() if i.dtype != main}
     if has_table(config):
-        return {n: dtype for n, dtype in found.items() if is_carried(config, n)}
+        wide = {s.name for p in lookup(config).params(config) if p.wide for s in p.sources}
+        own = {n: info.dtype for n, info in plain.items() if n in wide}
+        return {**own, **{n: dtype for n, dtype in found.items() if is_carried(config, n)}}
     return found

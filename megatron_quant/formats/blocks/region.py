@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_quant.errors import LayoutError
 from megatron_quant.formats.spec import Format
 
 Block = tuple[int, ...]
 """Extent of a cell by dim, like :attr:`megatron_quant.formats.record.Field.block`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Region:
     """The part of one logical tensor (1-D ones too) in a held matrix.
 
@@ -28,12 +29,15 @@ class Region:
         start: First element of the box of the logical tensor, by dim.
         size: Extent of that box, by dim.
         whole: Shape of the logical tensor.
+        part: First row, and number of rows, of the part of the logical tensor that shards divide
+            equally; None where that is all of it.
     """
 
     rows: tuple[tuple[int, int], ...]
     start: tuple[int, ...]
     size: tuple[int, ...]
     whole: tuple[int, ...]
+    part: tuple[int, int] | None = None
 
     def take(self, held: Tensor) -> Tensor:
         """Take the region out of a held matrix or a stack of them: [..., *size]."""
@@ -52,8 +56,23 @@ class Region:
         """Return by dim the cells of the logical grid that an edge between two shards cuts.
 
         They are equal for all shards of the tensor.
+
+        Raises:
+            LayoutError: Where a block lies in two parts of the tensor that are divided apart.
         """
-        return tuple(map(_cut, self.size, self.whole, self._steps(block)))
+        steps = self._steps(block)
+        if self.part is None:
+            return tuple(map(_cut, self.size, self.whole, steps))
+        start, rows = self.part
+        if any(edge % steps[0] for edge in (start, start + rows) if edge != self.whole[0]):
+            raise LayoutError(
+                f"--tp cuts rows {start} to {start + rows} of a tensor of {self.whole[0]} rows by "
+                f"themselves, in the middle of blocks of {steps[0]} rows: leave --tp at 1, or "
+                "choose another format for linear attention"
+            )
+        edges = range(start + self.size[0], start + rows, self.size[0])
+        cut = tuple(dict.fromkeys(e // steps[0] for e in edges if e % steps[0]))
+        return (cut, *map(_cut, self.size[1:], self.whole[1:], steps[1:]))
 
     def _steps(self, block: Block) -> tuple[int, ...]:
         return tuple(b or n for b, n in zip(block, self.whole, strict=True))
@@ -66,7 +85,7 @@ def _cut(size: int, whole: int, step: int) -> tuple[int, ...]:
 
 def whole_matrix(rows: int, cols: int) -> Region:
     """Return the region of a matrix that is a logical tensor by itself."""
-    return Region(((0, rows),), (0, 0), (rows, cols), (rows, cols))
+    return Region(rows=((0, rows),), start=(0, 0), size=(rows, cols), whole=(rows, cols))
 
 
 def grids(regions: Sequence[Region], fmt: Format) -> tuple[Region, ...]:
@@ -78,7 +97,8 @@ def grids(regions: Sequence[Region], fmt: Format) -> tuple[Region, ...]:
         rows = sum(region.size[0] for region in regions)
         first = regions[0]
         size, whole = (rows, first.size[1]), (rows, first.whole[1])
-        return (Region(((0, rows),), (0, first.start[1]), size, whole),)
+        start = (0, first.start[1])
+        return (Region(rows=((0, rows),), start=start, size=size, whole=whole),)
     return tuple(regions)
 
 

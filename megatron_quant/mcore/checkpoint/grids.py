@@ -148,18 +148,20 @@ def _grid(layer: QuantLayer, held: Mapping[str, LocalWeight]) -> SavedGrid:
     block = layer.weight_format.stat_block
     assert block is not None
     pieces: list[GridPiece] = []
-    above = at = columns = 0
+    above = below = at = columns = 0
     for region in regions:
+        if region.part is None or region.part[0] == 0:  # otherwise more of the tensor before
+            above = below
+            below += _cells(region.whole[0], block[0])
         touched = region.touched(block)
         rows = _stat_rows(region, block, at)
         pieces += _split(region, block, rows, above)
         at += len(touched[0])
-        above += _cells(region.whole[0], block[0])
         columns = _cells(region.whole[1], block[1])
     is_cut = any(region.size != region.whole for region in regions)
     return SavedGrid(
         layer=layer,
-        whole=(above, columns),
+        whole=(below, columns),
         pieces=tuple(pieces),
         first=slot.expert,
         experts=_experts(layer),

@@ -38,6 +38,8 @@ def producer(
         if part.param.name in scales:
             return produce_cache_scale(part, scales[part.param.name].amax())
         local = model.tensor(tensors[part.param.name])
+        if part.param.shift:
+            local = local.detach().float() - part.param.shift
         if part.param.name not in amaxes:
             return produce(part, local)
         layer, index = amaxes[part.param.name]

@@ -1,5 +1,6 @@
 """Build a Megatron GPTModel from a Hugging Face config, with Transformer Engine's layer spec."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,9 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.extensions.transformer_engine import TERowParallelGroupedLinear
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_transformer_block_with_experimental_attention_variant_spec,
+)
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -23,6 +27,9 @@ from megatron_quant import cpu
 from megatron_quant.ckpt.plan import Layout
 from megatron_quant.mcore.model.parallel import virtual_size
 from megatron_quant.models import Architecture, padded_vocab
+
+LAYER_NAME = re.compile(r".*\blayers\.\d+\.")
+"""What stands before a parameter's name in its layer."""
 
 
 def transformer_config(
@@ -85,6 +92,8 @@ def build_model(
     arguments["vocab_size"] = padded_vocab(arguments["vocab_size"], layout.tp_size)
     count, pp = virtual_size(layout) or 1, mpu.get_pipeline_model_parallel_rank()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    params = architecture.params(hf_config)
+    wide = frozenset(LAYER_NAME.sub("", param.live) for param in params if param.wide)
     chunks = []
     for number in range(count):
         vp_stage = number if count > 1 else None
@@ -97,14 +106,18 @@ def build_model(
             **arguments,
         )
         _mark_shards(chunk)
-        chunks.append(_cast(chunk.to(device=device), dtype).eval())
+        chunks.append(_cast(chunk.to(device=device), dtype, wide).eval())
     return tuple(chunks)
 
 
-def _cast(chunk: GPTModel, dtype: torch.dtype) -> GPTModel:
-    """Cast the parameters to ``dtype``; leave buffers, such as a router's bias, as they are."""
-    for parameter in chunk.parameters():
-        parameter.data = parameter.data.to(dtype)
+def _cast(chunk: GPTModel, dtype: torch.dtype, wide: frozenset[str]) -> GPTModel:
+    """Cast the parameters to ``dtype``; leave buffers, such as a router's bias, as they are.
+
+    wide: names in a layer of those that become float32.
+    """
+    for name, parameter in chunk.named_parameters():
+        kept = LAYER_NAME.sub("", name) in wide
+        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
     return chunk
 
 
@@ -130,6 +143,10 @@ def _mark_shards(chunk: GPTModel) -> None:
 
 def _layers(config: TransformerConfig, vp_stage: int | None) -> Any:
     """Return the spec of the layers of one chunk."""
+    if config.experimental_attention_variant is not None:
+        return get_transformer_block_with_experimental_attention_variant_spec(
+            config, vp_stage=vp_stage
+        )
     if config.num_moe_experts:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)

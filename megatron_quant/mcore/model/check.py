@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from megatron.core import parallel_state as mpu
 from torch import nn
 
@@ -22,7 +21,7 @@ def check_model(chunks: Sequence[nn.Module], local: Sequence[LocalParam]) -> Non
         own = [p for p in local if p.chunk == number]
         _check_names(chunk, own)
         for param in own:
-            _check_shape(param, param.tensor(chunk))
+            _check_shape(param, chunk)
 
 
 def _check_names(chunk: nn.Module, local: Sequence[LocalParam]) -> None:
@@ -47,7 +46,16 @@ def _check_names(chunk: nn.Module, local: Sequence[LocalParam]) -> None:
         )
 
 
-def _check_shape(local: LocalParam, tensor: torch.Tensor) -> None:
+def _check_shape(local: LocalParam, chunk: nn.Module) -> None:
+    inside = local.param.inside
+    if inside is not None:
+        held = len(chunk.get_parameter(local.name))
+        if held * local.shard_size != inside.rows:
+            raise ArchitectureError(
+                f"the Megatron model's {local.name} has {held} rows on this rank, but config.json "
+                f"makes it {inside.rows} in all: give the config.json of this very model"
+            )
+    tensor = local.tensor(chunk)
     expected = local_shape(local.param, local.shard_rank, local.shard_size)
     if tuple(tensor.shape) != expected:
         shard = f"shard {local.shard_rank} of {local.shard_size} of " * (local.shard_size > 1)

@@ -28,15 +28,15 @@ class Reference:
     @contextmanager
     def in_place(self, cached: Sequence[CachedTensor]) -> Iterator[None]:
         """Have the model compute as before while the context lasts, ``cached`` unquantized too."""
-        now = [weight.data for weight, _ in self._held]
+        now = [weight.detach().clone() for weight, _ in self._held]
         for weight, before in self._held:
-            weight.data = before.to(weight.device)
+            weight.detach().copy_(before)
         try:
             with unquantized([*self._layers, *cached]):
                 yield
         finally:
             for (weight, _), data in zip(self._held, now, strict=True):
-                weight.data = data
+                weight.detach().copy_(data)
 
 
 @torch.no_grad()

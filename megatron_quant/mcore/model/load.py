@@ -196,6 +196,8 @@ def _fill(model: LiveModel, checkpoint: TensorSource, progress: Callable[[int], 
         tensor.zero_()  # padding rows of the vocabulary stay zero
         pieces = copies(local.param, local.shard_rank, local.shard_size)
         fill(tensor, pieces, checkpoint)
+        if local.param.shift:
+            tensor += local.param.shift
         if not torch.isfinite(amax(tensor)):
             _explain_not_finite(tensor.dtype, pieces, checkpoint)
         progress(1)

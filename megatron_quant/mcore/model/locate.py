@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron_quant.ckpt.plan import Layout, regions
 from megatron_quant.layers import LocalWeight
-from megatron_quant.models import Domain, Param, Stage
+from megatron_quant.models import Domain, Param, Role, Stage, local_shape
 
 LAYER = re.compile(r"(?<=\blayers\.)\d+")
 """The layer's number in a parameter's name."""
@@ -32,17 +32,35 @@ class LocalParam:
     chunk: int = 0
 
     def tensor(self, model: nn.Module) -> torch.Tensor:
-        """Return the live parameter of the chunk that holds it (a buffer, if it stays float32)."""
+        """Return the live parameter of the chunk that holds it (a buffer, if it stays float32).
+
+        Of one that holds more, return its rows.
+        """
         if self.param.fp32:
             return model.get_buffer(self.name)
-        return model.get_parameter(self.name)
+        found, inside = model.get_parameter(self.name), self.param.inside
+        if inside is None:
+            return found
+        return found.narrow(0, inside.before // self.shard_size, self.rows)
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows of its parameter it has."""
+        return local_shape(self.param, self.shard_rank, self.shard_size)[0]
 
     @property
     def weight(self) -> LocalWeight:
         """Return this place in the form that the quantized layers take."""
         module, _, attribute = self.name.rpartition(".")
         held = regions(self.param, self.shard_rank, self.shard_size)
-        return LocalWeight(self.param.name, module, attribute, tuple(region for _, region in held))
+        regions_ = tuple(region for _, region in held)
+        inside = self.param.inside
+        is_linear = self.param.role is Role.LINEAR
+        assert inside is None or not (is_linear and inside.before), "it has the first rows"
+        rows = None if inside is None else self.rows
+        return LocalWeight(
+            slot=self.param.name, module=module, attribute=attribute, regions=regions_, rows=rows
+        )
 
 
 def local_params(params: Sequence[Param], layout: Layout, rank: int) -> list[LocalParam]:
@@ -72,6 +90,6 @@ def _name_in_chunk(param: Param, layout: Layout, pp: int, chunk: int) -> str:
     if param.stage is Stage.ENDS and pp > 0:
         return _OUTPUT  # on the last stage, the embedding is only the output layer
     if param.layer is None or not layout.stages:
-        return param.name
+        return param.live
     number = layout.stages[pp][chunk].index(param.layer)
-    return LAYER.sub(str(number), param.name, count=1)
+    return LAYER.sub(str(number), param.live, count=1)

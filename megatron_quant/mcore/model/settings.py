@@ -22,8 +22,6 @@ KNOWN: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "moe_mlp_glu_interleave_size": ((None,), _ROWS),
     "moe_shared_expert_glu_interleave_size": ((None,), _ROWS),
     "rotary_interleaved": ((False,), "orders the rows of q and k in another way"),
-    "layernorm_zero_centered_gamma": ((False,), "stores the weights of norms less 1"),
-    "attention_output_gate": ((False,), "puts a gate among the rows of linear_qkv"),
     # places of weights
     "moe_single_grouped_weight": ((False,), "leaves a grouped linear no weight of each expert"),
     "moe_single_grouped_bias": ((False,), "leaves a grouped linear no bias of each expert"),
@@ -46,8 +44,6 @@ KNOWN: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "qk_l2_norm": ((False,), _OTHER_MODEL),
     "no_rope_freq": ((None,), _OTHER_MODEL),
     "softmax_scale": ((None,), _OTHER_MODEL),
-    "experimental_attention_variant": ((None,), _OTHER_MODEL),
-    "linear_attention_freq": ((None,), _OTHER_MODEL),
     "is_hybrid_model": ((False,), _OTHER_MODEL),
 }
 # Settings that config.json decides and that can differ without changing a shape; with their values
@@ -62,7 +58,18 @@ _DECIDED: Mapping[str, Any] = {
     "glu_linear_offset": 0.0,
     "softmax_type": "vanilla",
     "num_moe_experts": None,
+    "layernorm_zero_centered_gamma": False,
+    "attention_output_gate": False,
+    "experimental_attention_variant": None,
+    "linear_attention_freq": None,
 }
+_OF_DELTA_NETS = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
 _OF_EXPERTS = ("moe_router_topk", "moe_router_score_function")
 _OF_GROUPED_QUERIES = ("num_query_groups", "kv_channels")
 _OF_LATENTS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
@@ -84,9 +91,18 @@ def check_settings(config: Any, described: Mapping[str, Any]) -> None:
     chosen = [*_DECIDED, *_OF_EXPERTS]
     if described.get("moe_router_score_function") == "softmax":
         chosen.append("moe_router_pre_softmax")
-    for name in (*chosen, *(_OF_LATENTS if latent else _OF_GROUPED_QUERIES)):
+    for name in (*chosen, *_OF_DELTA_NETS, *(_OF_LATENTS if latent else _OF_GROUPED_QUERIES)):
         if name in described or name in _DECIDED:
-            _check_decided(name, getattr(config, name), described.get(name, _DECIDED.get(name)))
+            wanted = described.get(name, _DECIDED.get(name))
+            value = getattr(config, name, _DECIDED.get(name))
+            _check_decided(name, _pattern(value, wanted), wanted)
+
+
+def _pattern(value: Any, described: Any) -> Any:
+    """Return the layers that every n-th is full attention of, where ``described`` lists layers."""
+    if type(value) is not int or not isinstance(described, list):
+        return value
+    return [int((i + 1) % value != 0) for i in range(len(described))]
 
 
 def check_said(said: Mapping[str, Any], described: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ CASES = {
 }
 VIRTUAL = ((2, 2, 1), Pipeline(2, 2))
 RUNS = {
-    "stacked": (1, Training(stacked=True, common=False)),
+    "stacked": (2, Training((2, 1, 2), stacked=True, common=False)),
     "apart": (1, Training(beside=True)),
     "virtual": (4, Training(*VIRTUAL, padding=128, beside=True)),
     "virtual_stacked": (4, Training(*VIRTUAL, stacked=True, padding=128)),

@@ -60,16 +60,27 @@ def inspect_classes_here() -> None:
     registry._run_in_subprocess = lambda function: function()
 
 
-def take_any_experts() -> None:
-    """Say of every kernel for experts that it runs here, and of the platform that it has them."""
+def take_any_experts() -> Callable[[], None]:
+    """Say of every kernel for experts that it runs here, and of the platform that it has them.
+
+    Returns what takes the words of the kernels back.
+    """
     from vllm.model_executor.layers.fused_moe import config
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
     from vllm.platforms import current_platform
 
     supported = staticmethod(lambda *args, **kwargs: (True, None))
-    for kernel in (FusedMoEExperts, *_subclasses(FusedMoEExperts)):
+    kernels = (FusedMoEExperts, *_subclasses(FusedMoEExperts))
+    own = {k: k.is_supported_config for k in kernels if "is_supported_config" in vars(k)}
+    for kernel in own:
         kernel.is_supported_config = supported
     config.current_platform = _But(current_platform, is_cuda_alike=lambda: True)
+
+    def take_back() -> None:
+        for kernel, words in own.items():
+            kernel.is_supported_config = staticmethod(words)
+
+    return take_back
 
 
 def take_any_linear() -> None:

@@ -31,13 +31,14 @@ def frontier(search: Search) -> Markup:
         width=520,
         height=300,
     )
+    found = Point(search.bits, search.score)
     best = [p for p in search.frontier if p.score > 0 or not log]
-    marks = [steps(frame, [(p.bits, p.score) for p in best])] if best else []
+    line = sorted({(p.bits, p.score) for p in (*best, found)})
+    marks = [steps(frame, line)]
     marks += [dot(frame, p.bits, p.score, _point(p)) for p in best]
     for name, p in alone.items():
         marks.append(square(frame, p.bits, p.score, f"{name}: {_point(p)}"))
         marks.append(named(frame, p.bits, p.score, name))
-    found = Point(search.bits, search.score)
     marks.append(diamond(frame, found.bits, found.score, f"found: {_point(found)}"))
     plotted = scrolling(frame.title, plot(frame, marks, "plot wide"))
     return joined([tag("p", {}, _about(search)), plotted, _key(), _points(search)])
@@ -47,16 +48,13 @@ def uniform(search: Search) -> dict[str, Point]:
     """Return bits and score of each candidate alone."""
     found = {}
     for name in search.candidates[:-1]:
-        bits = weights = score = 0.0
-        for place in search.places:
-            option = next((o for o in place.options if name in o.candidates), place.chosen)
-            counted = place.weights * (place.share if search.cost == "active" else 1.0)
-            bits, weights, score = (
-                bits + option.bits * counted,
-                weights + counted,
-                score + option.score,
-            )
-        found[name] = Point(bits / weights, score)
+        options = [
+            next((o for o in place.options if name in o.candidates), place.chosen)
+            for place in search.places
+        ]
+        counts = [p.weights * (p.share if search.cost == "active" else 1.0) for p in search.places]
+        bits = sum(o.bits * n for o, n in zip(options, counts, strict=True)) / sum(counts)
+        found[name] = Point(bits, sum(o.score for o in options))
     return found
 
 
@@ -64,13 +62,14 @@ def _about(search: Search) -> str:
     return (
         f"The recipe that was found has {search.bits:.3f} bits a weight and score "
         f"{short(search.score)}; at most {search.bound:g} bits were allowed. Less score is "
-        f"better: it is the {search.unit}. No recipe of these candidates is below the line's steps."
+        f"better: it is the {search.unit}. At each point of the line, no recipe of these "
+        "candidates has less within as many bits."
     )
 
 
 def _key() -> Markup:
     marks = (
-        ("M1 8h14", "line", "the best at each number of bits"),
+        ("M1 8h14", "line", "the best within rising bounds"),
         ("M4 4h8v8h-8z", "square", "a candidate everywhere"),
         ("M8 1l7 7-7 7-7-7z", "diamond", "found"),
     )

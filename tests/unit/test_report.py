@@ -17,6 +17,7 @@ from megatron_quant.report import (
     write_report_files,
 )
 from megatron_quant.report.scales import Scale, scale_of, short, size
+from megatron_quant.report.searched import uniform
 from megatron_quant.report.style import style
 from tests.unit import report_world as world
 from tests.unit.report_pages import Element, read, rows
@@ -120,6 +121,8 @@ def test_a_search_is_drawn(page: Element, facts: Facts) -> None:
     curve = next(page.one("frontier").all("svg", "plot"))
     positive = [p for p in search.frontier if p.score > 0]
     assert len(list(curve.all("circle", "mark"))) == len(positive) == 24
+    (line,) = curve.all("path", "line")
+    assert line.attributes["d"].count("V") == 24  # the found one is a point of the line too
     assert len(list(curve.all("rect", "square"))) == 2
     assert [e.text for e in curve.all("text", "name")] == ["nvfp4", "fp8"]
     (found,) = curve.all("path", "diamond")
@@ -139,6 +142,18 @@ def test_uniform_recipes_cost_what_their_parts_do(page: Element, facts: Facts) -
     assert table["nvfp4"] == ["4.500", short(total, 4)]
     assert table["fp8"] == ["8.000", short(total / 8, 4)]
     assert table["found"] == [f"{facts.search.bits:.3f}", short(facts.search.score, 4)]
+
+
+def test_active_bits_count_experts_by_their_share(facts: Facts) -> None:
+    assert facts.search is not None
+    experts, *_ = (p for p in facts.search.places if p.family == "mlp.experts")
+    (other, *_) = (p for p in facts.search.places if p.family != "mlp.experts")
+    kept = replace(other, options=tuple(replace(o, chosen=True) for o in other.options[2:]))
+    small = replace(experts, share=0.25)
+    search = replace(facts.search, cost="active", places=(small, kept))
+    points = uniform(search)
+    assert points["nvfp4"].bits == pytest.approx((4.5 * 250 + 16 * 1000) / 1250)
+    assert points["fp8"].score == experts.options[1].score
 
 
 def test_what_was_excluded_and_why(page: Element) -> None:

@@ -1,5 +1,6 @@
 """Find a recipe for a checkpoint: score the candidates, then choose."""
 
+import gc
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -78,6 +79,7 @@ def found_recipe(
         load = partial(_loaded, job, groups, phases)
         live = LiveSource(load=load, vocab_size=vocab_size)
         flat = live_scores(work, live, groups, phases)
+        gc.collect()  # the model that was scored, before the one that is quantized is built
     return choose(plan, flat, auto, groups)
 
 

@@ -65,7 +65,7 @@ def run(ranks: Ranks, shown: list[str], inputs: dict[str, str], folder: Path) ->
     for flag in ("--export-dir", "--megatron-save-path"):
         if flag in argv:
             shutil.rmtree(argv[argv.index(flag) + 1], ignore_errors=True)
-    if words[0] == "quantize" and "--weight-only" not in words:
+    if words[0] in ("quantize", "sensitivity") and "--weight-only" not in words:
         argv += LITTLE_DATA
     if words[0] == "eval":
         argv += ("--seq-length", "32", "--max-tokens", "128")

@@ -1,5 +1,6 @@
 """A search on a live Megatron model, at any layout: the recipe that --stream finds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,40 @@ def test_a_search_goes_on_at_another_layout(source: Path, tmp_path: Path, ranks:
     again = {name: (work / "scores" / name).read_bytes() for name in BATCHES}
     assert [again[name] == kept[name] for name in (BATCHES[0], BATCHES[3])] == [True, True]
     torch.testing.assert_close(scores(work), before, rtol=0.05, atol=1e-3 * before.max().item())
+
+
+def quantized(source: Path, work: Path) -> float:
+    outcome = mq.quantize_checkpoint(
+        source,
+        None,
+        work / "out",
+        parallel=mq.Parallel(pp=2),
+        calibration=DATA,
+        auto=auto(work, checkpoint=None),
+        write=mq.Write(fsync=False),
+        report=work / "report.json",
+    )
+    assert outcome.found is not None
+    return outcome.found.bits
+
+
+def test_what_megatron_finds_is_exported_and_reported(
+    source: Path, tmp_path: Path, ranks: Any
+) -> None:
+    first, second = ranks(2, quantized, source, tmp_path / "w")
+    report = json.loads((tmp_path / "w" / "report.json").read_text())
+    assert first == second == report["search"]["bits"] <= 6.0
+    assert mq.verify(tmp_path / "w" / "out", against=source).problems == ()
+    again = mq.stream(
+        source,
+        str(tmp_path / "w" / "found.yaml"),
+        tmp_path / "again",
+        calibration=DATA,
+        groups=Groups(),
+        write=mq.Write(fsync=False),
+    )
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("w/out", "again")]
+    assert sizes[0] == sizes[1] and again.found is None
 
 
 # --- a live model -------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Load the transformers model of a checkpoint, and find which parameters hold which weights."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,20 +106,31 @@ def watched(model: PreTrainedModel, params: Sequence[Param]) -> list[Watched]:
     named = dict(model.named_parameters())
     prefix = decoder_of({name: tuple(p.shape) for name, p in named.items()})
     known, found = family(model.config.to_dict()), []
+    wanted = {key: p for p in params for key in keys_of(p)}
     for name, parameter in named.items():
         match = _LAYER.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
         if match is not None:
             stored = checkpoint_name(known, match[2])
-            found.append(Watched(parameter.data, _keys(match[1], stored, parameter)))
-    wanted = {key: p for p in params for key in keys_of(p)}
-    lacking = wanted.keys() - {key for w in found for key in w.keys}
+            own = (_member(key, wanted) for key in _keys(match[1], stored, parameter))
+            found.append(Watched(parameter.data, tuple(own)))
+    held = {key for w in found for key in w.keys}
+    lacking = [p for p in params if (keys := keys_of(p)) and held.isdisjoint(keys)]
     if lacking:
-        first = min(lacking)
         raise CheckpointError(
-            f"transformers' model has no parameter for {wanted[first].sources[0].name}, whose "
+            f"transformers' model has no parameter for {lacking[0].sources[0].name}, whose "
             "inputs are to be measured; exclude it in the recipe, or pass --weight-only"
         )
     return [w for w in found if wanted.keys() & set(w.keys)]
+
+
+def _member(key: str, wanted: Container[str]) -> str:
+    """Return the key of the first of two linears that transformers has fused, or ``key``.
+
+    Both have one input.
+    """
+    first = f"{key.removesuffix('gate_up_proj')}gate_proj"
+    fused = key.endswith(".gate_up_proj") and key not in wanted
+    return first if fused and first in wanted else key
 
 
 def _keys(layer: str, name: str, parameter: torch.Tensor) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ keys of config.json that only the hub's files have are put back here.
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -324,7 +324,6 @@ FAMILIES: dict[str, Tiny] = {
                 ("k_norm", (16,)),
             )
         },
-        unmeasured="transformers fuses gate and up in memory",
     ),
     "kimi_k25": Tiny(
         make=MODELS["deepseek_v3"],
@@ -414,7 +413,7 @@ FAMILIES: dict[str, Tiny] = {
                 f"model.layers.{i}.self_attn.{n}_norm.weight": (16,) for i in range(2) for n in "qk"
             },
         },
-        unmeasured="transformers has it inside Step-3.7 alone",
+        unmeasured="transformers has it inside Step-3.7 alone, which gives them",
     ),
     "hunyuan_v1_moe": Tiny(
         make=causal(
@@ -675,6 +674,27 @@ FAMILIES: dict[str, Tiny] = {
         count=ROUTED,
     ),
 }
+
+STEP3P7 = replace(
+    FAMILIES["step3p5"],
+    config={
+        "model_type": "step3p7",
+        "architectures": ["Step3p7ForConditionalGeneration"],
+        "text_config": {
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "moe_intermediate_size": 32,
+            "intermediate_size": 128,
+            "share_expert_dim": 32,
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+    },
+    nested="step3p5",
+    unmeasured="",
+)
+"""The same text decoder within Step-3.7, as which transformers has it."""
 
 
 def save(family: str | Tiny, directory: Path) -> Path:

@@ -1,5 +1,7 @@
 """Input scales of experts are of what engines multiply, not of what enters their layer."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,50 @@ def test_the_inputs_of_experts_are_theirs(family: str, layer: str, tmp_path: Pat
     assert max(found) == pytest.approx(max(seen["experts"]), rel=1e-6)
     scaled = max(seen["experts"]) != max(seen["layer"])
     assert scaled is (family != "qwen3_vl_moe")
+
+
+def silu(x: float, alpha: float = 1.0) -> float:
+    return x / (1 + math.exp(-alpha * x))
+
+
+@pytest.mark.parametrize(
+    ("family", "down", "limit", "wanted"),
+    [
+        ("gpt_oss", ".linear_fc2.", 0.5, (0.5 + 1) * silu(0.5, 1.702)),
+        ("deepseek_v4", ".w2.", 2.0, 2.0 * silu(2.0)),
+    ],
+)
+def test_the_clamp_bounds_what_experts_last_linear_sees(
+    family: str, down: str, limit: float, wanted: float, tmp_path: Path
+) -> None:
+    """Gate and up far beyond the limit: the largest product follows from the limit alone."""
+    source, text = family_models.save(family, tmp_path / "source"), tmp_path / "text.txt"
+    tokenizer().save_pretrained(source)
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    sources.config(source, swiglu_limit=limit)
+    first = re.compile(r".*\.experts\.(gate_up_proj|\d+\.w[13]\.weight)")
+    sources.edit(
+        source, lambda found: {n: w * 1000 if first.fullmatch(n) else w for n, w in found.items()}
+    )
+    flags = {**CALIBRATION, "calib_dataset": str(text), "export_quant_cfg": "fp8"}
+    flags |= {"export_format": "modelopt", "weight_only": False}
+    run = sources.run(source, tmp_path / "out", **flags)
+    assert run.inputs is not None
+    found = [v for n, v in run.inputs.found.items() if ".experts." in n and down in n]
+    assert max(found) == pytest.approx(wanted, rel=1e-2)  # computed in bf16
+
+
+def test_step_3_7_gives_the_input_scales_that_step_3_5_alone_does_not(tmp_path: Path) -> None:
+    source = family_models.save(family_models.STEP3P7, tmp_path / "source")
+    tokenizer().save_pretrained(source)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    flags = {**CALIBRATION, "calib_dataset": str(text), "export_quant_cfg": "fp8"}
+    flags |= {"export_format": "modelopt", "weight_only": False}
+    sources.run(source, tmp_path / "out", **flags)
+    found = sources.tensors(tmp_path / "out")
+    scaled = [n.removesuffix(".weight_scale") for n in found if n.endswith(".weight_scale")]
+    assert {"model.layers.1.moe.experts.3.down_proj", "model.layers.1.share_expert.up_proj"} <= {
+        *scaled
+    }
+    assert all(found[f"{module}.input_scale"] > 0 for module in scaled)

@@ -6,6 +6,10 @@ FAMILY = Family(
     title="MiniMax-M3",
     classes=("MiniMaxM3SparseForConditionalGeneration",),
     kinds=("minimax_m3_vl", "minimax_m3_vl_text"),
+    loaded=(
+        (r"mlp\.shared_experts\.", "block_sparse_moe.shared_experts."),
+        (r"self_attn\.indexer\.(q|k)_proj\.", r"self_attn.index_\1_proj."),
+    ),
     fused=(
         Fused(
             name="qkv_proj",

@@ -6,6 +6,7 @@ FAMILY = Family(
     title="Step-3.5, Step-3.7",
     classes=("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration"),
     kinds=("step3p5", "step3p7"),
+    loaded=((r"mlp\.shared_experts\.", "share_expert."),),
     stacks=(
         Stack(names=r"(.*\bmoe)\.gate_proj\.weight", holds="gate_proj"),
         Stack(names=r"(.*\bmoe)\.up_proj\.weight", holds="up_proj"),

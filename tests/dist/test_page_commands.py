@@ -31,6 +31,8 @@ HERE = [
 """All but those of a page that has a test of its own, ``test_from_training_page.py``."""
 DRAWN = ("docs/architecture.md Recipe", "docs/architecture.md `---", "docs/training.md quantizers:")
 """Starts of what is a drawing or a line of output."""
+OUTPUTS = ("scores", "found.yaml", "found475.yaml")
+"""Outputs that pages do not write in capitals."""
 LITTLE_DATA = ("--calib-size", "8", "--calib-seq-length", "32", "--cold-experts", "layer-max")
 SHOWN = sorted({pages.name_of(page) for page, shown in HERE if verb_of(shown) is not None})
 TEXT = "All work and no play makes Jack a dull boy, said the quantizer to the router. " * 40
@@ -60,7 +62,7 @@ def run(ranks: Ranks, shown: list[str], inputs: dict[str, str], folder: Path) ->
     """Run a command that a page shows, its outputs below ``folder``, whatever is there."""
     words = verb_of(shown)
     assert words is not None
-    places = {w: str(folder / w) for w in words if w.isupper()} | inputs
+    places = {w: str(folder / w) for w in words if w.isupper() or w in OUTPUTS} | inputs
     argv = [places.get(word, word) for word in words]
     for flag in ("--export-dir", "--megatron-save-path"):
         if flag in argv:

@@ -85,6 +85,40 @@ def test_towers_keep_every_byte(tmp_path: Path, ranks: Ranks) -> None:
     assert found["language_model.model.layers.1.self_attn.q_b_proj.input_scale"] > 0
 
 
+# (model, key of config.json, tensors of its layer for speculation)
+DRAFTS = [
+    (
+        "qwen3_5_moe",
+        "mtp_num_hidden_layers",
+        {"mtp.fc.weight": (64, 128), "mtp.layers.0.mlp.experts.gate_up_proj": (4, 128, 64)},
+    ),
+    (
+        "glm4_moe",
+        "num_nextn_predict_layers",
+        {"model.layers.2.eh_proj.weight": (64, 128), "model.layers.2.enorm.weight": (64,)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "shapes"), DRAFTS)
+def test_layers_for_speculation_are_carried(
+    name: str, key: str, shapes: dict[str, tuple[int, ...]], tmp_path: Path, ranks: Ranks
+) -> None:
+    source = saved(name, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, key: 1}))
+    drafts = {n: torch.rand(s).bfloat16() for n, s in shapes.items()}
+    weights = source / "model.safetensors"
+    save_file({**load_file(weights), **drafts}, weights, metadata={"format": "pt"})
+    ranks(1, stream_all, source, tmp_path / "stream", CASES[1:])
+    ranks(2, export_all, source, tmp_path, {"tp": 2}, CASES[1:])
+    out = tmp_path / folder(CASES[1])
+    assert digests(out) == digests(tmp_path / "stream" / folder(CASES[1]))
+    found = tensors(out)
+    for draft, value in drafts.items():
+        assert torch.equal(found[draft], value)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_every_layout_writes_what_a_stream_writes(name: str, tmp_path: Path, ranks: Ranks) -> None:
     source = saved(name, tmp_path / "source")

@@ -4,7 +4,7 @@ from megatron_quant.ckpt.read.directory import Checkpoint
 from megatron_quant.ckpt.read.mxfp4_stacks import packed_experts
 from megatron_quant.ckpt.read.source import Listed
 from megatron_quant.ckpt.read.stack_views import viewed
-from megatron_quant.models import has_table, unstack
+from megatron_quant.models import has_table, is_draft, unstack
 
 
 def single_experts(files: Checkpoint) -> Listed:
@@ -19,4 +19,7 @@ def single_experts(files: Checkpoint) -> Listed:
     packed = packed_experts(files)
     if packed is not files or not has_table(files.config):
         return packed
-    return viewed(files, unstack(files.config, {n: i.shape for n, i in files.tensors.items()}))
+    config = files.config
+    # layers for speculation are carried as they are stored
+    shapes = {n: i.shape for n, i in files.tensors.items() if not is_draft(config, n)}
+    return viewed(files, unstack(config, shapes))

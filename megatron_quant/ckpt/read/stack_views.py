@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_quant.ckpt.read.source import Listed, TensorInfo, Weights
-from megatron_quant.models import Box, View, unstack
+from megatron_quant.models import Box, View, is_draft, unstack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,13 @@ def viewed(checkpoint: W, views: Mapping[str, View]) -> W | Viewed:
 def unstacked(checkpoint: Weights) -> Weights:
     """Return the checkpoint by engines' names, without knowing what its tensors mean.
 
+    Stacks of layers for speculation are carried as they are, so they stay stacks.
+
     Raises ArchitectureError for a stack whose experts cannot be told apart.
     """
-    shapes = {name: info.shape for name, info in checkpoint.dense().items()}
-    return viewed(checkpoint, unstack(checkpoint.config, shapes))
+    config, stored = checkpoint.config, checkpoint.dense()
+    shapes = {name: info.shape for name, info in stored.items() if not is_draft(config, name)}
+    return viewed(checkpoint, unstack(config, shapes))
 
 
 def stacked(

@@ -102,8 +102,15 @@ def merge_amaxes(
         values = [seen[key] for key in keys_of(param) if key in seen]
         if values:
             row[i] = torch.stack(values).max().nan_to_num(nan=torch.inf)
-    merged = zip(params, max_reduce(row, groups).tolist(), strict=True)
-    found = {param.name: value for param, value in merged if value >= 0}
+    merged = dict(zip(params, max_reduce(row, groups).tolist(), strict=True))
+    # Zeros alone reach experts whose tokens go to others, but also those of a layer without values.
+    alive = {quant.by_name[p.name].slot.module for p, value in merged.items() if value > 0}
+    found = {
+        p.name: value
+        for p, value in merged.items()
+        if value > 0
+        or (value == 0 and (p.expert is None or quant.by_name[p.name].slot.module not in alive))
+    }
     for name, value in found.items():
         if not isfinite(value):
             raise CalibrationError(f"input of {name} contains NaN or Inf: repair the checkpoint")

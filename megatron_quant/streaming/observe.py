@@ -16,8 +16,8 @@ class Seen:
     """The largest inputs of weights, and the tokens of experts, by key.
 
     Attributes:
-        amax: Largest magnitudes, fp32 []. A weight without inputs is missing, and so is one of a
-            stack that got only zeros: some models give these for tokens that go to other experts.
+        amax: Largest magnitudes, fp32 []; those of experts are 0 also where only tokens of others,
+            which some models give as zeros, reached them. A weight without inputs is missing.
         tokens: Tokens of each weight of a stack; those of zeros do not count.
     """
 
@@ -54,8 +54,7 @@ class WeightInputAmax(WeightInputs):
 
     def _add(self, key: str, x: torch.Tensor) -> None:
         largest, seen = amax(x), self.found.amax
-        if key in self._alone or largest != 0:
-            seen[key] = torch.maximum(seen.get(key, largest), largest)
+        seen[key] = torch.maximum(seen.get(key, largest), largest)
         if key not in self._alone:
             tokens = self.found.tokens
             tokens[key] = tokens.get(key, 0) + int(x.any(-1).sum())

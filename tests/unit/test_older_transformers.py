@@ -16,7 +16,8 @@ PACKAGE = Path(activations.__file__).parents[1]
 THERE = {
     "transformers": {
         *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
-        *("AutoTokenizer", "PretrainedConfig", "PreTrainedModel", "PreTrainedTokenizerBase"),
+        *("AutoTokenizer", "DynamicCache", "PretrainedConfig", "PreTrainedModel"),
+        "PreTrainedTokenizerBase",
     },
     "transformers.utils": {"HF_MODULES_CACHE", "logging"},
 }

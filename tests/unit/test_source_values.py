@@ -16,7 +16,8 @@ from tests.unit import exported, sources
 from tests.unit.test_packed_references import STACK, as_stacks, stacks
 
 ZERO = "model.layers.1.mlp.experts."
-DIALECTS = {"fp8_block": "fp8", "int8_static": ""}  # static INT8 inputs are for no experts
+# Static INT8 inputs are for no experts.
+DIALECTS = {"fp8_block": "fp8", "int8_static": "", "int8_sq": ""}
 RECIPES = sorted(p.stem for p in (Path(recipes.__file__).parents[1] / "configs").glob("*.yaml"))
 CASES: list[dict[str, object]] = [
     {
@@ -68,8 +69,10 @@ def test_a_layer_of_zero_experts_is_zero_again(
 def test_zero_experts_through_a_live_model_are_the_same_bytes(
     zero_experts: Path, streamed: Path, tmp_path: Path, ranks
 ) -> None:
-    ranks(2, export_all, zero_experts, tmp_path, 2, 2, 1, CASES, timeout=600)
-    for case in CASES:
+    # Where inputs weigh, each path measures its own model: no two forwards give the same bits.
+    alike = [case for case in CASES if not str(case["export_quant_cfg"]).endswith("_awq")]
+    ranks(2, export_all, zero_experts, tmp_path, 2, 2, 1, alike, timeout=600)
+    for case in alike:
         assert digests(tmp_path / folder(case)) == digests(streamed / folder(case)), case
 
 

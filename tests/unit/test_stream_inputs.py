@@ -161,7 +161,8 @@ def test_the_model_is_left_as_it_was() -> None:
         F.linear(torch.full((2, 6), 9.0), w_EKN[2, :, :])
         F.linear(torch.zeros(0, 6), w_EKN[1])
     largest = max(x_ETK[0].abs().max(), x_ETK[2].abs().max())
-    assert mode.found.amax == {"a": largest, "c": torch.tensor(9.0)}
+    assert mode.found.amax == {"a": largest, "b": torch.tensor(0.0), "c": torch.tensor(9.0)}
+    assert mode.found.tokens == {"a": 10, "b": 0, "c": 7}
 
 
 def test_cold_experts_stop_the_run(gemma4: Path, tmp_path: Path) -> None:

@@ -40,15 +40,20 @@ class WeightInputs(TorchDispatchMode):
         on_input: Called with a weight's key and an input [T, K] of it, T > 0, in every product. A
             stack's expert may get rows of zeros for tokens that go to other experts. The function
             returns None, or a tensor of the same shape and dtype to multiply instead. Its own
-            products are not observed.
+            products are not observed. None for a subclass that overrides :meth:`on_input`: a mode
+            that held its own method would hold the weights until Python looks for cycles.
     """
 
-    def __init__(self, watched: Iterable[Watched], on_input: OnInput) -> None:
+    def __init__(self, watched: Iterable[Watched], on_input: OnInput | None = None) -> None:
         super().__init__()
         self._on_input = on_input
         self._by_storage: dict[int, list[Watched]] = {}
         for w in sorted(watched, key=_offset):
             self._by_storage.setdefault(_storage(w.parameter), []).append(w)
+
+    def on_input(self, key: str, x: torch.Tensor) -> torch.Tensor | None:
+        """Hear an input [T, K] of the weight of ``key``; return None or its replacement."""
+        return self._on_input(key, x) if self._on_input else None
 
     def __torch_dispatch__(
         self,
@@ -81,7 +86,7 @@ class WeightInputs(TorchDispatchMode):
         parts = [x] if count == 1 else list(x.unbind(0))
         assert len(parts) == count, (x.shape, w.shape, keys[0])
         found = [
-            self._on_input(key, part)
+            self.on_input(key, part)
             for key, part in zip(keys[first : first + count], parts, strict=True)
         ]
         if all(new is None for new in found):

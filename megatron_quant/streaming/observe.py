@@ -34,7 +34,7 @@ class WeightInputAmax(WeightInputs):
 
     def __init__(self, watched: Iterable[Watched]) -> None:
         held = tuple(watched)
-        super().__init__(held, self._hear)
+        super().__init__(held)
         self.found = Seen()
         self._alone = {w.keys[0] for w in held if len(w.keys) == 1}
         self._deaf = False
@@ -48,7 +48,8 @@ class WeightInputAmax(WeightInputs):
         finally:
             self._deaf = False
 
-    def _hear(self, key: str, x: torch.Tensor) -> None:
+    def on_input(self, key: str, x: torch.Tensor) -> None:
+        """Measure an input [T, K] of the weight of ``key``, unless deaf."""
         if not self._deaf:
             self._add(key, x)
 

@@ -109,7 +109,6 @@ def _planned(options: "QuantizeOptions", world: int) -> "tuple[Job, SearchPlan]"
         for name in options.auto.candidates
     }
     first = next(iter(jobs.values()))
-    assert first.dialect is not None
     sizes = options.parallel
     check_length(options.calibration.seq_length, sizes.tp, sizes.cp)
     if sizes.cp > 1 and options.auto.method == "gradient":
@@ -117,15 +116,7 @@ def _planned(options: "QuantizeOptions", world: int) -> "tuple[Job, SearchPlan]"
             f"--auto-quantize-method gradient runs no backward at --cp {sizes.cp}: search with "
             "--cp 1, or take kl_div; the recipe is for every layout"
         )
-    target = Target(
-        params=first.params,
-        config=first.hf_config,
-        dialect=first.dialect,
-        dtype=first.dtype,
-        kept=first.kept,
-        serve=options.serve,
-        expert_scales=first.expert_scales,
-    )
+    target = Target.of(first, options.serve)
     plans = {name: job.quant for name, job in jobs.items()}
     for name, quant in plans.items():
         if options.stream and any(d.static and d.slot.fixed == OUTPUT for d in quant.quantized):

@@ -121,16 +121,7 @@ def _planned(
             left_out.append(f"lm_head in {name}: {e}")
             jobs[name] = job
     first = next(iter(jobs.values()))
-    assert first.dialect is not None
-    target = Target(
-        params=first.params,
-        config=first.hf_config,
-        dialect=first.dialect,
-        dtype=first.dtype,
-        kept=first.kept,
-        serve=options.serve,
-        expert_scales=first.expert_scales,
-    )
+    target = Target.of(first, options.serve)
     plans = {name: replace(job.quant, kv_cache="") for name, job in jobs.items()}
     problem = places_of(target, plans, keep=())
     return first, SearchPlan(target=target, plans=plans, problem=problem), left_out

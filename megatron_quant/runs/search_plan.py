@@ -12,6 +12,7 @@ from megatron_quant.engines import check_serving
 from megatron_quant.errors import RecipeError
 from megatron_quant.models import Param
 from megatron_quant.recipes import QuantPlan
+from megatron_quant.runs.job import Job
 from megatron_quant.runs.settings import AutoQuantize, Serve
 from megatron_quant.search import Model, Problem, check_bits, check_mixtures, find_problem
 
@@ -32,6 +33,20 @@ class Target:
     kept: Mapping[str, torch.dtype]
     serve: Serve
     expert_scales: str
+
+    @classmethod
+    def of(cls, job: Job, serve: Serve) -> "Target":
+        """Return the model of a planned run, whose export goes to a directory."""
+        assert job.dialect is not None
+        return cls(
+            params=job.params,
+            config=job.hf_config,
+            dialect=job.dialect,
+            dtype=job.dtype,
+            kept=job.kept,
+            serve=serve,
+            expert_scales=job.expert_scales,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

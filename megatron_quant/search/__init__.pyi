@@ -3,6 +3,8 @@ from .ablation import families as families
 from .ablation import option_of as option_of
 from .cache import MeasuredCache as MeasuredCache
 from .cache import RoundedCache as RoundedCache
+from .calls import detached as detached
+from .calls import first_output as first_output
 from .found import to_recipe as to_recipe
 from .found import write_recipe as write_recipe
 from .loss import Loss as Loss
@@ -47,8 +49,10 @@ __all__ = [
     "check_loss",
     "check_mixtures",
     "check_score",
+    "detached",
     "families",
     "find_problem",
+    "first_output",
     "next_token_loss",
     "option_of",
     "place_weights",

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from megatron_quant.evaluation import nll_and_kl
 from megatron_quant.recipes import Rule
+from megatron_quant.search.calls import detached, first_output
 from megatron_quant.search.loss import Loss, check_loss, check_score, next_token_loss
 from megatron_quant.search.weights import Inputs, PlaceWeights
 
@@ -76,10 +77,10 @@ class _Watcher:
         output: Any,
     ) -> None:
         """Note the arguments of a forward; be called by a hook."""
-        out = _first(output)
+        out = first_output(output)
         if self.busy or not out.requires_grad:
             return
-        kept = Inputs(_detached(args), {k: _detached(v) for k, v in kwargs.items()})
+        kept = Inputs(detached(args), {k: detached(v) for k, v in kwargs.items()})
 
         def scored(gradient: torch.Tensor) -> None:
             self.busy = True
@@ -101,9 +102,9 @@ def _add(
 ) -> None:
     """Add a module's part to the scores of its place."""
     with torch.no_grad():
-        before = _first(module(*inputs.args, **inputs.kwargs)).float()
+        before = first_output(module(*inputs.args, **inputs.kwargs)).float()
     for i, rule in _quantized(weights):
-        change = _first(weights.run(module, prefix, rule, inputs)).float() - before
+        change = first_output(weights.run(module, prefix, rule, inputs)).float() - before
         found[i] += (gradient.float() * change).square().sum(dtype=torch.float64).cpu()
 
 
@@ -160,14 +161,3 @@ def _scopes(model: PreTrainedModel, weights: PlaceWeights) -> list[str]:
 
 def _with_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
     return output.detach().requires_grad_()
-
-
-def _first(output: Any) -> torch.Tensor:
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    return tuple(map(_detached, value)) if isinstance(value, tuple) else value

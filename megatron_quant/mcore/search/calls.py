@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megatron_quant.errors import CalibrationError
+from megatron_quant.search import detached, first_output
 
 
 @dataclass
@@ -30,9 +31,9 @@ class Call:
         """
         assert self.gradient is not None
         if self.output is None:
-            self.output = first(module(*self.args, **self.kwargs)).float()
+            self.output = first_output(module(*self.args, **self.kwargs)).float()
         with rounded():
-            change = first(module(*self.args, **self.kwargs)).float() - self.output
+            change = first_output(module(*self.args, **self.kwargs)).float() - self.output
         return float((self.gradient.float() * change).square().sum(dtype=torch.float64))
 
 
@@ -49,10 +50,10 @@ class Seen:
 
     def saw(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note a call; a forward hook."""
-        out = first(output)
+        out = first_output(output)
         if not out.requires_grad:
             return
-        call = Call(_detached(args), {name: _detached(value) for name, value in kwargs.items()})
+        call = Call(detached(args), {name: detached(value) for name, value in kwargs.items()})
         self._calls.append(call)
 
         def note(gradient: torch.Tensor) -> None:
@@ -74,15 +75,3 @@ class Seen:
                 "recomputation, or take --auto-quantize-method kl_div"
             )
         return calls
-
-
-def first(output: Any) -> torch.Tensor:
-    """Return a module's output, or the first of several."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    return tuple(map(_detached, value)) if isinstance(value, tuple) else value

@@ -100,7 +100,7 @@ def choose(
 
 
 def _planned(options: "QuantizeOptions", world: int) -> "tuple[Job, SearchPlan]":
-    from megatron_quant.runs.job import check_length
+    from megatron_quant.runs.job_checks import check_length
     from megatron_quant.runs.search_plan import Target, plan_search
 
     off = type(options.auto)()

@@ -24,7 +24,6 @@ from megatron_quant.ckpt.plan import (
 from megatron_quant.ckpt.read import Weights, carrying, check_weights, kept_dtypes, logical
 from megatron_quant.ckpt.storage import read_config, resolve_source
 from megatron_quant.engines import ENGINES, Obstacle, check_serving, obstacle
-from megatron_quant.errors import LayoutError, QuantError, RecipeError
 from megatron_quant.folding import Places, find_places
 from megatron_quant.mcore.checkpoint import Saved, model_of_run
 from megatron_quant.models import (
@@ -45,10 +44,10 @@ from megatron_quant.recipes import (
     Recipe,
     audit,
     cache_slots,
-    difference,
     refuse_output,
     resolve,
 )
+from megatron_quant.runs.job_checks import check_flags, check_same, check_sequential, check_whole
 from megatron_quant.runs.options import QuantizeOptions, check_plannable, chosen_recipe, dtype_of
 from megatron_quant.streaming import LayerMemory, layer_memory
 
@@ -208,14 +207,10 @@ def decide(
         quant = carrying(quant, model.checkpoint, dialect)
     if model.architecture is not None:
         refuse_output(quant)
-        _check_whole(options)
+        check_whole(options)
     if saved is not None and saved.recipe is not None:
-        _check_same(options, quant, resolve(saved.recipe, slots(params)))
-    _check_calibration(options, quant, saved)
-    _check_evaluation(options, quant, saved)
-    _check_samples(options, quant, saved)
-    _check_cache(quant)
-    _check_folding(options, quant)
+        check_same(options, quant, resolve(saved.recipe, slots(params)))
+    check_flags(options, quant, saved)
     dtype = dtype_of(options.dtype)
     scales = options.expert_scales or (saved.expert_scales if saved else EXPERT_SCALES[0])
     job = Job(
@@ -238,11 +233,7 @@ def decide(
         places=Places() if saved else find_places(params, quant, model.hf_config),
         sequential=options.calibration.sequential,
     )
-    if job.sequential and job.places.folded:
-        raise QuantError(
-            "--sequential: factors of awq and smoothquant are found after all layers were measured,"
-            " so no layer can be measured behind them; leave it out, or take gptq alone"
-        )
+    check_sequential(job.sequential, job.places)
     if options.export_dir is None and options.megatron_save_path is not None:
         return job
     serve = options.serve
@@ -290,86 +281,6 @@ def _source(options: QuantizeOptions, saved: Saved | None) -> Path:
     return model_of_run(saved.stored.path)[0]
 
 
-def _check_same(options: QuantizeOptions, quant: QuantPlan, saved: QuantPlan) -> None:
-    if other := difference(quant, saved):
-        raise RecipeError(
-            f"{options.megatron_load_path} was saved with recipe {saved.recipe!r}, which treats "
-            f"{other} differently than the flags ask: leave out --export-quant-cfg and the flags "
-            "that change it"
-        )
-
-
-def _check_cache(quant: QuantPlan) -> None:
-    """Raise RecipeError if the model caches no keys and values that could be calibrated."""
-    if quant.kv_cache == "fp8" and not cache_slots(quant):
-        raise RecipeError(
-            "--export-kv-cache-quant fp8: latent attention caches keys and values as one vector, "
-            "compressed, and engines read no calibrated scale for it; take fp8_cast, or none"
-        )
-
-
-def _check_whole(options: QuantizeOptions) -> None:
-    if options.calibration.sequential:
-        raise QuantError(
-            "--sequential goes layer by layer, and a Megatron model runs whole: add --stream, or "
-            "leave it out"
-        )
-
-
-def _check_calibration(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
-    """Raise QuantError where nothing is calibrated that a calibration file could keep or give."""
-    data = options.calibration
-    flag = "--save-calibration" if data.save else "--load-calibration" if data.load else ""
-    if flag and saved is not None:
-        raise QuantError(
-            f"{flag} does not go with --megatron-load-path, which has its scales: nothing is "
-            "calibrated; leave one of them out"
-        )
-    if flag and not quant.needs_data:
-        raise QuantError(f"{flag}: recipe {quant.recipe!r} needs no calibration data; leave it out")
-    if data.expert_share is not None and not any(d.slot.expert is not None for d in quant.measured):
-        raise QuantError(
-            "--calib-experts: no expert's inputs are measured; leave it out, or take a recipe with "
-            "static input scales, or --algorithm imatrix or gptq"
-        )
-    if data.sequential and not any(d.rounds for d in quant.quantized):
-        raise QuantError(
-            "--sequential: inputs behind quantized layers are measured only for algorithm gptq, "
-            "which no rule has; leave it out"
-        )
-    if data.keep_hessians and not any(d.rounds for d in quant.quantized):
-        raise QuantError(
-            "--keep-hessians: second moments are measured only for algorithm gptq, which no rule "
-            "has; leave it out"
-        )
-
-
-def _check_folding(options: QuantizeOptions, quant: QuantPlan) -> None:
-    """Raise QuantError for flags that do not go with factors that are folded into weights."""
-    if not quant.folds:
-        return
-    algorithm = next(d.algorithm for d in quant.quantized if d.folds)
-    if options.keep_scales:
-        raise QuantError(
-            f"--keep-scales keeps the source's codes, and algorithm {algorithm} changes weights: "
-            "leave one of them out"
-        )
-    if options.calibration.act_percentile < 100 and any(d.needs_peaks for d in quant.quantized):
-        raise QuantError(
-            f"--act-percentile does not go with algorithm {algorithm}, whose inputs change after "
-            "they were counted: leave one of them out"
-        )
-
-
-def _check_evaluation(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
-    """Raise QuantError if the weights to compare with are gone."""
-    if options.eval_text and saved is not None and any(d.rounds for d in quant.quantized):
-        raise QuantError(
-            "--eval-text compares with the weights before gptq, which --megatron-load-path lacks: "
-            "run megatron-quant eval on the export, with --against"
-        )
-
-
 def _moments(
     options: QuantizeOptions, quant: QuantPlan, saved: Saved | None
 ) -> tuple[MomentPass, ...]:
@@ -378,19 +289,3 @@ def _moments(
     if saved is not None or data.load is not None or options.stream:
         return ()
     return moment_passes(quant, options.parallel.ep, data.memory_bytes)
-
-
-def _check_samples(options: QuantizeOptions, quant: QuantPlan, saved: Saved | None) -> None:
-    """Refuse samples that need padding: padding would make the statistics depend on the layout."""
-    calibrates = quant.needs_data and saved is None and options.calibration.load is None
-    if options.eval_text or calibrates:
-        check_length(options.calibration.seq_length, options.parallel.tp, options.parallel.cp)
-
-
-def check_length(length: int, tp: int, cp: int = 1) -> None:
-    """Raise LayoutError if ranks at these parallel sizes cannot share samples of this length."""
-    cuts, flags = (tp, f"--tp {tp}") if cp == 1 else (2 * tp * cp, f"--tp {tp} x --cp {cp} x 2")
-    if length % cuts:
-        raise LayoutError(
-            f"{flags} does not divide --calib-seq-length {length}: choose a multiple of {cuts}"
-        )

@@ -23,7 +23,7 @@ from megatron_quant.runs.agree import check_options
 from megatron_quant.runs.auto_quantize import choose
 from megatron_quant.runs.auto_scores import Work, read_samples
 from megatron_quant.runs.found import Found
-from megatron_quant.runs.job import check_length
+from megatron_quant.runs.job_checks import check_length
 from megatron_quant.runs.live_scores import LiveSource, live_scores
 from megatron_quant.runs.phases import Phases
 from megatron_quant.runs.search_plan import SearchPlan, Target, plan_search

@@ -72,8 +72,8 @@ class ScaleLearner:
         if not self._learned and layers:
             raise QuantError(
                 "scales are learned of nvfp4 and int4 weights that gptq has rounded, whose scales "
-                "stay; others follow the weights: start from a checkpoint of --algorithm gptq "
-                "(--start-from)"
+                "stay, but for signed ones; others follow the weights: start from a checkpoint of "
+                "--algorithm gptq (--start-from)"
             )
         self._groups, self._lr, self._steps = groups, lr, 0
 
@@ -126,7 +126,8 @@ class ScaleLearner:
 
 
 def _learns(layer: QuantLayer) -> bool:
-    return layer.rounds and layer.weight_format.name in _FORMATS
+    fmt = layer.weight_format
+    return layer.rounds and fmt.name in _FORMATS and not fmt.signed
 
 
 def _gradients(layer: QuantLayer) -> list[RegionStat]:

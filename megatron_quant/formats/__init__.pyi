@@ -53,6 +53,7 @@ from .spec import Format as Format
 from .spec import get_format as get_format
 from .spec import regrouped as regrouped
 from .spec import stored_format as stored_format
+from .spec import with_signed_scales as with_signed_scales
 
 __all__ = [
     "CHANNEL",
@@ -110,4 +111,5 @@ __all__ = [
     "stored_format",
     "tensor_scale",
     "whole_matrix",
+    "with_signed_scales",
 ]

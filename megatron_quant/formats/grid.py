@@ -17,7 +17,7 @@ from megatron_quant.formats.spec import Format
 from megatron_quant.native import Cuts, Origin
 
 SIGNED = ("int4",)
-"""Formats whose scales may be below 0."""
+"""Formats whose scales may be below 0, in checkpoints or by ``Format.signed``."""
 
 
 @torch.no_grad()

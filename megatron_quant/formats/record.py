@@ -88,6 +88,7 @@ class Format:
         fields: Stored tensors in the order of ``encode``; the first one holds the elements.
         arithmetic: How values become elements.
         zero_point: Whether a block has a zero point beside its scale.
+        signed: Whether a block's scale has the sign that gives its largest value the least code.
         largest: Amax of a tensor whose scale is 1; None where the format has no scale per tensor.
         full_blocks: Whether every block along K must be full. Matrix instructions of the engines
             and the tiles of their scales need that.
@@ -104,6 +105,7 @@ class Format:
     fields: tuple[Field, ...]
     arithmetic: Arithmetic
     zero_point: bool = False
+    signed: bool = False
     largest: float | None = fact(default=None, compare=False)
     full_blocks: bool = fact(default=False, compare=False)
     scale_bits: tuple[int, int] | None = fact(default=None, compare=False)
@@ -134,8 +136,8 @@ class Format:
 
     @property
     def stat_parts(self) -> int:
-        """Count the numbers in a block's statistic: its amax, or both ends with a zero point."""
-        return 2 if self.zero_point else 1
+        """Count the numbers in a block's statistic: its amax, or both ends where signs count."""
+        return 2 if self.zero_point or self.signed else 1
 
     @property
     def float_bits(self) -> tuple[int, int] | None:

@@ -5,6 +5,8 @@ element also gets a name in ``formats/numbers/arithmetic.py``. Each dialect says
 call the format. Nothing here needs torch.
 """
 
+from dataclasses import replace
+
 from megatron_quant.errors import FormatError
 from megatron_quant.formats.record import CHANNEL, Arithmetic, Field, Format, regrouped
 from megatron_quant.native import WHOLE
@@ -19,6 +21,7 @@ __all__ = [
     "get_format",
     "regrouped",
     "stored_format",
+    "with_signed_scales",
 ]
 
 _SCALAR, _ROW = (WHOLE, WHOLE), (1, WHOLE)
@@ -233,6 +236,17 @@ def stored_format(name: str, group_size: int | None = None) -> Format:
         FormatError: For a group size that no engine reads.
     """
     return _in_groups(_READ_ONLY.get(name) or FORMATS[name], group_size)
+
+
+def with_signed_scales(fmt: Format) -> Format:
+    """Return int4 whose scales have the sign that gives the largest value of a group code -8.
+
+    Raises:
+        FormatError: For another format.
+    """
+    if fmt.name != "int4":
+        raise FormatError(f"only int4 has signed scales, not {fmt.name}")
+    return replace(fmt, signed=True, arithmetic=replace(fmt.arithmetic, scale="int4_signed"))
 
 
 def _in_groups(fmt: Format, group_size: int | None) -> Format:

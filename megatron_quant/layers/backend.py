@@ -34,6 +34,7 @@ from megatron_quant.formats import (
     put_together,
     scales_of,
     tensor_scale,
+    with_signed_scales,
 )
 
 BACKEND = "megatron_quant"
@@ -54,7 +55,11 @@ def quantizer_attributes(fmt: Format, axis: int | None = None) -> dict[str, Any]
         "enable": True,
         "axis": axis,
         "backend": BACKEND,
-        "backend_extra_args": {"format": fmt.name, "group_size": fmt.group_size},
+        "backend_extra_args": {
+            "format": fmt.name,
+            "group_size": fmt.group_size,
+            "signed": fmt.signed,
+        },
     }
 
 
@@ -70,7 +75,8 @@ def _block_sizes(fmt: Format) -> dict[Any, Any] | None:
 def quantizer_format(quantizer: TensorQuantizer) -> Format:
     """Return the format that :func:`quantizer_attributes` gave the quantizer."""
     args = quantizer.backend_extra_args
-    return get_format(args["format"], args["group_size"])
+    fmt = get_format(args["format"], args["group_size"])
+    return with_signed_scales(fmt) if args.get("signed") else fmt
 
 
 @dataclass(frozen=True)

@@ -47,4 +47,5 @@ def _format(fmt: Format) -> Any:
     if fmt == FORMATS[fmt.name]:
         return fmt.name
     size = "channel" if fmt.group_size == CHANNEL else fmt.group_size
-    return {"format": fmt.name, "group_size": size}
+    document = {"format": fmt.name, "group_size": size}
+    return {**document, "scales": "signed"} if fmt.signed else document

@@ -14,6 +14,7 @@ from megatron_quant.recipes.schema import (
     checked_format,
     checked_kv_cache,
     checked_rule,
+    checked_scales,
 )
 
 _TOP = ("description", "rules", "kv_cache")
@@ -85,11 +86,12 @@ def _parse_patterns(value: Any, where: str) -> tuple[str, ...]:
 def _parse_format(value: Any, where: str) -> Format:
     if isinstance(value, str):
         return checked_format(value, None, where)
-    keys = _mapping(value, ("format", "group_size"), where)
+    keys = _mapping(value, ("format", "group_size", "scales"), where)
     name = keys.get("format")
     if not isinstance(name, str):
         raise RecipeError(f"{where}: format must be one of {', '.join(SUPPORTED)}, got {name!r}")
-    return checked_format(name, _parse_group_size(keys.get("group_size"), where), where)
+    fmt = checked_format(name, _parse_group_size(keys.get("group_size"), where), where)
+    return checked_scales(fmt, keys["scales"], where) if "scales" in keys else fmt
 
 
 def _parse_group_size(value: Any, where: str) -> int | None:

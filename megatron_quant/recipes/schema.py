@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from megatron_quant.errors import FormatError, RecipeError
-from megatron_quant.formats import FORMATS, Format, get_format
+from megatron_quant.formats import FORMATS, Format, get_format, with_signed_scales
 
 SUPPORTED: dict[str, tuple[str | None, ...]] = {
     f.name: f.inputs for f in FORMATS.values() if f.inputs
@@ -65,11 +65,12 @@ class Rule:
         if self.weights is None:
             return "exclude"
         inputs = f"+{self.inputs.name}" if self.inputs else ""
+        signed = ", signed scales" if self.weights.signed else ""
         if self.algorithm == "max":
-            return f"{self.weights.name}{inputs}"
+            return f"{self.weights.name}{inputs}" + (f" (max{signed})" if signed else "")
         damp = "" if self.damp is None else f", damp {self.damp:g}"
         alpha = "" if self.alpha is None else f", alpha {self.alpha:g}"
-        return f"{self.weights.name}{inputs} ({self.algorithm}{damp}{alpha})"
+        return f"{self.weights.name}{inputs} ({self.algorithm}{signed}{damp}{alpha})"
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,11 @@ def checked_pair(weights: Format, inputs: Format | None, where: str) -> None:
     if not weights.inputs:
         known = ", ".join(SUPPORTED)
         raise RecipeError(f"{where}: {name} is a format of inputs; weights may be {known}")
+    if weights.signed and given:
+        raise RecipeError(
+            f"{where}: signed scales with {given} inputs, and kernels of quantized inputs take no "
+            "scale below 0; leave inputs or scales out"
+        )
     if given not in weights.inputs:
         known = " or ".join(f"{i or 'no'} inputs" for i in weights.inputs)
         way_out = "; weight-only INT8 is int8_group" if name == "int8" and not given else ""
@@ -215,6 +221,16 @@ def checked_pair(weights: Format, inputs: Format | None, where: str) -> None:
             f"{where}: {name} weights with {given or 'no'} inputs; "
             f"{name} weights go with {known}{way_out}"
         )
+
+
+def checked_scales(weights: Format, scales: object, where: str) -> Format:
+    """Return ``weights`` with ``scales``, which must be ``signed``; RecipeError otherwise."""
+    if scales != "signed":
+        raise RecipeError(f"{where}: scales must be signed, or left out, got {scales!r}")
+    try:
+        return with_signed_scales(weights)
+    except FormatError as e:
+        raise RecipeError(f"{where}: {e}; leave scales out") from None
 
 
 def checked_algorithm(algorithm: str, weights: Format, where: str) -> None:

@@ -17,6 +17,7 @@ from megatron_quant.formats import (
     get_format,
     stack_amax,
     tensor_scale,
+    with_signed_scales,
 )
 from megatron_quant.formats.backends.choose import loops_for
 from megatron_quant.formats.spec import CHANNEL, regrouped
@@ -25,8 +26,11 @@ from megatron_quant.native import library
 ALL = [
     *FORMATS.values(),
     *(get_format(n, g) for n in ("int4", "int4_asym", "int8_group") for g in (32, CHANNEL)),
+    *(with_signed_scales(get_format("int4", g)) for g in (128, 32, CHANNEL)),
 ]
-each_format = pytest.mark.parametrize("fmt", ALL, ids=lambda f: f"{f.name}-{f.group_size}")
+each_format = pytest.mark.parametrize(
+    "fmt", ALL, ids=lambda f: f"{f.name}-{f.group_size}{'-signed' * f.signed}"
+)
 
 
 @pytest.fixture(autouse=True)

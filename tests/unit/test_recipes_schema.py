@@ -285,7 +285,7 @@ def test_malformed_document(document: object, message: str) -> None:
         (NVFP4 | {"quantize": [3]}, r"quantize: must be a list of at least one pattern, got \[3\]"),
         (NVFP4 | {"quantize": [""]}, "quantize: must be a list of at least one pattern"),
         (NVFP4 | {"weights": "fp4"}, "unknown number format 'fp4'; known: fp8, fp8_block"),
-        (NVFP4 | {"weights": 8}, "must be a mapping of format, group_size, got 8"),
+        (NVFP4 | {"weights": 8}, "must be a mapping of format, group_size, scales, got 8"),
         (NVFP4 | {"weights": {"group_size": 64}}, "format must be one of fp8, fp8_channel"),
         (NVFP4 | {"weights": {"format": "int4", "bits": 3}}, "unknown key bits; allowed: format"),
         (NVFP4 | {"weights": {"format": "int4", "group_size": 48}}, "group_size 48 is not one of"),

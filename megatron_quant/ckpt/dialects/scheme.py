@@ -131,7 +131,14 @@ class StorageSchemes:
         """Return the scheme of these formats; FormatError where the dialect has none."""
         key = (weights, inputs, layer)
         if key not in self._made:
-            self._made[key] = StorageScheme(self.dialect.stored(*key), weights, inputs)
+            tensors = self.dialect.stored(*key)
+            if weights.signed and not any(t.signed for t in tensors):
+                raise FormatError(
+                    f"{self.dialect.name} export has no signed scales: its readers are not known "
+                    "to take a scale below 0; leave scales: signed out of the recipe, or export "
+                    "compressed-tensors, gptq or auto-round"
+                )
+            self._made[key] = StorageScheme(tensors, weights, inputs)
         return self._made[key]
 
 

@@ -46,7 +46,9 @@ def _rule(rule: Rule) -> list[object]:
 
 
 def _format(fmt: Format | None) -> object:
-    return [fmt.name, fmt.group_size] if fmt else None
+    if fmt is None:
+        return None
+    return [fmt.name, fmt.group_size, *(["signed"] if fmt.signed else [])]
 
 
 def source_digest(directory: Path) -> str:

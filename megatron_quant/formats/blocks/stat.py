@@ -31,7 +31,8 @@ def row_stat(x_RK: Tensor, columns: Cuts, parts: int) -> Tensor:
     Args:
         x_RK: Values of the rows.
         columns: How blocks lie along K.
-        parts: 1 for max |x|; 2 for (max(x, 0), max(-x, 0)), which formats with a zero point need.
+        parts: 1 for max |x|; 2 for (max(x, 0), max(-x, 0)), which formats with a zero point or
+            signed scales need.
     """
     x_RBb = columns.split(x_RK)
     if parts == 1:
@@ -56,9 +57,9 @@ def block_stat(w: Tensor, fmt: Format, origin: Origin = (0, 0)) -> Tensor:
         origin: Row and column of the logical tensor at which ``w`` starts.
 
     Returns:
-        fp32 [..., N_b, K_b, P]. P = 1: max |w|. P = 2, with a zero point: (max(w, 0), max(-w, 0)).
-        An empty piece has 0. A block that an edge of ``w`` cuts has the statistic of its part in
-        ``w``.
+        fp32 [..., N_b, K_b, P]. P = 1: max |w|. P = 2, with a zero point or signed scales:
+        (max(w, 0), max(-w, 0)). An empty piece has 0. A block that an edge of ``w`` cuts
+        has the statistic of its part in ``w``.
 
     Raises:
         FormatError: For another dtype.

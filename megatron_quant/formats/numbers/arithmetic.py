@@ -17,6 +17,7 @@ from megatron_quant.formats.numbers.scales import (
     Fp8Scale,
     IntAsymScale,
     IntScale,
+    IntSignedScale,
     Mxfp4Scale,
     Mxfp8Scale,
     Nvfp4Scale,
@@ -69,6 +70,9 @@ class Kernel:
     ) -> Tensor:
         """Return the stored elements of the rows, given the scale fields of their blocks."""
         steps = step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
+        if isinstance(self.scale, IntSignedScale):  # loops take no step below 0
+            x_RK = _turned(x_RK, step_RB, columns)
+            steps = step_RB, zero_RB = step_RB.abs(), zero_RB
         loops = loops_for(x_RK)
         if self.loop is not None and loops is not None:
             return loops.encode(x_RK, steps, self.loop, columns)
@@ -83,7 +87,11 @@ class Kernel:
         """Return ``values`` of ``elements``, fp32 or rounded to the dtype of ``x_RK``."""
         loops = loops_for(x_RK)
         if self.loop is not None and loops is not None:
-            steps = self.scale.steps(scales, dscale_R1)
+            steps = step_RB, zero_RB = self.scale.steps(scales, dscale_R1)
+            if isinstance(self.scale, IntSignedScale):
+                turned = _turned(x_RK, step_RB, columns)
+                values = loops.fake_quant(turned, (step_RB.abs(), zero_RB), self.loop, columns)
+                return _turned(values, step_RB, columns)
             return loops.fake_quant(x_RK, steps, self.loop, columns)
         stored = self.elements(x_RK, scales, dscale_R1, columns)
         return self.values(stored, scales, dscale_R1, columns)
@@ -106,6 +114,15 @@ class Kernel:
         """Return ``squares`` of bf16 or fp32 rows and of elements that ``library.reads``."""
         steps = self.scale.steps(scales, dscale_R1)
         return library.lost(x_RK, stored, steps, self.element.code, columns)
+
+
+def _turned(x_RK: Tensor, step_RB: Tensor, columns: Cuts) -> Tensor:
+    """Negate the values of blocks with a step below 0: their codes by the opposite step are equal.
+
+    Return a new tensor in the dtype of ``x_RK``.
+    """
+    sign_RB = torch.where(step_RB < 0, -1.0, 1.0).to(x_RK.dtype)
+    return columns.join(columns.split(x_RK) * sign_RB.unsqueeze(-1))
 
 
 _WIDENED = 1 << 15
@@ -131,6 +148,7 @@ _SCALES: dict[str, ScaleRule] = {
     "int8_zero": IntAsymScale(128),
     "int4_bf16": IntScale(7.5, _BF16),
     "int4_zero": IntAsymScale(8),
+    "int4_signed": IntSignedScale(8),
     "nvfp4": Nvfp4Scale(),
     "mxfp8": Mxfp8Scale(),
     "mxfp4": Mxfp4Scale(),

@@ -2,7 +2,7 @@
 
 A rule maps ``stat_RBP`` (rows of B blocks, see ``block_stat``) to the format's scale fields, each
 [R, B]. It maps those to ``step_RB``, fp32: the value of one unit of an element. Finite statistics
-give finite, positive scales, also for blocks that are all zero.
+give finite scales, also for blocks that are all zero; all are positive but ``IntSignedScale``'s.
 """
 
 from dataclasses import dataclass
@@ -75,6 +75,29 @@ class IntScale:
     def fields(self, stat_RBP: Tensor, dscale_R1: Tensor, dtype: torch.dtype) -> ScaleFields:
         """Return (scale,)."""
         return (positive(true_div(stat_RBP[..., 0], self.half_range).to(self.dtype)),)
+
+    def steps(self, fields: ScaleFields, dscale_R1: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the scale in fp32."""
+        return fields[0].float(), None
+
+
+@dataclass(frozen=True)
+class IntSignedScale:
+    """amax / ``half`` as bf16, below 0 where a block's largest magnitude is a positive value's.
+
+    So that value takes the code -``half``, and is not cut at ``half`` - 1. Where both ends are
+    as large, the scale is positive. A block of zeros has bf16's epsilon. AutoRound's
+    ``quant_tensor_sym`` does this too, but for blocks with two such ends.
+    """
+
+    half: int
+
+    def fields(self, stat_RBP: Tensor, dscale_R1: Tensor, dtype: torch.dtype) -> ScaleFields:
+        """Return (scale bf16,)."""
+        high, low = stat_RBP.unbind(-1)
+        amax = torch.maximum(high, low)
+        scale = positive(true_div(amax, float(self.half)).to(torch.bfloat16))
+        return (torch.where(high > low, -scale, scale),)
 
     def steps(self, fields: ScaleFields, dscale_R1: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the scale in fp32."""

@@ -24,6 +24,7 @@ from megatron_quant.runs.sensitivity_rows import FamilyLoss, Sensitivity
 from megatron_quant.runs.settings import AutoQuantize
 from megatron_quant.runs.stream_scores import loaded_places
 from megatron_quant.search import (
+    KV_CACHE,
     MeasuredCache,
     PlaceWeights,
     RoundedCache,
@@ -32,7 +33,6 @@ from megatron_quant.search import (
     option_of,
 )
 
-_KV_CACHE = "KV cache"
 _KV_BITS = 8.0
 
 
@@ -78,7 +78,7 @@ def measured(
     if cache_slots(replace(next(iter(plan.plans.values())), kv_cache=KV_CACHES[0])):
         trials += _cache_trials(model, own, groups)
     else:
-        left_out.append(f"{_KV_CACHE}: the model caches no keys and values as they are")
+        left_out.append(f"{KV_CACHE}: the model caches no keys and values as they are")
 
     def run() -> torch.Tensor:
         found = torch.zeros(len(trials), dtype=torch.float64)
@@ -173,7 +173,7 @@ def _cache_trials(
     given = {"fp8": merged, "fp8_cast": None}
     return [
         _Trial(
-            FamilyLoss(family=_KV_CACHE, format=name, weights=0, bits=_KV_BITS),
+            FamilyLoss(family=KV_CACHE, format=name, weights=0, bits=_KV_BITS),
             cache=partial(RoundedCache, model, given[name]),
         )
         for name in KV_CACHES

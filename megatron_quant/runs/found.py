@@ -29,7 +29,7 @@ class Found:
         """Return name, treatment and score of each place."""
         found, places = self.choice, self.choice.problem.places
         pairs = zip(places, found.chosen, strict=True)
-        return [(p.name, p.options[c].rule.action, found.scores[p.name][c]) for p, c in pairs]
+        return [(p.name, p.options[c].action, found.scores[p.name][c]) for p, c in pairs]
 
     def document(self) -> dict[str, Any]:
         """Return scores, frontier and choice as JSON (docs/auto_quantize.md has the form)."""

@@ -69,8 +69,8 @@ def plan_search(target: Target, plans: Mapping[str, QuantPlan], auto: AutoQuanti
     Raises:
         QuantError: For candidates that cannot be scored or mixed, and bits that cannot be met.
     """
-    _check_candidates(plans)
-    problem = places_of(target, plans, auto.keep)
+    _check_candidates(plans, auto.context_length)
+    problem = places_of(target, plans, auto.keep, auto.context_length)
 
     def check(plan: QuantPlan) -> None:
         dialect, serve = target.dialect, target.serve
@@ -83,10 +83,15 @@ def plan_search(target: Target, plans: Mapping[str, QuantPlan], auto: AutoQuanti
     return SearchPlan(target=target, plans=plans, problem=problem)
 
 
-def places_of(target: Target, plans: Mapping[str, QuantPlan], keep: tuple[str, ...]) -> Problem:
+def places_of(
+    target: Target,
+    plans: Mapping[str, QuantPlan],
+    keep: tuple[str, ...],
+    context: int | None = None,
+) -> Problem:
     """Return the places of a model; raises as ``find_problem``."""
     kv_cache = next(iter(plans.values())).kv_cache
-    return find_problem(_model(target, keep), plans, kv_cache)
+    return find_problem(_model(target, keep), plans, kv_cache, context)
 
 
 def _model(target: Target, keep: tuple[str, ...]) -> Model:
@@ -95,7 +100,7 @@ def _model(target: Target, keep: tuple[str, ...]) -> Model:
     return Model(params=target.params, config=target.config, schemes=schemes, keep=keep)
 
 
-def _check_candidates(plans: Mapping[str, QuantPlan]) -> None:
+def _check_candidates(plans: Mapping[str, QuantPlan], context: int | None) -> None:
     """Refuse candidates that scoring cannot replay, or whose recipes differ beyond the places."""
     for name, plan in plans.items():
         for d in plan.quantized:
@@ -104,8 +109,9 @@ def _check_candidates(plans: Mapping[str, QuantPlan]) -> None:
                     f"--auto-quantize-formats {name}: the search does not replay algorithm "
                     f"{d.algorithm} of {d.rule}; take max, and --algorithm with the found recipe"
                 )
-    if len({plan.kv_cache for plan in plans.values()}) > 1:
+    if context is None and len({plan.kv_cache for plan in plans.values()}) > 1:
         raise RecipeError(
             "--auto-quantize-formats: the candidates treat the KV cache differently; say how with "
-            "--export-kv-cache-quant"
+            "--export-kv-cache-quant, or have the search choose: --auto-quantize-cost active "
+            "--auto-quantize-context-length TOKENS"
         )

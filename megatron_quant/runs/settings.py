@@ -214,9 +214,10 @@ class AutoQuantize(_Group):
     recipes or YAML files with commas between; leaving a place unquantized is always one. method:
     ``gradient`` or ``kl_div``. score_size: samples that are scored. checkpoint: a directory that
     keeps the scores; a search that was stopped goes on there. recipe: file for the found recipe.
-    cost: ``weight`` counts what is stored, ``active`` what a token reads. keep: fnmatch patterns of
-    modules that stay unquantized. head: a safetensors file with the output layer, for a checkpoint
-    that has none.
+    cost: ``weight`` counts what is stored, ``active`` what a token reads. context_length: with cost
+    ``active``, tokens in the KV cache; its format is then chosen too, among those of the
+    candidates and none. keep: fnmatch patterns of modules that stay unquantized. head: a
+    safetensors file with the output layer, for a checkpoint that has none.
     """
 
     bits: float | None = None
@@ -228,6 +229,7 @@ class AutoQuantize(_Group):
     cost: str = "weight"
     keep: tuple[str, ...] = ()
     head: Path | None = None
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse names and numbers that mean nothing."""
@@ -239,10 +241,21 @@ class AutoQuantize(_Group):
                 raise QuantError(
                     f"--auto-quantize-{flag} is {value!r}: give one of {', '.join(known)}"
                 )
+        self._check_context()
         if not self.candidates:
             raise QuantError(
                 f"--auto-quantize-formats {self.formats!r} names no recipe: give some, such as "
                 "nvfp4,fp8"
+            )
+
+    def _check_context(self) -> None:
+        tokens, flag = self.context_length, "--auto-quantize-context-length"
+        if tokens is not None and tokens < 1:
+            raise QuantError(f"{flag} is {tokens}: give at least 1 token")
+        if tokens is not None and self.cost != "active":
+            raise QuantError(
+                f"{flag} is for what a token reads: add --auto-quantize-cost active, or leave it "
+                "out; a KV cache stores no weights"
             )
 
     @property

@@ -13,7 +13,7 @@ from megatron_quant.formats import amax
 from megatron_quant.models import Param
 from megatron_quant.runs.auto_scores import Work, read_kept
 from megatron_quant.runs.phases import Phases
-from megatron_quant.search import SCORERS, place_weights
+from megatron_quant.search import CACHE_SCORERS, SCORERS, place_weights
 from megatron_quant.streaming import (
     keys_of,
     merge_amaxes,
@@ -43,12 +43,16 @@ def stream_scores(work: Work, source: Path, groups: Groups, phases: Phases) -> t
     missing = together(groups, lambda: read_kept(store, own, found))
     if max_reduce(torch.tensor([len(missing)]), groups).item():
         model, places = loaded_places(work, source, [batches[i] for i in own], groups, phases)
+        caches = [place for place in work.plan.problem.places if place.cached]
 
         def score() -> None:
             with phases.bar("score", len(missing)) as progress:
                 for i in missing:
                     scorer = SCORERS[work.auto.method]
-                    found[i] = scorer(model, places, batches[i], work.loss)
+                    score_cache = CACHE_SCORERS[work.auto.method]
+                    parts = [scorer(model, places, batches[i], work.loss)]
+                    parts += [score_cache(model, p, batches[i], work.loss) for p in caches]
+                    found[i] = torch.cat(parts)
                     if store is not None:
                         store.put(i, found[i])
                     progress(1)

@@ -3,6 +3,7 @@ from .ablation import families as families
 from .ablation import option_of as option_of
 from .cache import MeasuredCache as MeasuredCache
 from .cache import RoundedCache as RoundedCache
+from .cache_scores import CACHE_SCORERS as CACHE_SCORERS
 from .calls import detached as detached
 from .calls import first_output as first_output
 from .found import to_recipe as to_recipe
@@ -13,6 +14,7 @@ from .loss import check_score as check_score
 from .loss import next_token_loss as next_token_loss
 from .mixtures import check_mixtures as check_mixtures
 from .names import COSTS as COSTS
+from .names import KV_CACHE as KV_CACHE
 from .names import METHODS as METHODS
 from .names import NONE as NONE
 from .places import Model as Model
@@ -29,7 +31,9 @@ from .weights import PlaceWeights as PlaceWeights
 from .weights import place_weights as place_weights
 
 __all__ = [
+    "CACHE_SCORERS",
     "COSTS",
+    "KV_CACHE",
     "METHODS",
     "NONE",
     "SCORERS",

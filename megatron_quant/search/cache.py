@@ -55,9 +55,15 @@ class RoundedCache(DynamicCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *rest: Any
     ) -> Any:
         """Round keys and values [B, heads, S, D], and cache them."""
-        one = torch.tensor(CAST_AMAX, device=key_states.device)
-        k, v = (one, one) if self._amaxes is None else self._amaxes[layer_idx]
+        if self._amaxes is None:
+            return super().update(cast(key_states), cast(value_states), layer_idx, *rest)
+        k, v = self._amaxes[layer_idx]
         return super().update(_rounded(key_states, k), _rounded(value_states, v), layer_idx, *rest)
+
+
+def cast(x: torch.Tensor) -> torch.Tensor:
+    """Round as ``fp8_cast`` does, with scale 1."""
+    return _rounded(x, torch.tensor(CAST_AMAX, device=x.device))
 
 
 def _rounded(x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

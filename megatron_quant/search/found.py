@@ -22,7 +22,11 @@ def to_recipe(problem: Problem, chosen: Sequence[int], name: str, description: s
         description: One line that says where it comes from.
     """
     patterns: dict[Rule, list[str]] = {}
+    kv_cache = problem.kv_cache
     for place, index in zip(problem.places, chosen, strict=True):
+        if place.cached:
+            kv_cache = place.options[index].kv_cache
+            continue
         rule = place.options[index].rule
         if rule.weights is None and place.output:
             continue  # it stays as it is unless a rule names it
@@ -31,7 +35,7 @@ def to_recipe(problem: Problem, chosen: Sequence[int], name: str, description: s
         patterns.setdefault(Rule(patterns=()), []).extend(problem.left)
     quantized = sorted(patterns, key=lambda rule: rule.weights is None)  # exclusions last
     rules = tuple(replace(rule, patterns=tuple(patterns[rule])) for rule in quantized)
-    return Recipe(name, rules, description, problem.kv_cache)
+    return Recipe(name, rules, description, kv_cache)
 
 
 def _patterns(place: Place) -> tuple[str, ...]:

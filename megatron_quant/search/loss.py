@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from megatron_quant.errors import CalibrationError
-from megatron_quant.recipes import Rule
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits fp32 [B, S, V] and token ids int64 [B, S] -> the sum of the losses of all tokens, []."""
@@ -28,10 +27,10 @@ def check_loss(loss: float) -> None:
         )
 
 
-def check_score(method: str, score: float, place: str, rule: Rule) -> None:
+def check_score(method: str, score: float, place: str, action: str) -> None:
     """Raise CalibrationError if the score of a place in a format is not finite."""
     if not isfinite(score):
         raise CalibrationError(
             f"--auto-quantize-method {method}: the score is {score} with {place} in "
-            f"{rule.action}; repair the checkpoint, or choose another --dtype"
+            f"{action}; repair the checkpoint, or choose another --dtype"
         )

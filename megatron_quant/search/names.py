@@ -1,5 +1,7 @@
 """The names that a search's flags may have. Nothing here imports torch."""
 
+KV_CACHE = "KV cache"
+"""Name of the place that is no weight."""
 NONE = "none"
 """Candidate that leaves a place unquantized. It is always there."""
 COSTS = ("weight", "active")

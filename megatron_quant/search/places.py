@@ -10,6 +10,7 @@ from megatron_quant.ckpt.dialects import StorageSchemes, layer_of
 from megatron_quant.errors import RecipeError
 from megatron_quant.models import Param, text_config, whole
 from megatron_quant.recipes import OUTPUT, Decision, QuantPlan, Rule
+from megatron_quant.search.cache_place import cache_place
 from megatron_quant.search.names import NONE
 from megatron_quant.search.problem import Option, Place, Problem
 
@@ -39,13 +40,16 @@ class Model:
     keep: tuple[str, ...] = ()
 
 
-def find_problem(model: Model, plans: Mapping[str, QuantPlan], kv_cache: str = "") -> Problem:
+def find_problem(
+    model: Model, plans: Mapping[str, QuantPlan], kv_cache: str = "", context: int | None = None
+) -> Problem:
     """Return the places of a model, with the options that the candidates' plans give.
 
     Args:
         model: The model.
         plans: Candidate -> its recipe, resolved for the model's parameters.
-        kv_cache: That of the found recipe.
+        kv_cache: That of the found recipe, where the cache is no place.
+        context: Tokens in the KV cache, which makes it a place.
 
     Raises:
         RecipeError: For a candidate that treats the weights of a place differently, and for a
@@ -64,6 +68,9 @@ def find_problem(model: Model, plans: Mapping[str, QuantPlan], kv_cache: str = "
     _add_mates(model.params, found, left)
     _check_keep(model, found)
     places = tuple(_place(model, params, decisions) for params in found.values())
+    if context is not None:
+        cache = cache_place(model.params, model.config, model.schemes, plans, context)
+        places, kv_cache = (*places, cache), ""
     return Problem(places=places, candidates=(*plans, NONE), left=tuple(left), kv_cache=kv_cache)
 
 

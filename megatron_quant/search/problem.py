@@ -20,12 +20,25 @@ class Option:
     Attributes:
         candidates: Candidates that treat the place so.
         rule: Its formats and algorithm; its patterns do not matter.
-        nbytes: Bytes that all tensors of the place then have on disk.
+        nbytes: Bytes that all tensors of the place then have on disk; of the KV cache, those that
+            a token reads.
+        kv_cache: Format of the KV cache, as recipes name it; empty if it stays as it is.
     """
 
     candidates: tuple[str, ...]
     rule: Rule
     nbytes: int
+    kv_cache: str = ""
+
+    @property
+    def changes(self) -> bool:
+        """Return whether anything is rounded."""
+        return self.rule.weights is not None or bool(self.kv_cache)
+
+    @property
+    def action(self) -> str:
+        """Return what it does, in short."""
+        return self.kv_cache or self.rule.action
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,7 @@ class Place:
         active: How many of ``stored`` equal parts of it a token meets.
         stored: Number of those parts: the experts; 1 for a place that every token meets.
         options: At least one; one of them has candidate ``none``.
+        cached: Of the KV cache, the values that a token reads; 0 for weights.
     """
 
     name: str
@@ -51,6 +65,7 @@ class Place:
     active: int
     stored: int
     options: tuple[Option, ...]
+    cached: int = 0
 
     @property
     def share(self) -> Fraction:
@@ -66,7 +81,7 @@ class Problem:
         places: The places, in the order of the model.
         candidates: Names of the candidates, ``none`` last.
         left: Modules that no candidate quantizes.
-        kv_cache: That of the found recipe.
+        kv_cache: That of the found recipe, where the cache is no place.
     """
 
     places: tuple[Place, ...]
@@ -127,10 +142,18 @@ class Problem:
             cost: One of :data:`COSTS`.
 
         Raises:
-            RecipeError: As :func:`check_bits`.
+            RecipeError: As :func:`check_bits`, and where the KV cache alone meets the bound.
         """
         check_bits(self, bits, cost)
-        return self._best(scores, Fraction(str(bits)), cost)
+        found = self._best(scores, Fraction(str(bits)), cost)
+        options = [p.options[c] for p, c in zip(self.places, found, strict=True)]
+        if options[-1].kv_cache and not any(o.rule.weights for o in options):
+            raise RecipeError(
+                f"--auto-quantize-bits {bits:g} is met by the KV cache in {options[-1].kv_cache} "
+                "alone, and a recipe quantizes weights: allow fewer bits, or leave "
+                "--auto-quantize-context-length out"
+            )
+        return found
 
     def _best(
         self, scores: Mapping[str, Sequence[float]], bits: Fraction, cost: str
@@ -188,7 +211,9 @@ def _rounded_up(bits: float) -> str:
 
 
 def _share(place: Place, cost: str) -> Fraction:
-    return place.share if cost == "active" else Fraction(1)
+    if cost == "active":
+        return place.share
+    return Fraction(0 if place.cached else 1)  # a cache is not stored
 
 
 def _cost(place: Place, option: Option, cost: str) -> Fraction:

@@ -38,7 +38,7 @@ def gradient_scores(
     """
     scores = [torch.zeros(len(p.place.options), dtype=torch.float64) for p in places]
     watcher = _Watcher()
-    handles = [model.get_input_embeddings().register_forward_hook(_with_gradient)]
+    handles = [model.get_input_embeddings().register_forward_hook(with_gradient)]
     for weights, found in zip(places, scores, strict=True):
         for name in _scopes(model, weights):
             module = model.get_submodule(name)
@@ -54,7 +54,7 @@ def gradient_scores(
             handle.remove()
     for weights, found in zip(places, scores, strict=True):
         for i, rule in _quantized(weights):
-            check_score("gradient", found[i].item(), weights.place.name, rule)
+            check_score("gradient", found[i].item(), weights.place.name, rule.action)
     return torch.cat(scores)
 
 
@@ -131,7 +131,7 @@ def divergence_scores(
         for i, rule in _quantized(weights):
             after = weights.run(model, "", rule, inputs).logits.flatten(0, 1)
             found[i] = max(nll_and_kl(after, before, labels).kl, 0.0)
-            check_score("kl_div", found[i].item(), weights.place.name, rule)
+            check_score("kl_div", found[i].item(), weights.place.name, rule.action)
         scores.append(found)
     return torch.cat(scores)
 
@@ -159,5 +159,6 @@ def _scopes(model: PreTrainedModel, weights: PlaceWeights) -> list[str]:
     return [".".join(parts)]
 
 
-def _with_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+def with_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """Begin a graph at a module's output: a forward hook."""
     return output.detach().requires_grad_()

@@ -168,7 +168,8 @@ def _document(problem: Problem) -> dict[str, Any]:
 
 
 def _place_document(place: Place) -> dict[str, Any]:
-    own = {k: v for k, v in vars(place).items() if k not in ("options", "modules")}
+    own = {k: v for k, v in vars(place).items() if k not in ("options", "modules", "cached")}
+    own |= {"cached": place.cached} if place.cached else {}
     return own | {"modules": list(place.modules), "options": _options_document(place.options)}
 
 
@@ -178,6 +179,7 @@ def _options_document(options: Sequence[Option]) -> list[dict[str, Any]]:
             "candidates": list(o.candidates),
             "nbytes": o.nbytes,
             "rule": rule_document(replace(o.rule, patterns=("*",))),
+            **({"kv_cache": o.kv_cache} if o.kv_cache else {}),
         }
         for o in options
     ]
@@ -203,24 +205,29 @@ def _place(fields: Fields) -> Place:
     options = fields.get("options")
     if not isinstance(options, list) or not options:
         raise fields.refused("options", "a list of options")
+    cached = fields.count("cached", most=1 << 62) if fields.get("cached") is not None else 0
     return Place(
         name=fields.text("name"),
         family=fields.text("family"),
         modules=fields.texts("modules"),
         output=fields.flag("output"),
-        elements=fields.count("elements", most=1 << 62),
+        elements=0 if cached else fields.count("elements", most=1 << 62),
         active=fields.count("active"),
         stored=fields.count("stored"),
         options=tuple(
             _option(Fields(_object(o, Path(fields.where)), fields.where)) for o in options
         ),
+        cached=cached,
     )
 
 
 def _option(fields: Fields) -> Option:
-    (rule,) = parse_recipe(fields.where, {"rules": [fields.get("rule")]}).rules
+    document = {"rules": [fields.get("rule")], "kv_cache": fields.get("kv_cache")}
+    recipe = parse_recipe(fields.where, document)
+    (rule,) = recipe.rules
     return Option(
         candidates=fields.texts("candidates"),
         rule=replace(rule, patterns=()),
         nbytes=fields.count("nbytes", most=1 << 62),
+        kv_cache=recipe.kv_cache,
     )

@@ -70,9 +70,9 @@ def _place(place: Place, scores: Sequence[float], chosen: int) -> dict[str, Any]
         "share": float(place.share),
         "options": [
             {
-                "format": option.rule.action if option.rule.weights else "none",
+                "format": option.action if option.changes else "none",
                 "candidates": list(option.candidates),
-                "bits": 8 * option.nbytes / place.elements,
+                "bits": 8 * option.nbytes / (place.elements or place.cached),
                 "score": score,
                 "chosen": i == chosen,
             }
@@ -82,7 +82,7 @@ def _place(place: Place, scores: Sequence[float], chosen: int) -> dict[str, Any]
 
 
 def _excluded(problem: Problem) -> list[dict[str, str]]:
-    kept = [p.name for p in problem.places if len(p.options) == 1]
+    kept = [p.name for p in problem.places if len(p.options) == 1 and not p.cached]
     return [
         *({"name": name, "why": "--auto-quantize-keep"} for name in kept),
         *({"name": name, "why": "no candidate quantizes it"} for name in problem.left),

@@ -165,6 +165,7 @@ def place_weights(
     return [
         PlaceWeights(place=p, held=tuple(found[p.name]), sharing=sharing, input_amax=input_amax)
         for p in problem.places
+        if not p.cached
     ]
 
 

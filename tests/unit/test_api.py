@@ -40,7 +40,9 @@ FIELDS = {
     "tokenizer, trust_remote_code, save, load, keep_hessians, memory, experts, sequential",
     "Write": "overwrite, resume, max_shard_size, io_threads, fsync, verify",
     "Serve": "engine, tp",
-    "AutoQuantize": "bits, formats, method, score_size, checkpoint, recipe, cost, keep, head",
+    "AutoQuantize": (
+        "bits, formats, method, score_size, checkpoint, recipe, cost, keep, head, context_length"
+    ),
 }
 RESULTS = {
     *("Choices", "ExportPlan", "Exported", "Found", "Job", "Outcome", "Report", "Rewritten"),

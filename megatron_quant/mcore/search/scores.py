@@ -70,7 +70,7 @@ class LiveScorer:
             check_loss(flat[:, 0].sum().item())
         options = [(p.place, o.rule) for p in self.places for o in p.place.options]
         for (place, rule), score in zip(options, flat[:, 1:].sum(0).tolist(), strict=True):
-            check_score(self.method, score, place.name, rule)
+            check_score(self.method, score, place.name, rule.action)
 
     def _options(self) -> list[tuple[int, LivePlace, int]]:
         """Return (column, place, option) of all options that change something."""

@@ -10,6 +10,7 @@ from tests.dist import checkpoints, packed
 from tests.dist.command import Ended, command
 from tests.dist.pool import Ranks
 from tests.unit import pages
+from tests.unit.test_deepseek_v4_form import release
 from tests.unit.test_docs_commands import COMMANDS, verb_of
 
 ELSEWHERE = {
@@ -17,6 +18,7 @@ ELSEWHERE = {
     "makes what ModelOpt saves",
     "--megatron-load-path RUN": "tests/dist/test_from_training_page.py does, on a run that megatron-core "
     "saved",
+    "--report search.html": "tests/dist/test_report.py draws a search, from scores that it makes",
     "examples/train_qat.py": "tests/dist/test_train_qat.py runs it",
     "make": "each takes minutes, or makes an environment; make test runs this file",
     "benchmarks": "they measure for minutes",
@@ -46,6 +48,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (root / "heldout.txt").write_text(TEXT)
     return {
         "PATH": str(checkpoints.save("qwen3_moe", root / "source", num_experts=4)),
+        "RELEASE": str(release(root / "release")),
         "GPTQ_CHECKPOINT": str(packed.save(root / "gptq")[0]),
         "corpus.jsonl": str(root / "corpus.jsonl"),
         "heldout.txt": str(root / "heldout.txt"),

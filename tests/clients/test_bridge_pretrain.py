@@ -13,6 +13,7 @@ import megatron_quant as mq
 from tests.clients.test_bridge_live import tensors
 from tests.dist import checkpoints
 from tests.dist.pool import Ranks
+from tests.dist.resumed import farthest, ranges
 
 pytestmark = pytest.mark.skipif(not find_spec("megatron.bridge"), reason="make test-clients")
 SIZES = {"num_hidden_layers": 4, "num_experts": 4, "moe_intermediate_size": 128}
@@ -53,13 +54,6 @@ def train(source: Path, run: Path, out: Path, layout: tuple, die: bool) -> list[
     return lines
 
 
-def ranges(source: Path, stored: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """A checkpoint's ranges of weights, and the weights' own maxima."""
-    from tests.dist import training
-
-    return training.stored_ranges(source, stored, "fp8")
-
-
 @pytest.fixture(scope="module")
 def killed(source: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
     """What a run leaves that is killed after its second save, and the export of one that is not."""
@@ -91,10 +85,7 @@ def test_resumed_at_another_layout(
     assert not any("calibrated" in line for line in said[0])
     found, whole = tensors(tmp_path / "out"), tensors(killed / "whole")
     assert found.keys() == whole.keys()
-    distances = []
-    for name in (name for name in whole if "input_scale" not in name):
-        one, other = whole[name].float(), found[name].float()
-        distances.append((float((one - other).norm() / one.norm()), name))
-    assert max(distances)[0] < 0.1, max(distances)
+    distance = farthest(found, whole)
+    assert distance[0] < 0.1, distance
     held, own = ranks(1, ranges, source, run)[0]
     assert held == own

@@ -12,7 +12,7 @@ from megatron_quant.ckpt.verify.checkpoint import verify
 from megatron_quant.folding.fold import DOCUMENT
 from tests.dist import checkpoints
 from tests.dist.pool import Ranks
-from tests.dist.test_gptq import LAYOUTS, ONE, PATIENCE_S, run, same, stream
+from tests.dist.test_gptq import LAYOUTS, ONE, PATIENCE_S, flags_of, run, same, stream
 from tests.dist.test_layouts import digests
 
 
@@ -27,14 +27,7 @@ CASES = {
 
 
 def case(name: str, out: Path, **flags: Any) -> dict[str, Any]:
-    recipe, algorithm, dialect = CASES[name]
-    return {
-        "export_quant_cfg": recipe,
-        "algorithm": algorithm,
-        "export_format": dialect,
-        "export_dir": out / name,
-        **flags,
-    }
+    return flags_of(CASES[name], out / name, **flags)
 
 
 @pytest.fixture(scope="module")

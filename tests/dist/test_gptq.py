@@ -50,15 +50,20 @@ def run(source: Path, layout: dict, runs: list[dict]) -> None:
         quantize_run(options, start_distributed(), ConsolePhases(console()))
 
 
-def case(name: str, out: Path, **flags: object) -> dict:
-    recipe, algorithm, dialect = CASES[name]
+def flags_of(case: tuple[str, str, str], out: Path, **flags: object) -> dict:
+    """Flags of an export into ``out``; a case is (recipe, algorithm, dialect)."""
+    recipe, algorithm, dialect = case
     return {
         "export_quant_cfg": recipe,
         "algorithm": algorithm,
         "export_format": dialect,
-        "export_dir": out / name,
+        "export_dir": out,
         **flags,
     }
+
+
+def case(name: str, out: Path, **flags: object) -> dict:
+    return flags_of(CASES[name], out / name, **flags)
 
 
 @pytest.fixture(scope="module")

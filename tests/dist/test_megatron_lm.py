@@ -12,6 +12,7 @@ import pytest
 import megatron_quant as mq
 from tests.dist import checkpoints, saved
 from tests.dist.pool import Ranks
+from tests.dist.resumed import farthest, ranges
 from tests.dist.test_layouts import tensors
 from tests.dist.test_live_models import weights
 from tests.dist.test_training import BATCHES
@@ -105,13 +106,6 @@ def killed(source: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks)
     return folder
 
 
-def ranges(source: Path, stored: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """A checkpoint's ranges of weights, and the weights' own maxima."""
-    from tests.dist import training
-
-    return training.stored_ranges(source, stored, "fp8")
-
-
 def test_what_a_killed_run_leaves(source: Path, killed: Path, ranks: Ranks) -> None:
     """Ranges are those of the weights beside them, and no list of ModelOpt's modes is there."""
     folders = [killed / f"run/iter_000000{n}" for n in (2, 4)]
@@ -130,11 +124,8 @@ def test_resumed_at_another_layout(
     assert not any("calibrated" in line for line in said[0])
     found, whole = tensors(tmp_path / "out"), tensors(killed / "whole")
     assert found.keys() == whole.keys()
-    distances = []
-    for name in (name for name in whole if "input_scale" not in name):
-        one, other = whole[name].float(), found[name].float()
-        distances.append((float((one - other).norm() / one.norm()), name))
-    assert max(distances)[0] < 0.1, max(distances)
+    distance = farthest(found, whole)
+    assert distance[0] < 0.1, distance
     held, own = ranks(1, ranges, source, run)[0]
     assert held == own
     assert not list(run.glob("*/modelopt_state"))

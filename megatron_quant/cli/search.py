@@ -71,9 +71,9 @@ def add_search(p: argparse.ArgumentParser) -> None:
         "--auto-quantize-context-length",
         type=int,
         metavar="TOKENS",
-        help="with --auto-quantize-cost active and --stream: choose the format of the KV cache "
-        "too, among those that the candidates' recipes name and none; a token then reads this many "
-        "tokens' keys and values as well",
+        help="with --auto-quantize-cost active: choose the format of the KV cache too, among those "
+        "that the candidates' recipes name and none; a token then reads this many tokens' keys and "
+        "values as well",
     )
     group.add_argument(
         "--auto-quantize-keep",

@@ -14,10 +14,8 @@ from megatron_quant.errors import CoverageError
 from megatron_quant.formats import get_format
 from megatron_quant.layers.backend import quantizer_attributes
 from megatron_quant.layers.install import LocalWeight
-from megatron_quant.recipes import CacheSlot, QuantPlan, attention_of, cache_slots
+from megatron_quant.recipes import CAST_AMAX, CacheSlot, QuantPlan, attention_of, cache_slots
 
-CAST_AMAX = 448.0
-"""The amax that gives an FP8 scale of 1: keys and values are cast as they are."""
 _CACHED = get_format("fp8")
 
 

@@ -2,6 +2,7 @@ from .coverage import AuditRow as AuditRow
 from .coverage import audit as audit
 from .document import rule_document as rule_document
 from .document import to_document as to_document
+from .kv_cache import CAST_AMAX as CAST_AMAX
 from .kv_cache import CacheSlot as CacheSlot
 from .kv_cache import attention_of as attention_of
 from .kv_cache import cache_slots as cache_slots
@@ -31,6 +32,7 @@ from .schema import with_damp as with_damp
 from .schema import with_kv_cache as with_kv_cache
 
 __all__ = [
+    "CAST_AMAX",
     "EXPERT_SCALES",
     "KV_CACHES",
     "OUTPUT",

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from megatron_quant.recipes.plan import QuantPlan, Slot
 
 PARTS = ("k", "v")
+CAST_AMAX = 448.0
+"""The amax that gives an FP8 scale of 1: keys and values are cast as they are."""
 _KEYS = ".k_proj"
 
 

@@ -23,12 +23,6 @@ if TYPE_CHECKING:
     from megatron_quant.search import Loss
 
 
-NO_LIVE_CACHE = (
-    "--auto-quantize-context-length: the KV cache is scored by transformers' model alone; search "
-    "with --stream, whose recipe is for every layout, or leave it out"
-)
-
-
 def with_found_recipe(
     options: "QuantizeOptions", groups: "Groups", phases: "Phases"
 ) -> "tuple[QuantizeOptions, Found]":
@@ -112,8 +106,6 @@ def _planned(options: "QuantizeOptions", world: int) -> "tuple[Job, SearchPlan]"
     from megatron_quant.runs.job_checks import check_length
     from megatron_quant.runs.search_plan import Target, plan_search
 
-    if options.auto.context_length is not None and not options.stream:
-        raise RecipeError(NO_LIVE_CACHE)
     off = type(options.auto)()
     jobs = {
         name: _job(replace(options, export_quant_cfg=name, auto=off), world)

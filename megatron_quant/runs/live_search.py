@@ -13,14 +13,14 @@ from megatron_quant.ckpt.plan import slots, source_digest
 from megatron_quant.ckpt.read import kept_dtypes, open_source
 from megatron_quant.dist import Groups, together
 from megatron_quant.documents import check_output_file
-from megatron_quant.errors import CalibrationError, LayoutError, RecipeError
+from megatron_quant.errors import CalibrationError, LayoutError
 from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.live import HFModel, check_unquantized, read_hf_model
 from megatron_quant.mcore.model import LiveModel, start_distributed, wrap_model
 from megatron_quant.models import Role, lookup, positive, text_config
 from megatron_quant.recipes import QuantPlan, load_recipe, refuse_output, resolve
 from megatron_quant.runs.agree import check_options
-from megatron_quant.runs.auto_quantize import NO_LIVE_CACHE, choose
+from megatron_quant.runs.auto_quantize import choose
 from megatron_quant.runs.auto_scores import Work, read_samples
 from megatron_quant.runs.found import Found
 from megatron_quant.runs.job_checks import check_length
@@ -78,8 +78,6 @@ def search_live(
 
 
 def _planned(live: LiveModel, hf: HFModel, auto: AutoQuantize, target: LiveTarget) -> SearchPlan:
-    if auto.context_length is not None:
-        raise RecipeError(NO_LIVE_CACHE)
     cp = mpu.get_context_parallel_world_size()
     check_length(target.calibration.seq_length, mpu.get_tensor_model_parallel_world_size(), cp)
     if cp > 1 and auto.method == "gradient":

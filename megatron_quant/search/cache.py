@@ -7,9 +7,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from megatron_quant.formats import amax, fake_quant, get_format, tensor_scale
+from megatron_quant.recipes import CAST_AMAX
 
-CAST_AMAX = 448.0
-"""The amax that gives an FP8 scale of 1."""
 _CACHED = get_format("fp8")
 Amaxes = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 """Layer -> amaxes of its keys and values, fp32 []."""

@@ -11,6 +11,10 @@ from safetensors.torch import load_file
 import megatron_quant as mq
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, CheckpointError, LayoutError, QuantError
+from megatron_quant.evaluation import dense_model
+from megatron_quant.formats import fake_quant, get_format, tensor_scale
+from megatron_quant.runs.batches import calibration_batches
+from megatron_quant.search import MeasuredCache, next_token_loss
 from tests.dist import checkpoints
 
 TEXT = Path(__file__)
@@ -27,17 +31,34 @@ def source(tmp_path_factory) -> Path:
 
 
 def auto(work: Path, **changes: Any) -> mq.AutoQuantize:
-    work.mkdir(exist_ok=True)
+    work.mkdir(exist_ok=True, parents=True)
     given = {"bits": 6.0, "formats": "nvfp4,fp8", "score_size": 4}
     files = {"checkpoint": work / "scores", "recipe": work / "found.yaml"}
     return mq.AutoQuantize(**{**given, **files, **changes})
 
 
-def find(source: Path, work: Path, sizes: dict[str, int] | None, method: str = "gradient") -> None:
+def cached(folder: Path, *kinds: str) -> str:
+    """Return recipes of nvfp4 with a KV cache of each kind."""
+    for kind in kinds:
+        recipe = {"rules": [{"quantize": ["*"], "weights": "nvfp4"}], "kv_cache": kind}
+        (folder / f"{kind}.yaml").write_text(json.dumps(recipe))
+    return ",".join(f"{folder}/{kind}.yaml" for kind in kinds)
+
+
+CACHE = {"cost": "active", "context_length": 1000}
+
+
+def find(
+    source: Path,
+    work: Path,
+    sizes: dict[str, int] | None,
+    method: str = "gradient",
+    changes: dict[str, Any] | None = None,
+) -> None:
     """Search in fp32, in which layouts differ less than formats; ``sizes`` None: by --stream."""
     mq.find_recipe(
         source,
-        auto(work, method=method),
+        auto(work, method=method, **(changes or {})),
         parallel=None if sizes is None else mq.Parallel(**sizes),
         calibration=DATA,
         dtype="fp32",
@@ -53,16 +74,56 @@ def scores(work: Path) -> torch.Tensor:
 def test_every_layout_finds_the_recipe_that_stream_finds(
     source: Path, tmp_path: Path, ranks: Any, method: str
 ) -> None:
-    find(source, tmp_path / "stream", None, method)
+    changes = CACHE | {"formats": f"{cached(tmp_path, 'fp8_cast')},fp8", "bits": 19.0}
+    find(source, tmp_path / "stream", None, method, changes)
     wanted = (tmp_path / "stream" / "found.yaml").read_bytes()
+    assert b"kv_cache: fp8_cast" in wanted
     alone = scores(tmp_path / "stream")
-    assert (alone.sum(0)[[0, 1, 3, 4]] > 0).all()
+    assert (alone.sum(0)[[0, 1, 3, 4, -2]] > 0).all() and alone[:, -1].tolist() == [0.0] * 4
     layouts = LAYOUTS if method == "gradient" else [LAYOUTS[1], (4, {"pp": 2, "cp": 2})]
     for number, (world, sizes) in enumerate(layouts):
         work = tmp_path / str(number)
-        ranks(world, find, source, work, sizes, method)
+        ranks(world, find, source, work, sizes, method, changes)
         assert (work / "found.yaml").read_bytes() == wanted, sizes
         torch.testing.assert_close(scores(work), alone, rtol=0.05, atol=1e-3 * alone.max().item())
+
+
+class _Kept(MeasuredCache):
+    """A cache that keeps its keys and values, and has the graph keep their gradients."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kept: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *rest: Any) -> Any:
+        k.retain_grad()
+        v.retain_grad()
+        self.kept.append((layer, k, v))
+        return super().update(k, v, layer, *rest)
+
+
+def test_a_cache_is_scored_with_the_scales_that_calibration_gives_it(
+    source: Path, tmp_path: Path, ranks: Any
+) -> None:
+    changes = CACHE | {"formats": cached(tmp_path, "fp8", "fp8_cast"), "bits": 19.0}
+    ranks(4, find, source, tmp_path / "live", {"tp": 2, "pp": 2}, "gradient", changes)
+    model = dense_model(source, torch.float32).requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    amaxes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    runs = [_Kept(model, amaxes) for _ in range(4)]
+    for ids, cache in zip(calibration_batches(DATA, source, 258), runs, strict=True):
+        logits = model(ids, past_key_values=cache, use_cache=True).logits
+        next_token_loss(logits.float(), ids).backward()
+    wanted = [0.0, 0.0]
+    for layer, *both in (each for cache in runs for each in cache.kept):
+        for x, largest in zip(both, amaxes[layer], strict=True):
+            for i, amax in enumerate((largest.detach(), torch.tensor(448.0))):
+                scale = tensor_scale(amax, get_format("fp8"))
+                change = fake_quant(x.detach().contiguous(), get_format("fp8"), scale) - x.detach()
+                wanted[i] += (x.grad * change).square().sum().item()
+    found = scores(tmp_path / "live").sum(0)[-3:].tolist()
+    assert found == [pytest.approx(wanted[0], rel=1e-3), pytest.approx(wanted[1], rel=1e-3), 0.0]
+    assert wanted[0] != pytest.approx(wanted[1], rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2_moe"])

@@ -233,7 +233,6 @@ def test_what_is_refused(source: Path, tmp_path: Path) -> None:
         search(source, tmp_path, f"{recipe},fp8_channel", context_length=None)
     with pytest.raises(RecipeError, match="candidates that quantize the KV cache, and none does"):
         search(source, tmp_path, "fp8_channel")
-    auto = mq.AutoQuantize(bits=5.0, formats=str(recipe), cost="active", context_length=10)
-    with pytest.raises(RecipeError, match="scored by transformers' model alone; search with"):
-        mq.find_recipe(source, auto, parallel=mq.Parallel(), groups=Groups())
+    with pytest.raises(RecipeError, match="--stream cannot calibrate --export-kv-cache-quant fp8:"):
+        search(source, tmp_path, str(recipe), "fp8")
     assert not (tmp_path / "scores").exists() and not (tmp_path / "out").exists()

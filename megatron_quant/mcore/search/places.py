@@ -1,18 +1,27 @@
 """Find the places of a search in a live model, and prepare each of their options."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron.core import parallel_state as mpu
 from torch import nn
 
-from megatron_quant.calib import InputRules, calibrate, calibrate_weights, load_inputs
+from megatron_quant.calib import (
+    InputRules,
+    calibrate,
+    calibrate_kv_cache,
+    calibrate_weights,
+    load_inputs,
+    run_rest,
+    watch,
+)
 from megatron_quant.dist import together
 from megatron_quant.layers import ExpertScales, QuantLayer, refit
 from megatron_quant.mcore.live import forced_experts
 from megatron_quant.mcore.model import LiveModel, LocalParam, attach_model
+from megatron_quant.mcore.search.cache import cache_format, live_cache
+from megatron_quant.mcore.search.scope import Fitted, LivePlace, Scope
 from megatron_quant.models import Parallel
 from megatron_quant.recipes import QuantPlan
 from megatron_quant.search import Place, Problem
@@ -36,57 +45,6 @@ class Candidates:
     expert_scales: ExpertScales = ExpertScales.SHARED
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A quantizer that a module gets, as one of its attributes, while an option is in place."""
-
-    module: nn.Module
-    attribute: str
-    quantizer: nn.Module
-
-    def put(self) -> nn.Module:
-        """Put it in place; return the one that was there."""
-        before = self.module.get_submodule(self.attribute)
-        self.module.add_module(self.attribute, self.quantizer)
-        return before
-
-
-@dataclass(frozen=True)
-class Scope:
-    """A module at whose output a place is scored.
-
-    counted: whether this rank's part of the output counts; some outputs are equal on all ranks of
-    a tensor-parallel group.
-    """
-
-    module: nn.Module
-    name: str
-    counted: bool
-
-
-@dataclass(frozen=True)
-class LivePlace:
-    """This rank's part of a place; a rank of another pipeline stage has no scopes of it.
-
-    options: the quantizers of each option.
-    """
-
-    place: Place
-    scopes: tuple[Scope, ...] = ()
-    options: tuple[tuple[Fitted, ...], ...] = field(default=())
-
-    @contextmanager
-    def rounded(self, option: int) -> Iterator[None]:
-        """Have the model round the place as an option says while the context lasts."""
-        fitted = self.options[option] if self.options else ()
-        before = [(f, f.put()) for f in fitted]
-        try:
-            yield
-        finally:
-            for f, quantizer in before:
-                f.module.add_module(f.attribute, quantizer)
-
-
 def live_places(
     model: LiveModel,
     candidates: Candidates,
@@ -98,33 +56,38 @@ def live_places(
     Args:
         model: The model; :func:`as_before` makes it as it was.
         candidates: What is scored.
-        forwards: Run the samples through the model, for the scales of inputs that are static.
+        forwards: Run the samples through the model, for the scales of inputs that are static, and
+            of keys and values.
         rules: How those scales follow.
 
     Raises:
-        QuantError: On every rank alike, for a layer that cannot carry a quantizer, a weight or
-            input that is not finite, or a cold expert.
+        QuantError: On every rank alike, for a layer that cannot carry a quantizer, a weight, input,
+            key or value that is not finite, or a cold expert.
     """
-    union = _union(tuple(candidates.plans.values()))
+    union = _union(tuple(candidates.plans.values()), cache_format(candidates.problem))
     scales = candidates.expert_scales
-    layers, _ = together(model.groups, lambda: attach_model(model, union, scales))
+    layers, cached = together(model.groups, lambda: attach_model(model, union, scales))
     rules = replace(rules, token_replicas=model.layout.etp_size)
     steps = [partial(_forced, model, layers, rules, forward) for forward in forwards]
-    inputs = calibrate(layers, union, model.groups, steps, rules).input_amax
+    with watch(cached) as seen:
+        inputs = calibrate(layers, union, model.groups, steps, rules).input_amax
+        if union.needs_data and not union.measured:
+            run_rest(layers, steps)
+    amaxes = calibrate_kv_cache(cached, union, model.groups, seen)
     off = [
         Fitted(layer.module, attribute, quantizer)
         for layer in layers
         for attribute, quantizer in _quantizers(layer)
     ]
-    for layer in layers:
-        for quantizer in layer.quantizers:
-            quantizer.disable()
+    for quantizer in (q for parts in (layers, cached) for part in parts for q in part.quantizers):
+        quantizer.disable()
     by_candidate = {}
     for name, plan in candidates.plans.items():
         by_candidate[name] = _fit(model, plan, scales, inputs)
         for fitted in off:
             fitted.put()
-    return _places(model, candidates.problem, by_candidate)
+    found = _places(model, candidates.problem, by_candidate)
+    return [live_cache(p.place, cached, amaxes) if p.place.cached else p for p in found]
 
 
 def _forced(
@@ -135,11 +98,12 @@ def _forced(
         forward()
 
 
-def _union(plans: Sequence[QuantPlan]) -> QuantPlan:
+def _union(plans: Sequence[QuantPlan], kv_cache: str) -> QuantPlan:
     """Return a plan that quantizes what any of them does, and measures what any of them needs."""
     each = zip(*(plan.decisions for plan in plans), strict=True)
     chosen = (max(same, key=lambda d: (d.static, d.quantized)) for same in each)
-    return QuantPlan("the candidates", tuple(replace(d, algorithm="max") for d in chosen))
+    decisions = tuple(replace(d, algorithm="max") for d in chosen)
+    return QuantPlan("the candidates", decisions, kv_cache)
 
 
 def _quantizers(layer: QuantLayer) -> Iterator[tuple[str, nn.Module]]:

@@ -12,7 +12,7 @@ from megatron_quant.dist import sum_reduce
 from megatron_quant.evaluation import nll_and_kl
 from megatron_quant.mcore.model import LiveModel, run_backward, run_schedule, whole
 from megatron_quant.mcore.search.calls import Seen
-from megatron_quant.mcore.search.places import LivePlace
+from megatron_quant.mcore.search.scope import LivePlace
 from megatron_quant.search import Loss, check_loss, check_score, next_token_loss
 
 
@@ -68,9 +68,9 @@ class LiveScorer:
     def _check(self, flat: torch.Tensor) -> None:
         if self.method == "gradient":
             check_loss(flat[:, 0].sum().item())
-        options = [(p.place, o.rule) for p in self.places for o in p.place.options]
-        for (place, rule), score in zip(options, flat[:, 1:].sum(0).tolist(), strict=True):
-            check_score(self.method, score, place.name, rule.action)
+        options = [(p.place, o) for p in self.places for o in p.place.options]
+        for (place, option), score in zip(options, flat[:, 1:].sum(0).tolist(), strict=True):
+            check_score(self.method, score, place.name, option.action)
 
     def _options(self) -> list[tuple[int, LivePlace, int]]:
         """Return (column, place, option) of all options that change something."""
@@ -78,7 +78,7 @@ class LiveScorer:
         return [
             (column, place, i)
             for column, (place, i) in enumerate(each, start=1)
-            if place.place.options[i].rule.weights is not None
+            if place.place.options[i].changes
         ]
 
     def _rows(self, batches: int) -> torch.Tensor:

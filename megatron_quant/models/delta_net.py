@@ -10,6 +10,9 @@ from dataclasses import replace
 from megatron_quant.models.decoder import Decoder, DeltaNet
 from megatron_quant.models.spec import Inside, Parallel, Param, Role, Rows, Source
 
+_LARGE, _GATES = ("query", "key", "value", "z"), ("beta", "alpha")
+"""What GatedDeltaNet.sharded_state_dict calls the parts of in_proj."""
+
 
 def delta_net(decoder: Decoder, net: DeltaNet, layer: int) -> Iterator[Param]:
     """Yield the gated delta net of one layer, with the norm before it."""
@@ -89,9 +92,9 @@ def _in_proj(decoder: Decoder, net: DeltaNet, ours: str, theirs: str) -> Iterato
         large = [("in_proj_qkv", each[:3]), ("in_proj_z", each[3:])]
         little = [("in_proj_b", per_head[:1]), ("in_proj_a", per_head[1:])]
     name = f"{ours}.in_proj.weight"
-    for linears, own, before, role in (
-        (large, name, 0, Role.LINEAR),
-        (little, f"{ours}.in_proj_gates.weight", wide, Role.OTHER),
+    for linears, own, before, role, kept in (
+        (large, name, 0, Role.LINEAR, _LARGE),
+        (little, f"{ours}.in_proj_gates.weight", wide, Role.OTHER, _GATES),
     ):
         rows = wide if role is Role.LINEAR else small
         order = [
@@ -111,6 +114,7 @@ def _in_proj(decoder: Decoder, net: DeltaNet, ours: str, theirs: str) -> Iterato
             groups=groups,
             order=tuple(order),
             by_item=True,
+            kept=kept,
             inside=Inside(name=name, before=before, rows=wide + small),
         )
 
@@ -128,4 +132,5 @@ def _convolution(net: DeltaNet, ours: str, theirs: str) -> Param:
         groups=net.key_heads,
         order=tuple(_follow(0, each, net.key_heads, grouped=False)),
         by_item=True,
+        kept=_LARGE[:3],
     )

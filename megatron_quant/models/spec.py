@@ -150,6 +150,8 @@ class Param:
             another whole.
         by_item: Whether all groups' rows of one item of ``order`` follow one another; otherwise all
             items of one group do.
+        kept: Names that Megatron's checkpoints append for the rows of each item of ``order``, which
+            they store as a tensor by itself; empty where they store the parameter whole.
         inside: Where it lies in a larger parameter; None where it is one by itself.
         shift: What Megatron's values are larger by than Hugging Face's.
         wide: Whether a model that this library builds has it in float32, as its values need. An
@@ -174,6 +176,7 @@ class Param:
     called: tuple[str, ...] = ()
     order: tuple[Rows, ...] = ()
     by_item: bool = False
+    kept: tuple[str, ...] = ()
     inside: Inside | None = None
     shift: float = 0.0
     wide: bool = False

@@ -19,7 +19,8 @@ class Training:
 
     sizes: tp, ep and etp. stacked: one key for all layers, and one for all experts. padding: rows
     to a multiple of which, times tp, its vocabulary is padded; 0 for the least. beside: whether
-    optimizer, rng and extra states go along. common: whether there is a ``common.pt``.
+    optimizer, rng and extra states go along. common: whether there is a ``common.pt``. narrow:
+    whether every weight is in ``dtype``, as Megatron's Float16Module leaves it.
     """
 
     sizes: tuple[int, int, int] = (1, 1, 1)
@@ -29,6 +30,7 @@ class Training:
     beside: bool = False
     common: bool = True
     dtype: torch.dtype = torch.bfloat16
+    narrow: bool = False
 
 
 def save_run(source: Path, run: Path, how: Training, iteration: int = 3) -> None:
@@ -41,6 +43,9 @@ def save_run(source: Path, run: Path, how: Training, iteration: int = 3) -> None
     if how.padding:
         build.padded_vocab = _padded(how.padding)
     model = load(source, Parallelism(*how.sizes, how.pipeline), how.dtype)
+    if how.narrow:
+        for chunk in model.chunks:
+            chunk.to(how.dtype)
     folder = run / f"iter_{iteration:07d}"
     write(folder, {f"model{i}": chunk for i, chunk in enumerate(model.chunks)}, how)
     if dist.get_rank() == 0:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_quant.errors import LayoutError
-from tests.dist import checkpoints, saved
+from tests.dist import checkpoints, plain, saved
 from tests.dist.pool import Ranks
 from tests.dist.test_family_exports import SIZES
 from tests.dist.test_gptq import same
@@ -78,6 +78,35 @@ def test_a_megatron_checkpoint_at_another_layout(
                 assert found[key].dtype is torch.float32
                 value = value.float()
             assert same_bytes(found[key], value), key
+
+
+def test_a_plain_training_checkpoint(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """At another layout than it was saved at; as from the Hugging Face folder."""
+    ranks(2, plain.save_run, source, tmp_path / "wide", plain.Training((2, 1, 2), stacked=True))
+    ranks(1, plain.save_run, source, tmp_path / "narrow", plain.Training(narrow=True))
+    ranks(2, quantize_each, source, tmp_path, {"hf": None, "wide": "wide", "narrow": "narrow"})
+    want = tensors(tmp_path / "hf.out")
+    for name in ("wide", "narrow"):
+        found = tensors(tmp_path / f"{name}.out")
+        assert found.keys() == want.keys()
+        for key, value in want.items():
+            if key.endswith(WIDE):
+                value = value.float() if name == "wide" else value.bfloat16()
+                if key.endswith("norm.weight") and name == "narrow":
+                    value = value - 1 + 1  # the run has it less one
+            assert same_bytes(found[key], value), (name, key)
+
+
+def quantize_each(source: Path, folder: Path, runs: dict[str, str | None]) -> None:
+    for name, run in runs.items():
+        saved.quantize(
+            hf_model_id=str(source),
+            megatron_load_path=folder / run if run else None,
+            export_dir=folder / f"{name}.out",
+            export_quant_cfg="nvfp4",
+            weight_only=True,
+            ep=2,
+        )
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -21,8 +21,26 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     for param in lookup(weights.config).params(weights.config):
         tensor = torch.empty(param.shape)
         fill(tensor, copies(param, 0, 1), weights)
-        found[param.name] = tensor
+        tensor += param.shift
+        if param.inside and param.live in found:  # it comes last
+            tensor = torch.cat([found[param.live], tensor])
+        found[param.live] = tensor
     return found
+
+
+def delta_nets_apart(folder: Path) -> dict[str, torch.Tensor]:
+    """``tensors_of``, with the parts of delta nets' linears as Megatron saves them."""
+    found = tensors_of(folder)
+    config = open_source(folder).config
+    for param in lookup(config).params(config):
+        if not param.kept:
+            continue
+        at = param.inside.before if param.inside else 0
+        for name, item in zip(param.kept, param.order, strict=True):
+            rows = item.count * param.groups
+            found[f"{param.live}.{name}"] = found[param.live][at : at + rows].clone()
+            at += rows
+    return {k: t for k, t in found.items() if not re.search(r"\.(in_proj|conv1d)\.weight$", k)}
 
 
 def apart(tensors: Tensors) -> dict[str, torch.Tensor]:

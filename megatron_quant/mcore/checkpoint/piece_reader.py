@@ -36,7 +36,8 @@ class PieceReader:
         """
         tensor = self._tensors[key]
         found, whole = 0, torch.empty(0)
-        for piece in self._leads(key).get(start[:-_MATRIX], ()):
+        one = all(n == 1 for n in size[:-_MATRIX])  # and not rows of a convolution
+        for piece in self._leads(key).get(start[:-_MATRIX], ()) if one else tensor.pieces:
             low = tuple(map(max, piece.start, start))
             high = tuple(
                 min(p + n, s + m)

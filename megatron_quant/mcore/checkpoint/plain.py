@@ -53,18 +53,26 @@ class PlainWeights(Listed):
     """The checkpoint's weights by Hugging Face names.
 
     path: of the Megatron checkpoint. config: the model's config.json, which says of the output
-    layer what the checkpoint has. runs: of each tensor. digest: of what it holds.
+    layer what the checkpoint has. runs: of each tensor. shifts: what stored values are larger by,
+    of tensors that Megatron has with another offset. digest: of what it holds.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     runs: Mapping[str, tuple[PlainRun, ...]] = field(repr=False)
+    shifts: Mapping[str, float] = field(repr=False)
     reader: PieceReader = field(repr=False)
     digest: str
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """Read ``box`` of tensor ``name``, in its stored dtype; read nothing else."""
+        stored = self._stored(name, box)
+        if shift := self.shifts.get(name):
+            return (stored.float() - shift).to(stored.dtype)
+        return stored
+
+    def _stored(self, name: str, box: Box) -> torch.Tensor:
         found: torch.Tensor | None = None
         for run in self.runs[name]:
             low = tuple(map(max, run.src.start, box.start))
@@ -115,6 +123,7 @@ def open_plain(stored: TorchDist, hf_config: Mapping[str, Any]) -> PlainWeights:
         config=config,
         tensors=dict(sorted(infos.items())),
         runs=runs,
+        shifts={s.name: p.shift for p in params if p.shift for s in p.sources},
         reader=PieceReader(stored.path, tensors),
         digest=_digest(stored, config),
     )
@@ -133,10 +142,31 @@ def _runs(param: Param, name: str, places: Iterable[KeyPlace], prefix: str) -> I
         if place.part is None:
             for copy in copies(param, 0, 1):
                 if copy.source.name == name:
-                    yield PlainRun(copy.src, key, (*place.lead, *copy.dst.start))
+                    top, *rest = copy.dst.start
+                    top += param.inside.before if param.inside else 0
+                    yield PlainRun(copy.src, key, (*place.lead, top, *rest))
+        elif param.kept:
+            yield from _kept_runs(param, name, place, key)
         elif param.sources[place.part].name == name:
             box = whole(param.sources[place.part].shape)
             yield PlainRun(box, key, (*place.lead, *box.start))
+
+
+def _kept_runs(param: Param, name: str, place: KeyPlace, key: str) -> Iterator[PlainRun]:
+    """Yield where rows of the source ``name`` lie among those of one item: in each group."""
+    assert place.part is not None
+    item = param.order[place.part]
+    if param.sources[item.source].name != name:
+        return
+    rest = param.shape[1:]
+    zeros = (0,) * len(rest)
+    if item.count == item.stride:  # the groups follow one another in the source too
+        box = Box((item.start, *zeros), (item.count * param.groups, *rest))
+        yield PlainRun(box, key, (*place.lead, 0, *zeros))
+        return
+    for group in range(param.groups):
+        box = Box((item.start + group * item.stride, *zeros), (item.count, *rest))
+        yield PlainRun(box, key, (*place.lead, group * item.count, *zeros))
 
 
 def _digest(stored: TorchDist, config: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ _PARTS = tuple(
         (r"\.mlp\.experts\.", "experts"),
         (r"(^|\.)output_layer\.weight$", "an output layer that is not the embedding"),
         (r"\.router\.expert_bias$", "a bias of the router"),
+        (r"\.self_attention\.(in_proj|conv1d)\.", "gated delta nets"),
         (r"\.[qk]_layernorm\.weight$", "norms of queries and keys"),
         (r"(^|\.)mtp\.", "layers for speculation (mtp)"),
     )
@@ -80,7 +81,7 @@ def check_plain_keys(
     _explain_part(path, beyond, names, _HAS)
     if missing:
         raise CheckpointError(
-            f"{path} has no {prefix}{missing[0].name} ({len(missing)} missing in all), which the "
+            f"{path} has no {prefix}{missing[0].live} ({len(missing)} missing in all), which the "
             f"model of config.json has: {_GIVE}"
         )
     if beyond:
@@ -133,10 +134,11 @@ def _pattern(key: str, known: Iterable[str]) -> str:
 
 
 def _check_order(stored: TorchDist, key: str, param: Param) -> None:
-    """Refuse gate and up in one tensor, whose rows a run without dist_checkpointing has by rank."""
-    if len(param.sources) == 2 and not param.groups:
+    """Refuse parts in one tensor, whose rows a run without dist_checkpointing has by rank."""
+    parts = "gate and up" if len(param.sources) == 2 and not param.groups else ""
+    if parts := " and ".join(param.kept) or parts:
         raise CheckpointError(
-            f"{stored.path}: {key} has the rows of gate and up in the order of the run's tensor "
+            f"{stored.path}: {key} has the rows of {parts} in the order of the run's tensor "
             "parallel ranks, which nothing says: save the run as torch_dist (--ckpt-format)"
         )
 

@@ -50,6 +50,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "moe_router_enable_expert_bias": (False,),
     "moe_router_num_groups": (None,),
     "moe_router_topk_scaling_factor": (None,),
+    "experimental_attention_variant": (None,),
 }
 """Values of settings that a config written here says nothing of. Others have no counterpart."""
 

@@ -32,8 +32,12 @@ def replace() -> None:
 
 def _own_positions(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
     """Return this rank's chunks along ``seq_dim``; Megatron's own pins memory."""
-    chunks = pos_emb.chunk(2 * cp_group.size(), seq_dim)
-    return torch.cat([chunks[n] for n in _chunks_of(cp_group.rank(), cp_group.size())], seq_dim)
+    return _own(pos_emb, cp_group, seq_dim)
+
+
+def _own(whole: torch.Tensor, group: Any, dim: int) -> torch.Tensor:
+    chunks = whole.chunk(2 * group.size(), dim)
+    return torch.cat([chunks[n] for n in _chunks_of(group.rank(), group.size())], dim)
 
 
 def _chunks_of(rank: int, size: int) -> tuple[int, int]:
@@ -55,12 +59,12 @@ def _over_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
         group = self.cp_group
         if group is None or group.size() == 1:
             return forward(self, query, key, value, attention_mask, **settings)
-        _check(self, settings, query)
+        _check(self, settings)
         hidden = _hidden(len(query), group, self.window_size)
         settings = {**settings, "attn_mask_type": "arbitrary", "window_size": (-1, -1)}
         self.cp_group = None  # Transformer Engine would look for a GPU kernel
         try:
-            every = (_gathered(key, group), _gathered(value, group))
+            every = (_Gathered.apply(key, group), _Gathered.apply(value, group))
             return forward(self, query, *every, hidden, **settings)
         finally:
             self.cp_group = group
@@ -68,25 +72,33 @@ def _over_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
     return over_chunks
 
 
-def _check(attention: Any, settings: dict[str, Any], query: torch.Tensor) -> None:
+def _check(attention: Any, settings: dict[str, Any]) -> None:
     kind = settings.get("attn_mask_type") or attention.attn_mask_type
     if kind != "causal" or (settings.get("qkv_format") or attention.qkv_format) != "sbhd":
         raise HostError(
             f"context parallelism over {kind} attention on a CPU: run it at --cp 1, or on a GPU"
         )
-    if torch.is_grad_enabled() and query.requires_grad:
-        raise HostError(
-            "training with context parallelism on a CPU, which runs forwards alone: train at a "
-            "context_parallel_size of 1, or on a GPU"
-        )
 
 
-def _gathered(local: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return the chunks of all ranks in the order of the sequence; ``local`` holds two."""
-    of_ranks = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(of_ranks, local.detach().contiguous(), group=group)
-    halves = [held.chunk(2) for held in of_ranks]
-    return torch.cat([first for first, _ in halves] + [last for _, last in reversed(halves)])
+class _Gathered(torch.autograd.Function):
+    """The chunks of all ranks in the order of the sequence; each rank holds two of them."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: Any) -> torch.Tensor:
+        """Gather keys or values [S / ranks, ...] to [S, ...]."""
+        ctx.group = group
+        own = local.detach().contiguous()
+        of_ranks = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(of_ranks, own, group=group)
+        halves = [held.chunk(2) for held in of_ranks]
+        return torch.cat([first for first, _ in halves] + [last for _, last in reversed(halves)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Sum, over the queries of all ranks, the gradient of this rank's own, in fp32."""
+        total = gradient.float().contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return _own(total, ctx.group, 0).to(gradient.dtype), None
 
 
 def _hidden(queries: int, group: Any, window: tuple[int, int] | None) -> torch.Tensor:

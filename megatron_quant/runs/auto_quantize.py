@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_quant.documents import check_output_file
-from megatron_quant.errors import LayoutError, RecipeError
+from megatron_quant.errors import RecipeError
 from megatron_quant.recipes import OUTPUT
 from megatron_quant.runs.found import Found, chosen
 
@@ -114,11 +114,6 @@ def _planned(options: "QuantizeOptions", world: int) -> "tuple[Job, SearchPlan]"
     first = next(iter(jobs.values()))
     sizes = options.parallel
     check_length(options.calibration.seq_length, sizes.tp, sizes.cp)
-    if sizes.cp > 1 and options.auto.method == "gradient":
-        raise LayoutError(
-            f"--auto-quantize-method gradient runs no backward at --cp {sizes.cp}: search with "
-            "--cp 1, or take kl_div; the recipe is for every layout"
-        )
     target = Target.of(first, options.serve)
     plans = {name: job.quant for name, job in jobs.items()}
     for name, quant in plans.items():

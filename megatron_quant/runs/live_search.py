@@ -13,7 +13,7 @@ from megatron_quant.ckpt.plan import slots, source_digest
 from megatron_quant.ckpt.read import kept_dtypes, open_source
 from megatron_quant.dist import Groups, together
 from megatron_quant.documents import check_output_file
-from megatron_quant.errors import CalibrationError, LayoutError
+from megatron_quant.errors import CalibrationError
 from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.live import HFModel, check_unquantized, read_hf_model
 from megatron_quant.mcore.model import LiveModel, start_distributed, wrap_model
@@ -80,10 +80,6 @@ def search_live(
 def _planned(live: LiveModel, hf: HFModel, auto: AutoQuantize, target: LiveTarget) -> SearchPlan:
     cp = mpu.get_context_parallel_world_size()
     check_length(target.calibration.seq_length, mpu.get_tensor_model_parallel_world_size(), cp)
-    if cp > 1 and auto.method == "gradient":
-        raise LayoutError(
-            f"method gradient runs no backward at a context-parallel size of {cp}: take kl_div"
-        )
     weights = open_source(hf.weights) if hf.weights else None
     linear = next(p for p in live.local if p.param.role is Role.LINEAR)
     described = Target(

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_quant.errors import HostError, LayoutError
+from megatron_quant.errors import LayoutError
 from tests.dist import checkpoints, saved
 from tests.dist.pool import Ranks
 from tests.dist.test_gptq import same
@@ -97,21 +98,35 @@ def refused(source: Path, out: Path, flags: dict) -> None:
     stream_files(QuantizeOptions.from_flags(**flags), start_distributed(), ConsolePhases(console()))
 
 
-def train(source: Path) -> None:
-    from megatron_quant.ckpt.read.open import open_source
+def gradients(source: Path) -> dict[str, torch.Tensor]:
+    """Weight gradients of a step, summed over the ranks that share its sequences."""
     from megatron_quant.ckpt.plan.ranks import Layout
+    from megatron_quant.ckpt.read.open import open_source
     from megatron_quant.mcore.model.load import load_model
     from megatron_quant.mcore.model.parallel import start_distributed
-    from megatron_quant.mcore.model.schedule import forward
+    from megatron_quant.mcore.model.schedule import run_backward
     from megatron_quant.models import lookup
+    from megatron_quant.search import next_token_loss
 
-    checkpoint, groups = open_source(source), start_distributed()
-    layout = Layout.simulate(2, 1, 1, 1, SIZES["num_experts"]).sharing_sequences(2)
+    world, checkpoint, groups = dist.get_world_size(), open_source(source), start_distributed()
+    layout = Layout.simulate(world, 1, 1, 1, SIZES["num_experts"]).sharing_sequences(world)
     architecture = lookup(checkpoint.config)
     model = load_model(checkpoint, architecture, layout, groups, torch.float32, lambda n: None)
-    forward(model.module, torch.zeros(1, 8, dtype=torch.int64))
+    ids = torch.randint(0, 200, (2, 3, 6), generator=torch.Generator().manual_seed(0))
+    run_backward(model.module, list(ids), lambda logits, ids: next_token_loss(logits, ids))
+    found = {}
+    for name, parameter in model.module.named_parameters():
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        dist.all_reduce(found[name])
+    return found
 
 
-def test_a_backward_is_refused_on_a_cpu(source: Path, ranks: Ranks) -> None:
-    for error in ranks.errors(2, train, source):
-        assert isinstance(error, HostError) and "context_parallel_size of 1" in str(error)
+def test_a_backward_gives_the_gradients_of_one_rank(source: Path, ranks: Ranks) -> None:
+    """Of sequences that are padded to be shared, too."""
+    (want,) = ranks(1, gradients, source)
+    for found in ranks(2, gradients, source):
+        assert found.keys() == want.keys()
+        for name, gradient in want.items():
+            close = {"rtol": 1e-3, "atol": 1e-5 * gradient.abs().max().item()}
+            torch.testing.assert_close(found[name], gradient, **close, msg=lambda m: f"{name}: {m}")
+    assert sum(bool(gradient.any()) for gradient in want.values()) > 10

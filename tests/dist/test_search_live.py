@@ -21,7 +21,14 @@ TEXT = Path(__file__)
 DATA = mq.Calibration(
     dataset=str(TEXT), size=4, seq_length=16, batch_size=1, cold_experts="layer-max"
 )
-LAYOUTS = [(1, {}), (4, {"tp": 2, "ep": 2}), (2, {"pp": 2}), (4, {"tp": 2, "etp": 2, "pp": 2})]
+LAYOUTS = [
+    (1, {}),
+    (4, {"tp": 2, "ep": 2}),
+    (2, {"pp": 2}),
+    (4, {"tp": 2, "etp": 2, "pp": 2}),
+    (4, {"cp": 2, "tp": 2}),
+    (4, {"cp": 2, "pp": 2}),
+]
 BATCHES = [f"batch-{i}.safetensors" for i in range(4)]
 
 
@@ -80,7 +87,7 @@ def test_every_layout_finds_the_recipe_that_stream_finds(
     assert b"kv_cache: fp8_cast" in wanted
     alone = scores(tmp_path / "stream")
     assert (alone.sum(0)[[0, 1, 3, 4, -2]] > 0).all() and alone[:, -1].tolist() == [0.0] * 4
-    layouts = LAYOUTS if method == "gradient" else [LAYOUTS[1], (4, {"pp": 2, "cp": 2})]
+    layouts = LAYOUTS if method == "gradient" else [LAYOUTS[1], LAYOUTS[-1]]
     for number, (world, sizes) in enumerate(layouts):
         work = tmp_path / str(number)
         ranks(world, find, source, work, sizes, method, changes)
@@ -298,7 +305,7 @@ def refused(source: Path, work: Path, length: int, changes: dict[str, Any]) -> N
         (16, {"bits": 4.2}, QuantError, "--auto-quantize-bits 4.2 is below"),
         (16, {"formats": "int4,mxfp8"}, QuantError, "int4 and mxfp8 cannot be mixed"),
         (16, {"keep": ("x*",)}, QuantError, "--auto-quantize-keep 'x*' matches no weight"),
-        (16, {"cp": 2}, LayoutError, "method gradient runs no backward at --cp 2: search with --cp 1"),
+        (14, {"cp": 2}, LayoutError, "--tp 1 x --cp 2 x 2 does not divide --calib-seq-length 14"),
         (15, {}, LayoutError, "--tp 2 does not divide --calib-seq-length 15"),
     ],
 )

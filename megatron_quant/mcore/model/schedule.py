@@ -57,14 +57,17 @@ def run_backward(
 ) -> list[float]:
     """Run a forward and a backward of each batch; return the losses as :func:`run_schedule` does.
 
-    loss: of logits [B, S, V / tp] and ids [B, S], the same on all tensor-parallel ranks. Its
-    gradient is neither scaled nor averaged. Collective, as :func:`run_schedule`.
+    loss: of logits [B, S, V / tp] and ids [B, S] of whole sequences, the same on all tensor- and
+    context-parallel ranks. Its gradient is neither scaled nor averaged. Collective, as
+    :func:`run_schedule`.
     """
+    cp_size = mpu.get_context_parallel_world_size()
 
     def trained(ids: torch.Tensor, microbatches: int) -> Callable[..., tuple[torch.Tensor, float]]:
         def scaled(logits: torch.Tensor) -> tuple[torch.Tensor, float]:
-            value = loss(logits[:, : ids.shape[1]], ids)
-            return value * microbatches, value.item()  # the schedule divides by their number
+            value = loss(_joined(logits)[:, : ids.shape[1]], ids)
+            # The schedule divides by the number of microbatches, and multiplies by that of ranks.
+            return value * microbatches / cp_size, value.item()
 
         return scaled
 
@@ -204,11 +207,26 @@ def _joined(logits_BSV: torch.Tensor) -> torch.Tensor:
     """Return the logits of the whole sequence, from those of all context-parallel ranks."""
     if _cuts() == 1:
         return logits_BSV
-    local = logits_BSV.contiguous()
-    of_ranks = [torch.empty_like(local) for _ in range(mpu.get_context_parallel_world_size())]
-    dist.all_gather(of_ranks, local, group=mpu.get_context_parallel_group())
-    halves = [held.chunk(2, 1) for held in of_ranks]
-    return torch.cat([first for first, _ in halves] + [last for _, last in reversed(halves)], 1)
+    joined: torch.Tensor = _Joined.apply(logits_BSV)
+    return joined
+
+
+class _Joined(torch.autograd.Function):
+    """All ranks compute the same of the whole, so each takes its own part of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BSV: torch.Tensor) -> torch.Tensor:
+        """Gather [B, S / cp, V] to [B, S, V]."""
+        local = logits_BSV.contiguous()
+        of_ranks = [torch.empty_like(local) for _ in range(mpu.get_context_parallel_world_size())]
+        dist.all_gather(of_ranks, local, group=mpu.get_context_parallel_group())
+        halves = [held.chunk(2, 1) for held in of_ranks]
+        return torch.cat([first for first, _ in halves] + [last for _, last in reversed(halves)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BSV: torch.Tensor) -> torch.Tensor:
+        """Return the part of this rank's tokens."""
+        return _own_chunks(gradient_BSV)
 
 
 def _padding(ids_BS: torch.Tensor) -> int:

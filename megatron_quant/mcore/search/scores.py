@@ -16,6 +16,11 @@ from megatron_quant.mcore.search.scope import LivePlace
 from megatron_quant.search import Loss, check_loss, check_score, next_token_loss
 
 
+def _first() -> bool:
+    """Return whether this rank says what all that share its logits know."""
+    return bool(mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LiveScorer:
     """Scores batches by one of the search's methods.
@@ -91,7 +96,6 @@ class LiveScorer:
         """Return this rank's part of the scores: all on the last stage, first of its shards."""
         found, chunks = self._rows(len(batches)), self.model.chunks
         collect = partial(whole, vocab_size=self.vocab_size)
-        counted = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
         before = run_schedule(chunks, batches, collect)
         for column, place, option in self._options():
             with place.rounded(option):
@@ -99,7 +103,7 @@ class LiveScorer:
             for i, (new, old) in enumerate(zip(after, before, strict=True)):
                 labels = batches[i].flatten().to(new.device)
                 kl = nll_and_kl(new.flatten(0, 1), old.flatten(0, 1), labels).kl
-                found[i, column] = max(kl, 0.0) if counted else 0.0
+                found[i, column] = max(kl, 0.0) if _first() else 0.0
         return found
 
     def _gradients(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -113,7 +117,7 @@ class LiveScorer:
         finally:
             for hook in hooks:
                 hook.remove()
-        if mpu.get_tensor_model_parallel_rank() == 0 and losses:
+        if _first() and losses:
             found[:, 0] = torch.tensor(losses, dtype=torch.float64)
         for column, place, option in self._options():
             for scope in place.scopes:

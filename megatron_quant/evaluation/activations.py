@@ -4,6 +4,7 @@ transformers fuses a layer's experts into 3-D parameters and calls ``linear`` on
 So there is no module per expert to replace. ``weight_inputs`` finds every weight where it is used.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,12 +12,16 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from megatron_quant.engines.families import checkpoint_name
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import Format, fake_quant
+from megatron_quant.models import View, decoder_of, family, unstack
 from megatron_quant.weight_inputs import Watched, WeightInputs
 
 _TAG_ROWS = 12
 """Rows of a tag: a conversion may cut a fused parameter into 2, 3 or 4 Hugging Face tensors."""
+
+_LAYER = re.compile(r"(layers\.\d+\.)(.+)")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,20 @@ def saved_tags(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     to checkpoint names. ``model`` may be on the meta device. Raises CheckpointError if transformers
     is older than 5.0 and has no such conversion.
     """
+    return _saved(model, {name: _tag(i, p) for i, (name, p) in enumerate(model.named_parameters())})
+
+
+def saved_stacks(model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], dict[str, View]]:
+    """Return the shapes of all tensors that ``save_pretrained`` writes, and views into its stacks.
+
+    The views have the names of single experts. Raises what :func:`saved_tags` raises.
+    """
+    empty = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in _saved(model, empty).items()}
+    return shapes, unstack(model.config.to_dict(), shapes)
+
+
+def _saved(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:
@@ -60,24 +79,42 @@ def saved_tags(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             f"transformers {transformers.__version__} does not say which weights it fuses: install "
             "transformers 5.0 or newer to evaluate checkpoints"
         ) from None
-    tags = {name: _tag(i, p) for i, (name, p) in enumerate(model.named_parameters())}
-    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, tags)
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
     return reverted
 
 
 def _linears(model: PreTrainedModel) -> dict[str, tuple[str, int]]:
     """Map Hugging Face module name to the parameter that holds its weight, and its place there.
 
-    The names are those that ``save_pretrained`` writes. Members of a fused parameter (gate and up)
-    share one weight.
+    The names are those that ``save_pretrained`` writes, with single experts in place of stacks.
+    Members of a fused parameter (gate and up) share one weight.
     """
     parameters = list(model.named_parameters())
+    tags, views = saved_tags(model), saved_stacks(model)[1]
+    tags |= {name: tags[view.stored][view.expert] for name, view in views.items()}
     found = {}
-    for name, tag in saved_tags(model).items():
+    for name, tag in tags.items():
         number, expert = divmod(int(tag.flatten()[0]), 2**16)
         parameter, tensor = parameters[number]
         if tensor.ndim in (2, 3):
             found[name.removesuffix(".weight")] = parameter, expert
+    return found
+
+
+def _in_layers(model: PreTrainedModel) -> dict[str, tuple[str, int]]:
+    """Map ``layers.N.`` and a linear's name in it, as the hub's files have it, to its place.
+
+    What transformers saves may differ from these files in the prefix and in single names.
+    """
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    known, found = family(model.config.to_dict()), {}
+    at = decoder_of(shapes)
+    for name in (n for n, shape in shapes.items() if len(shape) == 2):
+        if match := _LAYER.fullmatch(name.removeprefix(at)):
+            found[f"{match[1]}{checkpoint_name(known, match[2])}".removesuffix(".weight")] = name, 0
+    for module, place in _linears(model).items():
+        if place[0].startswith(at) and (match := _LAYER.search(module)):
+            found[match[0]] = place
     return found
 
 
@@ -120,14 +157,17 @@ class QuantizedInputs(WeightInputs):
         self._by_key: dict[str, Activations] = {}
         self._used: set[str] = set()
         self._watched: dict[str, Watched] = {}
-        linears, parameters = _linears(model), dict(model.named_parameters())
+        linears, in_layers = _linears(model), _in_layers(model)
+        parameters = dict(model.named_parameters())
         for module, activations in inputs.items():
-            if module not in linears:
+            match = _LAYER.search(module)
+            place = linears.get(module) or in_layers.get(match[0] if match else "")
+            if place is None:
                 raise CheckpointError(
                     f"{module}: transformers' {type(model).__name__} has no such linear, so its "
                     "inputs cannot be quantized; quantize with --eval-text instead"
                 )
-            name, expert = linears[module]
+            name, expert = place
             key = _key(name, expert)
             self._by_key[key] = _merge(module, self._by_key.get(key), activations)
             self._watched[name] = _watched(name, parameters[name].detach())

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
@@ -16,15 +15,18 @@ from transformers import (
 
 from megatron_quant.ckpt.read import QuantizedCheckpoint, stacked
 from megatron_quant.errors import CheckpointError
-from megatron_quant.evaluation.activations import Activations, QuantizedInputs, saved_tags
-from megatron_quant.evaluation.head import with_head
-from megatron_quant.models import unstack
+from megatron_quant.evaluation.activations import Activations, QuantizedInputs, saved_stacks
+from megatron_quant.evaluation.head import HEAD, with_head
+from megatron_quant.models import decoder_of, idle_experts, run_as
+from megatron_quant.transformers_config import transformers_config
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids, int64 [tokens] -> logits [tokens, vocabulary] of one causal forward."""
 
 Load = Callable[[Path, torch.dtype], Logits]
 """How a directory is loaded: :func:`decoded` or :func:`native`."""
+
+_NEWER = "correct config.json, or install another release of transformers"
 
 
 def _first_line(error: Exception) -> str:
@@ -100,14 +102,28 @@ def _dense(
     head: Path | None = None,
 ) -> PreTrainedModel:
     tensors = {n: checkpoint.weight(n, dtype) for n in checkpoint}
-    return _model(directory, tensors, dtype, head)
+    idle = idle_experts(checkpoint.config, tensors)
+    tensors |= {name: torch.zeros_like(tensors[like]) for name, like in idle.items()}
+    config = transformers_config(directory, checkpoint.config, _NEWER)
+    vars(config).pop("quantization_config", None)  # the tensors are decoded
+    lent = run_as(checkpoint.config)
+    return _model(
+        directory, config, tensors, dtype, head, lent is not None and lent.tower is not None
+    )
 
 
 def _model(
-    directory: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, head: Path | None
+    directory: Path,
+    config: PretrainedConfig,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    head: Path | None,
+    lent: bool,
 ) -> PreTrainedModel:
-    """Fill transformers' model of the config with ``tensors``, which have Hugging Face names."""
-    config = _unquantized_config(directory)
+    """Fill transformers' model of the config with ``tensors``, which have Hugging Face names.
+
+    ``lent`` says that its tower is not the checkpoint's, and may stay as it is.
+    """
     empty = _empty(directory, config)
     tensors = _in_stacks(empty, tensors)
     if empty.get_output_embeddings() is None:
@@ -124,9 +140,13 @@ def _model(
         experts_implementation="eager",
         output_loading_info=True,
     )
+    own = decoder_of({name: tuple(p.shape) for name, p in model.named_parameters()})
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[what]:
-            names = ", ".join(sorted(map(str, report[what]))[:3])
+        found = sorted(map(str, report[what]))
+        if lent:
+            found = [name for name in found if name.startswith((own, HEAD))]
+        if found:
+            names = ", ".join(found[:3])
             raise CheckpointError(f"{directory}: {what.replace('_', ' ')}: {names}")
     return model
 
@@ -156,25 +176,11 @@ def _empty(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
 
 def _in_stacks(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Put single experts back into the stacks that transformers saves as one tensor."""
-    shapes = {name: tuple(p.shape) for name, p in empty.named_parameters()}
-    whole_ones = {name: shapes[name] for name in shapes.keys() & saved_tags(empty).keys()}
-    views = unstack(empty.config.to_dict(), whole_ones)
+    shapes, views = saved_stacks(empty)
     if not views.keys() <= tensors.keys():
         return tensors
     others = {name: t for name, t in tensors.items() if name not in views}
     return others | stacked(views, shapes, tensors.__getitem__)
-
-
-def _unquantized_config(directory: Path) -> PretrainedConfig:
-    config: PretrainedConfig
-    try:
-        config = AutoConfig.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{directory}: transformers cannot read it: {_first_line(e)}") from e
-    vars(config).pop("quantization_config", None)
-    return config
 
 
 def _inputs(checkpoint: QuantizedCheckpoint) -> dict[str, Activations]:

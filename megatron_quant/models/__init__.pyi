@@ -6,6 +6,7 @@ from .layout import check_layout as check_layout
 from .layout import copies as copies
 from .layout import local_shape as local_shape
 from .layout import padded_vocab as padded_vocab
+from .moe import idle_experts as idle_experts
 from .pipeline import Pipeline as Pipeline
 from .pipeline import Stages as Stages
 from .registry import ARCHITECTURES as ARCHITECTURES
@@ -38,6 +39,7 @@ from .structure import table_names as table_names
 from .text import family as family
 from .text import has_plain_router as has_plain_router
 from .text import has_stacks_alone as has_stacks_alone
+from .text import run_as as run_as
 from .text import text_config as text_config
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "has_stacks_alone",
     "has_table",
     "has_towers",
+    "idle_experts",
     "is_carried",
     "is_draft",
     "local_shape",
@@ -78,6 +81,7 @@ __all__ = [
     "num_layers",
     "padded_vocab",
     "positive",
+    "run_as",
     "table_names",
     "text_config",
     "unstack",

@@ -5,6 +5,7 @@ without the others. A tensor that looks like an expert and belongs to no block i
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_quant.engines.families import COUNTS
@@ -133,3 +134,31 @@ def _checked(
                 "experts must be alike; fetch the checkpoint again"
             )
     return tuple(tuple(experts[e].values()) for e in range(count))
+
+
+def idle_experts(config: Config, names: Iterable[str]) -> dict[str, str]:
+    """Name what transformers has for experts without weights, behind the last of each block.
+
+    LongCat-Flash counts them in its stacks of gate and up, and never reads their rows.
+
+    Args:
+        config: Content of config.json.
+        names: Names of the checkpoint's tensors.
+
+    Returns:
+        Name of each -> name of expert 0's tensor, whose shape it has.
+    """
+    known, text = family(config), text_config(config)
+    key = known.idle_key if known is not None else ""
+    if not key or not text.get(key):
+        return {}
+    stated = next((k for k in COUNTS if text.get(k)), COUNTS[0])
+    first = positive(text, stated)
+    last = first + positive(text, key)
+    return {
+        f"{match[1]}.experts.{expert}.{match[3]}": name
+        for name in names
+        if (match := _EXPERT.fullmatch(name)) and match[2] == "0"
+        if match[3] in ("gate_proj.weight", "up_proj.weight")
+        for expert in range(first, last)
+    }

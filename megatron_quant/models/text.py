@@ -1,7 +1,7 @@
 """The part of config.json that describes the text decoder, and the family that it is of."""
 
 from megatron_quant.documents import shown
-from megatron_quant.engines.families import LAYERS, Family, family_of
+from megatron_quant.engines.families import LAYERS, Family, RunAs, family_of
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config, positive
 
@@ -16,6 +16,12 @@ def text_config(config: Config) -> Config:
 def family(config: Config) -> Family | None:
     """Return the family that ``model_type`` names, the text decoder's first; None for others."""
     return family_of((text_config(config).get("model_type"), config.get("model_type")))
+
+
+def run_as(config: Config) -> RunAs | None:
+    """Return as which other model transformers runs this one; None where it has its own class."""
+    known, kind = family(config), config.get("model_type")
+    return next((row for row in known.runs_as if row.of == kind), None) if known else None
 
 
 def layers_of(config: Config) -> int:

@@ -9,15 +9,19 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
+from megatron_quant.ckpt.storage import read_config
 from megatron_quant.engines.families import checkpoint_name
 from megatron_quant.errors import CalibrationError, CheckpointError
 from megatron_quant.models import Parallel, Param, decoder_of, family
+from megatron_quant.transformers_config import transformers_config
 from megatron_quant.weight_inputs import Watched
 
 _STACK = re.compile(r"(.*\.)?experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
 _EXPERT = re.compile(r"(.*\.)?experts\.(\d+)\.(\w+)\.weight")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _DOWN = ("down_proj", "w2")
+WITHOUT = "pass --weight-only"
+"""What to do where no forward gives input scales."""
 
 
 def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -28,10 +32,12 @@ def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         CheckpointError: If transformers cannot load it, or would leave a parameter random.
     """
+    config = transformers_config(directory, read_config(directory), WITHOUT)
     try:
         with quiet():
             model, info = AutoModel.from_pretrained(
                 directory,
+                config=config,
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -6,16 +6,16 @@ through the conversion and the initialization that ``from_pretrained`` gives to 
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from megatron_quant.ckpt.read import Weights, stacked
 from megatron_quant.errors import ArchitectureError, CheckpointError
-from megatron_quant.models import decoder_of, unstack, whole
-from megatron_quant.streaming.model import one_line, quiet
+from megatron_quant.models import decoder_of, idle_experts, unstack, whole
+from megatron_quant.streaming.model import WITHOUT, one_line, quiet
+from megatron_quant.transformers_config import transformers_config
 
 
 class CannotWalk(Exception):
@@ -40,15 +40,18 @@ class Skeleton:
 
         Raises:
             CannotWalk: Where this release of transformers cannot do that.
+            CheckpointError: Where it has no class for the model.
         """
         self._source, self._dtype = source, dtype
+        config = transformers_config(source.path, source.config, WITHOUT)
+        vars(config).pop("quantization_config", None)  # the weights are read decoded
         try:
             # Here: where this release of transformers lacks it, models are loaded whole.
             from megatron_quant.streaming.part_loading import make_buffers
 
             with quiet(), torch.device("meta"):
                 self.model: PreTrainedModel = AutoModel.from_config(
-                    _config(source.path),
+                    config,
                     dtype=dtype,
                     trust_remote_code=False,
                     experts_implementation="eager",
@@ -82,7 +85,9 @@ class Skeleton:
             CheckpointError: For one that is missing or has another shape.
         """
         given = source or self._source
-        self._load({name: self._read(given, name) for name in self._names(given, index)})
+        found = {name: self._read(given, name) for name in self._names(given, index)}
+        idle = idle_experts(given.config, found)
+        self._load(found | {name: torch.zeros_like(found[like]) for name, like in idle.items()})
         missing = self._missing(index)
         if missing:
             self._load(self._stacks(given, index, missing))
@@ -158,12 +163,3 @@ class Skeleton:
         assert info is not None, name
         found = source.read(name, whole(info.shape))
         return found.to(self._dtype) if info.decoded else found
-
-
-def _config(directory: Path) -> PretrainedConfig:
-    """Read the config, without its word on how weights are quantized."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False
-    )
-    vars(config).pop("quantization_config", None)
-    return config

@@ -395,6 +395,8 @@ FAMILIES: dict[str, Tiny] = {
             "use_head_wise_attn_gate": True,
             "use_moe_router_bias": True,
             "num_local_experts": None,
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "full_attention"],
         },
         added={
             "model.layers.0.mlp.gate_proj.weight": (128, 64),
@@ -413,7 +415,6 @@ FAMILIES: dict[str, Tiny] = {
                 f"model.layers.{i}.self_attn.{n}_norm.weight": (16,) for i in range(2) for n in "qk"
             },
         },
-        unmeasured="transformers has it inside Step-3.7 alone, which gives them",
     ),
     "hunyuan_v1_moe": Tiny(
         make=causal(
@@ -632,7 +633,6 @@ FAMILIES: dict[str, Tiny] = {
             "mla_scale_kv_lora": True,
             "zero_expert_type": "identity",
         },
-        unmeasured="transformers asks for more tensors than the hub's files have",
     ),
     "afmoe": Tiny(
         make=causal(
@@ -692,9 +692,24 @@ STEP3P7 = replace(
         },
     },
     nested="step3p5",
-    unmeasured="",
 )
 """The same text decoder within Step-3.7, as which transformers has it."""
+KIMI_K2 = replace(
+    FAMILIES["kimi_k25"],
+    experts=V3["experts"],
+    router=V3["router"],
+    renames=(),
+    nested="",
+    added={},
+    dense=(),
+    config={"model_type": "kimi_k2", "topk_method": "noaux_tc"},
+)
+"""DeepSeek-V3 under a ``model_type`` that transformers does not have."""
+PARTIAL = {
+    "kimi_k25": ("mm_projector.", "vision_tower."),
+    "minimax_m3_vl_text": ("vision_tower.",),
+}
+"""Towers of which a tiny checkpoint has a tensor or none."""
 
 
 def save(family: str | Tiny, directory: Path) -> Path:

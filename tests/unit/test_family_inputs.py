@@ -2,16 +2,22 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_quant.ckpt.read import open_stored
+from megatron_quant.errors import CheckpointError
+from megatron_quant.evaluation import decoded
 from megatron_quant.runs.batches import calibration_batches
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.streaming.model import load_model, run_model
+from megatron_quant.streaming.skeleton import Skeleton
 from tests.dist.checkpoints import tokenizer
 from tests.unit import family_models, sources
+from tests.unit.family_models import FAMILIES, Tiny
 
 CALIBRATION = {"calib_size": 4, "calib_seq_length": 32, "cold_experts": "layer-max"}
 
@@ -90,17 +96,47 @@ def test_the_clamp_bounds_what_experts_last_linear_sees(
     assert max(found) == pytest.approx(wanted, rel=1e-2)  # computed in bf16
 
 
-def test_step_3_7_gives_the_input_scales_that_step_3_5_alone_does_not(tmp_path: Path) -> None:
-    source = family_models.save(family_models.STEP3P7, tmp_path / "source")
+def calibrated(tiny: Tiny, folder: Path) -> sources.Tensors:
+    """The tensors of an FP8 export of it."""
+    source, text = family_models.save(tiny, folder / "source"), folder / "text.txt"
     tokenizer().save_pretrained(source)
-    text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
     flags = {**CALIBRATION, "calib_dataset": str(text), "export_quant_cfg": "fp8"}
     flags |= {"export_format": "modelopt", "weight_only": False}
-    sources.run(source, tmp_path / "out", **flags)
-    found = sources.tensors(tmp_path / "out")
-    scaled = [n.removesuffix(".weight_scale") for n in found if n.endswith(".weight_scale")]
-    assert {"model.layers.1.moe.experts.3.down_proj", "model.layers.1.share_expert.up_proj"} <= {
-        *scaled
-    }
-    assert all(found[f"{module}.input_scale"] > 0 for module in scaled)
+    sources.run(source, folder / "out", **flags)
+    return sources.tensors(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (FAMILIES["step3p5"], family_models.STEP3P7),  # which holds it as its text decoder
+        (family_models.KIMI_K2, replace(family_models.KIMI_K2, config={})),  # DeepSeek-V3
+    ],
+    ids=["step3p5", "kimi_k2"],
+)
+def test_a_model_runs_as_the_class_that_transformers_has(
+    one: Tiny, other: Tiny, tmp_path: Path
+) -> None:
+    found, expected = calibrated(one, tmp_path / "one"), calibrated(other, tmp_path / "other")
+    assert found.keys() == expected.keys()
+    scales = [name for name in found if name.endswith("input_scale")]
+    assert any(".experts.3." in name for name in scales)
+    for name in scales:
+        assert found[name] == expected[name] > 0, name
+
+
+def test_code_of_a_checkpoint_is_not_run_and_one_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = family_models.save("bailing_moe_v2", tmp_path / "source")
+    sources.config(source, auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    (source / "configuration_own.py").write_text("raise SystemExit('it was run')")
+    said = r"no class of model_type 'bailing_moe_v2', and code .* never run; pass --weight-only$"
+    with pytest.raises(CheckpointError, match=said):
+        Skeleton(open_stored(source), torch.bfloat16)
+    with pytest.raises(CheckpointError, match=said):
+        load_model(source, torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"never run; correct config\.json"):
+        decoded(source, torch.bfloat16)
+    assert not caplog.records

@@ -17,7 +17,7 @@ THERE = {
     "transformers": {
         *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
         *("AutoTokenizer", "DynamicCache", "PretrainedConfig", "PreTrainedModel"),
-        "PreTrainedTokenizerBase",
+        *("PreTrainedTokenizerBase", "CONFIG_MAPPING"),
     },
     "transformers.utils": {"HF_MODULES_CACHE", "logging"},
 }

@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rounding": {"errors", "formats", "native"},
     "folding": _TEXT | {"formats", "models", "recipes", "rounding"},
     "weight_inputs": set(),
+    "transformers_config": {"errors", "documents", "models", "engines.families"},
     "native": {"errors"},
     "formats": {"errors", "native"},
     "models": _TEXT | {"engines.families"},
@@ -49,9 +50,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ckpt.write": _STORED | {"", "dist", "ckpt.dialects", "ckpt.plan", "folding"},
     "ckpt.verify": _STORED | {"ckpt.dialects", "ckpt.read", "ckpt.plan"},
     "ckpt": _STORED | _CKPT,
-    "evaluation": _BASE | {"dist", "models", "weight_inputs", "ckpt.read"},
+    "evaluation": _BASE
+    | {"dist", "models", "weight_inputs", "ckpt.read", "transformers_config"}
+    | {"engines.families"},
     "streaming": _BASE
     | {"dist", "models", "rounding", "weight_inputs", "engines.families", "folding"}
+    | {"transformers_config"}
     | _CKPT,
     "search": _BASE
     | {"dist", "models", "weight_inputs", "ckpt.dialects", "ckpt.storage"}

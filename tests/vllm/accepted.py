@@ -12,7 +12,7 @@ from megatron_quant.engines.serving import obstacle
 from megatron_quant.errors import FormatError
 from tests.dist import checkpoints
 from tests.unit import family_models, sources
-from tests.unit.family_models import FAMILIES
+from tests.unit.family_models import FAMILIES, PARTIAL
 from tests.vllm.engine import finish, start
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -56,11 +56,6 @@ TABLED = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3")
 HUB = {"deepseek_v3": {"topk_method": "noaux_tc"}}
 """Keys of config.json that the hub has, and transformers does not save."""
 NAMES = (*TABLED, *FAMILIES)
-PARTIAL = {
-    "kimi_k25": ("mm_projector.", "vision_tower."),
-    "minimax_m3_vl_text": ("vision_tower.",),
-}
-"""Towers of which a tiny checkpoint has a tensor or none: what fills the rest is not asked."""
 DROPPED = r"mtp"
 """Names with this are layers for speculation, which a class leaves to another one."""
 

@@ -12,6 +12,7 @@ from .lookup import fused_sets as fused_sets
 from .lookup import stack_of as stack_of
 from .record import Family as Family
 from .record import Layout as Layout
+from .record import RunAs as RunAs
 
 __all__ = [
     "COUNTS",
@@ -21,6 +22,7 @@ __all__ = [
     "LAYERS",
     "Family",
     "Layout",
+    "RunAs",
     "checkpoint_name",
     "dense_row",
     "engine_names",

@@ -8,6 +8,7 @@ FAMILY = Family(
     kinds=("longcat_flash",),
     layers=("num_layers", "num_hidden_layers"),
     dense_key="disable_quant_module",
+    idle_key="zero_expert_num",
     called=(
         Called(
             modules=r"(.*\bself_attn\.\d+)\.(?:q_a_proj|kv_a_proj_with_mqa)",

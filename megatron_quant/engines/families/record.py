@@ -1,5 +1,6 @@
 """The record of a family. One file holds one family; `registry` lists the files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -84,6 +85,22 @@ class Merged:
     source: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunAs:
+    """The class of transformers that runs a model whose ``model_type`` it does not build.
+
+    Attributes:
+        of: ``model_type`` in config.json.
+        kind: ``model_type`` of the class.
+        tower: ``vision_config`` of that class, as small as it can be, where config.json is its
+            ``text_config``; None where it is the whole config.
+    """
+
+    of: str
+    kind: str
+    tower: Mapping[str, int] | None = None
+
+
 class Layout(Enum):
     """How the stacks of a family lie."""
 
@@ -120,6 +137,9 @@ class Family:
         vllm_reason: Why vLLM loads no export of the family; empty where it does.
         loaded: (pattern, replacement) that turn transformers' names in a layer into the
             checkpoint's, one after another.
+        runs_as: What transformers runs as another of its models.
+        idle_key: Key of config.json that counts experts without weights. transformers has places
+            for their gate and up.
     """
 
     title: str
@@ -142,3 +162,5 @@ class Family:
     merged: tuple[Merged, ...] = ()
     vllm_reason: str = ""
     loaded: tuple[tuple[str, str], ...] = ()
+    runs_as: tuple[RunAs, ...] = ()
+    idle_key: str = ""

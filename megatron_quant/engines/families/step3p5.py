@@ -1,12 +1,13 @@
 """Step-3.5 and Step-3.7: stacks of gate, up and down apart."""
 
-from megatron_quant.engines.families.record import Family, Stack
+from megatron_quant.engines.families.record import Family, RunAs, Stack
 
 FAMILY = Family(
     title="Step-3.5, Step-3.7",
     classes=("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration"),
     kinds=("step3p5", "step3p7"),
     loaded=((r"mlp\.shared_experts\.", "share_expert."),),
+    runs_as=(RunAs(of="step3p5", kind="step3p7", tower={"width": 8, "layers": 1, "heads": 1}),),
     stacks=(
         Stack(names=r"(.*\bmoe)\.gate_proj\.weight", holds="gate_proj"),
         Stack(names=r"(.*\bmoe)\.up_proj\.weight", holds="up_proj"),

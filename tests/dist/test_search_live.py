@@ -61,6 +61,7 @@ def find(
     sizes: dict[str, int] | None,
     method: str = "gradient",
     changes: dict[str, Any] | None = None,
+    dtype: str = "fp32",
 ) -> None:
     """Search in fp32, in which layouts differ less than formats; ``sizes`` None: by --stream."""
     mq.find_recipe(
@@ -68,7 +69,7 @@ def find(
         auto(work, method=method, **(changes or {})),
         parallel=None if sizes is None else mq.Parallel(**sizes),
         calibration=DATA,
-        dtype="fp32",
+        dtype=dtype,
         groups=Groups() if sizes is None else None,
     )
 
@@ -93,6 +94,17 @@ def test_every_layout_finds_the_recipe_that_stream_finds(
         ranks(world, find, source, work, sizes, method, changes)
         assert (work / "found.yaml").read_bytes() == wanted, sizes
         torch.testing.assert_close(scores(work), alone, rtol=0.05, atol=1e-3 * alone.max().item())
+
+
+@pytest.mark.parametrize("method", ["gradient", "kl_div"])
+def test_a_pipeline_changes_no_bit_of_a_score(
+    source: Path, tmp_path: Path, ranks: Any, method: str
+) -> None:
+    """In bf16, whose rounding is all that other forwards differ by."""
+    for world, sizes in ((1, {}), (2, {"pp": 2})):
+        ranks(world, find, source, tmp_path / str(world), sizes, method, {}, "bf16")
+    one, two = scores(tmp_path / "1"), scores(tmp_path / "2")
+    assert torch.equal(one, two) and (one.sum(0)[[0, 1, 3, 4]] > 0).all()
 
 
 class _Kept(MeasuredCache):

@@ -1,3 +1,4 @@
+from .cache_amax import merge_cache as merge_cache
 from .calibration import CalibrationReport as CalibrationReport
 from .calibration import ColdExperts as ColdExperts
 from .calibration import InputRules as InputRules
@@ -11,6 +12,7 @@ from .calibration_file import PEAKS as PEAKS
 from .calibration_file import SQUARES as SQUARES
 from .calibration_file import CalibrationFile as CalibrationFile
 from .calibration_file import Late as Late
+from .calibration_file import cache_key as cache_key
 from .calibration_file import loaded_amaxes as loaded_amaxes
 from .calibration_file import read_calibration as read_calibration
 from .calibration_file import statistic_key as statistic_key
@@ -60,6 +62,7 @@ __all__ = [
     "RunningInputs",
     "ScaleLearner",
     "SquareSums",
+    "cache_key",
     "calibrate",
     "calibrate_kv_cache",
     "calibrate_weights",
@@ -69,6 +72,7 @@ __all__ = [
     "load_inputs",
     "load_texts",
     "loaded_amaxes",
+    "merge_cache",
     "merge_live",
     "moment_passes",
     "ranges_of",

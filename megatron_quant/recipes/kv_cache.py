@@ -7,7 +7,7 @@ from megatron_quant.recipes.plan import QuantPlan, Slot
 PARTS = ("k", "v")
 CAST_AMAX = 448.0
 """The amax that gives an FP8 scale of 1: keys and values are cast as they are."""
-_KEYS = ".k_proj"
+_KEYS, _BETA = ".k_proj", ".b_proj"
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,12 @@ def cache_slots(plan: QuantPlan) -> tuple[CacheSlot, ...]:
 
 
 def attention_of(slot: Slot) -> str | None:
-    """Return the attention whose keys the weight makes; None for another weight, and for a bias."""
-    if slot.fixed:
+    """Return the attention whose keys the weight makes and an engine caches.
+
+    None for another weight, for a bias, and for linear attention by a delta rule (Kimi-Linear,
+    Ling), whose beta is fused with its keys: it keeps a state, and caches no keys.
+    """
+    if slot.fixed or any(source.endswith(_BETA) for source in slot.sources):
         return None
     keys = next((s for s in slot.sources if s.endswith(_KEYS)), None)
     return keys.removesuffix(_KEYS) if keys else None

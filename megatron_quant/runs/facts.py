@@ -60,6 +60,7 @@ def of_streamed(streamed: "Streamed", model: str) -> Facts:
         seconds=dict(streamed.seconds),
         weight_amax=dict(streamed.weight_amax),
         input_amax=dict(inputs.found) if inputs else {},
+        kv_amax=dict(streamed.kv_amax),
         expert_tokens=dict(streamed.tokens),
         cold_experts=tuple(inputs.cold) if inputs else (),
         left_out=streamed.left_out,

@@ -60,13 +60,15 @@ class MeasuredInputs:
 
     amaxes: None where no input has a static scale. found: the largest input of each slot that was
     reached. sums: None where no algorithm needs them. digest: of what they were measured with.
-    tokens: those that each expert was measured for, by slot; empty if nothing was.
+    caches: the largest keys and values by cache slot, if their scales are calibrated. tokens: those
+    that each expert was measured for, by slot; empty if nothing was.
     """
 
     amaxes: InputAmaxes | None
     found: Mapping[str, float]
     sums: InputSums | None
     digest: str
+    caches: Mapping[str, float] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -83,6 +85,7 @@ def measure_inputs(
     The ranks share the data. The model runs layer by layer, or as a whole where transformers' class
     cannot do that. Raises a QuantError, on every rank, for a fault in the model.
     """
+    from megatron_quant.calib import merge_cache
     from megatron_quant.streaming import keys_of
 
     static = static_inputs(job.quant, job.params)
@@ -95,6 +98,11 @@ def measure_inputs(
             raise CalibrationError(
                 "imatrix, gptq, awq and smoothquant measure layer by layer, which this model "
                 "cannot run: take --algorithm max or mse, or leave out --stream"
+            )
+        if job.quant.kv_cache == "fp8":
+            raise CalibrationError(
+                "the KV cache is measured layer by layer, which this model cannot run: take "
+                "--export-kv-cache-quant fp8_cast, or leave out --stream"
             )
         seen = file_layers.at_once(job, params, own, groups, phases)
     amaxes, sums, cold = None, None, options.calibration.cold_experts
@@ -109,6 +117,7 @@ def measure_inputs(
         found=found,
         sums=sums,
         digest=place.made_of if weighed else "",
+        caches=merge_cache(job.quant, groups, seen.amax),
         tokens=merge_tokens(params, keys_of, seen.tokens, groups),
     )
 
@@ -144,7 +153,7 @@ def load_inputs(options: QuantizeOptions, job: Job, groups: Groups) -> MeasuredI
 
     Raises the QuantError of what is wrong with the file, on every rank.
     """
-    from megatron_quant.calib import loaded_amaxes, read_calibration
+    from megatron_quant.calib import loaded_amaxes, merge_cache, read_calibration
 
     path = options.calibration.load
     assert path is not None, "nothing to load"
@@ -169,6 +178,7 @@ def load_inputs(options: QuantizeOptions, job: Job, groups: Groups) -> MeasuredI
         found=amaxes.found if amaxes else {},
         sums=LoadedSums(file) if weighed else None,
         digest=digest_of([float(value.sum()) for value in channels]),
+        caches=merge_cache(job.quant, groups, {}, file),
     )
 
 
@@ -188,8 +198,10 @@ def _saved(
     options: QuantizeOptions, job: Job, inputs: MeasuredInputs
 ) -> "Iterator[tuple[str, torch.Tensor | Late]]":
     """Yield the tensors of a calibration file, by name."""
-    from megatron_quant.calib import AMAX, MOMENT, Late, statistic_key
+    from megatron_quant.calib import AMAX, MOMENT, Late, cache_key, statistic_key
 
+    for name, value in inputs.caches.items():
+        yield cache_key(name), torch.tensor(value)
     sums = inputs.sums
     for decision in job.quant.quantized:
         slot, cols = decision.slot, decision.slot.shape[1]

@@ -26,6 +26,7 @@ from megatron_quant.streaming import (
     Producer,
     QuantizedWeights,
     SumsFile,
+    calibrated_caches,
     static_inputs,
     weighed_inputs,
 )
@@ -46,7 +47,7 @@ def by_layers(
 ) -> "Seen | None":
     """Return this rank's observations; None, on every rank, where one cannot go layer by layer."""
     # Imported here: transformers takes seconds to load.
-    from megatron_quant.streaming import CannotWalk, Seen, Skeleton, Walk
+    from megatron_quant.streaming import CannotWalk, Seen, Skeleton, Walk, last_layer
 
     behind = _behind(job, place, groups, phases) if job.sequential else None
 
@@ -54,7 +55,8 @@ def by_layers(
         try:
             with phases.time("load"):
                 skeleton = Skeleton(open_stored(job.source), job.dtype)
-            layers = 1 + max(param.layer or 0 for param in params)
+            caches = calibrated_caches(job.quant, job.params)
+            layers = 1 + last_layer(params, caches)
             with phases.bar("calibrate", layers * len(batches)) as progress:
                 found = Walk(
                     skeleton=skeleton,
@@ -63,6 +65,7 @@ def by_layers(
                     place=place,
                     on_batch=progress,
                     sums=_sums_file(job, place, groups.rank),
+                    caches=caches,
                     expert_share=job.expert_share,
                     behind=behind,
                 )
@@ -179,7 +182,8 @@ def workplace(
         for d in (job.quant.by_name[p.name] for p in weighed_inputs(job.quant, job.params))
     ]
     text = digest_of([ids.tolist() for ids in batches])
-    measured = [keys, sums, job.expert_share]
+    caches = calibrated_caches(job.quant, job.params)
+    measured = [keys, sums, list(caches.items()), job.expert_share]
     if job.sequential:  # then it depends on how the layers before are rounded
         measured += [origin.recipe, job.expert_scales]
     made_of = digest_of([origin.source, str(job.dtype), groups.size, measured, text])

@@ -19,7 +19,7 @@ from megatron_quant.ckpt.read import (
 from megatron_quant.ckpt.storage import resolve_source
 from megatron_quant.ckpt.verify import Report
 from megatron_quant.dist import Groups, together
-from megatron_quant.errors import LayoutError, QuantError, RecipeError
+from megatron_quant.errors import LayoutError, QuantError
 from megatron_quant.folding import DOCUMENT
 from megatron_quant.runs.agree import check_options, check_plans, fetched
 from megatron_quant.runs.destination import (
@@ -64,7 +64,8 @@ class Streamed:
     weight_amax: one for each slot that has a tensor scale. inputs: None if none was measured.
     verified: None with ``--no-verify``. left_out: what the source has and the export lacks.
     seconds: of each phase. found: the search for the recipe; None if it was given. tokens: those
-    that each expert's weights were measured for.
+    that each expert's weights were measured for. kv_amax: the largest keys and values by cache
+    slot, if the KV cache was calibrated.
     """
 
     job: Job
@@ -75,6 +76,7 @@ class Streamed:
     seconds: Mapping[str, float] = field(default_factory=dict)
     found: Found | None = None
     tokens: Mapping[str, int] = field(default_factory=dict)
+    kv_amax: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,6 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
         checkpoint=checkpoint,
     )
     job = decide(options, model, Layout.simulate(world, 1, 1, 1))
-    if job.quant.kv_cache == "fp8":
-        raise RecipeError(
-            "--stream cannot calibrate --export-kv-cache-quant fp8: take fp8_cast, or leave out "
-            "--stream"
-        )
     keeps, carries = None, job.dialect is not None and job.dialect.carries
     if options.keep_scales:
         quant, _ = keeping(job.quant, source, finer=True)
@@ -169,6 +166,7 @@ def _written(
     assert out is not None
     source = PartSource(planned.checkpoint, job.dtype)
     static, sums = (inputs.amaxes, inputs.sums) if inputs else (None, None)
+    caches = inputs.caches if inputs else {}
     if job.places.folded:
         assert sums is not None, "measured or loaded before"
         with phases.time("fold"):
@@ -184,6 +182,7 @@ def _written(
         weight_amax=amaxes,
         input_amax=with_carried(static.scales, job.quant) if static else {},
         sums=sums,
+        cache_amax=caches,
         kept=planned.kept,
     )
     check = verification(options.write, out, job.source, groups, phases)
@@ -201,6 +200,7 @@ def _written(
         verified=check.report if check else None,
         left_out=files.left_out,
         tokens=inputs.tokens if inputs else {},
+        kv_amax=caches,
     )
 
 
@@ -218,6 +218,8 @@ def _with_statistics(
     found: list[object] = [dict(weights), of_inputs]
     if inputs is not None and inputs.sums is not None:
         found.append(inputs.digest)
+    if inputs is not None and inputs.caches:
+        found.append(dict(inputs.caches))
     if DOCUMENT in files.documents:
         found.append(files.documents[DOCUMENT])
     statistics = statistics_digest(job, options, *found)

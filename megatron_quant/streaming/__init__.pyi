@@ -1,4 +1,5 @@
 from .behind import QuantizedWeights as QuantizedWeights
+from .caches import calibrated_caches as calibrated_caches
 from .folding import FoldedSums as FoldedSums
 from .folding import find_fold as find_fold
 from .folding import folded_amaxes as folded_amaxes
@@ -36,6 +37,7 @@ from .search import searched_stat as searched_stat
 from .skeleton import CannotWalk as CannotWalk
 from .skeleton import Skeleton as Skeleton
 from .walk import Walk as Walk
+from .walk import last_layer as last_layer
 from .workplace import Workplace as Workplace
 
 __all__ = [
@@ -56,10 +58,12 @@ __all__ = [
     "WeightInputAmax",
     "Workplace",
     "bounded_parts",
+    "calibrated_caches",
     "find_fold",
     "folded_amaxes",
     "forced_experts",
     "keys_of",
+    "last_layer",
     "layer_memory",
     "load_model",
     "merge_amaxes",

@@ -8,17 +8,14 @@ import torch
 from megatron_quant.ckpt.plan import RankPart
 from megatron_quant.ckpt.read import KeptScales
 from megatron_quant.ckpt.write import Produced, check_finite, encoded, produce_cache_scale
-from megatron_quant.formats import E4M3_MAX, fake_quant, scales_of, tensor_scale
+from megatron_quant.formats import fake_quant, scales_of, tensor_scale
 from megatron_quant.models import Role
-from megatron_quant.recipes import Decision, QuantPlan
+from megatron_quant.recipes import CAST_AMAX, Decision, QuantPlan
 from megatron_quant.rounding import Piece, gptq_pieces
 from megatron_quant.streaming.factors import Factors
 from megatron_quant.streaming.input_sums import InputSums
 from megatron_quant.streaming.part_source import PartSource
 from megatron_quant.streaming.search import searched_stat
-
-_CAST = torch.tensor(E4M3_MAX)
-"""Amax of keys and values that are cast to FP8 unscaled: their scale is 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +27,7 @@ class Producer:
         quant: The resolved recipe.
         weight_amax: Amax by slot, fp32 [], if needed.
         input_amax: Amax of inputs by slot, fp32 [], if needed.
+        cache_amax: Amax by cache slot; empty where keys and values are cast, whose scale is 1.
         kept: Scales that the weights keep; None if they get their own.
         sums: Squares and products of inputs, if algorithms need them.
     """
@@ -38,6 +36,7 @@ class Producer:
     quant: QuantPlan
     weight_amax: Mapping[str, torch.Tensor]
     input_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    cache_amax: Mapping[str, float] = field(default_factory=dict)
     kept: KeptScales | None = None
     sums: InputSums | None = None
     _factors: Factors = field(default_factory=Factors)
@@ -45,7 +44,8 @@ class Producer:
     def __call__(self, part: RankPart) -> Iterator[Produced]:
         """Yield the tensors of ``part``."""
         if part.param.role is Role.CACHE:
-            return produce_cache_scale(part, _CAST)
+            largest = self.cache_amax.get(part.param.name, CAST_AMAX)
+            return produce_cache_scale(part, torch.tensor(largest))
         w, name = self.source.read(part), part.param.name
         weight_amax, decision = self.weight_amax.get(name), self.quant.by_name[name]
         if weight_amax is None:  # otherwise finding the amax has checked every weight

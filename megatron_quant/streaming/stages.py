@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from megatron_quant.streaming.caches import CacheAmax
 from megatron_quant.streaming.model import one_line
 from megatron_quant.streaming.skeleton import CannotWalk, Skeleton
 
-_HIDDEN = "hidden_states"
+_HIDDEN, _CACHE = "hidden_states", "past_key_values"
 _LIKE = 16
 """Tensors of one shape that others are compared with: a mask a kind of attention, and the like."""
 
@@ -27,13 +28,25 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, layer: nn.Module, hidden: torch.Tensor, cache: CacheAmax | None = None
+    ) -> torch.Tensor:
         """Return the hidden states that ``layer`` makes of ``hidden``.
 
+        Args:
+            layer: The layer.
+            hidden: What enters it, [B, S, H].
+            cache: Given what the layer would cache, if anything is.
+
         Raises:
-            CannotWalk: Where they have another shape.
+            CannotWalk: Where they have another shape, or the layer takes no cache.
         """
-        out = layer(hidden, *self.args, **self.kwargs)
+        kwargs = self.kwargs
+        if cache is not None:
+            if kwargs.get(_CACHE, cache) is not None:
+                raise CannotWalk("its layers take no cache")
+            kwargs = {**kwargs, _CACHE: cache}
+        out = layer(hidden, *self.args, **kwargs)
         made: torch.Tensor = out[0] if isinstance(out, tuple) else out
         if made.shape != hidden.shape or made.dtype != hidden.dtype:
             raise CannotWalk(f"a layer turns {list(hidden.shape)} into {list(made.shape)}")

@@ -1,6 +1,6 @@
 """Run calibration text through a model one decoder layer at a time, and measure inputs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -11,6 +11,7 @@ from megatron_quant.ckpt.read import Weights
 from megatron_quant.ckpt.storage import give_back
 from megatron_quant.errors import CalibrationError
 from megatron_quant.models import Param
+from megatron_quant.streaming.caches import CacheAmax
 from megatron_quant.streaming.forced import forced_experts
 from megatron_quant.streaming.input_sums import RunningSum, SumsFile
 from megatron_quant.streaming.model import keys_of, watched
@@ -34,6 +35,7 @@ class Walk:
         batches: Token ids, int64 [B, S] each.
         place: Where hidden states and progress are kept.
         on_batch: Called with 1 for each batch that a layer has done.
+        caches: Layer -> cache slots of its keys and values, where these are measured.
         expert_share: Share of a layer's experts that each token is given to while those are
             measured; None for the experts that the router chose.
         behind: The weights of a layer once they are quantized by its sums, which the layers after
@@ -46,6 +48,7 @@ class Walk:
     place: Workplace
     on_batch: Callable[[int], None]
     sums: SumsFile | None = None
+    caches: Mapping[int, Sequence[str]] = field(default_factory=dict)
     expert_share: float | None = None
     behind: Weights | None = None
     _seen: Seen = field(default_factory=Seen)
@@ -54,7 +57,7 @@ class Walk:
     @property
     def layers(self) -> int:
         """Return how many layers have something to measure, or come before one that has."""
-        return 1 + max(int(p.layer) for p in self.params if p.layer is not None)
+        return 1 + last_layer(self.params, self.caches)
 
     def run(self) -> Seen:
         """Return what the inputs of weights were; begin where the last run stopped.
@@ -151,10 +154,12 @@ class Walk:
         real = [w for w in held if w.parameter.device.type != "meta"]
         mode = WeightInputSums(real, {keys_of(p)[0]: found for p, found in sums.values()})
 
+        cache = CacheAmax(self.caches[layer], layer) if layer in self.caches else None
+
         def made() -> Iterator[torch.Tensor]:
             for call, hidden in zip(calls, states.read(), strict=True):
                 with torch.no_grad(), mode, forced_experts(module, self.expert_share, mode):
-                    out = call.run(module, hidden)
+                    out = call.run(module, hidden, cache)
                 yield out
                 self.on_batch(1)
 
@@ -166,6 +171,7 @@ class Walk:
         else:
             digest = later.write(made())
         self._seen.amax.update(self._checked(mode.found.amax))
+        self._seen.amax.update(cache.found if cache else {})
         self._seen.tokens.update(mode.found.tokens)
         if self.sums is not None:
             put = self.sums.put({name: found for name, (_, found) in sums.items()})
@@ -204,3 +210,8 @@ class Walk:
                     f"input of {name} contains NaN or Inf: repair the checkpoint"
                 )
         return seen
+
+
+def last_layer(params: Iterable[Param], caches: Iterable[int]) -> int:
+    """Return the last layer that has something to measure; -1 if none has."""
+    return max((*caches, *(p.layer for p in params if p.layer is not None)), default=-1)

@@ -12,6 +12,7 @@ from megatron_quant.errors import CalibrationError, CoverageError
 from tests.dist import checkpoints
 from tests.dist.pool import Ranks
 from tests.dist.test_layouts import digests, export_all, tensors
+from tests.dist.test_stream import stream_case
 
 LAYERS, BATCHES = 2, 4
 # (ranks, tp, ep, etp)
@@ -180,6 +181,30 @@ def test_cast_exports_are_byte_equal_at_every_layout(
     assert [held[name].item() for name in NAMES[dialect]] == [1.0] * 4
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert config["kv_cache_scheme"]["num_bits"] == 8
+
+
+def test_one_calibration_gives_a_stream_and_live_models_the_same_bytes(
+    checkpoint: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    file = tmp_path / "kept.safetensors"
+    case = {
+        "export_quant_cfg": "nvfp4",
+        "export_kv_cache_quant": "fp8",
+        "cold_experts": "layer-max",
+    }
+    text = {"calib_dataset": __file__, "calib_size": 4, "calib_seq_length": 32}
+    saved = {**case, **text, "save_calibration": file}
+    ranks(2, stream_case, checkpoint, tmp_path / "saved", saved)
+    loaded = {**case, "load_calibration": file}
+    streamed = {**loaded, "max_shard_size": "300KB"}
+    ranks(3, stream_case, checkpoint, tmp_path / "streamed", streamed)
+    for world, tp, ep, etp in LAYOUTS[::2]:
+        out = tmp_path / f"{world}"
+        ranks(world, export_all, checkpoint, out, tp, ep, etp, [loaded])
+        (directory,) = out.iterdir()
+        assert digests(directory) == digests(tmp_path / "streamed")
+    scales = [n for n in tensors(tmp_path / "saved") if n.endswith(("k_scale", "v_scale"))]
+    assert sorted(scales) == sorted(NAMES["modelopt"])
 
 
 def reexported(source: Path, out: Path) -> None:

@@ -18,7 +18,7 @@ from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.verify.checkpoint import verify
 from megatron_quant.cli.console import ConsolePhases, console
 from megatron_quant.dist import Groups
-from megatron_quant.errors import CalibrationError, CheckpointError, ExportError, QuantError
+from megatron_quant.errors import CalibrationError, CheckpointError, ExportError
 from megatron_quant.runs import file_inputs, file_to_file
 from megatron_quant.runs.batches import calibration_batches
 from megatron_quant.runs.file_to_file import Streamed
@@ -180,11 +180,6 @@ def test_a_tokenizer_is_needed_for_data_alone(gemma4: Path, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="or quantize with --weight-only"):
         run(source, tmp_path / "out")
     run(source, tmp_path / "out", weight_only=True)
-
-
-def test_a_calibrated_cache_is_refused(gemma4: Path, tmp_path: Path) -> None:
-    with pytest.raises(QuantError, match="fp8_cast"):
-        run(gemma4, tmp_path / "out", export_kv_cache_quant="fp8")
 
 
 def test_the_command_reports_what_was_measured(gemma4: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from .grid import scales_of as scales_of
 from .numbers import E2M1 as E2M1
 from .numbers import E2M1_VALUES as E2M1_VALUES
 from .numbers import E4M3 as E4M3
-from .numbers import E4M3_MAX as E4M3_MAX
 from .numbers import INT4 as INT4
 from .numbers import INT4_MAX as INT4_MAX
 from .numbers import INT4_MIN as INT4_MIN
@@ -60,7 +59,6 @@ __all__ = [
     "E2M1",
     "E2M1_VALUES",
     "E4M3",
-    "E4M3_MAX",
     "FORMATS",
     "FOUR_OVER_SIX_RANGE",
     "GROUP_SIZES",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from megatron_quant.errors import CalibrationError, CoverageError
 from tests.dist import checkpoints
 from tests.dist.pool import Ranks
+from tests.dist.test_gptq import run
 from tests.dist.test_layouts import digests, export_all, tensors
 from tests.dist.test_stream import stream_case
 
@@ -186,25 +187,23 @@ def test_cast_exports_are_byte_equal_at_every_layout(
 def test_one_calibration_gives_a_stream_and_live_models_the_same_bytes(
     checkpoint: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
-    file = tmp_path / "kept.safetensors"
-    case = {
-        "export_quant_cfg": "nvfp4",
-        "export_kv_cache_quant": "fp8",
-        "cold_experts": "layer-max",
-    }
+    kept = tmp_path / "kept.safetensors"
+    case = {"export_quant_cfg": "nvfp4", "export_kv_cache_quant": "fp8"}
+    cold = {"cold_experts": "layer-max"}
     text = {"calib_dataset": __file__, "calib_size": 4, "calib_seq_length": 32}
-    saved = {**case, **text, "save_calibration": file}
-    ranks(2, stream_case, checkpoint, tmp_path / "saved", saved)
-    loaded = {**case, "load_calibration": file}
-    streamed = {**loaded, "max_shard_size": "300KB"}
-    ranks(3, stream_case, checkpoint, tmp_path / "streamed", streamed)
+    first, saved = tmp_path / "first", {**case, **cold, **text, "save_calibration": kept}
+    ranks(2, stream_case, checkpoint, first, saved)
+    assert sorted(n for n in tensors(first) if n.endswith(("k_scale", "v_scale"))) == sorted(
+        NAMES["modelopt"]
+    )
+    loaded = {**case, "load_calibration": kept}
+    ranks(3, stream_case, checkpoint, tmp_path / "streamed", {**loaded, **cold})
+    assert digests(first) == digests(tmp_path / "streamed")
     for world, tp, ep, etp in LAYOUTS[::2]:
         out = tmp_path / f"{world}"
-        ranks(world, export_all, checkpoint, out, tp, ep, etp, [loaded])
-        (directory,) = out.iterdir()
-        assert digests(directory) == digests(tmp_path / "streamed")
-    scales = [n for n in tensors(tmp_path / "saved") if n.endswith(("k_scale", "v_scale"))]
-    assert sorted(scales) == sorted(NAMES["modelopt"])
+        layout = {"tp": tp, "ep": ep, "etp": etp}
+        ranks(world, run, checkpoint, layout, [{**loaded, "export_dir": out}])
+        assert digests(out) == digests(first)
 
 
 def reexported(source: Path, out: Path) -> None:

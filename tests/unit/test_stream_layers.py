@@ -146,10 +146,10 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path, monkeypatch: pytest.Mo
         gc.collect()
         before, seen = tensor_bytes(), []
 
-        def look(call: Any, layer: Any, hidden: Any, held: list = seen) -> torch.Tensor:
+        def look(call: Any, layer: Any, hidden: Any, *rest: Any, held: list = seen) -> Any:
             if len(hidden) == 1:  # the last batch
                 held.append(tensor_bytes())
-            return run_layer(call, layer, hidden)
+            return run_layer(call, layer, hidden, *rest)
 
         monkeypatch.setattr(stages.Call, "run", look)
         walked(source, tmp_path / f"work-{layers}")
@@ -215,9 +215,9 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     """Layers, as they run."""
     run_layer, ran = stages.Call.run, []
 
-    def counted(call: Any, layer: Any, hidden: Any) -> torch.Tensor:
+    def counted(call: Any, layer: Any, *rest: Any) -> torch.Tensor:
         ran.append(layer)
-        return run_layer(call, layer, hidden)
+        return run_layer(call, layer, *rest)
 
     monkeypatch.setattr(stages.Call, "run", counted)
     return ran

@@ -9,7 +9,6 @@ from .arithmetic import squares as squares
 from .elements import E2M1 as E2M1
 from .elements import E2M1_VALUES as E2M1_VALUES
 from .elements import E4M3 as E4M3
-from .elements import E4M3_MAX as E4M3_MAX
 from .elements import INT4 as INT4
 from .elements import INT4_MAX as INT4_MAX
 from .elements import INT4_MIN as INT4_MIN
@@ -28,7 +27,6 @@ __all__ = [
     "E2M1",
     "E2M1_VALUES",
     "E4M3",
-    "E4M3_MAX",
     "INT4",
     "INT4_MAX",
     "INT4_MIN",

@@ -17,7 +17,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Add the verb to the top parser."""
     p = verbs.add_parser(
         "eval",
-        help="perplexity on a text, and KL divergence from the original",
+        help="measure perplexity on a text, and KL divergence from the original",
         description="Measure the perplexity of a bf16 or quantized checkpoint, and its mean KL per "
         "token to a reference. KL moves before perplexity does. The checkpoint is decoded into the "
         "transformers model; quantized activations are simulated with the stored scales.",

@@ -17,7 +17,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Add the verb to the top parser."""
     p = verbs.add_parser(
         "export",
-        help="write a quantized checkpoint in an engine's format",
+        help="rewrite a quantized checkpoint in another engine's format, code for code",
         description="Rewrite a quantized checkpoint in another dialect, with the same codes and "
         "scales: no model, no calibration, no second rounding. Or export a Megatron checkpoint of "
         "a quantized model, at any layout, without calibrating. Under torchrun the ranks share the "

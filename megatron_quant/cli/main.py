@@ -12,15 +12,15 @@ from megatron_quant.cli.failure import TRACEBACK, fail
 from megatron_quant.errors import QuantError, RankError
 from megatron_quant.faults import MINUTES
 
-_DESCRIPTION = """\
-Quantize Megatron-Core / Transformer Engine models, mixture-of-experts first.
+_DESCRIPTION = "Quantize Megatron-Core / Transformer Engine models, mixture-of-experts first."
+_EXAMPLES = """\
+examples:
+  megatron-quant quantize --stream --hf-model-id PATH --export-quant-cfg int4 --export-dir OUT
+  megatron-quant verify OUT --against PATH
+  megatron-quant eval OUT --text heldout.txt --against PATH
 
-  quantize   turn a Hugging Face checkpoint into a quantized one that engines serve
-  export     rewrite a quantized checkpoint in another engine's format, bit for bit
-  verify     check that a checkpoint is complete and matches its own config
-  eval       measure perplexity on a text, and KL divergence from the original
-  search     choose again among scored formats, for another number of bits
-  sensitivity  measure what each family of weights loses in each format, alone
+megatron-quant VERB --help shows the flags of a verb. On several ranks, torchrun starts the same
+words: torchrun --nproc-per-node 4 examples/quantize.py --hf-model-id PATH ...
 """
 
 
@@ -29,14 +29,21 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="megatron-quant",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLES,
+        formatter_class=_format,
     )
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    top.add_argument("--version", action="version", version=f"megatron-quant {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
     for module in (quantize, export, verify, evaluate, search, sensitivity):
         module.add_parser(verbs)
     for verb in verbs.choices.values():
         _running_flags(verb)
     return top
+
+
+def _format(prog: str) -> argparse.HelpFormatter:
+    """Return a formatter with a line for each verb."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=18, width=100)
 
 
 def _running_flags(p: argparse.ArgumentParser) -> None:

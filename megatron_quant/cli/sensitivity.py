@@ -16,7 +16,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Add the verb to the top parser."""
     p = verbs.add_parser(
         "sensitivity",
-        help="what each family of weights loses in each format, alone",
+        help="measure what each family of weights loses in each format, alone",
         description="Quantize one family of weights at a time (attention, experts, shared experts, "
         "linear attention, lm_head, the first and the last layer, the KV cache) and measure the "
         "mean KL divergence of a token's logits. Runs transformers' model, whole in memory.",

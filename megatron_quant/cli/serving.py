@@ -9,7 +9,8 @@ DIALECT_HELP = (
     "modelopt: vLLM, SGLang and TensorRT-LLM (its int4 and w4a8 only TensorRT-LLM). "
     "compressed-tensors: vLLM, SGLang and transformers. gptq, awq, auto-round: INT4 weights (and "
     "INT8 in gptq and auto-round) for vLLM and SGLang, and for transformers with their own "
-    "packages. fp8: 128 x 128 blocks as DeepSeek stores them, for all of these engines"
+    "packages. fp8: 128 x 128 blocks as DeepSeek stores them, for all of these "
+    "engines. mxfp4: gpt-oss's stacks of experts. deepseek-v4: the form of DeepSeek-V4's release"
 )
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import megatron_quant as mq
 from megatron_quant.cli.main import parser
 from megatron_quant.cli.serving import arguments
 from megatron_quant.runs.options import QuantizeOptions
@@ -28,7 +29,9 @@ RECIPES = ("fp8", "nvfp4_mlp_only", "w4a16_nvfp4", "int4", "a YAML path", "Model
 def test_the_top_names_the_verbs() -> None:
     ended = command("--help")
     assert ended.status == 0
-    assert all(f"\n  {verb} " in ended.out for verb in ("quantize", "export", "verify", "eval"))
+    verbs = ("quantize", "export", "verify", "eval", "search", "sensitivity")
+    assert [len(re.findall(rf"^ *{verb} +[a-z]", ended.out, re.M)) for verb in verbs] == [1] * 6
+    assert command("--version").out == f"megatron-quant {mq.__version__}\n"
 
 
 def test_quantize_names_every_flag_and_recipe_and_gives_examples() -> None:

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _format(prog: str) -> argparse.HelpFormatter:
     """Return a formatter with a line for each verb."""
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=18, width=100)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=20, width=100)
 
 
 def _running_flags(p: argparse.ArgumentParser) -> None:

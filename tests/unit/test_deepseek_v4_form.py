@@ -136,7 +136,10 @@ def test_verify_reads_both_forms(folder: Path) -> None:
         assert formats == {"", "fp8_block", "mxfp4" if out == "source" else "nvfp4"}
 
 
-def test_verify_refuses_a_release_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["source", "exact"])
+def test_verify_refuses_a_release_that_is_not_whole(
+    form: str, folder: Path, tmp_path: Path
+) -> None:
     at = "layers.1.ffn.experts"
 
     def router(found: sources.Tensors) -> None:
@@ -155,11 +158,11 @@ def test_verify_refuses_a_release_that_is_not_whole(folder: Path, tmp_path: Path
         "router": router,
     }
     for what, change in changes.items():
-        found = sources.tensors(folder / "source")
+        found = sources.tensors(folder / form)
         change(found)
         (tmp_path / what).mkdir()
         sources.write(tmp_path / what, found)
-        (tmp_path / what / "config.json").write_bytes((folder / "source/config.json").read_bytes())
+        (tmp_path / what / "config.json").write_bytes((folder / form / "config.json").read_bytes())
         assert verify(tmp_path / what).problems, what
 
 

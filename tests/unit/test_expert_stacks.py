@@ -185,9 +185,15 @@ def gone(found: sources.Tensors) -> None:
     del found[f"{STACK}.gate_up_proj_scales"]
 
 
+def coded_router(found: sources.Tensors) -> None:
+    name = STACK.replace("experts", "router")
+    found[f"{name}.weight"] = found[f"{name}.weight"].to(torch.float8_e4m3fn)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (coded_router, r"mlp\.router\.weight: dtype is torch.float8_e4m3fn"),
         (less("down_proj"), r"experts\.3\.down_proj"),
         (less(""), r"experts\.3\.gate_proj"),
         (turned, r"down_proj_scales is torch.uint8 .*, but .*down_proj_blocks needs torch.uint8"),

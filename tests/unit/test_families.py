@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_quant.ckpt.verify import verify
 from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluation import decoded
 from megatron_quant.models import has_plain_router
+from tests.dist import checkpoints
 from tests.dist.checkpoints import tokenizer
 from tests.unit import family_models, sources
 from tests.unit.family_models import FAMILIES, Tiny
@@ -113,27 +115,57 @@ def spoiled(out: Path, to: Path, **changes: torch.Tensor | None) -> Path:
     return to
 
 
-def test_verify_refuses_what_is_missing_turned_or_wrongly_quantized(family, tmp_path: Path) -> None:
-    _, tiny, source, out = family
-    tensors = sources.tensors(out)
-    last = tiny.count[1] - 1
+def faults(out: Path, tiny: Tiny) -> dict[str, dict[str, torch.Tensor | None]]:
+    """By what is wrong: tensors that an export in FP8 then has instead; None for those it lacks."""
+    tensors, last = sources.tensors(out), tiny.count[1] - 1
     of_experts = {
         e: [n for n in tensors if n.startswith(f"{tiny.experts}.{e}.")] for e in (1, last)
     }
-    down = f"{tiny.experts}.0.{tiny.leaves[-1]}.weight"
-    router = f"{tiny.router}.weight"
-    scale = torch.ones(tensors[router].shape[0], 1)
-    cases = {
+    down, router = f"{tiny.experts}.0.{tiny.leaves[-1]}.weight", f"{tiny.router}.weight"
+    return {
         "middle": dict.fromkeys(of_experts[1]),
         "last": dict.fromkeys(of_experts[last]),
         "turned": {down: tensors[down].t().contiguous()},
         "router": {
             router: tensors[router].to(torch.float8_e4m3fn),
-            f"{tiny.router}.weight_scale": scale,
+            f"{tiny.router}.weight_scale": torch.ones(tensors[router].shape[0], 1),
         },
     }
-    for what, changes in cases.items():
-        assert verify(spoiled(out, tmp_path / what, **changes), source).problems, what
+
+
+TABLED = {
+    name: (experts, router)
+    for name, experts, router in (
+        ("qwen3_moe", "model.layers.0.mlp.experts", "model.layers.0.mlp.gate"),
+        ("qwen2_moe", "model.layers.0.mlp.experts", "model.layers.0.mlp.gate"),
+        ("deepseek_v3", "model.layers.1.mlp.experts", "model.layers.1.mlp.gate"),
+    )
+}
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_verify_refuses_the_same_of_models_with_a_table(name: str, tmp_path: Path) -> None:
+    source, out = checkpoints.save(name, tmp_path / "source"), tmp_path / "out"
+    sources.run(source, out)
+    experts, router = TABLED[name]
+    numbers = {
+        int(n.removeprefix(f"{experts}.").split(".")[0])
+        for n in sources.tensors(out)
+        if n.startswith(f"{experts}.")
+    }
+    tiny = replace(
+        FAMILIES["glm4_moe"], experts=experts, router=router, count=("", len(numbers))
+    )
+    for what, changes in faults(out, tiny).items():
+        broken = spoiled(out, tmp_path / what, **changes)
+        assert verify(broken).problems and verify(broken, source).problems, what
+
+
+def test_verify_refuses_what_is_missing_turned_or_wrongly_quantized(family, tmp_path: Path) -> None:
+    _, tiny, source, out = family
+    for what, changes in faults(out, tiny).items():
+        broken = spoiled(out, tmp_path / what, **changes)
+        assert verify(broken).problems and verify(broken, source).problems, what
     unlisted = tmp_path / "unlisted"
     shutil.copytree(tmp_path / "router", unlisted)
     config = sources.config(unlisted)

@@ -127,6 +127,18 @@ def unstack(config: Config, shapes: Shapes) -> dict[str, View]:
     return views
 
 
+def first_expert(name: str, shape: Shape) -> tuple[str, ...]:
+    """Return the modules of expert 0 that a tensor holds if it is a stack; none for others.
+
+    Some engines look its names up for the format of all.
+    """
+    stack = _parse(name)
+    if stack is None or stack.bias or _is_single(name, shape):
+        return ()
+    kinds = ("gate_proj", "up_proj") if stack.kind == "gate_up_proj" else (stack.kind,)
+    return tuple(f"{stack.module}.0.{kind}" for kind in kinds)
+
+
 def _is_single(name: str, shape: Shape) -> bool:
     """Return whether a matrix has the name of a stack of its family, as in its dense layers."""
     return len(shape) == 2 and stack_of(name) is not None

@@ -20,10 +20,11 @@ from megatron_quant.models.config import Config, fields
 from megatron_quant.models.moe import MoeBlock, blocks
 from megatron_quant.models.registry import ARCHITECTURES, lookup
 from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
-from megatron_quant.models.stacks import Shapes, View, unstack
+from megatron_quant.models.stacks import Shapes, View, first_expert, unstack
 from megatron_quant.models.text import family, layers_of, text_config
 
-_PREDICTS = re.compile(r"(?:[^.]+\.)*?mtp\.")
+_PREDICTS = re.compile(r"(?:[^.]+\.)*?mtp(?:_\w+)?\.")
+"""Names of tensors in layers called ``mtp``; Ernie's are called ``mtp_block`` and so on."""
 _NUMBERED = re.compile(r"(?:model\.|language_model\.)*layers\.([0-9]{1,9})\.")
 """Names of tensors in numbered layers; a number beyond the model's is a layer for speculation."""
 _OUTPUTS = tuple(f"{head}.weight" for head in HEADS)
@@ -67,7 +68,8 @@ def _carried(config: Config, shapes: Shapes) -> Iterator[Param]:
     """Yield what lies beside the model that a table describes."""
     for name, shape in shapes.items():
         if is_draft(config, name):
-            yield _draft(name, shape)
+            param = _draft(name, shape)
+            yield replace(param, called=_called(config, param))
         elif lookup(config).is_outside(name):
             yield replace(_alone(name, shape, Role.OUTSIDE), stage=Stage.LAST)
 
@@ -149,7 +151,6 @@ def recognise(config: Config, shapes: Shapes) -> Structure:
     tensors = {n: s for n, s in shapes.items() if n not in stacked}
     tensors |= {name: view.shape for name, view in views.items()}
     found: dict[str, Param] = {}
-    known = family(config)
     by_layer: dict[int | None, dict[str, tuple[int, ...]]] = {}
     for name in sorted(tensors, key=_natural):
         layer = _layer_of(name, prefix)
@@ -160,9 +161,17 @@ def recognise(config: Config, shapes: Shapes) -> Structure:
         else:
             params = _of_rest(prefix, embedding, of_layer, layer)
         for param in params:
-            called = engine_names(known, (source.module for source in param.sources))
-            found[param.name] = replace(param, layer=layer, called=called)
+            found[param.name] = replace(param, layer=layer, called=_called(config, param))
     return Structure(tuple(found.values()), views)
+
+
+def _called(config: Config, param: Param) -> tuple[str, ...]:
+    """Return what engines call its sources, where they call them otherwise."""
+    modules, singles, after = [source.module for source in param.sources], [], None
+    if param.role is Role.DRAFT:  # whose stacks are carried whole
+        singles = [n for s in param.sources for n in first_expert(s.name, s.shape)]
+        after = layers_of(config)
+    return (*singles, *engine_names(family(config), [*modules, *singles], after))
 
 
 def decoder_of(shapes: Shapes) -> str:

@@ -153,9 +153,7 @@ def test_verify_refuses_the_same_of_models_with_a_table(name: str, tmp_path: Pat
         for n in sources.tensors(out)
         if n.startswith(f"{experts}.")
     }
-    tiny = replace(
-        FAMILIES["glm4_moe"], experts=experts, router=router, count=("", len(numbers))
-    )
+    tiny = replace(FAMILIES["glm4_moe"], experts=experts, router=router, count=("", len(numbers)))
     for what, changes in faults(out, tiny).items():
         broken = spoiled(out, tmp_path / what, **changes)
         assert verify(broken).problems and verify(broken, source).problems, what

@@ -7,8 +7,8 @@ import pytest
 from megatron_quant.engines.families import engine_names, family_of, fused_names, fused_sets
 from megatron_quant.engines.families.registry import FAMILIES
 from megatron_quant.models.spec import Role
-from megatron_quant.models.structure import recognise
-from tests.unit import family_models, sources
+from megatron_quant.models.structure import describe_structure, recognise
+from tests.unit import family_models, sources, tiny
 
 MIXED = """
 rules:
@@ -47,6 +47,94 @@ def test_longcats_fused_projection_is_excluded_by_its_own_name() -> None:
     module = "model.layers.0.self_attn.1.q_a_proj"
     found = engine_names(family_of(["longcat_flash"]), [module, "model.layers.0.mlps.0.up_proj"])
     assert found == ("model.layers.0.self_attn.1.fused_qkv_a_proj",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "called"),
+    [
+        ("deepseek_v3", "model.layers.2.shared_head.head", ["model.layers.2.head"]),
+        ("glm4_moe", "model.layers.2.shared_head.head", ["model.layers.2.head"]),
+        ("glm4_moe", "model.layers.2.mlp.up_proj", []),
+        (
+            "step3p5",
+            "model.layers.2.self_attn.q_proj",
+            ["model.layers.2.mtp_block.self_attn.q_proj"],
+        ),
+        (
+            "step3p5",
+            "model.layers.2.transformer.shared_head.output",
+            ["model.layers.2.shared_head.head"],
+        ),
+        ("longcat_flash", "model.mtp.layers.0.eh_proj", ["eh_proj"]),
+        (
+            "longcat_flash",
+            "model.mtp.layers.0.transformer_layer.mlp.up_proj",
+            ["model.layers.4.mlp.up_proj"],
+        ),
+        (
+            "ernie4_5_moe",
+            "model.mtp_block.0.self_attn.q_proj",
+            ["model.layers.2.self_attn.q_proj"],
+        ),
+        (
+            "bailing_moe_linear",
+            "model.layers.2.attention.g_proj",
+            ["model.layers.2.self_attn.g_proj"],
+        ),
+    ],
+)
+def test_layers_for_speculation_are_excluded_by_engines_names_too(
+    kind: str, module: str, called: list
+) -> None:
+    """vLLM's classes for them, whose prefixes differ from the checkpoint's."""
+    config = {"model_type": kind, "num_nextn_predict_layers": 1}
+    config["num_layers" if kind == "longcat_flash" else "num_hidden_layers"] = 2
+    own = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    names = [f"model.{name}" for name in ("embed_tokens", "word_embeddings")]
+    shapes = {f"{name}.weight": (64, 64) for name in (*names, *own, module)}
+    found = {p.name: p for p in recognise(config, shapes).params}
+    assert found[f"{module}.weight"].role is Role.DRAFT
+    assert list(found[f"{module}.weight"].called) == called
+    assert all(found[f"{name}.weight"].called == () for name in own)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stack", "shape", "called"),
+    [
+        (
+            "qwen3_5_moe",
+            "mtp.layers.0.mlp.experts.gate_up_proj",
+            (4, 64, 64),
+            [f"mtp.layers.0.mlp.experts.0.{leaf}_proj" for leaf in ("gate", "up")],
+        ),
+        (
+            "step3p5",
+            "model.layers.2.moe.down_proj.weight",
+            (4, 64, 32),
+            [
+                "model.layers.2.moe.experts.0.down_proj",
+                "model.layers.2.mtp_block.moe.down_proj",
+                "model.layers.2.mtp_block.moe.experts.0.down_proj",
+            ],
+        ),
+    ],
+)
+def test_their_stacks_are_excluded_as_single_experts_too(
+    kind: str, stack: str, shape: tuple, called: list
+) -> None:
+    """compressed-tensors' reader asks for the format of expert 0."""
+    config = {"model_type": kind, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    own = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    shapes = {f"{n}.weight": (64, 64) for n in ("model.embed_tokens", *own)} | {stack: shape}
+    (found,) = (p for p in recognise(config, shapes).params if p.role is Role.DRAFT)
+    assert list(found.called) == called
+
+
+def test_so_they_are_beside_a_model_with_a_table() -> None:
+    config = {**tiny.config("deepseek_v3"), "num_nextn_predict_layers": 1}
+    head = f"model.layers.{config['num_hidden_layers']}.shared_head.head"
+    params = describe_structure(config, {f"{head}.weight": (64, 64)}).params
+    assert params[-1].called == (head.replace(".shared_head", ""),)
 
 
 def test_a_key_that_fills_the_value_too_is_named_as_both(tmp_path: Path) -> None:

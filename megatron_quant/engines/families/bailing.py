@@ -1,6 +1,6 @@
 """Ling and Ring (Bailing MoE)."""
 
-from megatron_quant.engines.families.record import Family, Fused
+from megatron_quant.engines.families.record import Called, Family, Fused
 
 FAMILY = Family(
     title="Ling, Ring (Bailing MoE 2.0 to 3)",
@@ -15,6 +15,18 @@ FAMILY = Family(
     loaded=(
         (r"self_attn\.o_proj\.", "attention.dense."),
         (r"self_attn\.(forget_gate\.)?", "attention."),
+    ),
+    called=(
+        Called(
+            modules=r"(.*\blayers\.\d+)\.attention\.(.+)",
+            engine=r"\1.self_attn.\2",
+            source="vLLM bailing_moe_linear.py (2.5), bailing_moe_v3.py: the prefix of attention",
+        ),
+        Called(
+            modules=r"(.*\blayers\.\d+)\.attention\.dense",
+            engine=r"\1.self_attn.o_proj",
+            source="vLLM bailing_moe_linear.py: so in layers with latent attention",
+        ),
     ),
     fused=(
         Fused(

@@ -15,5 +15,18 @@ FAMILY = Family(
             engine=r"\1.fused_qkv_a_proj",
             source="vLLM longcat_flash.py: not in its packed_modules_mapping",
         ),
+        Called(
+            modules=r"model\.mtp\.layers\.0\.eh_proj",
+            engine="eh_proj",
+            source="vLLM longcat_flash_mtp.py: a prefix of its own",
+            drafts=True,
+        ),
+        Called(
+            modules=r"model\.mtp\.layers\.0\.(?:transformer_layer\.)?((?:self_attn|mlp)\..+)",
+            engine=r"model.layers.{layer}.\1",
+            source="vLLM longcat_flash_mtp.py: numbered on, two to a layer",
+            drafts=True,
+            numbered=2,
+        ),
     ),
 )

@@ -64,11 +64,25 @@ def fused_names(leaves: Collection[str]) -> tuple[str, ...]:
     return _all(fused.name for fused in known)
 
 
-def engine_names(family: Family | None, modules: Iterable[str]) -> tuple[str, ...]:
-    """Return the engine's names for those of ``modules`` that it calls differently."""
-    rows = family.called if family is not None else ()
-    found = (m.expand(row.engine) for n in modules for row in rows if (m := _match(row.modules, n)))
-    return _all(found)
+def engine_names(
+    family: Family | None, modules: Iterable[str], drafts_after: int | None = None
+) -> tuple[str, ...]:
+    """Return the engine's names for those of ``modules`` that it calls differently.
+
+    Args:
+        family: The model's family; None for an unknown one.
+        modules: Names of modules in the checkpoint.
+        drafts_after: Number of the model's layers, if these are modules of layers that predict
+            tokens ahead.
+    """
+    rows = (*every.CALLED, *(family.called if family is not None else ()))
+    asked = [row for row in rows if drafts_after is not None or not row.drafts]
+    return _all(
+        match.expand(row.engine).replace("{layer}", str((drafts_after or 0) * row.numbered))
+        for name in modules
+        for row in asked
+        if (match := _match(row.modules, name))
+    )
 
 
 def checkpoint_name(family: Family | None, name: str) -> str:

@@ -48,13 +48,18 @@ class Called:
 
     Attributes:
         modules: Pattern of the checkpoint's names.
-        engine: The engine's name, with groups of the pattern as ``\\1``.
+        engine: The engine's name, with groups of the pattern as ``\\1``. In layers for speculation
+            ``{layer}`` is the number that the engine gives to the first of them.
         source: Where an engine says so.
+        drafts: Whether it holds in layers for speculation alone.
+        numbered: Numbers that the engine uses up for each layer of the model.
     """
 
     modules: str
     engine: str
     source: str
+    drafts: bool = False
+    numbered: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         prog="megatron-quant",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=_format,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"megatron-quant {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
@@ -39,11 +39,6 @@ def parser() -> argparse.ArgumentParser:
     for verb in verbs.choices.values():
         _running_flags(verb)
     return top
-
-
-def _format(prog: str) -> argparse.HelpFormatter:
-    """Return a formatter with a line for each verb."""
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=20, width=100)
 
 
 def _running_flags(p: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ def test_the_top_names_the_verbs() -> None:
     ended = command("--help")
     assert ended.status == 0
     verbs = ("quantize", "export", "verify", "eval", "search", "sensitivity")
-    assert [len(re.findall(rf"^ *{verb} +[a-z]", ended.out, re.M)) for verb in verbs] == [1] * 6
+    assert [len(re.findall(rf"^ *{verb}\s+[a-z]", ended.out, re.M)) for verb in verbs] == [1] * 6
     assert command("--version").out == f"megatron-quant {mq.__version__}\n"
 
 

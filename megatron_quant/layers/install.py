@@ -24,6 +24,7 @@ from megatron_quant.layers.backend import (
     set_regions,
     split_stat,
 )
+from megatron_quant.layers.dense_rows import DenseRows
 from megatron_quant.layers.grouped import QuantGroupedLinear
 from megatron_quant.layers.registry import register
 from megatron_quant.layers.te import (
@@ -251,10 +252,12 @@ def attach(
     # ModelOpt prints the number of quantizers, on every rank.
     with redirect_stdout(StringIO()), fusion_kept(model), mode_state_kept(model):
         mtq.quantize(model, _ALL_OFF)
-    for name in chosen:
+    for name, members in chosen.items():
         module = model.get_submodule(name)
         module.register_forward_pre_hook(refuse_fp8)
         module.register_forward_pre_hook(refuse_capture)
+        if (rows := members[0][1].rows) is not None:
+            DenseRows(rows).put(module)
     return [_configure(model.get_submodule(n), m, expert_scales) for n, m in chosen.items()]
 
 

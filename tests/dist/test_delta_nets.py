@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import megatron_quant as mq
 from megatron_quant.errors import LayoutError
 from tests.dist import checkpoints, plain, saved
 from tests.dist.pool import Ranks
@@ -58,6 +59,9 @@ def test_one_calibration_gives_equal_bytes(source: Path, tmp_path: Path, ranks: 
     for found in ranks(4, rounded, source, tmp_path / "three", {**LAYOUT, **loaded}):
         assert found == pytest.approx(one, rel=0.02) and found > 0
     assert digests(tmp_path / "three") == digests(tmp_path / "one")
+    text, windows = source / "text.txt", {"seq_length": 32, "dtype": "fp32"}
+    served = mq.evaluate(tmp_path / "one", text, against=source, **windows)
+    assert served.kl == pytest.approx(one, rel=1e-4), "fake quant is what transformers computes"
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     gates = [n for n in config["quantization_config"]["ignore"] if "linear_attn" in n]
     leaves = {n.rpartition(".")[2] for n in gates}
@@ -121,7 +125,6 @@ def test_a_norm_is_shifted_and_the_gates_stay(source: Path, ranks: Ranks) -> Non
 
 def facts(source: Path) -> tuple[torch.Tensor, set[str], bool]:
     """The norm's weight, what is in float32, and whether rows of b and a are as they were."""
-    import megatron_quant as mq
     from megatron_quant.ckpt.read.open import open_source
     from megatron_quant.ckpt.plan.ranks import Layout
     from megatron_quant.mcore.model.load import load_model

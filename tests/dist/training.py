@@ -150,7 +150,9 @@ def slices(script: Script, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> 
     found: Slices = {}
     model = quantized(script.model).model
     for local in model.local:
-        values = of(model.tensor(local))
+        values = of(model.chunks[local.chunk].get_parameter(local.name))
+        if inside := local.param.inside:
+            values = values.narrow(0, inside.before // local.shard_size, local.rows)
         for piece in copies(local.param, local.shard_rank, local.shard_size):
             held = values[piece.dst.index].detach().clone()
             found.setdefault(piece.source.name, []).append((piece.src.index, held))

@@ -11,7 +11,7 @@ import torch
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 from torch import nn
 
-from megatron_quant.errors import CoverageError
+from megatron_quant.errors import CoverageError, LayoutError
 from megatron_quant.formats import Format, Region, grids, whole_matrix
 from megatron_quant.layers.backend import (
     KeptGrid,
@@ -326,6 +326,11 @@ def _configure(module: nn.Module, members: _Members, scales: ExpertScales) -> Qu
 def _regions(weight: LocalWeight, layer: QuantLayer) -> tuple[Region, ...]:
     """Return the first weight's regions; all experts of a layer are cut alike."""
     rows, cols = layer.weights()[0].shape
+    if not rows:
+        raise LayoutError(
+            f"{weight.slot}: tensor parallelism leaves a rank nothing but padding of it: take a "
+            "smaller --tp, or leave it out of the recipe"
+        )
     if weight.regions:
         assert sum(region.size[0] for region in weight.regions) == rows, weight
         return weight.regions

@@ -138,12 +138,16 @@ def _check_experts(decisions: Sequence[Decision]) -> None:
 
 
 def refuse_output(plan: QuantPlan) -> None:
-    """Raise RecipeError where ``plan`` quantizes the output layer, which no live model does."""
+    """Raise RecipeError where ``plan`` quantizes the output layer.
+
+    Megatron's checkpoints keep no quantizers of it, and so neither does training.
+    """
     for decision in plan.quantized:
         if decision.slot.fixed:
             raise RecipeError(
                 f"recipe {plan.recipe!r}, {decision.rule}: quantizes {decision.slot.sources[0]}, "
-                "which --stream alone does; leave the rule out, or pass --stream"
+                "of which a Megatron checkpoint keeps no scales, and training neither: export at "
+                "once, or leave the rule out"
             )
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from megatron_quant.documents import check_output_file
 from megatron_quant.errors import RecipeError
-from megatron_quant.recipes import OUTPUT
 from megatron_quant.runs.found import Found, chosen
 
 if TYPE_CHECKING:
@@ -117,10 +116,10 @@ def _planned(options: "QuantizeOptions", world: int) -> "tuple[Job, SearchPlan]"
     target = Target.of(first, options.serve)
     plans = {name: job.quant for name, job in jobs.items()}
     for name, quant in plans.items():
-        if options.stream and any(d.static and d.slot.fixed == OUTPUT for d in quant.quantized):
+        if options.stream and quant.kv_cache == "fp8" and options.auto.context_length is not None:
             raise RecipeError(
-                f"--auto-quantize-formats {name}: --stream calibrates no inputs of the output "
-                "layer; give it a format without static scales of inputs, such as w4a16_nvfp4"
+                f"--auto-quantize-formats {name}: --stream scores no KV cache of fp8, whose scales "
+                "are calibrated; take fp8_cast, or search with Megatron's model"
             )
     return first, plan_search(target, plans, options.auto)
 

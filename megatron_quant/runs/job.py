@@ -206,8 +206,9 @@ def decide(
     if dialect.carries:
         quant = carrying(quant, model.checkpoint, dialect)
     if model.architecture is not None:
-        refuse_output(quant)
         check_whole(options)
+    if saved is not None or options.megatron_save_path is not None:
+        refuse_output(quant)
     if saved is not None and saved.recipe is not None:
         check_same(options, quant, resolve(saved.recipe, slots(params)))
     check_flags(options, quant, saved)

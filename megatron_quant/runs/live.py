@@ -47,7 +47,7 @@ from megatron_quant.mcore.model import (
     start_distributed,
 )
 from megatron_quant.models import CARRIED, Param, has_stacks_alone, text_config
-from megatron_quant.recipes import Recipe
+from megatron_quant.recipes import Recipe, refuse_output
 from megatron_quant.runs.batches import calibration_batches, input_rules, keep_settings
 from megatron_quant.runs.destination import (
     check_place,
@@ -267,9 +267,11 @@ def save(model: Quantized | Chunks, directory: str | Path) -> None:
 
     It can be restored, exported or trained on at any layout. A checkpoint of this library in
     ``directory`` is replaced. Raises ExportError, on every rank alike, if the disk refuses, or if
-    ``directory`` holds files that this library did not write; nothing is left of it then.
+    ``directory`` holds files that this library did not write; nothing is left of it then. Raises
+    RecipeError for a model whose output layer is quantized.
     """
     handle = quantized(model)
+    together(handle.model.groups, lambda: refuse_output(handle.plan))
     hf, place = handle.hf, SavePlace(Path(directory), Existing.REPLACE)
     save_model(handle.model, place, hf.directory, hf.config, handle.model.groups)
 

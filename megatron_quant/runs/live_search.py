@@ -18,7 +18,7 @@ from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.live import HFModel, check_unquantized, read_hf_model
 from megatron_quant.mcore.model import LiveModel, start_distributed, wrap_model
 from megatron_quant.models import Role, lookup, positive, text_config
-from megatron_quant.recipes import QuantPlan, load_recipe, refuse_output, resolve
+from megatron_quant.recipes import QuantPlan, load_recipe, resolve
 from megatron_quant.runs.agree import check_options
 from megatron_quant.runs.auto_quantize import choose
 from megatron_quant.runs.auto_scores import Work, read_samples
@@ -96,7 +96,6 @@ def _planned(live: LiveModel, hf: HFModel, auto: AutoQuantize, target: LiveTarge
 
 def _plan(candidate: str, live: LiveModel) -> QuantPlan:
     plan = resolve(load_recipe(candidate), slots(live.params))
-    refuse_output(plan)
     return plan
 
 

@@ -45,9 +45,11 @@ def auto(work: Path, **changes: Any) -> mq.AutoQuantize:
 
 
 def cached(folder: Path, *kinds: str) -> str:
-    """Return recipes of nvfp4 with a KV cache of each kind."""
+    """Return recipes of nvfp4 with a KV cache of each kind, and the output layer in fp8."""
+    head = {"quantize": ["lm_head"], "weights": "fp8", "inputs": "fp8", "allow_output": True}
     for kind in kinds:
-        recipe = {"rules": [{"quantize": ["*"], "weights": "nvfp4"}], "kv_cache": kind}
+        rules = [head, {"quantize": ["*"], "weights": "nvfp4"}]
+        recipe = {"rules": rules, "kv_cache": kind}
         (folder / f"{kind}.yaml").write_text(json.dumps(recipe))
     return ",".join(f"{folder}/{kind}.yaml" for kind in kinds)
 
@@ -82,10 +84,10 @@ def scores(work: Path) -> torch.Tensor:
 def test_every_layout_finds_the_recipe_that_stream_finds(
     source: Path, tmp_path: Path, ranks: Any, method: str
 ) -> None:
-    changes = CACHE | {"formats": f"{cached(tmp_path, 'fp8_cast')},fp8", "bits": 19.0}
+    changes = CACHE | {"formats": f"{cached(tmp_path, 'fp8_cast')},fp8", "bits": 17.0}
     find(source, tmp_path / "stream", None, method, changes)
     wanted = (tmp_path / "stream" / "found.yaml").read_bytes()
-    assert b"kv_cache: fp8_cast" in wanted
+    assert b"kv_cache: fp8_cast" in wanted and b"allow_output: true" in wanted
     alone = scores(tmp_path / "stream")
     assert (alone.sum(0)[[0, 1, 3, 4, -2]] > 0).all() and alone[:, -1].tolist() == [0.0] * 4
     layouts = LAYOUTS if method == "gradient" else [LAYOUTS[1], LAYOUTS[-1]]
@@ -124,7 +126,7 @@ class _Kept(MeasuredCache):
 def test_a_cache_is_scored_with_the_scales_that_calibration_gives_it(
     source: Path, tmp_path: Path, ranks: Any
 ) -> None:
-    changes = CACHE | {"formats": cached(tmp_path, "fp8", "fp8_cast"), "bits": 19.0}
+    changes = CACHE | {"formats": cached(tmp_path, "fp8", "fp8_cast"), "bits": 17.0}
     ranks(4, find, source, tmp_path / "live", {"tp": 2, "pp": 2}, "gradient", changes)
     model = dense_model(source, torch.float32).requires_grad_(False)
     model.get_input_embeddings().weight.requires_grad_(True)

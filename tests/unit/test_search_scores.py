@@ -311,18 +311,6 @@ def test_refused_before_scoring(
     assert not (tmp_path / "scores").exists() and not (tmp_path / "out").exists()
 
 
-def test_inputs_of_the_output_layer(source: Path, tmp_path: Path, calls: list[int]) -> None:
-    rules = [
-        {"quantize": ["lm_head"], "weights": "fp8", "inputs": "fp8", "allow_output": True},
-        {"quantize": ["*"], "weights": "nvfp4"},
-    ]
-    recipe = tmp_path / "head.yaml"
-    recipe.write_text(json.dumps({"rules": rules}))
-    with pytest.raises(RecipeError, match="--stream calibrates no inputs of the output layer"):
-        mq.find_recipe(source, auto(tmp_path, formats=str(recipe)), groups=Groups())
-    assert calls == [0]
-
-
 def test_a_loss_that_is_not_finite(loaded, ids) -> None:
     model, places = loaded
     head = model.lm_head.weight

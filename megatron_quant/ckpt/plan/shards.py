@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from megatron_quant.formats import Region
-from megatron_quant.models import Copy, Param, Source, copies
+from megatron_quant.models import Copy, Param, Role, Source, copies, local_shape
 
 
 def regions(param: Param, rank: int, size: int) -> tuple[tuple[Source, Region], ...]:
@@ -24,7 +24,12 @@ def regions(param: Param, rank: int, size: int) -> tuple[tuple[Source, Region], 
         found.setdefault(copy.source.name, []).append(copy)
     if param.order:
         return tuple(item for pieces in found.values() for item in _ordered(pieces, rank, size))
-    return tuple((pieces[0].source, _joined(pieces)) for pieces in found.values())
+    each = ((pieces[0].source, _joined(pieces)) for pieces in found.values())
+    if param.role not in (Role.EMBEDDING, Role.OUTPUT):
+        return tuple(each)
+    rows = local_shape(param, rank, size)[0]  # of a vocabulary, the last shards have fewer
+    padded = rows if rows * size != param.shape[0] else 0
+    return tuple((source, replace(region, padded=padded)) for source, region in each)
 
 
 def _ordered(pieces: list[Copy], rank: int, size: int) -> Iterator[tuple[Source, Region]]:

@@ -22,7 +22,8 @@ Block = tuple[int, ...]
 class Region:
     """The part of one logical tensor (1-D ones too) in a held matrix.
 
-    Shards are equal: where ``size`` is less than ``whole``, others begin at its multiples.
+    Shards are equal: where ``size`` is less than ``whole``, others begin at its multiples. Those of
+    a vocabulary are padded to be equal, so the last ones may have fewer rows.
 
     Attributes:
         rows: Held rows ``(start, stop)``, in the order of the logical tensor, with all columns.
@@ -31,6 +32,7 @@ class Region:
         whole: Shape of the logical tensor.
         part: First row, and number of rows, of the part of the logical tensor that shards divide
             equally; None where that is all of it.
+        padded: Rows of a shard with its padding; 0 where none has padding.
     """
 
     rows: tuple[tuple[int, int], ...]
@@ -38,6 +40,7 @@ class Region:
     size: tuple[int, ...]
     whole: tuple[int, ...]
     part: tuple[int, int] | None = None
+    padded: int = 0
 
     def take(self, held: Tensor) -> Tensor:
         """Take the region out of a held matrix or a stack of them: [..., *size]."""
@@ -61,6 +64,8 @@ class Region:
             LayoutError: Where a block lies in two parts of the tensor that are divided apart.
         """
         steps = self._steps(block)
+        if self.padded:
+            return (_cells(range(self.padded, self.whole[0], self.padded), steps[0]), ())
         if self.part is None:
             return tuple(map(_cut, self.size, self.whole, steps))
         start, rows = self.part
@@ -70,8 +75,7 @@ class Region:
                 f"themselves, in the middle of blocks of {steps[0]} rows: leave --tp at 1, or "
                 "choose another format for linear attention"
             )
-        edges = range(start + self.size[0], start + rows, self.size[0])
-        cut = tuple(dict.fromkeys(e // steps[0] for e in edges if e % steps[0]))
+        cut = _cells(range(start + self.size[0], start + rows, self.size[0]), steps[0])
         return (cut, *map(_cut, self.size[1:], self.whole[1:], steps[1:]))
 
     def _steps(self, block: Block) -> tuple[int, ...]:
@@ -80,7 +84,12 @@ class Region:
 
 def _cut(size: int, whole: int, step: int) -> tuple[int, ...]:
     assert size == whole or whole % size == 0, (size, whole)
-    return tuple(dict.fromkeys(e // step for e in range(size, whole, size) if e % step))
+    return _cells(range(size, whole, size), step)
+
+
+def _cells(edges: range, step: int) -> tuple[int, ...]:
+    """Return the cells of ``step`` rows in whose middle an edge lies."""
+    return tuple(dict.fromkeys(e // step for e in edges if e % step))
 
 
 def whole_matrix(rows: int, cols: int) -> Region:

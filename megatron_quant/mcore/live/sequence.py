@@ -46,7 +46,6 @@ from megatron_quant.recipes import (
     Recipe,
     difference,
     load_recipe,
-    refuse_output,
     resolve,
 )
 
@@ -118,7 +117,6 @@ def _resolved(
 ) -> QuantPlan:
     described = slots(live.params)
     plan = resolve(recipe, described)
-    refuse_output(plan)
     check(plan)
     find_places(live.params, plan, hf.config)  # refuses a model without any
     if saved is None or saved.recipe is None:

@@ -58,6 +58,8 @@ class LocalParam:
         is_linear = self.param.role is Role.LINEAR
         assert inside is None or not (is_linear and inside.before), "it has the first rows"
         rows = None if inside is None else self.rows
+        if self.param.role is Role.OUTPUT:  # without the vocabulary's padding
+            rows = sum(region.size[0] for region in regions_)
         return LocalWeight(
             slot=self.param.name, module=module, attribute=attribute, regions=regions_, rows=rows
         )

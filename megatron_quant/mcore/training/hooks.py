@@ -33,7 +33,7 @@ from megatron_quant.mcore.live import AttachSettings, Quantized, attach_recipe
 from megatron_quant.mcore.model import fill_model, start_distributed
 from megatron_quant.mcore.training.never_called import FirstCall
 from megatron_quant.mcore.training.plain_start import accept_plain, keys_apart
-from megatron_quant.recipes import QuantPlan, Recipe
+from megatron_quant.recipes import QuantPlan, Recipe, refuse_output
 
 
 def prepare(
@@ -133,6 +133,7 @@ def _startable(plan: QuantPlan) -> None:
 
 
 def _trainable(plan: QuantPlan) -> None:
+    refuse_output(plan)
     if plan.kv_cache:
         raise QuantError(
             f"recipe {plan.recipe!r} quantizes the KV cache ({plan.kv_cache}), which training does "

@@ -15,10 +15,10 @@ from megatron_quant.ckpt.read import QuantizedCheckpoint
 from megatron_quant.ckpt.write import Produced
 from megatron_quant.errors import CheckpointError
 from megatron_quant.formats import get_format
-from megatron_quant.models import Domain, Parallel, Param, Role, Source
+from megatron_quant.models import CARRIED, Domain, Parallel, Param, Role, Source
 from megatron_quant.recipes import Decision, QuantPlan, Slot
 
-_KEEPING_CODES = (Role.LINEAR, Role.DRAFT, Role.OUTSIDE, Role.OUTPUT)
+_KEEPING_CODES = (Role.LINEAR, *CARRIED, Role.OUTPUT)
 """Roles of linears that may be quantized in a source, and then are in the export too."""
 
 

@@ -115,6 +115,12 @@ def _calibration_flags(p: argparse.ArgumentParser) -> None:
         "where its format and groups are not the recipe's",
     )
     group.add_argument(
+        "--quantize-mtp",
+        action="store_true",
+        help="quantize layers for speculation (MTP) too, by the rules that match their linears; "
+        "Megatron's own mtp calibrates them (default: they stay as they are)",
+    )
+    group.add_argument(
         "--stream",
         action="store_true",
         help="quantize file to file, one tensor at a time: no Megatron model, and memory does not "

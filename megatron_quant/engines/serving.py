@@ -18,7 +18,7 @@ from megatron_quant.engines.family_obstacles import Obstacle, family_obstacles
 from megatron_quant.engines.shapes import ragged_problem, shape_problem
 from megatron_quant.errors import FormatError
 from megatron_quant.models import Domain, Param, Role, engine_groups
-from megatron_quant.recipes import Decision, QuantPlan
+from megatron_quant.recipes import DRAFT, Decision, QuantPlan
 
 
 def check_serving(
@@ -89,8 +89,9 @@ def _obstacles(
         yield Obstacle(f"{engine} does not read {dialect}", f"--export-format {READS[engine][0]}")
         return
     # a bias has its weight's module, and no format
-    params = [p for p in params if p.role is Role.LINEAR]
-    decisions = {n: d for d in plan.decisions if not d.slot.fixed for n in d.slot.sources}
+    params = [p for p in params if p.role in (Role.LINEAR, Role.DRAFT_LINEAR)]
+    linear = ("", DRAFT)
+    decisions = {n: d for d in plan.decisions if d.slot.fixed in linear for n in d.slot.sources}
     yield from _of_fused(params, decisions)
     found = [(p, d) for p in params if (d := decisions[p.sources[0].module]).quantized]
     sharded = engine in SHARDED

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_quant.errors import ArchitectureError, RecipeError
 from megatron_quant.folding import families
 from megatron_quant.folding.families import FAMILIES, Family
-from megatron_quant.models import Param, Role, positive, text_config
+from megatron_quant.models import CARRIED, Param, Role, positive, text_config
 from megatron_quant.recipes import Decision, QuantPlan
 
 
@@ -136,7 +136,7 @@ class _Layer:
 def _layers(params: Sequence[Param], quant: QuantPlan) -> list[_Layer]:
     found: dict[str, tuple[int, dict[str, _Tensor]]] = {}
     for param in params:
-        if param.layer is None or param.role in (Role.DRAFT, Role.OUTSIDE, Role.CACHE):
+        if param.layer is None or param.role in (*CARRIED, Role.CACHE):
             continue
         for source in param.sources:
             mark = f"layers.{param.layer}."

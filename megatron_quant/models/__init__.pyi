@@ -12,6 +12,7 @@ from .pipeline import Stages as Stages
 from .registry import ARCHITECTURES as ARCHITECTURES
 from .registry import lookup as lookup
 from .spec import CARRIED as CARRIED
+from .spec import DRAFTS as DRAFTS
 from .spec import Box as Box
 from .spec import Copy as Copy
 from .spec import Domain as Domain
@@ -24,17 +25,19 @@ from .spec import engine_groups as engine_groups
 from .spec import num_experts as num_experts
 from .spec import num_layers as num_layers
 from .spec import whole as whole
+from .speculation import count_drafts as count_drafts
+from .speculation import draft_counts as draft_counts
+from .speculation import has_drafts as has_drafts
+from .speculation import is_draft as is_draft
+from .speculation import stated_drafts as stated_drafts
 from .stacks import View as View
 from .stacks import unstack as unstack
 from .structure import Structure as Structure
 from .structure import decoder_of as decoder_of
 from .structure import describe_structure as describe_structure
-from .structure import draft_counts as draft_counts
-from .structure import has_drafts as has_drafts
 from .structure import has_table as has_table
 from .structure import has_towers as has_towers
 from .structure import is_carried as is_carried
-from .structure import is_draft as is_draft
 from .structure import table_names as table_names
 from .text import family as family
 from .text import has_plain_router as has_plain_router
@@ -45,6 +48,7 @@ from .text import text_config as text_config
 __all__ = [
     "ARCHITECTURES",
     "CARRIED",
+    "DRAFTS",
     "Architecture",
     "Box",
     "Copy",
@@ -62,6 +66,7 @@ __all__ = [
     "check_counts",
     "check_layout",
     "copies",
+    "count_drafts",
     "decoder_of",
     "describe_structure",
     "draft_counts",
@@ -82,6 +87,7 @@ __all__ = [
     "padded_vocab",
     "positive",
     "run_as",
+    "stated_drafts",
     "table_names",
     "text_config",
     "unstack",

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_quant.errors import ArchitectureError
-from megatron_quant.models.blocks import drafts, parameters
+from megatron_quant.models.blocks import parameters
 from megatron_quant.models.config import Config
 from megatron_quant.models.decoder import Decoder, DeltaNet, Experts, Latent, Rope, Sigmoid
-from megatron_quant.models.spec import Param, Source
+from megatron_quant.models.drafts import DraftNames, copies_in_drafts, drafts
+from megatron_quant.models.spec import Param, Role, Source, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,6 +130,10 @@ def _check_number_of_experts(decoder: Decoder) -> None:
         )
 
 
+def _on_both_ends(embedding: Param) -> Param:
+    return replace(embedding, stage=Stage.BOTH)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One model class of transformers.
@@ -137,21 +142,37 @@ class Architecture:
         name: Its entry in ``architectures`` of config.json.
         decoder: Reads the facts out of config.json; raises ArchitectureError for a config that no
             table describes.
-        has_drafts: Whether its layers for speculation are named as DeepSeek-V3's.
+        draft_names: Names of its layers for speculation; None where they are not known.
         renamed: (beginning of a name, beginning that the checkpoint has instead) of all tensors of
             a text decoder that other models lie beside; empty where it is the whole checkpoint.
     """
 
     name: str
     decoder: Callable[[Config], Decoder]
-    has_drafts: bool = False
+    draft_names: DraftNames | None = None
     renamed: tuple[tuple[str, str], ...] = ()
 
     def drafts(self, hf_config: Config, count: int) -> tuple[Param, ...]:
-        """List the parameters of ``count`` layers that predict tokens ahead; none without names."""
-        if not self.has_drafts:
+        """List the parameters of ``count`` layers for speculation; none where no names are known.
+
+        Copies of the embedding and the output layer, which files may have, are not among them.
+        """
+        if self.draft_names is None:
             return ()
-        return tuple(map(self._named, drafts(self.decoder(hf_config), count)))
+        found = drafts(self.decoder(hf_config), self.draft_names, count)
+        return tuple(map(self._named, found))
+
+    def with_drafts(self, hf_config: Config, count: int) -> tuple[Param, ...]:
+        """List the parameters of a GPTModel with ``count`` layers for speculation (``mtp``).
+
+        Copies of the embedding and the output layer, which exports have, are the last.
+        """
+        own = self.params(hf_config)
+        if count == 0 or self.draft_names is None:
+            return own
+        copies = copies_in_drafts(self.decoder(hf_config), self.draft_names, count)
+        embeds = (_on_both_ends(p) if p.role is Role.EMBEDDING else p for p in own)
+        return (*embeds, *self.drafts(hf_config, count), *map(self._named, copies))
 
     def params(self, hf_config: Config) -> tuple[Param, ...]:
         """List every logical parameter of the GPTModel (Transformer Engine spec), in its order."""

@@ -259,27 +259,3 @@ def parameters(decoder: Decoder) -> Iterator[Param]:
         for param in of_layer(decoder, layer, experts=decoder.has_experts(layer)):
             yield replace(param, layer=layer)
     yield from head(decoder)
-
-
-def drafts(decoder: Decoder, count: int) -> Iterator[Param]:
-    """Yield the ``count`` layers that predict tokens ahead, which Megatron calls ``mtp``.
-
-    Hugging Face numbers them on from the model's last layer, and stores the embedding and the
-    output layer, which are the model's own, with each.
-    """
-    hidden = decoder.hidden
-    for number in range(count):
-        layer, ours = decoder.layers + number, f"mtp.layers.{number}"
-        theirs = f"model.layers.{layer}"
-        for norm in ("enorm", "hnorm"):
-            yield _norm(f"{ours}.{norm}.weight", f"{theirs}.{norm}", hidden)
-        yield _norm(f"{ours}.final_layernorm.weight", f"{theirs}.shared_head.norm", hidden)
-        yield _linear(f"{ours}.eh_proj.weight", (f"{theirs}.eh_proj",), ((hidden, 2 * hidden),))
-        for param in of_layer(decoder, layer, experts=decoder.experts is not None):
-            inner = param.name.removeprefix(f"decoder.layers.{layer}.")
-            yield replace(param, name=f"{ours}.transformer_layer.{inner}")
-        table = embedding(decoder)
-        shape = table.shape
-        yield replace(table, sources=(Source(f"{theirs}.embed_tokens.weight", shape),))
-        output = table if decoder.tied else next(p for p in head(decoder) if p.role is Role.OUTPUT)
-        yield replace(output, sources=(Source(f"{theirs}.shared_head.head.weight", shape),))

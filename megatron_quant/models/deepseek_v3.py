@@ -5,6 +5,7 @@ from dataclasses import replace
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import Config, only, positive, read_decoder
 from megatron_quant.models.decoder import Decoder
+from megatron_quant.models.drafts import NUMBERED
 from megatron_quant.models.latent import check_rotation, read_latent
 from megatron_quant.models.sigmoid import read_experts
 
@@ -42,4 +43,4 @@ def read_latent_mixture(config: Config, dense: int) -> Decoder:
     return replace(decoder, experts=read_experts(config, decoder.layers, dense), latent=latent)
 
 
-DEEPSEEK_V3 = Architecture("DeepseekV3ForCausalLM", _decoder, has_drafts=True)
+DEEPSEEK_V3 = Architecture("DeepseekV3ForCausalLM", _decoder, draft_names=NUMBERED)

@@ -10,6 +10,7 @@ from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import Config, flag, read_decoder, read_partial_rope
 from megatron_quant.models.decoder import Decoder
 from megatron_quant.models.deepseek_v3 import read_latent_mixture
+from megatron_quant.models.drafts import NUMBERED
 from megatron_quant.models.sigmoid import read_experts
 
 # Values of keys that config.json lacks, of Glm4MoeConfig and Glm4MoeLiteConfig
@@ -43,5 +44,5 @@ def _lite_decoder(config: Config) -> Decoder:
     return read_latent_mixture({**_LITE_DEFAULTS, **config}, dense=1)
 
 
-GLM4_MOE = Architecture("Glm4MoeForCausalLM", _decoder, has_drafts=True)
-GLM4_MOE_LITE = Architecture("Glm4MoeLiteForCausalLM", _lite_decoder, has_drafts=True)
+GLM4_MOE = Architecture("Glm4MoeForCausalLM", _decoder, draft_names=NUMBERED)
+GLM4_MOE_LITE = Architecture("Glm4MoeLiteForCausalLM", _lite_decoder, draft_names=NUMBERED)

@@ -4,6 +4,7 @@ from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import Config
 from megatron_quant.models.decoder import Decoder
 from megatron_quant.models.deepseek_v3 import DEEPSEEK_V3
+from megatron_quant.models.drafts import NUMBERED
 from megatron_quant.models.text import text_config
 
 _TIED = "tie_word_embeddings"
@@ -18,6 +19,6 @@ def _decoder(config: Config) -> Decoder:
 KIMI_K25 = Architecture(
     "KimiK25ForConditionalGeneration",
     _decoder,
-    has_drafts=True,
+    draft_names=NUMBERED,
     renamed=(("", "language_model."),),
 )

@@ -11,6 +11,7 @@ from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
 from megatron_quant.models.config import Config, positive, read_partial_rope
 from megatron_quant.models.decoder import Decoder, DeltaNet
+from megatron_quant.models.drafts import APART
 from megatron_quant.models.qwen3_moe import NAMES, read_mixture
 from megatron_quant.models.text import text_config
 
@@ -88,10 +89,11 @@ def _three_five(config: Config) -> Decoder:
     return _read({**text, **outer, **fixed}, grouped=False)
 
 
-QWEN3_NEXT = Architecture("Qwen3NextForCausalLM", _next)
-QWEN3_5_MOE = Architecture("Qwen3_5MoeForCausalLM", _three_five)
+QWEN3_NEXT = Architecture("Qwen3NextForCausalLM", _next, draft_names=APART)
+QWEN3_5_MOE = Architecture("Qwen3_5MoeForCausalLM", _three_five, draft_names=APART)
 QWEN3_5_MOE_VL = Architecture(
     "Qwen3_5MoeForConditionalGeneration",
     _three_five,
+    draft_names=APART,
     renamed=(("model.", "model.language_model."), ("lm_head.", "lm_head.")),
 )

@@ -32,6 +32,7 @@ class Stage(Enum):
     FIRST = "first"
     LAST = "last"
     ENDS = "ends"  # the first and the last: an embedding that is the output layer too
+    BOTH = "both"  # those two, as an embedding: layers for speculation on the last embed tokens
 
 
 class Role(Enum):
@@ -47,10 +48,12 @@ class Role(Enum):
     OTHER = "no linear"  # convolutions, tables, small gates
     OUTSIDE = "outside the text decoder"  # vision and audio towers, projectors
     DRAFT = "token prediction"  # layers beyond the model's own, for speculative decoding
+    DRAFT_LINEAR = "linear of token prediction"  # which a rule may quantize that says so
 
 
-CARRIED = (Role.OUTSIDE, Role.DRAFT)
-"""What no live Megatron model holds: an export takes it from the source's files."""
+DRAFTS = (Role.DRAFT, Role.DRAFT_LINEAR)
+CARRIED = (Role.OUTSIDE, *DRAFTS)
+"""What a live Megatron model need not hold: an export then takes it from the source's files."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ class Param:
         shift: What Megatron's values are larger by than Hugging Face's.
         wide: Whether a model that this library builds has it in float32, as its values need. An
             export has it in the source's dtype; in float32 where that is not known.
+        copy_of: Name of the parameter that has its values in a live model; empty for itself.
         padded: Rows of a vocabulary in a live model, padding included; 0 for the next multiple of
             the shards. No file has the padding.
     """
@@ -180,11 +184,12 @@ class Param:
     inside: Inside | None = None
     shift: float = 0.0
     wide: bool = False
+    copy_of: str = ""
 
     @property
     def live(self) -> str:
         """Return the global name of the Megatron parameter that has its values."""
-        return self.inside.name if self.inside else self.name
+        return self.inside.name if self.inside else self.copy_of or self.name
 
     @property
     def module(self) -> str:

@@ -20,13 +20,10 @@ from megatron_quant.models.config import Config, fields
 from megatron_quant.models.moe import MoeBlock, blocks
 from megatron_quant.models.registry import ARCHITECTURES, lookup
 from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
+from megatron_quant.models.speculation import PREDICTS, is_draft, named_drafts
 from megatron_quant.models.stacks import Shapes, View, first_expert, unstack
 from megatron_quant.models.text import family, layers_of, text_config
 
-_PREDICTS = re.compile(r"(?:[^.]+\.)*?mtp(?:_\w+)?\.")
-"""Names of tensors in layers called ``mtp``; Ernie's are called ``mtp_block`` and so on."""
-_NUMBERED = re.compile(r"(?:model\.|language_model\.)*layers\.([0-9]{1,9})\.")
-"""Names of tensors in numbered layers; a number beyond the model's is a layer for speculation."""
 _OUTPUTS = tuple(f"{head}.weight" for head in HEADS)
 _ROW = ("o_proj", "down_proj", "w2", "out_proj", "dense", "wo_b", "output_linear")
 """Linears that engines cut along their input features."""
@@ -66,7 +63,12 @@ def describe_structure(config: Config, shapes: Shapes) -> Structure:
 
 def _carried(config: Config, shapes: Shapes) -> Iterator[Param]:
     """Yield what lies beside the model that a table describes."""
+    named = named_drafts(config, shapes)
+    yield from named
+    known = {s.name for p in named for s in p.sources}
     for name, shape in shapes.items():
+        if name in known:
+            continue
         if is_draft(config, name):
             param = _draft(name, shape)
             yield replace(param, called=_called(config, param))
@@ -104,38 +106,6 @@ def table_names(config: Config) -> frozenset[str]:
     if not has_table(config):
         return frozenset()
     return frozenset(s.name for p in lookup(config).params(config) for s in p.sources)
-
-
-def is_draft(config: Config, name: str) -> bool:
-    """Return whether a tensor is of the layers beyond the model's own, which predict tokens ahead.
-
-    They are called ``mtp``, or numbered on from the model's last layer.
-    """
-    if _PREDICTS.match(name):
-        return True
-    match = _NUMBERED.match(name)
-    drafts = text_config(config).get("num_nextn_predict_layers")
-    if match is None or type(drafts) is not int:
-        return False
-    try:
-        layers = layers_of(config)
-    except ArchitectureError:
-        return False
-    return int(match[1]) in range(layers, layers + drafts)
-
-
-_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
-"""Keys of config.json, or of its text_config, that count the layers for speculation."""
-
-
-def draft_counts(config: Config) -> tuple[str, ...]:
-    """Return those of the keys that ``config`` itself has, with a number above zero."""
-    return tuple(k for k in _COUNTS if type(config.get(k)) is int and config[k] > 0)
-
-
-def has_drafts(config: Config) -> bool:
-    """Return whether config.json says that the checkpoint has layers for speculation."""
-    return bool(draft_counts(config) or draft_counts(text_config(config)))
 
 
 def recognise(config: Config, shapes: Shapes) -> Structure:
@@ -227,7 +197,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _of_rest(prefix: str, embedding: str, shapes: Shapes, layer: int | None) -> Iterator[Param]:
     for name, shape in shapes.items():
-        if layer is not None or _PREDICTS.match(name):
+        if layer is not None or PREDICTS.match(name):
             yield _draft(name, shape)
             continue
         if name.endswith("lm_head.weight") or name in _OUTPUTS:

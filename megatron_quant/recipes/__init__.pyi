@@ -11,6 +11,7 @@ from .load import is_preset as is_preset
 from .load import load_recipe as load_recipe
 from .load import recipe_names as recipe_names
 from .parse import parse_recipe as parse_recipe
+from .plan import DRAFT as DRAFT
 from .plan import OUTPUT as OUTPUT
 from .plan import Decision as Decision
 from .plan import QuantPlan as QuantPlan
@@ -30,9 +31,11 @@ from .schema import with_algorithm as with_algorithm
 from .schema import with_alpha as with_alpha
 from .schema import with_damp as with_damp
 from .schema import with_kv_cache as with_kv_cache
+from .schema import with_mtp as with_mtp
 
 __all__ = [
     "CAST_AMAX",
+    "DRAFT",
     "EXPERT_SCALES",
     "KV_CACHES",
     "OUTPUT",
@@ -64,4 +67,5 @@ __all__ = [
     "with_alpha",
     "with_damp",
     "with_kv_cache",
+    "with_mtp",
 ]

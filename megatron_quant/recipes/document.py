@@ -40,6 +40,8 @@ def rule_document(rule: Rule) -> dict[str, Any]:
         document["alpha"] = rule.alpha
     if rule.allow_output:
         document["allow_output"] = True
+    if rule.allow_mtp:
+        document["allow_mtp"] = True
     return document
 
 

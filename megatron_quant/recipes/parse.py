@@ -18,7 +18,8 @@ from megatron_quant.recipes.schema import (
 )
 
 _TOP = ("description", "rules", "kv_cache")
-_RULE = ("quantize", "exclude", "weights", "inputs", "algorithm", "damp", "alpha", "allow_output")
+_ALLOWING = ("allow_output", "allow_mtp")
+_RULE = ("quantize", "exclude", "weights", "inputs", "algorithm", "damp", "alpha", *_ALLOWING)
 
 
 def parse_recipe(name: str, document: Any) -> Recipe:
@@ -52,8 +53,8 @@ def _parse_rule(value: Any, where: str) -> Rule:
     if "exclude" in rule:
         if len(rule) > 1:
             raise RecipeError(
-                f"{where}: weights, inputs, algorithm, damp, alpha and allow_output belong to "
-                "quantize, not to exclude"
+                f"{where}: weights, inputs, algorithm, damp, alpha, allow_output and allow_mtp "
+                "belong to quantize, not to exclude"
             )
         return Rule(patterns=_parse_patterns(rule["exclude"], f"{where}, exclude"))
     if "weights" not in rule:
@@ -66,7 +67,8 @@ def _parse_rule(value: Any, where: str) -> Rule:
     algorithm, damp, alpha = rule.get("algorithm", "max"), rule.get("damp"), rule.get("alpha")
     checked = checked_rule(patterns, weights, inputs, where, algorithm, damp)
     checked_alpha(alpha, algorithm, where)
-    return replace(checked, alpha=alpha, allow_output=_flag(rule, "allow_output", where))
+    output, mtp = (_flag(rule, key, where) for key in _ALLOWING)
+    return replace(checked, alpha=alpha, allow_output=output, allow_mtp=mtp)
 
 
 def _flag(rule: Mapping[str, Any], key: str, where: str) -> bool:

@@ -10,6 +10,8 @@ _BY_INPUTS = ("imatrix", ROUNDING, "awq")
 """Algorithms whose searches for scales weigh columns by their inputs."""
 OUTPUT = "output"
 """:attr:`Slot.fixed` of the output layer, which a rule may name all the same."""
+DRAFT = "linear of token prediction"
+""":attr:`Slot.fixed` of linears in layers for speculation, which a rule may be allowed to take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class Slot:
         sources: Hugging Face module names that are fused in it (``model.layers.0...gate_proj``,
             ...). One format serves them all.
         shape: [N, K] of the fused weight.
-        fixed: Why the weight is never quantized (``"router"``, ``"norm"``, ...); empty for a
+        fixed: Why rules leave the weight alone (``"router"``, ``"norm"``, ...); empty for a
             linear.
         expert: Global index of the routed expert; None for a weight that every token meets.
         fused: Name of the linear that engines make of several slots, which then share formats and

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megatron_quant.errors import CoverageError, RecipeError
 from megatron_quant.recipes.match import Matcher
-from megatron_quant.recipes.plan import OUTPUT, Decision, QuantPlan, Slot
+from megatron_quant.recipes.plan import DRAFT, OUTPUT, Decision, QuantPlan, Slot
 from megatron_quant.recipes.schema import Recipe, Rule
 
 _SHOWN_WEIGHTS = 3
@@ -14,7 +14,8 @@ def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
     """Decide on every slot by the first rule that matches it.
 
     Fixed slots are excluded whatever the rules say; an exclude rule may name them. So may a rule
-    with ``allow_output`` the output layer, which it then quantizes.
+    with ``allow_output`` the output layer, which it then quantizes; and one with ``allow_mtp``
+    quantizes linears of layers for speculation that no rule before it matches.
 
     Args:
         recipe: Rules in order.
@@ -27,14 +28,12 @@ def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
         RecipeError: For a rule that claims nothing, and for a recipe that quantizes nothing.
     """
     matchers = [Matcher(rule.patterns) for rule in recipe.rules]
-    claims = [
-        _claim_output(recipe, matchers, slot) if slot.fixed else _claim(recipe, matchers, slot)
-        for slot in slots
-    ]
+    claims = [_claim_any(recipe, matchers, slot) for slot in slots]
     for index, rule in enumerate(recipe.rules):
         if index not in claims and not rule.optional:
             _check_idle(recipe, index, matchers[index], slots, claims)
     _check_unclaimed(recipe, slots, claims)
+    _check_drafts(recipe, matchers, slots, claims)
     decisions = tuple(_decide(recipe, s, i) for s, i in zip(slots, claims, strict=True))
     _check_experts(decisions)
     _check_fused(decisions)
@@ -42,6 +41,17 @@ def resolve(recipe: Recipe, slots: Sequence[Slot]) -> QuantPlan:
     if not plan.quantized:
         raise RecipeError(f"recipe {recipe.name!r} excludes every weight: add a quantize rule")
     return plan
+
+
+def _claim_any(recipe: Recipe, matchers: Sequence[Matcher], slot: Slot) -> int | None:
+    if not slot.fixed:
+        return _claim(recipe, matchers, slot)
+    if slot.fixed == OUTPUT:
+        return _claim_output(recipe, matchers, slot)
+    if slot.fixed != DRAFT or not recipe.allows_mtp:
+        return None
+    found = _claim(recipe, matchers, slot)
+    return found if found is not None and recipe.rules[found].allow_mtp else None
 
 
 def _claim(recipe: Recipe, matchers: Sequence[Matcher], slot: Slot) -> int | None:
@@ -62,8 +72,6 @@ def _claim(recipe: Recipe, matchers: Sequence[Matcher], slot: Slot) -> int | Non
 
 def _claim_output(recipe: Recipe, matchers: Sequence[Matcher], slot: Slot) -> int | None:
     """Return the index of the first rule that names the output layer, if it may quantize it."""
-    if slot.fixed != OUTPUT:
-        return None
     named = (i for i, m in enumerate(matchers) if m.names(slot))
     first = next((i for i in named if _may_take_output(recipe.rules[i])), None)
     return first if first is not None and recipe.rules[first].allow_output else None
@@ -75,7 +83,8 @@ def _may_take_output(rule: Rule) -> bool:
 
 def _decide(recipe: Recipe, slot: Slot, index: int | None) -> Decision:
     if index is None:
-        return Decision(slot=slot, rule=f"{slot.fixed}: never quantized")
+        why = "stays as it is" if slot.fixed == DRAFT else "never quantized"
+        return Decision(slot=slot, rule=f"{slot.fixed}: {why}")
     rule = recipe.rules[index]
     return Decision(
         slot=slot,
@@ -105,6 +114,8 @@ def _check_idle(
         reason = f"every weight it matches is claimed before it ({first}): reorder or remove it"
     elif fixed:
         reason = f"matches only weights that are never quantized ({', '.join(fixed)}): remove it"
+        if DRAFT in fixed and not recipe.rules[index].allow_mtp:
+            reason = "matches only layers for speculation: give it allow_mtp: true, or remove it"
     else:
         reason = "matches no weight of this model: correct the patterns or remove the rule"
     patterns = ", ".join(recipe.rules[index].patterns)
@@ -122,12 +133,35 @@ def _check_unclaimed(recipe: Recipe, slots: Sequence[Slot], claims: Sequence[int
         )
 
 
+def _check_drafts(
+    recipe: Recipe,
+    matchers: Sequence[Matcher],
+    slots: Sequence[Slot],
+    claims: Sequence[int | None],
+) -> None:
+    """Raise where layers for speculation are to be quantized and no linear of them is."""
+    claimed = (s.fixed == DRAFT and i is not None for s, i in zip(slots, claims, strict=True))
+    if not recipe.allows_mtp or any(claimed):
+        return
+    first = next((s for s in slots if s.fixed == DRAFT), None)
+    if first is None:
+        reason = (
+            "the model has no layers for speculation here, or none whose names a table knows: "
+            "leave out --quantize-mtp (allow_mtp)"
+        )
+    else:
+        taker = next((i for i, m in enumerate(matchers) if m.touches(first)), None)
+        by = "no rule matches them" if taker is None else f"{recipe.label(taker)} comes first"
+        reason = f"allow_mtp takes no linear of layers for speculation ({first.sources[0]}): {by}"
+    raise RecipeError(f"recipe {recipe.name!r}: {reason}")
+
+
 def _check_experts(decisions: Sequence[Decision]) -> None:
     """Require one format for the experts of a layer: engines run them as one fused layer."""
     first: dict[str, Decision] = {}
     for d in decisions:
         layer, is_expert, _ = d.slot.name.partition(".experts.")
-        if not is_expert or d.slot.fixed:
+        if not is_expert or d.slot.fixed not in ("", DRAFT):
             continue
         other = first.setdefault(layer, d)
         if d.treatment != other.treatment:
@@ -143,7 +177,7 @@ def refuse_output(plan: QuantPlan) -> None:
     Megatron's checkpoints keep no quantizers of it, and so neither does training.
     """
     for decision in plan.quantized:
-        if decision.slot.fixed:
+        if decision.slot.fixed == OUTPUT:
             raise RecipeError(
                 f"recipe {plan.recipe!r}, {decision.rule}: quantizes {decision.slot.sources[0]}, "
                 "of which a Megatron checkpoint keeps no scales, and training neither: export at "

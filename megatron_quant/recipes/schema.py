@@ -48,6 +48,7 @@ class Rule:
             search, and for 0.5 with smoothquant.
         allow_output: Whether it may quantize the output layer, which a pattern must then call by
             its own name (``lm_head``, ``*.lm_head``): no wildcard stands for it.
+        allow_mtp: Whether it may quantize linears of layers for speculation too.
     """
 
     patterns: tuple[str, ...]
@@ -58,6 +59,7 @@ class Rule:
     damp: float | None = None
     alpha: float | None = None
     allow_output: bool = False
+    allow_mtp: bool = False
 
     @property
     def action(self) -> str:
@@ -88,6 +90,11 @@ class Recipe:
     rules: tuple[Rule, ...]
     description: str = ""
     kv_cache: str = ""
+
+    @property
+    def allows_mtp(self) -> bool:
+        """Return whether a rule may quantize layers for speculation."""
+        return any(rule.allow_mtp for rule in self.rules)
 
     def label(self, index: int) -> str:
         """Return the name of rule ``index`` (0-based) in messages and the coverage audit."""
@@ -162,6 +169,12 @@ def with_alpha(recipe: Recipe, alpha: float) -> Recipe:
         )
     checked_alpha(alpha, FOLDING[0], where)
     rules = (replace(r, alpha=alpha) if r.algorithm in FOLDING else r for r in recipe.rules)
+    return replace(recipe, rules=tuple(rules))
+
+
+def with_mtp(recipe: Recipe) -> Recipe:
+    """Allow every rule that quantizes to take layers for speculation too."""
+    rules = (replace(r, allow_mtp=True) if r.weights is not None else r for r in recipe.rules)
     return replace(recipe, rules=tuple(rules))
 
 

@@ -140,10 +140,10 @@ def _loaded(job: "Job", groups: "Groups", phases: "Phases") -> "LiveModel":
     """Build the model and load its weights. Collective."""
     from megatron_quant.dist import together
     from megatron_quant.mcore.model import load_model, local_params
-    from megatron_quant.models import Role
+    from megatron_quant.models import DRAFTS
 
     assert job.architecture is not None and job.checkpoint is not None
-    live = [param for param in job.params if param.role is not Role.DRAFT]
+    live = [param for param in job.params if param.role not in DRAFTS]
     held = together(groups, lambda: len(local_params(live, job.layout, groups.rank)))
     with phases.bar("load", held) as progress:
         return load_model(job.checkpoint, job.architecture, job.layout, groups, job.dtype, progress)

@@ -32,6 +32,7 @@ from megatron_quant.runs.destination import (
     verification,
     write_shown,
 )
+from megatron_quant.runs.drafts import check_measurable, quantized_drafts
 from megatron_quant.runs.file_inputs import (
     MeasuredInputs,
     calibration_text,
@@ -112,6 +113,9 @@ def plan_stream(options: QuantizeOptions, world: int) -> Planned:
         checkpoint=checkpoint,
     )
     job = decide(options, model, Layout.simulate(world, 1, 1, 1))
+    quantized_drafts(job.quant, checkpoint, params)
+    if options.calibration.load is None:
+        check_measurable(job.quant)
     keeps, carries = None, job.dialect is not None and job.dialect.carries
     if options.keep_scales:
         quant, _ = keeping(job.quant, source, finer=True)

@@ -32,6 +32,7 @@ from megatron_quant.models import (
     Pipeline,
     check_context,
     check_layout,
+    count_drafts,
     has_stacks_alone,
     lookup,
     num_experts,
@@ -47,6 +48,7 @@ from megatron_quant.recipes import (
     refuse_output,
     resolve,
 )
+from megatron_quant.runs.drafts import quantized_drafts, saved_drafts
 from megatron_quant.runs.job_checks import check_flags, check_same, check_sequential, check_whole
 from megatron_quant.runs.options import QuantizeOptions, check_plannable, chosen_recipe, dtype_of
 from megatron_quant.streaming import LayerMemory, layer_memory
@@ -65,7 +67,7 @@ class Job:
     weight amax. kept, checkpoint: as in :class:`SourceModel`. moments: passes over the data of
     gptq. expert_share: share of its layer's experts that a token is measured for; None for those
     of the router. places: where factors are folded. sequential: whether layers are measured behind
-    those that gptq has rounded.
+    those that gptq has rounded. mtp: layers for speculation of the live model.
     """
 
     source: Path
@@ -86,6 +88,7 @@ class Job:
     expert_share: float | None = None
     places: Places = field(default_factory=Places)
     sequential: bool = False
+    mtp: int = 0
 
     @property
     def layer_memory(self) -> LayerMemory | None:
@@ -139,12 +142,15 @@ def prepare_job(
     source = _source(options, saved)
     hf_config = read_config(source) if config is None else config
     architecture = lookup(hf_config)
-    params = architecture.params(hf_config)
     checkpoint = open_weights(source) if open_weights is not None else None
     kept: Mapping[str, torch.dtype] = {}
     if checkpoint is not None:
         hf_config = checkpoint.config
         params, kept = logical(checkpoint)[1].params, kept_dtypes(checkpoint)
+    else:
+        held = saved_drafts(saved) if saved else chosen_recipe(options, saved).allows_mtp
+        count = count_drafts(hf_config, ("mtp.",)) if held else 0
+        params = architecture.with_drafts(hf_config, count)
     check_layout(hf_config, options.parallel.tp, options.parallel.ep, options.parallel.etp)
     check_context(hf_config, options.parallel.cp)
     stages = _pipeline(options).stages(num_layers(params))
@@ -161,9 +167,10 @@ def prepare_job(
         checkpoint=checkpoint,
     )
     job = decide(options, model, layout, saved)
-    if checkpoint is not None:
-        check_weights(checkpoint, params)
-    return job
+    if checkpoint is None:
+        return replace(job, mtp=count)
+    check_weights(checkpoint, params)
+    return replace(job, mtp=quantized_drafts(job.quant, checkpoint, params))
 
 
 def planned(options: QuantizeOptions) -> Job:

@@ -219,7 +219,7 @@ def _describe(
     model, dialect = handle.model, get_dialect(format)
     source = _weights_beside(handle)
     kept = kept_dtypes(source) if source else {}
-    carried = _carried_params(source)
+    carried = _carried_params(source, model.params)
     dtype = model.dtype if dtype_name is None else dtype_of(dtype_name)
     params = (*model.params, *carried)
     check_serving(handle.plan, params, dialect.name, serve.engine, serve.tp, handle.hf.config)
@@ -256,10 +256,13 @@ def _weights_beside(handle: Quantized) -> Weights | None:
     return open_source(handle.hf.weights) if handle.hf.weights else None
 
 
-def _carried_params(source: Weights | None) -> tuple[Param, ...]:
+def _carried_params(source: Weights | None, live: Sequence[Param]) -> tuple[Param, ...]:
+    """Return what lies beside the ``live`` parameters in the Hugging Face checkpoint."""
     if source is None:
         return ()
-    return tuple(p for p in logical(source)[1].params if p.role in CARRIED)
+    held = {s.name for param in live for s in param.sources}
+    beside = (p for p in logical(source)[1].params if p.role in CARRIED)
+    return tuple(p for p in beside if not held.intersection(s.name for s in p.sources))
 
 
 def save(model: Quantized | Chunks, directory: str | Path) -> None:

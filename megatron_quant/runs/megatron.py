@@ -43,13 +43,12 @@ from megatron_quant.mcore.model import (
     check_shares,
     empty_model,
     evaluate_model,
+    fill_model,
     keep_scales,
-    load_model,
-    local_params,
     own_share,
     run_through,
 )
-from megatron_quant.models import CARRIED, text_config
+from megatron_quant.models import text_config
 from megatron_quant.rendezvous import forwards
 from megatron_quant.runs.agree import check_options, check_plans, check_tokens, fetched
 from megatron_quant.runs.batches import input_rules, keep_settings
@@ -206,14 +205,12 @@ def _model(inputs: Inputs, groups: Groups, phases: Phases) -> LiveModel:
     """Build the model and load the Hugging Face checkpoint's weights, if there is one."""
     job = inputs.job
     assert job.architecture is not None, "a live model needs a table"
+    model = empty_model(job.architecture, job.hf_config, job.layout, groups, job.dtype, job.mtp)
     if inputs.checkpoint is None:
-        return empty_model(job.architecture, job.hf_config, job.layout, groups, job.dtype)
-    live = [param for param in job.params if param.role not in CARRIED]
-    held = together(groups, lambda: len(local_params(live, job.layout, groups.rank)))
-    with phases.bar("load", held) as progress:
-        return load_model(
-            inputs.checkpoint, job.architecture, job.layout, groups, job.dtype, progress
-        )
+        return model
+    with phases.bar("load", len(model.local)) as progress:
+        fill_model(model, inputs.checkpoint, progress)
+    return model
 
 
 def statistics(model: LiveModel) -> list[tuple[str, tuple[int, ...], float]]:

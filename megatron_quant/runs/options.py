@@ -14,6 +14,7 @@ from megatron_quant.recipes import (
     with_alpha,
     with_damp,
     with_kv_cache,
+    with_mtp,
 )
 from megatron_quant.runs.settings import AutoQuantize, Calibration, Parallel, Serve, Write
 
@@ -44,7 +45,7 @@ class QuantizeOptions:
     None. With ``megatron_load_path``, weights and quantizers come from that checkpoint;
     ``hf_model_id``, ``export_quant_cfg`` and ``expert_scales`` may then be None, for those saved
     with it. If it has no quantizers, weights alone come from it. ``skip_keys``: patterns of its
-    keys to leave out.
+    keys to leave out. ``quantize_mtp``: let the recipe's rules take layers for speculation too.
     """
 
     hf_model_id: str | None
@@ -64,6 +65,7 @@ class QuantizeOptions:
     alpha: float | None = None
     export_kv_cache_quant: str | None = None
     keep_scales: bool = False
+    quantize_mtp: bool = False
     eval_text: Path | None = None
     stream: bool = False
     megatron_save_path: Path | None = None
@@ -168,6 +170,17 @@ def chosen_recipe(options: QuantizeOptions, saved: "Saved | None") -> Recipe:
             f"{options.megatron_load_path} {said}: run quantize with --megatron-load-path, "
             "--hf-model-id and the recipe in --export-quant-cfg"
         )
+    recipe = _changed(recipe, options)
+    if options.weight_only and recipe.kv_cache == "fp8":
+        raise RecipeError(
+            "--export-kv-cache-quant fp8 needs calibration, but --weight-only runs no data: "
+            "take fp8_cast, or leave out --weight-only"
+        )
+    return recipe
+
+
+def _changed(recipe: Recipe, options: QuantizeOptions) -> Recipe:
+    """Return ``recipe`` with what the other flags change in it."""
     if options.weight_only:
         recipe = weight_only(recipe)
     if options.algorithm is not None:
@@ -176,11 +189,8 @@ def chosen_recipe(options: QuantizeOptions, saved: "Saved | None") -> Recipe:
         recipe = with_damp(recipe, options.damp)
     if options.alpha is not None:
         recipe = with_alpha(recipe, options.alpha)
+    if options.quantize_mtp:
+        recipe = with_mtp(recipe)
     if options.export_kv_cache_quant is not None:
         recipe = with_kv_cache(recipe, options.export_kv_cache_quant)
-    if options.weight_only and recipe.kv_cache == "fp8":
-        raise RecipeError(
-            "--export-kv-cache-quant fp8 needs calibration, but --weight-only runs no data: "
-            "take fp8_cast, or leave out --weight-only"
-        )
     return recipe

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from megatron_quant.models import Param, Role, positive, text_config
+from megatron_quant.models import CARRIED, Param, Role, positive, text_config
 from megatron_quant.recipes import QuantPlan
 from megatron_quant.streaming.input_sums import sum_bytes, weighed_inputs
 
-_ELSEWHERE = (Role.OUTSIDE, Role.OUTPUT, Role.DRAFT, Role.CACHE)
+_ELSEWHERE = (*CARRIED, Role.OUTPUT, Role.CACHE)
 """Roles of parameters that no forward of the text decoder's base model reads."""
 
 

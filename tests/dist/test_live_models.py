@@ -230,6 +230,7 @@ NEWER = {
     "use_transformer_engine_op_fuser": True,
     "use_mup": True,
     "moe_router_force_biased": 1.0,
+    "mtp_use_repeated_layer": True,
 }
 
 

@@ -159,7 +159,7 @@ def test_an_exclusion_before_it_wins() -> None:
 def test_allow_output_is_true_or_false() -> None:
     with pytest.raises(RecipeError, match=r"rule 1: allow_output must be true or false, got 'yes'"):
         parse_recipe("mine", {"rules": [{**HEAD, "allow_output": "yes"}]})
-    with pytest.raises(RecipeError, match="allow_output belong to quantize"):
+    with pytest.raises(RecipeError, match="allow_output and allow_mtp belong to quantize"):
         parse_recipe("mine", {"rules": [{"exclude": ["*"], "allow_output": True}]})
 
 

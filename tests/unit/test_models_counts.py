@@ -7,7 +7,8 @@ import pytest
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.counts import check_counts
 from megatron_quant.models.registry import lookup
-from megatron_quant.models.structure import is_draft, recognise
+from megatron_quant.models.speculation import is_draft
+from megatron_quant.models.structure import recognise
 from tests.unit import tiny
 from tests.unit.test_stream_models import CONFIG, SHAPES
 

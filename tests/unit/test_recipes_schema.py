@@ -271,13 +271,13 @@ def test_malformed_document(document: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("*", "exclude, weights, inputs, algorithm, damp, alpha, allow_output, got"),
+        ("*", "exclude, weights, inputs, algorithm, damp, alpha, allow_output, allow_mtp, got"),
         (NVFP4 | {"wieghts": "fp8"}, "unknown key wieghts; allowed: quantize, exclude, weights"),
         ({"weights": "fp8"}, "needs either quantize or exclude"),
         ({"quantize": ["a"], "exclude": ["b"]}, "needs either quantize or exclude"),
         (
             {"exclude": ["a"], "weights": "fp8"},
-            "inputs, algorithm, damp, alpha and allow_output belong to quantize, not to exclude",
+            "alpha, allow_output and allow_mtp belong to quantize, not to exclude",
         ),
         ({"quantize": ["a"]}, "weights is missing; known formats: fp8, fp8_channel, fp8_block"),
         ({"exclude": []}, r"exclude: must be a list of at least one pattern, got \[\]"),

@@ -104,9 +104,13 @@ class Layout:
             return ((0, 0),)
         first, last = (0, 0), (self.pp_size - 1, len(self.stages[-1]) - 1)
         if param.stage is not Stage.LAYER:
-            return {Stage.FIRST: (first,), Stage.LAST: (last,), Stage.ENDS: (first, last)}[
-                param.stage
-            ]
+            both = (first, last)
+            return {
+                Stage.FIRST: (first,),
+                Stage.LAST: (last,),
+                Stage.ENDS: both,
+                Stage.BOTH: both,
+            }[param.stage]
         assert param.layer is not None, f"{param.name} has no layer, and names no stage"
         chunks = ((pp, i, held) for pp, s in enumerate(self.stages) for i, held in enumerate(s))
         return tuple((pp, chunk) for pp, chunk, held in chunks if param.layer in held)

@@ -8,9 +8,10 @@ from megatron_quant.ckpt.dialects import Dialect, Layer, layer_of
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.ckpt.read.source import Weights
 from megatron_quant.errors import FormatError
-from megatron_quant.models import Role
+from megatron_quant.models import DRAFTS
 from megatron_quant.recipes import Decision, QuantPlan, Slot
 
+_DRAFTS = tuple(role.value for role in DRAFTS)
 _EXPERT = re.compile(r"(.*\bexperts\.\d+)\.(w[13]|gate_proj|up_proj)")
 
 
@@ -45,7 +46,7 @@ def _carried(decision: Decision, source: QuantizedCheckpoint, routed: Decision |
     if fmt is None:
         return decision
     kept = replace(decision, weights=fmt.weights, inputs=fmt.inputs, carried=True)
-    if decision.slot.fixed == Role.DRAFT.value and _is_expert(decision) and routed is not None:
+    if decision.slot.fixed in _DRAFTS and _is_expert(decision) and routed is not None:
         kept = replace(kept, weights=routed.weights, inputs=routed.inputs)
     return kept
 

@@ -26,7 +26,7 @@ from megatron_quant.models import (
     Box,
     Param,
     copies,
-    has_drafts,
+    count_drafts,
     lookup,
     num_experts,
     num_layers,
@@ -106,7 +106,7 @@ def open_plain(stored: TorchDist, hf_config: Mapping[str, Any]) -> PlainWeights:
     architecture = lookup(config)
     model = architecture.params(config)
     keys = {key.removeprefix(prefix) for key in stored.shapes if key.startswith(prefix)}
-    params = (*model, *architecture.drafts(config, _drafts_in(keys, config)))
+    params = architecture.with_drafts(config, _drafts_in(keys, config))
     counts = Counts(num_layers(model), num_experts(model))
     places = {param.name: places_of(param, counts, keys) for param in params}
     check_plain_keys(stored, prefix, params, places)
@@ -131,8 +131,8 @@ def open_plain(stored: TorchDist, hf_config: Mapping[str, Any]) -> PlainWeights:
 
 def _drafts_in(keys: Iterable[str], config: Mapping[str, Any]) -> int:
     """Count the layers for speculation; 0 where ``config`` does not say that the model has them."""
-    found = (_DRAFT.match(key) for key in keys)
-    return max((int(n[1]) + 1 for n in found if n), default=0) if has_drafts(config) else 0
+    numbers = [int(found[1]) for found in map(_DRAFT.match, keys) if found]
+    return min(max(numbers, default=-1) + 1, count_drafts(config, ("mtp.",) if numbers else ()))
 
 
 def _runs(param: Param, name: str, places: Iterable[KeyPlace], prefix: str) -> Iterator[PlainRun]:

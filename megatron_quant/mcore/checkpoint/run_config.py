@@ -131,7 +131,6 @@ def hf_config_of(file: Path, model: Mapping[str, Any]) -> dict[str, Any]:
 def _check(file: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """Raise CheckpointError where the run's TransformerConfig is not that of ``config``."""
     named = {name: _plain(value) for name, value in model.items() if isinstance(name, str)}
-    named["mtp_num_layers"] = None  # its weights are carried, and no part of the model here
     try:
         described = lookup(config).megatron_config(config)
         check_said(named, described)

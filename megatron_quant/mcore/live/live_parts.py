@@ -20,7 +20,7 @@ def producer(
 ) -> Callable[[RankPart], Iterable[Produced]]:
     """Return a producer of parts: the live weight with its quantizers' amaxes.
 
-    carried: makes the parts that the model lacks: layers for speculation, vision towers.
+    carried: makes the parts that the model lacks: vision towers, layers for speculation.
     """
     tensors = {local.param.name: local for local in model.local}
     amaxes = {
@@ -32,7 +32,7 @@ def producer(
     scales = {tensor.slot.name: tensor for tensor in cached}
 
     def of_part(part: RankPart) -> Iterable[Produced]:
-        if part.param.role in CARRIED:
+        if part.param.role in CARRIED and part.param.name not in tensors:
             assert carried is not None, part.param.name
             return carried(part)
         if part.param.name in scales:

@@ -15,7 +15,8 @@ def attach_model(
     layers: list[QuantLayer] = []
     cached: list[CachedTensor] = []
     for number, chunk in enumerate(model.chunks):
-        weights = [local.weight for local in model.local if local.chunk == number]
+        held = (local for local in model.local if local.chunk == number)
+        weights = [local.weight for local in held if not local.param.copy_of]
         layers += attach(chunk, plan, weights, expert_scales)
         cached += attach_kv_cache(chunk, plan, weights)
     return layers, cached

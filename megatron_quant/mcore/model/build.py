@@ -14,6 +14,7 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
 )
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -33,9 +34,16 @@ LAYER_NAME = re.compile(r".*\blayers\.\d+\.")
 
 
 def transformer_config(
-    architecture: Architecture, hf_config: Mapping[str, Any], layout: Layout, dtype: torch.dtype
+    architecture: Architecture,
+    hf_config: Mapping[str, Any],
+    layout: Layout,
+    dtype: torch.dtype,
+    mtp: int = 0,
 ) -> TransformerConfig:
-    """Make Megatron's config at ``layout``, for inference and calibration in ``dtype``."""
+    """Make Megatron's config at ``layout``, for inference and calibration in ``dtype``.
+
+    mtp: layers for speculation.
+    """
     host = {} if torch.cuda.is_available() else cpu.transformer_config_overrides()
     settings = {
         "tensor_model_parallel_size": layout.tp_size,
@@ -51,6 +59,7 @@ def transformer_config(
         "perform_initialization": False,  # every weight comes from the checkpoint
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",
+        "mtp_num_layers": mtp or None,
         **host,
         **architecture.megatron_config(hf_config),
     }
@@ -80,14 +89,19 @@ def _pipeline(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def build_model(
-    architecture: Architecture, hf_config: Mapping[str, Any], layout: Layout, dtype: torch.dtype
+    architecture: Architecture,
+    hf_config: Mapping[str, Any],
+    layout: Layout,
+    dtype: torch.dtype,
+    mtp: int = 0,
 ) -> tuple[GPTModel, ...]:
     """Build this rank's chunks of the model in eval mode, with weights not yet filled.
 
-    There is one chunk, or one for each virtual pipeline stage.
+    There is one chunk, or one for each virtual pipeline stage. mtp: layers for speculation, which
+    the last one has.
     """
     model_parallel_cuda_manual_seed(0)
-    config = transformer_config(architecture, hf_config, layout, dtype)
+    config = transformer_config(architecture, hf_config, layout, dtype, mtp)
     arguments = architecture.gpt_config(hf_config)
     arguments["vocab_size"] = padded_vocab(arguments["vocab_size"], layout.tp_size)
     count, pp = virtual_size(layout) or 1, mpu.get_pipeline_model_parallel_rank()
@@ -97,9 +111,11 @@ def build_model(
     chunks = []
     for number in range(count):
         vp_stage = number if count > 1 else None
+        layers = _layers(config, vp_stage)
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=_layers(config, vp_stage),
+            transformer_layer_spec=layers,
+            mtp_block_spec=_mtp(config, layers, vp_stage),
             pre_process=pp == 0 and number == 0,
             post_process=pp == layout.pp_size - 1 and number == count - 1,
             vp_stage=vp_stage,
@@ -139,6 +155,13 @@ def _mark_shards(chunk: GPTModel) -> None:
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 dim = 1 if isinstance(module, TERowParallelGroupedLinear) else 0
                 set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+
+
+def _mtp(config: TransformerConfig, layers: Any, vp_stage: int | None) -> Any:
+    """Return the spec of the layers for speculation of one chunk; None where it has none."""
+    if config.mtp_num_layers is None:
+        return None
+    return get_gpt_mtp_block_spec(config, layers, use_transformer_engine=True, vp_stage=vp_stage)
 
 
 def _layers(config: TransformerConfig, vp_stage: int | None) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from megatron_quant.errors import ArchitectureError, CheckpointError
 from megatron_quant.formats import amax
 from megatron_quant.mcore.model.build import build_model
 from megatron_quant.mcore.model.check import check_model, check_place
+from megatron_quant.mcore.model.drafts import live_drafts
 from megatron_quant.mcore.model.locate import LAYER, VOCABULARY, LocalParam, local_params
 from megatron_quant.mcore.model.parallel import megatron_layout, shards, start_megatron
 from megatron_quant.mcore.model.settings import check_settings
@@ -92,7 +94,8 @@ def wrap_model(
     def understood() -> tuple[tuple[GPTModel, ...], tuple[Param, ...]]:
         described = architecture.megatron_config(hf_config)
         chunks = tuple(_checked(chunk, described) for chunk in given)
-        return chunks, architecture.params(hf_config)
+        count = live_drafts(chunks[0].config, architecture, hf_config)
+        return chunks, architecture.with_drafts(hf_config, count)
 
     chunks, params = together(groups, understood)
     layout = megatron_layout(groups, num_experts(params), chunks)
@@ -153,13 +156,16 @@ def empty_model(
     layout: Layout,
     groups: Groups,
     dtype: torch.dtype,
+    mtp: int = 0,
 ) -> LiveModel:
-    """Build the model at ``layout``, with weights not yet filled. Collective."""
+    """Build the model at ``layout``, with weights not yet filled. Collective.
+
+    mtp: layers for speculation.
+    """
     start_megatron(layout, groups.minutes)
-    if layout.pp_size == 1:
-        chunks = together(groups, lambda: build_model(architecture, hf_config, layout, dtype))
-    else:  # Megatron's stages talk to one another while they are built
-        chunks = build_model(architecture, hf_config, layout, dtype)
+    build = partial(build_model, architecture, hf_config, layout, dtype, mtp)
+    # with several stages, Megatron's talk to one another while they are built
+    chunks = together(groups, build) if layout.pp_size == 1 else build()
     return wrap_model(chunks, architecture, hf_config, groups)
 
 
@@ -177,21 +183,26 @@ def load_model(
     Raises CheckpointError, on every rank alike, for a weight that is not finite in ``dtype``.
     """
     model = empty_model(architecture, checkpoint.config, layout, groups, dtype)
-    together(groups, lambda: _fill(model, checkpoint, progress))
+    fill_model(model, checkpoint, progress)
     return model
 
 
-def fill_model(model: LiveModel, source: TensorSource) -> None:
+def fill_model(
+    model: LiveModel, source: TensorSource, progress: Callable[[int], None] = lambda count: None
+) -> None:
     """Give a live model the weights of ``source``, each rank its share. Collective.
 
-    Raises CheckpointError, on every rank alike, for a weight that is not finite in its dtype.
+    progress: called with 1 for each parameter that this rank has read. Raises CheckpointError, on
+    every rank alike, for a weight that is not finite in its dtype.
     """
-    together(model.groups, lambda: _fill(model, source, lambda count: None))
+    together(model.groups, lambda: _fill(model, source, progress))
 
 
 @torch.no_grad()
 def _fill(model: LiveModel, checkpoint: TensorSource, progress: Callable[[int], None]) -> None:
     for local in model.local:
+        if local.param.copy_of:
+            continue
         tensor = model.tensor(local)
         tensor.zero_()  # padding rows of the vocabulary stay zero
         pieces = copies(local.param, local.shard_rank, local.shard_size)

@@ -5,14 +5,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayerSubmodules
 from torch import nn
 
 from megatron_quant.ckpt.plan import Layout, regions
 from megatron_quant.layers import LocalWeight
-from megatron_quant.models import Domain, Param, Role, Stage, local_shape
+from megatron_quant.models import DRAFTS, Domain, Param, Role, Stage, local_shape
 
-LAYER = re.compile(r"(?<=\blayers\.)\d+")
-"""The layer's number in a parameter's name."""
+LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
+"""The layer's number in the name of a parameter of the decoder."""
+_INNER = ".transformer_layer."
+_NEWER = ".mtp_model_layer."
+_RENAMES = "mtp_model_layer" in MultiTokenPredictionLayerSubmodules.__annotations__
+"""Whether this release calls so what older ones call ``transformer_layer``."""
 _OUTPUT = "output_layer.weight"
 VOCABULARY = ("embedding.word_embeddings.weight", _OUTPUT)
 """Parameters with a row for each token, by their names in a chunk."""
@@ -55,7 +60,7 @@ class LocalParam:
         held = regions(self.param, self.shard_rank, self.shard_size)
         regions_ = tuple(region for _, region in held)
         inside = self.param.inside
-        is_linear = self.param.role is Role.LINEAR
+        is_linear = self.param.role in (Role.LINEAR, Role.DRAFT_LINEAR)
         assert inside is None or not (is_linear and inside.before), "it has the first rows"
         rows = None if inside is None else self.rows
         if self.param.role is Role.OUTPUT:  # without the vocabulary's padding
@@ -91,6 +96,8 @@ def _local_params(params: Sequence[Param], layout: Layout, rank: int) -> Iterato
 def _name_in_chunk(param: Param, layout: Layout, pp: int, chunk: int) -> str:
     if param.stage is Stage.ENDS and pp > 0:
         return _OUTPUT  # on the last stage, the embedding is only the output layer
+    if param.role in DRAFTS and _RENAMES:
+        return param.live.replace(_INNER, _NEWER, 1)
     if param.layer is None or not layout.stages:
         return param.live
     number = layout.stages[pp][chunk].index(param.layer)

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_quant.calib import share
 from megatron_quant.errors import CalibrationError
+from megatron_quant.mcore.model.drafts import logits_alone
 
 T = TypeVar("T")
 ModelChunks: TypeAlias = GPTModel | Sequence[GPTModel]
@@ -181,7 +182,8 @@ def _step(
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     mask = None if _cuts() > 1 else _later(ids)
 
-    return chunk(_own_chunks(ids), _own_chunks(positions), mask), of_logits(ids_BS)
+    with logits_alone(chunk):
+        return chunk(_own_chunks(ids), _own_chunks(positions), mask), of_logits(ids_BS)
 
 
 def _later(ids_BS: torch.Tensor) -> torch.Tensor:

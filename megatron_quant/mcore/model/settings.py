@@ -30,7 +30,7 @@ KNOWN: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_grouped_gemm_for_shared_expert": ((False,), _NAMES),
     "moe_use_legacy_grouped_gemm": ((False,), _NAMES),
     "heterogeneous_block_specs": ((False,), "gives layers shapes of their own"),
-    "mtp_num_layers": ((None, 0), "adds layers that predict further tokens (MTP)"),
+    "mtp_use_repeated_layer": ((False,), "gives layers for speculation the same weights"),
     # computation with weights
     "use_transformer_engine_op_fuser": ((False,), _FUSER),
     "use_inference_optimized_layers": ((False,), _FUSER),

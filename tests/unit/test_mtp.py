@@ -1,0 +1,141 @@
+"""``--quantize-mtp``: which layers for speculation it takes, and what it refuses."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_quant as mq
+from megatron_quant.ckpt.verify import verify
+from megatron_quant.errors import CheckpointError, RecipeError
+from megatron_quant.recipes.document import to_document
+from megatron_quant.recipes.load import load_recipe
+from megatron_quant.recipes.parse import parse_recipe
+from megatron_quant.recipes.schema import Recipe
+from megatron_quant.runs.job import planned
+from megatron_quant.runs.options import QuantizeOptions
+from tests.dist import checkpoints, drafts
+from tests.dist.test_family_exports import SIZES
+from tests.unit import sources
+
+DOWN = "model.layers.2.mlp.experts.1.down_proj"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = checkpoints.save("deepseek_v3", tmp_path_factory.mktemp("source"), **SIZES["kimi_k25"])
+    return drafts.add(made)
+
+
+def of_rules(*rules: dict) -> Recipe:
+    return parse_recipe("mine", {"rules": list(rules)})
+
+
+NVFP4 = {"quantize": ["*"], "weights": "nvfp4"}
+DENSE = {"exclude": ["*self_attn*", "*mtp.*.self_attention*"]}
+
+
+def test_the_default_leaves_them(source: Path, tmp_path: Path) -> None:
+    sources.run(source, tmp_path / "out")
+    found, own = sources.tensors(tmp_path / "out"), sources.tensors(source)
+    names = [name for name in own if "layers.2." in name]
+    assert len(names) > 20 and all(torch.equal(found[name], own[name]) for name in names)
+    config = sources.config(tmp_path / "out")
+    assert DOWN in config["quantization_config"]["ignore"]
+
+
+def test_rules_decide_on_their_linears(source: Path, tmp_path: Path) -> None:
+    """The projection of both inputs, norms, the router and copies stay, whatever the rules say."""
+    recipe = of_rules(DENSE, {**NVFP4, "allow_mtp": True})
+    done = sources.run(source, tmp_path / "out", export_quant_cfg=recipe)
+    assert not verify(tmp_path / "out", source).problems
+    found = sources.tensors(tmp_path / "out")
+    scaled = {n.removesuffix(".weight_scale") for n in found if n.endswith("weight_scale")}
+    of_draft = {n.removeprefix("model.layers.2.") for n in scaled if "layers.2." in n}
+    experts = {f"mlp.experts.{e}" for e in range(4)} | {"mlp.shared_experts"}
+    linears = ("gate_proj", "up_proj", "down_proj")
+    assert of_draft == {f"{mlp}.{linear}" for mlp in experts for linear in linears}
+    document = to_document(recipe, done.job.quant)
+    assert document["rules"][1]["allow_mtp"] is True
+    assert parse_recipe("mine", document) == recipe
+    ignored = sources.config(tmp_path / "out")["quantization_config"]["ignore"]
+    assert {"model.layers.2.eh_proj", "model.layers.2.shared_head.head"} <= set(ignored)
+    mq.convert(tmp_path / "out", tmp_path / "other", format="modelopt")
+    assert not verify(tmp_path / "other", source).problems
+    found = sources.tensors(tmp_path / "other")
+    assert f"{DOWN}.weight_scale" in found
+
+
+def test_config_json_alone_plans_them(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    flags = {"hf_model_id": str(tmp_path), "export_quant_cfg": "nvfp4"}
+    names = {}
+    for chosen in (False, True):
+        job = planned(QuantizeOptions.from_flags(**flags, quantize_mtp=chosen))
+        names[chosen] = {s for d in job.quant.quantized for s in d.slot.sources}
+    assert len(names[True] - names[False]) > 12 and DOWN in names[True] - names[False]
+
+
+# (recipe, flags, what it says)
+REFUSED = [
+    ("nvfp4", {"weight_only": False}, r"calibrated on data, and --stream runs transformers, which"),
+    (
+        of_rules({"exclude": ["mtp.*", "model.layers.2.*"]}, NVFP4),
+        {},
+        r"takes no linear .*\(model.layers.2.*\): rule 1: exclude mtp.\*, model.layers.2.\* comes",
+    ),
+    (
+        of_rules(NVFP4 | {"quantize": ["model.layers.[01].*"]}),
+        {},
+        r"takes no linear of layers for speculation .*: no rule matches them",
+    ),
+    (
+        of_rules({**NVFP4, "quantize": ["*experts.[0-2].*"]}, {"exclude": ["*"]}),
+        {},
+        r"are experts of one layer but differ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("recipe", "flags", "said"), REFUSED)
+def test_refused(
+    recipe: Recipe | str, flags: dict, said: str, source: Path, tmp_path: Path
+) -> None:
+    flags = {"export_format": "modelopt", "quantize_mtp": True, **flags}
+    with pytest.raises(Exception, match=said) as caught:
+        sources.run(source, tmp_path / "out", export_quant_cfg=recipe, **flags)
+    assert isinstance(caught.value, mq.QuantError) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rule_for_them_alone_must_say_so(source: Path, tmp_path: Path) -> None:
+    rule = {**NVFP4, "quantize": ["model.layers.2.mlp.experts.*"]}
+    with pytest.raises(RecipeError, match="only layers for speculation: give it allow_mtp: true"):
+        sources.run(source, tmp_path / "out", export_quant_cfg=of_rules(rule, NVFP4))
+
+
+def test_a_model_without_them(tmp_path: Path) -> None:
+    source = checkpoints.save("qwen3_moe", tmp_path / "source")
+    with pytest.raises(RecipeError, match="the model has no layers for speculation here"):
+        sources.run(source, tmp_path / "out", quantize_mtp=True)
+
+
+def test_a_part_that_is_missing(source: Path, tmp_path: Path) -> None:
+    """Carried, it is nothing to wonder at; a quantized layer without an expert is no layer."""
+    lacking = tmp_path / "lacking"
+    lacking.mkdir()
+    sources.write(lacking, {n: t for n, t in sources.tensors(source).items() if DOWN not in n})
+    for name in ("config.json",):
+        (lacking / name).write_bytes((source / name).read_bytes())
+    sources.run(lacking, tmp_path / "carried")
+    with pytest.raises(CheckpointError, match=rf"has no {DOWN}.weight of shape \[64, \d+\], which"):
+        sources.run(lacking, tmp_path / "out", quantize_mtp=True)
+
+
+def test_presets_and_flags() -> None:
+    recipe = load_recipe("nvfp4")
+    assert not recipe.allows_mtp
+    assert replace(recipe, rules=(replace(recipe.rules[0], allow_mtp=True),)).allows_mtp
+    with pytest.raises(RecipeError, match="allow_mtp must be true or false, got 1"):
+        of_rules({**NVFP4, "allow_mtp": 1})

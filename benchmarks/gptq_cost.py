@@ -8,7 +8,6 @@ Each run has a process of its own; they take turns, and the least of each counts
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,15 +23,22 @@ from megatron_quant.streaming import Walk  # its imports count for nobody
 _OTHER = Path(__file__).with_name("accuracy_llm_compressor.py")
 _SCHEMES = {"int4": "W4A16", "w4a16_nvfp4": "NVFP4A16"}
 """Recipe -> the scheme of llm-compressor that stores the same."""
-_HEADER = "weights|by|calibration and rounding, CPU s|a layer|of llm-compressor's|peak, MB"
+_HEADER = (
+    "weights|by|calibration and rounding, CPU s|a layer|of llm-compressor's|imports, MB|"
+    "peak above them, MB|of llm-compressor's"
+)
 _MB = 1e6
 
 Figures = dict[str, float]
 
 
 def peak() -> float:
-    """Return the most memory that this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB
+    """Return the most memory that this process has held, in MB.
+
+    Not ``ru_maxrss``, which starts with what the process that started this one has held.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / _MB for line in lines if line.startswith("VmHWM"))
 
 
 def _one(recipe: str, model: str, text: str, out: str, samples: str) -> None:
@@ -43,7 +49,7 @@ def _one(recipe: str, model: str, text: str, out: str, samples: str) -> None:
     calibration = mq.Calibration(dataset=text, size=int(samples), cold_experts="layer-max")
     options = {"format": "compressed-tensors", "calibration": calibration, "algorithm": "gptq"}
     mq.stream(model, recipe, out, **options)
-    found = {"seconds": time.process_time() - before, "peak": peak() - held}
+    found = {"seconds": time.process_time() - before, "peak": peak() - held, "imports": held}
     print(json.dumps(found))
 
 
@@ -69,15 +75,22 @@ def _rows(args: argparse.Namespace, recipe: str, layers: int) -> list[list[str]]
                 words = [_SCHEMES[recipe], "GPTQ", *data, f"{work}/theirs", str(args.calib_size)]
                 theirs.append(_run([str(args.llm_compressor), str(_OTHER), *words]))
     rows = []
-    best = min(f["seconds"] for f in theirs) if theirs else None
-    for name, found in (("ours", ours), ("llm-compressor", theirs)):
-        if not found:
-            continue
-        taken, held = (min(f[key] for f in found) for key in ("seconds", "peak"))
-        share = "-" if best is None else f"{taken / best:.2f}"
-        times = (f"{taken:.1f}", f"{taken / layers:.2f}", share, f"{held:.0f}")
-        rows.append([recipe, name, *times])
+    best = _least(theirs) if theirs else {}
+    for name, found in (("ours", _least(ours)), ("llm-compressor", best)):
+        if found:
+            taken, held, imports = (found[key] for key in ("seconds", "peak", "imports"))
+            times = (f"{taken:.1f}", f"{taken / layers:.2f}", _share(found, best, "seconds"))
+            memory = (f"{imports:.0f}", f"{held:.0f}", _share(found, best, "peak"))
+            rows.append([recipe, name, *times, *memory])
     return rows
+
+
+def _least(found: list[Figures]) -> Figures:
+    return {key: min(f[key] for f in found) for key in found[0]}
+
+
+def _share(found: Figures, best: Figures, key: str) -> str:
+    return f"{found[key] / best[key]:.2f}" if best else "-"
 
 
 def main() -> None:

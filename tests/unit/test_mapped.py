@@ -77,3 +77,26 @@ def test_pages_that_go_while_they_are_read_get_a_last_word(
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGBUS
     assert "was cut short, or its disk failed, while it was read (SIGBUS)" in said.read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no resident pages to read")
+def test_pages_that_were_read_do_not_stay(tmp_path: Path) -> None:
+    file, rows = tmp_path / "model.safetensors", ROWS // 4
+    save_file({f"model.{i}": torch.ones(rows, 1024) for i in range(12)}, file)
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_directory(tmp_path)
+    for i in range(12):
+        assert checkpoint.read(f"model.{i}", Box((0, 0), (rows, 1024))).sum() == rows * 1024
+        assert resident(file) <= 24 << 20
+
+
+def resident(file: Path) -> int:
+    """Return the bytes of the file's pages that count as this process's memory."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        word = line.split()
+        if "-" in word[0]:
+            ours = word[-1] == str(file)
+        elif ours and word[0] == "Rss:":
+            total += int(word[1]) * 1024
+    return total

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_quant.weight_inputs import Watched, WeightInputs
 
@@ -80,3 +81,34 @@ def test_what_the_function_computes_is_not_seen() -> None:
     with WeightInputs([Watched(W_NK, ("w",))], project):
         F.linear(X_TK, W_NK)
     assert calls == [(5, 4)]
+
+
+class Rows(TorchDispatchMode):
+    """Notes how many rows each product has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.seen.add(len(args[-2]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [None, B_N.bfloat16()])
+def test_numbers_of_rows_are_few_and_no_value_depends_on_them(bias) -> None:
+    x_TK, w_NK = torch.randn(600, 6).bfloat16(), W_NK.bfloat16()
+    sizes, given = range(2, 601, 7), []
+    plain = [F.linear(x_TK[:tokens], w_NK, bias) for tokens in sizes]
+    with Rows() as rows, WeightInputs([Watched(w_NK, ("w",))], lambda key, x: given.append(len(x))):
+        found = [F.linear(x_TK[:tokens], w_NK, bias) for tokens in sizes]
+    assert given == list(sizes)
+    assert len(rows.seen) == 22 < len(sizes)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_products_in_fp32_keep_their_rows() -> None:
+    with Rows() as rows, WeightInputs([]):
+        F.linear(torch.randn(9, 6), W_NK)
+    assert rows.seen == {9}

@@ -13,7 +13,7 @@ import torch
 from megatron_quant.ckpt.storage.safetensors_header import TensorEntry
 from megatron_quant.native import library
 
-_MAPPED = 1 << 27
+_MAPPED = 1 << 24
 """Bytes that stay mapped after they were read: their pages count as the process's memory."""
 
 

@@ -152,7 +152,7 @@ def search_again(
         kept = problem.restricted(sorted(wanted - {"", NONE}))
         scores = _of_options(problem, kept, scores)
         problem = kept
-    found = chosen(Scored(problem, scores, scored.method), bits, cost)
+    found = chosen(Scored(problem, scores, scored.method), bits, cost, "--bits")
     if file is not None:
         write_recipe(file, found.recipe)
     write_report(where, Groups(), lambda: of_found(found, str(directory)))

@@ -29,22 +29,22 @@ class Found:
         """Return name, treatment and score of each place."""
         found, places = self.choice, self.choice.problem.places
         pairs = zip(places, found.chosen, strict=True)
-        return [(p.name, p.options[c].action, found.scores[p.name][c]) for p, c in pairs]
+        return [(p.name, p.options[c].format, found.scores[p.name][c]) for p, c in pairs]
 
     def document(self) -> dict[str, Any]:
         """Return scores, frontier and choice as JSON (docs/auto_quantize.md has the form)."""
         return self.choice.document()
 
 
-def chosen(scored: "Scored", bits: float, cost: str) -> Found:
-    """Choose, and write the choice as a recipe."""
+def chosen(scored: "Scored", bits: float, cost: str, flag: str = "--auto-quantize-bits") -> Found:
+    """Choose, and write the choice as a recipe; ``flag`` gave ``bits``."""
     from megatron_quant.search import Choice, to_recipe
 
     problem, scores = scored.problem, scored.scores
     choice = Choice(
         problem=problem,
         scores=scores,
-        chosen=problem.solved(scores, bits, cost),
+        chosen=problem.solved(scores, bits, cost, flag),
         method=scored.method,
         cost=cost,
         bound=bits,

@@ -108,6 +108,11 @@ class QuantizeOptions:
             raise QuantError("--skip-keys leaves out keys of --megatron-load-path: give that too")
         if self.auto.bits is not None:
             self._check_search()
+        elif (unused := self.auto.changed) is not None:
+            flag = unused.replace("_", "-")
+            raise QuantError(
+                f"--auto-quantize-{flag} is for a search: add --auto-quantize-bits, or leave it out"
+            )
         elif self.megatron_load_path is None and None in (self.hf_model_id, self.export_quant_cfg):
             raise QuantError(
                 "quantize needs --hf-model-id and --export-quant-cfg, or --megatron-load-path"

@@ -259,6 +259,12 @@ class AutoQuantize(_Group):
             )
 
     @property
+    def changed(self) -> str | None:
+        """Return the first field that is not as it is by default; None if all are."""
+        each = ((field.name, field.default) for field in fields(self))
+        return next((name for name, default in each if getattr(self, name) != default), None)
+
+    @property
     def candidates(self) -> tuple[str, ...]:
         """Return the recipes of ``formats``, each once, without ``none``."""
         names = (name.strip() for name in self.formats.split(","))

@@ -11,6 +11,8 @@ from megatron_quant.search.names import COSTS, NONE
 from megatron_quant.search.solver import solve
 
 _BITS_PER_BYTE = 8
+SEARCH_BITS = "--auto-quantize-bits"
+"""The flag of a search that says how many bits it may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,11 @@ class Option:
     def action(self) -> str:
         """Return what it does, in short."""
         return self.kv_cache or self.rule.action
+
+    @property
+    def format(self) -> str:
+        """Return the formats that it gives; :data:`NONE` if it leaves the place as it is."""
+        return self.action if self.changes else NONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +139,11 @@ class Problem:
         return sum(map(min, each), Fraction(0)) / weights, sum(map(max, each)) / weights
 
     def solved(
-        self, scores: Mapping[str, Sequence[float]], bits: float, cost: str
+        self,
+        scores: Mapping[str, Sequence[float]],
+        bits: float,
+        cost: str,
+        flag: str = SEARCH_BITS,
     ) -> tuple[int, ...]:
         """Choose an option at each place: the least sum of scores within ``bits`` a weight.
 
@@ -140,18 +151,19 @@ class Problem:
             scores: Score of each option of each place, by the place's name.
             bits: The bound, which is never exceeded.
             cost: One of :data:`COSTS`.
+            flag: The flag that gave ``bits``, for messages.
 
         Raises:
             RecipeError: As :func:`check_bits`, and where the KV cache alone meets the bound.
         """
-        check_bits(self, bits, cost)
+        check_bits(self, bits, cost, flag)
         found = self._best(scores, Fraction(str(bits)), cost)
         options = [p.options[c] for p, c in zip(self.places, found, strict=True)]
         if options[-1].kv_cache and not any(o.rule.weights for o in options):
             raise RecipeError(
-                f"--auto-quantize-bits {bits:g} is met by the KV cache in {options[-1].kv_cache} "
-                "alone, and a recipe quantizes weights: allow fewer bits, or leave "
-                "--auto-quantize-context-length out"
+                f"{flag} {bits:g} is met by the KV cache in {options[-1].kv_cache} alone, and a "
+                "recipe quantizes weights: allow fewer bits, or search without "
+                "--auto-quantize-context-length"
             )
         return found
 
@@ -176,8 +188,10 @@ class Problem:
         return sorted({(self.bits(c, cost), self.score(scores, c)) for c in each})
 
 
-def check_bits(problem: Problem, bits: float, cost: str) -> None:
+def check_bits(problem: Problem, bits: float, cost: str, flag: str = SEARCH_BITS) -> None:
     """Refuse a bound that no choice meets, or that every choice meets.
+
+    flag: the one that gave ``bits``, for messages.
 
     Raises:
         RecipeError: Names the bound and the nearest that can be met.
@@ -191,18 +205,17 @@ def check_bits(problem: Problem, bits: float, cost: str) -> None:
             f"all {whole.stored} of {whole.name}; take weight"
         )
     if not (isfinite(bits) and bits > 0):
-        raise RecipeError(f"--auto-quantize-bits is {bits}: give bits a weight, such as 5.0")
+        raise RecipeError(f"{flag} is {bits}: give bits a weight, such as 5.0")
     low, high = problem.bounds(cost)
     if bits < low:
         raise RecipeError(
-            f"--auto-quantize-bits {bits:g} is below {_rounded_up(low)}, the least that "
+            f"{flag} {bits:g} is below {_rounded_up(low)}, the least that "
             f"{', '.join(problem.candidates[:-1])} take with their scales (cost {cost}): allow "
             "more bits, or add a smaller format"
         )
     if bits >= high:
         raise RecipeError(
-            f"--auto-quantize-bits {bits:g} would leave every weight as it is, at {high:g} bits: "
-            "allow fewer"
+            f"{flag} {bits:g} would leave every weight as it is, at {high:g} bits: allow fewer"
         )
 
 

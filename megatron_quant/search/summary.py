@@ -70,7 +70,7 @@ def _place(place: Place, scores: Sequence[float], chosen: int) -> dict[str, Any]
         "share": float(place.share),
         "options": [
             {
-                "format": option.action if option.changes else "none",
+                "format": option.format,
                 "candidates": list(option.candidates),
                 "bits": 8 * option.nbytes / (place.elements or place.cached),
                 "score": score,

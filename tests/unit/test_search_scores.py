@@ -257,11 +257,13 @@ def test_other_bits_and_costs_are_solved_without_a_forward(
     assert sum(row[2] for row in mq.search_again(scores, 9.0).rows) < sum(r[2] for r in again.rows)
     assert mq.search_again(scores, 6.0, cost="active").recipe.rules
     one = mq.search_again(scores, 9.0, formats="fp8_channel")
-    assert {row[1] for row in one.rows} <= {"fp8_channel+fp8_channel", "exclude"}
+    assert {row[1] for row in one.rows} <= {"fp8_channel+fp8_channel", "none"}
     assert calls == [0]
     check_document(again)
     with pytest.raises(RecipeError, match="'int4' was not scored"):
         mq.search_again(scores, 9.0, formats="int4")
+    with pytest.raises(QuantError, match=r"^--bits 4\.2 is below"):
+        mq.search_again(scores, 4.2)
     with pytest.raises(CheckpointError, match="has scores of another search"):
         search(source, tmp_path, formats="fp8_channel", bits=9.0)
     with pytest.raises(CheckpointError, match=r"\(method 'gradient', not 'kl_div'\)"):
@@ -366,3 +368,5 @@ def test_flags_that_exclude_one_another(source: Path, tmp_path: Path) -> None:
         mq.stream(source, "fp8", tmp_path / "o", auto=chosen)
     with pytest.raises(QuantError, match="--dry-run plans without weights"):
         mq.plan(source, None, auto=chosen, stream=True)
+    with pytest.raises(QuantError, match="--auto-quantize-method is for a search: add --auto-quan"):
+        mq.stream(source, "fp8", tmp_path / "o", auto=mq.AutoQuantize(method="kl_div"))

@@ -281,7 +281,7 @@ def train(args: argparse.Namespace, inputs: Inputs, groups: Groups) -> mq.Quanti
 def choose_trained(student: Sequence[GPTModel], which: str) -> None:
     """Freeze unquantized weights, if only quantized ones shall make up for their rounding."""
     if which == "quantized":
-        chosen = {id(w) for layer in mq.quantized(student).layers for w in layer.weights()}
+        chosen = {id(p) for layer in mq.quantized(student).layers for p in layer.parameters}
         for parameter in (p for chunk in student for p in chunk.parameters()):
             parameter.requires_grad_(id(parameter) in chosen)
 

@@ -108,7 +108,7 @@ class ScaleLearner:
             for one in chosen:
                 # Megatron marks weights that each rank of a tensor-parallel group has whole, and
                 # multiplies with a part of each sequence.
-                if getattr(one.layer.weights()[0], "sequence_parallel", False):
+                if getattr(one.layer.parameters[0], "sequence_parallel", False):
                     one.gradient = ordered_sum(one.gradient, shards_of(self._groups, experts))
 
     @torch.no_grad()
@@ -133,11 +133,9 @@ def _learns(layer: QuantLayer) -> bool:
 def _gradients(layer: QuantLayer) -> list[RegionStat]:
     """Return the gradients of the blocks of each region, as this rank's tokens have them."""
     w_ENK, fmt = stacked(layer), layer.weight_format
-    weights = layer.weights()
-    if any(_gradient(weight) is None for weight in weights):  # frozen, or no token reached it
-        grad_ENK = torch.zeros_like(w_ENK)
-    else:
-        grad_ENK = torch.stack([g for w in weights if (g := _gradient(w)) is not None])
+    gradients = [g[: layer.rows] for p in layer.parameters if (g := _gradient(p)) is not None]
+    complete = len(gradients) == len(w_ENK)  # otherwise frozen, or no token reached it
+    grad_ENK = torch.stack(gradients) if complete else torch.zeros_like(w_ENK)
     rounded, end = (_values(layer, values) for values in (w_ENK, w_ENK * _BEYOND))
     found = []
     for region in layer.regions:
@@ -147,10 +145,10 @@ def _gradients(layer: QuantLayer) -> list[RegionStat]:
     return found
 
 
-def _gradient(weight: Tensor) -> Tensor | None:
-    """Return a weight's gradient, wherever DistributedDataParallel keeps it."""
-    main: Tensor | None = getattr(weight, "main_grad", None)
-    return weight.grad if main is None else main
+def _gradient(parameter: Tensor) -> Tensor | None:
+    """Return a parameter's gradient, wherever DistributedDataParallel keeps it."""
+    main: Tensor | None = getattr(parameter, "main_grad", None)
+    return parameter.grad if main is None else main
 
 
 def _values(layer: QuantLayer, w_ENK: Tensor) -> Tensor:

@@ -157,10 +157,16 @@ class QuantLayer:
         """Return the quantizers that a forward calls."""
         return (self.weight_quantizer, self.input_quantizer)
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that have the weights, one per decision, and maybe more rows."""
+        return [getattr(self.module, attribute) for attribute in self.attributes]
+
     def weights(self) -> list[torch.Tensor]:
         """Return the rank's shards [N, K], one per decision."""
-        whole = [getattr(self.module, attribute) for attribute in self.attributes]
-        return whole if self.rows is None else [weight[: self.rows] for weight in whole]
+        if self.rows is None:
+            return [*self.parameters]
+        return [parameter[: self.rows] for parameter in self.parameters]
 
     def weight_amax(self, index: int) -> torch.Tensor | None:
         """Return the calibrated amax of the ``index``-th weight's logical tensor, fp32 [].

@@ -83,7 +83,7 @@ def prepare(
     if stored is not None and saved is None:
         _fill_plain(handle, stored, apart)
     if saved is None:
-        calibrate_weights(handle.layers, handle.plan, groups)
+        calibrate_weights(handle.layers, handle.plan, handle.model.groups)
     _await_ranges(handle.layers)
     before_save(handle.model, functools.partial(_follow_weights, handle))
     return model

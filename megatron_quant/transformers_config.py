@@ -18,7 +18,8 @@ def transformers_config(
 ) -> PretrainedConfig:
     """Return transformers' config of a checkpoint.
 
-    Some models run as a class of another ``model_type``: see ``Family.runs_as``. Code that a
+    Some models run as a class of another ``model_type``: see ``Family.runs_as``. The config of a
+    training run may be in no file. Code that a
     checkpoint brings is never run. What config.json says of quantization may be in the config.
 
     Args:
@@ -37,12 +38,15 @@ def transformers_config(
             f"{shown(kind)}, and code that a checkpoint brings is never run; {instead}"
         )
     try:
-        if other is None:
-            own: PretrainedConfig = AutoConfig.from_pretrained(
+        own: PretrainedConfig
+        if other is not None:
+            own = CONFIG_MAPPING[other.kind].from_dict(_content(config, other))
+        elif (directory / "config.json").is_file():
+            own = AutoConfig.from_pretrained(
                 directory, trust_remote_code=False, local_files_only=True
             )
         else:
-            own = CONFIG_MAPPING[other.kind].from_dict(_content(config, other))
+            own = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     except Exception as e:  # transformers raises whatever a model's code does
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise CheckpointError(

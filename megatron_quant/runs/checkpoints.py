@@ -151,7 +151,7 @@ def stream(
     timed = Timed(phases or Quiet())
     places = (options.hf_model_id, options.export_dir, options.auto.checkpoint)
     where = reporting(options.report, options.log_to)
-    check_report(where, groups, *places)
+    check_report(where, groups, *places, options.megatron_load_path)
     found = None
     if options.auto.bits is not None:
         from megatron_quant.runs.auto_quantize import with_found_recipe
@@ -159,7 +159,8 @@ def stream(
         options, found = with_found_recipe(options, groups, timed)
     streamed = stream_files(options, groups, timed)
     streamed = replace(streamed, seconds=timed.seconds, found=found)
-    write_report(where, groups, lambda: of_streamed(streamed, str(source)))
+    model = options.hf_model_id or str(options.megatron_load_path)
+    write_report(where, groups, lambda: of_streamed(streamed, model))
     return streamed
 
 
@@ -183,11 +184,11 @@ def plan(
     )
     check_not_searched(options)
     check_unreported(options)
+    check_plannable(options)
     if options.stream:
         from megatron_quant.runs.file_to_file import plan_stream
 
         return plan_stream(options, 1).job
-    check_plannable(options)
     if isinstance(recipe, str) and is_preset(recipe):
         from megatron_quant.cpu import use_cpu
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_quant.ckpt.plan import Origin, digest_of
-from megatron_quant.ckpt.read import open_stored
+from megatron_quant.ckpt.read import Weights, open_stored
 from megatron_quant.ckpt.write import Existing
 from megatron_quant.dist import Groups, gather, together
-from megatron_quant.errors import LostRankError
+from megatron_quant.errors import CalibrationError, LostRankError
+from megatron_quant.mcore.checkpoint import PlainWeights
 from megatron_quant.models import Param
 from megatron_quant.runs.destination import existing_of
 from megatron_quant.runs.job import Job
@@ -54,7 +55,7 @@ def by_layers(
     def walk() -> tuple[Seen, str]:
         try:
             with phases.time("load"):
-                skeleton = Skeleton(open_stored(job.source), job.dtype)
+                skeleton = Skeleton(_loadable(job), job.dtype)
             caches = calibrated_caches(job.quant, job.params)
             layers = 1 + last_layer(params, caches)
             with phases.bar("calibrate", layers * len(batches)) as progress:
@@ -84,6 +85,11 @@ def by_layers(
             reason,
         )
     return None
+
+
+def _loadable(job: Job) -> Weights:
+    """Return the weights by names that transformers loads."""
+    return job.checkpoint if isinstance(job.checkpoint, PlainWeights) else open_stored(job.source)
 
 
 def _behind(job: Job, place: "Workplace", groups: Groups, phases: Phases) -> QuantizedWeights:
@@ -128,6 +134,11 @@ def at_once(
     phases: Phases,
 ) -> "Seen":
     """Return this rank's observations of the whole model."""
+    if isinstance(job.checkpoint, PlainWeights):
+        raise CalibrationError(
+            f"{job.checkpoint.path}: this model of a training run cannot run layer by layer: leave "
+            "out --stream, or pass --weight-only"
+        )
     from megatron_quant.streaming import (
         WeightInputAmax,
         forced_experts,

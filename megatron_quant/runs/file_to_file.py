@@ -23,7 +23,7 @@ from megatron_quant.errors import LayoutError, QuantError
 from megatron_quant.folding import DOCUMENT
 from megatron_quant.runs.agree import check_options, check_plans, fetched
 from megatron_quant.runs.destination import (
-    check_calibration_file,
+    check_places,
     checked_companions,
     destination,
     existing_of,
@@ -42,9 +42,10 @@ from megatron_quant.runs.file_inputs import (
 )
 from megatron_quant.runs.file_layers import workplace
 from megatron_quant.runs.found import Found
-from megatron_quant.runs.job import Job, SourceModel, decide, replanned
+from megatron_quant.runs.job import Job, OpenWeights, SourceModel, decide, replanned
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
+from megatron_quant.runs.start import opened_unquantized, original
 from megatron_quant.runs.weight_scales import weight_amaxes
 from megatron_quant.streaming import (
     FoldedSums,
@@ -93,19 +94,22 @@ class Planned:
     kept: KeptScales | None
 
 
-def plan_stream(options: QuantizeOptions, world: int) -> Planned:
+def plan_stream(
+    options: QuantizeOptions, world: int, open_weights: OpenWeights = open_source
+) -> Planned:
     """Check, from config.json and the weights' headers, everything that needs no weights.
 
     Raises a QuantError for whatever does not fit, before anything is written.
     """
     _check_flags(options, world)
     assert options.hf_model_id is not None, "checked with the flags"
-    source = open_source(resolve_source(options.hf_model_id))
+    directory = resolve_source(options.hf_model_id, weights=open_weights is open_source)
+    source = open_weights(directory)
     checkpoint, structure = logical(source)
     check_weights(checkpoint, structure.params)
     kept, params = kept_dtypes(checkpoint), structure.params
     model = SourceModel(
-        source=checkpoint.path,
+        source=directory,
         hf_config=checkpoint.config,
         architecture=None,
         params=params,
@@ -140,13 +144,14 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
     check_options(options, groups)
     with phases.time("plan"):
         options = fetched(options, groups)
-        planned = together(groups, lambda: plan_stream(options, groups.size))
+        together(groups, lambda: check_places(options))
+        options, open_weights = opened_unquantized(options, groups)
+        planned = together(groups, lambda: plan_stream(options, groups.size, open_weights))
         job = planned.job
         existing = existing_of(options.write)
         origin = together(groups, lambda: origin_of(job))
         check_plans(groups, origin, job.export)
         files = together(groups, lambda: checked_companions(job, out, existing, origin))
-        together(groups, lambda: check_calibration_file(options))
     batches = calibration_text(options, job, groups, phases)
     with workplace(options, job, origin, batches, groups) as place:
         inputs = None
@@ -189,7 +194,7 @@ def _written(
         cache_amax=caches,
         kept=planned.kept,
     )
-    check = verification(options.write, out, job.source, groups, phases)
+    check = verification(options.write, out, original(job), groups, phases)
     files = _with_statistics(files, job, options, found, static, inputs)
     to = destination(options.write, out, files, check)
     write_shown(job.exported, groups, producer, to, phases)
@@ -242,11 +247,6 @@ def _check_flags(options: QuantizeOptions, world: int) -> None:
         raise LayoutError(
             f"{given} does not go with --stream: its ranks share the tensors, no model is cut; "
             "leave one of them out"
-        )
-    if options.megatron_load_path is not None:
-        raise QuantError(
-            "--stream reads Hugging Face checkpoints, not --megatron-load-path: leave out "
-            "--stream; every rank of torchrun then loads its share of the model (--tp, --pp, --ep)"
         )
     if options.megatron_save_path is not None:
         raise QuantError(

@@ -4,15 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron.core import parallel_state as mpu
 
 from megatron_quant.calib import (
     CalibrationReport,
 )
-from megatron_quant.ckpt.read import Weights, open_source
-from megatron_quant.ckpt.storage import read_config
 from megatron_quant.ckpt.verify import Report
 from megatron_quant.ckpt.write import Produce
 from megatron_quant.dist import Groups, together
@@ -20,13 +17,7 @@ from megatron_quant.evaluation import Sums
 from megatron_quant.folding import DOCUMENT
 from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.checkpoint import (
-    PlainWeights,
     Saved,
-    is_quantized,
-    model_of_run,
-    open_plain,
-    open_stored,
-    read_saved,
     restore,
 )
 from megatron_quant.mcore.live import (
@@ -62,11 +53,12 @@ from megatron_quant.runs.destination import (
 )
 from megatron_quant.runs.found import Found
 from megatron_quant.runs.inputs import Inputs, open_inputs, with_texts
-from megatron_quant.runs.job import Job, OpenWeights
+from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
 from megatron_quant.runs.saving import SavePlace, save_model
 from megatron_quant.runs.settings import Write
+from megatron_quant.runs.start import opened, original
 from megatron_quant.streaming import PartSource, unscaled
 
 
@@ -103,11 +95,11 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     with phases.time("plan"):
         options = fetched(options, groups)
         together(groups, lambda: check_places(options))
-        start = _opened(options, groups)
+        start = opened(options, groups)
         options, saved = start.options, start.saved
-        opened = together(groups, lambda: open_inputs(options, groups.size, *start.model))
-        check_plans(groups, opened.origin, opened.job.export)
-        inputs = with_texts(opened, options, saved, groups)
+        checked = together(groups, lambda: open_inputs(options, groups.size, *start.model))
+        check_plans(groups, checked.origin, checked.job.export)
+        inputs = with_texts(checked, options, saved, groups)
         check_tokens(groups, [*inputs.batches, *inputs.windows])
     job = inputs.job
     model = _model(inputs, groups, phases)
@@ -135,7 +127,7 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
     check = None
     if options.export_dir is not None:
         produced = producer(model, handle.layers, handle.cached, _carried(job))
-        check = verification(options.write, options.export_dir, _original(job), groups, phases)
+        check = verification(options.write, options.export_dir, original(job), groups, phases)
         beside = inputs.companions
         assert beside is not None
         files = replace(beside, origin=replace(beside.origin, statistics=digest))
@@ -155,43 +147,6 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
         verified=report,
         left_out=left_out,
     )
-
-
-@dataclass(frozen=True)
-class _Start:
-    """The start of a run: ``options`` that name a source, and the model, quantized or not."""
-
-    options: QuantizeOptions
-    saved: Saved | None = None
-    open_weights: OpenWeights | None = open_source
-    config: Mapping[str, Any] | None = None
-
-    @property
-    def model(self) -> tuple[Saved | None, OpenWeights | None, Mapping[str, Any] | None]:
-        """Return what :func:`open_inputs` takes."""
-        return self.saved, self.open_weights, self.config
-
-
-def _opened(options: QuantizeOptions, groups: Groups) -> _Start:
-    """Open ``--megatron-load-path``, if it is given. Collective."""
-    if options.megatron_load_path is None:
-        return _Start(options)
-    stored = open_stored(options.megatron_load_path, groups, options.skip_keys)
-    saved = read_saved(stored, groups) if is_quantized(stored) else None
-    config = None
-    if options.hf_model_id is None:
-        folder, config = together(groups, lambda: model_of_run(stored.path))
-        options = replace(options, hf_model_id=str(folder))
-    if saved is not None:
-        return _Start(options, saved, None, config)
-    return _Start(options, None, lambda hf: open_plain(stored, config or read_config(hf)), config)
-
-
-def _original(job: Job) -> Path | Weights | None:
-    """Return what an export is compared with: the weights that were quantized, if at hand."""
-    if job.checkpoint is None or isinstance(job.checkpoint, PlainWeights):
-        return job.checkpoint
-    return job.source
 
 
 def _save_place(path: Path, write: Write, inputs: Inputs, statistics: str) -> SavePlace:

@@ -44,8 +44,9 @@ def placed(words: list[str], folder: Path, out: Path) -> list[str]:
 def test_every_command(folder: Path, tmp_path: Path, ranks: Ranks) -> None:
     others, out, runs = [], tmp_path / "none", 0
     for words in pages.commands(PAGE):
-        if words[0] == "torchrun":
+        if "quantize" in words[1] or words[0] == "torchrun":
             runs, out = runs + 1, tmp_path / str(runs)
+        if words[0] == "torchrun":
             assert words[1:4] == ["--nproc-per-node", "4", "examples/quantize.py"]
             argv = ["quantize", *placed(words[4:], folder, out), *QUICK]
             ended = ranks(4, command, *argv)
@@ -55,8 +56,8 @@ def test_every_command(folder: Path, tmp_path: Path, ranks: Ranks) -> None:
             others.append(words)
             continue
         assert [e.status for e in ended] == [0] * len(ended), (words, ended)
-    assert (runs, others) == (3, OTHERS)
+    assert (runs, others) == (4, OTHERS)
     first = json.loads((tmp_path / "0" / "config.json").read_text())
     assert first["quantization_config"]["quant_algo"] == "NVFP4"
-    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("1", "2")]
-    assert weights[0] == weights[1]
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("1", "2", "3")]
+    assert weights[0] == weights[1] == weights[2]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from megatron_quant.ckpt.storage import MANIFEST
 from megatron_quant.models import Pipeline, lookup
 from tests.dist import checkpoints, plain, saved
 from tests.dist.plain import Training
-from tests.dist.command import quantize_argv, refused
+from tests.dist.command import command, quantize_argv, refused
 from tests.dist.pool import Ranks
 from tests.dist.test_layouts import digests
 from tests.unit import plain_world, sources
@@ -93,6 +95,72 @@ def test_every_way_of_saving(
         wanted = files_of(exported / f"hf.{case}")
         for name in RUNS:
             assert files_of(tmp_path / f"{name}.{case}") == wanted, (name, case)
+
+
+def stream_each(source: Path, out: Path, runs: Sequence[Path | None]) -> None:
+    from megatron_quant.cli.console import ConsolePhases, console
+    from megatron_quant.dist import Groups
+    from megatron_quant.runs.file_to_file import stream_files
+    from megatron_quant.runs.options import QuantizeOptions
+
+    for run in runs:
+        for name, case in CASES.items():
+            options = QuantizeOptions.from_flags(
+                hf_model_id=str(source),
+                megatron_load_path=run,
+                export_dir=out / f"{run.name if run else 'hf'}.{name}",
+                calib_dataset=__file__,
+                **case,
+            )
+            stream_files(options, Groups(), ConsolePhases(console()))
+
+
+def test_a_stream_of_every_way_of_saving(
+    source: Path, runs: Path, bare: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """File to file, without a model; transformers' forward runs on the run's own weights."""
+    ranks(1, stream_each, source, tmp_path, [None])
+    ranks(1, stream_each, bare, tmp_path, [runs / name for name in RUNS])
+    for case in CASES:
+        wanted = files_of(tmp_path / f"hf.{case}")
+        for name in RUNS:
+            assert files_of(tmp_path / f"{name}.{case}") == wanted, (name, case)
+
+
+def test_a_stream_needs_no_megatron(bare: Path, runs: Path, tmp_path: Path) -> None:
+    """The run brings config.json and tokenizer in its own folder."""
+    run = shutil.copytree(runs / "apart", tmp_path / "run")
+    shutil.copytree(bare, run / "iter_0000003" / "hf")
+    code = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("megatron", "transformer_engine", "modelopt"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+from megatron_quant.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+    argv = ["quantize", "--stream", "--megatron-load-path", str(run)]
+    argv += ["--export-quant-cfg", "nvfp4", "--weight-only", "--export-dir", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stderr + done.stdout
+
+
+def test_a_stream_of_a_quantized_run_is_refused(
+    source: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    case = {"export_quant_cfg": "nvfp4", "weight_only": True}
+    ranks(1, saved.quantize_all, source, tmp_path, (1, 1, 1), {"one": case})
+    argv = ["quantize", "--stream", "--megatron-load-path", str(tmp_path / "one.saved")]
+    ended = command(*argv, "--export-dir", str(tmp_path / "out"))
+    assert ended.status == 1
+    assert "export it with megatron-quant export --megatron-load-path" in ended.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_for_speculation(tmp_path: Path, ranks: Ranks) -> None:

@@ -10,16 +10,13 @@ from .place import is_checkpoint as is_checkpoint
 from .place import latest as latest
 from .plain import PlainWeights as PlainWeights
 from .plain import open_plain as open_plain
-from .restored import is_quantized as is_quantized
 from .restored import open_saved as open_saved
-from .restored import open_stored as open_stored
 from .restored import read_saved as read_saved
 from .restored import restore as restore
 from .run_config import model_of_run as model_of_run
 from .saved import HF_FILES as HF_FILES
 from .saved import Saved as Saved
 from .saved import describe_run as describe_run
-from .state import CHILD as CHILD
 from .state import before_save as before_save
 from .state import describe_model as describe_model
 from .store import OPTIMIZER as OPTIMIZER
@@ -29,6 +26,9 @@ from .store import check_keys as check_keys
 from .store import read_tensors as read_tensors
 from .store import shapes_of as shapes_of
 from .store import sharded_state as sharded_state
+from .stored import CHILD as CHILD
+from .stored import is_quantized as is_quantized
+from .stored import open_stored as open_stored
 from .torch_dist import TorchDist as TorchDist
 from .torch_dist import open_torch_dist as open_torch_dist
 

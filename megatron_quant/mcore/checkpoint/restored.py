@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_quant.alike import check_alike
 from megatron_quant.calib import calibrate_weights, follow_weights
-from megatron_quant.ckpt.plan import digest_of
-from megatron_quant.dist import Groups, together
+from megatron_quant.dist import Groups
 from megatron_quant.errors import CheckpointError
 from megatron_quant.layers import (
     CachedTensor,
@@ -20,29 +18,12 @@ from megatron_quant.layers import (
 )
 from megatron_quant.mcore.checkpoint import store
 from megatron_quant.mcore.checkpoint.saved import Saved, parse_description
-from megatron_quant.mcore.checkpoint.state import DESCRIPTION
-from megatron_quant.mcore.checkpoint.torch_dist import BACKEND, TorchDist, open_torch_dist
+from megatron_quant.mcore.checkpoint.stored import is_quantized, open_stored
+from megatron_quant.mcore.checkpoint.torch_dist import BACKEND, TorchDist
 from megatron_quant.mcore.model import LiveModel
 from megatron_quant.recipes import QuantPlan
 
 _OF_INPUTS = ".input_quantizer._amax"
-
-
-def open_stored(directory: Path | str, groups: Groups, skip_keys: Sequence[str] = ()) -> TorchDist:
-    """Open the checkpoint in ``directory``, quantized or not. Collective.
-
-    skip_keys: patterns of keys to leave out. Raises CheckpointError, on every rank alike, where
-    there is none or it cannot be read, and for a pattern that no key matches.
-    """
-    stored = together(groups, lambda: open_torch_dist(Path(directory)).without(skip_keys))
-    digest = digest_of([[key, *shape] for key, shape in sorted(stored.shapes.items())])
-    check_alike(groups, **{f"the digest of {directory}": digest[:12]})
-    return stored
-
-
-def is_quantized(stored: TorchDist) -> bool:
-    """Return whether the checkpoint has quantizers."""
-    return any(key == DESCRIPTION or "_quantizer." in key for key in stored.shapes)
 
 
 def read_saved(stored: TorchDist, groups: Groups) -> Saved:

@@ -19,10 +19,9 @@ from torch import nn
 from megatron_quant.documents import MB, Limits, parse_json
 from megatron_quant.layers import LocalWeight, QuantLayer, block_amax, set_block_amax
 from megatron_quant.mcore.checkpoint.grids import SavedGrid, grids_of
+from megatron_quant.mcore.checkpoint.stored import CHILD, DESCRIPTION
 from megatron_quant.mcore.model import LiveModel
 
-CHILD = "megatron_quant"
-DESCRIPTION = f"{CHILD}.description"
 DESCRIBED = Limits(4 * MB, 100_000)
 """Limits of a description."""
 _PAGE = 4096  # bytes; descriptions are padded to a multiple, so that their shape is stable

@@ -26,7 +26,8 @@ from megatron_quant.dist import Groups, gather, raise_together, together
 from megatron_quant.errors import CheckpointError, ExportError
 from megatron_quant.formats import amax
 from megatron_quant.mcore.checkpoint.read_alone import is_part_of_job, read_alone
-from megatron_quant.mcore.checkpoint.state import CHILD, DESCRIBED, DESCRIPTION, decode
+from megatron_quant.mcore.checkpoint.state import DESCRIBED, decode
+from megatron_quant.mcore.checkpoint.stored import CHILD, DESCRIPTION
 from megatron_quant.mcore.checkpoint.torch_dist import TorchDist
 
 _FAILURES = (CheckpointException, CheckpointingException, RuntimeError, ValueError, KeyError)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core.transformer import fsdp_dtensor_checkpoint
 from megatron.core.distributed import DistributedDataParallelConfig, FullyShardedDataParallel
 from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import (
     preprocess_state_dict_for_uneven_dtensor,
@@ -21,6 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
 from tests.dist import live, training
+
+
+SPLITS_DELTA_NETS = hasattr(fsdp_dtensor_checkpoint, "handle_gdn_in_state_dict")
+"""Whether this release saves their parts under keys of their own."""
 
 
 # It names the device "cuda", in its meshes too.
@@ -47,7 +52,7 @@ def _of_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMe
 def save(source: Path, folder: Path) -> None:
     """Save the weights of ``source`` as a run of Megatron-LM with ``fsdp_dtensor`` does.
 
-    The steps are those of core_v0.16.1 (``preprocess_fsdp_dtensor_state_dict``).
+    The steps are those of core_v0.16.1 (``preprocess_fsdp_dtensor_state_dict``) and later.
     """
     (chunk,) = training.build(source, live.Parallelism(), torch.bfloat16)
     config = DistributedDataParallelConfig(
@@ -65,6 +70,8 @@ def save(source: Path, folder: Path) -> None:
     state = model.state_dict_for_save_checkpoint()
     handle_fp8_extra_state_case(state)
     state, _ = handle_swiglu_in_state_dict(model, state, None)
+    if SPLITS_DELTA_NETS:
+        state, _ = fsdp_dtensor_checkpoint.handle_gdn_in_state_dict(model, state, None)
     state = handle_experts_in_state_dict(state, chunk.config.num_moe_experts)
     whole = {"model": state, "iteration": 5}
     preprocess_state_dict_for_uneven_dtensor(whole)

@@ -101,6 +101,56 @@ def test_a_plain_training_checkpoint(source: Path, tmp_path: Path, ranks: Ranks)
             assert same_bytes(found[key], value), (name, key)
 
 
+def saved_as_fsdp(source: Path, folder: Path) -> bool:
+    from tests.dist import fsdp
+
+    fsdp.save(source, folder)
+    return fsdp.SPLITS_DELTA_NETS
+
+
+def test_a_run_of_megatron_fsdp(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Read where its release saves the parts apart; otherwise refused."""
+    (split, _) = ranks(2, saved_as_fsdp, source, tmp_path / "run" / "iter_0000005")
+    flags = {"megatron_load_path": tmp_path / "run", "export_dir": tmp_path / "run.out"}
+    flags |= {"export_quant_cfg": "nvfp4", "weight_only": True}
+    if not split:
+        (error,) = ranks.errors(1, saved_at, source, flags)
+        assert "in_proj.weight has the rows of query and key" in str(error)
+        assert "save the run as torch_dist" in str(error)
+        return
+    ranks(1, saved_at, source, flags)
+    ranks(1, saved_at, source, {**flags, "megatron_load_path": None, "export_dir": tmp_path / "hf"})
+    found, want = tensors(tmp_path / "run.out"), tensors(tmp_path / "hf")
+    assert found.keys() == want.keys()
+    plain_ones = [key for key in want if not key.endswith(WIDE)]  # the run's own dtype
+    assert all(same_bytes(found[key], want[key]) for key in plain_ones)
+
+
+def folded(source: Path, out: Path, flags: dict) -> float:
+    outcome = saved.quantize(
+        hf_model_id=str(source),
+        export_dir=out,
+        export_quant_cfg="int4_awq",
+        cold_experts="layer-max",
+        calib_size=4,
+        calib_seq_length=32,
+        dtype="fp32",
+        eval_text=source / "text.txt",
+        **flags,
+    )
+    return outcome.fake_quant.mean_kl
+
+
+def test_factors_go_into_the_gates_too(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """The norm that awq divides is that of all rows of in_proj, quantized or not."""
+    (one,) = ranks(1, folded, source, tmp_path / "one", {})
+    ranks(4, folded, source, tmp_path / "four", LAYOUT)
+    assert digests(tmp_path / "four") == digests(tmp_path / "one")
+    text, windows = source / "text.txt", {"seq_length": 32, "dtype": "fp32"}
+    served = mq.evaluate(tmp_path / "one", text, against=source, **windows)
+    assert served.kl == pytest.approx(one, rel=1e-4)
+
+
 def quantize_each(source: Path, folder: Path, runs: dict[str, str | None]) -> None:
     for name, run in runs.items():
         saved.quantize(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megatron_quant.runs.phases import Phases
     from megatron_quant.runs.search_plan import SearchPlan
     from megatron_quant.runs.settings import AutoQuantize
+    from megatron_quant.runs.start import Unquantized
     from megatron_quant.search import Loss
 
 
@@ -46,11 +47,12 @@ def found_recipe(
 
     loss: that whose gradients score; None for that of the next token.
     """
-    from megatron_quant.ckpt.plan import source_digest
     from megatron_quant.dist import together
     from megatron_quant.models import positive, text_config
     from megatron_quant.runs.agree import check_options, fetched
     from megatron_quant.runs.auto_scores import Work, read_samples
+    from megatron_quant.runs.destination import origin_of
+    from megatron_quant.runs.start import opened_unquantized
     from megatron_quant.search import next_token_loss
 
     check_options(options, groups)
@@ -58,8 +60,9 @@ def found_recipe(
     with phases.time("plan search"):
         options = fetched(options, groups)
         together(groups, lambda: check_output_file("--auto-quantize-recipe", auto.recipe))
-        job, plan = together(groups, lambda: _planned(options, groups.size))
-        digest = together(groups, lambda: source_digest(job.source))
+        options, model = opened_unquantized(options, groups)
+        job, plan = together(groups, lambda: _planned(options, groups.size, model))
+        digest = together(groups, lambda: origin_of(job).source)
     vocab_size = together(groups, lambda: positive(text_config(job.hf_config), "vocab_size"))
     data = replace(options.calibration, size=auto.score_size)
     work = Work(
@@ -101,13 +104,15 @@ def choose(
     return found
 
 
-def _planned(options: "QuantizeOptions", world: int) -> "tuple[Job, SearchPlan]":
+def _planned(
+    options: "QuantizeOptions", world: int, model: "Unquantized"
+) -> "tuple[Job, SearchPlan]":
     from megatron_quant.runs.job_checks import check_length
     from megatron_quant.runs.search_plan import Target, plan_search
 
     off = type(options.auto)()
     jobs = {
-        name: _job(replace(options, export_quant_cfg=name, auto=off), world)
+        name: _job(replace(options, export_quant_cfg=name, auto=off), world, model)
         for name in options.auto.candidates
     }
     first = next(iter(jobs.values()))
@@ -124,16 +129,15 @@ def _planned(options: "QuantizeOptions", world: int) -> "tuple[Job, SearchPlan]"
     return first, plan_search(target, plans, options.auto)
 
 
-def _job(options: "QuantizeOptions", world: int) -> "Job":
+def _job(options: "QuantizeOptions", world: int, model: "Unquantized") -> "Job":
     """Return what a candidate would do alone."""
-    from megatron_quant.ckpt.read import open_source
     from megatron_quant.runs.file_to_file import plan_stream
     from megatron_quant.runs.job import prepare_job
 
     if options.stream:
-        return plan_stream(options, world).job
+        return plan_stream(options, world, model).job
     exporting = replace(options, megatron_save_path=None)  # what an export takes is what it costs
-    return prepare_job(exporting, world, open_weights=open_source)
+    return prepare_job(exporting, world, open_weights=model.open_weights, config=model.config)
 
 
 def _loaded(job: "Job", groups: "Groups", phases: "Phases") -> "LiveModel":

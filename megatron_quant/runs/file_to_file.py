@@ -13,7 +13,6 @@ from megatron_quant.ckpt.read import (
     keeping,
     kept_dtypes,
     logical,
-    open_source,
     sharing,
 )
 from megatron_quant.ckpt.storage import resolve_source
@@ -42,10 +41,10 @@ from megatron_quant.runs.file_inputs import (
 )
 from megatron_quant.runs.file_layers import workplace
 from megatron_quant.runs.found import Found
-from megatron_quant.runs.job import Job, OpenWeights, SourceModel, decide, replanned
+from megatron_quant.runs.job import Job, SourceModel, decide, replanned
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
-from megatron_quant.runs.start import opened_unquantized, original
+from megatron_quant.runs.start import Unquantized, opened_unquantized, original
 from megatron_quant.runs.weight_scales import weight_amaxes
 from megatron_quant.streaming import (
     FoldedSums,
@@ -94,17 +93,15 @@ class Planned:
     kept: KeptScales | None
 
 
-def plan_stream(
-    options: QuantizeOptions, world: int, open_weights: OpenWeights = open_source
-) -> Planned:
+def plan_stream(options: QuantizeOptions, world: int, opened: Unquantized | None = None) -> Planned:
     """Check, from config.json and the weights' headers, everything that needs no weights.
 
     Raises a QuantError for whatever does not fit, before anything is written.
     """
     _check_flags(options, world)
     assert options.hf_model_id is not None, "checked with the flags"
-    directory = resolve_source(options.hf_model_id, weights=open_weights is open_source)
-    source = open_weights(directory)
+    directory = resolve_source(options.hf_model_id, weights=options.megatron_load_path is None)
+    source = (opened or Unquantized()).open_weights(directory)
     checkpoint, structure = logical(source)
     check_weights(checkpoint, structure.params)
     kept, params = kept_dtypes(checkpoint), structure.params
@@ -145,8 +142,8 @@ def stream_files(options: QuantizeOptions, groups: Groups, phases: Phases) -> St
     with phases.time("plan"):
         options = fetched(options, groups)
         together(groups, lambda: check_places(options))
-        options, open_weights = opened_unquantized(options, groups)
-        planned = together(groups, lambda: plan_stream(options, groups.size, open_weights))
+        options, opened = opened_unquantized(options, groups)
+        planned = together(groups, lambda: plan_stream(options, groups.size, opened))
         job = planned.job
         existing = existing_of(options.write)
         origin = together(groups, lambda: origin_of(job))

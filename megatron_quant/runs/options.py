@@ -129,10 +129,16 @@ class QuantizeOptions:
                 "--auto-quantize-head is for transformers' forward of a model without an output "
                 "layer: add --stream"
             )
-        if self.hf_model_id is None or self.keep_scales or self.megatron_load_path is not None:
+        unnamed = self.hf_model_id is None and self.megatron_load_path is None
+        if unnamed or self.keep_scales:
             raise QuantError(
-                "--auto-quantize-bits needs --hf-model-id, and neither --keep-scales nor "
-                "--megatron-load-path"
+                "--auto-quantize-bits needs --hf-model-id or --megatron-load-path, and no "
+                "--keep-scales"
+            )
+        if self.stream and self.megatron_load_path is not None:
+            raise QuantError(
+                "--auto-quantize-bits searches a training run's checkpoint in Megatron's model: "
+                "leave out --stream"
             )
 
 

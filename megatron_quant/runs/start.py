@@ -56,23 +56,32 @@ def opened(options: QuantizeOptions, groups: Groups) -> Start:
     return Start(options, read_saved(stored, groups), None, config)
 
 
+@dataclass(frozen=True)
+class Unquantized:
+    """A model that is not quantized: what opens its weights, and its config if no file has it."""
+
+    open_weights: OpenWeights = open_source
+    config: Mapping[str, Any] | None = None
+
+
 def opened_unquantized(
     options: QuantizeOptions, groups: Groups
-) -> tuple[QuantizeOptions, OpenWeights]:
-    """Return ``options`` that name a source, and what opens its weights. Collective.
+) -> tuple[QuantizeOptions, Unquantized]:
+    """Return ``options`` that name a source, and the model. Collective.
 
-    Megatron is not needed. Raises QuantError, on every rank, if they are quantized in a Megatron
+    Megatron is not needed. Raises QuantError, on every rank, if it is quantized in a Megatron
     checkpoint.
     """
     if options.megatron_load_path is None:
-        return options, open_source
+        return options, Unquantized()
     options, stored, config = _located(options, options.megatron_load_path, groups)
     if is_quantized(stored):
+        flag = "--auto-quantize-bits" if options.auto.bits is not None else "--stream"
         raise QuantError(
-            f"{stored.path} is quantized, and --stream quantizes: export it with megatron-quant "
-            "export --megatron-load-path"
+            f"{stored.path} is quantized already, and {flag} is for models that are not: export it "
+            "with megatron-quant export --megatron-load-path"
         )
-    return options, _opener(stored, config)
+    return options, Unquantized(_opener(stored, config), config)
 
 
 def _located(

@@ -151,6 +151,31 @@ sys.exit(main(sys.argv[1:]))
     assert "verified" in done.stderr + done.stdout
 
 
+def searched(source: Path, out: Path, run: Path | None) -> None:
+    import megatron_quant as mq
+
+    text = {"dataset": __file__, "size": 4, "seq_length": 32}
+    mq.quantize_checkpoint(
+        source,
+        None,
+        out,
+        parallel=mq.Parallel(ep=2),
+        calibration=mq.Calibration(**text, cold_experts="layer-max"),
+        auto=mq.AutoQuantize(bits=6.0, score_size=4, recipe=out.with_suffix(".yaml")),
+        megatron_load_path=run,
+    )
+
+
+def test_a_search_scores_a_run_as_its_folder(
+    source: Path, runs: Path, bare: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    ranks(2, searched, source, tmp_path / "hf", None)
+    ranks(2, searched, bare, tmp_path / "run", runs / "stacked")
+    found = [(tmp_path / f"{name}.yaml").read_bytes() for name in ("hf", "run")]
+    assert found[0] == found[1]
+    assert files_of(tmp_path / "hf") == files_of(tmp_path / "run")
+
+
 def test_a_stream_of_a_quantized_run_is_refused(
     source: Path, tmp_path: Path, ranks: Ranks
 ) -> None:

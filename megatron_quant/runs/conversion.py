@@ -1,6 +1,6 @@
 """Rewrite a quantized checkpoint in another dialect, without a model."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -110,8 +110,7 @@ def _planned(options: ExportOptions, world: int) -> _Work:
     files = companions(checkpoint.config, quant, dialect, dtype, origin=origin)
     files = with_beside(files, options.source, checkpoint)
     if (options.source / DOCUMENT).exists():
-        folded = read_object(options.source / DOCUMENT, INDEX)
-        files = replace(files, documents={**files.documents, DOCUMENT: folded})
+        files = files.with_document(DOCUMENT, read_object(options.source / DOCUMENT, INDEX))
     return _Work(
         checkpoint=checkpoint,
         plan=plan,

@@ -1,7 +1,6 @@
 """Where an export goes: every verb that writes one checks it here, before and after."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_quant.ckpt.plan import (
@@ -140,7 +139,7 @@ def checked_companions(
         job.checkpoint,
     )
     if job.places.folded:  # its content is found by the calibration
-        files = replace(files, documents={**files.documents, DOCUMENT: {}})
+        files = files.with_document(DOCUMENT, {})
     check_target(export_dir, files, existing, job.exported)
     return files
 

@@ -179,8 +179,7 @@ def _written(
             fold = find_fold(source, job.kept, job.places.folded, sums, groups)
         source, sums = replace(source, fold=fold), FoldedSums(sums, fold)
         static = folded_amaxes(job.quant, static, sums) if static else None
-        documents = {**files.documents, DOCUMENT: fold.document()}
-        files = replace(files, documents=documents)
+        files = files.with_document(DOCUMENT, fold.document())
     found, amaxes = weight_amaxes(job, source, groups, phases)
     producer = Producer(
         source=source,

@@ -1,7 +1,7 @@
 """The front door for live models: quantize, export, save, restore."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -246,8 +246,7 @@ def _files(
     origin = Origin(recipe_digest(handle.recipe), handle.source, statistics=statistics)
     files = companions(handle.hf.config, handle.plan, dialect, dtype, origin=origin)
     if handle.fold.vectors:
-        folded = handle.fold.document()
-        files = replace(files, documents={**files.documents, DOCUMENT: folded})
+        files = files.with_document(DOCUMENT, handle.fold.document())
     return with_beside(files, handle.hf.directory, source) if handle.hf.directory else files
 
 

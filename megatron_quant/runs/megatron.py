@@ -132,8 +132,7 @@ def quantize_run(options: QuantizeOptions, groups: Groups, phases: Phases) -> Ou
         assert beside is not None
         files = replace(beside, origin=replace(beside.origin, statistics=digest))
         if handle.fold.vectors:
-            documents = {**files.documents, DOCUMENT: handle.fold.document()}
-            files = replace(files, documents=documents)
+            files = files.with_document(DOCUMENT, handle.fold.document())
         to = destination(options.write, options.export_dir, files, check)
         write_shown(job.exported, groups, produced, to, phases)
     report = check.report if check else None

@@ -44,6 +44,10 @@ class Companions:
         """Return the names that they take in the checkpoint's directory."""
         return [*self.documents, *map(self.name_of, self.carried)]
 
+    def with_document(self, name: str, content: Mapping[str, Any]) -> "Companions":
+        """Return a copy that has one more JSON file."""
+        return replace(self, documents={**self.documents, name: content})
+
     def beside(
         self, root: Path, carried: Sequence[Path], left_out: Sequence[str] = ()
     ) -> "Companions":

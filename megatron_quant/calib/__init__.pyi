@@ -14,6 +14,7 @@ from .calibration_file import CalibrationFile as CalibrationFile
 from .calibration_file import Late as Late
 from .calibration_file import cache_key as cache_key
 from .calibration_file import loaded_amaxes as loaded_amaxes
+from .calibration_file import lost_statistic as lost_statistic
 from .calibration_file import read_calibration as read_calibration
 from .calibration_file import statistic_key as statistic_key
 from .calibration_file import write_calibration as write_calibration
@@ -72,6 +73,7 @@ __all__ = [
     "load_inputs",
     "load_texts",
     "loaded_amaxes",
+    "lost_statistic",
     "merge_cache",
     "merge_live",
     "moment_passes",

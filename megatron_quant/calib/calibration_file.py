@@ -8,6 +8,8 @@ It is a safetensors file. For each Hugging Face module whose inputs were measure
 - ``MODULE.input_peaks``, fp32 [K]: largest magnitudes; 0 for an expert that saw no token.
 - ``MODULE.input_moment``, fp32 [K, K]: sums of x x^T. Fused modules read the same inputs, so it is
   kept once, under the first of them.
+- ``MODULE.input_lost_FORMAT``, fp32 [K, K], likewise: sums of (x - y) y^T, y the values of the
+  inputs' codes in a format such as nvfp4, by the scale of these inputs' amax.
 
 For each attention with a calibrated KV cache, it has ``ATTENTION.k_cache_amax`` and
 ``ATTENTION.v_cache_amax``, fp32 []. An expert that saw no token has the squares and products of its
@@ -39,12 +41,19 @@ from megatron_quant.recipes import Decision
 
 AMAX, TOKENS, SQUARES, MOMENT = "input_amax", "input_tokens", "input_squares", "input_moment"
 PEAKS = "input_peaks"
+_LOST = "input_lost_"
 _FLAG = "--save-calibration"
 
 
 def statistic_key(module: str, statistic: str) -> str:
     """Return the name of a module's statistic in the file."""
     return f"{module}.{statistic}"
+
+
+def lost_statistic(decision: Decision) -> str:
+    """Return the name of the statistic of what the codes of a slot's inputs lose."""
+    assert decision.inputs is not None, decision.slot.name
+    return f"{_LOST}{decision.inputs.name}"
 
 
 def cache_key(cache_slot: str) -> str:
@@ -180,8 +189,8 @@ class CalibrationFile:
 
         Args:
             modules: Hugging Face modules.
-            statistic: :data:`AMAX`, :data:`TOKENS`, :data:`SQUARES`, :data:`PEAKS` or
-                :data:`MOMENT`.
+            statistic: :data:`AMAX`, :data:`TOKENS`, :data:`SQUARES`, :data:`PEAKS`,
+                :data:`MOMENT` or that of :func:`lost_statistic`.
             shape: Shape that it has to have.
 
         Raises:
@@ -226,7 +235,8 @@ class CalibrationFile:
         """
         found = self.find(modules, statistic, shape)
         if found is None:
-            how = " with --keep-hessians" if statistic == MOMENT else ""
+            products = statistic == MOMENT or statistic.startswith(_LOST)
+            how = " with --keep-hessians" if products else ""
             raise CalibrationError(
                 f"--load-calibration {self.path} has no {statistic_key(modules[0], statistic)}: "
                 f"save one{how} of this model and recipe with {_FLAG}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_quant.calib.blocks import shards_of
 from megatron_quant.calib.hearing import hear
 from megatron_quant.dist import Groups, Replicas, joined, max_reduce, ordered_sum
+from megatron_quant.formats import Format, fake_quant, tensor_scale
 from megatron_quant.layers import QuantLayer
 
 _TOKENS = 4096
@@ -86,12 +87,35 @@ def _splits_tokens(layer: QuantLayer) -> bool:
     return not hasattr(module, "layer_norm_weight") and bool(module.config.sequence_parallel)
 
 
+@dataclass(frozen=True)
+class ServedInputs:
+    """How a layer's inputs are served: a format, and the scale of the whole tensor, if any."""
+
+    fmt: Format
+    dscale: Tensor | None
+
+    @classmethod
+    def of(cls, layer: QuantLayer) -> "ServedInputs | None":
+        """Return them; None for a layer that is not rounded for inputs in codes."""
+        decision = layer.decisions[0]
+        if not decision.serves_codes or decision.inputs is None:
+            return None
+        amax = layer.input_amax()
+        return cls(decision.inputs, None if amax is None else tensor_scale(amax, decision.inputs))
+
+    def rounded(self, x_TK: Tensor) -> Tensor:
+        """Return the values that the codes of ``x_TK`` stand for."""
+        return fake_quant(x_TK, self.fmt, self.dscale)
+
+
 class InputSums:
     """Sums over the tokens that a layer was given.
 
     Attributes:
         sums: fp32 [E, R, K] of products, R rows of the matrix; [E, k] of squares, k given columns.
         peaks: fp32 [E, k], largest magnitudes of the given columns, where these are summed.
+        lost: fp32 [E, R, K], like sums, of (x - y) y^T, y what the codes of x stand for; None where
+            the layer is not rounded for inputs in codes.
         tokens: int64 [E].
     """
 
@@ -110,6 +134,8 @@ class InputSums:
         self.sums = torch.zeros(shape, device=device)
         self.peaks = torch.zeros(place.inputs, _given(place), device=device)
         self.tokens = torch.zeros(place.inputs, dtype=torch.int64)
+        self._served = ServedInputs.of(layer) if products else None
+        self.lost = None if self._served is None else torch.zeros_like(self.sums)
         self._left = most
 
     def see_grouped(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -137,6 +163,9 @@ class InputSums:
     def _add(self, index: int, x_TK: Tensor) -> None:
         if self.products:
             self.sums[index].addmm_(x_TK[:, self.place.own].mT, x_TK)
+            if self.lost is not None and self._served is not None:
+                y_TK = self._served.rounded(x_TK)
+                self.lost[index].addmm_((x_TK - y_TK)[:, self.place.own].mT, y_TK)
         elif len(x_TK):
             self.sums[index] += x_TK.square().sum(0)
             self.peaks[index] = torch.maximum(self.peaks[index], x_TK.abs().amax(0))
@@ -145,12 +174,24 @@ class InputSums:
     def merged(self) -> "Merged":
         """Return the sums over all ranks that are given tokens of these weights. Collective."""
         place = self.place
-        sums, tokens = (ordered_sum(v, place.replicas) for v in (self.sums, self.tokens))
+        tokens = ordered_sum(self.tokens, place.replicas)
         if place.split:
-            sums, tokens = (ordered_sum(v, place.shards) for v in (sums, tokens))
-        elif place.cut or (self.products and place.own != slice(0, place.cols)):
-            sums = joined(sums, 1, place.shards)
-        return Merged(sums, tokens, None if self.products else self._merged_peaks())
+            tokens = ordered_sum(tokens, place.shards)
+        return Merged(
+            self._merged(self.sums),
+            tokens,
+            None if self.products else self._merged_peaks(),
+            None if self.lost is None else self._merged(self.lost),
+        )
+
+    def _merged(self, sums: Tensor) -> Tensor:
+        place = self.place
+        found = ordered_sum(sums, place.replicas)
+        if place.split:
+            return ordered_sum(found, place.shards)
+        if place.cut or (self.products and place.own != slice(0, place.cols)):
+            return joined(found, 1, place.shards)
+        return found
 
     def _merged_peaks(self) -> Tensor:
         place = self.place
@@ -172,11 +213,14 @@ class Merged:
         sums: Sums of squares [E, K], or of products [E, K, K].
         tokens: Their number [E].
         peaks: Largest magnitudes [E, K]; None beside products.
+        lost: Sums of (x - y) y^T [E, K, K], y what the codes of x stand for; None where the layer
+            is not rounded for inputs in codes.
     """
 
     sums: Tensor
     tokens: Tensor
     peaks: Tensor | None = None
+    lost: Tensor | None = None
 
     @property
     def squares_EK(self) -> Tensor:
@@ -192,10 +236,15 @@ class Merged:
         cold_E = self.tokens == 0
         if not max_reduce(cold_E.any().to(torch.int64).view(1), others).item():
             return self
-        pooled = ordered_sum(self.sums.sum(0), others)
-        sums = self.sums.clone()
-        sums[cold_E.to(sums.device)] = pooled
-        return replace(self, sums=sums)
+
+        def filled(own: Tensor) -> Tensor:
+            pooled = ordered_sum(own.sum(0), others)
+            found = own.clone()
+            found[cold_E.to(found.device)] = pooled
+            return found
+
+        lost = None if self.lost is None else filled(self.lost)
+        return replace(self, sums=filled(self.sums), lost=lost)
 
 
 def complete(layer: QuantLayer, sums: InputSums, groups: Groups) -> Merged:

@@ -15,6 +15,7 @@ from megatron_quant.calib.calibration_file import (
     TOKENS,
     CalibrationWriter,
     cache_key,
+    lost_statistic,
     statistic_key,
 )
 from megatron_quant.calib.input_sums import InputPlace, Merged
@@ -93,8 +94,10 @@ class CalibrationKeeper:
                 for module in slot.sources:
                     yield statistic_key(module, statistic), (torch.float32, (cols,))
             if decision.rounds and self._hessians:
-                key = statistic_key(slot.sources[0], MOMENT)
-                yield key, (torch.float32, (cols, cols))
+                products = [MOMENT, lost_statistic(decision)] if decision.serves_codes else [MOMENT]
+                for statistic in products:
+                    key = statistic_key(slot.sources[0], statistic)
+                    yield key, (torch.float32, (cols, cols))
 
     def keep(self, layer: QuantLayer, found: Merged) -> None:
         """Write the sums of one layer's inputs, on one of the ranks that hold them.
@@ -115,6 +118,10 @@ class CalibrationKeeper:
                     writer.put(statistic_key(module, PEAKS), found.peaks[index])
             if self._hessians and decision.rounds:
                 writer.put(statistic_key(sources[0], MOMENT), found.sums[index])
+                if found.lost is not None:
+                    writer.put(
+                        statistic_key(sources[0], lost_statistic(decision)), found.lost[index]
+                    )
 
     def finish(self) -> None:
         """Give the file its name. Collective.

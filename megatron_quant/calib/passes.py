@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_quant.errors import CalibrationError
-from megatron_quant.recipes import QuantPlan, Slot
+from megatron_quant.recipes import Decision, QuantPlan
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ def moment_passes(plan: QuantPlan, ep: int, limit: int | None) -> tuple[MomentPa
         CalibrationError: If one layer alone takes more than ``limit``.
     """
     sizes: dict[str, int] = {}
-    for slot in (d.slot for d in plan.decisions if d.rounds and d.quantized):
+    for decision in (d for d in plan.decisions if d.rounds and d.quantized):
+        slot = decision.slot
         share = 1 if slot.expert is None else ep
-        sizes[slot.module] = sizes.get(slot.module, 0) + _nbytes(slot) // share
+        sizes[slot.module] = sizes.get(slot.module, 0) + _nbytes(decision) // share
     passes: list[MomentPass] = []
     for module, nbytes in reversed(sizes.items()):
         if limit is not None and nbytes > limit:
@@ -44,5 +45,7 @@ def moment_passes(plan: QuantPlan, ep: int, limit: int | None) -> tuple[MomentPa
     return tuple(passes)
 
 
-def _nbytes(slot: Slot) -> int:
-    return 4 * slot.shape[1] ** 2
+def _nbytes(decision: Decision) -> int:
+    """Return the bytes of the sums of x x^T, and of what codes of the inputs lose."""
+    matrices = 2 if decision.serves_codes else 1
+    return matrices * 4 * decision.slot.shape[1] ** 2

@@ -2,11 +2,12 @@
 
 A rank with whole rows rounds its own. Ranks that hold columns exchange rows first: each is given
 whole rows, rounds them, and sends the columns back. A row's result depends on the row alone, so it
-is the same at every layout.
+is the same at every layout. Weights for inputs in codes are corrected before, in the same way.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import TypeVar
@@ -15,12 +16,16 @@ import torch
 from torch import Tensor
 
 from megatron_quant.calib.blocks import shards_of, stacked
+from megatron_quant.calib.input_sums import Merged
 from megatron_quant.dist import Groups, exchange
 from megatron_quant.formats import Format, put_together, scales_of, tensor_scale
 from megatron_quant.layers import QuantLayer, block_amax, split_stat
-from megatron_quant.rounding import GptqSettings, Piece, gptq_pieces
+from megatron_quant.rounding import GptqSettings, Piece, correction, gptq_pieces, serve_
 
 T = TypeVar("T")
+_Origin = tuple[int, int]
+_Work = Callable[[Tensor, Tensor | None, _Origin], Tensor]
+"""(Whole rows [E, n, K], statistics of their blocks, where they start) -> their new values."""
 
 
 class LayerRounding:
@@ -50,21 +55,38 @@ class LayerRounding:
             layer: Its quantizer has amax and statistics of blocks.
             moment_EKK: Second moments of its inputs, fp32; None on a rank that has failed.
         """
-        region = layer.regions[0]
-        if region.size[1] < region.whole[1]:
-            self._exchanged(layer, moment_EKK)
+        if _is_cut(layer):
+            work = None if moment_EKK is None else partial(_rounded_rows, layer, moment_EKK)
+            self._exchanged(layer, work)
         elif moment_EKK is not None and not self._stopped:
             self.attempt(lambda: _give(layer, _rounded(layer, moment_EKK)))
+
+    def correct(self, layer: QuantLayer, found: Merged | None) -> None:
+        """Let the layer's weights give back what codes lose of its inputs. Collective likewise.
+
+        Args:
+            layer: Its inputs are served in codes.
+            found: What was measured, whose sums become those of the codes; None on a rank that has
+                failed.
+        """
+        work: _Work | None = None
+        if found is not None and found.lost is not None and not self._stopped:
+            serve_(found.sums, found.lost)
+            work = partial(_corrected, layer, found.sums, found.lost)
+        if _is_cut(layer):
+            self._exchanged(layer, work)
+        elif work is not None:
+            self.attempt(lambda: _give(layer, work(stacked(layer), None, (0, 0))))
 
     def _fail(self, error: BaseException | None) -> None:
         self.error, self._stopped = self.error or error, True
 
-    def _exchanged(self, layer: QuantLayer, moment_EKK: Tensor | None) -> None:
+    def _exchanged(self, layer: QuantLayer, work: _Work | None) -> None:
         rows = _SharedRows(layer, shards_of(self._groups, layer.grouped))
         whole = self._received(rows.outgoing, rows.incoming_sizes, rows.shards)
         rounded: Tensor | None = None
-        if whole is not None and moment_EKK is not None:
-            rounded = self.attempt(lambda: rows.round(whole, moment_EKK))
+        if whole is not None and work is not None:
+            rounded = self.attempt(lambda: rows.renewed(whole, work))
         back = self._received(lambda: rows.returned(rounded), rows.returned_sizes, rows.shards)
         if back is not None:
             self.attempt(lambda: _give(layer, rows.assembled(back)))
@@ -82,6 +104,12 @@ class LayerRounding:
         return found
 
 
+def _is_cut(layer: QuantLayer) -> bool:
+    """Return whether the rank holds columns of the weights, not whole rows."""
+    region = layer.regions[0]
+    return region.size[1] < region.whole[1]
+
+
 def _settings(layer: QuantLayer) -> GptqSettings:
     return GptqSettings(layer.decisions[0].damp, [d.slot.name for d in layer.decisions])
 
@@ -93,7 +121,7 @@ def _stat(layer: QuantLayer) -> Tensor | None:
 
 
 def _scales(
-    w_ENK: Tensor, layer: QuantLayer, stat: Tensor | None, origin: tuple[int, int]
+    w_ENK: Tensor, layer: QuantLayer, stat: Tensor | None, origin: _Origin
 ) -> dict[str, Tensor]:
     fmt = layer.weight_format
     dscale = tensor_scale(layer.amax_of_stack(), fmt) if fmt.tensor_scale else None
@@ -111,6 +139,29 @@ def _rounded(layer: QuantLayer, moment_EKK: Tensor) -> Tensor:
         pieces.append(Piece(held, _scales(held, layer, own, origin), origin))
     rounded = gptq_pieces(pieces, fmt, moment_EKK, _settings(layer))
     return put_together([one.w for one in rounded], regions)
+
+
+def _rounded_rows(
+    layer: QuantLayer, moment_EKK: Tensor, w_EnK: Tensor, stat: Tensor | None, origin: _Origin
+) -> Tensor:
+    """Return the values on the grid of whole rows: fp32 [E, n, K]."""
+    piece = Piece(w_EnK, _scales(w_EnK, layer, stat, origin), origin)
+    (rounded,) = gptq_pieces([piece], layer.weight_format, moment_EKK, _settings(layer))
+    return rounded.w
+
+
+def _corrected(
+    layer: QuantLayer,
+    moment_EKK: Tensor,
+    lost_EKK: Tensor,
+    w_EnK: Tensor,
+    stat: Tensor | None,
+    origin: _Origin,
+) -> Tensor:
+    """Return whole rows with what they give back: [E, n, K]."""
+    names = [decision.slot.name for decision in layer.decisions]
+    of_experts = zip(moment_EKK, lost_EKK, names, w_EnK, strict=True)
+    return torch.stack([correction(h, lost, n).apply(w_nK) for h, lost, n, w_nK in of_experts])
 
 
 @torch.no_grad()
@@ -132,7 +183,7 @@ class _SharedRows:
 
     def __init__(self, layer: QuantLayer, shards: Groups) -> None:
         (region,) = layer.regions
-        self._layer, self.shards, self._w_ENK = layer, shards, stacked(layer)
+        self.shards, self._w_ENK = shards, stacked(layer)
         self._start, self._size, self._whole = region.start[1], region.size[1], region.whole[1]
         self._fmt: Format = layer.weight_format
         self._stat = _stat(layer)
@@ -175,8 +226,8 @@ class _SharedRows:
         step, start = self._fmt.stat_block[1] or self._whole, rank * self._size
         return slice(start // step, -(-(start + self._size) // step))
 
-    def round(self, received: Tensor, moment_EKK: Tensor) -> Tensor:
-        """Round this rank's rows, whole ones: fp32 [E, n, K]."""
+    def renewed(self, received: Tensor, work: _Work) -> Tensor:
+        """Return what ``work`` makes of this rank's rows, whole ones: [E, n, K]."""
         device, dtype = self._w_ENK.device, self._w_ENK.dtype
         columns, stats = [], []
         for rank, data in enumerate(received.split(self.incoming_sizes)):
@@ -187,13 +238,9 @@ class _SharedRows:
                 stats.append(data[size:].clone().view(torch.float32).view(self._stat_shape(rank)))
         w_EnK = torch.cat(columns, -1).to(device)
         if not w_EnK.numel():
-            return w_EnK.float()
-        origin, layer = (self._own.rows.start, 0), self._layer
+            return w_EnK
         stat = self._joined(stats).to(device) if stats else None
-        scales = _scales(w_EnK, layer, stat, origin)
-        piece = Piece(w_EnK, scales, origin)
-        (rounded,) = gptq_pieces([piece], self._fmt, moment_EKK, _settings(layer))
-        return rounded.w
+        return work(w_EnK, stat, (self._own.rows.start, 0))
 
     def _joined(self, stats: Sequence[Tensor]) -> Tensor:
         """Put the ranks' statistics together; they agree on blocks that several touch."""

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_quant.calib.calibration_file import MOMENT, CalibrationFile
+from megatron_quant.calib.calibration_file import MOMENT, CalibrationFile, lost_statistic
 from megatron_quant.calib.input_sums import Merged, complete, watch_sums
 from megatron_quant.calib.observe import unquantized
 from megatron_quant.calib.passes import moment_passes
@@ -94,6 +94,8 @@ def _round(
     found = rounding.attempt(lambda: check_sums(layer, moment()))
     if found is not None:
         rounding.attempt(lambda: keep(layer, found))
+    if layer.serves_codes:
+        rounding.correct(layer, found)
     squares = {layer.name: found.squares_EK} if found is not None and layer.weighted else {}
     find_block_scales([layer], groups, squares)
     rounding.round(layer, found.sums if found is not None else None)
@@ -120,7 +122,11 @@ def _moments(held: Sequence[QuantLayer], groups: Groups, source: MomentSource) -
 
 def _loaded(file: CalibrationFile, layer: QuantLayer) -> Merged:
     slots = [decision.slot for decision in layer.decisions]
-    found = [file.needed(s.sources, MOMENT, (s.shape[1], s.shape[1])) for s in slots]
     device = layer.weights()[0].device
-    sums: Tensor = torch.stack(found).to(device)
-    return Merged(sums, torch.ones(len(found), dtype=torch.int64))
+
+    def read(statistic: str) -> Tensor:
+        found = [file.needed(s.sources, statistic, (s.shape[1], s.shape[1])) for s in slots]
+        return torch.stack(found).to(device)
+
+    lost = read(lost_statistic(layer.decisions[0])) if layer.serves_codes else None
+    return Merged(read(MOMENT), torch.ones(len(slots), dtype=torch.int64), lost=lost)

@@ -118,6 +118,11 @@ class QuantLayer:
         return self.decisions[0].rounds
 
     @property
+    def serves_codes(self) -> bool:
+        """Return whether they are rounded for inputs in 4 bits, not for the inputs themselves."""
+        return self.decisions[0].serves_codes
+
+    @property
     def measured(self) -> bool:
         """Return whether calibration data must show the inputs."""
         return self.decisions[0].measured

@@ -8,6 +8,8 @@ from megatron_quant.recipes.schema import FOLDING, ROUNDING
 
 _BY_INPUTS = ("imatrix", ROUNDING, "awq")
 """Algorithms whose searches for scales weigh columns by their inputs."""
+_COARSE_BITS = 4
+"""Inputs of so many bits lose so much that weights are rounded for what is left of them."""
 OUTPUT = "output"
 """:attr:`Slot.fixed` of the output layer, which a rule may name all the same."""
 DRAFT = "linear of token prediction"
@@ -112,6 +114,11 @@ class Decision:
     def rounds(self) -> bool:
         """Return whether codes are chosen by the second moment of the inputs (gptq)."""
         return self.algorithm == ROUNDING
+
+    @property
+    def serves_codes(self) -> bool:
+        """Return whether it is rounded for inputs in 4 bits, not for the inputs themselves."""
+        return self.rounds and self.inputs is not None and self.inputs.bits <= _COARSE_BITS
 
     @property
     def folds(self) -> bool:

@@ -8,13 +8,18 @@ from .feedback import Feedback as Feedback
 from .learned import scale_gradient as scale_gradient
 from .moment import Moments as Moments
 from .moment import merged as merged
+from .served import Correction as Correction
+from .served import correction as correction
+from .served import serve_ as serve_
 from .weights import importance as importance
 
 __all__ = [
+    "Correction",
     "Feedback",
     "GptqSettings",
     "Moments",
     "Piece",
+    "correction",
     "default_damp",
     "factored",
     "gptq",
@@ -22,4 +27,5 @@ __all__ = [
     "importance",
     "merged",
     "scale_gradient",
+    "serve_",
 ]

@@ -88,9 +88,8 @@ def feedback(moment_EKK: Tensor, damp: float, names: Sequence[str]) -> Feedback:
     """
     diagonal_EK = moment_EKK.diagonal(dim1=1, dim2=2).double()
     order_EK = diagonal_EK.argsort(dim=1, descending=True, stable=True).flip(1)
-    mean_E = diagonal_EK.mean(1)
-    mean_E = torch.where(mean_E > 0, mean_E, 1.0)
-    lower_EKK, damp_E = _cholesky(_permuted(moment_EKK, order_EK), mean_E, damp, names)
+    mean_E = mean_diagonals(moment_EKK)
+    lower_EKK, damp_E = cholesky(_permuted(moment_EKK, order_EK), mean_E, damp, names)
     root_EK = lower_EKK.diagonal(dim1=1, dim2=2).clone()
     sum_EK = torch.linalg.vector_norm(lower_EKK, ord=1, dim=1) / root_EK
     exponent = torch.frexp(sum_EK).exponent.sub_(SUM_BITS)
@@ -111,10 +110,20 @@ def _permuted(matrix_EKK: Tensor, order_EK: Tensor) -> Tensor:
     return torch.stack([matrix[order].double()[:, order] for matrix, order in pairs])
 
 
-def _cholesky(
+def mean_diagonals(moment_EKK: Tensor) -> Tensor:
+    """Return the mean of each diagonal, fp64 [E]; 1 where it is 0."""
+    mean_E = moment_EKK.diagonal(dim1=1, dim2=2).double().mean(1)
+    return torch.where(mean_E > 0, mean_E, 1.0)
+
+
+def cholesky(
     moment_EKK: Tensor, mean_E: Tensor, damp: float, names: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Return (lower factors, damp of each expert), and overwrite diagonals of ``moment_EKK``."""
+    """Return (lower factors, damp of each expert), and overwrite diagonals of ``moment_EKK``.
+
+    Args and errors are those of :func:`feedback`; the moments are fp64, ``mean_E`` their diagonals'
+    means.
+    """
     diagonal_EK = moment_EKK.diagonal(dim1=1, dim2=2)
     diagonal_EK.copy_(torch.where(diagonal_EK == 0, mean_E[:, None], diagonal_EK))
     own_EK, damp_E = diagonal_EK.clone(), torch.full_like(mean_E, damp)

@@ -29,7 +29,7 @@ from megatron_quant.streaming import (
 
 if TYPE_CHECKING:
     from megatron_quant.calib import CalibrationFile, Late
-    from megatron_quant.streaming import Workplace
+    from megatron_quant.streaming import Seen, Workplace
 
 
 def calibration_text(
@@ -91,8 +91,20 @@ def measure_inputs(
     static = static_inputs(job.quant, job.params)
     weighed = weighed_inputs(job.quant, job.params)
     params = [p for p in job.params if p in {*static, *weighed}]
-    own = batches[groups.rank :: groups.size]
-    seen = file_layers.by_layers(job, params, own, groups, phases, place)
+    own, cold = batches[groups.rank :: groups.size], options.calibration.cold_experts
+
+    def merged(seen: "Seen") -> InputAmaxes:
+        return merge_amaxes(job.quant, static, keys_of, seen.amax, cold, groups)
+
+    amaxes = None
+    if any(d.serves_codes and d.static for d in job.quant.measured):
+        # What codes lose depends on the scales, which are known once all ranks saw all batches.
+        alone = file_layers.Measure(static, None)
+        first = file_layers.by_layers(job, alone, own, groups, phases, place.for_scales())
+        amaxes = merged(first) if first is not None else None
+    scales = amaxes.scales if amaxes is not None else {}
+    measure = file_layers.Measure(params, scales)
+    seen = file_layers.by_layers(job, measure, own, groups, phases, place)
     if seen is None:
         if weighed:
             raise CalibrationError(
@@ -105,9 +117,9 @@ def measure_inputs(
                 "--export-kv-cache-quant fp8_cast, or leave out --stream"
             )
         seen = file_layers.at_once(job, params, own, groups, phases)
-    amaxes, sums, cold = None, None, options.calibration.cold_experts
-    if static:
-        amaxes = merge_amaxes(job.quant, static, keys_of, seen.amax, cold, groups)
+    sums = None
+    if static and amaxes is None:
+        amaxes = merged(seen)
     found = dict(amaxes.found) if amaxes else {}
     if weighed:  # experts without tokens take the sums of their layer
         found |= merge_amaxes(job.quant, weighed, keys_of, seen.amax, "layer-max", groups).found
@@ -140,6 +152,13 @@ class LoadedSums:
 
         cols = slot.shape[1]
         return self.file.needed(slot.sources, MOMENT, (cols, cols))
+
+    def lost(self, decision: Decision) -> torch.Tensor:
+        """Return the sums of (x - y) y^T, y what the codes of x stand for: fp32 [K, K]."""
+        from megatron_quant.calib import lost_statistic
+
+        slot, cols = decision.slot, decision.slot.shape[1]
+        return self.file.needed(slot.sources, lost_statistic(decision), (cols, cols))
 
     def peaks(self, slot: Slot) -> torch.Tensor:
         """Return the largest magnitudes of the channels: fp32 [K]."""
@@ -198,7 +217,7 @@ def _saved(
     options: QuantizeOptions, job: Job, inputs: MeasuredInputs
 ) -> "Iterator[tuple[str, torch.Tensor | Late]]":
     """Yield the tensors of a calibration file, by name."""
-    from megatron_quant.calib import AMAX, MOMENT, Late, cache_key, statistic_key
+    from megatron_quant.calib import AMAX, Late, cache_key, statistic_key
 
     for name, value in inputs.caches.items():
         yield cache_key(name), torch.tensor(value)
@@ -213,9 +232,9 @@ def _saved(
         for statistic, make in _channels(sums, decision).items():
             for module in slot.sources:
                 yield statistic_key(module, statistic), Late((cols,), make)
-        if decision.rounds and options.calibration.keep_hessians:
-            moment = Late((cols, cols), partial(sums.moment, slot))
-            yield statistic_key(slot.sources[0], MOMENT), moment
+        if options.calibration.keep_hessians:
+            for statistic, make in _products(sums, decision).items():
+                yield statistic_key(slot.sources[0], statistic), Late((cols, cols), make)
 
 
 def _channels(sums: InputSums, decision: Decision) -> dict[str, Callable[[], torch.Tensor]]:
@@ -227,6 +246,18 @@ def _channels(sums: InputSums, decision: Decision) -> dict[str, Callable[[], tor
         found[SQUARES] = partial(_squares, sums, decision)
     if decision.needs_peaks:
         found[PEAKS] = partial(sums.peaks, decision.slot)
+    return found
+
+
+def _products(sums: InputSums, decision: Decision) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return what makes each sum of products that gptq needs, by its name in a file."""
+    from megatron_quant.calib import MOMENT, lost_statistic
+
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    if decision.rounds:
+        found[MOMENT] = partial(sums.moment, decision.slot)
+    if decision.serves_codes:
+        found[lost_statistic(decision)] = partial(sums.lost, decision)
     return found
 
 

@@ -1,8 +1,9 @@
 """Run the calibration text of a streamed checkpoint through transformers' model of it."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,24 @@ if TYPE_CHECKING:
     from megatron_quant.streaming import Seen, Workplace
 
 
+@dataclass(frozen=True)
+class Measure:
+    """The inputs that a walk measures.
+
+    Attributes:
+        params: Parameters whose inputs are watched.
+        scales: Amaxes of inputs by slot, by whose scales the sums of what codes lose are made. None
+            for the largest inputs alone: no sums, no keys and values, and no layer behind others
+            that are rounded.
+    """
+
+    params: Sequence[Param]
+    scales: Mapping[str, torch.Tensor] | None
+
+
 def by_layers(
     job: Job,
-    params: Sequence[Param],
+    measure: Measure,
     batches: Sequence[torch.Tensor],
     groups: Groups,
     phases: Phases,
@@ -50,13 +66,14 @@ def by_layers(
     # Imported here: transformers takes seconds to load.
     from megatron_quant.streaming import CannotWalk, Seen, Skeleton, Walk, last_layer
 
-    behind = _behind(job, place, groups, phases) if job.sequential else None
+    params, alone = measure.params, measure.scales is None
+    behind = _behind(job, place, groups, phases) if job.sequential and not alone else None
 
     def walk() -> tuple[Seen, str]:
         try:
             with phases.time("load"):
                 skeleton = Skeleton(_loadable(job), job.dtype)
-            caches = calibrated_caches(job.quant, job.params)
+            caches = {} if alone else calibrated_caches(job.quant, job.params)
             layers = 1 + last_layer(params, caches)
             with phases.bar("calibrate", layers * len(batches)) as progress:
                 found = Walk(
@@ -65,7 +82,8 @@ def by_layers(
                     batches=batches,
                     place=place,
                     on_batch=progress,
-                    sums=_sums_file(job, place, groups.rank),
+                    sums=None if alone else _sums_file(job, place, groups.rank),
+                    input_amax=measure.scales or {},
                     caches=caches,
                     expert_share=job.expert_share,
                     behind=behind,
@@ -189,7 +207,7 @@ def workplace(
 
     keys = [param.name for param in static_inputs(job.quant, job.params)]
     sums = [
-        [d.slot.name, d.rounds, d.needs_squares, d.needs_peaks]
+        [d.slot.name, d.rounds, d.needs_squares, d.needs_peaks, d.serves_codes]
         for d in (job.quant.by_name[p.name] for p in weighed_inputs(job.quant, job.params))
     ]
     text = digest_of([ids.tolist() for ids in batches])

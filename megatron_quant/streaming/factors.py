@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_quant.recipes import Decision
-from megatron_quant.rounding import Feedback, GptqSettings, factored
+from megatron_quant.rounding import (
+    Correction,
+    Feedback,
+    GptqSettings,
+    correction,
+    factored,
+    serve_,
+)
 from megatron_quant.streaming.input_sums import InputSums
 
 _KEPT = 2
@@ -14,10 +21,17 @@ _KEPT = 2
 
 @dataclass(frozen=True)
 class Factored:
-    """A second moment's factors, and its diagonal: fp32 [K]."""
+    """The consequences of a second moment of inputs, as they are served.
+
+    Attributes:
+        feedback: Its factors.
+        squares_K: Its diagonal, fp32.
+        correction: What weights give back for codes of the inputs; None without.
+    """
 
     feedback: Feedback
     squares_K: torch.Tensor
+    correction: Correction | None = None
 
 
 @dataclass
@@ -36,9 +50,13 @@ class Factors:
         assert fmt is not None
         found = self._kept.pop(slot.name, None)
         if found is None:
-            moment_KK = sums.moment(slot)
+            moment_KK, corrected = sums.moment(slot), None
+            if decision.serves_codes:
+                lost_KK, moment_KK = sums.lost(decision), moment_KK.clone()  # a file's is not ours
+                serve_(moment_KK, lost_KK)
+                corrected = correction(moment_KK, lost_KK, slot.name)
             how = factored(moment_KK, fmt, GptqSettings(decision.damp, [slot.name]))
-            found = Factored(how, moment_KK.diagonal().clone())
+            found = Factored(how, moment_KK.diagonal().clone(), corrected)
         self._kept[slot.name] = found
         while len(self._kept) > _KEPT:
             del self._kept[next(iter(self._kept))]

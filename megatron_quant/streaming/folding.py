@@ -9,7 +9,7 @@ from megatron_quant.ckpt.read import row_blocks
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.folding import Fold, Place, fold_place, joined, sampled_rows
 from megatron_quant.models import Box
-from megatron_quant.recipes import QuantPlan, Slot, largest_shared
+from megatron_quant.recipes import Decision, QuantPlan, Slot, largest_shared
 from megatron_quant.streaming.input_sums import InputSums
 from megatron_quant.streaming.inputs import InputAmaxes
 from megatron_quant.streaming.part_source import PartSource
@@ -104,6 +104,10 @@ class FoldedSums:
         """Return the sums of products: fp32 [K, K]. gptq's inputs are never divided."""
         assert self._factors(slot) is None, slot
         return self.sums.moment(slot)
+
+    def lost(self, decision: Decision) -> torch.Tensor:
+        """Return the sums of (x - y) y^T: fp32 [K, K]; of gptq's inputs too."""
+        return self.sums.lost(decision)
 
     def peaks(self, slot: Slot) -> torch.Tensor:
         """Return the largest magnitudes of the channels: fp32 [K]."""

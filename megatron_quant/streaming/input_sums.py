@@ -26,10 +26,12 @@ from megatron_quant.ckpt.storage import (
     lay_out,
     write_at,
 )
+from megatron_quant.formats import Format, fake_quant, tensor_scale
 from megatron_quant.models import Param
 from megatron_quant.recipes import Decision, QuantPlan, Slot
 
 _SQUARES, _MOMENT, _PEAKS, _TOKENS = "squares", "moment", "peaks", "tokens"
+_LOST = "lost"
 _AT_ONCE = 4096
 """Tokens whose products are summed first and then added, whatever the size of a batch."""
 
@@ -43,6 +45,10 @@ class InputSums(Protocol):
 
     def moment(self, slot: Slot) -> torch.Tensor:
         """Return the sums of products: fp32 [K, K]."""
+        ...
+
+    def lost(self, decision: Decision) -> torch.Tensor:
+        """Return the sums of (x - y) y^T, y what the codes of x stand for: fp32 [K, K]."""
         ...
 
     def peaks(self, slot: Slot) -> torch.Tensor:
@@ -61,6 +67,8 @@ def _shapes(decision: Decision) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     if decision.needs_squares:
         shapes = {_MOMENT: (cols, cols)} if decision.rounds else {_SQUARES: (cols,)}
+    if decision.serves_codes:
+        shapes[_LOST] = (cols, cols)
     return shapes | ({_PEAKS: (cols,)} if decision.needs_peaks else {})
 
 
@@ -75,16 +83,31 @@ class RunningSum:
 
     Attributes:
         found: By name, fp32: sums of products [K, K] or of squares [K], largest magnitudes [K].
+        served: Format of the inputs' codes; None where what they lose is not summed.
+        dscale: Scale of the whole tensor for these codes, fp32 [], if the format has one.
         tokens: Number of tokens that were not all zeros.
     """
 
     found: dict[str, torch.Tensor]
+    served: Format | None = None
+    dscale: torch.Tensor | None = None
     tokens: int = 0
 
     @classmethod
-    def of(cls, decision: Decision) -> "RunningSum":
-        """Return what the slot needs, of no token yet."""
-        return cls({name: torch.zeros(shape) for name, shape in _shapes(decision).items()})
+    def of(cls, decision: Decision, input_amax: torch.Tensor | None = None) -> "RunningSum":
+        """Return what the slot needs, of no token yet.
+
+        Args:
+            decision: That on the slot.
+            input_amax: Amax from which the scale of its inputs follows, fp32 []; needed where what
+                they lose in codes is summed, and the codes have a scale of the whole tensor.
+        """
+        found = {name: torch.zeros(shape) for name, shape in _shapes(decision).items()}
+        served, dscale = decision.inputs if decision.serves_codes else None, None
+        if served is not None and served.tensor_scale:
+            assert input_amax is not None, decision.slot.name
+            dscale = tensor_scale(input_amax, served)
+        return cls(found, served, dscale)
 
     def add(self, x: torch.Tensor) -> None:
         """Add inputs [..., T, K]."""
@@ -93,6 +116,10 @@ class RunningSum:
             for name, total in self.found.items():
                 if name == _MOMENT:
                     total.addmm_(wide_TK.mT, wide_TK)
+                elif name == _LOST:
+                    assert self.served is not None, "as _shapes says"
+                    served_TK = fake_quant(wide_TK, self.served, self.dscale)
+                    total.addmm_((wide_TK - served_TK).mT, served_TK)
                 elif name == _SQUARES:
                     total += wide_TK.square().sum(0)
                 elif len(wide_TK):
@@ -176,7 +203,7 @@ class MeasuredSums:
     """
 
     files: Sequence[SumsFile]
-    _pooled: dict[str, torch.Tensor] = field(default_factory=dict)
+    _pooled: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Map the files."""
@@ -190,6 +217,10 @@ class MeasuredSums:
         """Return the sums of products: fp32 [K, K]."""
         return self._of(slot, _MOMENT)
 
+    def lost(self, decision: Decision) -> torch.Tensor:
+        """Return the sums of (x - y) y^T, y what the codes of x stand for: fp32 [K, K]."""
+        return self._of(decision.slot, _LOST)
+
     def peaks(self, slot: Slot) -> torch.Tensor:
         """Return the largest magnitudes of the channels: fp32 [K], 0 without tokens."""
         return torch.stack(list(self._each(f"{slot.name}.{_PEAKS}"))).amax(0)
@@ -202,15 +233,17 @@ class MeasuredSums:
         """Return an expert's own sum, or its whole layer's where no token reached it."""
         if slot.expert is None or self.tokens(slot):
             return self._total(f"{slot.name}.{kind}")
-        if slot.sharing not in self._pooled:
-            self._pooled.clear()  # one layer's is held
+        key = (slot.sharing, kind)
+        if key not in self._pooled:
+            if any(sharing != slot.sharing for sharing, _ in self._pooled):
+                self._pooled.clear()  # one layer's are held
             slots = (d.slot for d in self.files[0].decisions.values())
             same = [other for other in slots if other.sharing == slot.sharing]
             total = self._total(f"{same[0].name}.{kind}")
             for other in same[1:]:
                 total += self._total(f"{other.name}.{kind}")
-            self._pooled[slot.sharing] = total
-        return self._pooled[slot.sharing]
+            self._pooled[key] = total
+        return self._pooled[key]
 
     def _total(self, name: str) -> torch.Tensor:
         return _sum(self._each(name))

@@ -90,6 +90,8 @@ class Producer:
         fmt, origin = decision.weights, (start[0], start[1])
         assert fmt is not None and self.sums is not None, "measured or loaded before"
         found = self._factors.of(decision, self.sums)
+        if found.correction is not None:
+            w_NK = found.correction.apply(w_NK)
         squares_K = found.squares_K if decision.weighted else None
         stat = searched_stat(w_NK, decision, amax, start, squares_K)
         dscale = tensor_scale(amax, fmt) if amax is not None and fmt.tensor_scale else None

@@ -38,6 +38,7 @@ class Walk:
         caches: Layer -> cache slots of its keys and values, where these are measured.
         expert_share: Share of a layer's experts that each token is given to while those are
             measured; None for the experts that the router chose.
+        input_amax: Amax of inputs by slot, fp32 [], where their scale counts for what codes lose.
         behind: The weights of a layer once they are quantized by its sums, which the layers after
             it are measured behind; None to measure all behind the checkpoint's own.
     """
@@ -50,6 +51,7 @@ class Walk:
     sums: SumsFile | None = None
     caches: Mapping[int, Sequence[str]] = field(default_factory=dict)
     expert_share: float | None = None
+    input_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
     behind: Weights | None = None
     _seen: Seen = field(default_factory=Seen)
     _digests: list[str] = field(default_factory=list)
@@ -199,7 +201,9 @@ class Walk:
         """Yield an empty sum for each slot of a layer that needs one."""
         for param in self._summed(layer):
             assert self.sums is not None
-            yield param.name, (param, RunningSum.of(self.sums.decisions[param.name]))
+            name = param.name
+            summed = RunningSum.of(self.sums.decisions[name], self.input_amax.get(name))
+            yield name, (param, summed)
 
     def _checked(self, seen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Raise CalibrationError at the first layer whose inputs are not finite."""

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from megatron_quant.errors import CheckpointError, ExportError
 
 DOCUMENT = "megatron_quant_calibration.json"
 _OWN = re.compile(
-    rf"{re.escape(DOCUMENT)}(\.new)?|rank-\d+\.(json(\.new)?|(layer-\d+|sums)\.safetensors)"
+    rf"{re.escape(DOCUMENT)}(\.new)?"
+    r"|(scales-)?rank-\d+\.(json(\.new)?|(layer-\d+|sums)\.safetensors)"
 )
 
 
@@ -59,6 +61,7 @@ class Workplace:
     def __init__(self, folder: Path, made_of: str, existing: Existing, groups: Groups) -> None:
         self._folder, self.made_of, self._groups = folder, made_of, groups
         self._lock: Lock | None = None
+        self._walk = ""
         together(groups, lambda: self._claim(existing) if groups.rank == 0 else None)
 
     def _claim(self, existing: Existing) -> None:
@@ -79,9 +82,15 @@ class Workplace:
             content = json.dumps({"made_of": self.made_of}).encode()
             _replace(self._folder / DOCUMENT, content)
 
+    def for_scales(self) -> "Workplace":
+        """Return the same folder for a walk before, which finds scales of inputs alone."""
+        found = copy(self)
+        found._walk = "scales-"
+        return found
+
     def states(self, layer: int) -> Path:
         """Return this rank's file for the hidden states that enter ``layer``."""
-        return self._folder / f"rank-{self._groups.rank}.layer-{layer}.safetensors"
+        return self._own(f"layer-{layer}.safetensors")
 
     def sums(self, rank: int) -> Path:
         """Return a rank's file for the sums of squares and products of inputs."""
@@ -112,7 +121,10 @@ class Workplace:
 
     @property
     def _file(self) -> Path:
-        return self._folder / f"rank-{self._groups.rank}.json"
+        return self._own("json")
+
+    def _own(self, ending: str) -> Path:
+        return self._folder / f"{self._walk}rank-{self._groups.rank}.{ending}"
 
     def leave(self) -> None:
         """Let other runs in; what was written stays."""

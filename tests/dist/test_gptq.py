@@ -132,7 +132,7 @@ def test_second_moments_are_those_of_one_rank(source: Path, tmp_path: Path, rank
         many = {**flags, "save_calibration": tmp_path / f"{name}.safetensors"}
         cold = {**flags, "save_calibration": tmp_path / f"{name}-few.safetensors"}
         cold |= {"calib_size": 2, "calib_seq_length": 2, "calib_batch_size": 1}
-        cases = [case("int4", tmp_path / n, **f) for n, f in (("many", many), ("few", cold))]
+        cases = [case("nvfp4", tmp_path / n, **f) for n, f in (("many", many), ("few", cold))]
         for one in cases:
             one["export_dir"] = one["export_dir"] / name
         ranks(world, run, source, sizes, cases)
@@ -145,20 +145,20 @@ def test_second_moments_are_those_of_one_rank(source: Path, tmp_path: Path, rank
     unseen = [n for n, count in tokens.items() if not count]
     assert unseen and len(unseen) < len(tokens)
     for name in unseen:
-        layer, moment = name.split(".experts.")[0], name.replace("tokens", "moment")
-        others = [
-            few["one"][n.replace("tokens", "moment")]
-            for n, count in tokens.items()
-            if n.startswith(f"{layer}.") and count
-        ]
-        torch.testing.assert_close(few["one"][moment], torch.stack(others).sum(0))
+        layer = name.split(".experts.")[0]
+        seen = [n for n, count in tokens.items() if n.startswith(f"{layer}.") and count]
+        for kind in ("moment", "lost_nvfp4"):
+            others = [few["one"][n.replace("tokens", kind)] for n in seen]
+            pooled = few["one"][name.replace("tokens", kind)]
+            torch.testing.assert_close(pooled, torch.stack(others).sum(0))
 
 
 def same(found: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
+    """An input's last bit may give it another code of 4 bits, and that another loss."""
     assert found.keys() == one.keys()
     for key, want in one.items():
         error = (found[key].double() - want.double()).norm() / want.double().norm().clamp(min=1)
-        assert error < 1e-5, (key, error)
+        assert error < (1e-2 if "lost" in key else 1e-5), (key, error)
 
 
 def test_passes_and_checkpoints_change_no_byte(
@@ -166,7 +166,7 @@ def test_passes_and_checkpoints_change_no_byte(
 ) -> None:
     """Little memory takes more passes; a Megatron checkpoint carries the codes."""
     saved = tmp_path / "saved"
-    little = {"calib_memory": "2200KB", "megatron_save_path": saved}
+    little = {"calib_memory": "4400KB", "megatron_save_path": saved}
     ranks(1, run, source, ONE, [case("nvfp4", tmp_path / "one", **little)])
     assert digests(tmp_path / "one" / "nvfp4") == digests(measured / "nvfp4")
     loaded = {

@@ -62,6 +62,8 @@ def test_second_moments_are_planned(source: Path) -> None:
     with pytest.raises(ExportError, match="--calib-memory 'much' is no size: write it as 5GB"):
         options(source, calib_memory="much")
     assert job(source, "int4").moments == ()
+    weights, both = (job(source, r, algorithm="gptq").moments for r in ("w4a16_nvfp4", "nvfp4"))
+    assert [one.nbytes for one in both] == [2 * one.nbytes for one in weights]
 
 
 def test_cache_replaces_the_recipes(source: Path, tmp_path: Path) -> None:

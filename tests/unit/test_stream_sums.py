@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from megatron_quant.ckpt.verify.checkpoint import verify
 from megatron_quant.errors import CalibrationError, CheckpointError
+from megatron_quant.formats import fake_quant, get_format, tensor_scale
 from megatron_quant.rounding import factored
 from megatron_quant.runs.batches import calibration_batches
 from megatron_quant.streaming import factors, part_split, stages, walk
@@ -92,6 +93,35 @@ def test_products_are_those_of_hooks(source: Path, measured: Path) -> None:
         assert (moments[name].double() - pooled).norm() < 1e-5 * pooled.norm()
 
 
+def test_what_codes_of_inputs_lose(source: Path, measured: Path) -> None:
+    """Inputs are coded by the scale that the export has for them."""
+    kept, found = load_file(measured / "kept.safetensors"), {}
+    model = AutoModel.from_pretrained(source, dtype=torch.bfloat16, experts_implementation="eager")
+    nvfp4 = get_format("nvfp4")
+
+    def add(name: str) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            y = fake_quant(x, nvfp4, tensor_scale(kept[f"{name}.input_amax"], nvfp4))
+            found[name] = found.get(name, 0) + (x - y).double().T @ y.double()
+
+        return hook
+
+    for name in ("layers.0.self_attn.o_proj", "layers.1.self_attn.q_proj"):
+        model.get_submodule(name).register_forward_pre_hook(add(f"model.{name}"))
+    chosen = options(source, source, **GPTQ, save_calibration=source / "x").calibration
+    with torch.no_grad():
+        for batch in calibration_batches(chosen, source, 1 << 20):
+            model(input_ids=batch, use_cache=False)
+    for name, want in found.items():
+        error = (kept[f"{name}.input_lost_nvfp4"].double() - want).norm() / want.norm()
+        assert error < 1e-4, name
+    export = load_file(measured / "out" / "model.safetensors")
+    stated = export["model.layers.0.self_attn.o_proj.input_scale"]
+    amax = kept["model.layers.0.self_attn.o_proj.input_amax"]
+    torch.testing.assert_close(stated, tensor_scale(amax, nvfp4))
+
+
 def test_what_was_kept_gives_the_same_bytes(source: Path, measured: Path, tmp_path: Path) -> None:
     flags = {"export_quant_cfg": "nvfp4", "algorithm": "gptq", "calib_dataset": "none"}
     run(source, tmp_path / "out", load_calibration=measured / "kept.safetensors", **flags)
@@ -130,19 +160,20 @@ def resumed(source: Path, folder: Path, **flags: Any) -> None:
     ranks_run(source, folder, resume=True, **(flags or GPTQ))
 
 
-@pytest.mark.parametrize(("layer", "batch"), [(0, 3), (1, 0), (1, 5)])
+@pytest.mark.parametrize(("layer", "batch"), [(1, 2), (2, 3), (3, 0), (3, 5)])
 def test_a_killed_walk_goes_on_to_the_same_bytes(
     layer: int, batch: int, source: Path, measured: Path, tmp_path: Path, ranks
 ) -> None:
+    """Two layers are walked through for the scales of inputs, and again for the sums."""
     died = ranks.errors(1, killed, source, tmp_path, layer, batch, timeout=60)
     assert str(died[0]) == "the process died"
-    assert (tmp_path / "out.calibration" / "rank-0.sums.safetensors").exists()
+    assert (tmp_path / "out.calibration" / "rank-0.sums.safetensors").exists() == (layer > 1)
     ranks(1, resumed, source, tmp_path)
     assert contents(tmp_path) == contents(measured)
 
 
 def test_spoiled_sums_are_made_again(source: Path, measured: Path, tmp_path: Path, ranks) -> None:
-    ranks.errors(1, killed, source, tmp_path, 1, 0, timeout=60)
+    ranks.errors(1, killed, source, tmp_path, 3, 0, timeout=60)
     sums = tmp_path / "out.calibration" / "rank-0.sums.safetensors"
     name = "decoder.layers.0.mlp.experts.linear_fc2.weight3.moment"
     whole = sums.read_bytes()
@@ -219,6 +250,11 @@ def test_a_file_without_products_is_refused(source: Path, measured: Path, tmp_pa
     run(source, tmp_path / "out", save_calibration=kept, **imatrix)
     flags = {"export_quant_cfg": "nvfp4", "algorithm": "gptq"}
     with pytest.raises(CalibrationError, match=r"has no .*input_moment: save one with --keep-hes"):
+        run(source, tmp_path / "other", load_calibration=kept, **flags)
+    assert not (tmp_path / "other").exists()
+    whole = load_file(measured / "kept.safetensors")
+    save_file({name: t for name, t in whole.items() if "input_lost" not in name}, kept)
+    with pytest.raises(CalibrationError, match=r"has no .*input_lost_nvfp4: save one with --keep"):
         run(source, tmp_path / "other", load_calibration=kept, **flags)
     assert not (tmp_path / "other").exists()
 

@@ -86,7 +86,7 @@ def measure_inputs(
     cannot do that. Raises a QuantError, on every rank, for a fault in the model.
     """
     from megatron_quant.calib import merge_cache
-    from megatron_quant.streaming import keys_of
+    from megatron_quant.streaming import input_keys
 
     static = static_inputs(job.quant, job.params)
     weighed = weighed_inputs(job.quant, job.params)
@@ -94,7 +94,7 @@ def measure_inputs(
     own, cold = batches[groups.rank :: groups.size], options.calibration.cold_experts
 
     def merged(seen: "Seen") -> InputAmaxes:
-        return merge_amaxes(job.quant, static, keys_of, seen.amax, cold, groups)
+        return merge_amaxes(job.quant, static, input_keys, seen.amax, cold, groups)
 
     amaxes = None
     if any(d.serves_codes and d.static for d in job.quant.measured):
@@ -122,7 +122,7 @@ def measure_inputs(
         amaxes = merged(seen)
     found = dict(amaxes.found) if amaxes else {}
     if weighed:  # experts without tokens take the sums of their layer
-        found |= merge_amaxes(job.quant, weighed, keys_of, seen.amax, "layer-max", groups).found
+        found |= merge_amaxes(job.quant, weighed, input_keys, seen.amax, "layer-max", groups).found
         sums = file_layers.measured_sums(job, place, groups)
     return MeasuredInputs(
         amaxes=amaxes,
@@ -130,7 +130,7 @@ def measure_inputs(
         sums=sums,
         digest=place.made_of if weighed else "",
         caches=merge_cache(job.quant, groups, seen.amax),
-        tokens=merge_tokens(params, keys_of, seen.tokens, groups),
+        tokens=merge_tokens(params, input_keys, seen.tokens, groups),
     )
 
 

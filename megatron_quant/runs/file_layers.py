@@ -15,7 +15,7 @@ from megatron_quant.ckpt.write import Existing
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.errors import CalibrationError, LostRankError
 from megatron_quant.mcore.checkpoint import PlainWeights
-from megatron_quant.models import Param
+from megatron_quant.models import Param, Role
 from megatron_quant.runs.destination import existing_of
 from megatron_quant.runs.job import Job
 from megatron_quant.runs.options import QuantizeOptions
@@ -64,7 +64,7 @@ def by_layers(
 ) -> "Seen | None":
     """Return this rank's observations; None, on every rank, where one cannot go layer by layer."""
     # Imported here: transformers takes seconds to load.
-    from megatron_quant.streaming import CannotWalk, Seen, Skeleton, Walk, last_layer
+    from megatron_quant.streaming import CannotWalk, Seen, Skeleton, Walk, steps
 
     params, alone = measure.params, measure.scales is None
     behind = _behind(job, place, groups, phases) if job.sequential and not alone else None
@@ -74,7 +74,7 @@ def by_layers(
             with phases.time("load"):
                 skeleton = Skeleton(_loadable(job), job.dtype)
             caches = {} if alone else calibrated_caches(job.quant, job.params)
-            layers = 1 + last_layer(params, caches)
+            layers = steps(params, caches, len(skeleton.layers))
             with phases.bar("calibrate", layers * len(batches)) as progress:
                 found = Walk(
                     skeleton=skeleton,
@@ -172,6 +172,8 @@ def at_once(
     with phases.time("load"):
         model, seen = together(groups, start)
 
+    heads = [param.name for param in params if param.role is Role.OUTPUT]
+
     def forward() -> None:
         with (
             phases.bar("calibrate", len(batches)) as progress,
@@ -180,7 +182,9 @@ def at_once(
             forced_experts(model, job.expert_share, seen),
         ):
             for batch in batches:
-                run_model(model, batch)
+                last = run_model(model, batch).last_hidden_state
+                for head in heads:
+                    seen.on_input(head, last)
                 progress(1)
 
     together(groups, forward)

@@ -10,11 +10,11 @@ import torch
 from megatron_quant.ckpt.plan import slots
 from megatron_quant.dist import Groups, max_reduce, sum_reduce, together
 from megatron_quant.formats import amax
-from megatron_quant.models import Param
 from megatron_quant.runs.auto_scores import Work, read_kept
 from megatron_quant.runs.phases import Phases
 from megatron_quant.search import CACHE_SCORERS, SCORERS, place_weights
 from megatron_quant.streaming import (
+    input_keys,
     keys_of,
     merge_amaxes,
     per_expert,
@@ -103,14 +103,10 @@ def loaded_places(
     scales: dict[str, torch.Tensor] = {}
     for quant in plans.values():
         params = static_inputs(quant, target.params)
-        scales |= merge_amaxes(quant, params, _keys, seen.found.amax, cold, groups).scales
+        scales |= merge_amaxes(quant, params, input_keys, seen.found.amax, cold, groups).scales
     sharing = per_expert if target.expert_scales == "per_expert" else shared
     problem = work.plan.problem
     return model, place_weights(model, problem, target.params, of_slot, sharing, scales)
-
-
-def _keys(param: Param) -> tuple[str, ...]:
-    return keys_of(param) or (param.name,)  # the output layer
 
 
 @contextmanager

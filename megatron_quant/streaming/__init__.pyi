@@ -15,6 +15,7 @@ from .inputs import static_inputs as static_inputs
 from .inputs import with_carried as with_carried
 from .memory import LayerMemory as LayerMemory
 from .memory import layer_memory as layer_memory
+from .model import input_keys as input_keys
 from .model import keys_of as keys_of
 from .model import load_model as load_model
 from .model import quiet as quiet
@@ -37,7 +38,7 @@ from .search import searched_stat as searched_stat
 from .skeleton import CannotWalk as CannotWalk
 from .skeleton import Skeleton as Skeleton
 from .walk import Walk as Walk
-from .walk import last_layer as last_layer
+from .walk import steps as steps
 from .workplace import Workplace as Workplace
 
 __all__ = [
@@ -62,8 +63,8 @@ __all__ = [
     "find_fold",
     "folded_amaxes",
     "forced_experts",
+    "input_keys",
     "keys_of",
-    "last_layer",
     "layer_memory",
     "load_model",
     "merge_amaxes",
@@ -78,6 +79,7 @@ __all__ = [
     "shared_amaxes",
     "slot_amaxes",
     "static_inputs",
+    "steps",
     "unscaled",
     "watched",
     "weighed_inputs",

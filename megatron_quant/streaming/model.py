@@ -4,6 +4,7 @@ import re
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModel, PreTrainedModel
@@ -12,7 +13,7 @@ from transformers.utils import logging
 from megatron_quant.ckpt.storage import read_config
 from megatron_quant.engines.families import checkpoint_name
 from megatron_quant.errors import CalibrationError, CheckpointError
-from megatron_quant.models import Parallel, Param, decoder_of, family
+from megatron_quant.models import Parallel, Param, Role, decoder_of, family
 from megatron_quant.transformers_config import transformers_config
 from megatron_quant.weight_inputs import Watched
 
@@ -70,13 +71,13 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def run_model(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Run token ids [B, S] through the model and drop the output.
+def run_model(model: PreTrainedModel, ids: torch.Tensor) -> Any:
+    """Run token ids [B, S] through the model; return its output.
 
     Raises CalibrationError if the forward fails.
     """
     try:
-        model(input_ids=ids, use_cache=False)
+        return model(input_ids=ids, use_cache=False)
     except CalibrationError:
         raise
     except Exception as e:  # a model's code may need things that a checkpoint lacks
@@ -97,6 +98,11 @@ def keys_of(param: Param) -> tuple[str, ...]:
     return tuple(
         f"{param.layer}.{m[2]}" for s in param.sources if (m := _LAYER.search(s.module)) is not None
     )
+
+
+def input_keys(param: Param) -> tuple[str, ...]:
+    """Return the keys under which inputs of ``param`` are kept: its own name if it is the head."""
+    return (param.name,) if param.role is Role.OUTPUT else keys_of(param)
 
 
 def _expert_key(layer: int | str | None, expert: int | str, down: bool) -> str:

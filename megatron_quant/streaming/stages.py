@@ -59,12 +59,21 @@ class Call:
         return any(len(v) > 0 for v in values if isinstance(v, MutableMapping))
 
 
+def _alone(hidden: torch.Tensor) -> Any:
+    return hidden
+
+
+def _in_tuple(hidden: torch.Tensor) -> Any:
+    return (hidden,)
+
+
 @dataclass
 class Calls:
     """Finds the calls of batches. Tensors that are equal in all of them are kept once."""
 
     skeleton: Skeleton
     _kept: dict[tuple[Any, ...], list[torch.Tensor]] = field(default_factory=dict)
+    _give: Callable[[torch.Tensor], Any] = _alone
 
     def of(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
         """Return the hidden states that enter the first layer, and each layer's call.
@@ -76,31 +85,46 @@ class Calls:
             CannotWalk: For a model whose layers do not simply follow one another.
         """
         try:
-            return self._try(ids, lambda hidden: hidden)
+            return self._try(ids)
         except CannotWalk as reason:
-            try:  # perhaps its layers return tuples
-                return self._try(ids, lambda hidden: (hidden,))
+            self._give = _in_tuple  # perhaps its layers return tuples
+            try:
+                return self._try(ids)
             except CannotWalk:
                 raise reason from None
 
-    def _try(
-        self, ids: torch.Tensor, give: Callable[[torch.Tensor], Any]
-    ) -> tuple[torch.Tensor, list[Call]]:
-        recorder = _Recorder(give, self._once)
-        self.skeleton.put(
-            [_Stage(layer, i, recorder) for i, layer in enumerate(self.skeleton.layers)]
-        )
+    def last(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what enters the output layer, [B, S, H], from what leaves the last layer.
+
+        Raises:
+            CannotWalk: Where the model's forward fails.
+        """
+        found: torch.Tensor = self._run(ids, lambda *args: hidden).last_hidden_state
+        return found
+
+    def _try(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+        recorder = _Recorder(self._once)
+        self._run(ids, recorder.record)
+        if len(recorder.calls) != len(self.skeleton.layers) or recorder.hidden is None:
+            raise CannotWalk("its forward does not run every layer once")
+        return recorder.hidden, recorder.calls
+
+    def _run(self, ids: torch.Tensor, stage: "_OnStage") -> Any:
+        """Run a forward with a stand-in for every layer, which returns what ``stage`` does."""
+
+        def given(*args: Any) -> Any:
+            return self._give(stage(*args))
+
+        layers = self.skeleton.layers
+        self.skeleton.put([_Stage(layer, i, given) for i, layer in enumerate(layers)])
         try:
-            self.skeleton.model(input_ids=ids, use_cache=False)
+            return self.skeleton.model(input_ids=ids, use_cache=False)
         except CannotWalk:
             raise
         except Exception as e:  # a model's code may need what is not loaded
             raise CannotWalk(one_line(e)) from e
         finally:
-            self.skeleton.put(self.skeleton.layers)
-        if len(recorder.calls) != len(self.skeleton.layers) or recorder.hidden is None:
-            raise CannotWalk("its forward does not run every layer once")
-        return recorder.hidden, recorder.calls
+            self.skeleton.put(layers)
 
     def _once(self, value: Any) -> Any:
         """Return ``value``, or an equal tensor that is kept already."""
@@ -117,16 +141,19 @@ class Calls:
         return value
 
 
+_OnStage = Callable[[int, tuple[Any, ...], dict[str, Any]], torch.Tensor]
+"""(a layer's number, its arguments) -> hidden states."""
+
+
 @dataclass
 class _Recorder:
     """Keeps the arguments of the layers in their order."""
 
-    give: Callable[[torch.Tensor], Any]
     once: Callable[[Any], Any]
     hidden: torch.Tensor | None = None
     calls: list[Call] = field(default_factory=list)
 
-    def record(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def record(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if args:
             hidden, args = args[0], args[1:]
         else:
@@ -138,7 +165,7 @@ class _Recorder:
         elif not _is_same(hidden, self.hidden):
             raise CannotWalk("its forward changes the hidden states between layers")
         self.calls.append(Call(*pytree.tree_map(self.once, (args, kwargs))))
-        return self.give(hidden)
+        return hidden
 
 
 def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
@@ -150,13 +177,13 @@ def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
 class _Stage(nn.Module):
     """A stand-in for a layer, with the layer's attributes."""
 
-    def __init__(self, layer: nn.Module, index: int, recorder: _Recorder) -> None:
+    def __init__(self, layer: nn.Module, index: int, run: Callable[..., Any]) -> None:
         super().__init__()
-        self.__dict__ |= {"_layer": layer, "_index": index, "_recorder": recorder}
+        self.__dict__ |= {"_layer": layer, "_index": index, "_run": run}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep the arguments and return the hidden states."""
-        return self.__dict__["_recorder"].record(self.__dict__["_index"], args, kwargs)
+        """Return what stands for the layer's hidden states."""
+        return self.__dict__["_run"](self.__dict__["_index"], args, kwargs)

@@ -10,11 +10,11 @@ from torch import nn
 from megatron_quant.ckpt.read import Weights
 from megatron_quant.ckpt.storage import give_back
 from megatron_quant.errors import CalibrationError
-from megatron_quant.models import Param
+from megatron_quant.models import Param, Role
 from megatron_quant.streaming.caches import CacheAmax
 from megatron_quant.streaming.forced import forced_experts
 from megatron_quant.streaming.input_sums import RunningSum, SumsFile
-from megatron_quant.streaming.model import keys_of, watched
+from megatron_quant.streaming.model import input_keys, keys_of, watched
 from megatron_quant.streaming.observe import Seen, WeightInputSums
 from megatron_quant.streaming.skeleton import CannotWalk, Skeleton
 from megatron_quant.streaming.stages import Call, Calls
@@ -59,7 +59,12 @@ class Walk:
     @property
     def layers(self) -> int:
         """Return how many layers have something to measure, or come before one that has."""
-        return 1 + last_layer(self.params, self.caches)
+        every = len(self.skeleton.layers)
+        return min(every, steps(self.params, self.caches, every))
+
+    @property
+    def _heads(self) -> list[Param]:
+        return [p for p in self.params if p.role is Role.OUTPUT]
 
     def run(self) -> Seen:
         """Return what the inputs of weights were; begin where the last run stopped.
@@ -78,12 +83,13 @@ class Walk:
             self.sums.create()
         if not self.batches:
             return self._seen
-        calls, states, digest = self._enter(write=come is None)
+        find, calls, states, digest = self._enter(write=come is None)
         if come is not None:
             states = self._states(come.layer, states)
-            if come.layer < self.layers and not states.is_intact(come.digest):
+            needed = come.layer < self.layers or self._heads
+            if needed and not states.is_intact(come.digest):
                 come = None
-                calls, states, digest = self._enter(write=True)
+                find, calls, states, digest = self._enter(write=True)
         if come is None:
             come = Come(layer=0, digest=digest)
             self.place.save(come)
@@ -92,6 +98,8 @@ class Walk:
         self.on_batch(come.layer * len(self.batches))
         for layer in range(come.layer, self.layers):
             states = self._layer(layer, [of_batch[layer] for of_batch in calls], states)
+        if self._heads:
+            self._rest(find, states)
         return self._seen
 
     def _has_sums(self, come: Come) -> bool:
@@ -114,16 +122,19 @@ class Walk:
             with torch.no_grad():
                 yield call.run(module, hidden)
 
-    def _summed(self, layer: int) -> list[Param]:
-        """Return the parameters of a layer that need sums; fused ones share inputs."""
+    def _summed(self, layer: int | None) -> list[Param]:
+        """Return the parameters of a layer, None for the output layer, that need sums."""
         decisions = self.sums.decisions if self.sums is not None else {}
         return [p for p in self.params if p.layer == layer and p.name in decisions]
 
     def _states(self, layer: int, like: StatesFile) -> StatesFile:
         return StatesFile(self.place.states(layer), like.shapes, like.dtype)
 
-    def _enter(self, write: bool) -> tuple[list[list[Call]], StatesFile, str]:
-        """Return each batch's calls, and what enters the first layer, in a file if ``write``."""
+    def _enter(self, write: bool) -> tuple[Calls, list[list[Call]], StatesFile, str]:
+        """Return what finds calls, each batch's, and what enters the first layer.
+
+        That is in a file if ``write``, whose digest is the last one.
+        """
         find, calls = Calls(self.skeleton), []
         with torch.no_grad():
             self.skeleton.fill_rest()
@@ -146,7 +157,7 @@ class Walk:
                     pass
         self.skeleton.empty()
         give_back()
-        return calls, file, digest
+        return find, calls, file, digest
 
     def _layer(self, layer: int, calls: Sequence[Call], states: StatesFile) -> StatesFile:
         """Run a layer over all batches; return its hidden states, not written for the last one."""
@@ -166,7 +177,7 @@ class Walk:
                 self.on_batch(1)
 
         later, digest = self._states(layer + 1, states), ""
-        last = layer + 1 == self.layers
+        last = layer + 1 == self.layers and not self._heads
         if last or self.behind is not None:
             for _ in made():
                 pass
@@ -197,8 +208,25 @@ class Walk:
         states.path.unlink(missing_ok=True)
         return later
 
-    def _new_sums(self, layer: int) -> Iterator[tuple[str, tuple[Param, RunningSum]]]:
-        """Yield an empty sum for each slot of a layer that needs one."""
+    def _rest(self, find: Calls, states: StatesFile) -> None:
+        """Measure what enters the output layer: what the last norm makes of the hidden states."""
+        sums = dict(self._new_sums(None))
+        mode = WeightInputSums((), {name: found for name, (_, found) in sums.items()})
+        self.skeleton.fill_rest()
+        with torch.no_grad():
+            for ids, hidden in zip(self.batches, states.read(), strict=True):
+                x = find.last(ids, hidden)
+                for head in self._heads:
+                    mode.on_input(head.name, x)
+                self.on_batch(1)
+        self._seen.amax.update(self._checked(mode.found.amax))
+        if self.sums is not None:
+            self.sums.put({name: found for name, (_, found) in sums.items()})
+        self.skeleton.empty()
+        give_back()
+
+    def _new_sums(self, layer: int | None) -> Iterator[tuple[str, tuple[Param, RunningSum]]]:
+        """Yield an empty sum for each slot of a layer, or outside of all, that needs one."""
         for param in self._summed(layer):
             assert self.sums is not None
             name = param.name
@@ -209,13 +237,15 @@ class Walk:
         """Raise CalibrationError at the first layer whose inputs are not finite."""
         for key, value in seen.items():
             if not isfinite(value.item()):
-                name = next((p.name for p in self.params if key in keys_of(p)), key)
+                name = next((p.name for p in self.params if key in input_keys(p)), key)
                 raise CalibrationError(
                     f"input of {name} contains NaN or Inf: repair the checkpoint"
                 )
         return seen
 
 
-def last_layer(params: Iterable[Param], caches: Iterable[int]) -> int:
-    """Return the last layer that has something to measure; -1 if none has."""
-    return max((*caches, *(p.layer for p in params if p.layer is not None)), default=-1)
+def steps(params: Sequence[Param], caches: Iterable[int], layers: int) -> int:
+    """Return how many of a model's ``layers`` a walk runs; the output layer is one more."""
+    if any(p.role is Role.OUTPUT for p in params):
+        return layers + 1
+    return 1 + max((*caches, *(p.layer for p in params if p.layer is not None)), default=-1)

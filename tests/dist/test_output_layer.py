@@ -76,10 +76,12 @@ def test_the_bytes_are_those_of_a_stream_at_every_layout(
 
 
 def test_its_inputs_are_what_the_last_norm_gives(
-    source: Path, tmp_path: Path, ranks: Ranks
+    source: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Layer by layer, on two ranks, and where the model runs as a whole."""
     from transformers import AutoModelForCausalLM
 
+    from megatron_quant.runs import file_layers
     from megatron_quant.runs.batches import calibration_batches
 
     chosen = recipe(tmp_path, weights="fp8", inputs="fp8")
@@ -88,14 +90,23 @@ def test_its_inputs_are_what_the_last_norm_gives(
     model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].abs().max()))
     for ids in calibration_batches(DATA, source, VOCABULARY):
         model(ids)
-    scale = load_file(tmp_path / "out" / "model.safetensors")["lm_head.input_scale"]
-    assert scale.item() == pytest.approx(max(seen).item() / 448, rel=1e-5)
+    ranks(2, stream_fp32, source, chosen, tmp_path / "streamed")
+    monkeypatch.setattr(file_layers, "by_layers", lambda *args: None)
+    stream_fp32(source, chosen, tmp_path / "whole")
+    for out in ("out", "streamed", "whole"):
+        scale = load_file(tmp_path / out / "model.safetensors")["lm_head.input_scale"]
+        assert scale.item() == pytest.approx(max(seen).item() / 448, rel=1e-5), out
 
 
 def export_fp32(source: Path, recipe: str, out: Path) -> None:
     mq.quantize_checkpoint(
         source, recipe, out, parallel=mq.Parallel(tp=2), calibration=DATA, dtype="fp32", write=WRITE
     )
+
+
+def stream_fp32(source: Path, recipe: str, out: Path) -> None:
+    data = replace(DATA, save=out.with_suffix(".safetensors"))
+    mq.stream(source, recipe, out, calibration=data, dtype="fp32", write=WRITE)
 
 
 def kept(source: Path, recipe: str, out: Path) -> None:

@@ -17,6 +17,7 @@ from .runs import Found as Found
 from .runs import Job as Job
 from .runs import Outcome as Outcome
 from .runs import Parallel as Parallel
+from .runs import PlannedSearch as PlannedSearch
 from .runs import Rewritten as Rewritten
 from .runs import Sensitivity as Sensitivity
 from .runs import Serve as Serve
@@ -29,6 +30,7 @@ from .runs import export as export
 from .runs import export_tensors as export_tensors
 from .runs import find_recipe as find_recipe
 from .runs import plan as plan
+from .runs import plan_search as plan_search
 from .runs import quantize as quantize
 from .runs import quantize_checkpoint as quantize_checkpoint
 from .runs import restore as restore
@@ -50,6 +52,7 @@ __all__ = [
     "Job",
     "Outcome",
     "Parallel",
+    "PlannedSearch",
     "QuantError",
     "Quantized",
     "Recipe",
@@ -68,6 +71,7 @@ __all__ = [
     "find_recipe",
     "load_recipe",
     "plan",
+    "plan_search",
     "quantize",
     "quantize_checkpoint",
     "quantized",

@@ -7,7 +7,7 @@ import megatron_quant as mq
 from megatron_quant.cli.console import ConsolePhases, console, escape
 from megatron_quant.cli.report import summary, summary_of_stream
 from megatron_quant.cli.reporting import add_reporting
-from megatron_quant.cli.search import add_search
+from megatron_quant.cli.search import add_search, places_table, scoring_lines
 from megatron_quant.cli.serving import add_dialect, add_layout, add_serving, arguments
 from megatron_quant.cli.tables import (
     engines_table,
@@ -270,7 +270,12 @@ def run(args: argparse.Namespace) -> None:
     out = console()
     place = (args.hf_model_id, args.export_quant_cfg)
     given = arguments(args)
-    if args.dry_run:
+    if args.dry_run and args.auto_quantize_bits is not None:
+        planned = mq.plan_search(args.hf_model_id, **given)
+        out.print(places_table(planned, args.verbose))
+        for line in scoring_lines(planned, args.auto_quantize_checkpoint):
+            out.print(line)
+    elif args.dry_run:
         job = mq.plan(*place, **given)
         _print_plan(job, args)
     elif args.stream:

@@ -1,12 +1,14 @@
 """The flags of a search for mixed precision, and the ``search`` verb that solves one again."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.table import Table
 
 import megatron_quant as mq
-from megatron_quant.cli.console import console, escape
+from megatron_quant.cli.collapse import collapse
+from megatron_quant.cli.console import console, escape, size
 from megatron_quant.cli.reporting import add_reporting
 
 _COST_HELP = (
@@ -52,7 +54,8 @@ def add_search(p: argparse.ArgumentParser) -> None:
         "--auto-quantize-checkpoint",
         type=Path,
         metavar="DIR",
-        help="keep the scores here, batch by batch: a search that was stopped goes on, and "
+        help="keep the scores here (with --stream also hidden states, until all is scored): a "
+        "search that was stopped goes on, and "
         "'megatron-quant search DIR' chooses for other bits without a forward",
     )
     group.add_argument(
@@ -89,6 +92,35 @@ def add_search(p: argparse.ArgumentParser) -> None:
         help="with --stream: safetensors with the output layer of a checkpoint that has none "
         "(default: lm_head.safetensors beside it, or its embedding if config.json ties them)",
     )
+
+
+def places_table(planned: "mq.PlannedSearch", verbose: bool = False) -> Table:
+    """List the places of a search, and the treatments that each may have."""
+    table = Table("Place", "Count", "Weights", "Formats", title="Places")
+    kinds = collapse(
+        planned.problem.places,
+        lambda place: place.name,
+        lambda place: (place.elements, place.options),
+        layers=not verbose,
+    )
+    for name, members in kinds:
+        formats = ", ".join(dict.fromkeys(o.action for o in members[0].options if o.changes))
+        weights = sum(place.elements for place in members)
+        table.add_row(escape(name), str(len(members)), str(weights), formats or "none")
+    return table
+
+
+def scoring_lines(planned: "mq.PlannedSearch", directory: Path | None) -> Iterator[str]:
+    """Yield lines on what scoring takes, whose files lie in ``directory``."""
+    memory, problem = planned.memory, planned.problem
+    where = "a temporary folder" if directory is None else escape(str(directory))
+    yield (
+        f"scores: layer by layer, {size(memory.weights)} of weights at a time, each layer loaded "
+        f"{memory.loads} times; hidden states of {planned.tokens} tokens take "
+        f"{size(memory.states_per_token * planned.tokens)} of disk in {where}"
+    )
+    changes = sum(option.changes for place in problem.places for option in place.options)
+    yield f"{len(problem.places)} places, {changes} formats at them in all"
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,5 +1,5 @@
 from .load import decoded as decoded
-from .load import dense_model as dense_model
+from .load import empty_model as empty_model
 from .load import native as native
 from .measure import Result as Result
 from .measure import Text as Text
@@ -20,7 +20,7 @@ __all__ = [
     "Text",
     "TokenizerChoice",
     "decoded",
-    "dense_model",
+    "empty_model",
     "evaluate",
     "load_tokenizer",
     "native",

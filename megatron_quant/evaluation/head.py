@@ -1,5 +1,6 @@
 """Give a checkpoint without an output layer the one that is given or found beside it."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -15,9 +16,9 @@ BESIDE = "lm_head.safetensors"
 
 
 def with_head(
-    directory: Path, empty: PreTrainedModel, tensors: dict[str, torch.Tensor], given: Path | None
-) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Return the model with its output layer, on the meta device, and the tensors by its names.
+    directory: Path, empty: PreTrainedModel, stored: Collection[str], given: Path | None
+) -> tuple[PreTrainedModel, torch.Tensor | None]:
+    """Return the model with its output layer, on the meta device, and the layer's weight.
 
     The output layer is that of ``given``, that of ``lm_head.safetensors`` in the directory, or the
     embedding if config.json ties them.
@@ -25,8 +26,11 @@ def with_head(
     Args:
         directory: The checkpoint.
         empty: Its base model, on the meta device.
-        tensors: The base model's tensors.
+        stored: Names of the checkpoint's tensors.
         given: A safetensors file whose only tensor is the output layer, [V, K]; None to look.
+
+    Returns:
+        The model, and the weight, [V, K]; None where the checkpoint has it or ties it.
 
     Raises:
         CheckpointError: If there is no output layer, or none of the model's shape.
@@ -38,19 +42,19 @@ def with_head(
             "the checkpoint that has its output layer"
         )
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    prefix = f"{model.base_model_prefix}."
-    named = {name if name == HEAD else f"{prefix}{name}": t for name, t in tensors.items()}
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, dtype=empty.dtype
+        )
     if given is None and (directory / BESIDE).is_file():
         given = directory / BESIDE
     if given is not None:
-        named[HEAD] = _read(given, model)
-    elif HEAD not in named and not config.tie_word_embeddings:
+        return model, _read(given, model)
+    if HEAD not in stored and not config.tie_word_embeddings:
         raise CheckpointError(
             f"{directory} has no output layer, and config.json does not tie one to the embedding: "
             f"put it beside, as {BESIDE}, or give it with --auto-quantize-head"
         )
-    return model, named
+    return model, None
 
 
 def _read(path: Path, model: PreTrainedModel) -> torch.Tensor:

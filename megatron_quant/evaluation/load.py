@@ -1,6 +1,6 @@
 """Load a checkpoint directory as a function from token ids to logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_quant.ckpt.read import QuantizedCheckpoint, stacked
+from megatron_quant.ckpt.read import QuantizedCheckpoint, Weights, stacked
 from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluation.activations import Activations, QuantizedInputs, saved_stacks
 from megatron_quant.evaluation.head import HEAD, with_head
@@ -77,39 +77,47 @@ def decoded(directory: Path, dtype: torch.dtype) -> Logits:
     return _quantized(model, QuantizedInputs(model, inputs)) if inputs else _plain(model)
 
 
-def dense_model(directory: Path, dtype: torch.dtype, head: Path | None = None) -> PreTrainedModel:
-    """Load a checkpoint's weights, decoded, as transformers' model with its head.
+def empty_model(
+    stored: Weights, dtype: torch.dtype, head: Path | None = None
+) -> tuple[PreTrainedModel, torch.Tensor | None]:
+    """Build transformers' model of a checkpoint, with its head, on the meta device.
 
     Experts are computed one after another.
 
     Args:
-        directory: The checkpoint.
+        stored: The checkpoint.
         dtype: Dtype of the model.
         head: A safetensors file with the output layer of a checkpoint that has none.
 
+    Returns:
+        The model in evaluation mode, and the weight of its output layer, [V, K], where that lies
+        outside of the checkpoint.
+
     Raises:
-        CheckpointError: For a tensor that the model or the checkpoint lacks.
+        CheckpointError: If transformers cannot build it, or there is no output layer.
     """
-    checkpoint = QuantizedCheckpoint(directory)
-    model: PreTrainedModel = _dense(checkpoint, directory, dtype, head).eval()
-    return model
+    empty, weight = _empty(stored.path, _config(stored.path, stored.config), dtype), None
+    if empty.get_output_embeddings() is None:
+        empty, weight = with_head(stored.path, empty, set(stored), head)
+    elif head is not None:
+        raise CheckpointError(f"{head}: {stored.path} has an output layer of its own; leave it out")
+    return empty.eval(), weight
 
 
-def _dense(
-    checkpoint: QuantizedCheckpoint,
-    directory: Path,
-    dtype: torch.dtype,
-    head: Path | None = None,
-) -> PreTrainedModel:
+def _dense(checkpoint: QuantizedCheckpoint, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     tensors = {n: checkpoint.weight(n, dtype) for n in checkpoint}
     idle = idle_experts(checkpoint.config, tensors)
     tensors |= {name: torch.zeros_like(tensors[like]) for name, like in idle.items()}
-    config = transformers_config(directory, checkpoint.config, _NEWER)
-    vars(config).pop("quantization_config", None)  # the tensors are decoded
     lent = run_as(checkpoint.config)
-    return _model(
-        directory, config, tensors, dtype, head, lent is not None and lent.tower is not None
-    )
+    config = _config(directory, checkpoint.config)
+    return _model(directory, config, tensors, dtype, lent is not None and lent.tower is not None)
+
+
+def _config(directory: Path, config: Mapping[str, Any]) -> PretrainedConfig:
+    """Return transformers' config of a checkpoint whose tensors are decoded."""
+    own = transformers_config(directory, config, _NEWER)
+    vars(own).pop("quantization_config", None)
+    return own
 
 
 def _model(
@@ -117,19 +125,19 @@ def _model(
     config: PretrainedConfig,
     tensors: dict[str, torch.Tensor],
     dtype: torch.dtype,
-    head: Path | None,
     lent: bool,
 ) -> PreTrainedModel:
     """Fill transformers' model of the config with ``tensors``, which have Hugging Face names.
 
     ``lent`` says that its tower is not the checkpoint's, and may stay as it is.
     """
-    empty = _empty(directory, config)
+    empty = _empty(directory, config, dtype)
     tensors = _in_stacks(empty, tensors)
     if empty.get_output_embeddings() is None:
-        empty, tensors = with_head(directory, empty, tensors, head)
-    elif head is not None:
-        raise CheckpointError(f"{head}: {directory} has an output layer of its own; leave it out")
+        empty, weight = with_head(directory, empty, tensors, None)
+        prefix = f"{empty.base_model_prefix}."
+        tensors = {name if name == HEAD else f"{prefix}{name}": t for name, t in tensors.items()}
+        tensors |= {} if weight is None else {HEAD: weight}
     load: Any = type(empty).from_pretrained  # its types leave out the loading report
     model: PreTrainedModel
     model, report = load(
@@ -148,25 +156,29 @@ def _model(
         if found:
             names = ", ".join(found[:3])
             raise CheckpointError(f"{directory}: {what.replace('_', ' ')}: {names}")
-    return model
+    filled: PreTrainedModel = model.eval()
+    return filled
 
 
-def _empty(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
+def _empty(directory: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build transformers' model of the config on the meta device, with its towers if it has some.
 
     It has the class that config.json names: a text decoder alone names its tensors differently.
     """
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if len(names) == 1 else None
+    how: dict[str, Any] = {"dtype": dtype, "experts_implementation": "eager"}
     model: PreTrainedModel
     try:
         with torch.device("meta"):
             if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-                model = kind._from_config(config)
+                model = kind._from_config(config, **how)
             elif type(config) in AutoModelForCausalLM._model_mapping:
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **how)
             else:
-                model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+                model = AutoModelForImageTextToText.from_config(
+                    config, trust_remote_code=False, **how
+                )
     except Exception as e:  # with a contradictory config, a model's code raises anything
         raise CheckpointError(
             f"{directory}: transformers cannot build the model from its config: {_first_line(e)}"

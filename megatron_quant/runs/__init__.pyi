@@ -1,6 +1,7 @@
 from .checkpoints import convert as convert
 from .checkpoints import evaluate as evaluate
 from .checkpoints import plan as plan
+from .checkpoints import plan_search as plan_search
 from .checkpoints import quantize_checkpoint as quantize_checkpoint
 from .checkpoints import stream as stream
 from .checkpoints import verify as verify
@@ -20,6 +21,7 @@ from .live import quantize as quantize
 from .live import restore as restore
 from .live import save as save
 from .megatron import Outcome as Outcome
+from .search_dry_run import PlannedSearch as PlannedSearch
 from .sensitivity_rows import Sensitivity as Sensitivity
 from .settings import AutoQuantize as AutoQuantize
 from .settings import Calibration as Calibration
@@ -36,6 +38,7 @@ __all__ = [
     "Job",
     "Outcome",
     "Parallel",
+    "PlannedSearch",
     "Rewritten",
     "Sensitivity",
     "Serve",
@@ -48,6 +51,7 @@ __all__ = [
     "export_tensors",
     "find_recipe",
     "plan",
+    "plan_search",
     "quantize",
     "quantize_checkpoint",
     "restore",

@@ -61,7 +61,7 @@ def found_recipe(
         options = fetched(options, groups)
         together(groups, lambda: check_output_file("--auto-quantize-recipe", auto.recipe))
         options, model = opened_unquantized(options, groups)
-        job, plan = together(groups, lambda: _planned(options, groups.size, model))
+        job, plan = together(groups, lambda: plan_candidates(options, groups.size, model))
         digest = together(groups, lambda: origin_of(job).source)
     vocab_size = together(groups, lambda: positive(text_config(job.hf_config), "vocab_size"))
     data = replace(options.calibration, size=auto.score_size)
@@ -104,9 +104,13 @@ def choose(
     return found
 
 
-def _planned(
+def plan_candidates(
     options: "QuantizeOptions", world: int, model: "Unquantized"
 ) -> "tuple[Job, SearchPlan]":
+    """Plan what every candidate would do, and the search among them; return the first one's job.
+
+    Raises a QuantError for whatever does not fit.
+    """
     from megatron_quant.runs.job_checks import check_length
     from megatron_quant.runs.search_plan import Target, plan_search
 

@@ -1,7 +1,7 @@
 """Describe the work of scoring, and keep its scores, however the model is run."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ class Work:
         source: Digest of the model; empty if it is not known.
         dtype: Name of the dtype in which the model computes.
         loss: The loss whose gradients score.
+        caches: Layer -> slots of its keys and values, where these are measured too.
     """
 
     plan: SearchPlan
@@ -40,6 +41,7 @@ class Work:
     source: str
     dtype: str
     loss: Loss = next_token_loss
+    caches: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
     @property
     def options(self) -> int:
@@ -53,12 +55,13 @@ class Work:
 
         def begin() -> None:
             if store is not None and groups.rank == 0:
-                store.begin(self._about(), len(self.batches), self.plan.problem)
+                store.begin(self.about, len(self.batches), self.plan.problem)
 
         together(groups, begin)
         return store
 
-    def _about(self) -> dict[str, str]:
+    @property
+    def about(self) -> dict[str, str]:
         """Return what scores depend on, beside the places."""
         text = digest_of_parts(ids.contiguous().numpy().tobytes() for ids in self.batches)
         own = self.loss is not next_token_loss

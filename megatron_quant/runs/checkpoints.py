@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from megatron_quant.runs.file_to_file import Streamed
     from megatron_quant.runs.job import Job
     from megatron_quant.runs.megatron import Outcome
+    from megatron_quant.runs.search_dry_run import PlannedSearch
 
 _DIGEST_THREADS = 4
 
@@ -197,6 +198,38 @@ def plan(
     from megatron_quant.runs.job import planned
 
     return planned(options)
+
+
+def plan_search(
+    source: str | Path | None,
+    auto: AutoQuantize,
+    *,
+    parallel: Parallel = Parallel(),
+    calibration: Calibration = Calibration(),
+    format: str = "modelopt",
+    serve: Serve = Serve(),
+    write: Write = Write(),
+    **flags: Any,
+) -> "PlannedSearch":
+    """Plan a search of :func:`stream`: its places, and what scoring them takes. Scores nothing.
+
+    It reads config.json and the headers of the weights. Raises a QuantError for whatever does not
+    fit.
+    """
+    options = _options(
+        source,
+        None,
+        {"stream": True} | flags,
+        export_format=format,
+        parallel=parallel,
+        calibration=calibration,
+        serve=serve,
+        write=write,
+        auto=auto,
+    )
+    from megatron_quant.runs.search_dry_run import planned_search
+
+    return planned_search(options)
 
 
 def _options(

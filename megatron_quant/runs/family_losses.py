@@ -1,18 +1,16 @@
 """Measure what each family of weights, and the KV cache, loses in each format alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 
 import torch
-from transformers import PreTrainedModel
 
 from megatron_quant.dist import Groups, max_reduce, sum_reduce, together
 from megatron_quant.errors import CalibrationError, QuantError
-from megatron_quant.evaluation import nll_and_kl
 from megatron_quant.models import Role, positive, text_config
-from megatron_quant.recipes import KV_CACHES, Recipe, Rule, cache_slots, load_recipe
+from megatron_quant.recipes import KV_CACHES, Recipe, load_recipe
 from megatron_quant.runs.agree import check_options, fetched
 from megatron_quant.runs.auto_scores import Work, read_samples
 from megatron_quant.runs.file_to_file import plan_stream
@@ -22,16 +20,20 @@ from megatron_quant.runs.phases import Phases
 from megatron_quant.runs.search_plan import SearchPlan, Target, places_of
 from megatron_quant.runs.sensitivity_rows import FamilyLoss, Sensitivity
 from megatron_quant.runs.settings import AutoQuantize
-from megatron_quant.runs.stream_scores import loaded_places
+from megatron_quant.runs.stream_scores import (
+    Layers,
+    divergences,
+    measured_layers,
+    work_folder,
+)
 from megatron_quant.search import (
     KV_CACHE,
-    MeasuredCache,
-    PlaceWeights,
+    Change,
     RoundedCache,
-    ablated,
     families,
     option_of,
 )
+from megatron_quant.streaming import Seen, calibrated_caches
 
 _KV_BITS = 8.0
 
@@ -41,13 +43,7 @@ class _Trial:
     """Names what is rounded at once: places, or the cache that ``cache`` makes."""
 
     row: FamilyLoss
-    chosen: tuple[tuple[PlaceWeights, Rule], ...] = ()
-    cache: Callable[[], RoundedCache] | None = None
-
-    def logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B * S, V] of ids [B, S]."""
-        with ablated(model, self.chosen):
-            return _logits(model, ids, None if self.cache is None else self.cache())
+    change: Change
 
 
 def measured(
@@ -64,6 +60,9 @@ def measured(
     vocab_size = together(groups, lambda: positive(text_config(job.hf_config), "vocab_size"))
     data = options.calibration
     batches = read_samples(data, job.source, vocab_size, groups, phases)
+    caches = calibrated_caches(
+        replace(next(iter(plan.plans.values())), kv_cache="fp8"), plan.target.params
+    )
     work = Work(
         plan=plan,
         auto=AutoQuantize(),
@@ -71,26 +70,23 @@ def measured(
         batches=batches,
         source="",
         dtype=options.dtype,
+        caches=caches,
     )
     own = batches[groups.rank :: groups.size]
-    model, places = loaded_places(work, job.source, own, groups, phases)
-    trials = _trials(plan, places)
-    if cache_slots(replace(next(iter(plan.plans.values())), kv_cache=KV_CACHES[0])):
-        trials += _cache_trials(model, own, groups)
-    else:
-        left_out.append(f"{KV_CACHE}: the model caches no keys and values as they are")
+    with work_folder(work, groups) as place:
+        layers, seen = measured_layers(work, job.source, own, place, groups, phases)
+        trials = _trials(plan)
+        if caches:
+            trials += _cache_trials(layers, caches, seen, groups)
+        else:
+            left_out.append(f"{KV_CACHE}: the model caches no keys and values as they are")
 
-    def run() -> torch.Tensor:
-        found = torch.zeros(len(trials), dtype=torch.float64)
-        with phases.bar("measure", len(own)) as progress, torch.no_grad():
-            for ids in own:
-                before, labels = _logits(model, ids), ids.flatten()
-                for i, trial in enumerate(trials):
-                    found[i] += nll_and_kl(trial.logits(model, ids), before, labels).kl
-                progress(1)
-        return found
+        def run() -> torch.Tensor:
+            if layers is None:
+                return torch.zeros(len(trials), dtype=torch.float64)
+            return divergences(layers, [t.change for t in trials], place, phases).sum(0)
 
-    sums = sum_reduce(together(groups, run), groups).tolist()
+        sums = sum_reduce(together(groups, run), groups).tolist()
     tokens = sum(ids.numel() for ids in batches)
     rows = tuple(_row(trial.row, kl, tokens) for trial, kl in zip(trials, sums, strict=True))
     return Sensitivity(rows, tuple(left_out), tokens)
@@ -137,54 +133,42 @@ def _with_head(recipe: Recipe, job: Job) -> Recipe:
     return replace(recipe, rules=(head, *recipe.rules))
 
 
-def _trials(plan: SearchPlan, places: Sequence[PlaceWeights]) -> list[_Trial]:
+def _trials(plan: SearchPlan) -> list[_Trial]:
     """Return the trials of weights: family by family, each in every recipe that changes it."""
-    trials = []
-    for family, members in families(plan.problem.places).items():
+    trials, places = [], plan.problem.places
+    for family, members in families(places).items():
         for name in plan.plans:
-            found = [(places[i], option_of(places[i].place, name)) for i in members]
-            chosen = tuple((p, option.rule) for p, option in found if option is not None)
-            weights = sum(p.place.elements for p, _ in chosen)
-            stored = sum(option.nbytes for _, option in found if option is not None)
-            if chosen:
-                bits = 8 * stored / weights
+            options = [(places[i], option_of(places[i], name)) for i in members]
+            found = [(place, option) for place, option in options if option is not None]
+            weights = sum(place.elements for place, _ in found)
+            if found:
+                bits = 8 * sum(option.nbytes for _, option in found) / weights
                 row = FamilyLoss(family=family, format=name, weights=weights, bits=bits)
-                trials.append(_Trial(row, chosen))
+                rules = {place.name: option.rule for place, option in found}
+                trials.append(_Trial(row, Change(rules)))
     return trials
 
 
 def _cache_trials(
-    model: PreTrainedModel, batches: Sequence[torch.Tensor], groups: Groups
+    layers: Layers | None, caches: Mapping[int, Sequence[str]], seen: Seen, groups: Groups
 ) -> list[_Trial]:
-    """Return the trials of the KV cache; measures keys and values. Collective."""
-    amaxes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def measure() -> None:
-        with torch.no_grad():
-            for ids in batches:
-                _logits(model, ids, MeasuredCache(model, amaxes))
-
-    together(groups, measure)
-    layers = positive(text_config(model.config.to_dict()), "num_hidden_layers")
-    flat = torch.zeros(layers, 2)
-    for layer, both in amaxes.items():
-        flat[layer] = torch.stack(both).float()
-    merged = {i: (row[0], row[1]) for i, row in enumerate(max_reduce(flat, groups))}
+    """Return the trials of the KV cache, whose amaxes all ranks have seen. Collective."""
+    flat = torch.zeros(len(caches), 2)
+    for row, names in zip(flat, caches.values(), strict=True):
+        row.copy_(torch.stack([seen.amax.get(name, torch.zeros(())) for name in names]))
+    merged = {
+        layer: (row[0], row[1]) for layer, row in zip(caches, max_reduce(flat, groups), strict=True)
+    }
     given = {"fp8": merged, "fp8_cast": None}
+
+    def made(name: str) -> RoundedCache:
+        assert layers is not None, "called where a model is run"
+        return RoundedCache(layers.model, given[name])
+
     return [
         _Trial(
             FamilyLoss(family=KV_CACHE, format=name, weights=0, bits=_KV_BITS),
-            cache=partial(RoundedCache, model, given[name]),
+            Change({}, cache=partial(made, name)),
         )
         for name in KV_CACHES
     ]
-
-
-def _logits(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    cache: MeasuredCache | RoundedCache | None = None,
-) -> torch.Tensor:
-    out = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-    logits: torch.Tensor = out.logits.flatten(0, 1)
-    return logits

@@ -25,7 +25,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure the KL divergence of quantizing each family of weights alone, in each format.
 
-    Runs transformers' model, whole in memory. The ranks share the samples. Collective.
+    Runs transformers' model, a layer at a time. The ranks share the samples. Collective.
 
     Args:
         source: the checkpoint's directory or hub id.

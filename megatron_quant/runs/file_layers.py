@@ -1,7 +1,7 @@
 """Run the calibration text of a streamed checkpoint through transformers' model of it."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,13 @@ import torch
 from megatron_quant.ckpt.plan import Origin, digest_of
 from megatron_quant.ckpt.read import Weights, open_stored
 from megatron_quant.ckpt.write import Existing
-from megatron_quant.dist import Groups, gather, together
+from megatron_quant.dist import Groups, together
 from megatron_quant.errors import CalibrationError, LostRankError
 from megatron_quant.mcore.checkpoint import PlainWeights
 from megatron_quant.models import Param, Role
 from megatron_quant.runs.destination import existing_of
 from megatron_quant.runs.job import Job
+from megatron_quant.runs.layer_walk import walked
 from megatron_quant.runs.options import QuantizeOptions
 from megatron_quant.runs.phases import Phases
 from megatron_quant.runs.weight_scales import weight_amaxes
@@ -64,36 +65,33 @@ def by_layers(
 ) -> "Seen | None":
     """Return this rank's observations; None, on every rank, where one cannot go layer by layer."""
     # Imported here: transformers takes seconds to load.
-    from megatron_quant.streaming import CannotWalk, Seen, Skeleton, Walk, steps
+    from megatron_quant.streaming import Skeleton, Walk, steps
 
     params, alone = measure.params, measure.scales is None
     behind = _behind(job, place, groups, phases) if job.sequential and not alone else None
+    caches = {} if alone else calibrated_caches(job.quant, job.params)
 
-    def walk() -> tuple[Seen, str]:
-        try:
-            with phases.time("load"):
-                skeleton = Skeleton(_loadable(job), job.dtype)
-            caches = {} if alone else calibrated_caches(job.quant, job.params)
-            layers = steps(params, caches, len(skeleton.layers))
-            with phases.bar("calibrate", layers * len(batches)) as progress:
-                found = Walk(
-                    skeleton=skeleton,
-                    params=params,
-                    batches=batches,
-                    place=place,
-                    on_batch=progress,
-                    sums=None if alone else _sums_file(job, place, groups.rank),
-                    input_amax=measure.scales or {},
-                    caches=caches,
-                    expert_share=job.expert_share,
-                    behind=behind,
-                )
-                return found.run(), ""
-        except CannotWalk as reason:
-            return Seen(), str(reason)
+    def walk(skeleton: Skeleton, progress: Callable[[int], None]) -> Walk:
+        return Walk(
+            skeleton=skeleton,
+            params=params,
+            batches=batches,
+            place=place,
+            on_batch=progress,
+            sums=None if alone else _sums_file(job, place, groups.rank),
+            input_amax=measure.scales or {},
+            caches=caches,
+            expert_share=job.expert_share,
+            behind=behind,
+        )
 
-    seen, reason = together(groups, walk)
-    reason = next(filter(None, gather(reason, groups)), "")
+    def build() -> Skeleton:
+        return Skeleton(_loadable(job), job.dtype)
+
+    def total(skeleton: Skeleton) -> int:
+        return steps(params, caches, len(skeleton.layers)) * len(batches)
+
+    seen, _, reason = walked(build, walk, total, groups, phases)
     if not reason:
         return seen
     if groups.rank == 0:

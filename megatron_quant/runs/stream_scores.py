@@ -1,34 +1,50 @@
-"""Score by transformers' forward: the ranks share the batches."""
+"""Score by transformers' forward, a layer at a time: the ranks share the batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_quant.ckpt.plan import slots
-from megatron_quant.dist import Groups, max_reduce, sum_reduce, together
-from megatron_quant.formats import amax
+from megatron_quant.ckpt.plan import digest_of, slots
+from megatron_quant.ckpt.read import open_stored
+from megatron_quant.ckpt.write import Existing
+from megatron_quant.dist import Groups, gather, max_reduce, sum_reduce, together
+from megatron_quant.errors import CalibrationError, ExportError, LostRankError, QuantError
+from megatron_quant.models import Role
 from megatron_quant.runs.auto_scores import Work, read_kept
+from megatron_quant.runs.layer_walk import walked
 from megatron_quant.runs.phases import Phases
-from megatron_quant.search import CACHE_SCORERS, SCORERS, place_weights
+from megatron_quant.search import (
+    Backward,
+    Change,
+    Divergences,
+    Fit,
+    Progress,
+    RoundedCache,
+    check_score,
+)
 from megatron_quant.streaming import (
+    Borders,
+    Seen,
+    Skeleton,
+    Walk,
+    Workplace,
     input_keys,
-    keys_of,
     merge_amaxes,
     per_expert,
-    run_model,
     shared,
     static_inputs,
-    watched,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from megatron_quant.search import PlaceWeights
-    from megatron_quant.streaming import WeightInputAmax
+_FOLDER = "walk"
 
 
 def stream_scores(work: Work, source: Path, groups: Groups, phases: Phases) -> torch.Tensor:
@@ -42,90 +58,226 @@ def stream_scores(work: Work, source: Path, groups: Groups, phases: Phases) -> t
     found = torch.zeros(len(batches), work.options, dtype=torch.float64)
     missing = together(groups, lambda: read_kept(store, own, found))
     if max_reduce(torch.tensor([len(missing)]), groups).item():
-        model, places = loaded_places(work, source, [batches[i] for i in own], groups, phases)
-        caches = [place for place in work.plan.problem.places if place.cached]
+        with work_folder(work, groups) as place:
+            mine = [batches[i] for i in own]
+            layers, _ = measured_layers(work, source, mine, place, groups, phases)
 
-        def score() -> None:
-            with phases.bar("score", len(missing)) as progress:
-                for i in missing:
-                    scorer = SCORERS[work.auto.method]
-                    score_cache = CACHE_SCORERS[work.auto.method]
-                    parts = [scorer(model, places, batches[i], work.loss)]
-                    parts += [score_cache(model, p, batches[i], work.loss) for p in caches]
-                    found[i] = torch.cat(parts)
-                    if store is not None:
+            def score() -> None:
+                if layers is not None:
+                    found[own] = _SCORED[work.auto.method](work, layers, place, phases)
+                if store is not None:
+                    for i in missing:
                         store.put(i, found[i])
-                    progress(1)
 
-        together(groups, score)
+            together(groups, score)
+    elif any(gather(_is_left(work), groups)):  # killed when all was scored
+        with work_folder(work, groups):
+            pass
     return sum_reduce(found, groups).sum(0)
 
 
-def loaded_places(
+def _is_left(work: Work) -> bool:
+    return work.auto.checkpoint is not None and (work.auto.checkpoint / _FOLDER).exists()
+
+
+@contextmanager
+def work_folder(work: Work, groups: Groups) -> Iterator[Workplace]:
+    """Hold the folder in which hidden states and scores are kept until all is scored.
+
+    It lies in that of the scores, where the next search finds it; else it is a temporary one.
+    """
+    made_of = digest_of([work.about, groups.size, work.calibration.expert_share])
+    if work.auto.checkpoint is None:
+        with TemporaryDirectory(prefix="megatron_quant_") as folder:
+            place = Workplace(Path(folder), made_of, Existing.REFUSE, groups)
+            try:
+                yield place
+            finally:
+                place.leave()
+        return
+    kept = work.auto.checkpoint / _FOLDER
+    place = Workplace(kept, made_of, Existing.RESUME, groups, anew=True)
+    try:
+        yield place
+    except QuantError as error:
+        if not isinstance(error, ExportError | LostRankError):
+            place.remove()  # the next search would fail alike
+        raise
+    else:
+        place.remove()
+    finally:
+        place.leave()
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A model that runs a layer at a time, and the places in it.
+
+    Attributes:
+        source: The checkpoint.
+        borders: What a forward over this rank's batches left.
+        fit: The places.
+    """
+
+    source: Path
+    borders: Borders
+    fit: Fit
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """Return the model."""
+        return self.borders.skeleton.model
+
+
+def measured_layers(
     work: Work,
     source: Path,
     batches: Sequence[torch.Tensor],
+    place: Workplace,
     groups: Groups,
     phases: Phases,
-) -> "tuple[PreTrainedModel, list[PlaceWeights]]":
-    """Load the model, find the places in it, and measure their inputs. Collective."""
+) -> tuple[Layers | None, Seen]:
+    """Run the batches forward, and measure the inputs of places. Collective.
+
+    Args:
+        work: What is scored.
+        source: The checkpoint.
+        batches: This rank's, int64 [B, S] each.
+        place: Where hidden states are kept.
+        groups: The ranks.
+        phases: Where progress is shown.
+
+    Returns:
+        The layers, None for a rank without batches, and what it has seen.
+
+    Raises:
+        CalibrationError: On every rank, where the model cannot be run layer by layer.
+    """
     # Imported here: transformers takes seconds to load.
-    from megatron_quant.evaluation import dense_model
-    from megatron_quant.streaming import WeightInputAmax, forced_experts, quiet
+    from megatron_quant.evaluation import empty_model
+    from megatron_quant.streaming import Headed, quiet
 
     target, plans = work.plan.target, work.plan.plans
-    of_slot = {slot.name: slot for slot in slots(target.params)}
     static = {p.name: p for q in plans.values() for p in static_inputs(q, target.params)}
+    heads = [s.module for p in target.params if p.role is Role.OUTPUT for s in p.sources]
 
-    def load() -> "tuple[PreTrainedModel, WeightInputAmax]":
+    def build() -> Skeleton:
+        stored = open_stored(source)
         with quiet():
-            model = dense_model(source, target.dtype, work.auto.head)
-        model.requires_grad_(False)
-        return model, WeightInputAmax(watched(model, list(static.values())))
+            model, weight = empty_model(stored, target.dtype, work.auto.head)
+        headed = Headed(model, next(iter(heads), ""), weight)
+        return Skeleton(stored, target.dtype, headed)
 
-    with phases.time("load"):
-        model, seen = together(groups, load)
+    def walk(skeleton: Skeleton, progress: Callable[[int], None]) -> Walk:
+        _fit(work, skeleton.model, {}).check()
+        return Walk(
+            skeleton=skeleton,
+            params=list(static.values()),
+            batches=batches,
+            place=place,
+            on_batch=progress,
+            caches=work.caches,
+            expert_share=work.calibration.expert_share,
+            keep=True,
+        )
 
-    def measure() -> None:
-        with (
-            phases.bar("calibrate", len(batches)) as progress,
-            torch.no_grad(),
-            seen,
-            forced_experts(model, work.calibration.expert_share, seen),
-            _head_watched(model, [p.name for p in static.values() if not keys_of(p)], seen),
-        ):
-            for ids in batches if static else ():
-                run_model(model, ids)
-                progress(1)
+    def steps(skeleton: Skeleton) -> int:
+        heads = any(p.role is Role.OUTPUT for p in static.values())
+        return (len(skeleton.layers) + heads) * len(batches)
 
-    together(groups, measure)
+    seen, borders, reason = walked(build, walk, steps, groups, phases)
+    if reason:
+        raise _refused(source, reason)
     cold = work.calibration.cold_experts
     scales: dict[str, torch.Tensor] = {}
     for quant in plans.values():
         params = static_inputs(quant, target.params)
-        scales |= merge_amaxes(quant, params, input_keys, seen.found.amax, cold, groups).scales
-    sharing = per_expert if target.expert_scales == "per_expert" else shared
-    problem = work.plan.problem
-    return model, place_weights(model, problem, target.params, of_slot, sharing, scales)
+        scales |= merge_amaxes(quant, params, input_keys, seen.amax, cold, groups).scales
+    if borders is None:
+        return None, seen
+    return Layers(source, borders, _fit(work, borders.skeleton.model, scales)), seen
+
+
+def _fit(work: Work, model: "PreTrainedModel", scales: dict[str, torch.Tensor]) -> Fit:
+    target = work.plan.target
+    return Fit(
+        model=model,
+        problem=work.plan.problem,
+        params=target.params,
+        slots={slot.name: slot for slot in slots(target.params)},
+        sharing=per_expert if target.expert_scales == "per_expert" else shared,
+        input_amax=scales,
+    )
 
 
 @contextmanager
-def _head_watched(
-    model: "PreTrainedModel", names: Sequence[str], seen: "WeightInputAmax"
-) -> Iterator[None]:
-    """Measure the inputs of the output layer, whose slot is the only one of ``names``."""
-    head = model.get_output_embeddings()
-    if not names or head is None:
-        yield
-        return
+def walkable(source: Path) -> Iterator[None]:
+    """Raise CalibrationError where a model turns out not to run layer by layer."""
+    from megatron_quant.streaming import CannotWalk
 
-    def measure(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        for name in names:
-            found = amax(args[0])
-            seen.found.amax[name] = torch.maximum(seen.found.amax.get(name, found), found)
-
-    hook = head.register_forward_pre_hook(measure)
     try:
         yield
-    finally:
-        hook.remove()
+    except CannotWalk as reason:
+        raise _refused(source, str(reason)) from None
+
+
+def _refused(source: Path, reason: str) -> CalibrationError:
+    return CalibrationError(
+        f"{source}: transformers' model cannot run layer by layer ({reason}), and so is not "
+        "scored: search with Megatron's model, without --stream"
+    )
+
+
+def _by_gradient(work: Work, layers: Layers, place: Workplace, phases: Phases) -> torch.Tensor:
+    """Return the scores, fp64 [batches, options of all places]."""
+    borders = layers.borders
+    count = len(borders.batches)
+    with phases.bar("score", (1 + borders.layers) * count) as progress, walkable(layers.source):
+        return Backward(
+            borders=borders,
+            fit=layers.fit,
+            loss=work.loss,
+            files=place.gradients,
+            progress=Progress(place.scores, place.made_of, (count, work.options)),
+            on_batch=progress,
+        ).run()
+
+
+def _by_divergence(work: Work, layers: Layers, place: Workplace, phases: Phases) -> torch.Tensor:
+    """Return the scores, fp64 [batches, options of all places]."""
+    problem = work.plan.problem
+    cast = partial(RoundedCache, layers.model, None)
+    changed = [
+        (p, option, problem.columns[p.name].start + i)
+        for p in problem.places
+        for i, option in enumerate(p.options)
+        if option.changes
+    ]
+    changes = [Change({}, cast) if p.cached else Change({p.name: o.rule}) for p, o, _ in changed]
+    found = torch.zeros(len(layers.borders.batches), work.options, dtype=torch.float64)
+    measured = divergences(layers, changes, place, phases)
+    for (p, option, column), own in zip(changed, measured.T, strict=True):
+        for score in own.tolist():
+            check_score("kl_div", score, p.name, option.action)
+        found[:, column] = own.clamp(min=0)
+    return found
+
+
+def divergences(
+    layers: Layers, changes: Sequence[Change], place: Workplace, phases: Phases
+) -> torch.Tensor:
+    """Return the sums of the KL divergence of each change, fp64 [batches, changes]."""
+    count = len(layers.borders.batches)
+    work = Divergences(
+        borders=layers.borders,
+        fit=layers.fit,
+        changes=changes,
+        files=place.changed,
+        progress=Progress(place.scores, place.made_of, (count, len(changes))),
+        on_batch=lambda n: None,
+    )
+    with phases.bar("score", work.steps) as progress, walkable(layers.source):
+        return replace(work, on_batch=progress).run()
+
+
+_SCORED = {"gradient": _by_gradient, "kl_div": _by_divergence}

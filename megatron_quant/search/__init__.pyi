@@ -1,17 +1,19 @@
-from .ablation import ablated as ablated
 from .ablation import families as families
 from .ablation import option_of as option_of
-from .cache import MeasuredCache as MeasuredCache
+from .backward import Backward as Backward
 from .cache import RoundedCache as RoundedCache
-from .cache_scores import CACHE_SCORERS as CACHE_SCORERS
 from .calls import detached as detached
 from .calls import first_output as first_output
+from .divergence import Change as Change
+from .divergence import Divergences as Divergences
 from .found import to_recipe as to_recipe
 from .found import write_recipe as write_recipe
 from .loss import Loss as Loss
 from .loss import check_loss as check_loss
 from .loss import check_score as check_score
 from .loss import next_token_loss as next_token_loss
+from .memory import ScoreMemory as ScoreMemory
+from .memory import score_memory as score_memory
 from .mixtures import check_mixtures as check_mixtures
 from .names import COSTS as COSTS
 from .names import KV_CACHE as KV_CACHE
@@ -22,32 +24,32 @@ from .places import find_problem as find_problem
 from .problem import Place as Place
 from .problem import Problem as Problem
 from .problem import check_bits as check_bits
-from .scoring import SCORERS as SCORERS
+from .progress import Progress as Progress
 from .store import Scored as Scored
 from .store import ScoreStore as ScoreStore
 from .store import by_place as by_place
 from .summary import Choice as Choice
-from .weights import PlaceWeights as PlaceWeights
-from .weights import place_weights as place_weights
+from .weights import Fit as Fit
 
 __all__ = [
-    "CACHE_SCORERS",
     "COSTS",
     "KV_CACHE",
     "METHODS",
     "NONE",
-    "SCORERS",
+    "Backward",
+    "Change",
     "Choice",
+    "Divergences",
+    "Fit",
     "Loss",
-    "MeasuredCache",
     "Model",
     "Place",
-    "PlaceWeights",
     "Problem",
+    "Progress",
     "RoundedCache",
+    "ScoreMemory",
     "ScoreStore",
     "Scored",
-    "ablated",
     "by_place",
     "check_bits",
     "check_loss",
@@ -59,7 +61,7 @@ __all__ = [
     "first_output",
     "next_token_loss",
     "option_of",
-    "place_weights",
+    "score_memory",
     "to_recipe",
     "write_recipe",
 ]

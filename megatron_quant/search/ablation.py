@@ -3,17 +3,14 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from megatron_quant.recipes import Rule
 from megatron_quant.search.problem import Option, Place
-from megatron_quant.search.weights import Held, PlaceWeights
+from megatron_quant.search.weights import PlaceWeights
 from megatron_quant.weight_inputs import Watched, WeightInputs
 
 _LAYER = re.compile(r".*?\blayers\.(\d+)\.")
@@ -58,64 +55,33 @@ def option_of(place: Place, candidate: str) -> Option | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Module:
-    """A module's parameters that are rounded while it runs, and those that wait meanwhile."""
-
-    weights: PlaceWeights
-    rule: Rule
-    held: tuple[Held, ...]
-    kept: list[torch.Tensor]
-
-    def before(self, module: nn.Module, args: Any) -> None:
-        """Round the parameters; a forward pre-hook."""
-        for held in self.held:
-            rounded = self.weights.rounded(held, self.rule)
-            self.kept.append(held.parameter.clone())
-            held.parameter.copy_(rounded)
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Put the parameters back; a forward hook, called after an error too."""
-        for held, parameter in zip(self.held, self.kept, strict=False):
-            held.parameter.copy_(parameter)
-        self.kept.clear()
-
-
 @contextmanager
-def ablated(model: PreTrainedModel, chosen: Sequence[tuple[PlaceWeights, Rule]]) -> Iterator[None]:
-    """Run the model, while the context lasts, with places and their inputs rounded.
+def ablated(chosen: Sequence[tuple[PlaceWeights, Rule]]) -> Iterator[None]:
+    """Run a model, while the context lasts, with places and their inputs rounded.
 
-    A module's weights are rounded when it is called and put back when it returns: memory does not
-    grow with the number of places. Call it without gradients.
+    The weights are rounded now, and put back at the end: both are in memory. Call it without
+    gradients.
 
     Args:
-        model: The model.
         chosen: The places, and how each is rounded.
     """
-    hooks: list[Any] = []
-    watched: list[Watched] = []
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     rounding: dict[str, Any] = {}
-    for weights, rule in chosen:
-        weights.measure()
-        by_module: dict[str, list[Held]] = {}
-        for held in weights.held:
-            by_module.setdefault(held.name.rpartition(".")[0], []).append(held)
-        for name, own in by_module.items():
-            module, rounded = model.get_submodule(name), _Module(weights, rule, tuple(own), [])
-            hooks.append(module.register_forward_pre_hook(rounded.before))
-            hooks.append(module.register_forward_hook(rounded.after, always_call=True))
-        if rule.inputs is not None:
-            names = [s.name for h in weights.held for s in h.slots]
+    watched: list[Watched] = []
+    for weights, rule in (pair for pair in chosen if pair[1].inputs is not None):
+        for h in weights.held:
+            names = tuple(s.name for s in h.slots)
             rounding |= dict.fromkeys(names, weights.round_inputs(rule))
-            watched += [
-                Watched(h.parameter.data, tuple(s.name for s in h.slots)) for h in weights.held
-            ]
+            watched.append(Watched(h.parameter, names))
     try:
+        for h, rounded in ((h, w.rounded(h, rule)) for w, rule in chosen for h in w.held):
+            kept.append((h.parameter, h.parameter.clone()))
+            h.parameter.copy_(rounded)
         with WeightInputs(watched, partial(_rounded_input, rounding)):
             yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for parameter, values in kept:
+            parameter.copy_(values)
 
 
 def _rounded_input(rounding: dict[str, Any], name: str, x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
+from itertools import accumulate
 from math import floor, inf, isfinite, lcm
 
 from megatron_quant.errors import RecipeError
@@ -95,6 +97,18 @@ class Problem:
     candidates: tuple[str, ...]
     left: tuple[str, ...] = ()
     kv_cache: str = ""
+
+    @property
+    def cache(self) -> Place | None:
+        """Return the place of the KV cache, if that is one."""
+        return next((place for place in self.places if place.cached), None)
+
+    @cached_property
+    def columns(self) -> dict[str, slice]:
+        """Return where the options of each place are among those of all, by its name."""
+        ends = [*accumulate(len(p.options) for p in self.places)]
+        parts = zip(self.places, ends, strict=True)
+        return {p.name: slice(end - len(p.options), end) for p, end in parts}
 
     def restricted(self, candidates: Sequence[str]) -> "Problem":
         """Return the problem with some of its candidates, and ``none``.

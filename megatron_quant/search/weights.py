@@ -1,6 +1,6 @@
 """Run a part of transformers' model with one place rounded as an option says."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,10 +104,6 @@ class PlaceWeights:
         stat = searched_stat(w_NK, decision, largest, (0, 0))
         return fake_quant(w_NK, fmt, tensor_scale(largest, fmt) if fmt.tensor_scale else None, stat)
 
-    def measure(self) -> None:
-        """Measure the weights now; called where they are changed later."""
-        _ = self._amaxes
-
     def round_inputs(self, rule: Rule) -> Callable[[str, torch.Tensor], torch.Tensor]:
         """Return a function that rounds the inputs of a slot, given its name and the inputs."""
         fmt = rule.inputs
@@ -128,45 +124,72 @@ class Inputs:
     kwargs: Mapping[str, Any]
 
 
-def place_weights(
-    model: PreTrainedModel,
-    problem: Problem,
-    params: Sequence[Param],
-    slots: Mapping[str, Slot],
-    sharing: Sharing,
-    input_amax: Mapping[str, torch.Tensor],
-) -> list[PlaceWeights]:
-    """Find the weights of every place in transformers' model.
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """All that it takes to find the weights of places in transformers' model.
 
-    Args:
+    Attributes:
         model: The model.
         problem: The places.
         params: The model's logical parameters.
         slots: Their slots, by name.
         sharing: Slot -> name of its scale.
         input_amax: Amax of inputs by slot, of those that have a static scale.
-
-    Raises:
-        CheckpointError: For a weight that no parameter holds.
     """
-    of_module = {m: place.name for place in problem.places for m in place.modules}
-    wanted = [p for p in params if p.sources[0].module in of_module and len(p.shape) == 2]
-    by_key = {key: p for p in wanted for key in keys_of(p)}
-    names = {p.data_ptr(): name for name, p in model.named_parameters()}
-    found: dict[str, list[Held]] = {place.name: [] for place in problem.places}
-    for w in watched(model, wanted):
-        members = [by_key[key] for key in w.keys]
-        held = _held(model, names[w.parameter.data_ptr()], w.parameter, members, slots)
-        found[of_module[members[0].sources[0].module]].append(held)
-    for param in (p for p in wanted if not keys_of(p)):  # the output layer
-        head = model.get_output_embeddings().weight.data
-        held = Held(names[head.data_ptr()], head, (slots[param.name],), False)
-        found[of_module[param.sources[0].module]].append(held)
-    return [
-        PlaceWeights(place=p, held=tuple(found[p.name]), sharing=sharing, input_amax=input_amax)
-        for p in problem.places
-        if not p.cached
-    ]
+
+    model: PreTrainedModel
+    problem: Problem
+    params: Sequence[Param]
+    slots: Mapping[str, Slot]
+    sharing: Sharing
+    input_amax: Mapping[str, torch.Tensor]
+
+    def layer_of(self, place: Place) -> int | None:
+        """Return the decoder layer of a place of weights; None for the output layer."""
+        return self._layers[place.modules[0]]
+
+    @cached_property
+    def _layers(self) -> dict[str, int | None]:
+        return {
+            s.module: None if p.layer is None else int(p.layer)
+            for p in self.params
+            for s in p.sources
+        }
+
+    def check(self) -> None:
+        """Raise CheckpointError for a place with a weight that no parameter holds."""
+        modules = {m for place in self.problem.places for m in place.modules}
+        watched(self.model, self._wanted(modules))
+
+    def _wanted(self, modules: Container[str]) -> list[Param]:
+        return [p for p in self.params if p.sources[0].module in modules and len(p.shape) == 2]
+
+    def at(self, layer: int | None) -> list[PlaceWeights]:
+        """Find the weights of a layer's places; of the output layer with None.
+
+        They must be loaded, and stay so for as long as the result is used.
+        """
+        places = [p for p in self.problem.places if not p.cached and self.layer_of(p) == layer]
+        of_module = {m: place.name for place in places for m in place.modules}
+        wanted = self._wanted(of_module)
+        by_key = {key: p for p in wanted for key in keys_of(p)}
+        names = {p.data_ptr(): name for name, p in self.model.named_parameters()}
+        found: dict[str, list[Held]] = {place.name: [] for place in places}
+        for w in watched(self.model, wanted):
+            members = [by_key[key] for key in w.keys]
+            held = _held(
+                self.model, names[w.parameter.data_ptr()], w.parameter, members, self.slots
+            )
+            found[of_module[members[0].sources[0].module]].append(held)
+        for param in (p for p in wanted if not keys_of(p)):  # the output layer
+            head = self.model.get_output_embeddings().weight.data
+            held = Held(names[head.data_ptr()], head, (self.slots[param.name],), False)
+            found[of_module[param.sources[0].module]].append(held)
+        sharing, amaxes = self.sharing, self.input_amax
+        return [
+            PlaceWeights(place=p, held=tuple(found[p.name]), sharing=sharing, input_amax=amaxes)
+            for p in places
+        ]
 
 
 def _held(

@@ -36,14 +36,21 @@ from .scales import shared_amaxes as shared_amaxes
 from .scales import slot_amaxes as slot_amaxes
 from .search import searched_stat as searched_stat
 from .skeleton import CannotWalk as CannotWalk
+from .skeleton import Headed as Headed
 from .skeleton import Skeleton as Skeleton
+from .stages import Call as Call
+from .states import StatesFile as StatesFile
+from .walk import Borders as Borders
 from .walk import Walk as Walk
 from .walk import steps as steps
 from .workplace import Workplace as Workplace
 
 __all__ = [
+    "Borders",
+    "Call",
     "CannotWalk",
     "FoldedSums",
+    "Headed",
     "InputAmaxes",
     "InputSums",
     "LayerMemory",
@@ -54,6 +61,7 @@ __all__ = [
     "Seen",
     "Sharing",
     "Skeleton",
+    "StatesFile",
     "SumsFile",
     "Walk",
     "WeightInputAmax",

@@ -5,11 +5,12 @@ through the conversion and the initialization that ``from_pretrained`` gives to 
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from megatron_quant.ckpt.read import Weights, stacked
 from megatron_quant.errors import ArchitectureError, CheckpointError
@@ -22,8 +23,29 @@ class CannotWalk(Exception):
     """A model cannot be run layer by layer; the message says why."""
 
 
+@dataclass(frozen=True)
+class Headed:
+    """A model with its output layer, in place of the base model.
+
+    Attributes:
+        model: It, on the meta device.
+        module: The output layer's name in the checkpoint; empty where it has none.
+        weight: The output layer, [V, K], where it lies outside of the checkpoint.
+    """
+
+    model: PreTrainedModel
+    module: str = ""
+    weight: torch.Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name of the output layer's weight in the model."""
+        layer = self.model.get_output_embeddings()
+        return next(f"{n}.weight" for n, m in self.model.named_modules() if m is layer)
+
+
 class Skeleton:
-    """The base model (no head) on the meta device; buffers that no checkpoint stores are real.
+    """A model on the meta device; buffers that no checkpoint stores are real.
 
     Attributes:
         model: The model, in evaluation mode.
@@ -31,31 +53,26 @@ class Skeleton:
         layers: Its decoder layers, in their order.
     """
 
-    def __init__(self, source: Weights, dtype: torch.dtype) -> None:
+    def __init__(self, source: Weights, dtype: torch.dtype, headed: Headed | None = None) -> None:
         """Build the model of the config.
 
         Args:
             source: The checkpoint, by the names that transformers loads.
             dtype: Dtype of the model.
+            headed: The model; None for the base model, which has no output layer.
 
         Raises:
             CannotWalk: Where this release of transformers cannot do that.
             CheckpointError: Where it has no class for the model.
         """
-        self._source, self._dtype = source, dtype
+        self._source, self._dtype, self._headed = source, dtype, headed
         config = transformers_config(source.path, source.config, WITHOUT)
         vars(config).pop("quantization_config", None)  # the weights are read decoded
         try:
             # Here: where this release of transformers lacks it, models are loaded whole.
             from megatron_quant.streaming.part_loading import make_buffers
 
-            with quiet(), torch.device("meta"):
-                self.model: PreTrainedModel = AutoModel.from_config(
-                    config,
-                    dtype=dtype,
-                    trust_remote_code=False,
-                    experts_implementation="eager",
-                ).eval()
+            self.model = headed.model if headed else _base(config, dtype)
             make_buffers(self.model, dtype)
             parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
             self.prefix = decoder_of(parameters)
@@ -118,8 +135,14 @@ class Skeleton:
         return stacked(views, shapes, partial(self._read, source)) if whole_ones else {}
 
     def fill_rest(self) -> None:
-        """Load the weights of the text decoder outside of its layers."""
-        self._load({n: self._read(self._source, n) for n in self._names(self._source, None)})
+        """Load the weights of the text decoder outside of its layers, its output layer included."""
+        tensors = {n: self._read(self._source, n) for n in self._names(self._source, None)}
+        if self._headed is not None and self._headed.weight is not None:
+            tensors[self._headed.name] = self._headed.weight
+        self._load(tensors)
+        head = self.model.get_output_embeddings()
+        if head is not None and head.weight.device.type == "meta":
+            self.model.tie_weights(recompute_mapping=False)
 
     def empty(self) -> None:
         """Give up every weight that is loaded."""
@@ -135,11 +158,14 @@ class Skeleton:
 
     def _names(self, source: Weights, layer: int | None) -> Iterator[str]:
         at = f"{self._own}layers."
+        head = f"{self._headed.module}." if self._headed and self._headed.module else None
         for name in source:
             if layer is not None:
                 if name.startswith(f"{at}{layer}."):
                     yield name
-            elif name.startswith(self._own) and not name.startswith(at):
+            elif (name.startswith(self._own) and not name.startswith(at)) or (
+                head is not None and name.startswith(head)
+            ):
                 yield name
 
     def _load(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -147,6 +173,7 @@ class Skeleton:
 
         try:
             odd = load_part(self.model, tensors, self._dtype)
+            self.model.requires_grad_(False)
         except Exception as e:  # transformers raises whatever a conversion does
             raise CheckpointError(
                 f"{self._source.path}: transformers cannot load the model ({one_line(e)}); pass "
@@ -163,3 +190,12 @@ class Skeleton:
         assert info is not None, name
         found = source.read(name, whole(info.shape))
         return found.to(self._dtype) if info.decoded else found
+
+
+def _base(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the base model on the meta device."""
+    with quiet(), torch.device("meta"):
+        model: PreTrainedModel = AutoModel.from_config(
+            config, dtype=dtype, trust_remote_code=False, experts_implementation="eager"
+        ).eval()
+    return model

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from megatron_quant.streaming.caches import CacheAmax
 from megatron_quant.streaming.model import one_line
 from megatron_quant.streaming.skeleton import CannotWalk, Skeleton
 
@@ -28,15 +27,13 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(
-        self, layer: nn.Module, hidden: torch.Tensor, cache: CacheAmax | None = None
-    ) -> torch.Tensor:
+    def run(self, layer: nn.Module, hidden: torch.Tensor, cache: Any = None) -> torch.Tensor:
         """Return the hidden states that ``layer`` makes of ``hidden``.
 
         Args:
             layer: The layer.
             hidden: What enters it, [B, S, H].
-            cache: Given what the layer would cache, if anything is.
+            cache: Given what the layer would cache, in place of transformers' cache; None for none.
 
         Raises:
             CannotWalk: Where they have another shape, or the layer takes no cache.
@@ -53,10 +50,15 @@ class Call:
         return made
 
     @property
-    def hands_on(self) -> bool:
-        """Return whether a layer has left something for a later one, such as keys and values."""
+    def handed(self) -> list[MutableMapping[Any, Any]]:
+        """Return where layers leave something for later ones, such as keys and values."""
         values = (*self.args, *self.kwargs.values())
-        return any(len(v) > 0 for v in values if isinstance(v, MutableMapping))
+        return [v for v in values if isinstance(v, MutableMapping)]
+
+    @property
+    def hands_on(self) -> bool:
+        """Return whether a layer has left something for a later one."""
+        return any(len(v) > 0 for v in self.handed)
 
 
 def _alone(hidden: torch.Tensor) -> Any:
@@ -99,17 +101,31 @@ class Calls:
         Raises:
             CannotWalk: Where the model's forward fails.
         """
-        found: torch.Tensor = self._run(ids, lambda *args: hidden).last_hidden_state
+        base = self.skeleton.model.base_model
+        found: torch.Tensor = self._run(base, ids, lambda *args: hidden).last_hidden_state
         return found
+
+    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, S, V] that a model with an output layer makes of hidden states.
+
+        Args:
+            ids: Token ids, int64 [B, S].
+            hidden: What its last layer makes of them.
+
+        Raises:
+            CannotWalk: Where the model's forward fails.
+        """
+        logits: torch.Tensor = self._run(self.skeleton.model, ids, lambda *args: hidden).logits
+        return logits
 
     def _try(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
         recorder = _Recorder(self._once)
-        self._run(ids, recorder.record)
+        self._run(self.skeleton.model.base_model, ids, recorder.record)
         if len(recorder.calls) != len(self.skeleton.layers) or recorder.hidden is None:
             raise CannotWalk("its forward does not run every layer once")
         return recorder.hidden, recorder.calls
 
-    def _run(self, ids: torch.Tensor, stage: "_OnStage") -> Any:
+    def _run(self, model: nn.Module, ids: torch.Tensor, stage: "_OnStage") -> Any:
         """Run a forward with a stand-in for every layer, which returns what ``stage`` does."""
 
         def given(*args: Any) -> Any:
@@ -118,7 +134,7 @@ class Calls:
         layers = self.skeleton.layers
         self.skeleton.put([_Stage(layer, i, given) for i, layer in enumerate(layers)])
         try:
-            return self.skeleton.model(input_ids=ids, use_cache=False)
+            return model(input_ids=ids, use_cache=False)
         except CannotWalk:
             raise
         except Exception as e:  # a model's code may need what is not loaded

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 
 import torch
@@ -22,6 +23,36 @@ from megatron_quant.streaming.states import StatesFile
 from megatron_quant.streaming.workplace import Come, Workplace
 
 
+@dataclass(frozen=True, kw_only=True)
+class Borders:
+    """The borders that a walk leaves behind, to run its layers again.
+
+    Attributes:
+        skeleton: The model.
+        find: What makes logits of what leaves the last layer.
+        calls: Each layer's call, of each batch.
+        batches: Token ids, int64 [B, S] each.
+        states: Layer -> the hidden states that enter it; of the number of layers, those that leave
+            the last.
+    """
+
+    skeleton: Skeleton
+    find: Calls
+    calls: Sequence[Sequence[Call]]
+    batches: Sequence[torch.Tensor]
+    states: Callable[[int], StatesFile]
+
+    @property
+    def layers(self) -> int:
+        """Return how many layers there are."""
+        return len(self.skeleton.layers)
+
+    @property
+    def hands_on(self) -> bool:
+        """Return whether layers have left something for later ones in memory."""
+        return any(call.hands_on for of_batch in self.calls for call in of_batch)
+
+
 @dataclass(kw_only=True)
 class Walk:
     """A walk through the layers with this rank's batches.
@@ -39,6 +70,8 @@ class Walk:
         expert_share: Share of a layer's experts that each token is given to while those are
             measured; None for the experts that the router chose.
         input_amax: Amax of inputs by slot, fp32 [], where their scale counts for what codes lose.
+        keep: Keep the hidden states at every border, from those that enter the first layer to those
+            that leave the last.
         behind: The weights of a layer once they are quantized by its sums, which the layers after
             it are measured behind; None to measure all behind the checkpoint's own.
     """
@@ -53,21 +86,25 @@ class Walk:
     expert_share: float | None = None
     input_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
     behind: Weights | None = None
+    keep: bool = False
     _seen: Seen = field(default_factory=Seen)
     _digests: list[str] = field(default_factory=list)
+    _kept: list[str] = field(default_factory=list)
 
     @property
     def layers(self) -> int:
         """Return how many layers have something to measure, or come before one that has."""
         every = len(self.skeleton.layers)
-        return min(every, steps(self.params, self.caches, every))
+        return every if self.keep else min(every, steps(self.params, self.caches, every))
 
     @property
     def _heads(self) -> list[Param]:
         return [p for p in self.params if p.role is Role.OUTPUT]
 
-    def run(self) -> Seen:
-        """Return what the inputs of weights were; begin where the last run stopped.
+    def run(self) -> tuple[Seen, "Borders | None"]:
+        """Return what the inputs of weights were, and the borders; begin where a run stopped.
+
+        Of the borders only those that are kept have their hidden states. None without batches.
 
         Raises:
             CannotWalk: Where the model cannot be run layer by layer.
@@ -82,17 +119,15 @@ class Walk:
         if come is None and self.sums is not None:
             self.sums.create()
         if not self.batches:
-            return self._seen
+            return self._seen, None
         find, calls, states, digest = self._enter(write=come is None)
-        if come is not None:
-            states = self._states(come.layer, states)
-            needed = come.layer < self.layers or self._heads
-            if needed and not states.is_intact(come.digest):
-                come = None
-                find, calls, states, digest = self._enter(write=True)
+        if come is not None and not self._has_states(come, states):
+            come = None
+            find, calls, states, digest = self._enter(write=True)
         if come is None:
-            come = Come(layer=0, digest=digest)
+            come = Come(layer=0, digest=digest, kept=[digest] if self.keep else [])
             self.place.save(come)
+        states, self._kept = self._states(come.layer, states), list(come.kept)
         amax = {key: torch.tensor(value) for key, value in come.seen.items()}
         self._seen, self._digests = Seen(amax, dict(come.tokens)), list(come.sums)
         self.on_batch(come.layer * len(self.batches))
@@ -100,7 +135,26 @@ class Walk:
             states = self._layer(layer, [of_batch[layer] for of_batch in calls], states)
         if self._heads:
             self._rest(find, states)
-        return self._seen
+        borders = Borders(
+            skeleton=self.skeleton,
+            find=find,
+            calls=calls,
+            batches=self.batches,
+            states=partial(self._states, like=states),
+        )
+        return self._seen, borders
+
+    def _has_states(self, come: Come, like: StatesFile) -> bool:
+        """Return whether the hidden states that come next, or all that are kept, are intact."""
+        if self.keep:
+            wanted = dict(enumerate(come.kept)) if len(come.kept) == come.layer + 1 else {}
+        else:
+            wanted = {come.layer: come.digest}
+            if come.layer == self.layers and not self._heads:
+                return True
+        return bool(wanted) and all(
+            self._states(layer, like).is_intact(digest) for layer, digest in wanted.items()
+        )
 
     def _has_sums(self, come: Come) -> bool:
         """Return whether the sums of the layers before are as they were written."""
@@ -177,7 +231,7 @@ class Walk:
                 self.on_batch(1)
 
         later, digest = self._states(layer + 1, states), ""
-        last = layer + 1 == self.layers and not self._heads
+        last = layer + 1 == self.layers and not self._heads and not self.keep
         if last or self.behind is not None:
             for _ in made():
                 pass
@@ -195,6 +249,8 @@ class Walk:
             digest = later.write(self._through(module, calls, states))
         self.skeleton.empty()
         give_back()
+        if self.keep:
+            self._kept.append(digest)
         if not any(call.hands_on for call in calls):  # else what is handed on is nowhere but here
             seen = {key: value.item() for key, value in self._seen.amax.items()}
             come = Come(
@@ -203,9 +259,11 @@ class Walk:
                 seen=seen,
                 tokens=self._seen.tokens,
                 sums=self._digests,
+                kept=self._kept,
             )
             self.place.save(come)
-        states.path.unlink(missing_ok=True)
+        if not self.keep:
+            states.path.unlink(missing_ok=True)
         return later
 
     def _rest(self, find: Calls, states: StatesFile) -> None:

@@ -20,8 +20,8 @@ from megatron_quant.errors import CheckpointError, ExportError
 
 DOCUMENT = "megatron_quant_calibration.json"
 _OWN = re.compile(
-    rf"{re.escape(DOCUMENT)}(\.new)?"
-    r"|(scales-)?rank-\d+\.(json(\.new)?|(layer-\d+|sums)\.safetensors)"
+    rf"{re.escape(DOCUMENT)}(\.new)?|(scales-)?rank-\d+\.(json(\.new)?|scores\.safetensors(\.new)?|"
+    r"(layer-\d+|gradients-\d+|change-\d+\.layer-\d+|sums)\.safetensors)"
 )
 
 
@@ -35,6 +35,7 @@ class Come:
         seen: Largest inputs in the layers before it, by key.
         tokens: Tokens of experts in these layers, by key.
         sums: Digest of the sums of each of these layers.
+        kept: Digest of the hidden states at each border up to here, where they are kept.
     """
 
     layer: int
@@ -42,6 +43,7 @@ class Come:
     seen: Mapping[str, float] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
     sums: Sequence[str] = ()
+    kept: Sequence[str] = ()
 
 
 class Workplace:
@@ -52,14 +54,22 @@ class Workplace:
         made_of: Digest of all that the result depends on; kept as an attribute.
         existing: What to do with a calibration that is there.
         groups: This rank's groups.
+        anew: Begin anew, rather than refuse, where another one is to be resumed.
 
     Raises:
         ExportError: On every rank, where :func:`check_workplace` does, for a calibration of
             something else, and where another run is at it.
     """
 
-    def __init__(self, folder: Path, made_of: str, existing: Existing, groups: Groups) -> None:
-        self._folder, self.made_of, self._groups = folder, made_of, groups
+    def __init__(
+        self,
+        folder: Path,
+        made_of: str,
+        existing: Existing,
+        groups: Groups,
+        anew: bool = False,
+    ) -> None:
+        self._folder, self.made_of, self._groups, self._anew = folder, made_of, groups, anew
         self._lock: Lock | None = None
         self._walk = ""
         together(groups, lambda: self._claim(existing) if groups.rank == 0 else None)
@@ -70,14 +80,15 @@ class Workplace:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self._folder)
             begun = _begun(self._folder)
-            if begun is not None and existing is Existing.RESUME and begun != self.made_of:
+            other = begun is not None and begun != self.made_of
+            if other and existing is Existing.RESUME and not self._anew:
                 self._lock.release()
                 raise ExportError(
                     f"{self._folder} holds the calibration of another run (other ranks, --dtype, "
                     "source, recipe or calibration text); --resume with what it was started with, "
                     "start anew with --overwrite, or choose another --export-dir"
                 )
-            if existing is not Existing.RESUME:
+            if other or existing is not Existing.RESUME:
                 _clear(self._folder)
             content = json.dumps({"made_of": self.made_of}).encode()
             _replace(self._folder / DOCUMENT, content)
@@ -92,6 +103,19 @@ class Workplace:
         """Return this rank's file for the hidden states that enter ``layer``."""
         return self._own(f"layer-{layer}.safetensors")
 
+    def gradients(self, layer: int) -> Path:
+        """Return this rank's file for the gradients of what enters ``layer``."""
+        return self._own(f"gradients-{layer}.safetensors")
+
+    def changed(self, change: int, layer: int) -> Path:
+        """Return this rank's file for what enters ``layer`` under a change of the model."""
+        return self._own(f"change-{change}.layer-{layer}.safetensors")
+
+    @property
+    def scores(self) -> Path:
+        """Return this rank's file for the scores that are there so far."""
+        return self._own("scores.safetensors")
+
     def sums(self, rank: int) -> Path:
         """Return a rank's file for the sums of squares and products of inputs."""
         return self._folder / f"rank-{rank}.sums.safetensors"
@@ -104,12 +128,14 @@ class Workplace:
                 seen = {str(key): float(value) for key, value in found["seen"].items()}
                 tokens = {str(key): int(value) for key, value in found["tokens"].items()}
                 sums = [str(digest) for digest in found["sums"]]
+                kept = [str(digest) for digest in found["kept"]]
                 return Come(
                     layer=int(found["layer"]),
                     digest=str(found["digest"]),
                     seen=seen,
                     tokens=tokens,
                     sums=sums,
+                    kept=kept,
                 )
         return None
 

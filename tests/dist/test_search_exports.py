@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import megatron_quant as mq
-from megatron_quant.search import scoring
+from megatron_quant.streaming import stages
 from tests.dist import checkpoints
 from tests.unit.test_search_scores import search
 
@@ -45,19 +45,19 @@ def test_a_found_recipe_gives_the_same_bytes_at_every_layout(
         assert (out / "model.safetensors").read_bytes() == streamed, sizes
 
 
-def killed_and_continued(source: Path, where: Path) -> tuple[int, list[str], bytes]:
-    own, done = scoring.gradient_scores, []
-
-    def killed(model: Any, places: Any, ids: torch.Tensor, loss: Any) -> torch.Tensor:
-        if len(done) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done.append(1)
-        return own(model, places, ids, loss)
-
+def killed_and_continued(source: Path, where: Path, at: int) -> tuple[int, list[str], bytes]:
     child = os.fork()
     if child == 0:
+        run, left = stages.Call.run, [at]
+
+        def killed(*args: Any) -> torch.Tensor:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return run(*args)
+
         try:
-            scoring.SCORERS["gradient"] = killed
+            stages.Call.run = killed
             search(source, where)
         finally:
             os._exit(1)
@@ -69,9 +69,12 @@ def killed_and_continued(source: Path, where: Path) -> tuple[int, list[str], byt
 def test_a_search_that_is_killed_goes_on_to_the_same_recipe(
     source: Path, tmp_path: Path, ranks: Any
 ) -> None:
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    ((status, kept, recipe),) = ranks(1, killed_and_continued, source, tmp_path / "killed")
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    assert kept == ["batch-0.safetensors", "batch-1.safetensors", "search.json"]
-    assert recipe == search(source, tmp_path / "whole")
+    """In the forward, and in the backward: three batches go through two layers each time."""
+    (tmp_path / "whole").mkdir()
+    wanted = search(source, tmp_path / "whole")
+    for at in (4, 10):
+        where = tmp_path / str(at)
+        where.mkdir()
+        ((status, kept, recipe),) = ranks(1, killed_and_continued, source, where, at)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert kept == ["search.json", "walk"] and recipe == wanted

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 from safetensors.torch import load_file
 
 import megatron_quant as mq
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, CheckpointError, LayoutError, QuantError
-from megatron_quant.evaluation import dense_model
 from megatron_quant.formats import fake_quant, get_format, tensor_scale
 from megatron_quant.runs.batches import calibration_batches
-from megatron_quant.search import MeasuredCache, next_token_loss
+from megatron_quant.search import next_token_loss
 from tests.dist import checkpoints
+from tests.unit.search_world import whole_model
 
 TEXT = Path(__file__)
 DATA = mq.Calibration(
@@ -109,17 +110,21 @@ def test_a_pipeline_changes_no_bit_of_a_score(
     assert torch.equal(one, two) and (one.sum(0)[[0, 1, 3, 4]] > 0).all()
 
 
-class _Kept(MeasuredCache):
+class _Kept(DynamicCache):
     """A cache that keeps its keys and values, and has the graph keep their gradients."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, config: Any, amaxes: dict[int, Any]) -> None:
+        super().__init__(config=config)
+        self.amaxes = amaxes
         self.kept: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *rest: Any) -> Any:
         k.retain_grad()
         v.retain_grad()
         self.kept.append((layer, k, v))
+        before = self.amaxes.get(layer, (torch.zeros(()), torch.zeros(())))
+        largest = (x.detach().abs().max() for x in (k, v))
+        self.amaxes[layer] = tuple(map(torch.maximum, before, largest))
         return super().update(k, v, layer, *rest)
 
 
@@ -128,10 +133,10 @@ def test_a_cache_is_scored_with_the_scales_that_calibration_gives_it(
 ) -> None:
     changes = CACHE | {"formats": cached(tmp_path, "fp8", "fp8_cast"), "bits": 17.0}
     ranks(4, find, source, tmp_path / "live", {"tp": 2, "pp": 2}, "gradient", changes)
-    model = dense_model(source, torch.float32).requires_grad_(False)
+    model = whole_model(source, torch.float32)
     model.get_input_embeddings().weight.requires_grad_(True)
     amaxes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    runs = [_Kept(model, amaxes) for _ in range(4)]
+    runs = [_Kept(model.config, amaxes) for _ in range(4)]
     for ids, cache in zip(calibration_batches(DATA, source, 258), runs, strict=True):
         logits = model(ids, past_key_values=cache, use_cache=True).logits
         next_token_loss(logits.float(), ids).backward()

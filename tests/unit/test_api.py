@@ -19,6 +19,7 @@ SIGNATURES = {
     "format, serve, groups, phases",
     "load_recipe": "name_or_path",
     "plan": "source, recipe, *, parallel, format, serve, write, **flags",
+    "plan_search": "source, auto, *, parallel, calibration, format, serve, write, **flags",
     "quantize": "model, recipe, forward_loop, *, hf_model, expert_scales, calibration, groups",
     "quantize_checkpoint": "source, recipe, out, *, parallel, calibration, format, serve, write, "
     "auto, phases, **flags",
@@ -46,7 +47,7 @@ FIELDS = {
 }
 RESULTS = {
     *("Choices", "ExportPlan", "Exported", "Found", "Job", "Outcome", "Report", "Rewritten"),
-    *("Sensitivity", "StoredTensor", "Streamed"),
+    *("PlannedSearch", "Sensitivity", "StoredTensor", "Streamed"),
 }
 """Types of what functions return."""
 

@@ -15,11 +15,11 @@ from megatron_quant.ckpt.plan import slots
 from megatron_quant.ckpt.read import logical, open_source
 from megatron_quant.dist import Groups
 from megatron_quant.errors import QuantError, RecipeError
-from megatron_quant.evaluation import dense_model
 from megatron_quant.formats import fake_quant, get_format
 from megatron_quant.recipes import load_recipe, parse_recipe, resolve
-from megatron_quant.search import CACHE_SCORERS, Model, Place, Problem, find_problem, to_recipe
+from megatron_quant.search import Model, Place, Problem, find_problem, to_recipe
 from tests.dist import checkpoints
+from tests.unit.search_world import scores, whole_model, work_of
 
 TEXT = Path(__file__)
 CAST = {"rules": [{"quantize": ["*"], "weights": "nvfp4"}], "kv_cache": "fp8_cast"}
@@ -100,10 +100,18 @@ def test_a_bound_that_the_cache_alone_meets(source: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def cache_scores(source: Path, ids: torch.Tensor, method: str, folder: Path) -> list[float]:
+    (folder / "cast.yaml").write_text(json.dumps(CAST))
+    given: dict[str, Any] = {"cost": "active", "context_length": 10, "bits": 15.0}
+    work = work_of(source, [ids], f"{folder / 'cast.yaml'},fp8_channel", method, **given)
+    return scores(work, source)["KV cache"]
+
+
 def test_a_gradient_score_is_gradient_times_change_of_what_is_cached(
-    source: Path, ids: torch.Tensor
+    source: Path, ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    model = dense_model(source, torch.bfloat16).requires_grad_(False)
+    model = whole_model(source)
+    model.get_input_embeddings().weight.requires_grad_(True)
     held: list[torch.Tensor] = []
 
     class Held(DynamicCache):
@@ -124,8 +132,8 @@ def test_a_gradient_score_is_gradient_times_change_of_what_is_cached(
         for x, gradient in zip(held, torch.autograd.grad(loss, held), strict=True):
             change = fp8(x.detach()).float() - x.detach().float()
             wanted += (gradient.float() * change).square().sum().item()
-    found = CACHE_SCORERS["gradient"](model, cache_of(problem(source, 10)), ids)
-    assert found.tolist() == [pytest.approx(wanted, rel=1e-5), 0.0]
+    found = cache_scores(source, ids, "gradient", tmp_path)
+    assert found == [pytest.approx(wanted, rel=1e-5), 0.0]
     assert wanted > 0
 
 
@@ -133,8 +141,10 @@ def fp8(x: torch.Tensor) -> torch.Tensor:
     return fake_quant(x.contiguous(), get_format("fp8"), torch.tensor(1.0))
 
 
-def test_a_divergence_score_is_that_of_the_logits(source: Path, ids: torch.Tensor) -> None:
-    model = dense_model(source, torch.bfloat16).requires_grad_(False)
+def test_a_divergence_score_is_that_of_the_logits(
+    source: Path, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = whole_model(source)
 
     class Cast(DynamicCache):
         def update(self, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
@@ -147,8 +157,8 @@ def test_a_divergence_score_is_that_of_the_logits(source: Path, ids: torch.Tenso
             for c in caches
         )
     wanted = (before.exp() * (before - after)).sum().item()
-    found = CACHE_SCORERS["kl_div"](model, cache_of(problem(source, 10)), ids)
-    assert found.tolist() == [pytest.approx(wanted, rel=1e-3), 0.0]
+    found = cache_scores(source, ids, "kl_div", tmp_path)
+    assert found == [pytest.approx(wanted, rel=1e-3), 0.0]
     assert wanted > 0
 
 

@@ -1,8 +1,7 @@
 """Scores by hand, by both methods; searches that stop, go on, or are refused."""
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import megatron_quant as mq
-from megatron_quant.ckpt.dialects import StorageSchemes, get_dialect
-from megatron_quant.ckpt.plan import slots
-from megatron_quant.ckpt.read import logical, open_source
 from megatron_quant.ckpt.read.quantized import QuantizedCheckpoint
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, CheckpointError, QuantError, RecipeError
-from megatron_quant.evaluation import dense_model
 from megatron_quant.formats import fake_quant, get_format, tensor_scale
-from megatron_quant.recipes import load_recipe, resolve
-from megatron_quant.search import SCORERS, Model, PlaceWeights, find_problem, place_weights, scoring
-from megatron_quant.streaming import shared
+from megatron_quant.search.weights import PlaceWeights
+from megatron_quant.streaming import stages
 from tests.dist import checkpoints
+from tests.unit import sources
+from tests.unit.search_world import fit, places_of, scores, whole_model, work_of
 
 TEXT = Path(__file__)
 WEIGHT_ONLY = ("w4a16_nvfp4", "fp8_channel")
@@ -39,32 +35,14 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def loaded(source: Path) -> tuple[Any, list[PlaceWeights]]:
-    return loaded_from(source)
-
-
-def loaded_from(source: Path) -> tuple[Any, list[PlaceWeights]]:
-    checkpoint, structure = logical(open_source(source))
-    of_slot = slots(structure.params)
-    schemes = StorageSchemes(get_dialect("compressed-tensors"), torch.bfloat16, {})
-    problem = find_problem(
-        Model(params=structure.params, config=checkpoint.config, schemes=schemes),
-        {"w4a16_nvfp4": resolve(load_recipe("w4a16_nvfp4"), of_slot)},
-    )
-    model = dense_model(source, torch.bfloat16).requires_grad_(False)
-    named = {slot.name: slot for slot in of_slot}
-    return model, place_weights(model, problem, structure.params, named, shared, {})
-
-
 def rounded(w: torch.Tensor) -> torch.Tensor:
     fmt = get_format("nvfp4")
     return fake_quant(w, fmt, tensor_scale(w.abs().max().float(), fmt))
 
 
-def test_a_gradient_score_is_gradient_times_change_of_the_output(loaded, ids) -> None:
-    model, places = loaded
-    found = SCORERS["gradient"](model, places, ids)
+def test_a_gradient_score_is_gradient_times_change_of_the_output(source: Path, ids) -> None:
+    model = whole_model(source)
+    found = scores(work_of(source, [ids], "w4a16_nvfp4", "gradient"), source)
     linear = model.model.layers[0].self_attn.o_proj
     kept: list[torch.Tensor] = []
     embed = model.get_input_embeddings()
@@ -80,35 +58,28 @@ def test_a_gradient_score_is_gradient_times_change_of_the_output(loaded, ids) ->
         handle.remove()
     change = F.linear(kept[0], rounded(linear.weight)).float() - kept[1].float()
     wanted = (gradient.float() * change).square().sum().item()
-    at = [p.place.name for p in places].index("model.layers.0.self_attn.o_proj")
-    assert found[2 * at].item() == pytest.approx(wanted, rel=1e-5)
-    assert found[1::2].tolist() == [0.0] * len(places)
-    assert (found[::2] > 0).all()
+    own = found["model.layers.0.self_attn.o_proj"]
+    assert own == [pytest.approx(wanted, rel=1e-5), 0.0] and wanted > 0
 
 
-def test_a_divergence_score_is_that_of_the_changed_model(loaded, ids, monkeypatch) -> None:
-    model, places = loaded
-    found = SCORERS["kl_div"](model, places, ids)
-    at = [p.place.name for p in places].index("model.layers.1.mlp.experts")
+def test_a_divergence_score_is_that_of_the_changed_model(source: Path, ids) -> None:
+    model = whole_model(source)
+    found = scores(work_of(source, [ids], "w4a16_nvfp4", "kl_div"), source)
     experts = model.model.layers[1].mlp.experts
     with torch.no_grad():
         before = F.log_softmax(model(ids).logits.float(), -1)
         both = (experts.gate_up_proj, experts.down_proj)
-        kept = [p.clone() for p in both]
         for p in both:  # all experts of a layer share the scale of the tensor
             fmt = get_format("nvfp4")
             scale = tensor_scale(p.abs().max().float(), fmt)
             p.copy_(torch.stack([fake_quant(w, fmt, scale) for w in p]))
         after = F.log_softmax(model(ids).logits.float(), -1)
-        for p, old in zip(both, kept, strict=True):
-            p.copy_(old)
-    assert found[2 * at].item() == pytest.approx(
-        (before.exp() * (before - after)).sum().item(), rel=1e-3
-    )
+    wanted = (before.exp() * (before - after)).sum().item()
+    assert found["model.layers.1.mlp.experts"] == [pytest.approx(wanted, rel=1e-3), 0.0]
 
 
-def test_what_is_scored_is_what_is_exported(loaded, source: Path, tmp_path: Path) -> None:
-    _, places = loaded
+def test_what_is_scored_is_what_is_exported(source: Path, ids, tmp_path: Path) -> None:
+    places = places_of(fit(work_of(source, [ids], "w4a16_nvfp4", "gradient"), source))
     mq.stream(source, "w4a16_nvfp4", tmp_path / "out", format="compressed-tensors", groups=Groups())
     export = QuantizedCheckpoint(tmp_path / "out")
     compared = 0
@@ -125,21 +96,6 @@ def test_what_is_scored_is_what_is_exported(loaded, source: Path, tmp_path: Path
                 assert torch.equal(w_NK, stored), held.name
                 compared += len(own)
     assert compared == 2 * (4 + 8 * 3)
-
-
-@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "qwen2_moe", "mixtral"])
-def test_every_place_of_other_families_is_scored(name: str, tmp_path: Path, ids) -> None:
-    """Stacks that are stored the other way around, latent projections, shared experts."""
-    model, places = loaded_from(checkpoints.save(name, tmp_path))
-    for weights in places:
-        for held in weights.held:
-            shapes = {tuple(w.shape) for w in held.views(held.parameter)}
-            assert {s.shape[1] for s in held.slots} == {shape[1] for shape in shapes}
-    held_slots = {s.name for w in places for h in w.held for s in h.slots}
-    assert len({m for w in places for m in w.place.modules}) >= len(held_slots)
-    for method in ("gradient", "kl_div"):
-        scores = SCORERS[method](model, places, ids)
-        assert (scores[::2] > 0).all() and (scores[1::2] == 0).all()
 
 
 # --- whole searches -----------------------------------------------------------------------------
@@ -206,43 +162,17 @@ def check_document(found: mq.Found) -> None:
     assert document["excluded"] == []
 
 
-Scorer = Callable[[Any, Any, torch.Tensor], torch.Tensor]
-
-
 @pytest.fixture
-def calls(monkeypatch) -> Iterator[list[int]]:
-    """Batches that were scored; the third one stops the search while ``calls[0]`` is 1."""
-    found = [0]
-    own = scoring.gradient_scores
+def calls(monkeypatch) -> list[int]:
+    """How many layers ran."""
+    found, run = [0], stages.Call.run
 
-    def counted(model: Any, places: Any, ids: torch.Tensor, loss: Any) -> torch.Tensor:
-        if found[0] and len(found) == 3:
-            raise KeyboardInterrupt
-        found.append(len(ids))
-        return own(model, places, ids, loss)
+    def counted(*args: Any) -> torch.Tensor:
+        found[0] += 1
+        return run(*args)
 
-    monkeypatch.setitem(scoring.SCORERS, "gradient", counted)
-    yield found
-
-
-def test_a_search_that_stopped_goes_on_to_the_same_recipe(
-    source: Path, tmp_path: Path, calls: list[int]
-) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    whole = search(source, tmp_path / "a")
-    assert calls == [0, 2, 2, 2]
-    calls[:] = [1]
-    with pytest.raises(KeyboardInterrupt):
-        search(source, tmp_path / "b")
-    with pytest.raises(CheckpointError, match="has scores of 2 of 3 batches"):
-        mq.search_again(tmp_path / "b" / "scores", 6.0)
-    calls[:] = [0]
-    assert search(source, tmp_path / "b") == whole
-    assert calls == [0, 2]
-    calls[:] = [0]
-    assert search(source, tmp_path / "b") == whole
-    assert calls == [0]
+    monkeypatch.setattr(stages.Call, "run", counted)
+    return found
 
 
 def test_other_bits_and_costs_are_solved_without_a_forward(
@@ -313,30 +243,29 @@ def test_refused_before_scoring(
     assert not (tmp_path / "scores").exists() and not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_not_finite(loaded, ids) -> None:
-    model, places = loaded
-    head = model.lm_head.weight
-    kept = head[0, 0].item()
-    with torch.no_grad():
-        head[0, 0] = float("nan")
-    try:
-        with pytest.raises(CalibrationError, match="gradient: the loss is nan; repair") as error:
-            SCORERS["gradient"](model, places, ids)
-    finally:
-        with torch.no_grad():
-            head[0, 0] = kept
+def test_a_loss_that_is_not_finite(source: Path, ids, tmp_path: Path) -> None:
+    broken = shutil.copytree(source, tmp_path / "source")
+    name = "lm_head.weight"
+    sources.edit(broken, lambda t: t | {name: torch.full_like(t[name], torch.nan)})
+    work = work_of(broken, [ids], "w4a16_nvfp4", "gradient", checkpoint=tmp_path / "scores")
+    with pytest.raises(CalibrationError, match="gradient: the loss is nan; repair") as error:
+        scores(work, broken)
     assert "\n" not in str(error.value)
+    assert [p.name for p in (tmp_path / "scores").iterdir()] == ["search.json"]
 
 
 @pytest.mark.parametrize("method", ["gradient", "kl_div"])
-def test_a_score_that_is_not_finite(loaded, ids, method: str) -> None:
+def test_a_score_that_is_not_finite(source: Path, ids, method: str, monkeypatch) -> None:
     """Rounded inputs that are not finite, though the unquantized model is."""
-    model, places = loaded
-    first = dataclasses.replace(places[0], sharing=lambda slot: "broken")
-    first.__dict__["_amaxes"] = {"broken": torch.tensor(float("nan"))}
-    wanted = f"--auto-quantize-method {method}: the score is nan with {first.place.name} in nvfp4"
+    first, own = "model.layers.0.self_attn.o_proj", PlaceWeights.rounded
+
+    def broken(self: PlaceWeights, *args: Any) -> torch.Tensor:
+        return own(self, *args) * (torch.nan if self.place.name == first else 1)
+
+    monkeypatch.setattr(PlaceWeights, "rounded", broken)
+    wanted = f"--auto-quantize-method {method}: the score is nan with {first} in nvfp4"
     with pytest.raises(CalibrationError, match=wanted) as error:
-        SCORERS[method](model, [first, *places[1:]], ids)
+        scores(work_of(source, [ids], "w4a16_nvfp4", method), source)
     assert "\n" not in str(error.value)
 
 

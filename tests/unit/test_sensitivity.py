@@ -12,10 +12,10 @@ import megatron_quant as mq
 from megatron_quant.cli.main import main
 from megatron_quant.dist import Groups
 from megatron_quant.errors import CalibrationError, QuantError
-from megatron_quant.evaluation import dense_model
 from megatron_quant.formats import fake_quant, get_format, tensor_scale
 from tests.dist import checkpoints
 from tests.unit.report_pages import read, rows
+from tests.unit.search_world import whole_model
 
 TEXT = Path(__file__)
 DATA = mq.Calibration(
@@ -65,7 +65,7 @@ def test_every_family_is_measured_in_every_format(found: mq.Sensitivity) -> None
 
 def test_a_family_is_rounded_alone(source: Path, found: mq.Sensitivity) -> None:
     """All attention in weight-only NVFP4, by hand."""
-    model, ids = dense_model(source, torch.bfloat16), samples(source)
+    model, ids = whole_model(source), samples(source)
     fmt = get_format("nvfp4")
     with torch.no_grad():
         before = F.log_softmax(model(ids).logits.float(), -1)
@@ -82,7 +82,7 @@ def test_a_family_is_rounded_alone(source: Path, found: mq.Sensitivity) -> None:
 
 def test_the_kv_cache_is_rounded_alone(source: Path, found: mq.Sensitivity) -> None:
     """Keys after their rotation, and values, cast to FP8."""
-    model, ids = dense_model(source, torch.bfloat16), samples(source)
+    model, ids = whole_model(source), samples(source)
     own = F.scaled_dot_product_attention
 
     def cast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -77,7 +77,7 @@ def walked_params(source: Path, folder: Path, params: list) -> dict[str, torch.T
         skeleton=skeleton, params=params, batches=tokens(), place=place, on_batch=lambda n: None
     )
     try:
-        return found.run().amax
+        return found.run()[0].amax
     finally:
         place.leave()
 

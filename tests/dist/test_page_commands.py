@@ -33,7 +33,7 @@ HERE = [
 """All but those of a page that has a test of its own, ``test_from_training_page.py``."""
 DRAWN = ("docs/architecture.md Recipe", "docs/architecture.md `---", "docs/training.md quantizers:")
 """Starts of what is a drawing or a line of output."""
-OUTPUTS = ("scores", "found.yaml", "found475.yaml")
+OUTPUTS = ("scores", "found.yaml", "found475.yaml", "report.html", "evaluation.html")
 """Outputs that pages do not write in capitals."""
 LITTLE_DATA = ("--calib-size", "8", "--calib-seq-length", "32", "--cold-experts", "layer-max")
 SHOWN = sorted({pages.name_of(page) for page, shown in HERE if verb_of(shown) is not None})
@@ -90,6 +90,7 @@ def test_commands_of_a_page(
         assert [e.status for e in ended] == [0] * len(ended), (shown, [e.err for e in ended])
         done += 1
     assert done
+    assert [path for path in pages.ROOT.glob("*.html") if path.name in OUTPUTS] == []
 
 
 def test_every_other_command_has_a_reason() -> None:

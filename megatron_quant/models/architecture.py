@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from megatron_quant.engines.families import engine_names
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.blocks import parameters
 from megatron_quant.models.config import Config
 from megatron_quant.models.decoder import Decoder, DeltaNet, Experts, Latent, Rope, Sigmoid
 from megatron_quant.models.drafts import DraftNames, copies_in_drafts, drafts
 from megatron_quant.models.spec import Param, Role, Source, Stage
+from megatron_quant.models.text import family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,8 +161,9 @@ class Architecture:
         """
         if self.draft_names is None:
             return ()
-        found = drafts(self.decoder(hf_config), self.draft_names, count)
-        return tuple(map(self._named, found))
+        decoder = self.decoder(hf_config)
+        found = drafts(decoder, self.draft_names, count)
+        return tuple(self._draft(hf_config, decoder.layers, param) for param in found)
 
     def with_drafts(self, hf_config: Config, count: int) -> tuple[Param, ...]:
         """List the parameters of a GPTModel with ``count`` layers for speculation (``mtp``).
@@ -170,9 +173,11 @@ class Architecture:
         own = self.params(hf_config)
         if count == 0 or self.draft_names is None:
             return own
-        copies = copies_in_drafts(self.decoder(hf_config), self.draft_names, count)
+        decoder = self.decoder(hf_config)
+        found = copies_in_drafts(decoder, self.draft_names, count)
+        copies = (self._draft(hf_config, decoder.layers, param) for param in found)
         embeds = (_on_both_ends(p) if p.role is Role.EMBEDDING else p for p in own)
-        return (*embeds, *self.drafts(hf_config, count), *map(self._named, copies))
+        return (*embeds, *self.drafts(hf_config, count), *copies)
 
     def params(self, hf_config: Config) -> tuple[Param, ...]:
         """List every logical parameter of the GPTModel (Transformer Engine spec), in its order."""
@@ -183,6 +188,13 @@ class Architecture:
     def is_outside(self, name: str) -> bool:
         """Return whether a tensor is of a model beside the text decoder, such as a vision tower."""
         return bool(self.renamed) and not name.startswith(tuple(own for _, own in self.renamed))
+
+    def _draft(self, hf_config: Config, layers: int, param: Param) -> Param:
+        """Return ``param`` with its names in the checkpoint and, where they differ, in engines."""
+        named = self._named(param)
+        modules = [source.module for source in named.sources]
+        called = engine_names(family(hf_config), modules, layers)
+        return replace(named, called=called)
 
     def _named(self, param: Param) -> Param:
         """Return ``param`` with the names that the checkpoint has."""

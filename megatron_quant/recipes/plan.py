@@ -1,6 +1,7 @@
 """Slots and the plan: which logical weight is quantized, how, and by which rule."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_quant.formats import Format
@@ -160,6 +161,12 @@ class Decision:
         return self.weights is not None and self.weights.stat_block is not None
 
 
+def left_alone(slot: Slot) -> Decision:
+    """Return the decision on a fixed slot that no rule takes."""
+    why = "stays as it is" if slot.fixed == DRAFT else "never quantized"
+    return Decision(slot=slot, rule=f"{slot.fixed}: {why}")
+
+
 @dataclass(frozen=True)
 class QuantPlan:
     """Every slot's decision, in the order of the model's parameters.
@@ -174,6 +181,10 @@ class QuantPlan:
     recipe: str
     decisions: tuple[Decision, ...]
     kv_cache: str = ""
+
+    def beside(self, slots: Iterable[Slot]) -> "QuantPlan":
+        """Return the plan of a model that has these fixed slots too."""
+        return replace(self, decisions=(*self.decisions, *map(left_alone, slots)))
 
     @cached_property
     def by_name(self) -> dict[str, Decision]:

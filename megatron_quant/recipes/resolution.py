@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megatron_quant.errors import CoverageError, RecipeError
 from megatron_quant.recipes.match import Matcher
-from megatron_quant.recipes.plan import DRAFT, OUTPUT, Decision, QuantPlan, Slot
+from megatron_quant.recipes.plan import DRAFT, OUTPUT, Decision, QuantPlan, Slot, left_alone
 from megatron_quant.recipes.schema import Recipe, Rule
 
 _SHOWN_WEIGHTS = 3
@@ -83,8 +83,7 @@ def _may_take_output(rule: Rule) -> bool:
 
 def _decide(recipe: Recipe, slot: Slot, index: int | None) -> Decision:
     if index is None:
-        why = "stays as it is" if slot.fixed == DRAFT else "never quantized"
-        return Decision(slot=slot, rule=f"{slot.fixed}: {why}")
+        return left_alone(slot)
     rule = recipe.rules[index]
     return Decision(
         slot=slot,

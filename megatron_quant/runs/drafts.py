@@ -15,10 +15,10 @@ def saved_drafts(saved: Saved) -> bool:
 
 
 def quantized_drafts(plan: QuantPlan, checkpoint: Weights, params: Sequence[Param]) -> int:
-    """Count the layers for speculation that ``plan`` quantizes any of: all of them, or none.
+    """Count the layers for speculation if ``plan`` quantizes any linear of them; 0 otherwise.
 
     params: what the files of ``checkpoint`` hold. Raises CheckpointError where these lack a part of
-    the layers, or stack it.
+    the layers that are counted, or stack it.
     """
     if not any(d.slot.fixed == DRAFT for d in plan.quantized):
         return 0
@@ -30,8 +30,8 @@ def quantized_drafts(plan: QuantPlan, checkpoint: Weights, params: Sequence[Para
     if missing is not None:
         raise CheckpointError(
             f"{checkpoint.path} has no {missing.name} of shape {list(missing.shape)}, which "
-            "quantizing its layers for speculation needs: fetch the checkpoint again, or leave out "
-            "--quantize-mtp"
+            "quantizing its layers for speculation needs (stacks of experts stay stacks there): "
+            "fetch the checkpoint again, or leave out --quantize-mtp"
         )
     return count
 

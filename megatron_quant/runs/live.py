@@ -21,6 +21,7 @@ from megatron_quant.ckpt.plan import (
     digest_of,
     plan_export,
     recipe_digest,
+    slots,
 )
 from megatron_quant.ckpt.read import Weights, kept_dtypes, logical, open_source
 from megatron_quant.ckpt.verify import Report
@@ -47,7 +48,7 @@ from megatron_quant.mcore.model import (
     start_distributed,
 )
 from megatron_quant.models import CARRIED, Param, has_stacks_alone, text_config
-from megatron_quant.recipes import Recipe, refuse_output
+from megatron_quant.recipes import QuantPlan, Recipe, refuse_output
 from megatron_quant.runs.batches import calibration_batches, input_rules, keep_settings
 from megatron_quant.runs.destination import (
     check_place,
@@ -222,8 +223,9 @@ def _describe(
     carried = _carried_params(source, model.params)
     dtype = model.dtype if dtype_name is None else dtype_of(dtype_name)
     params = (*model.params, *carried)
-    check_serving(handle.plan, params, dialect.name, serve.engine, serve.tp, handle.hf.config)
-    dialect.quantization_config(handle.plan)  # refuses what it cannot store
+    quant = handle.plan.beside(slots(carried))
+    check_serving(quant, params, dialect.name, serve.engine, serve.tp, handle.hf.config)
+    dialect.quantization_config(quant)  # refuses what it cannot store
     rules = StorageRules(
         dialect=dialect,
         dtype=dtype,
@@ -231,20 +233,24 @@ def _describe(
         kept=kept,
         stacked=has_stacks_alone(handle.hf.config),
     )
-    plan = plan_export(params, handle.plan, model.layout, rules)
-    made = unscaled(PartSource(source, dtype), handle.plan) if source and carried else None
+    plan = plan_export(params, quant, model.layout, rules)
+    made = unscaled(PartSource(source, dtype), quant) if source and carried else None
     produce = producer(model, handle.layers, handle.cached, made)
-    return _Described(plan, _files(handle, dialect, dtype, source), produce)
+    return _Described(plan, _files(handle, quant, dialect, dtype, source), produce)
 
 
 def _files(
-    handle: Quantized, dialect: Dialect, dtype: torch.dtype, source: Weights | None
+    handle: Quantized,
+    quant: QuantPlan,
+    dialect: Dialect,
+    dtype: torch.dtype,
+    source: Weights | None,
 ) -> Companions:
     report = handle.report
     found = (report.weight_amax, report.input_amax, report.moments) if report else ()
     statistics = digest_of([handle.expert_scales.value, *found, handle.kv_amax])
     origin = Origin(recipe_digest(handle.recipe), handle.source, statistics=statistics)
-    files = companions(handle.hf.config, handle.plan, dialect, dtype, origin=origin)
+    files = companions(handle.hf.config, quant, dialect, dtype, origin=origin)
     if handle.fold.vectors:
         files = files.with_document(DOCUMENT, handle.fold.document())
     return with_beside(files, handle.hf.directory, source) if handle.hf.directory else files

@@ -119,6 +119,11 @@ class QuantizeOptions:
             )
 
     def _check_search(self) -> None:
+        if self.quantize_mtp:
+            raise QuantError(
+                "--auto-quantize-bits leaves layers for speculation as they are: leave out "
+                "--quantize-mtp, or give it with the found recipe to another run"
+            )
         if self.export_quant_cfg is not None:
             raise QuantError(
                 "--auto-quantize-bits searches for a recipe, and --export-quant-cfg gives one: "

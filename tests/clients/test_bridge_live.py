@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import megatron_quant as mq
-from tests.dist import checkpoints
+from megatron_quant.recipes.parse import parse_recipe
+from tests.dist import checkpoints, drafts
 from tests.dist.pool import Ranks
 from tests.dist.test_live_models import weights
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(not find_spec("megatron.bridge"), reason="make t
 SIZES = {"num_hidden_layers": 4, "num_experts": 4, "moe_intermediate_size": 128}
 LAYOUTS = [(1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 1, 2)]  # ranks, tp, ep, pp
 INPUTS = "input_scale"
+GLM = {"num_hidden_layers": 2, "n_routed_experts": 4, "attention_bias": True, "use_qk_norm": True}
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +122,36 @@ def test_hooked_and_calibrated(ranks: Ranks, source: Path, tmp_path: Path) -> No
         for name, tensor in other.items():
             close = 1e-2 if INPUTS in name else 0.0
             torch.testing.assert_close(tensor.float(), found[0][name].float(), rtol=close, atol=0)
+
+
+def export_drafts(source: Path, out: Path, recipe: Any) -> None:
+    from tests.clients import bridge
+
+    plain = {"moe_shared_expert_overlap": False, "moe_permute_fusion": False}
+    provider = bridge.provider(source, 2, 2, 2, **plain)
+    provider.initialize_model_parallel(seed=0)
+    model = provider.provide_distributed_model(wrap_with_ddp=False)
+    assert provider.mtp_num_layers == 1
+    mq.quantize(model, recipe, hf_model=source)
+    mq.export(model, out)
+
+
+def stream_drafts(source: Path, out: Path, recipe: Any) -> None:
+    mq.stream(source, recipe, out)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_its_layers_for_speculation(allowed: bool, tmp_path: Path, ranks: Ranks) -> None:
+    """Bridge builds GLM-4.5 with ``mtp``; the export has it from there, quantized or not."""
+    made = checkpoints.save("glm4_moe", tmp_path / "source", **GLM)
+    source = drafts.add(made)
+    rule = {"quantize": ["*mlp*"], "weights": "nvfp4", "allow_mtp": allowed}
+    recipe = parse_recipe("mine", {"rules": [rule, {"exclude": ["*"]}]})
+    ranks(4, export_drafts, source, tmp_path / "out", recipe)
+    ranks(1, stream_drafts, source, tmp_path / "stream", recipe)
+    found, want = tensors(tmp_path / "out"), tensors(tmp_path / "stream")
+    assert found.keys() == want.keys()
+    for name, tensor in want.items():
+        close = 1e-2 if "correction_bias" in name else 0.0  # Bridge loads it through bf16
+        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=close, atol=0)
+    assert ("model.layers.2.mlp.experts.3.down_proj.weight_scale" in found) is allowed

@@ -1,5 +1,6 @@
 """Layers for speculation: loaded into Megatron's ``mtp``, quantized, exported as they came."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_quant.models import lookup
-from tests.dist import checkpoints, drafts
+import megatron_quant as mq
+from megatron_quant.models import Pipeline
+from megatron_quant.recipes.parse import parse_recipe
+from tests.dist import checkpoints, drafts, saved
 from tests.dist.pool import Ranks
 from tests.dist.test_family_exports import LAYOUTS, SIZES
-from tests.dist.test_layouts import digests, folder, tensors
+from tests.dist.test_layouts import digests, folder, same_bytes, tensors
 from tests.dist.test_mixtures import export_all
-from tests.dist.test_stream import stream_all
+from tests.dist.test_stream import stream_all, stream_case
 from tests.unit import tiny
 
 IDS = (torch.arange(2 * 15) * 7 % 50).view(2, 15)
@@ -27,25 +31,37 @@ MODELS = [
 ]
 
 
-def live_logits(path: Path, tp: int, ep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's logits, and those of its layer for speculation, on every rank."""
+def live(
+    path: Path, tp: int, ep: int, dtype: torch.dtype, pipeline: Pipeline = Pipeline(), mtp: int = 1
+) -> Any:
+    """The model with its layer for speculation, or without."""
     import torch.distributed as dist
 
     from megatron_quant.ckpt.plan.ranks import Layout
     from megatron_quant.ckpt.read.open import open_source
     from megatron_quant.mcore.model.load import empty_model, fill_model
     from megatron_quant.mcore.model.parallel import start_distributed
-    from megatron_quant.mcore.model.schedule import full_logits, whole
-    from megatron_quant.models import lookup, num_experts
+    from megatron_quant.models import lookup, num_experts, num_layers
 
     checkpoint = open_source(path)
-    architecture, vocab = lookup(checkpoint.config), checkpoint.config["vocab_size"]
-    experts = num_experts(architecture.params(checkpoint.config))
-    layout = Layout.simulate(dist.get_world_size(), tp, ep, 1, experts)
+    architecture = lookup(checkpoint.config)
+    params = architecture.params(checkpoint.config)
+    stages = pipeline.stages(num_layers(params))
+    layout = Layout.simulate(dist.get_world_size(), tp, ep, 1, num_experts(params), stages)
     groups = start_distributed()
-    model = empty_model(architecture, checkpoint.config, layout, groups, torch.float32, mtp=1)
+    model = empty_model(architecture, checkpoint.config, layout, groups, dtype, mtp)
     fill_model(model, checkpoint)
-    chunk, seen = model.module, []
+    return model
+
+
+def live_logits(path: Path, tp: int, ep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's logits, and those of its layer for speculation, on every rank."""
+    from megatron_quant.ckpt.storage import read_config
+    from megatron_quant.mcore.model.schedule import full_logits, whole
+    from megatron_quant.models import text_config
+
+    model = live(path, tp, ep, torch.float32)
+    chunk, seen, vocab = model.module, [], text_config(read_config(path))["vocab_size"]
     chunk.mtp.register_forward_hook(lambda module, args, found: seen.append(found.chunk(2)[1]))
     with torch.no_grad():
         own = full_logits(chunk, IDS, vocab)
@@ -153,11 +169,110 @@ def test_every_layout_writes_what_a_stream_writes(
         for case in cases:
             expected = digests(tmp_path / "stream" / folder(case))
             assert digests(tmp_path / str(number) / folder(case)) == expected, (flags, case)
-    prefix = "mtp.layers.0" if name == "qwen3_next" else "model.layers.2"
     for case in cases:
-        found = tensors(tmp_path / "stream" / folder(case))
-        assert f"{prefix}.mlp.experts.3.down_proj.weight_scale" in {
-            n.replace("_scale_inv", "_scale") for n in found
-        }
-        for kept in set(tensors(source)) - set(found):
-            raise AssertionError(kept)
+        found, own = tensors(tmp_path / "stream" / folder(case)), tensors(source)
+        assert own.keys() <= found.keys()
+        packed = {n for n in own if own[n].dtype != found[n].dtype and is_draft(source, n)}
+        assert any("experts.3.down_proj" in n for n in packed) and len(packed) > 12
+        assert not any("eh_proj" in n or "norm" in n or ".gate." in n for n in packed)
+
+
+def is_draft(source: Path, name: str) -> bool:
+    layers = read(source / "config.json")["num_hidden_layers"]
+    return name.startswith("mtp.") or f".{layers}." in name
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = checkpoints.save("glm4_moe", tmp_path_factory.mktemp("mtp"), **SIZES["glm4_moe"])
+    return drafts.add(made)
+
+
+CALIBRATED = {
+    "export_quant_cfg": "nvfp4",
+    "quantize_mtp": True,
+    "cold_experts": "layer-max",
+    "calib_size": 8,
+    "calib_seq_length": 32,
+    "dtype": "fp32",
+}
+
+
+def calibrate(source: Path, out: Path, flags: dict) -> dict[str, int]:
+    """The tokens that each expert's weights saw."""
+    outcome = saved.quantize(
+        hf_model_id=str(source), export_dir=out / "out", **CALIBRATED, **flags
+    )
+    return dict(outcome.calibration.tokens)
+
+
+def load(stored: Path, out: Path) -> None:
+    flags = {"hf_model_id": None, "export_quant_cfg": None, "dtype": CALIBRATED["dtype"]}
+    saved.quantize(megatron_load_path=stored, export_dir=out, **flags)
+
+
+def test_calibration_reaches_its_experts(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """At any layout; from there to torch_dist and back, and to a stream by what was measured."""
+    kept = tmp_path / "kept.safetensors"
+    (one,) = ranks(1, calibrate, source, tmp_path / "one", {"save_calibration": kept})
+    flags = {"tp": 2, "ep": 2, "pp": 2, "megatron_save_path": tmp_path / "saved"}
+    for tokens in (one, *ranks(4, calibrate, source, tmp_path / "four", flags)):
+        mine = [n for n in tokens if n.startswith("mtp.layers.0.transformer_layer.mlp.experts.")]
+        assert len(mine) == 8  # two linears of four experts
+        # every token goes to two experts, and the last of a sequence, which has no next one, too
+        assert sum(tokens[n] for n in mine) == 2 * 2 * 8 * 32
+    found, want = (tensors(tmp_path / f / "out") for f in ("four", "one"))
+    scales = [n for n in want if n.endswith("input_scale")]
+    assert any("layers.2.mlp.experts.3.down_proj" in n for n in scales)
+    for name in scales:
+        assert float(found[name]) == pytest.approx(float(want[name]), rel=1e-4), name
+    ranks(1, load, tmp_path / "saved", tmp_path / "loaded")
+    found, want = (tensors(tmp_path / f) for f in ("loaded", "four/out"))
+    assert found.keys() == want.keys()
+    assert [n for n in want if not same_bytes(found[n], want[n])] == []
+    loaded = {**CALIBRATED, "stream": True, "load_calibration": kept, "max_shard_size": "5GB"}
+    (tmp_path / "stream").mkdir()
+    stream_case(source, tmp_path / "stream" / "out", loaded)
+    assert digests(tmp_path / "stream" / "out") == digests(tmp_path / "one" / "out")
+
+
+def export_live(source: Path, out: Path, recipes: dict[str, Any]) -> None:
+    """A user's model at pp 2, with config.json alone and with the files; and one without ``mtp``."""
+    config = read(source / "config.json")
+    for name, recipe in recipes.items():
+        for kind, hf, mtp in (("config", config, 1), ("files", source, 1), ("carried", source, 0)):
+            if mtp or not recipe.allows_mtp:
+                model = live(source, 2, 2, torch.bfloat16, Pipeline(size=2), mtp)
+                mq.quantize(list(model.chunks), recipe, hf_model=hf)
+                mq.export(list(model.chunks), out / f"{name}.{kind}")
+    model = live(source, 2, 2, torch.bfloat16, Pipeline(size=2), 0)
+    with pytest.raises(mq.QuantError, match="the model has no layers for speculation here"):
+        mq.quantize(list(model.chunks), recipes["quantized"], hf_model=source)
+    model = live(source, 2, 2, torch.bfloat16, Pipeline(size=2))
+    said = "mtp_num_layers=1 .*config.json makes it 2"
+    with pytest.raises(mq.QuantError, match=said):
+        hf = {**config, "num_nextn_predict_layers": 2}
+        mq.quantize(list(model.chunks), recipes["quantized"], hf_model=hf)
+
+
+def test_a_live_model_has_it(source: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """It is exported from there, dense or quantized; copies of the embedding too."""
+    rule, rest = {"quantize": ["*mlp*"], "weights": "nvfp4"}, {"exclude": ["*"]}
+    recipes = {
+        name: parse_recipe(name, {"rules": [{**rule, "allow_mtp": allowed}, rest]})
+        for name, allowed in (("dense", False), ("quantized", True))
+    }
+    ranks(4, export_live, source, tmp_path, recipes)
+    for name, kinds in (("dense", ("config", "files", "carried")), ("quantized", ("config", "files"))):
+        streamed = tmp_path / f"{name}.stream"
+        stream_case(source, streamed, {"export_quant_cfg": recipes[name]})
+        want, config = tensors(streamed), read(streamed / "config.json")
+        for out in (tmp_path / f"{name}.{kind}" for kind in kinds):
+            found = tensors(out)
+            assert found.keys() == want.keys(), out
+            assert [n for n in want if not same_bytes(found[n], want[n])] == [], out
+            assert read(out / "config.json") == config

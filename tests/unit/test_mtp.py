@@ -1,6 +1,5 @@
 """``--quantize-mtp``: which layers for speculation it takes, and what it refuses."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,9 +132,10 @@ def test_a_part_that_is_missing(source: Path, tmp_path: Path) -> None:
         sources.run(lacking, tmp_path / "out", quantize_mtp=True)
 
 
-def test_presets_and_flags() -> None:
-    recipe = load_recipe("nvfp4")
-    assert not recipe.allows_mtp
-    assert replace(recipe, rules=(replace(recipe.rules[0], allow_mtp=True),)).allows_mtp
+def test_what_allows_them() -> None:
+    assert not load_recipe("nvfp4").allows_mtp
     with pytest.raises(RecipeError, match="allow_mtp must be true or false, got 1"):
         of_rules({**NVFP4, "allow_mtp": 1})
+    flags = {"hf_model_id": "x", "auto_quantize_bits": 5.0, "quantize_mtp": True}
+    with pytest.raises(mq.QuantError, match="bits leaves layers for speculation as they are"):
+        QuantizeOptions.from_flags(**flags)

@@ -202,6 +202,7 @@ def fill_model(
 def _fill(model: LiveModel, checkpoint: TensorSource, progress: Callable[[int], None]) -> None:
     for local in model.local:
         if local.param.copy_of:
+            progress(1)
             continue
         tensor = model.tensor(local)
         tensor.zero_()  # padding rows of the vocabulary stay zero

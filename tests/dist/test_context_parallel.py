@@ -64,7 +64,7 @@ def test_statistics_and_losses_are_those_of_one_rank(
     for number, (world, flags) in enumerate(LAYOUTS):
         out = tmp_path / str(number)
         for found in ranks(world, measure, source, out, flags):
-            assert found == pytest.approx(one, rel=0.02), flags
+            assert found == pytest.approx(one, rel=0.05), flags
         same(load_file(out.with_suffix(".safetensors")), want)
 
 

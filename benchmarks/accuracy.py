@@ -45,6 +45,8 @@ ROWS = [
     *(("int8 W8A8", _W8A8, a) for a in ("max", "smoothquant")),
 ]
 """(bits, rule without its algorithm, algorithm), in the order of the table."""
+_THEIRS = {"int4 g128": "W4A16", "nvfp4": "NVFP4A16", "nvfp4 W4A4": "NVFP4"}
+"""Bits -> llm-compressor's name of them."""
 _HEADER = "model|storage|by|KL, millinats|+-|of max's|perplexity|export, CPU s"
 
 
@@ -131,7 +133,9 @@ def _theirs(
 ) -> Iterator[tuple[str, str, Path, float]]:
     if args.llm_compressor is None:
         return
-    for storage, scheme in (("int4 g128", "W4A16"), ("nvfp4", "NVFP4A16")):
+    for storage, scheme in _THEIRS.items():
+        if args.rows and storage not in args.rows:
+            continue
         for how in ("RTN", "GPTQ"):
             out = work / "theirs"
             words = [scheme, how, model.path, args.calibration, out, args.calib_size]

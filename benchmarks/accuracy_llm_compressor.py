@@ -19,6 +19,8 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _SEQUENCE = 512
+_STATIC_INPUTS = "NVFP4"
+"""The scheme whose inputs have scales that data gives."""
 _IGNORED = ["lm_head", "re:.*mlp.gate$"]
 
 
@@ -46,7 +48,7 @@ def main() -> None:
     kind = GPTQModifier if how == "GPTQ" else QuantizationModifier
     recipe = kind(targets="Linear", scheme=scheme, ignore=_IGNORED)
     before = time.process_time()
-    if how == "GPTQ":
+    if how == "GPTQ" or scheme == _STATIC_INPUTS:
         oneshot(
             model=model,
             dataset=data,

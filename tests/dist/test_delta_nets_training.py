@@ -81,6 +81,7 @@ def train(
     from megatron_quant.mcore.training import QuantCallback, Schedule, prepare
     from megatron_quant.mcore.training.train_state import last_save, load_progress, save_run
     from tests.dist import live, training
+    from tests.dist.test_training_plain import loaded_again
 
     tp, ep, pipeline = layout
     model = training.build(source, live.Parallelism(tp, ep, pipeline=pipeline))
@@ -93,6 +94,9 @@ def train(
     script = training.wrap(model)
     if progress is not None:
         load_progress(progress, script.model, script.optimizer)
+    else:
+        loaded_again([chunk.module for chunk in script.model], start / "iter_0000003")
+        script.optimizer.reload_model_params()
     callback = QuantCallback(Schedule(calibrate_before=1), log=lambda line: None)
     callback.start(script.model)
     losses = []
@@ -116,7 +120,8 @@ def test_a_run_begins_plain_and_goes_on_at_another_layout(
     source: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
     """Its losses are those of a run that was not stopped, its export that of its last save."""
-    ranks(2, plain.save_run, source, tmp_path / "plain", plain.Training((2, 1, 1), stacked=True))
+    how = plain.Training((2, 1, 1), stacked=True, dtype=torch.float32)
+    ranks(2, plain.save_run, source, tmp_path / "plain", how)
     begin = (source, tmp_path / "plain")
     (whole,) = ranks(1, train, *begin, tmp_path / "one", ALONE, range(3), tmp_path / "a")
     run, split, staged = tmp_path / "two", (2, 2, Pipeline()), (1, 1, Pipeline(2))

@@ -13,6 +13,8 @@ from tests.dist.test_live_models import weights
 
 pytestmark = pytest.mark.skipif(not find_spec("megatron.bridge"), reason="make test-clients")
 SIZES = {"num_hidden_layers": 4, "num_experts": 4, "moe_intermediate_size": 128}
+DELTA_NETS = {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
+DELTA_NETS["full_attention_interval"] = 2  # which Bridge 0.3 asks for
 RECIPE = "w4a16_nvfp4"
 
 
@@ -58,6 +60,15 @@ def test_its_checkpoint_exports_as_its_own_hugging_face_export(
 ) -> None:
     ranks(2, quantize, plain / "hf", plain / "run", tmp_path / "from_run")
     ranks(2, quantize, plain / "hf", None, tmp_path / "from_hf")
+    assert weights(tmp_path / "from_run") == weights(tmp_path / "from_hf")
+
+
+def test_delta_nets_of_its_checkpoint(tmp_path: Path, ranks: Ranks) -> None:
+    """Parts of in_proj under keys of their own, all in bf16, and a norm that is stored less one."""
+    source = checkpoints.save("qwen3_next", tmp_path / "source", **DELTA_NETS)
+    ranks(2, train, source, tmp_path / "run", tmp_path / "hf")
+    ranks(2, quantize, tmp_path / "hf", tmp_path / "run", tmp_path / "from_run")
+    ranks(2, quantize, tmp_path / "hf", None, tmp_path / "from_hf")
     assert weights(tmp_path / "from_run") == weights(tmp_path / "from_hf")
 
 

@@ -211,7 +211,7 @@ def decide(
     quant = resolve(recipe, slots(params))
     dialect = get_dialect(options.export_format)
     if dialect.carries:
-        quant = carrying(quant, model.checkpoint, dialect)
+        quant, dialect = carrying(quant, model.checkpoint, dialect)
     if model.architecture is not None:
         check_whole(options)
     if saved is not None or options.megatron_save_path is not None:

@@ -31,8 +31,11 @@ SAID = {
 }
 
 
-def release(directory: Path) -> Path:
-    """A tiny checkpoint as DeepSeek's are, with a layer for speculation."""
+def release(directory: Path, *, fp8_experts: bool = False) -> Path:
+    """A tiny checkpoint as DeepSeek's are, with a layer for speculation.
+
+    Base models have FP8 in experts too, and scales in fp32 that are no powers of two.
+    """
     family_models.save("deepseek_v4", directory)
     tokenizer().save_pretrained(directory)
     found = sources.tensors(directory)
@@ -43,18 +46,22 @@ def release(directory: Path) -> Path:
     found["mtp.0.e_proj.weight"] = torch.randn(64, 64).bfloat16()
     for name in list(found):
         module = name.removesuffix(".weight")
-        if EXPERT.fullmatch(name):
+        if EXPERT.fullmatch(name) and not fp8_experts:
             fields = encode(found[name].float(), get_format("mxfp4"), None)
             found[name] = fields["elements"].view(torch.int8)
             found[f"{module}.scale"] = fields["scale"].view(E8M0)
-        elif LINEAR.fullmatch(name):
+        elif LINEAR.fullmatch(name) or EXPERT.fullmatch(name):
             w = found[name].float()
-            scale = torch.exp2(torch.ceil(torch.log2(w.abs().max() / 448)))
+            scale = w.abs().max() / 448
+            if not fp8_experts:
+                scale = torch.exp2(torch.ceil(torch.log2(scale)))
             found[name] = (w / scale).to(torch.float8_e4m3fn)
             blocks = [-(-n // 128) for n in w.shape]
-            found[f"{module}.scale"] = scale.expand(blocks).to(E8M0)
+            scales = scale.expand(blocks)
+            found[f"{module}.scale"] = scales.clone() if fp8_experts else scales.to(E8M0)
     sources.write(directory, found)
-    more = {"num_nextn_predict_layers": 1, "expert_dtype": "fp4", "quantization_config": SAID}
+    kind = "fp8" if fp8_experts else "fp4"
+    more = {"num_nextn_predict_layers": 1, "expert_dtype": kind, "quantization_config": SAID}
     sources.config(directory, **more)
     return directory
 
@@ -185,3 +192,32 @@ def test_a_release_is_a_source_of_other_formats(folder: Path, tmp_path: Path) ->
     after = sources.tensors(tmp_path / "out")
     assert after["layers.0.attn.wo_a.weight"].dtype == torch.bfloat16
     assert after["layers.0.attn.wq_b.weight"].dtype == torch.uint8
+
+
+def test_a_base_model_with_fp8_experts(tmp_path: Path) -> None:
+    source, out = release(tmp_path / "source", fp8_experts=True), tmp_path / "out"
+    assert not verify(source).problems
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    text = {"calib_dataset": str(tmp_path / "text.txt"), **CALIBRATED}
+    sources.run(source, out, **{**FORM, **text, "serve_engine": "vllm"})
+    assert not verify(out, source).problems
+
+    before, after = sources.tensors(source), sources.tensors(out)
+    kept = [n for n in before if ".ffn.experts." not in n or n.startswith("mtp.")]
+    assert before["layers.0.attn.wq_a.scale"].dtype == torch.float32
+    for name in kept:  # experts for speculation stay in FP8: they would be rounded
+        assert after[name].dtype == before[name].dtype, name
+        assert bits(after[name]) == bits(before[name]), name
+    experts = [n for n in before if EXPERT.fullmatch(n) and n.startswith("layers.")]
+    assert {after[n].dtype for n in experts} == {torch.uint8} and len(experts) == 2 * 4 * 3
+    assert sources.config(out)["quantization_config"] == {
+        **SAID,
+        "moe_quant_algo": "NVFP4",
+        "ignore": ["mtp.0.ffn.experts*"],
+    }
+    assert sources.config(out)["expert_dtype"] == "fp8"  # vLLM takes fp32 scales where it says so
+    values = [QuantizedCheckpoint(d).weight(experts[0], torch.float32) for d in (source, out)]
+    assert 0 < (values[0] - values[1]).norm() / values[0].norm() < 0.15
+    flags = {"export_quant_cfg": "w4a16_nvfp4", "export_format": "modelopt"}
+    sources.run(source, tmp_path / "other", **flags)
+    assert not verify(tmp_path / "other", source).problems

@@ -193,6 +193,10 @@ class Dialect(ABC):
     stacks = False
     carries = False
 
+    def of_model(self, config: Mapping[str, Any]) -> "Dialect":
+        """Return the form of it that a model's config.json means: most dialects have one."""
+        return self
+
     @abstractmethod
     def stored(
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE

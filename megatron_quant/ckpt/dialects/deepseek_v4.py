@@ -1,5 +1,6 @@
 """The form in which DeepSeek-V4 is released: MXFP4 or NVFP4 in routed experts, block FP8 elsewhere.
 
+Base models have block FP8 in routed experts too, with scales in fp32 (``expert_dtype: fp8``).
 Scales of a weight are in ``.scale`` beside it, as E8M0. NVFP4 experts have ModelOpt's tensors, and
 the config says ``moe_quant_algo`` beside ``quant_method: fp8``. vLLM and SGLang read both. An
 export changes routed experts alone; what else a release has in FP8 is carried, code by code.
@@ -85,6 +86,18 @@ _TENSORS = {
         ),
     ),
 }
+_IN_FLOATS = (
+    _TENSORS["fp8_block"][0],
+    Stored(
+        suffix="scale",
+        field="scale",
+        dtype=torch.float32,
+        block=_BLOCK,
+        from_disk=_floats,
+        also=(*FLOATS, _E8M0),
+    ),
+)
+"""Block FP8 of releases whose experts are FP8 too: their scales are no powers of two."""
 _EXCLUDED = ("*.attn.*", "*.ffn.shared_experts.*", "*.ffn.gate.*", "*.hc_*", "embed", "head")
 """What hf_quant_config.json lists as no NVFP4, as ModelOpt does."""
 
@@ -97,6 +110,14 @@ class DeepseekV4(Dialect):
     by_tensors = True
     carries = True
 
+    def __init__(self, fp8_experts: bool = False) -> None:
+        """Take the form of most releases, or that of base models, with experts in block FP8."""
+        self._fp8_experts = fp8_experts
+
+    def of_model(self, config: Mapping[str, Any]) -> Dialect:
+        """Return the form that ``expert_dtype`` says, where vLLM looks for it too."""
+        return _WITH_FP8_EXPERTS if config.get("expert_dtype") == "fp8" else self
+
     def stored(
         self, weights: Format, inputs: Format | None, layer: Layer = Layer.DENSE
     ) -> tuple[Stored, ...]:
@@ -105,6 +126,8 @@ class DeepseekV4(Dialect):
         kind = (weights.name, inputs.name if inputs else None)
         if layer is Layer.EXPERT and kind == ("nvfp4", "nvfp4"):
             return ModelOpt().stored(weights, inputs, layer)
+        if self._fp8_experts and kind == (_FP8.weights.name, "fp8_group"):
+            return _IN_FLOATS
         if (layer, kind) in (
             (Layer.EXPERT, ("mxfp4", None)),
             (Layer.DENSE, (_FP8.weights.name, "fp8_group")),
@@ -127,7 +150,13 @@ class DeepseekV4(Dialect):
             "scale_fmt": "ue8m0",
             "weight_block_size": list(_BLOCK),
         }
-        return {**found, "moe_quant_algo": _NVFP4} if _experts_of(plan) == "nvfp4" else found
+        if _experts_of(plan) != "nvfp4":
+            return found
+        found["moe_quant_algo"] = _NVFP4
+        carried = [d for d in plan.quantized if d.carried and not _is_nvfp4(d.weights)]
+        modules = [n for d in carried for n in d.slot.sources if layer_of(n) is Layer.EXPERT]
+        kept = dict.fromkeys(f"{n.partition('.experts.')[0]}.experts*" for n in modules)
+        return {**found, "ignore": list(kept)} if kept else found
 
     def extra_files(self, plan: QuantPlan) -> dict[str, dict[str, Any]]:
         """Return ``hf_quant_config.json``, where SGLang looks for what NVFP4 experts are."""
@@ -161,12 +190,13 @@ class DeepseekV4(Dialect):
                 f"{list(_BLOCK)}, and {_NVFP4} or none"
             )
         nvfp4 = get_format("nvfp4")
-        experts = ModuleFormat(nvfp4, nvfp4) if algorithm else _MXFP4
+        own = _FP8 if self._fp8_experts else _MXFP4
+        experts = ModuleFormat(nvfp4, nvfp4) if algorithm else own
         kept = _ignored(said)
         return {
             m: _FP8
             if layer_of(m) is Layer.DENSE
-            else _MXFP4
+            else own
             if any(fnmatchcase(m, pattern) for pattern in kept)
             else experts
             for m in linears(modules)
@@ -178,10 +208,11 @@ class DeepseekV4(Dialect):
 
 
 _MXFP4 = ModuleFormat(get_format("mxfp4"), None)
+_WITH_FP8_EXPERTS = DeepseekV4(fp8_experts=True)
 
 
 def _ignored(said: Fields) -> tuple[str, ...]:
-    """Return what a config leaves in MXFP4 beside NVFP4 experts, such as ``mtp.*``."""
+    """Return what a config leaves as released beside NVFP4 experts, such as ``mtp.*``."""
     return said.texts("ignore")
 
 
@@ -197,6 +228,8 @@ def _experts_of(plan: QuantPlan) -> str:
     found = set()
     for decision in plan.decisions:
         module = decision.slot.sources[0]
+        if decision.carried and decision.slot.fixed:  # of layers for speculation
+            continue
         if layer_of(module) is Layer.EXPERT:
             found.add(decision.weights.name if decision.weights else "plain")
         elif not decision.slot.fixed and not decision.quantized:

@@ -110,4 +110,4 @@ def dialect_of(
             f"known: {', '.join(DIALECTS)}; or give the bf16 checkpoint that it was "
             "made from"
         )
-    return DIALECTS[method].variant(quantization)
+    return DIALECTS[method].of_model(config or {}).variant(quantization)

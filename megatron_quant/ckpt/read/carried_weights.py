@@ -12,30 +12,35 @@ from megatron_quant.models import DRAFTS
 from megatron_quant.recipes import Decision, QuantPlan, Slot
 
 _DRAFTS = tuple(role.value for role in DRAFTS)
+_EXACT = "mxfp4"
+"""What becomes NVFP4 without rounding."""
 _EXPERT = re.compile(r"(.*\bexperts\.\d+)\.(w[13]|gate_proj|up_proj)")
 
 
-def carrying(plan: QuantPlan, source: Weights | None, dialect: Dialect) -> QuantPlan:
-    """Return ``plan`` with the source's formats where it leaves weights alone.
+def carrying(
+    plan: QuantPlan, source: Weights | None, dialect: Dialect
+) -> tuple[QuantPlan, Dialect]:
+    """Return ``plan`` with the source's formats where it leaves weights alone, and their dialect.
 
-    Experts of layers for speculation get the format of the other experts, because engines read one
-    for all. Their scales keep their values.
+    MXFP4 experts of layers for speculation get the format of the other experts. Their values stay.
 
     Args:
         plan: A resolved recipe.
         source: The checkpoint that is quantized.
-        dialect: Dialect of the export, which carries weights.
+        dialect: Dialect of the export, which carries weights, in any of its forms.
 
     Raises:
         FormatError: For a source of another form.
     """
-    if not isinstance(source, QuantizedCheckpoint) or source.dialect != dialect:
+    own = source.dialect if isinstance(source, QuantizedCheckpoint) else None
+    if not isinstance(source, QuantizedCheckpoint) or own is None or own.name != dialect.name:
         raise FormatError(
             f"--export-format {dialect.name} carries what the release has in FP8, and the source "
             "is no such release; give the release, or export modelopt"
         )
     routed = next((d for d in plan.quantized if _is_expert(d)), None)
-    return replace(plan, decisions=tuple(_carried(d, source, routed) for d in plan.decisions))
+    decisions = tuple(_carried(d, source, routed) for d in plan.decisions)
+    return replace(plan, decisions=decisions), own
 
 
 def _carried(decision: Decision, source: QuantizedCheckpoint, routed: Decision | None) -> Decision:
@@ -46,7 +51,8 @@ def _carried(decision: Decision, source: QuantizedCheckpoint, routed: Decision |
     if fmt is None:
         return decision
     kept = replace(decision, weights=fmt.weights, inputs=fmt.inputs, carried=True)
-    if decision.slot.fixed in _DRAFTS and _is_expert(decision) and routed is not None:
+    is_draft = decision.slot.fixed in _DRAFTS and _is_expert(decision)
+    if is_draft and routed is not None and fmt.weights.name == _EXACT:
         kept = replace(kept, weights=routed.weights, inputs=routed.inputs)
     return kept
 

@@ -66,20 +66,20 @@ def drafts(decoder: Decoder, names: DraftNames, count: int) -> Iterator[Param]:
 
 def _of_draft(decoder: Decoder, names: DraftNames, number: int) -> Iterator[Param]:
     ours, hidden = f"mtp.layers.{number}", decoder.hidden
-    called = {"number": number, "layer": decoder.layers + number}
+    at = {"number": number, "layer": decoder.layers + number}
     for leaf, theirs in (
         ("enorm", names.embedding_norm),
         ("hnorm", names.hidden_norm),
         ("final_layernorm", names.norm),
     ):
-        source = Source(f"{theirs.format(**called)}.weight", (hidden,))
+        source = Source(f"{theirs.format(**at)}.weight", (hidden,))
         yield _param(f"{ours}.{leaf}.weight", source, Parallel.REPLICATED)
     # engines build it plain, so no rule quantizes it
-    source = Source(f"{names.projection.format(**called)}.weight", (hidden, 2 * hidden))
+    source = Source(f"{names.projection.format(**at)}.weight", (hidden, 2 * hidden))
     yield _param(f"{ours}.eh_proj.weight", source, Parallel.COLUMN)
     # its attention is full attention, whatever the model's layers have
     decoder, layer = replace(decoder, delta=None), decoder.layers
-    old, new = f"model.layers.{layer}.", f"{names.layer.format(**called)}."
+    old, new = f"model.layers.{layer}.", f"{names.layer.format(**at)}."
     for param in of_layer(decoder, layer, experts=decoder.experts is not None):
         inner = param.name.removeprefix(f"decoder.layers.{layer}.")
         sources = (replace(s, name=new + s.name.removeprefix(old)) for s in param.sources)
@@ -109,10 +109,10 @@ def copies_in_drafts(decoder: Decoder, names: DraftNames, count: int) -> Iterato
     table = embedding(decoder)
     output = next((p for p in head(decoder) if p.role is Role.OUTPUT), table)
     for number in range(count):
-        called = {"number": number, "layer": decoder.layers + number}
+        at = {"number": number, "layer": decoder.layers + number}
         for module, own in ((names.embedding, table), (names.head, output)):
             if module:
-                source = Source(f"{module.format(**called)}.weight", own.shape)
+                source = Source(f"{module.format(**at)}.weight", own.shape)
                 yield replace(
                     own,
                     name=f"mtp.layers.{number}.{own.name}",

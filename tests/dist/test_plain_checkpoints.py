@@ -208,11 +208,13 @@ def test_layers_for_speculation(tmp_path: Path, ranks: Ranks) -> None:
     sources.config(source, num_hidden_layers=2, num_nextn_predict_layers=1)
     ranks(1, plain.save_with_drafts, source, tmp_path / "run")
     case = {"export_quant_cfg": "nvfp4", "weight_only": True, "tp": 2, "ep": 2}
+    case |= {"quantize_mtp": True}
     for run in (None, tmp_path / "run"):
         out = tmp_path / f"out.{run is None}"
         ranks(2, quantize_one, source, run, out, case)
     assert files_of(tmp_path / "out.True") == files_of(tmp_path / "out.False")
-    assert f"{beyond}enorm.weight" in sources.tensors(tmp_path / "out.False")
+    found = sources.tensors(tmp_path / "out.False")
+    assert {f"{beyond}enorm.weight", f"{beyond}mlp.experts.7.up_proj.weight_scale"} <= found.keys()
 
 
 def quantize_one(source: Path | None, run: Path | None, out: Path, case: dict[str, Any]) -> None:

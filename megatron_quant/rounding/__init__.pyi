@@ -6,8 +6,6 @@ from .algorithm import gptq as gptq
 from .algorithm import gptq_pieces as gptq_pieces
 from .feedback import Feedback as Feedback
 from .learned import scale_gradient as scale_gradient
-from .moment import Moments as Moments
-from .moment import merged as merged
 from .served import Correction as Correction
 from .served import correction as correction
 from .served import serve_ as serve_
@@ -17,7 +15,6 @@ __all__ = [
     "Correction",
     "Feedback",
     "GptqSettings",
-    "Moments",
     "Piece",
     "correction",
     "default_damp",
@@ -25,7 +22,6 @@ __all__ = [
     "gptq",
     "gptq_pieces",
     "importance",
-    "merged",
     "scale_gradient",
     "serve_",
 ]

@@ -36,6 +36,7 @@ from .source import Listed as Listed
 from .source import TensorInfo as TensorInfo
 from .source import TensorSource as TensorSource
 from .source import Weights as Weights
+from .source import Wrapped as Wrapped
 from .source import fill as fill
 from .stack_views import stacked as stacked
 
@@ -53,6 +54,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "Weights",
+    "Wrapped",
     "carrying",
     "check_fused",
     "check_shared",

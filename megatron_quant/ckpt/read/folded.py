@@ -1,14 +1,13 @@
 """A checkpoint as it is with factors folded into it: what an export of awq is compared with."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_quant.ckpt.read.checks import PLAIN_DTYPES
-from megatron_quant.ckpt.read.source import TensorInfo, Weights
+from megatron_quant.ckpt.read.source import TensorInfo, Weights, Wrapped
 from megatron_quant.ckpt.storage import read_object
 from megatron_quant.documents import INDEX
 from megatron_quant.errors import CheckpointError
@@ -17,41 +16,14 @@ from megatron_quant.models import Box
 
 
 @dataclass(frozen=True)
-class FoldedWeights:
+class FoldedWeights(Wrapped):
     """``source`` with the values that ``fold`` gives its tensors.
 
     stored: dtypes in which tensors that stay unquantized are folded. Others are in fp32.
     """
 
-    source: Weights
     fold: Fold
     stored: Mapping[str, torch.dtype]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source)
-
-    @property
-    def path(self) -> Path:
-        """Return the directory of ``source``."""
-        return self.source.path
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Return the content of its config.json."""
-        return self.source.config
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """Return its unread tensors."""
-        return self.source.unread
-
-    def info(self, name: str) -> TensorInfo | None:
-        """Return dtype, shape and file of tensor ``name`` in ``source``."""
-        return self.source.info(name)
-
-    def dense(self) -> Mapping[str, TensorInfo]:
-        """Return all tensors of ``source``."""
-        return self.source.dense()
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """Read ``box`` of tensor ``name``, folded."""

@@ -97,6 +97,47 @@ class Listed(ABC):
         return self.tensors
 
 
+@dataclass(frozen=True)
+class Wrapped(ABC):
+    """A checkpoint with the names, dtypes and shapes of another, whose values differ.
+
+    Attributes:
+        source: The other one.
+    """
+
+    source: Weights
+
+    @abstractmethod
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """Read ``box`` of tensor ``name``."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    @property
+    def path(self) -> Path:
+        """Return the directory of the other checkpoint, for messages."""
+        return self.source.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return the content of its config.json."""
+        return self.source.config
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Return its files that are not read, like :attr:`Weights.unread`."""
+        return self.source.unread
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Return dtype, shape and file that it says of tensor ``name``; None if there is none."""
+        return self.source.info(name)
+
+    def dense(self) -> Mapping[str, TensorInfo]:
+        """Return all its tensors."""
+        return self.source.dense()
+
+
 def fill(local: torch.Tensor, copies: Sequence[Copy], checkpoint: TensorSource) -> None:
     """Copy each rectangle of the checkpoint into ``local``, in ``local``'s dtype and device.
 

@@ -5,8 +5,10 @@ shown to all ranks; these share the places, and every one then changes what it h
 finds a place's factors, and how weights are cut, changes nothing.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -15,7 +17,7 @@ from megatron_quant.calib import Merged
 from megatron_quant.dist import Groups, gather, together
 from megatron_quant.folding import Fold, Place, fold_place, joined, sampled_rows
 from megatron_quant.layers import QuantLayer
-from megatron_quant.mcore.model import LiveModel
+from megatron_quant.mcore.model import LiveModel, LocalParam
 from megatron_quant.models import Copy, Domain, copies
 from megatron_quant.recipes import Slot
 
@@ -135,13 +137,13 @@ class LiveFolding:
     def _show(self, places: Sequence[Place], channels: Mapping[str, Merged]) -> _Shown:
         shown = _Shown()
         wanted = {r.decision.slot.name for place in places for r in place.readers}
-        for layer in self.layers:
-            for index, decision in enumerate(layer.decisions):
-                if decision.slot.name in wanted and self._is_first(layer.grouped):
-                    found = channels[layer.name]
-                    shown.squares[decision.slot.name] = found.squares_EK[index].cpu()
-                    if found.peaks is not None:
-                        shown.peaks[decision.slot.name] = found.peaks[index].cpu()
+        for slot in wanted & self._by_slot.keys():
+            layer, index = self._by_slot[slot]
+            if self._is_first(layer.grouped):
+                found = channels[layer.name]
+                shown.squares[slot] = found.squares_EK[index].cpu()
+                if found.peaks is not None:
+                    shown.peaks[slot] = found.peaks[index].cpu()
         norms = {place.before[0] for place in places if place.norm}
         readers = {t: place for place in places for r in place.readers for t in r.tensors}
         for copy, held in self._held(places[0].layer):
@@ -151,6 +153,23 @@ class LiveFolding:
             elif name in readers:
                 _show_weight(shown, readers[name], copy, held)
         return shown
+
+    @cached_property
+    def _by_slot(self) -> Mapping[str, tuple[QuantLayer, int]]:
+        """Each of this rank's slots: its layer, and its place there."""
+        return {
+            decision.slot.name: (layer, index)
+            for layer in self.layers
+            for index, decision in enumerate(layer.decisions)
+        }
+
+    @cached_property
+    def _by_layer(self) -> Mapping[int | None, Sequence[LocalParam]]:
+        """This rank's parameters of each decoder layer."""
+        found = defaultdict[int | None, list[LocalParam]](list)
+        for local in self.model.local:
+            found[local.param.layer].append(local)
+        return found
 
     def _is_first(self, experts: bool) -> bool:
         """Return whether no rank before this one holds the same shards of such weights."""
@@ -162,8 +181,8 @@ class LiveFolding:
 
     def _held(self, layer: int) -> Iterator[tuple[Copy, torch.Tensor]]:
         """Yield what this rank shows of a layer's tensors."""
-        for local in self.model.local:
-            if local.param.layer == layer and self._is_first(local.param.domain is Domain.EXPERT):
+        for local in self._by_layer.get(layer, ()):
+            if self._is_first(local.param.domain is Domain.EXPERT):
                 tensor = self.model.tensor(local).detach()
                 for copy in copies(local.param, local.shard_rank, local.shard_size):
                     yield copy, tensor[copy.dst.index]

@@ -251,3 +251,39 @@ def together(groups: Groups, work: Callable[[], T]) -> T:
         error = e
     raise_together(error, groups)
     return result
+
+
+class Meetings:
+    """Lets ranks wait for one another within work that :func:`in_step` runs.
+
+    Attributes:
+        are_over: Whether a rank has failed, and the others know it.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups, self.are_over = groups, False
+
+    def meet(self, value: T) -> list[T]:
+        """Return every rank's ``value``, in rank order. Raises what another rank failed with."""
+        try:
+            raise_together(None, self._groups)
+            return gather(value, self._groups)
+        except BaseException:
+            self.are_over = True
+            raise
+
+
+def in_step(groups: Groups, work: Callable[[Meetings], T]) -> T:
+    """Run ``work`` on every rank as :func:`together` does; it may meet, equally often on all.
+
+    A rank that fails says so where the others meet next.
+    """
+    meetings, error = Meetings(groups), None
+    try:
+        result = work(meetings)
+    except BaseException as e:
+        if meetings.are_over:
+            raise
+        error = e
+    raise_together(error, groups)
+    return result

@@ -212,7 +212,7 @@ def _data_flags(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--sequential",
         action="store_true",
-        help="of gptq with --stream, in one process: measure each layer behind the layers that are "
+        help="of gptq with --stream: measure each layer behind the layers that are "
         "rounded already, not behind the checkpoint's own; about twice the time",
     )
     group.add_argument(

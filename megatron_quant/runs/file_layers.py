@@ -12,7 +12,7 @@ import torch
 from megatron_quant.ckpt.plan import Origin, digest_of
 from megatron_quant.ckpt.read import Weights, open_stored
 from megatron_quant.ckpt.write import Existing
-from megatron_quant.dist import Groups, together
+from megatron_quant.dist import Groups, Meetings, together
 from megatron_quant.errors import CalibrationError, LostRankError
 from megatron_quant.mcore.checkpoint import PlainWeights
 from megatron_quant.models import Param, Role
@@ -65,13 +65,18 @@ def by_layers(
 ) -> "Seen | None":
     """Return this rank's observations; None, on every rank, where one cannot go layer by layer."""
     # Imported here: transformers takes seconds to load.
-    from megatron_quant.streaming import Skeleton, Walk, steps
+    from megatron_quant.streaming import RoundedLayers, Skeleton, Walk, steps
 
     params, alone = measure.params, measure.scales is None
-    behind = _behind(job, place, groups, phases) if job.sequential and not alone else None
+    weights = _behind(job, place, groups, phases) if job.sequential and not alone else None
     caches = {} if alone else calibrated_caches(job.quant, job.params)
 
-    def walk(skeleton: Skeleton, progress: Callable[[int], None]) -> Walk:
+    def walk(skeleton: Skeleton, progress: Callable[[int], None], meetings: Meetings) -> Walk:
+        behind = None
+        if weights is not None:
+            behind = RoundedLayers(
+                weights=weights, dtype=job.dtype, place=place, groups=groups, meetings=meetings
+            )
         return Walk(
             skeleton=skeleton,
             params=params,
@@ -113,11 +118,10 @@ def _behind(job: Job, place: "Workplace", groups: Groups, phases: Phases) -> Qua
     checkpoint = job.checkpoint
     assert checkpoint is not None, "a stream has one"
     amaxes = weight_amaxes(job, PartSource(checkpoint, job.dtype), groups, phases)[1]
-    slots = {source.name: param.name for param in job.params for source in param.sources}
+    quantized = {decision.slot.name for decision in job.quant.quantized}
+    slots = {s.name: p.name for p in job.params if p.name in quantized for s in p.sources}
 
     def values(name: str, w: torch.Tensor) -> torch.Tensor:
-        if name not in slots or not job.quant.by_name[slots[name]].quantized:
-            return w
         producer = Producer(
             source=PartSource(checkpoint, job.dtype),
             quant=job.quant,
@@ -126,7 +130,7 @@ def _behind(job: Job, place: "Workplace", groups: Groups, phases: Phases) -> Qua
         )
         return producer.values(slots[name], w.to(job.dtype))
 
-    return QuantizedWeights(checkpoint, values)
+    return QuantizedWeights(checkpoint, slots, values)
 
 
 def measured_sums(job: Job, place: "Workplace", groups: Groups) -> InputSums:

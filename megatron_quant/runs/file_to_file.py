@@ -98,7 +98,7 @@ def plan_stream(options: QuantizeOptions, world: int, opened: Unquantized | None
 
     Raises a QuantError for whatever does not fit, before anything is written.
     """
-    _check_flags(options, world)
+    _check_flags(options)
     assert options.hf_model_id is not None, "checked with the flags"
     directory = resolve_source(options.hf_model_id, weights=options.megatron_load_path is None)
     source = (opened or Unquantized()).open_weights(directory)
@@ -231,12 +231,7 @@ def _with_statistics(
     return replace(files, origin=replace(files.origin, statistics=statistics))
 
 
-def _check_flags(options: QuantizeOptions, world: int) -> None:
-    if options.calibration.sequential and world > 1:
-        raise QuantError(
-            f"--sequential rounds each layer before the next one is measured, in one process, and "
-            f"there are {world}: start without torchrun, or leave it out"
-        )
+def _check_flags(options: QuantizeOptions) -> None:
     sizes = {name: getattr(options.parallel, name) for name in ("tp", "cp", "ep", "etp", "pp")}
     if any(size > 1 for size in sizes.values()):
         given = " ".join(f"--{name} {size}" for name, size in sizes.items() if size > 1)

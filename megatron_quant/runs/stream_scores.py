@@ -13,7 +13,7 @@ import torch
 from megatron_quant.ckpt.plan import digest_of, slots
 from megatron_quant.ckpt.read import open_stored
 from megatron_quant.ckpt.write import Existing
-from megatron_quant.dist import Groups, gather, max_reduce, sum_reduce, together
+from megatron_quant.dist import Groups, Meetings, gather, max_reduce, sum_reduce, together
 from megatron_quant.errors import CalibrationError, ExportError, LostRankError, QuantError
 from megatron_quant.models import Role
 from megatron_quant.runs.auto_scores import Work, read_kept
@@ -168,7 +168,7 @@ def measured_layers(
         headed = Headed(model, next(iter(heads), ""), weight)
         return Skeleton(stored, target.dtype, headed)
 
-    def walk(skeleton: Skeleton, progress: Callable[[int], None]) -> Walk:
+    def walk(skeleton: Skeleton, progress: Callable[[int], None], _: Meetings) -> Walk:
         _fit(work, skeleton.model, {}).check()
         return Walk(
             skeleton=skeleton,

@@ -1,4 +1,5 @@
 from .behind import QuantizedWeights as QuantizedWeights
+from .behind import RoundedLayers as RoundedLayers
 from .caches import calibrated_caches as calibrated_caches
 from .folding import FoldedSums as FoldedSums
 from .folding import find_fold as find_fold
@@ -58,6 +59,7 @@ __all__ = [
     "PartSource",
     "Producer",
     "QuantizedWeights",
+    "RoundedLayers",
     "Seen",
     "Sharing",
     "Skeleton",

@@ -102,7 +102,7 @@ class Skeleton:
             CheckpointError: For one that is missing or has another shape.
         """
         given = source or self._source
-        found = {name: self._read(given, name) for name in self._names(given, index)}
+        found = {name: self._read(given, name) for name in self.names(given, index)}
         idle = idle_experts(given.config, found)
         self._load(found | {name: torch.zeros_like(found[like]) for name, like in idle.items()})
         missing = self._missing(index)
@@ -136,7 +136,7 @@ class Skeleton:
 
     def fill_rest(self) -> None:
         """Load the weights of the text decoder outside of its layers, its output layer included."""
-        tensors = {n: self._read(self._source, n) for n in self._names(self._source, None)}
+        tensors = {n: self._read(self._source, n) for n in self.names(self._source, None)}
         if self._headed is not None and self._headed.weight is not None:
             tensors[self._headed.name] = self._headed.weight
         self._load(tensors)
@@ -156,7 +156,8 @@ class Skeleton:
             else:
                 module.register_buffer(leaf, meta)
 
-    def _names(self, source: Weights, layer: int | None) -> Iterator[str]:
+    def names(self, source: Weights, layer: int | None) -> Iterator[str]:
+        """Yield the tensors of a layer by their names in ``source``; of the rest where None."""
         at = f"{self._own}layers."
         head = f"{self._headed.module}." if self._headed and self._headed.module else None
         for name in source:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from megatron_quant.ckpt.storage import (
     DIGEST_BYTES,
     Draft,
+    TensorEntry,
     allocate,
     as_bytes,
     explained,
@@ -47,6 +49,11 @@ class StatesFile:
     def nbytes(self) -> int:
         """Return the bytes of the whole file."""
         return self._file.size
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        """Return the place of each tensor."""
+        return [replace(entry, file=self.path.name) for entry in self._file.entries]
 
     def write(self, states: Iterator[torch.Tensor]) -> str:
         """Write the hidden states of all batches, one at a time; return their digest.

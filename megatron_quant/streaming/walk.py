@@ -8,10 +8,10 @@ from math import isfinite
 import torch
 from torch import nn
 
-from megatron_quant.ckpt.read import Weights
 from megatron_quant.ckpt.storage import give_back
 from megatron_quant.errors import CalibrationError
 from megatron_quant.models import Param, Role
+from megatron_quant.streaming.behind import RoundedLayers
 from megatron_quant.streaming.caches import CacheAmax
 from megatron_quant.streaming.forced import forced_experts
 from megatron_quant.streaming.input_sums import RunningSum, SumsFile
@@ -72,8 +72,8 @@ class Walk:
         input_amax: Amax of inputs by slot, fp32 [], where their scale counts for what codes lose.
         keep: Keep the hidden states at every border, from those that enter the first layer to those
             that leave the last.
-        behind: The weights of a layer once they are quantized by its sums, which the layers after
-            it are measured behind; None to measure all behind the checkpoint's own.
+        behind: The layers once they are quantized by their sums, which the layers after them are
+            measured behind; None to measure all behind the checkpoint's own.
     """
 
     skeleton: Skeleton
@@ -85,7 +85,7 @@ class Walk:
     caches: Mapping[int, Sequence[str]] = field(default_factory=dict)
     expert_share: float | None = None
     input_amax: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    behind: Weights | None = None
+    behind: RoundedLayers | None = None
     keep: bool = False
     _seen: Seen = field(default_factory=Seen)
     _digests: list[str] = field(default_factory=list)
@@ -96,6 +96,11 @@ class Walk:
         """Return how many layers have something to measure, or come before one that has."""
         every = len(self.skeleton.layers)
         return every if self.keep else min(every, steps(self.params, self.caches, every))
+
+    @property
+    def _handed_on(self) -> int:
+        """Return how many layers there are whose hidden states are read again."""
+        return self.layers if self._heads or self.keep else self.layers - 1
 
     @property
     def _heads(self) -> list[Param]:
@@ -119,6 +124,7 @@ class Walk:
         if come is None and self.sums is not None:
             self.sums.create()
         if not self.batches:
+            self._help_others(self.layers)
             return self._seen, None
         find, calls, states, digest = self._enter(write=come is None)
         if come is not None and not self._has_states(come, states):
@@ -131,6 +137,7 @@ class Walk:
         amax = {key: torch.tensor(value) for key, value in come.seen.items()}
         self._seen, self._digests = Seen(amax, dict(come.tokens)), list(come.sums)
         self.on_batch(come.layer * len(self.batches))
+        self._help_others(come.layer)
         for layer in range(come.layer, self.layers):
             states = self._layer(layer, [of_batch[layer] for of_batch in calls], states)
         if self._heads:
@@ -155,6 +162,16 @@ class Walk:
         return bool(wanted) and all(
             self._states(layer, like).is_intact(digest) for layer, digest in wanted.items()
         )
+
+    def _help_others(self, own: int) -> None:
+        """Round with ranks that have come less far the layers before ``own``."""
+        if self.behind is not None:
+            for layer in range(self.behind.first(own), min(own, self._handed_on)):
+                self.behind.of(self._names(layer))
+
+    def _names(self, layer: int) -> list[str]:
+        assert self.behind is not None
+        return list(self.skeleton.names(self.behind.weights, layer))
 
     def _has_sums(self, come: Come) -> bool:
         """Return whether the sums of the layers before are as they were written."""
@@ -231,7 +248,7 @@ class Walk:
                 self.on_batch(1)
 
         later, digest = self._states(layer + 1, states), ""
-        last = layer + 1 == self.layers and not self._heads and not self.keep
+        last = layer == self._handed_on
         if last or self.behind is not None:
             for _ in made():
                 pass
@@ -245,7 +262,7 @@ class Walk:
             self._digests.append(put)
         if self.behind is not None and not last:
             self.skeleton.empty()
-            self.skeleton.fill_layer(layer, self.behind)
+            self.skeleton.fill_layer(layer, self.behind.of(self._names(layer)))
             digest = later.write(self._through(module, calls, states))
         self.skeleton.empty()
         give_back()

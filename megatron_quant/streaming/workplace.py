@@ -21,7 +21,7 @@ from megatron_quant.errors import CheckpointError, ExportError
 DOCUMENT = "megatron_quant_calibration.json"
 _OWN = re.compile(
     rf"{re.escape(DOCUMENT)}(\.new)?|(scales-)?rank-\d+\.(json(\.new)?|scores\.safetensors(\.new)?|"
-    r"(layer-\d+|gradients-\d+|change-\d+\.layer-\d+|sums)\.safetensors)"
+    r"(layer-\d+|gradients-\d+|change-\d+\.layer-\d+|sums|rounded)\.safetensors)"
 )
 
 
@@ -119,6 +119,10 @@ class Workplace:
     def sums(self, rank: int) -> Path:
         """Return a rank's file for the sums of squares and products of inputs."""
         return self._folder / f"rank-{rank}.sums.safetensors"
+
+    def rounded(self, rank: int) -> Path:
+        """Return a rank's file for the weights of a layer that it has rounded."""
+        return self._folder / f"rank-{rank}.rounded.safetensors"
 
     def come(self) -> Come | None:
         """Return how far this rank had come; None where it begins, or cannot read what is there."""

@@ -223,16 +223,20 @@ def test_calibration_reaches_its_experts(source: Path, tmp_path: Path, ranks: Ra
     kept = tmp_path / "kept.safetensors"
     (one,) = ranks(1, calibrate, source, tmp_path / "one", {"save_calibration": kept})
     flags = {"tp": 2, "ep": 2, "pp": 2, "megatron_save_path": tmp_path / "saved"}
-    for tokens in (one, *ranks(4, calibrate, source, tmp_path / "four", flags)):
+    four = ranks(4, calibrate, source, tmp_path / "four", flags)
+    shared = ranks(2, calibrate, source, tmp_path / "shared", {"cp": 2})
+    for tokens in (one, *four, *shared):
         mine = [n for n in tokens if n.startswith("mtp.layers.0.transformer_layer.mlp.experts.")]
         assert len(mine) == 8  # two linears of four experts
         # every token goes to two experts, and the last of a sequence, which has no next one, too
         assert sum(tokens[n] for n in mine) == 2 * 2 * 8 * 32
-    found, want = (tensors(tmp_path / f / "out") for f in ("four", "one"))
+    want = tensors(tmp_path / "one" / "out")
     scales = [n for n in want if n.endswith("input_scale")]
     assert any("layers.2.mlp.experts.3.down_proj" in n for n in scales)
-    for name in scales:
-        assert float(found[name]) == pytest.approx(float(want[name]), rel=1e-4), name
+    for other in ("four", "shared"):
+        found = tensors(tmp_path / other / "out")
+        for name in scales:
+            assert float(found[name]) == pytest.approx(float(want[name]), rel=1e-4), name
     ranks(1, load, tmp_path / "saved", tmp_path / "loaded")
     found, want = (tensors(tmp_path / f) for f in ("loaded", "four/out"))
     assert found.keys() == want.keys()

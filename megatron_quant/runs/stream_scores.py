@@ -86,7 +86,8 @@ def work_folder(work: Work, groups: Groups) -> Iterator[Workplace]:
 
     It lies in that of the scores, where the next search finds it; else it is a temporary one.
     """
-    made_of = digest_of([work.about, groups.size, work.calibration.expert_share])
+    scales = [work.calibration.expert_share, work.calibration.cold_experts]
+    made_of = digest_of([work.about, groups.size, scales])
     if work.auto.checkpoint is None:
         with TemporaryDirectory(prefix="megatron_quant_") as folder:
             place = Workplace(Path(folder), made_of, Existing.REFUSE, groups)
@@ -224,7 +225,7 @@ def walkable(source: Path) -> Iterator[None]:
 def _refused(source: Path, reason: str) -> CalibrationError:
     return CalibrationError(
         f"{source}: transformers' model cannot run layer by layer ({reason}), and so is not "
-        "scored: search with Megatron's model, without --stream"
+        "scored; a search without --stream scores Megatron's model"
     )
 
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
-from megatron_quant.models import Param, Role
+from megatron_quant.models import CARRIED, Param, Role
 from megatron_quant.search.divergence import streams_at_once
 from megatron_quant.search.problem import Problem
 
-_UNREAD = (Role.OUTSIDE, Role.DRAFT, Role.CACHE)
+_UNREAD = (*CARRIED, Role.CACHE)
 """Roles of parameters that no forward of the text decoder reads."""
 
 

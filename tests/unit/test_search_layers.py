@@ -255,8 +255,8 @@ def test_a_model_that_is_no_chain_of_layers(
         scores(work, source)
     assert str(error.value) == (
         f"{source}: transformers' model cannot run layer by layer (its forward does not run the "
-        "layers one after another), and so is not scored: search with Megatron's model, without "
-        "--stream"
+        "layers one after another), and so is not scored; a search without --stream scores "
+        "Megatron's model"
     )
     assert [p.name for p in (tmp_path / "scores").iterdir()] == ["search.json"]
 

@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_quant.documents import check_output_file
-from megatron_quant.errors import RecipeError
 from megatron_quant.runs.found import Found, chosen
 
 if TYPE_CHECKING:
@@ -73,6 +72,7 @@ def found_recipe(
         source=digest,
         dtype=options.dtype,
         loss=loss or next_token_loss,
+        caches=_caches(plan) if options.stream else {},
     )
     if options.stream:
         from megatron_quant.runs.stream_scores import stream_scores
@@ -104,6 +104,16 @@ def choose(
     return found
 
 
+def _caches(plan: "SearchPlan") -> "dict[int, list[str]]":
+    """Return the cache slots of each layer whose keys and values are measured to be scored."""
+    from megatron_quant.streaming import calibrated_caches
+
+    if plan.problem.cache is None:
+        return {}
+    each = (calibrated_caches(q, plan.target.params) for q in plan.plans.values())
+    return next(filter(None, each), {})
+
+
 def plan_candidates(
     options: "QuantizeOptions", world: int, model: "Unquantized"
 ) -> "tuple[Job, SearchPlan]":
@@ -124,12 +134,6 @@ def plan_candidates(
     check_length(options.calibration.seq_length, sizes.tp, sizes.cp)
     target = Target.of(first, options.serve)
     plans = {name: job.quant for name, job in jobs.items()}
-    for name, quant in plans.items():
-        if options.stream and quant.kv_cache == "fp8" and options.auto.context_length is not None:
-            raise RecipeError(
-                f"--auto-quantize-formats {name}: --stream scores no KV cache of fp8, whose scales "
-                "are calibrated; take fp8_cast, or search with Megatron's model"
-            )
     return first, plan_search(target, plans, options.auto)
 
 

@@ -1,13 +1,12 @@
 """Measure what each family of weights, and the KV cache, loses in each format alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import isfinite
 
 import torch
 
-from megatron_quant.dist import Groups, max_reduce, sum_reduce, together
+from megatron_quant.dist import Groups, sum_reduce, together
 from megatron_quant.errors import CalibrationError, QuantError
 from megatron_quant.models import Role, positive, text_config
 from megatron_quant.recipes import KV_CACHES, Recipe, load_recipe
@@ -29,11 +28,10 @@ from megatron_quant.runs.stream_scores import (
 from megatron_quant.search import (
     KV_CACHE,
     Change,
-    RoundedCache,
     families,
     option_of,
 )
-from megatron_quant.streaming import Seen, calibrated_caches
+from megatron_quant.streaming import calibrated_caches
 
 _KV_BITS = 8.0
 
@@ -74,10 +72,10 @@ def measured(
     )
     own = batches[groups.rank :: groups.size]
     with work_folder(work, groups) as place:
-        layers, seen = measured_layers(work, job.source, own, place, groups, phases)
+        layers = measured_layers(work, job.source, own, place, groups, phases)
         trials = _trials(plan)
         if caches:
-            trials += _cache_trials(layers, caches, seen, groups)
+            trials += _cache_trials(layers)
         else:
             left_out.append(f"{KV_CACHE}: the model caches no keys and values as they are")
 
@@ -149,26 +147,12 @@ def _trials(plan: SearchPlan) -> list[_Trial]:
     return trials
 
 
-def _cache_trials(
-    layers: Layers | None, caches: Mapping[int, Sequence[str]], seen: Seen, groups: Groups
-) -> list[_Trial]:
-    """Return the trials of the KV cache, whose amaxes all ranks have seen. Collective."""
-    flat = torch.zeros(len(caches), 2)
-    for row, names in zip(flat, caches.values(), strict=True):
-        row.copy_(torch.stack([seen.amax.get(name, torch.zeros(())) for name in names]))
-    merged = {
-        layer: (row[0], row[1]) for layer, row in zip(caches, max_reduce(flat, groups), strict=True)
-    }
-    given = {"fp8": merged, "fp8_cast": None}
-
-    def made(name: str) -> RoundedCache:
-        assert layers is not None, "called where a model is run"
-        return RoundedCache(layers.model, given[name])
-
+def _cache_trials(layers: Layers | None) -> list[_Trial]:
+    """Return the trials of the KV cache; without layers nothing is changed."""
     return [
         _Trial(
             FamilyLoss(family=KV_CACHE, format=name, weights=0, bits=_KV_BITS),
-            Change({}, cache=partial(made, name)),
+            Change({}) if layers is None else layers.cache_change(name),
         )
         for name in KV_CACHES
     ]

@@ -1,6 +1,6 @@
 """Score by transformers' forward, a layer at a time: the ranks share the batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from megatron_quant.runs.auto_scores import Work, read_kept
 from megatron_quant.runs.layer_walk import walked
 from megatron_quant.runs.phases import Phases
 from megatron_quant.search import (
+    Amaxes,
     Backward,
     Change,
     Divergences,
@@ -60,7 +61,7 @@ def stream_scores(work: Work, source: Path, groups: Groups, phases: Phases) -> t
     if max_reduce(torch.tensor([len(missing)]), groups).item():
         with work_folder(work, groups) as place:
             mine = [batches[i] for i in own]
-            layers, _ = measured_layers(work, source, mine, place, groups, phases)
+            layers = measured_layers(work, source, mine, place, groups, phases)
 
             def score() -> None:
                 if layers is not None:
@@ -118,16 +119,23 @@ class Layers:
         source: The checkpoint.
         borders: What a forward over this rank's batches left.
         fit: The places.
+        cache_amax: Amaxes of keys and values by layer, where these were measured.
     """
 
     source: Path
     borders: Borders
     fit: Fit
+    cache_amax: Amaxes
 
     @property
     def model(self) -> "PreTrainedModel":
         """Return the model."""
         return self.borders.skeleton.model
+
+    def cache_change(self, kind: str) -> Change:
+        """Return the change that a KV cache makes, named as recipes do."""
+        amaxes = self.cache_amax if kind == "fp8" else None
+        return Change({}, cache=partial(RoundedCache, self.model, amaxes))
 
 
 def measured_layers(
@@ -137,7 +145,7 @@ def measured_layers(
     place: Workplace,
     groups: Groups,
     phases: Phases,
-) -> tuple[Layers | None, Seen]:
+) -> Layers | None:
     """Run the batches forward, and measure the inputs of places. Collective.
 
     Args:
@@ -149,7 +157,7 @@ def measured_layers(
         phases: Where progress is shown.
 
     Returns:
-        The layers, None for a rank without batches, and what it has seen.
+        The layers; None for a rank without batches.
 
     Raises:
         CalibrationError: On every rank, where the model cannot be run layer by layer.
@@ -194,9 +202,21 @@ def measured_layers(
     for quant in plans.values():
         params = static_inputs(quant, target.params)
         scales |= merge_amaxes(quant, params, input_keys, seen.amax, cold, groups).scales
+    amaxes = _cache_amaxes(work.caches, seen, groups)
     if borders is None:
-        return None, seen
-    return Layers(source, borders, _fit(work, borders.skeleton.model, scales)), seen
+        return None
+    return Layers(source, borders, _fit(work, borders.skeleton.model, scales), amaxes)
+
+
+def _cache_amaxes(caches: Mapping[int, Sequence[str]], seen: Seen, groups: Groups) -> Amaxes:
+    """Merge the largest keys and values of all ranks, in one collective if there are any."""
+    if not caches:
+        return {}
+    flat = torch.zeros(len(caches), 2)
+    for row, names in zip(flat, caches.values(), strict=True):
+        row.copy_(torch.stack([seen.amax.get(name, torch.zeros(())) for name in names]))
+    merged = max_reduce(flat, groups)
+    return {layer: (row[0], row[1]) for layer, row in zip(caches, merged, strict=True)}
 
 
 def _fit(work: Work, model: "PreTrainedModel", scales: dict[str, torch.Tensor]) -> Fit:
@@ -239,6 +259,7 @@ def _by_gradient(work: Work, layers: Layers, place: Workplace, phases: Phases) -
             fit=layers.fit,
             loss=work.loss,
             files=place.gradients,
+            cache_amax=layers.cache_amax,
             progress=Progress(place.scores, place.made_of, (count, work.options)),
             on_batch=progress,
         ).run()
@@ -247,14 +268,16 @@ def _by_gradient(work: Work, layers: Layers, place: Workplace, phases: Phases) -
 def _by_divergence(work: Work, layers: Layers, place: Workplace, phases: Phases) -> torch.Tensor:
     """Return the scores, fp64 [batches, options of all places]."""
     problem = work.plan.problem
-    cast = partial(RoundedCache, layers.model, None)
     changed = [
         (p, option, problem.columns[p.name].start + i)
         for p in problem.places
         for i, option in enumerate(p.options)
         if option.changes
     ]
-    changes = [Change({}, cast) if p.cached else Change({p.name: o.rule}) for p, o, _ in changed]
+    changes = [
+        layers.cache_change(o.kv_cache) if p.cached else Change({p.name: o.rule})
+        for p, o, _ in changed
+    ]
     found = torch.zeros(len(layers.borders.batches), work.options, dtype=torch.float64)
     measured = divergences(layers, changes, place, phases)
     for (p, option, column), own in zip(changed, measured.T, strict=True):

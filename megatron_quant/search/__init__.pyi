@@ -1,6 +1,7 @@
 from .ablation import families as families
 from .ablation import option_of as option_of
 from .backward import Backward as Backward
+from .cache import Amaxes as Amaxes
 from .cache import RoundedCache as RoundedCache
 from .calls import detached as detached
 from .calls import first_output as first_output
@@ -36,6 +37,7 @@ __all__ = [
     "KV_CACHE",
     "METHODS",
     "NONE",
+    "Amaxes",
     "Backward",
     "Change",
     "Choice",

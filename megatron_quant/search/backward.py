@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_quant.ckpt.storage import give_back
-from megatron_quant.search.cache import WatchedCache
+from megatron_quant.search.cache import Amaxes, WatchedCache
 from megatron_quant.search.handed import Handed
 from megatron_quant.search.loss import Loss, check_loss, check_score
 from megatron_quant.search.progress import Progress
@@ -30,6 +30,7 @@ class Backward:
         loss: The loss whose gradients score.
         files: Layer -> the file for the gradients of what enters it; of the number of layers, for
             those of what leaves the last.
+        cache_amax: Amaxes of a calibrated KV cache, by layer.
         progress: Where scores are kept, fp64 [batches, options of all places].
         on_batch: Called with 1 for each batch that a layer, or the output layer, has done.
     """
@@ -38,6 +39,7 @@ class Backward:
     fit: Fit
     loss: Loss
     files: Callable[[int], Path]
+    cache_amax: Amaxes
     progress: Progress
     on_batch: Callable[[int], None]
     _handed: list[Handed] = field(default_factory=list)
@@ -113,18 +115,19 @@ class Backward:
         found: torch.Tensor,
     ) -> torch.Tensor:
         skeleton, problem = self.borders.skeleton, self.fit.problem
-        call, cache = self.borders.calls[batch][layer], None
-        changed = torch.zeros((), dtype=torch.float64)
-        if problem.cache is not None:
-            cache = WatchedCache(skeleton.model, changed)
+        call, cache, place = self.borders.calls[batch][layer], None, problem.cache
+        rounding = [o for o in place.options if o.changes] if place is not None else []
+        changed = torch.zeros(len(rounding), dtype=torch.float64)
+        if rounding:
+            amaxes = [self.cache_amax if o.kv_cache == "fp8" else None for o in rounding]
+            cache = WatchedCache(skeleton.model, amaxes, changed)
         made = self._handed[batch].backward(call, skeleton.layers[layer], hidden, gradient, cache)
-        if problem.cache is not None:
-            place = problem.cache
+        if place is not None:
             scores = found[batch, problem.columns[place.name]]
-            for i, option in enumerate(place.options):
-                if option.changes:
-                    scores[i] += changed
-                    check_score("gradient", scores[i].item(), place.name, option.action)
+            for option, change in zip(rounding, changed, strict=True):
+                i = place.options.index(option)
+                scores[i] += change
+                check_score("gradient", scores[i].item(), place.name, option.action)
         return made
 
 

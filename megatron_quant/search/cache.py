@@ -1,6 +1,6 @@
 """Round what a transformers model caches, keys after their rotation and values, as engines do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,29 +40,37 @@ class RoundedCache(DynamicCache):
 class WatchedCache(DynamicCache):
     """A cache that waits for the gradients of what it holds, and then adds to its score.
 
-    The score is the sum of (gradient of a cached value x its change by a cast to FP8)^2.
+    The score is the sum of (gradient of a cached value x its change in FP8)^2.
 
     Args:
         model: The model, for the kinds of its layers.
-        found: The score, fp64 [], which grows.
+        amaxes: For each score, those of :class:`RoundedCache`.
+        found: The scores, fp64 [scores], which grow.
     """
 
-    def __init__(self, model: PreTrainedModel, found: torch.Tensor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, amaxes: Sequence[Amaxes | None], found: torch.Tensor
+    ) -> None:
         super().__init__(config=model.config)
-        self._found = found
+        self._amaxes, self._found = amaxes, found
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *rest: Any
     ) -> Any:
         """Watch keys and values [B, heads, S, D], and cache them as they are."""
-        for x in (key_states, value_states):
+        for part, x in enumerate((key_states, value_states)):
             if x.requires_grad:
-                x.register_hook(partial(self._add, x.detach()))
+                largest = [None if each is None else each[layer_idx][part] for each in self._amaxes]
+                x.register_hook(partial(self._add, x.detach(), largest))
         return super().update(key_states, value_states, layer_idx, *rest)
 
-    def _add(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        change = _cast(x).float() - x.float()
-        self._found += (gradient.float() * change).square().sum(dtype=torch.float64).cpu()
+    def _add(
+        self, x: torch.Tensor, largest: Sequence[torch.Tensor | None], gradient: torch.Tensor
+    ) -> None:
+        for i, amax in enumerate(largest):
+            change = (_cast(x) if amax is None else _rounded(x, amax)).float() - x.float()
+            score = (gradient.float() * change).square().sum(dtype=torch.float64)
+            self._found[i] += score.cpu()
 
 
 def _cast(x: torch.Tensor) -> torch.Tensor:

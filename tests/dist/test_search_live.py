@@ -147,9 +147,18 @@ def test_a_cache_is_scored_with_the_scales_that_calibration_gives_it(
                 scale = tensor_scale(amax, get_format("fp8"))
                 change = fake_quant(x.detach().contiguous(), get_format("fp8"), scale) - x.detach()
                 wanted[i] += (x.grad * change).square().sum().item()
-    found = scores(tmp_path / "live").sum(0)[-3:].tolist()
-    assert found == [pytest.approx(wanted[0], rel=1e-3), pytest.approx(wanted[1], rel=1e-3), 0.0]
+    ranks(2, stream, source, tmp_path / "stream", changes)
+    for how in ("live", "stream"):
+        first, second, none = scores(tmp_path / how).sum(0)[-3:].tolist()
+        assert first == pytest.approx(wanted[0], rel=1e-3) and none == 0.0, how
+        assert second == pytest.approx(wanted[1], rel=1e-3), how
+    found = [(tmp_path / how / "found.yaml").read_bytes() for how in ("live", "stream")]
+    assert found[0] == found[1]
     assert wanted[0] != pytest.approx(wanted[1], rel=1e-2)
+
+
+def stream(source: Path, work: Path, changes: dict[str, Any]) -> None:
+    mq.find_recipe(source, auto(work, **changes), calibration=DATA, dtype="fp32")
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2_moe"])

@@ -67,9 +67,7 @@ def scores(work: Work, source: Path) -> dict[str, list[float]]:
 def fit(work: Work, source: Path) -> Fit:
     """The places of a search in a model that is whole, with the inputs that were measured."""
     with stream_scores.work_folder(work, Groups()) as place:
-        layers, _ = stream_scores.measured_layers(
-            work, source, work.batches, place, Groups(), Quiet()
-        )
+        layers = stream_scores.measured_layers(work, source, work.batches, place, Groups(), Quiet())
     assert layers is not None
     own = layers.fit
     return Fit(
@@ -91,7 +89,7 @@ def whole_gradient(fit: Fit, batches: Sequence[torch.Tensor]) -> dict[str, list[
     """Scores by one backward through the whole model, a batch."""
     found = {p.name: torch.zeros(len(p.options)).double() for p in fit.problem.places}
     own = [(w, found[w.place.name]) for w in places_of(fit)]
-    changed = torch.zeros(()).double()
+    changed = torch.zeros(1).double()
 
     def begin(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.detach().requires_grad_()
@@ -99,12 +97,12 @@ def whole_gradient(fit: Fit, batches: Sequence[torch.Tensor]) -> dict[str, list[
     handle = fit.model.get_input_embeddings().register_forward_hook(begin)
     for ids in batches:
         with scored(fit.model, own):
-            cache = WatchedCache(fit.model, changed) if fit.problem.cache else None
+            cache = WatchedCache(fit.model, [None], changed) if fit.problem.cache else None
             out = fit.model(ids, past_key_values=cache, use_cache=cache is not None)
             next_token_loss(out.logits.float(), ids).backward()
     handle.remove()
     if (place := fit.problem.cache) is not None:
-        found[place.name] += torch.tensor([changed * o.changes for o in place.options])
+        found[place.name] += torch.tensor([changed.item() * o.changes for o in place.options])
     return {name: row.tolist() for name, row in found.items()}
 
 

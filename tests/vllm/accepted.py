@@ -77,11 +77,12 @@ def exported(work: Path, names: Sequence[str] = NAMES) -> dict[str, Path | str]:
         source = saved.save(name, work / name / "source")
         sources.config(source, **HUB.get(name, {}))
         for kind in (*KINDS, STACKS) if name == "gpt_oss" else KINDS:
-            found[f"{name}/{kind.title}"] = _exported(source, work / name / kind.title, kind)
+            found[f"{name}/{kind.title}"] = export_of(source, work / name / kind.title, kind)
     return found
 
 
-def _exported(source: Path, out: Path, kind: Kind) -> Path | str:
+def export_of(source: Path, out: Path, kind: Kind) -> Path | str:
+    """Return the directory of an export, or why there is none for vLLM."""
     options = dict(kind.options)
     if "\n" in options["export_quant_cfg"]:
         recipe = out.parent / "recipe.yaml"
@@ -179,8 +180,13 @@ def main() -> None:
     if "--write" not in sys.argv:
         print(said)
         return
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{said}\n\n{END}{rest.partition(END)[2]}")
+    put(said, PAGE, BEGIN, END)
+
+
+def put(said: str, page: Path, begin: str, end: str) -> None:
+    """Write a part of a page, between two marks."""
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}\n\n{said}\n\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":

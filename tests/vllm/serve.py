@@ -33,6 +33,7 @@ def started(directory: str):
         max_num_seqs=2,
         max_logprobs=_vocab_size(directory),
         skip_tokenizer_init=True,
+        language_model_only=True,
         disable_log_stats=True,
     )
 
@@ -53,7 +54,8 @@ def generated(llm, prompt: list[int]) -> dict[str, list]:
 
 
 def _vocab_size(directory: str) -> int:
-    return json.loads(Path(directory, "config.json").read_text())["vocab_size"]
+    config = json.loads(Path(directory, "config.json").read_text())
+    return config.get("text_config", config)["vocab_size"]
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from megatron_quant.ckpt.dialects import Layer, layer_of
 from megatron_quant.engines.facts import MXFP4, STACKS, V4
 from megatron_quant.engines.families import Family
 from megatron_quant.models import family, text_config
-from megatron_quant.recipes import OUTPUT, QuantPlan
+from megatron_quant.recipes import DRAFT, OUTPUT, QuantPlan
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,20 @@ def family_obstacles(
             "--export-format deepseek-v4 of a release, or leave out --serve-engine",
         )
     if engine == "vllm":
+        yield from _of_drafts(known, plan, dialect)
         yield from _of_whole_scales(known, plan)
     if engine in ("vllm", "sglang"):
         yield from _of_merged(known, text_config(config), plan)
+
+
+def _of_drafts(known: Family, plan: QuantPlan, dialect: str) -> Iterator[Obstacle]:
+    taken = next((d.slot.sources[0] for d in plan.quantized if d.slot.fixed == DRAFT), None)
+    if taken is not None and dialect in known.plain_drafts:
+        yield Obstacle(
+            f"{taken} is quantized, and vLLM builds layers for speculation plain where {dialect} "
+            "excludes any of them, as it does the first linear",
+            "--export-format compressed-tensors, or a run without --quantize-mtp",
+        )
 
 
 def _of_head(

@@ -32,6 +32,7 @@ def of_rules(*rules: dict) -> Recipe:
 
 
 NVFP4 = {"quantize": ["*"], "weights": "nvfp4"}
+INT4 = {"format": "int4", "group_size": 64}
 DENSE = {"exclude": ["*self_attn*", "*mtp.*.self_attention*"]}
 
 
@@ -130,6 +131,18 @@ def test_a_part_that_is_missing(source: Path, tmp_path: Path) -> None:
     sources.run(lacking, tmp_path / "carried")
     with pytest.raises(CheckpointError, match=rf"has no {DOWN}.weight of shape \[64, \d+\], which"):
         sources.run(lacking, tmp_path / "out", quantize_mtp=True)
+
+
+def test_an_engine_that_builds_them_plain(tmp_path: Path) -> None:
+    made = checkpoints.save("qwen3_5_moe", tmp_path / "source", **SIZES["qwen3_5_moe"])
+    source = drafts.add(made, "mtp_num_hidden_layers", copies=False)
+    recipe = of_rules({"quantize": ["*experts*"], "weights": INT4}, {"exclude": ["*"]})
+    flags = {"export_quant_cfg": recipe, "export_format": "gptq", "serve_engine": "vllm"}
+    sources.run(source, tmp_path / "dense", **flags)
+    said = r"mtp.layers.0.mlp.experts.0.\w+ is quantized, and vLLM builds layers for speculation pl"
+    with pytest.raises(mq.QuantError, match=said):
+        sources.run(source, tmp_path / "out", **flags, quantize_mtp=True)
+    sources.run(source, tmp_path / "out", **{**flags, "serve_engine": None}, quantize_mtp=True)
 
 
 def test_what_allows_them() -> None:

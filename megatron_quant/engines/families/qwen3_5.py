@@ -11,6 +11,7 @@ FAMILY = Family(
         "Qwen3_5ForCausalLM",
     ),
     kinds=("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_text"),
+    plain_drafts=("gptq",),  # vLLM qwen3_5_mtp.py: by any "-:" of quantization_config.dynamic
     dense=(
         Dense(
             names=r"linear_attn\.in_proj_(a|b|ba)\.weight",

@@ -138,6 +138,8 @@ class Family:
         head_reason: Why engines load no quantized output layer; empty where they do.
         nameless_head: Why vLLM quantizes the output layer of a ModelOpt export that excludes it;
             empty where it does not.
+        plain_drafts: Dialects in which vLLM builds every layer for speculation plain if the export
+            excludes any linear of them.
         merged: Linears of several parts.
         vllm_reason: Why vLLM loads no export of the family; empty where it does.
         loaded: (pattern, replacement) that turn transformers' names in a layer into the
@@ -164,6 +166,7 @@ class Family:
     stacked: bool = False
     head_reason: str = ""
     nameless_head: str = ""
+    plain_drafts: tuple[str, ...] = ()
     merged: tuple[Merged, ...] = ()
     vllm_reason: str = ""
     loaded: tuple[tuple[str, str], ...] = ()

@@ -1,3 +1,5 @@
+from .kv_cache import RoundedCache as RoundedCache
+from .kv_cache import round_cached as round_cached
 from .load import decoded as decoded
 from .load import empty_model as empty_model
 from .load import native as native
@@ -16,6 +18,7 @@ __all__ = [
     "NOTHING",
     "Part",
     "Result",
+    "RoundedCache",
     "Sums",
     "Text",
     "TokenizerChoice",
@@ -26,4 +29,5 @@ __all__ = [
     "native",
     "nll_and_kl",
     "read_windows",
+    "round_cached",
 ]

@@ -1,6 +1,8 @@
 """Load a checkpoint directory as a function from token ids to logits."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_quant.ckpt.read import QuantizedCheckpoint, Weights, stacked
+from megatron_quant.ckpt.read import QuantizedCheckpoint, Weights, cache_scales, stacked
 from megatron_quant.errors import CheckpointError
 from megatron_quant.evaluation.activations import Activations, QuantizedInputs, saved_stacks
 from megatron_quant.evaluation.head import HEAD, with_head
+from megatron_quant.evaluation.kv_cache import RoundedCache
 from megatron_quant.models import decoder_of, idle_experts, run_as
 from megatron_quant.transformers_config import transformers_config
 
@@ -31,15 +34,6 @@ _NEWER = "correct config.json, or install another release of transformers"
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _plain(model: PreTrainedModel) -> Logits:
-    @torch.inference_mode()
-    def logits(ids_T: torch.Tensor) -> torch.Tensor:
-        out_TV: torch.Tensor = model(ids_T[None], use_cache=False).logits[0]
-        return out_TV
-
-    return logits
 
 
 def native(directory: Path, dtype: torch.dtype) -> Logits:
@@ -61,11 +55,17 @@ def native(directory: Path, dtype: torch.dtype) -> Logits:
         )
     except (OSError, ValueError, RuntimeError, ImportError) as e:
         raise CheckpointError(f"{directory}: transformers cannot read it: {_first_line(e)}") from e
-    return _plain(model)
+
+    @torch.inference_mode()
+    def logits(ids_T: torch.Tensor) -> torch.Tensor:
+        out_TV: torch.Tensor = model(ids_T[None], use_cache=False).logits[0]
+        return out_TV
+
+    return logits
 
 
 def decoded(directory: Path, dtype: torch.dtype) -> Logits:
-    """Load the checkpoint by this library's codecs, with quantized activations simulated.
+    """Load the checkpoint by this library's codecs; quantized inputs and KV cache are simulated.
 
     An unquantized one is loaded the same way, so that two checkpoints differ only by their values.
 
@@ -74,7 +74,21 @@ def decoded(directory: Path, dtype: torch.dtype) -> Logits:
     """
     checkpoint = QuantizedCheckpoint(directory)
     model, inputs = _dense(checkpoint, directory, dtype), _inputs(checkpoint)
-    return _quantized(model, QuantizedInputs(model, inputs)) if inputs else _plain(model)
+    scales = cache_scales(checkpoint)
+    cache = partial(RoundedCache, model, scales) if scales else None
+    quantized = QuantizedInputs(model, inputs) if inputs else None
+
+    @torch.inference_mode()
+    def logits(ids_T: torch.Tensor) -> torch.Tensor:
+        cached = cache() if cache else None
+        with quantized or nullcontext():
+            out = model(ids_T[None], past_key_values=cached, use_cache=cached is not None)
+        if quantized:
+            quantized.check()
+        out_TV: torch.Tensor = out.logits[0]
+        return out_TV
+
+    return logits
 
 
 def empty_model(
@@ -208,14 +222,3 @@ def _inputs(checkpoint: QuantizedCheckpoint) -> dict[str, Activations]:
             )
         inputs[module] = Activations(form.inputs, dscale)
     return inputs
-
-
-def _quantized(model: PreTrainedModel, inputs: QuantizedInputs) -> Logits:
-    @torch.inference_mode()
-    def logits(ids_T: torch.Tensor) -> torch.Tensor:
-        with inputs:
-            out_TV: torch.Tensor = model(ids_T[None], use_cache=False).logits[0]
-        inputs.check()
-        return out_TV
-
-    return logits

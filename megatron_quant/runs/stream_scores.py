@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_quant.ckpt.plan import digest_of, slots
-from megatron_quant.ckpt.read import open_stored
+from megatron_quant.ckpt.read import CacheScales, open_stored
 from megatron_quant.ckpt.write import Existing
 from megatron_quant.dist import Groups, Meetings, gather, max_reduce, sum_reduce, together
 from megatron_quant.errors import CalibrationError, ExportError, LostRankError, QuantError
+from megatron_quant.evaluation import RoundedCache
+from megatron_quant.formats import get_format, tensor_scale
 from megatron_quant.models import Role
 from megatron_quant.runs.auto_scores import Work, read_kept
 from megatron_quant.runs.layer_walk import walked
 from megatron_quant.runs.phases import Phases
 from megatron_quant.search import (
-    Amaxes,
     Backward,
     Change,
     Divergences,
     Fit,
     Progress,
-    RoundedCache,
     check_score,
 )
 from megatron_quant.streaming import (
@@ -119,13 +119,13 @@ class Layers:
         source: The checkpoint.
         borders: What a forward over this rank's batches left.
         fit: The places.
-        cache_amax: Amaxes of keys and values by layer, where these were measured.
+        cache_scales: Scales of keys and values by layer, where these were measured.
     """
 
     source: Path
     borders: Borders
     fit: Fit
-    cache_amax: Amaxes
+    cache_scales: CacheScales
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -134,8 +134,8 @@ class Layers:
 
     def cache_change(self, kind: str) -> Change:
         """Return the change that a KV cache makes, named as recipes do."""
-        amaxes = self.cache_amax if kind == "fp8" else None
-        return Change({}, cache=partial(RoundedCache, self.model, amaxes))
+        scales = self.cache_scales if kind == "fp8" else None
+        return Change({}, cache=partial(RoundedCache, self.model, scales))
 
 
 def measured_layers(
@@ -202,21 +202,21 @@ def measured_layers(
     for quant in plans.values():
         params = static_inputs(quant, target.params)
         scales |= merge_amaxes(quant, params, input_keys, seen.amax, cold, groups).scales
-    amaxes = _cache_amaxes(work.caches, seen, groups)
+    cache = _cache_scales(work.caches, seen, groups)
     if borders is None:
         return None
-    return Layers(source, borders, _fit(work, borders.skeleton.model, scales), amaxes)
+    return Layers(source, borders, _fit(work, borders.skeleton.model, scales), cache)
 
 
-def _cache_amaxes(caches: Mapping[int, Sequence[str]], seen: Seen, groups: Groups) -> Amaxes:
-    """Merge the largest keys and values of all ranks, in one collective if there are any."""
+def _cache_scales(caches: Mapping[int, Sequence[str]], seen: Seen, groups: Groups) -> CacheScales:
+    """Return the scales of all ranks' keys and values, in one collective if there are any."""
     if not caches:
         return {}
     flat = torch.zeros(len(caches), 2)
     for row, names in zip(flat, caches.values(), strict=True):
         row.copy_(torch.stack([seen.amax.get(name, torch.zeros(())) for name in names]))
-    merged = max_reduce(flat, groups)
-    return {layer: (row[0], row[1]) for layer, row in zip(caches, merged, strict=True)}
+    scales = tensor_scale(max_reduce(flat, groups), get_format("fp8"))
+    return {layer: (row[0], row[1]) for layer, row in zip(caches, scales, strict=True)}
 
 
 def _fit(work: Work, model: "PreTrainedModel", scales: dict[str, torch.Tensor]) -> Fit:
@@ -259,7 +259,7 @@ def _by_gradient(work: Work, layers: Layers, place: Workplace, phases: Phases) -
             fit=layers.fit,
             loss=work.loss,
             files=place.gradients,
-            cache_amax=layers.cache_amax,
+            cache_scales=layers.cache_scales,
             progress=Progress(place.scores, place.made_of, (count, work.options)),
             on_batch=progress,
         ).run()

@@ -1,8 +1,6 @@
 from .ablation import families as families
 from .ablation import option_of as option_of
 from .backward import Backward as Backward
-from .cache import Amaxes as Amaxes
-from .cache import RoundedCache as RoundedCache
 from .calls import detached as detached
 from .calls import first_output as first_output
 from .divergence import Change as Change
@@ -37,7 +35,6 @@ __all__ = [
     "KV_CACHE",
     "METHODS",
     "NONE",
-    "Amaxes",
     "Backward",
     "Change",
     "Choice",
@@ -48,7 +45,6 @@ __all__ = [
     "Place",
     "Problem",
     "Progress",
-    "RoundedCache",
     "ScoreMemory",
     "ScoreStore",
     "Scored",

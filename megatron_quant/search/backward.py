@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_quant.ckpt.read import CacheScales
 from megatron_quant.ckpt.storage import give_back
-from megatron_quant.search.cache import Amaxes, WatchedCache
+from megatron_quant.search.cache import WatchedCache
 from megatron_quant.search.handed import Handed
 from megatron_quant.search.loss import Loss, check_loss, check_score
 from megatron_quant.search.progress import Progress
@@ -30,7 +31,7 @@ class Backward:
         loss: The loss whose gradients score.
         files: Layer -> the file for the gradients of what enters it; of the number of layers, for
             those of what leaves the last.
-        cache_amax: Amaxes of a calibrated KV cache, by layer.
+        cache_scales: Scales of a calibrated KV cache, by layer.
         progress: Where scores are kept, fp64 [batches, options of all places].
         on_batch: Called with 1 for each batch that a layer, or the output layer, has done.
     """
@@ -39,7 +40,7 @@ class Backward:
     fit: Fit
     loss: Loss
     files: Callable[[int], Path]
-    cache_amax: Amaxes
+    cache_scales: CacheScales
     progress: Progress
     on_batch: Callable[[int], None]
     _handed: list[Handed] = field(default_factory=list)
@@ -119,8 +120,8 @@ class Backward:
         rounding = [o for o in place.options if o.changes] if place is not None else []
         changed = torch.zeros(len(rounding), dtype=torch.float64)
         if rounding:
-            amaxes = [self.cache_amax if o.kv_cache == "fp8" else None for o in rounding]
-            cache = WatchedCache(skeleton.model, amaxes, changed)
+            scales = [self.cache_scales if o.kv_cache == "fp8" else None for o in rounding]
+            cache = WatchedCache(skeleton.model, scales, changed)
         made = self._handed[batch].backward(call, skeleton.layers[layer], hidden, gradient, cache)
         if place is not None:
             scores = found[batch, problem.columns[place.name]]

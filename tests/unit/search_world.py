@@ -10,7 +10,7 @@ import transformers
 
 import megatron_quant as mq
 from megatron_quant.dist import Groups
-from megatron_quant.evaluation import nll_and_kl
+from megatron_quant.evaluation import RoundedCache, nll_and_kl
 from megatron_quant.runs import stream_scores
 from megatron_quant.runs.auto_quantize import plan_candidates
 from megatron_quant.runs.auto_scores import Work
@@ -19,7 +19,7 @@ from megatron_quant.runs.phases import Quiet
 from megatron_quant.runs.start import Unquantized
 from megatron_quant.search import by_place, next_token_loss
 from megatron_quant.search.ablation import ablated
-from megatron_quant.search.cache import RoundedCache, WatchedCache
+from megatron_quant.search.cache import WatchedCache
 from megatron_quant.search.problem import Place
 from megatron_quant.search.scoring import quantized, scored
 from megatron_quant.search.weights import Fit, PlaceWeights

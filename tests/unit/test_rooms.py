@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"transformers_config"}
     | _CKPT,
     "search": _BASE
-    | {"dist", "models", "weight_inputs", "ckpt.dialects", "ckpt.storage"}
+    | {"dist", "models", "weight_inputs", "ckpt.dialects", "ckpt.read", "ckpt.storage"}
     | {"evaluation", "streaming"},
     "mcore.model": _LIVE,
     "mcore.checkpoint": _LIVE | {"", "mcore.model"},

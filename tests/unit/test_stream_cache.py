@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from megatron_quant.ckpt.read import QuantizedCheckpoint
 from megatron_quant.errors import CalibrationError, RecipeError
+from megatron_quant.evaluation import load
 from megatron_quant.runs import file_layers
 from megatron_quant.runs.batches import calibration_batches
 from tests.dist import checkpoints
@@ -80,6 +82,40 @@ def test_a_saved_calibration_gives_the_same_bytes(qwen3: Path, tmp_path: Path) -
     run(qwen3, tmp_path / "three", export_quant_cfg="nvfp4", save_calibration=file, overwrite=True)
     with pytest.raises(CalibrationError, match=r"has no model\.layers.0.self_attn\.k_cache_amax"):
         run(qwen3, tmp_path / "four", **KV, load_calibration=file)
+
+
+class Rounding(DynamicCache):
+    """What an engine caches, by torch's own cast; ``scales`` of keys and values by layer."""
+
+    def __init__(self, scales: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__()
+        self._own_scales = scales
+
+    def update(self, keys, values, layer, *rest):
+        k, v = self._own_scales[layer]
+        held = [
+            (x.float() / s).to(torch.float8_e4m3fn).float() * s for x, s in ((keys, k), (values, v))
+        ]
+        return super().update(held[0].to(keys.dtype), held[1].to(values.dtype), layer, *rest)
+
+
+def test_an_evaluation_rounds_keys_and_values_by_the_stored_scales(
+    qwen3: Path, tmp_path: Path
+) -> None:
+    """As fake quant of the live model does; without, the export would look better than it is."""
+    out = tmp_path / "out"
+    run(qwen3, out, **{**KV, "export_quant_cfg": "w4a16_nvfp4"})
+    stored = sources.tensors(out)
+    names = [f"model.layers.{i}.self_attn" for i in range(2)]
+    scales = [tuple(stored[f"{n}.{p}_proj.{p}_scale"] for p in "kv") for n in names]
+    ids = torch.arange(40) % 250
+    model = load._dense(QuantizedCheckpoint(out), out, torch.float32)
+    with torch.no_grad():
+        plain = model(ids[None], use_cache=False).logits[0]
+        wanted = model(ids[None], past_key_values=Rounding(scales)).logits[0]
+    found = load.decoded(out, torch.float32)(ids)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert (found - plain).abs().max() > 1e-3
 
 
 def test_the_cache_alone_is_calibrated(qwen3: Path, tmp_path: Path) -> None:

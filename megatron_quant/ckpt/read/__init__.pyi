@@ -10,6 +10,8 @@ from .folded import with_fold as with_fold
 from .head import Compared as Compared
 from .head import compared_heads as compared_heads
 from .head import remember_heads as remember_heads
+from .kv_cache import CacheScales as CacheScales
+from .kv_cache import cache_scales as cache_scales
 from .logical_tensors import kept_dtypes as kept_dtypes
 from .logical_tensors import logical as logical
 from .logical_tensors import open_original as open_original
@@ -44,6 +46,7 @@ __all__ = [
     "COLUMN_SCALE",
     "GROUP_INDEX",
     "PLAIN_DTYPES",
+    "CacheScales",
     "Compared",
     "KeptScales",
     "Listed",
@@ -55,6 +58,7 @@ __all__ = [
     "TensorSource",
     "Weights",
     "Wrapped",
+    "cache_scales",
     "carrying",
     "check_fused",
     "check_shared",

@@ -119,12 +119,19 @@ def empty_model(
 
 
 def _dense(checkpoint: QuantizedCheckpoint, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    tensors = {n: checkpoint.weight(n, dtype) for n in checkpoint}
+    tensors = {n: checkpoint.weight(n, _wider(checkpoint, n, dtype)) for n in checkpoint}
     idle = idle_experts(checkpoint.config, tensors)
     tensors |= {name: torch.zeros_like(tensors[like]) for name, like in idle.items()}
     lent = run_as(checkpoint.config)
     config = _config(directory, checkpoint.config)
     return _model(directory, config, tensors, dtype, lent is not None and lent.tower is not None)
+
+
+def _wider(checkpoint: QuantizedCheckpoint, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return fp32 for what is stored in it: transformers keeps some so, such as routers' biases."""
+    info = checkpoint.info(name)
+    stored = info is not None and not info.decoded and info.dtype is torch.float32
+    return torch.float32 if stored else dtype
 
 
 def _config(directory: Path, config: Mapping[str, Any]) -> PretrainedConfig:

@@ -19,10 +19,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from megatron_quant.ckpt.read import QuantizedCheckpoint
 from megatron_quant.errors import CheckpointError, QuantError
-from megatron_quant.evaluation import Text, decoded, evaluate, native, read_windows
+from megatron_quant.evaluation import Text, decoded, evaluate, load, native, read_windows
 from megatron_quant.evaluation.activations import Activations, QuantizedInputs, linear_weights
 from megatron_quant.formats import amax, decode, encode, fake_quant, get_format, tensor_scale
+from tests.dist import checkpoints
+from tests.unit import sources
 
 ALGORITHMS = {"NVFP4": "nvfp4", "FP8": "fp8"}
 SUFFIX = {
@@ -271,6 +274,20 @@ def test_a_reference_with_another_vocabulary_is_refused(moe, text, tmp_path):
     other = save(Qwen3ForCausalLM(config), tmp_path / "other")
     with pytest.raises(CheckpointError, match="vocabulary has 257 tokens, the reference's 300"):
         evaluate(moe, Text(text, 64), against=other)
+
+
+def test_a_routers_bias_stays_in_fp32(tmp_path):
+    """As engines and transformers keep it: rounded, it sends tokens to other experts."""
+    source = checkpoints.save("deepseek_v3", tmp_path)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+    def change(found):
+        found[name] = torch.randn(found[name].shape, generator=torch.Generator().manual_seed(1))
+
+    sources.edit(source, change)
+    model = load._dense(QuantizedCheckpoint(source), source, torch.bfloat16)
+    assert torch.equal(model.state_dict()[name], sources.tensors(source)[name])
+    assert model.lm_head.weight.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize(

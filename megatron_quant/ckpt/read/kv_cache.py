@@ -23,10 +23,10 @@ def cache_scales(checkpoint: QuantizedCheckpoint) -> CacheScales:
     found: dict[int, dict[str, torch.Tensor]] = {}
     for stored in checkpoint.cache_scales:
         for name in checkpoint.tensors:
-            layer = _LAYER.search(name)
-            if layer is not None and name.endswith(f".{stored.suffix}"):
+            match = _LAYER.search(name)
+            if match is not None and name.endswith(f".{stored.suffix}"):
                 scale = checkpoint.raw(name).float().reshape(())
-                found.setdefault(int(layer[1]), {})[stored.field] = scale
+                found.setdefault(int(match[1]), {})[stored.field] = scale
     for layer, own in found.items():
         if own.keys() != {K_SCALE, V_SCALE}:
             raise CheckpointError(

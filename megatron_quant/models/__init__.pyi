@@ -11,6 +11,7 @@ from .pipeline import Pipeline as Pipeline
 from .pipeline import Stages as Stages
 from .registry import ARCHITECTURES as ARCHITECTURES
 from .registry import lookup as lookup
+from .registry import lookup_live as lookup_live
 from .spec import CARRIED as CARRIED
 from .spec import DRAFTS as DRAFTS
 from .spec import Box as Box
@@ -82,6 +83,7 @@ __all__ = [
     "is_draft",
     "local_shape",
     "lookup",
+    "lookup_live",
     "num_experts",
     "num_layers",
     "padded_vocab",

@@ -10,6 +10,7 @@ from megatron_quant.models.blocks import parameters
 from megatron_quant.models.config import Config
 from megatron_quant.models.decoder import Decoder, DeltaNet, Experts, Latent, Rope, Sigmoid
 from megatron_quant.models.drafts import DraftNames, copies_in_drafts, drafts
+from megatron_quant.models.hybrid import hybrid_parameters
 from megatron_quant.models.spec import Param, Role, Source, Stage
 from megatron_quant.models.text import family
 
@@ -180,9 +181,11 @@ class Architecture:
         return (*embeds, *self.drafts(hf_config, count), *copies)
 
     def params(self, hf_config: Config) -> tuple[Param, ...]:
-        """List every logical parameter of the GPTModel (Transformer Engine spec), in its order."""
+        """List every logical parameter of the model (Transformer Engine spec), in its order."""
         decoder = self.decoder(hf_config)
         _check_number_of_experts(decoder)
+        if decoder.hybrid is not None:
+            return tuple(hybrid_parameters(decoder, decoder.hybrid))
         return tuple(map(self._named, parameters(decoder)))
 
     def is_outside(self, name: str) -> bool:

@@ -103,13 +103,42 @@ class DeltaNet:
     grouped: bool
 
 
+MAMBA, ATTENTION, MLP, MOE = "M", "*", "-", "E"
+"""Kinds of a hybrid model's layers, as ``hybrid_override_pattern`` spells them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """Layers of one mixer each, some of which are Mamba-2; MLPs and experts have no gate.
+
+    Attributes:
+        kinds: The kind of each layer.
+        heads: Mamba's heads.
+        head_dim: Features of one.
+        groups: Groups of heads that share B and C.
+        state: Features of a group's B, and of its C.
+        kernel: Tokens of the convolution.
+        conv_bias: Whether the convolution has a bias.
+        latent: Features of what routed experts see; 0 where that is the layer's input.
+    """
+
+    kinds: str
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    kernel: int
+    conv_bias: bool
+    latent: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertNames:
     """Hugging Face module names within a layer; ``{expert}`` stands for the expert's index.
 
     Attributes:
         router: The router.
-        gate: Gate projection of an expert.
+        gate: Gate projection of an expert; empty where experts have none.
         up: Up projection of an expert.
         down: Down projection of an expert.
         bias: Tensor that the router adds to its scores when it chooses; empty for none.
@@ -186,6 +215,7 @@ class Decoder:
         gated: Whether a head's output is multiplied by the sigmoid of a gate, whose rows follow
             those of its query.
         centered: Whether weights of norms are stored less one, but for a delta net's own.
+        hybrid: Layers of one mixer each; None where every layer has attention and an MLP.
     """
 
     layers: int
@@ -209,6 +239,7 @@ class Decoder:
     delta: DeltaNet | None = None
     gated: bool = False
     centered: bool = False
+    hybrid: Hybrid | None = None
 
     def has_delta_net(self, layer: int) -> bool:
         """Return whether ``layer`` has a gated delta net in place of attention."""
@@ -221,4 +252,6 @@ class Decoder:
     @property
     def has_dense_mlp(self) -> bool:
         """Return whether any layer has one MLP for all tokens."""
+        if self.hybrid is not None:
+            return MLP in self.hybrid.kinds
         return not all(self.has_experts(layer) for layer in range(self.layers))

@@ -41,6 +41,8 @@ def check_layout(hf_config: Config, tp: int, ep: int, etp: int) -> None:
     _require("--tp", tp, decoder.heads, "the attention heads")
     if decoder.delta is not None:
         _require("--tp", tp, decoder.delta.key_heads, "the key heads of linear attention")
+    if decoder.hybrid is not None:
+        _require("--tp", tp, decoder.hybrid.groups, "the groups of Mamba's heads")
     _require("--tp", tp, decoder.query_groups, "the key-value heads")
     if decoder.has_dense_mlp:
         _require("--tp", tp, decoder.ffn, "the intermediate size")

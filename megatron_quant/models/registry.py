@@ -1,5 +1,7 @@
 """The architectures that have a table."""
 
+from importlib.util import find_spec
+
 from megatron_quant.documents import shown
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.architecture import Architecture
@@ -12,6 +14,7 @@ from megatron_quant.models.hy_v3 import HY_V3
 from megatron_quant.models.kimi_k25 import KIMI_K25
 from megatron_quant.models.llama import LLAMA
 from megatron_quant.models.mixtral import MIXTRAL
+from megatron_quant.models.nemotron_h import NEMOTRON_H
 from megatron_quant.models.qwen2_moe import QWEN2_MOE
 from megatron_quant.models.qwen3 import QWEN3
 from megatron_quant.models.qwen3_moe import QWEN3_MOE
@@ -38,6 +41,14 @@ ARCHITECTURES = {
     )
 }
 
+"""Models that this library builds."""
+
+UNBUILT = {NEMOTRON_H.name: (NEMOTRON_H, "mamba_ssm")}
+"""Models whose parameters are known by Megatron's names alone, and the package that they need.
+
+Files of theirs are described by names and shapes, as those of models without a table.
+"""
+
 _DELTA_NETS = ("Qwen3Next", "Qwen3_5")
 
 
@@ -52,6 +63,8 @@ def lookup(hf_config: Config) -> Architecture:
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if isinstance(name, str) and name in ARCHITECTURES:
         return ARCHITECTURES[name]
+    if isinstance(name, str) and name in UNBUILT:
+        return UNBUILT[name][0]
     if isinstance(names, list) and any(str(name).startswith(_DELTA_NETS) for name in names):
         raise ArchitectureError(
             f"architectures={shown(names)} in config.json has gated delta nets, and no table here "
@@ -60,4 +73,27 @@ def lookup(hf_config: Config) -> Architecture:
     raise ArchitectureError(
         f"architectures={shown(names)} in config.json is not known; use a model of "
         f"{', '.join(ARCHITECTURES)}, or pass --stream, which needs no table"
+    )
+
+
+def lookup_live(hf_config: Config) -> Architecture:
+    """Return what :func:`lookup` does, of a model that is to run.
+
+    Raises:
+        ArchitectureError: As :func:`lookup` does, and where this library does not build the model.
+            The message names the package that the model needs, if that is not installed.
+    """
+    found = lookup(hf_config)
+    if found.name not in UNBUILT:
+        return found
+    _, package = UNBUILT[found.name]
+    if find_spec(package) is None:
+        raise ArchitectureError(
+            f"{found.name} runs in Megatron-Core with the package {package}, which is not "
+            "installed, and this library does not build the model yet: pass --stream, which needs "
+            "neither"
+        )
+    raise ArchitectureError(
+        f"{found.name} is not built by this library yet, though {package} is installed: pass "
+        "--stream, which goes from file to file"
     )

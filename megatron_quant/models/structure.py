@@ -18,7 +18,7 @@ from megatron_quant.engines.families import (
 from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config, fields
 from megatron_quant.models.moe import MoeBlock, blocks
-from megatron_quant.models.registry import ARCHITECTURES, lookup
+from megatron_quant.models.registry import ARCHITECTURES, UNBUILT, lookup
 from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
 from megatron_quant.models.speculation import PREDICTS, is_draft, named_drafts
 from megatron_quant.models.stacks import Shapes, View, first_expert, unstack
@@ -93,12 +93,13 @@ def has_towers(config: Config) -> bool:
 
 
 def has_table(config: Config) -> bool:
-    """Return whether :func:`lookup` knows the model, and its table describes it."""
+    """Return whether the model is one that this library builds, and its table describes it."""
     try:
-        lookup(config).decoder(config)
+        architecture = lookup(config)
+        architecture.decoder(config)
     except ArchitectureError:
         return False
-    return True
+    return architecture.name not in UNBUILT
 
 
 def table_names(config: Config) -> frozenset[str]:

@@ -35,6 +35,7 @@ from megatron_quant.models import (
     count_drafts,
     has_stacks_alone,
     lookup,
+    lookup_live,
     num_experts,
     num_layers,
 )
@@ -141,7 +142,8 @@ def prepare_job(
     """
     source = _source(options, saved)
     hf_config = read_config(source) if config is None else config
-    architecture = lookup(hf_config)
+    runs = saved is not None or open_weights is not None
+    architecture = lookup_live(hf_config) if runs else lookup(hf_config)
     checkpoint = open_weights(source) if open_weights is not None else None
     kept: Mapping[str, torch.dtype] = {}
     if checkpoint is not None:

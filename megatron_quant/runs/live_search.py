@@ -17,7 +17,7 @@ from megatron_quant.errors import CalibrationError
 from megatron_quant.layers import ExpertScales
 from megatron_quant.mcore.live import HFModel, check_unquantized, read_hf_model
 from megatron_quant.mcore.model import LiveModel, start_distributed, wrap_model
-from megatron_quant.models import Role, lookup, positive, text_config
+from megatron_quant.models import Role, lookup_live, positive, text_config
 from megatron_quant.recipes import QuantPlan, load_recipe, resolve
 from megatron_quant.runs.agree import check_options
 from megatron_quant.runs.auto_quantize import choose
@@ -56,7 +56,7 @@ def search_live(
     together(groups, lambda: check_unquantized(model))
     together(groups, lambda: check_output_file("--auto-quantize-recipe", auto.recipe))
     hf = together(groups, lambda: read_hf_model(target.hf_model))
-    architecture = together(groups, lambda: lookup(hf.config))
+    architecture = together(groups, lambda: lookup_live(hf.config))
     live = wrap_model(model, architecture, hf.config, groups)
     with phases.time("plan search"):
         plan = together(groups, lambda: _planned(live, hf, auto, target))

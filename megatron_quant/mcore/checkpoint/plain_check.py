@@ -24,6 +24,8 @@ _PARTS = tuple(
         (r"(^|\.)output_layer\.weight$", "an output layer that is not the embedding"),
         (r"\.router\.expert_bias$", "a bias of the router"),
         (r"\.self_attention\.(in_proj|conv1d)\.", "gated delta nets"),
+        (r"\.mixer\.(in_proj|conv1d)\.", "Mamba layers"),
+        (r"\.fc[12]_latent_proj\.", "linears around the experts"),
         (r"\.[qk]_layernorm\.weight$", "norms of queries and keys"),
         (r"(^|\.)mtp\.", "layers for speculation (mtp)"),
     )
@@ -50,7 +52,8 @@ def prefix_of(stored: TorchDist) -> str:
     }
     if not found:
         raise CheckpointError(
-            f"{stored.path} has no key that ends with {_EMBEDDING}: give a checkpoint of a GPTModel"
+            f"{stored.path} has no key that ends with {_EMBEDDING}: give a "
+            "checkpoint of a GPTModel or a MambaModel"
         )
     if len(found) > 1:
         one, other = sorted(found)[:2]

@@ -1,9 +1,9 @@
 """The keys under which training runs save the parameters that a model's table names.
 
 Layers and experts have a key each, or are stacked along leading dims; gate and up are one tensor,
-or ``..._w`` and ``..._v``; parts of a delta net's linear have names of their own. Read in
-megatron-core 0.12 to 0.19 (``sharded_state_dict``) and in its ``fsdp_dtensor_checkpoint``; the
-saves of 0.16.1 and 0.19.2 were tried.
+or ``..._w`` and ``..._v``; parts of a delta net's linear, and of Mamba's, have names of their own.
+Read in megatron-core 0.12 to 0.19 (``sharded_state_dict``) and in its ``fsdp_dtensor_checkpoint``;
+the saves of 0.16.1 and 0.19.2 were tried.
 """
 
 import re
@@ -17,12 +17,14 @@ _LAYERS = "decoder.layers."
 _ALIASES = (
     (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
     (".self_attention.in_proj.layer_norm_weight", ".input_layernorm.weight"),
+    (".mixer.in_proj.layer_norm_weight", ".norm.weight"),
     (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
     (".self_attention.linear_q_up_proj.layer_norm_weight", ".self_attention.q_layernorm.weight"),
     (".self_attention.linear_kv_up_proj.layer_norm_weight", ".self_attention.kv_layernorm.weight"),
     (".transformer_layer.", ".mtp_model_layer."),
+    (".final_norm.", ".final_layernorm."),
 )
-"""Parts of names in Transformer Engine's layer spec, and in others (newer ones, of the last)."""
+"""Parts of names in Transformer Engine's layer spec, and in others; of ``mtp`` in newer ones."""
 _HALVES = ("_w", "_v")
 
 

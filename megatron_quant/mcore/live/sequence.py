@@ -40,7 +40,7 @@ from megatron_quant.mcore.live.handle import (
     read_hf_model,
 )
 from megatron_quant.mcore.model import LiveModel, attach_model, wrap_model
-from megatron_quant.models import lookup
+from megatron_quant.models import lookup_live
 from megatron_quant.recipes import (
     QuantPlan,
     Recipe,
@@ -88,7 +88,7 @@ def attach_recipe(
     """
     together(groups, lambda: check_unquantized(model))
     hf, chosen = together(groups, lambda: (read_hf_model(hf_model), load_recipe(recipe)))
-    architecture = together(groups, lambda: lookup(hf.config))
+    architecture = together(groups, lambda: lookup_live(hf.config))
     live = wrap_model(model, architecture, hf.config, groups)
     saved = settings.saved
     plan = together(groups, lambda: _resolved(chosen, live, hf, saved, settings.check))

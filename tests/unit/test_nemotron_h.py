@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import megatron_quant as mq
 from megatron_quant.ckpt.read import Weights, fill, open_source
 from megatron_quant.ckpt.write.manifest import MANIFEST
 from megatron_quant.errors import ArchitectureError, CheckpointError, LayoutError
@@ -186,6 +187,12 @@ def test_a_run_is_refused_on_every_rank_before_a_weight_is_read(
     errors = ranks.errors(2, quantize, {**flags, "tp": 2})
     assert [str(error) for error in errors] == [NEEDS] * 2
     assert not (tmp_path / "out").exists()
+    errors = ranks.errors(2, quantize_live, bare)
+    assert [str(error) for error in errors] == [NEEDS] * 2
+
+
+def quantize_live(hf: Path) -> None:
+    mq.quantize(torch.nn.Linear(1, 1), "fp8", hf_model=hf)
 
 
 def quantize(flags: dict) -> None:

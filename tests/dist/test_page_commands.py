@@ -19,6 +19,7 @@ ELSEWHERE = {
     "--megatron-load-path RUN": "tests/dist/test_from_training_page.py does, on a run that megatron-core "
     "saved",
     "--report search.html": "tests/dist/test_report.py draws a search, from scores that it makes",
+    "--quantize-mtp": "tests/dist/test_mtp.py quantizes such layers, which the page's model has not",
     "examples/train_qat.py": "tests/dist/test_train_qat.py runs it",
     "make": "each takes minutes, or makes an environment; make test runs this file",
     "benchmarks": "they measure for minutes",

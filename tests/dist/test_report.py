@@ -110,7 +110,7 @@ def test_a_search_that_quantizes(source: Path, tmp_path: Path) -> None:
     assert drawn.text.startswith(f"found: {found.bits:.3f} bits, score ")
     chosen = [r[1] for r in rows(page.one("scores"))]
     assert len(chosen) == len(found.rows)
-    names = {"exclude": "as it was"}
+    names = {"none": "as it was"}
     assert chosen == [names.get(action, action.replace("+", " × ")) for _, action, _ in found.rows]
     ended = command("search", str(scores), "--bits", "6", "--report", str(again))
     assert ended.status == 0, ended.err

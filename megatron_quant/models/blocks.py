@@ -9,7 +9,16 @@ from dataclasses import replace
 
 from megatron_quant.models.decoder import Decoder, Experts, Latent
 from megatron_quant.models.delta_net import delta_net
-from megatron_quant.models.spec import Domain, Parallel, Param, Role, Rows, Source, Stage
+from megatron_quant.models.spec import (
+    Domain,
+    Parallel,
+    Param,
+    Role,
+    Rows,
+    Source,
+    Stage,
+    replicated,
+)
 
 
 def _linear(name: str, modules: tuple[str, ...], shapes: tuple[tuple[int, int], ...]) -> Param:
@@ -47,10 +56,7 @@ def _with_bias(decoder: Decoder, weight: Param) -> Iterator[Param]:
 
 
 def _norm(name: str, module: str, size: int) -> Param:
-    source = Source(f"{module}.weight", (size,))
-    return Param(
-        name=name, sources=(source,), shape=(size,), role=Role.NORM, parallel=Parallel.REPLICATED
-    )
+    return replicated(name, f"{module}.weight", (size,), Role.NORM)
 
 
 def embedding(decoder: Decoder) -> Param:
@@ -168,23 +174,12 @@ def moe_mlp(decoder: Decoder, experts: Experts, layer: int) -> Iterator[Param]:
     name = f"{ours}.pre_mlp_layernorm.weight"
     yield _norm(name, f"{theirs}.post_attention_layernorm", decoder.hidden)
     router = (experts.count, decoder.hidden)
-    source = Source(f"{theirs}.{experts.names.router}.weight", router)
-    name = f"{ours}.mlp.router.weight"
-    param = Param(
-        name=name, sources=(source,), shape=router, role=Role.ROUTER, parallel=Parallel.REPLICATED
-    )
+    source = f"{theirs}.{experts.names.router}.weight"
+    param = replicated(f"{ours}.mlp.router.weight", source, router, Role.ROUTER)
     yield from _with_bias(decoder, param)
     if experts.names.bias:
-        name, shape = f"{ours}.mlp.router.expert_bias", (experts.count,)
-        source = Source(f"{theirs}.{experts.names.bias}", shape)
-        yield Param(
-            name=name,
-            sources=(source,),
-            shape=shape,
-            role=Role.ROUTER,
-            parallel=Parallel.REPLICATED,
-            fp32=True,
-        )
+        name, source = f"{ours}.mlp.router.expert_bias", f"{theirs}.{experts.names.bias}"
+        yield replace(replicated(name, source, (experts.count,), Role.ROUTER), fp32=True)
     fc1 = (experts.ffn, decoder.hidden)
     for expert in range(experts.count):
         name = f"{ours}.mlp.experts.linear_fc1.weight{expert}"
@@ -205,12 +200,8 @@ def _shared_expert(decoder: Decoder, experts: Experts, layer: int) -> Iterator[P
     """Yield the expert that every token visits: an MLP, cut as dense ones are."""
     ours, theirs = f"decoder.layers.{layer}.mlp.shared_experts", f"model.layers.{layer}"
     if experts.names.shared_gate:
-        gate = (1, decoder.hidden)
-        source = Source(f"{theirs}.{experts.names.shared_gate}.weight", gate)
-        name = f"{ours}.gate_weight"
-        yield Param(
-            name=name, sources=(source,), shape=gate, role=Role.ROUTER, parallel=Parallel.REPLICATED
-        )
+        source = f"{theirs}.{experts.names.shared_gate}.weight"
+        yield replicated(f"{ours}.gate_weight", source, (1, decoder.hidden), Role.ROUTER)
     fc1, mlp = (experts.shared_ffn, decoder.hidden), f"{theirs}.{experts.names.shared}"
     gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
     yield _linear(f"{ours}.linear_fc1.weight", gate_up, (fc1, fc1))

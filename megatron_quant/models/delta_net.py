@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_quant.models.decoder import Decoder, DeltaNet
-from megatron_quant.models.spec import Inside, Parallel, Param, Role, Rows, Source
+from megatron_quant.models.spec import Inside, Parallel, Param, Role, Rows, Source, replicated
 
 _LARGE, _GATES = ("query", "key", "value", "z"), ("beta", "alpha")
 """What GatedDeltaNet.sharded_state_dict calls the parts of in_proj."""
@@ -54,13 +54,7 @@ def _cut(name: str, source: Source) -> Param:
 
 
 def _norm(name: str, source: Source) -> Param:
-    return Param(
-        name=name,
-        sources=(source,),
-        shape=source.shape,
-        role=Role.NORM,
-        parallel=Parallel.REPLICATED,
-    )
+    return replicated(name, source.name, source.shape, Role.NORM)
 
 
 def _items(net: DeltaNet) -> tuple[int, int, int, int]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from megatron_quant.models.blocks import attention, embedding, head
 from megatron_quant.models.decoder import ATTENTION, MAMBA, MLP, MOE, Decoder, Experts, Hybrid
-from megatron_quant.models.spec import Domain, Parallel, Param, Role, Rows, Source
+from megatron_quant.models.spec import Domain, Parallel, Param, Role, Rows, replicated
 
 
 def hybrid_parameters(decoder: Decoder, hybrid: Hybrid) -> Iterator[Param]:
@@ -66,22 +66,11 @@ def _attention(decoder: Decoder, layer: int) -> Iterator[Param]:
 
 def _norm(decoder: Decoder, name: str, layer: int) -> Param:
     _, theirs = _names(layer, "")
-    return _whole(name, f"{theirs}.norm.weight", (decoder.hidden,), Role.NORM)
-
-
-def _whole(name: str, source: str, shape: tuple[int, ...], role: Role) -> Param:
-    """Describe what every tensor-parallel rank has whole."""
-    return Param(
-        name=name,
-        sources=(Source(source, shape),),
-        shape=shape,
-        role=role,
-        parallel=Parallel.REPLICATED,
-    )
+    return replicated(name, f"{theirs}.norm.weight", (decoder.hidden,), Role.NORM)
 
 
 def _linear(name: str, module: str, shape: tuple[int, int], parallel: Parallel) -> Param:
-    return replace(_whole(name, f"{module}.weight", shape, Role.LINEAR), parallel=parallel)
+    return replace(replicated(name, f"{module}.weight", shape, Role.LINEAR), parallel=parallel)
 
 
 def _ungated(ours: str, theirs: str, ffn: int, hidden: int) -> Iterator[Param]:
@@ -99,8 +88,10 @@ def _experts(decoder: Decoder, experts: Experts, latent: int, layer: int) -> Ite
     yield _norm(decoder, f"decoder.layers.{layer}.pre_mlp_layernorm.weight", layer)
     router = (experts.count, decoder.hidden)
     gate = f"{theirs}.{names.router}.weight"
-    yield _whole(f"{ours}.router.weight", gate, router, Role.ROUTER)
-    bias = _whole(f"{ours}.router.expert_bias", f"{theirs}.{names.bias}", router[:1], Role.ROUTER)
+    yield replicated(f"{ours}.router.weight", gate, router, Role.ROUTER)
+    bias = replicated(
+        f"{ours}.router.expert_bias", f"{theirs}.{names.bias}", router[:1], Role.ROUTER
+    )
     yield replace(bias, fp32=True)
     width = latent or decoder.hidden
     if latent:
@@ -109,7 +100,7 @@ def _experts(decoder: Decoder, experts: Experts, latent: int, layer: int) -> Ite
             ("fc2_latent_proj", (decoder.hidden, width)),
         ):
             # engines may quantize these two, and every published recipe leaves them
-            yield _whole(f"{ours}.{leaf}.weight", f"{mixer}.{leaf}.weight", shape, Role.OTHER)
+            yield replicated(f"{ours}.{leaf}.weight", f"{mixer}.{leaf}.weight", shape, Role.OTHER)
     for linear, module, shape, parallel in (
         ("linear_fc1", names.up, (experts.ffn, width), Parallel.COLUMN),
         ("linear_fc2", names.down, (width, experts.ffn), Parallel.ROW),
@@ -134,12 +125,12 @@ def _mamba(decoder: Decoder, hybrid: Hybrid, layer: int) -> Iterator[Param]:
     inner = heads * hybrid.head_dim
     for leaf, wide in (("dt_bias", False), ("A_log", True), ("D", True)):
         role = Role.BIAS if leaf == "dt_bias" else Role.OTHER
-        each = _whole(f"{ours}.{leaf}", f"{theirs}.{leaf}", (heads,), role)
+        each = replicated(f"{ours}.{leaf}", f"{theirs}.{leaf}", (heads,), role)
         yield replace(each, parallel=Parallel.COLUMN, wide=wide)
     per_group = (inner // hybrid.groups, hybrid.state, heads // hybrid.groups)
     x, state, step = per_group
     yield _norm(decoder, f"{ours}.in_proj.layer_norm_weight", layer)
-    in_proj = _whole(
+    in_proj = replicated(
         f"{ours}.in_proj.weight",
         f"{theirs}.in_proj.weight",
         (hybrid.groups * (2 * x + 2 * state + step), decoder.hidden),
@@ -153,9 +144,9 @@ def _mamba(decoder: Decoder, hybrid: Hybrid, layer: int) -> Iterator[Param]:
     ):
         if leaf == "weight" or hybrid.conv_bias:
             name = f"conv1d.{leaf}"
-            convolution = _whole(f"{ours}.{name}", f"{theirs}.{name}", shape, role)
+            convolution = replicated(f"{ours}.{name}", f"{theirs}.{name}", shape, role)
             yield _in_parts(hybrid, convolution, (x, state, state), ("x", "B", "C"))
-    norm = _whole(f"{ours}.norm.weight", f"{theirs}.norm.weight", (inner,), Role.NORM)
+    norm = replicated(f"{ours}.norm.weight", f"{theirs}.norm.weight", (inner,), Role.NORM)
     yield replace(norm, parallel=Parallel.COLUMN)
     out = (decoder.hidden, inner)
     yield _linear(f"{ours}.out_proj.weight", f"{theirs}.out_proj", out, Parallel.ROW)

@@ -197,6 +197,17 @@ class Param:
         return self.live.rpartition(".")[0]
 
 
+def replicated(name: str, source: str, shape: tuple[int, ...], role: Role) -> Param:
+    """Describe one Hugging Face tensor, ``source``, that every tensor-parallel rank has whole."""
+    return Param(
+        name=name,
+        sources=(Source(source, shape),),
+        shape=shape,
+        role=role,
+        parallel=Parallel.REPLICATED,
+    )
+
+
 def num_layers(params: Iterable[Param]) -> int:
     """Count the layers of the model."""
     return max((p.layer + 1 for p in params if p.layer is not None), default=0)

@@ -19,7 +19,7 @@ from megatron_quant.errors import ArchitectureError
 from megatron_quant.models.config import Config, fields
 from megatron_quant.models.moe import MoeBlock, blocks
 from megatron_quant.models.registry import ARCHITECTURES, UNBUILT, lookup
-from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage
+from megatron_quant.models.spec import Domain, Parallel, Param, Role, Source, Stage, replicated
 from megatron_quant.models.speculation import PREDICTS, is_draft, named_drafts
 from megatron_quant.models.stacks import Shapes, View, first_expert, unstack
 from megatron_quant.models.text import family, layers_of, text_config
@@ -73,7 +73,7 @@ def _carried(config: Config, shapes: Shapes) -> Iterator[Param]:
             param = _draft(name, shape)
             yield replace(param, called=_called(config, param))
         elif lookup(config).is_outside(name):
-            yield replace(_alone(name, shape, Role.OUTSIDE), stage=Stage.LAST)
+            yield replace(replicated(name, name, shape, Role.OUTSIDE), stage=Stage.LAST)
 
 
 def is_carried(config: Config, name: str) -> bool:
@@ -209,22 +209,12 @@ def _of_rest(prefix: str, embedding: str, shapes: Shapes, layer: int | None) -> 
             role = Role.EMBEDDING
         else:
             role = Role.NORM if "norm" in name else Role.OTHER
-        yield _alone(name, shape, role)
+        yield replicated(name, name, shape, role)
 
 
 def _draft(name: str, shape: tuple[int, ...]) -> Param:
     """Describe a tensor of layers that no Megatron model has; the last pipeline stage writes it."""
-    return replace(_alone(name, shape, Role.DRAFT), stage=Stage.LAST)
-
-
-def _alone(name: str, shape: tuple[int, ...], role: Role) -> Param:
-    return Param(
-        name=name,
-        sources=(Source(name, shape),),
-        shape=shape,
-        role=role,
-        parallel=Parallel.REPLICATED,
-    )
+    return replace(replicated(name, name, shape, Role.DRAFT), stage=Stage.LAST)
 
 
 def _of_layer(config: Config, layer: str, shapes: Shapes) -> Iterator[Param]:
@@ -242,7 +232,7 @@ def _of_layer(config: Config, layer: str, shapes: Shapes) -> Iterator[Param]:
         if role is Role.LINEAR:
             linears[name] = shape
         else:
-            yield _alone(name, shape, role)
+            yield replicated(name, name, shape, role)
     yield from _fuse(linears, config)
     for block in found:
         yield from _experts(block, shapes, config)
@@ -337,4 +327,4 @@ def _of_expert(
         yield replace(param, name=f"{block.name}.experts.{leaf}.weight{number}")
     for name in names:
         if name not in weights:
-            yield _alone(name, shapes[name], Role.BIAS)
+            yield replicated(name, name, shapes[name], Role.BIAS)

@@ -27,9 +27,9 @@ class RoundedCache(DynamicCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *rest: Any
     ) -> Any:
         """Round keys and values [B, heads, S, D], and cache them."""
-        k, v = (None, None) if self._scales is None else self._scales.get(layer_idx, (None, None))
-        if self._scales is None or layer_idx in self._scales:
-            key_states, value_states = round_cached(key_states, k), round_cached(value_states, v)
+        own = (None, None) if self._scales is None else self._scales.get(layer_idx)
+        if own is not None:
+            key_states, value_states = map(round_cached, (key_states, value_states), own)
         return super().update(key_states, value_states, layer_idx, *rest)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,8 @@ def _located(
 
 
 def _opener(stored: TorchDist, config: Mapping[str, Any] | None) -> OpenWeights:
-    return lambda hf: open_plain(stored, config or read_config(hf))
+    # A search plans every candidate anew, and opening looks into every file.
+    return cache(lambda hf: open_plain(stored, config or read_config(hf)))
 
 
 def original(job: Job) -> Path | Weights | None:

@@ -32,19 +32,21 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
+GPTQ = {"export_quant_cfg": "nvfp4", "algorithm": "gptq"}
+AWQ = {"export_quant_cfg": "int4_awq", "algorithm": None}  # its own
+
+
 def rounded(source: Path, out: Path, flags: dict) -> float:
-    """Calibrate and round; or round by what was measured before."""
+    """Calibrate and round, by GPTQ unless said; or round by what was measured before."""
     outcome = saved.quantize(
         hf_model_id=str(source),
         export_dir=out,
-        export_quant_cfg="nvfp4",
-        algorithm="gptq",
         cold_experts="layer-max",
         calib_size=4,
         calib_seq_length=32,
         dtype="fp32",
         eval_text=source / "text.txt",
-        **flags,
+        **{**GPTQ, **flags},
     )
     return outcome.fake_quant.mean_kl
 
@@ -126,25 +128,10 @@ def test_a_run_of_megatron_fsdp(source: Path, tmp_path: Path, ranks: Ranks) -> N
     assert all(same_bytes(found[key], want[key]) for key in plain_ones)
 
 
-def folded(source: Path, out: Path, flags: dict) -> float:
-    outcome = saved.quantize(
-        hf_model_id=str(source),
-        export_dir=out,
-        export_quant_cfg="int4_awq",
-        cold_experts="layer-max",
-        calib_size=4,
-        calib_seq_length=32,
-        dtype="fp32",
-        eval_text=source / "text.txt",
-        **flags,
-    )
-    return outcome.fake_quant.mean_kl
-
-
 def test_factors_go_into_the_gates_too(source: Path, tmp_path: Path, ranks: Ranks) -> None:
     """The norm that awq divides is that of all rows of in_proj, quantized or not."""
-    (one,) = ranks(1, folded, source, tmp_path / "one", {})
-    ranks(4, folded, source, tmp_path / "four", LAYOUT)
+    (one,) = ranks(1, rounded, source, tmp_path / "one", AWQ)
+    ranks(4, rounded, source, tmp_path / "four", {**LAYOUT, **AWQ})
     assert digests(tmp_path / "four") == digests(tmp_path / "one")
     text, windows = source / "text.txt", {"seq_length": 32, "dtype": "fp32"}
     served = mq.evaluate(tmp_path / "one", text, against=source, **windows)

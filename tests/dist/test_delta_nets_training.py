@@ -64,13 +64,9 @@ def test_gates_multiply_inputs_that_nothing_rounded(source: Path, ranks: Ranks, 
 
 def test_a_step_has_the_single_ranks_gradients(source: Path, ranks: Ranks) -> None:
     """Inputs quantized, weight gradients fused, at TP 2 x EP 2."""
-    from tests.dist.test_training import _assert_equal_gradients, _steady
+    from tests.dist.test_training import assert_equal_gradients_of_codes
 
-    generator = torch.Generator().manual_seed(5)
-    candidates = list(torch.randint(258, (30, 2, 1, 4), generator=generator))
-    candidates = [list(microbatches) for microbatches in candidates]
-    (chosen,) = ranks(1, _steady, source, "nvfp4", candidates)
-    _assert_equal_gradients(ranks, source, "nvfp4", candidates[chosen])
+    assert_equal_gradients_of_codes(ranks, source)
 
 
 def train(

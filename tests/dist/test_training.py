@@ -110,13 +110,17 @@ def test_a_step_has_the_single_ranks_gradients(ranks: Ranks, moe: Path, recipe: 
     _assert_equal_gradients(ranks, moe, recipe, BATCHES)
 
 
-def test_quantized_inputs_have_the_single_ranks_gradients(ranks: Ranks, moe: Path) -> None:
+def assert_equal_gradients_of_codes(ranks: Ranks, path: Path) -> None:
     """Where all inputs have the same codes: none is so near the edge that a rounding moves it."""
     generator = torch.Generator().manual_seed(5)
     candidates = list(torch.randint(258, (30, 2, 1, 4), generator=generator))
     candidates = [list(microbatches) for microbatches in candidates]
-    (chosen,) = ranks(1, _steady, moe, "nvfp4", candidates)
-    _assert_equal_gradients(ranks, moe, "nvfp4", candidates[chosen])
+    (chosen,) = ranks(1, _steady, path, "nvfp4", candidates)
+    _assert_equal_gradients(ranks, path, "nvfp4", candidates[chosen])
+
+
+def test_quantized_inputs_have_the_single_ranks_gradients(ranks: Ranks, moe: Path) -> None:
+    assert_equal_gradients_of_codes(ranks, moe)
 
 
 @pytest.fixture(scope="module")
